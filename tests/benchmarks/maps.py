@@ -1,0 +1,139 @@
+"""What watching costs: CPU time and peak memory against the plain fused forward, on two threads, fp32.
+
+    python tests/benchmarks/maps.py [--json FILE] [--models small base] [--rounds N] [--rows NAME ...]
+
+Ratios are medians of CPU time over rounds in which the plain forward and every row take turns, so that a busy machine slows
+all alike. Memory is the peak above the loaded model, each in a process of its own. Goals are those of the project.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread that spins would count as work
+
+import timm
+import torch
+
+from visionattn.maps import ClassRow, GradCAM, GradientAttention, HeadMean, Rollout, capture
+
+MODELS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_384"}
+BATCH = 8
+GOALS = {
+    "cls_last": (1.02, 1.02),
+    "cls_all": (1.04, 1.02),
+    "head_mean": (1.06, 1.03),
+    "rollout": (1.05, 1.02),
+    "grad_attention": (1.08, 1.05),
+    "gradcam": (1.12, 1.10),
+}
+MEMORY_GOALS = {"cls_all": (80, 330), "rollout": (100, 360), "gradcam": (100, 400)}
+
+
+def load(size):
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    model = timm.create_model(MODELS[size]).eval()
+    return model, torch.randn(BATCH, *model.default_cfg["input_size"])
+
+
+def plain(model, images):
+    with torch.no_grad():
+        return model(images)
+
+
+def recorded(keep, layers=None):
+    def watch(model, images):
+        with torch.no_grad(), capture(model, keep, layers=layers) as records:
+            model(images)
+        return records
+
+    return watch
+
+
+ROWS = {
+    "forward": plain,
+    "cls_last": recorded(ClassRow(), layers=[-1]),
+    "cls_all": recorded(ClassRow()),
+    "head_mean": recorded(HeadMean()),
+    "rollout": lambda model, images: Rollout()(model, images),
+    "grad_attention": lambda model, images: GradientAttention()(model, images),
+    "gradcam": lambda model, images: GradCAM()(model, images),
+}
+
+
+def ratios(size, names, rounds):
+    """Median CPU time of each row over that of the plain forward."""
+    model, images = load(size)
+    names = ["forward", *names]
+    spent = {name: [] for name in names}
+    for name in names:  # once unmeasured: memory is mapped, and the model surveyed
+        ROWS[name](model, images)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.process_time()
+            ROWS[name](model, images)
+            spent[name].append(time.process_time() - start)
+    forward = statistics.median(spent["forward"])
+    return {name: statistics.median(times) / forward for name, times in spent.items() if name != "forward"}
+
+
+def peak_megabytes(size, name):
+    """Peak of resident memory above the loaded model, measured in this process."""
+    model, images = load(size)
+    plain(model, images[:1])  # thread pools and the kernels' own buffers
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _status("VmRSS")
+    ROWS[name](model, images)
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rows", nargs="+", choices=GOALS, default=list(GOALS))
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "ROW"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.peak:
+        print(peak_megabytes(*options.peak))
+        return
+    results = []
+
+    def report(name, value, goal):
+        results.append({"name": name, "value": round(value, 4), "goal": goal, "better": "lower"})
+        verdict = "" if goal is None else f"  ≤ {goal}  {'ok' if value <= goal else 'MISSED'}"
+        print(f"{name:28s} {value:9.3f}{verdict}", flush=True)
+
+    for size in options.models:
+        column = list(MODELS).index(size)
+        for name, value in ratios(size, options.rows, options.rounds if size == "small" else max(3, options.rounds // 2)).items():
+            report(f"{name}_{size}", value, GOALS[name][column])
+        if options.no_memory:
+            continue
+        for name in ["forward", *options.rows]:
+            command = [sys.executable, __file__, "--peak", size, name]
+            value = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            report(f"{name}_mb_{size}", value, MEMORY_GOALS[name][column] if name in MEMORY_GOALS else None)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""Mechanisms: modules that compute attention weights and apply them."""
+
+from typing import TYPE_CHECKING
+
+from visionattn._lazy import lazy
+
+if TYPE_CHECKING:
+    from visionattn.attention.channel import ECA as ECA
+    from visionattn.attention.channel import SE as SE
+    from visionattn.attention.joint import CBAM as CBAM
+
+__getattr__, __dir__ = lazy(__name__, {"channel": ("SE", "ECA"), "joint": ("CBAM",)})

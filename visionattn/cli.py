@@ -1,0 +1,108 @@
+"""The command line: `visionattn VERB …`. What a verb needs is imported when it is called."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from visionattn.errors import DataError, UsageError, nearest
+
+_LIGHTNING_VERBS = {
+    "fit": "train from a YAML config",
+    "validate": "score a checkpoint on the validation images",
+    "test": "score a checkpoint on the test images and write a report with overlays",
+    "predict": "write the classes of images with their probabilities",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code: 0, 1 for data that cannot be used, 2 for a wrong call, 130 for Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    try:
+        return _run(arguments)
+    except (UsageError, DataError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    verbs = {**dict.fromkeys(_LIGHTNING_VERBS, _lightning), **{name: verb for name, (verb, _) in _OWN_VERBS.items()}}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"visionattn {version('visionattn')}")
+        return 0
+    if arguments[0] not in verbs:
+        raise UsageError(f"visionattn has no verb {arguments[0]!r}.{nearest(arguments[0], verbs)} See visionattn --help.")
+    return verbs[arguments[0]](arguments)
+
+
+def _help() -> str:
+    verbs = {**_LIGHTNING_VERBS, **{name: text for name, (_, text) in _OWN_VERBS.items()}}
+    width = max(map(len, verbs))
+    return "\n".join(
+        [
+            "usage: visionattn VERB [OPTIONS]",
+            "",
+            "Train vision models that attend, see where they looked, and measure whether to believe it.",
+            "",
+            *(f"  {name:<{width}}  {text}" for name, text in verbs.items()),
+            "",
+            "  visionattn VERB --help     the options of a verb",
+            "  visionattn --version",
+            "  --debug                    with any verb: show where an error arose",
+            "",
+            "First steps: visionattn fit --config configs/quickstart.yaml",
+        ]
+    )
+
+
+def _lightning(arguments: list[str]) -> int:
+    from visionattn.training.command import run
+
+    run(arguments[0], arguments[1:])
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ours: one sentence, the nearest right name."""
+
+    def error(self, message: str) -> "NoReturn":  # type: ignore[name-defined]  # noqa: F821
+        if message.startswith("unrecognized arguments: "):
+            flag = message.removeprefix("unrecognized arguments: ").split()[0]
+            message = f"{self.prog} has no option {flag}.{nearest(flag, self._option_string_actions)}"
+        raise UsageError(message)
+
+
+def _overlay(arguments: list[str]) -> int:
+    parser = _Parser(prog="visionattn overlay", description="Write overlays of where a model looked in images.")
+    parser.add_argument("--images", nargs="+", required=True, metavar="FILE_OR_FOLDER", help="images, or folders of them")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the overlays and the manifest")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote")
+    source.add_argument("--model", metavar="TIMM_NAME", help="a timm model")
+    parser.add_argument("--weights", metavar="FILE", help="weights for --model; without it, those of the hub; 'none' for random ones")
+    parser.add_argument("--method", metavar="NAME", help="how attention becomes a heatmap; what fits the model by default")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
+    parser.add_argument("--max-pixels", type=int, default=None, metavar="N", help="refuse larger images")
+    options = parser.parse_args(arguments[1:])
+    if options.weights and not options.model:
+        raise UsageError("--weights goes with --model; a checkpoint brings its own")
+    return 0
+
+
+_OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "overlay": (_overlay, "write overlays of where a model looked in images"),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""From files to batches: decoding, placement, augmentation, data sets."""
+
+from typing import TYPE_CHECKING
+
+from visionattn._lazy import lazy
+
+if TYPE_CHECKING:
+    from visionattn.data.datamodules import ClassificationData as ClassificationData
+    from visionattn.data.datamodules import ClutteredDigitsData as ClutteredDigitsData
+    from visionattn.data.datamodules import ImageFolderData as ImageFolderData
+    from visionattn.data.datamodules import TorchvisionData as TorchvisionData
+    from visionattn.data.decode import read_image as read_image
+    from visionattn.data.decode import write_image as write_image
+    from visionattn.data.digits import ClutteredDigits as ClutteredDigits
+    from visionattn.data.folder import ImageFolder as ImageFolder
+    from visionattn.data.placement import Placement as Placement
+    from visionattn.data.placement import Preprocess as Preprocess
+    from visionattn.data.transforms import Augmentation as Augmentation
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "datamodules": ("ClassificationData", "ClutteredDigitsData", "ImageFolderData", "TorchvisionData"),
+        "decode": ("read_image", "write_image"),
+        "digits": ("ClutteredDigits",),
+        "folder": ("ImageFolder",),
+        "placement": ("Placement", "Preprocess"),
+        "transforms": ("Augmentation",),
+    },
+)

@@ -1,0 +1,327 @@
+"""Data for image classification, as LightningDataModules."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import VisionDataset
+
+from visionattn.data.digits import ClutteredDigits
+from visionattn.data.folder import ImageFolder, find_classes
+from visionattn.data.order import Order
+from visionattn.data.pipeline import Transform, collate, prepare
+from visionattn.data.placement import Preprocess
+from visionattn.errors import DataError, UsageError
+
+Split = Literal["train", "val", "test"]
+
+
+class ClassificationData(L.LightningDataModule, ABC):
+    """Images with one label each, in a train, a val and perhaps a test split.
+
+    A batch is a dict: `image` (B, 3, H, W) float32, normalised; `label` (B,) int64; `path` and `placement`, lists; and where the
+    place of the object is known `box` (B, 4), xyxy in pixels of the input, and `mask` (B, H, W) bool.
+
+    The order of training is a function of (seed, epoch), the augmentation of (seed, epoch, index).
+
+    Args:
+        preprocess: to the model's input.
+        batch_size: images a batch and process.
+        num_workers: processes that load images; 0 loads in this one.
+        seed: of order, augmentation and split.
+    """
+
+    class_names: tuple[str, ...]
+
+    def __init__(self, *, preprocess: Preprocess, batch_size: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(f"batch_size must be ≥ 1 and num_workers ≥ 0, got {batch_size} and {num_workers}")
+        self.preprocess = preprocess
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+
+    @abstractmethod
+    def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
+        """The samples of a split, or None where there is no such split; only `train` is augmented."""
+
+    @property
+    def class_counts(self) -> NDArray[np.int64] | None:
+        """Number of training images of each class, where it is known without reading them all."""
+        return None
+
+    def setup(self, stage: str) -> None:
+        wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        self.datasets = {split: self.dataset(split) for split in wanted.get(stage, ("test", "val"))}
+        if stage == "test" and self.datasets["test"] is None:
+            raise DataError(f"{type(self).__name__} has no test split; score the validation images with `visionattn validate`")
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        dataset = self._loaded("train")
+        trainer = self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        order = Order(dataset, seed=self.seed, rank=rank, world_size=world_size)
+        # a last batch of one image would break batch normalisation
+        return self._loader(dataset, sampler=order, drop_last=len(order) > self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self._loaded("val"))
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self._loaded("test"))
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader(self._loaded("test" if self.datasets["test"] is not None else "val"))
+
+    def _loaded(self, split: Split) -> Any:
+        return self.datasets[split]
+
+    def _loader(self, dataset: Any, **options: Any) -> DataLoader[dict[str, Any]]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+            **options,
+        )
+
+
+class ClutteredDigitsData(ClassificationData):
+    """Handwritten digits among clutter (see `ClutteredDigits`); needs no download.
+
+    Args:
+        train_size: number of training images.
+        val_size: number of validation images.
+        test_size: number of test images.
+        canvas: side of the images, pixels.
+        fragments: pieces of other digits in each image.
+        batch_size, num_workers, seed: as `ClassificationData`.
+    """
+
+    class_names = ClutteredDigits.class_names
+
+    def __init__(
+        self,
+        *,
+        train_size: int = 12_000,
+        val_size: int = 1_000,
+        test_size: int = 2_000,
+        canvas: int = 64,
+        fragments: int = 8,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self._sizes = {"train": train_size, "val": val_size, "test": test_size}
+        self._options = {"canvas": canvas, "fragments": fragments, "seed": seed}
+        preprocess = ClutteredDigits("train", size=1, canvas=canvas).preprocess
+        super().__init__(preprocess=preprocess, batch_size=batch_size, num_workers=num_workers, seed=seed)
+
+    def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
+        return ClutteredDigits(split, size=self._sizes[split], preprocess=self.preprocess, **self._options)  # type: ignore[arg-type]
+
+
+class ImageFolderData(ClassificationData):
+    """Images in folders, a sub-folder a class.
+
+    Either `root` holds train/ and val/ (also valid/ or validation/), perhaps test/, with the classes inside each; or it
+    holds the classes themselves, and is split at random, the same share of every class, by `seed`.
+
+    Args:
+        root: the folder.
+        preprocess: to the model's input; 224 × 224 from the middle, with ImageNet's mean and deviation, by default.
+        augment: changes training images at random, e.g. `visionattn.data.transforms.Augmentation`.
+        val_share: where root is one folder: share of each class for validation.
+        test_share: the same for testing; 0 makes no test split.
+        batch_size, num_workers, seed: as `ClassificationData`.
+
+    Raises:
+        DataError: the folder is missing, has no classes, one is empty, or the splits have different classes.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        preprocess: Preprocess | None = None,
+        augment: Transform | None = None,
+        val_share: float = 0.15,
+        test_share: float = 0.0,
+        batch_size: int = 32,
+        num_workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            preprocess=preprocess or Preprocess(), batch_size=batch_size, num_workers=num_workers, seed=seed
+        )
+        if not (0 < val_share and 0 <= test_share and val_share + test_share < 1):
+            raise ValueError(f"val_share and test_share must leave some to train on, got {val_share} and {test_share}")
+        self.root = Path(root)
+        self.augment = augment
+        self.val_share = val_share
+        self.test_share = test_share
+        folders = {split: self._folder(split) for split in ("train", "val", "test")}
+        if folders["train"]:
+            self._files = self._from_folders(folders)
+        else:
+            self._files = self._from_one(find_classes(self.root))
+
+    @property
+    def class_counts(self) -> NDArray[np.int64]:
+        return np.bincount([label for _, label in self._files["train"]], minlength=len(self.class_names))
+
+    def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
+        if split not in self._files:
+            return None
+        augment = self.augment if split == "train" else None
+        return ImageFolder(self._files[split], preprocess=self.preprocess, augment=augment)
+
+    def _folder(self, split: str) -> Path | None:
+        names = ("val", "valid", "validation") if split == "val" else (split,)
+        return next((self.root / name for name in names if (self.root / name).is_dir()), None)
+
+    def _from_folders(self, folders: dict[str, Path | None]) -> dict[str, list[tuple[Path, int]]]:
+        if folders["val"] is None:
+            raise DataError(f"{self.root} has a train folder and no val folder; add {self.root / 'val'} with the same classes")
+        classes = {split: find_classes(folder) for split, folder in folders.items() if folder}
+        self.class_names = tuple(classes["train"])
+        for split, found in classes.items():
+            if odd := sorted(set(found) ^ set(self.class_names)):
+                only = "only in" if odd[0] in found else "missing from"
+                raise DataError(f"the class {odd[0]!r} is {only} {folders[split]}; every split needs the same classes")
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        return {
+            split: [(path, numbers[name]) for name, paths in found.items() for path in paths]
+            for split, found in classes.items()
+        }
+
+    def _from_one(self, classes: dict[str, list[Path]]) -> dict[str, list[tuple[Path, int]]]:
+        self.class_names = tuple(classes)
+        random = np.random.default_rng(self.seed)
+        files: dict[str, list[tuple[Path, int]]] = {"train": [], "val": [], "test": []}
+        for label, (name, paths) in enumerate(classes.items()):
+            counts = [max(1, round(share * len(paths))) if share else 0 for share in (self.val_share, self.test_share)]
+            if sum(counts) >= len(paths):
+                raise DataError(f"the class {name!r} has {len(paths)} images, too few to split; add some or give val_share")
+            order = random.permutation(len(paths))
+            for split, chosen in zip(("val", "test", "train"), np.split(order, np.cumsum(counts)), strict=True):
+                files[split] += [(paths[index], label) for index in sorted(chosen)]
+        return {split: found for split, found in files.items() if found}
+
+
+class TorchvisionData(ClassificationData):
+    """MNIST, FashionMNIST, CIFAR10 or CIFAR100, as torchvision reads them.
+
+    Args:
+        dataset: a class of torchvision.datasets that takes (root, train, download), e.g. `torchvision.datasets.MNIST`.
+        root: where its files lie, or shall lie.
+        download: fetch them where they are missing.
+        preprocess: to the model's input; the images as they are, with values in [−1, 1], by default.
+        augment: changes training images at random.
+        val_size: images of the training split that are kept for validation, the same share of every class.
+        batch_size, num_workers, seed: as `ClassificationData`.
+
+    Raises:
+        DataError: the files are missing.
+    """
+
+    def __init__(
+        self,
+        dataset: Callable[..., VisionDataset],
+        root: str,
+        *,
+        download: bool = False,
+        preprocess: Preprocess | None = None,
+        augment: Transform | None = None,
+        val_size: int = 5_000,
+        batch_size: int = 128,
+        num_workers: int = 2,
+        seed: int = 0,
+    ) -> None:
+        self._make = dataset
+        self.root = root
+        self.download = download
+        self.augment = augment
+        self.val_size = val_size
+        train = self._open(train=True)
+        self.class_names = tuple(str(name) for name in train.classes)
+        height, width = np.asarray(train[0][0]).shape[:2]
+        default = Preprocess((height, width), fit="stretch", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+        super().__init__(
+            preprocess=preprocess or default, batch_size=batch_size, num_workers=num_workers, seed=seed
+        )
+        self._train = train
+        self._labels = np.asarray(train.targets)
+        if not 0 < val_size < len(self._labels):
+            raise UsageError(f"val_size must be between 0 and {len(self._labels)}, the training images, got {val_size}")
+
+    @property
+    def class_counts(self) -> NDArray[np.int64]:
+        return np.bincount(self._labels[self._division()[0]], minlength=len(self.class_names))
+
+    def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
+        if split == "test":
+            test = self._open(train=False)
+            return _Pictures(test, np.arange(len(test)), "test", preprocess=self.preprocess)
+        train, val = self._division()
+        chosen, augment = (train, self.augment) if split == "train" else (val, None)
+        return _Pictures(self._train, chosen, "train", preprocess=self.preprocess, augment=augment)
+
+    def _division(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        from sklearn.model_selection import train_test_split
+
+        everything = np.arange(len(self._labels))
+        train, val = train_test_split(everything, test_size=self.val_size, stratify=self._labels, random_state=self.seed)
+        return np.sort(train), np.sort(val)
+
+    def _open(self, *, train: bool) -> Any:
+        try:
+            return self._make(self.root, train=train, download=self.download)
+        except RuntimeError as error:  # torchvision's "not found" and its failed downloads
+            raise DataError(
+                f"{self.root} does not hold the files of {getattr(self._make, '__name__', self._make)}; "
+                "set download: true, or put them there"
+            ) from error
+
+
+class _Pictures(Dataset[dict[str, Any]]):
+    """Some pictures of a torchvision data set."""
+
+    def __init__(
+        self,
+        source: Any,
+        chosen: Sequence[int] | NDArray[np.int64],
+        name: str,
+        *,
+        preprocess: Preprocess,
+        augment: Transform | None = None,
+    ) -> None:
+        self.source = source
+        self.chosen = chosen
+        self.name = f"{type(source).__name__}/{name}"
+        self.preprocess = preprocess
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, seed = key if isinstance(key, tuple) else (key, key)
+        number = int(self.chosen[index])
+        picture, label = self.source[number]
+        sample = prepare(np.array(picture.convert("RGB")), self.preprocess, self.augment, seed)
+        return {**sample, "label": int(label), "path": f"{self.name}/{number:05d}.png"}
+
+    def read_source(self, path: str) -> NDArray[np.uint8]:
+        """The picture, (H, W, 3) uint8 RGB, of a sample's path."""
+        picture, _ = self.source[int(path.rsplit("/", 1)[-1].removesuffix(".png"))]
+        return np.array(picture.convert("RGB"))

@@ -1,0 +1,139 @@
+"""The one place where image files are read and written."""
+
+import io
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from visionattn.errors import DataError
+
+MAX_PIXELS = 178_000_000
+"""Largest image that is decoded, in pixels; a small file may claim to be far larger than memory."""
+
+_QUALITY = {".jpg": {"quality": 92}, ".jpeg": {"quality": 92}, ".webp": {"quality": 90}, ".png": {"compress_level": 3}}
+
+
+def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Read an image as it is meant to be seen.
+
+    The rotation that the camera noted is applied; 16-bit values are scaled; CMYK and palettes are converted;
+    transparency is laid over white; of an animation the first frame is taken.
+
+    Args:
+        path: any file name, also one that is no text.
+        max_pixels: larger images are refused before they are decoded.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        DataError: there is no such file, it is no image, it is cut short or damaged, or too large; names the file.
+    """
+    name = os.fsdecode(path)
+    if max_pixels > MAX_PIXELS:  # a wish for more goes past Pillow's own limit, which is this one
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+    if os.path.isdir(path):
+        raise DataError(f"{name} is a folder, not an image")
+    try:
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")  # Pillow's own limit and remarks on metadata; ours is below
+            with Image.open(file) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise DataError(
+                        f"{name}: {width:,} × {height:,} pixels; the limit is {max_pixels / 1e6:,.0f} MP (--max-pixels)"
+                    )
+                return _to_rgb(image)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"there is no image {name}") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: more than {max_pixels / 1e6:,.0f} MP, which is the limit (--max-pixels)") from error
+    except UnidentifiedImageError as error:
+        reason = "is empty" if os.path.getsize(path) == 0 else "is no image that can be read"
+        raise DataError(f"{name} {reason}") from error
+    except MemoryError as error:
+        raise DataError(f"{name}: no memory to decode it") from error
+    except Exception as error:  # Pillow raises whatever a damaged file leads it to
+        reason = str(error) or type(error).__name__
+        cut = "truncated" in reason.lower() or "cut" in reason.lower()
+        raise DataError(f"{name}: {'cut short' if cut else 'damaged'} ({reason})") from error
+
+
+def write_image(path: "str | bytes | os.PathLike[str]", image_HWC: NDArray[np.uint8]) -> None:
+    """Write an image so that no half of it ever stands under its name.
+
+    Args:
+        path: .jpg, .png or .webp; the folder must exist.
+        image_HWC: (H, W, 3) uint8 RGB, or (H, W) uint8 or uint16 grey.
+
+    Raises:
+        DataError: the folder is missing, the disk is full, or the suffix is no image's; names the file.
+    """
+    name = os.fsdecode(path)
+    suffix = Path(name).suffix.lower()
+    if suffix not in _QUALITY:
+        raise DataError(f"{name}: an image is written as one of {', '.join(_QUALITY)}")
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:]), **_QUALITY[suffix])
+    write_bytes(path, buffer.getvalue())
+
+
+def write_bytes(path: "str | bytes | os.PathLike[str]", content: bytes) -> None:
+    """Write a file beside its place, then move it there.
+
+    Raises:
+        DataError: it cannot be written; names the file and the reason.
+    """
+    target = os.path.abspath(os.fsdecode(path))
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(target), prefix=".", suffix=".part", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise DataError(f"{os.fsdecode(path)} cannot be written: {error.strerror or error}") from error
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    mode = upright.mode
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        return _from_deep_grey(np.asarray(upright))
+    if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
+        rgba = upright.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
+    return np.array(upright.convert("RGB"))
+
+
+def _from_deep_grey(values_HW: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Scale 16-bit integers, or floats of any range, to 8 bits."""
+    values = values_HW.astype(np.float64)
+    if np.issubdtype(values_HW.dtype, np.integer):
+        top = 65535 if values.max(initial=0) > 255 else 255
+        grey = values * (255 / top)
+    else:
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+        grey = np.nan_to_num((values - low) * (255 / (high - low if high > low else 1)))
+    return np.repeat(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,44 @@
+"""From a picture to a sample, and from samples to a batch."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import default_collate
+
+from visionattn.data.placement import Placement, Preprocess
+
+
+class Transform(ABC):
+    """Changes a picture at random, and says where its pixels went."""
+
+    @abstractmethod
+    def __call__(self, image_HWC: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint8], Placement]:
+        """Change one picture: (H, W, 3) uint8 RGB → the same of any size; equal seeds give equal changes."""
+
+
+def prepare(
+    image_HWC: NDArray[np.uint8], preprocess: Preprocess, augment: Transform | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Make the `image` (3, h, w) and the `placement` of a sample from its picture (H, W, 3), uint8 RGB."""
+    if augment is None:
+        image_CHW, placement = preprocess(image_HWC)
+    else:
+        changed_HWC, moved = augment(image_HWC, seed)
+        image_CHW, placed = preprocess(changed_HWC)
+        placement = placed @ moved
+    return {"image": torch.from_numpy(image_CHW), "placement": placement}
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join samples into a batch: tensors and numbers are stacked, paths and placements become lists."""
+    listed = {"path", "placement"}
+    return {
+        key: [sample[key] for sample in samples]
+        if key in listed
+        else default_collate([sample[key] for sample in samples])
+        for key in samples[0]
+    }

@@ -1,0 +1,220 @@
+"""Where the pixels of a source image lie in the input of a model, and the way back.
+
+Coordinates are continuous: pixel i covers [i, i + 1), (0, 0) is the outer corner of the top-left pixel, x runs right and y down.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Size = tuple[int, int]
+"""(height, width)"""
+
+
+class Placement:
+    """An affine map from the pixels of a source image to those of a model's input.
+
+    Args:
+        matrix: (2, 3): input xy = matrix @ (source x, source y, 1).
+        source_size: (height, width) of the source.
+        input_size: (height, width) of the input.
+    """
+
+    # no dataclass: Lightning refuses frozen ones in a batch, and copies the others field by field
+
+    def __init__(self, matrix: NDArray[np.floating], source_size: Size, input_size: Size) -> None:
+        self.matrix: NDArray[np.float64] = np.asarray(matrix, np.float64)
+        self.source_size = source_size
+        self.input_size = input_size
+
+    def __repr__(self) -> str:
+        return f"Placement({self.matrix.tolist()}, source_size={self.source_size}, input_size={self.input_size})"
+
+    @classmethod
+    def identity(cls, size: Size) -> "Placement":
+        return cls(np.eye(2, 3), size, size)
+
+    @classmethod
+    def scaling(cls, source_size: Size, input_size: Size) -> "Placement":
+        """The whole source, resized to the input."""
+        (source_h, source_w), (input_h, input_w) = source_size, input_size
+        return cls(np.array([[input_w / source_w, 0, 0], [0, input_h / source_h, 0]], float), source_size, input_size)
+
+    def __matmul__(self, inner: "Placement") -> "Placement":
+        """First `inner`, then this one."""
+        return Placement(_square(self.matrix)[:2] @ _square(inner.matrix), inner.source_size, self.input_size)
+
+    def to_input(self, points_N2: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Carry points (x, y) of the source to the input."""
+        return np.asarray(points_N2, float) @ self.matrix[:, :2].T + self.matrix[:, 2]
+
+    def to_source(self, points_N2: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Carry points (x, y) of the input to the source."""
+        inverse = np.linalg.inv(_square(self.matrix))
+        return np.asarray(points_N2, float) @ inverse[:2, :2].T + inverse[:2, 2]
+
+    def boxes_to_input(self, boxes_N4: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Carry boxes (xyxy) of the source to the input: the hull of their corners, cut at the input's edges."""
+        return _clip(_hull(self.to_input(_corners(boxes_N4))), self.input_size)
+
+    def boxes_to_source(self, boxes_N4: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Carry boxes (xyxy) of the input to the source: the hull of their corners, cut at the source's edges."""
+        return _clip(_hull(self.to_source(_corners(boxes_N4))), self.source_size)
+
+    def seen(self) -> NDArray[np.bool_]:
+        """Which pixels (H, W) of the source have their centre inside the input."""
+        (height, width), (input_h, input_w) = self.source_size, self.input_size
+        centres = self.to_input(np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1).reshape(-1, 2))
+        inside = (centres >= 0).all(1) & (centres[:, 0] <= input_w) & (centres[:, 1] <= input_h)
+        return inside.reshape(height, width)
+
+    def carry(self, heatmap_hw: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Carry a heatmap to the pixels of the source.
+
+        Args:
+            heatmap_hw: any resolution; it spans the whole input.
+
+        Returns:
+            (H, W): bilinear between the centres of the heatmap's cells, flat outside the outermost centres, and 0 where
+            the model saw nothing of the source.
+        """
+        heatmap_hw = np.ascontiguousarray(heatmap_hw, np.float32)
+        to_cells = np.diag([heatmap_hw.shape[1] / self.input_size[1], heatmap_hw.shape[0] / self.input_size[0], 1.0])
+        matrix = to_cells @ _square(self.matrix)
+        height, width = self.source_size
+        if matrix[0, 1] == 0 and matrix[1, 0] == 0:  # nothing is turned: exact, as two products with sparse-like weights
+            rows_Hh = _linear_weights(matrix[1, 1] * (np.arange(height) + 0.5) + matrix[1, 2], heatmap_hw.shape[0])
+            columns_Ww = _linear_weights(matrix[0, 0] * (np.arange(width) + 0.5) + matrix[0, 2], heatmap_hw.shape[1])
+            return (rows_Hh @ heatmap_hw) @ columns_Ww.T
+        matrix[:2, 2] += matrix[:2, :2] @ (0.5, 0.5) - 0.5  # OpenCV counts from the centres of pixels
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        carried = cv2.warpAffine(heatmap_hw, matrix[:2], (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+        return np.where(self.seen(), carried, np.float32(0))
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Bring an image to the size and the value range that a model wants.
+
+    Attributes:
+        size: of the model's input, a number of pixels for a square one, or (height, width).
+        fit: `crop` scales the image until it covers the input and takes the middle; `letterbox` scales it until it fits and pads
+            with the mean colour; `stretch` scales each side by its own factor.
+        crop_fraction: with `crop`, the share of the scaled image's shorter side that the input covers, in (0, 1]; timm's `crop_pct`.
+        mean: of red, green and blue in [0, 1], subtracted.
+        std: of red, green and blue, divided by.
+    """
+
+    size: int | Size = 224
+    fit: Literal["crop", "letterbox", "stretch"] = "crop"
+    crop_fraction: float = 1.0
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if min(self.input_size) < 1:
+            raise ValueError(f"size must be at least one pixel, got {self.size}")
+        if self.fit not in ("crop", "letterbox", "stretch"):
+            raise ValueError(f"fit must be crop, letterbox or stretch, got {self.fit!r}")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction}")
+
+    @property
+    def input_size(self) -> Size:
+        """(height, width) of the input."""
+        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
+
+    def __call__(self, image_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Placement]:
+        """Prepare one image.
+
+        Args:
+            image_HWC: uint8 RGB.
+
+        Returns:
+            (3, height, width) float32, normalised, and where the source's pixels went.
+        """
+        source = image_HWC.shape[0], image_HWC.shape[1]
+        scaled = self._scaled_size(source)
+        image = _resize(image_HWC, scaled)
+        top, left = ((have - want) // 2 for have, want in zip(scaled, self.input_size, strict=True))
+        height, width = self.input_size
+        canvas = image[max(0, top) : max(0, top) + height, max(0, left) : max(0, left) + width]
+        normal = cv2.LUT(canvas, self._lookup)
+        if top < 0 or left < 0:  # the padding is the mean colour: 0 once normalised
+            padding = [(-min(0, top), height + min(0, top) - canvas.shape[0]), (-min(0, left), width + min(0, left) - canvas.shape[1])]
+            normal = np.pad(normal, (*padding, (0, 0)))
+        shift = Placement(np.array([[1.0, 0, -left], [0, 1.0, -top]]), scaled, self.input_size)
+        return np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32), shift @ Placement.scaling(source, scaled)
+
+    def denormalise(self, image_CHW: NDArray[np.floating]) -> NDArray[np.uint8]:
+        """Turn a prepared image (3, H, W) back into a picture (H, W, 3), uint8 RGB."""
+        values = np.asarray(image_CHW).transpose(1, 2, 0) * self._std + self._mean
+        return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
+
+    def _scaled_size(self, source: Size) -> Size:
+        ratios = [want / have for want, have in zip(self.input_size, source, strict=True)]
+        if self.fit == "stretch":
+            return self.input_size
+        scale = max(ratios) / self.crop_fraction if self.fit == "crop" else min(ratios)
+        height, width = (max(1, round(have * scale)) for have in source)
+        if self.fit == "crop":  # rounding must not leave a gap
+            return max(height, self.input_size[0]), max(width, self.input_size[1])
+        return min(height, self.input_size[0]), min(width, self.input_size[1])
+
+    @cached_property
+    def _lookup(self) -> NDArray[np.float32]:
+        """(1, 256, 3): the normalised value of every byte in every channel."""
+        values = np.arange(256, dtype=np.float32)[None, :, None] / 255
+        return np.ascontiguousarray((values - self._mean) / self._std)
+
+    @property
+    def _mean(self) -> NDArray[np.float32]:
+        return np.asarray(self.mean, np.float32)
+
+    @property
+    def _std(self) -> NDArray[np.float32]:
+        return np.asarray(self.std, np.float32)
+
+
+def _resize(image_HWC: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+    if size == image_HWC.shape[:2]:
+        return image_HWC
+    shrinks = size[0] < image_HWC.shape[0] or size[1] < image_HWC.shape[1]
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return cv2.resize(image_HWC, (size[1], size[0]), interpolation=interpolation)
+
+
+def _linear_weights(cells: NDArray[np.float64], count: int) -> NDArray[np.float32]:
+    """(n, count) weights of linear interpolation at n places, counted in cells; 0 outside [0, count]."""
+    place = np.clip(cells - 0.5, 0, count - 1)
+    below = np.minimum(place.astype(int), max(0, count - 2))
+    share = place - below
+    weights = np.zeros((len(cells), count), np.float32)
+    row = np.arange(len(cells))
+    weights[row, below] = 1 - share
+    if count > 1:
+        weights[row, below + 1] = share
+    weights[(cells < 0) | (cells > count)] = 0
+    return weights
+
+
+def _square(matrix_23: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.vstack([matrix_23, [0, 0, 1]])
+
+
+def _corners(boxes_N4: NDArray[np.floating]) -> NDArray[np.float64]:
+    boxes_N4 = np.asarray(boxes_N4, float).reshape(-1, 4)
+    return boxes_N4[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]
+
+
+def _hull(corners_N42: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.concatenate([corners_N42.min(1), corners_N42.max(1)], 1)
+
+
+def _clip(boxes_N4: NDArray[np.float64], size: Size) -> NDArray[np.float64]:
+    height, width = size
+    return np.clip(boxes_N4, 0, [width, height, width, height])

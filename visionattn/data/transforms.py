@@ -1,0 +1,116 @@
+"""Augmentation; the one file that imports albumentations."""
+
+import os
+import warnings
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for a newer version of itself
+import albumentations as A  # noqa: E402
+
+from visionattn.data.pipeline import Transform  # noqa: E402
+from visionattn.data.placement import Placement, Size  # noqa: E402
+from visionattn.errors import UsageError  # noqa: E402
+
+
+class Augmentation(Transform):
+    """Albumentations' transforms, one after the other.
+
+    Where the pixels went is measured, not looked up: the source's coordinates pass through the same transforms as the
+    picture, and the affine map is fitted to what comes out. So every affine transform works, whatever it is called.
+
+    In YAML:
+
+        augment:
+          class_path: visionattn.data.transforms.Augmentation
+          init_args:
+            transforms:
+              - {class_path: albumentations.HorizontalFlip, init_args: {p: 0.5}}
+
+    Args:
+        transforms: of pictures (H, W, 3) uint8 RGB. Normalisation and conversion to tensors are not among them: `Preprocess` does
+            the first, the data set the second.
+
+    Raises:
+        UsageError: on the first picture that such a transform bends (ElasticTransform, Perspective, …), since no heatmap
+            could be carried back, or turns into something else than uint8.
+    """
+
+    def __init__(self, transforms: list[A.BasicTransform]) -> None:
+        self.transforms = transforms
+        self._moves = any(_moves(transform) for transform in transforms)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._compose = A.Compose(transforms, mask_interpolation=cv2.INTER_LINEAR)
+
+    def __call__(self, image_HWC: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint8], Placement]:
+        self._compose.set_random_seed(seed % 2**32)
+        source = image_HWC.shape[0], image_HWC.shape[1]
+        if not self._moves:
+            return self._checked(self._compose(image=image_HWC)["image"]), Placement.identity(source)
+        changed = self._compose(image=image_HWC, mask=_coordinates(source))
+        matrix = fit_affine(changed["mask"])
+        if matrix is None:
+            names = ", ".join(type(transform).__name__ for transform in self.transforms if _moves(transform))
+            raise UsageError(
+                f"one of {names} bends the picture, so that no heatmap could be carried back; leave it out of augment"
+            )
+        picture = self._checked(changed["image"])
+        return picture, Placement(matrix, source, (picture.shape[0], picture.shape[1]))
+
+    def _checked(self, picture: NDArray[np.generic]) -> NDArray[np.uint8]:
+        if picture.dtype != np.uint8:
+            raise UsageError(
+                f"the transforms turn pictures into {picture.dtype}; leave normalisation to preprocess: mean and std"
+            )
+        return picture  # type: ignore[return-value]
+
+
+def fit_affine(coordinates_HW2: NDArray[np.float32]) -> NDArray[np.float64] | None:
+    """Find the affine map from source to result in a picture of the source's coordinates.
+
+    Args:
+        coordinates_HW2: at each pixel of the result the (x, y) that came there, plus 1; 0 where it was filled.
+
+    Returns:
+        (2, 3) source xy → result xy, or None where most of the picture does not follow one affine map to a tenth of a pixel.
+    """
+    height, width = coordinates_HW2.shape[:2]
+    rows, columns = np.mgrid[0 : height : max(1, height // 24), 0 : width : max(1, width // 24)]
+    values = coordinates_HW2[rows, columns].reshape(-1, 2).astype(np.float64) - 1
+    places = np.stack([columns + 0.5, rows + 0.5, np.ones(rows.shape)], -1).reshape(-1, 3)
+    filled = (values <= -1).any(1)
+    places_N3, values_N2 = places[~filled], values[~filled]
+    if len(places_N3) < 3:
+        return None
+    # reflected borders and pixels mixed with the fill follow other maps: the one that most pixels follow is looked for,
+    # by trying the maps through some triples of pixels (RANSAC)
+    triples = np.random.default_rng(0).integers(0, len(places_N3), (32, 3))
+    triples = triples[abs(np.linalg.det(places_N3[triples])) > 1]
+    if not len(triples):
+        return None
+    maps = np.linalg.solve(places_N3[triples], values_N2[triples])
+    follow = (abs(places_N3 @ maps - values_N2) < 0.5).all(2)
+    best = follow[follow.sum(1).argmax()]
+    to_source, *_ = np.linalg.lstsq(places_N3[best], values_N2[best], rcond=None)
+    close = (abs(places_N3 @ to_source - values_N2) < 0.1).all(1)
+    if close.mean() < 0.5 or abs(np.linalg.det(to_source[:2])) < 1e-9:
+        return None
+    return np.linalg.inv(np.vstack([to_source.T, [0, 0, 1]]))[:2]
+
+
+def _coordinates(size: Size) -> NDArray[np.float32]:
+    """(H, W, 2): the (x, y) of each pixel's centre, plus 1 so that 0 stands for nothing."""
+    height, width = size
+    field = np.empty((height, width, 2), np.float32)
+    field[..., 0] = np.arange(width, dtype=np.float32) + 1.5
+    field[..., 1] = np.arange(height, dtype=np.float32)[:, None] + 1.5
+    return field
+
+
+def _moves(transform: A.BasicTransform) -> bool:
+    parts: Sequence[A.BasicTransform] = getattr(transform, "transforms", None) or ()
+    return any(_moves(part) for part in parts) if parts else isinstance(transform, A.DualTransform)

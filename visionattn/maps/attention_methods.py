@@ -1,0 +1,169 @@
+"""Heatmaps from attention weights.
+
+Shapes: B batch, W windows, H heads, K keys, h × w grid.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.errors import UsageError
+from visionattn.maps.base import Explanation, Method, Target
+from visionattn.maps.fitting import fitting
+from visionattn.maps.records import Record, capture, place
+from visionattn.maps.keep import Call, ClassRow, Keep, PatchRow
+from visionattn.maps.running import look, run
+from visionattn.maps.sites import Site
+
+
+class RawAttention(Method):
+    """The weights of one layer as they are: what the class token, or a patch, attends to.
+
+    For models with self-attention, or with a class token or learned queries that attend to the grid. Where there is no
+    class token: how much each patch is attended to on average, window by window.
+
+    Args:
+        layer: name of a module that attends, or its place in their order; −1 for the last.
+        head: one head; None to fuse them.
+        fuse: how heads are fused.
+        query: (row, column) of a patch on the grid to ask instead of the class token.
+    """
+
+    name = "raw"
+
+    def __init__(
+        self,
+        layer: int | str = -1,
+        *,
+        head: int | None = None,
+        fuse: Literal["mean", "max", "min"] = "mean",
+        query: tuple[int, int] | None = None,
+    ) -> None:
+        check_fuse(fuse)
+        self.layer, self.head, self.fuse, self.query = layer, head, fuse, query
+
+    def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
+        sites = attending(self.name, model, images_BCHW)
+        keep: Keep = ClassRow() if self.query is None else PatchRow(*self.query)
+        with capture(model, keep, layers=[self.layer]) as records:
+            output = run(model, images_BCHW)
+        (record,) = [r for r in records.attention if r.weights is not None] or [None]
+        if record is None:
+            grid = next((s.queries.grid for s in reversed(sites) if s.queries is not None), None)
+            raise UsageError(f"no patch {self.query} attends in layer {self.layer}; the grid there is {grid}")
+        weights_BWHK = record.weights
+        if self.head is not None:
+            if not 0 <= self.head < record.heads:
+                raise UsageError(
+                    f"{record.name} has no head {self.head}; it has {record.heads}, 0 to {record.heads - 1}"
+                )
+            weights_BWK = weights_BWHK[:, :, self.head]
+        else:
+            weights_BWK = fuse_heads(weights_BWHK, self.fuse, 2)
+        return Explanation(record.keys.to_grid(weights_BWK), output, None, describe(record))
+
+
+class ValueNorm(Method):
+    """Attention times the length of what it fetches: mean_h A_h[class, j] ‖v_hj‖ (after Kobayashi et al. 2020, 2004.10102).
+
+    For models with self-attention through `scaled_dot_product_attention`. Deviation from the paper (eq. 5): the norm is
+    that of the value vectors of each head, before the output projection, and heads are averaged after it.
+
+    Args:
+        layer: name of a module that attends, or its place in their order; −1 for the last.
+    """
+
+    name = "value_norm"
+
+    def __init__(self, layer: int | str = -1) -> None:
+        self.layer = layer
+
+    def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
+        sites = attending(self.name, model, images_BCHW)
+        site = sites[place(self.layer, [s.name for s in sites])]
+        if not site.fused:
+            raise UsageError(
+                f"value_norm needs the values of {site.name}, which attends by a softmax of its own and hides them."
+                f"{fitting(model, images_BCHW)}"
+            )
+        with capture(model, _TimesValueNorm(), layers=[self.layer]) as records:
+            output = run(model, images_BCHW)
+        (record,) = [r for r in records.attention if r.weights is not None]
+        return Explanation(site.keys.to_grid(record.weights.mean(2)), output, None, describe(record))
+
+
+class _TimesValueNorm(ClassRow):
+    def __call__(self, call: Call) -> Tensor:
+        assert call.value is not None
+        return super().__call__(call) * call.value.float().norm(dim=-1)
+
+
+class DinoHeads(Method):
+    """What the last layer's heads look at, as DINO shows it (Caron et al. 2021, 2104.14294, fig. 3 and 4).
+
+    Each head's class row keeps its largest weights up to `mass` of the patches' total, and the heads are averaged. One
+    head alone: `RawAttention(head=i)`. For models with a class token.
+
+    Args:
+        mass: share of each head's weights that is kept, in (0, 1]; 0.6 in the paper.
+        layer: name of a module that attends, or its place in their order; −1 for the last.
+    """
+
+    name = "dino"
+
+    def __init__(self, *, mass: float = 0.6, layer: int | str = -1) -> None:
+        if not 0 < mass <= 1:
+            raise UsageError(f"mass must be in (0, 1], got {mass}")
+        self.mass, self.layer = mass, layer
+
+    def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
+        sites = attending(self.name, model, images_BCHW)
+        site = sites[place(self.layer, [s.name for s in sites])]
+        if site.class_query is None or site.windowed:
+            raise UsageError(
+                f"dino needs a class token that sees the whole grid, and {site.name} has none.{fitting(model, images_BCHW)}"
+            )
+        with capture(model, layers=[self.layer]) as records:
+            output = run(model, images_BCHW)
+        (record,) = [r for r in records.attention if r.weights is not None]
+        placed = site.keys.index_WN[0] >= 0
+        weights_BHK = record.weights[:, 0] * placed.to(record.weights.device)
+        largest_BHK, order = weights_BHK.sort(-1, descending=True)
+        before_BHK = largest_BHK.cumsum(-1) - largest_BHK  # so that the weight that reaches the mass is kept
+        kept_BHK = before_BHK < self.mass * weights_BHK.sum(-1, keepdim=True)
+        shown_BHK = torch.zeros_like(weights_BHK).scatter_(-1, order, largest_BHK * kept_BHK)
+        return Explanation(site.keys.to_grid(shown_BHK.mean(1)[:, None]), output, None, describe(record))
+
+
+def check_fuse(fuse: str) -> None:
+    if fuse not in ("mean", "max", "min"):
+        raise UsageError(f"fuse must be mean, max or min, got {fuse!r}")
+
+
+def fuse_heads(weights: Tensor, fuse: str, axis: int) -> Tensor:
+    """Fuse heads by their mean, max or min."""
+    if fuse == "mean":
+        return weights.mean(axis)
+    return weights.amax(axis) if fuse == "max" else weights.amin(axis)
+
+
+def describe(record: Record | Site) -> str:
+    return f"attention of {record.name}"
+
+
+def attending(method: str, model: nn.Module, images_BCHW: Tensor) -> list[Site]:
+    """Sites of attention over positions.
+
+    Raises:
+        UsageError: there are none; the message names methods that fit.
+    """
+    found = look(model, images_BCHW)
+    if not found.attention:
+        reasons = [f"{name}: {why}" for name, why in (found.unlabelled | found.other).items()][:2]
+        because = f" ({'; '.join(reasons)})" if reasons else ""
+        raise UsageError(
+            f"{method} needs attention over positions; this {type(model).__name__} has none{because}."
+            f"{fitting(model, images_BCHW)}"
+        )
+    return found.attention

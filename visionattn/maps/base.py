@@ -1,0 +1,222 @@
+"""What every method shares: the heatmaps it returns, the class it explains, and the care it takes of the model.
+
+Shapes: B batch, C channels, H rows and W columns of the image, h rows and w columns of the grid, K outputs.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.errors import DataError, UsageError
+
+Target: TypeAlias = "int | Tensor | Callable[[Any], Tensor] | None"
+
+
+class MapWarning(UserWarning):
+    """A heatmap was made, but there is a reason to doubt it."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """Heatmaps of a batch of images, at the resolution of the model's grid.
+
+    Attributes:
+        heatmaps: (B, h, w) float32 in [0, 1], each spanning the whole input of the model; every image's smallest value
+            is 0 and its largest 1, unless the map is constant: then all are 0.
+        raw: (B, h, w) float32, the same before it was brought to [0, 1].
+        output: what the model returned, detached.
+        target: (B,) int64, the output that is explained; None where the method explains no output in particular.
+        source: what is shown, e.g. `"gate of layer4.1"`.
+        method: name of the method.
+    """
+
+    heatmaps: Tensor
+    raw: Tensor
+    output: Any
+    target: Tensor | None
+    source: str
+    method: str
+
+
+class Explanation(NamedTuple):
+    """What a method found: raw (B, h, w), the model's output, the target, and what is shown."""
+
+    raw_Bhw: Tensor
+    output: Any
+    target_B: Tensor | None
+    source: str
+
+
+class Method(ABC):
+    """Turns a model and images into heatmaps.
+
+    Calling a method leaves the model as it was: training flags, `requires_grad`, `.grad`, hooks. The model runs in
+    evaluation mode. It works under `torch.inference_mode` and `torch.no_grad`, and on frozen parameters.
+    """
+
+    name: ClassVar[str]
+    """As the command line spells it."""
+
+    def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Target = None) -> Maps:
+        """Explain what the model sees in each image.
+
+        Args:
+            model: any vision model.
+            images_BCHW: normalised as the model wants it.
+            target: the output to explain: None for the highest, an index, one index an image, or a function that takes
+                the model's output and returns (B,) scores.
+
+        Raises:
+            UsageError: the method does not fit the model, or the target does not fit its output.
+            DataError: the images or the weights hold NaN or infinity, or the batch is empty.
+        """
+        check_images(images_BCHW)
+        with undisturbed(model) as bare:
+            images_BCHW = images_BCHW.clone() if images_BCHW.is_inference() else images_BCHW.detach()
+            raw, output, target_B, source = self.explain(bare, images_BCHW, target)
+            output = detach(output)
+        raw = raw.detach().float()
+        if not raw.isfinite().all():
+            raise DataError(f"the {self.name} heatmap of {source} is not finite; {_culprit(bare)}")
+        return Maps(stretch(raw, self.name, source), raw, output, target_B, source, self.name)
+
+    @abstractmethod
+    def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
+        """Do it; gradients are off, the model is in evaluation mode and its parameters do not require gradients."""
+
+
+def check_images(images_BCHW: Tensor) -> None:
+    """Raise where a batch of images cannot be explained."""
+    if images_BCHW.ndim != 4:
+        raise UsageError(
+            f"images must be (B, C, H, W), got {tuple(images_BCHW.shape)}; for a single image pass image[None]"
+        )
+    if len(images_BCHW) == 0:
+        raise DataError("the batch of images is empty; pass at least one image")
+    if not images_BCHW.is_floating_point():
+        raise UsageError(f"images must be normalised floating point, got {images_BCHW.dtype}")
+    if not images_BCHW.isfinite().all():
+        raise DataError("the images hold NaN or infinity; look at how they were normalised")
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the bare model in evaluation mode, frozen, without gradients or inference mode; then put all back."""
+    bare = unwrap(model)
+    training = [module for module in bare.modules() if module.training]
+    trainable = [parameter for parameter in bare.parameters() if parameter.requires_grad]
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            for module in training:
+                module.training = False
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield bare
+        finally:
+            for module in training:
+                module.training = True
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take off what `torch.compile` and data parallelism put around a model.
+
+    Raises:
+        UsageError: this is no module, or it is scripted or traced, so that nothing inside can be watched.
+    """
+    while True:
+        if isinstance(model, (torch.jit.ScriptModule, torch.jit.TopLevelTracedModule)):
+            raise UsageError("a scripted or traced model cannot be watched; pass the model it was made from")
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def scores_of(output: Any) -> Tensor:
+    """Find the (B, K) scores in what a model returned: a tensor, or the first 2-D one in an object, dict or tuple."""
+    candidates: list[Any] = [output, getattr(output, "logits", None)]
+    if isinstance(output, dict):
+        candidates += [output.get("logits"), output.get("out"), *output.values()]
+    elif isinstance(output, (tuple, list)):
+        candidates += output
+    for candidate in candidates:
+        if isinstance(candidate, Tensor) and candidate.ndim == 2:
+            return candidate
+    shapes = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise UsageError(
+        f"the model's output ({shapes}) has no (B, K) scores to choose a class from; "
+        "pass target=a function from the output to (B,) scores"
+    )
+
+
+def pick(output: Any, target: Target) -> tuple[Tensor, Tensor | None]:
+    """Choose what to explain: (B,) scores, and (B,) indices where the target is an index."""
+    if callable(target):
+        score_B = target(output)
+        if not isinstance(score_B, Tensor) or score_B.ndim != 1:
+            raise UsageError(f"a target function must return (B,) scores, got {getattr(score_B, 'shape', score_B)}")
+        return score_B, None
+    scores_BK = scores_of(output)
+    count = scores_BK.shape[1]
+    if target is None:
+        index_B = scores_BK.detach().argmax(1)
+    elif isinstance(target, Tensor):
+        index_B = target.to(scores_BK.device, torch.long).reshape(-1).expand(len(scores_BK)).clone()
+    else:
+        index_B = torch.full((len(scores_BK),), int(target), device=scores_BK.device)
+    if ((index_B < 0) | (index_B >= count)).any():
+        raise UsageError(f"target {index_B.tolist()} is out of range: the model has {count} outputs, 0 to {count - 1}")
+    return scores_BK.gather(1, index_B[:, None])[:, 0], index_B
+
+
+def stretch(raw_Bhw: Tensor, method: str, source: str) -> Tensor:
+    """Bring each map to [0, 1]; warn of those that are constant."""
+    low = raw_Bhw.amin((1, 2), keepdim=True)
+    span = raw_Bhw.amax((1, 2), keepdim=True) - low
+    scale = raw_Bhw.abs().amax((1, 2), keepdim=True)
+    flat = span <= 1e-6 * scale + torch.finfo(torch.float32).tiny
+    if flat.any():
+        zero = bool((scale[flat] == 0).all())
+        warn(
+            f"{int(flat.sum())} of {len(flat)} {method} heatmaps of {source} are {'zero' if zero else 'constant'} and "
+            "show nothing; try another layer or target"
+        )
+    return torch.where(flat, 0, (raw_Bhw - low) / torch.where(flat, 1, span))
+
+
+def warn(message: str) -> None:
+    import warnings
+
+    warnings.warn(message, MapWarning, stacklevel=4)
+
+
+def detach(output: Any) -> Any:
+    """Detach every tensor in a model's output."""
+    if isinstance(output, Tensor):
+        return output.detach()
+    if isinstance(output, dict):
+        items = {key: detach(value) for key, value in output.items()}
+        return type(output)(**items) if type(output) is not dict else items
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return type(output)(*map(detach, output))
+    if isinstance(output, (tuple, list)):
+        return type(output)(map(detach, output))
+    return output
+
+
+def _culprit(model: nn.Module) -> str:
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            return f"{name} holds NaN or infinity"
+    return "the weights are finite, so an activation overflows: try float32"

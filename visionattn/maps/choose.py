@@ -1,0 +1,56 @@
+"""Which method to take where nobody says."""
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.maps.attention_methods import DinoHeads, RawAttention, ValueNorm
+from visionattn.maps.base import Method, undisturbed
+from visionattn.maps.cam import EigenCAM, GradCAM, GradCAMPlusPlus, LayerCAM, ScoreCAM
+from visionattn.maps.gates import Gate
+from visionattn.maps.relevance import Chefer, GradientAttention, GradientRollout
+from visionattn.maps.rollout import Rollout
+from visionattn.maps.running import look
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        RawAttention,
+        DinoHeads,
+        ValueNorm,
+        Rollout,
+        GradientAttention,
+        GradientRollout,
+        Chefer,
+        Gate,
+        GradCAM,
+        GradCAMPlusPlus,
+        LayerCAM,
+        EigenCAM,
+        ScoreCAM,
+    )
+}
+"""Name on the command line → class."""
+
+
+def default_method(model: nn.Module, images_BCHW: Tensor | None = None) -> Method:
+    """Choose a method: raw attention where class tokens or learned queries read the grid last, else Grad-CAM.
+
+    Args:
+        model: any vision model.
+        images_BCHW: an example of its input; without one, an image of the size the model was configured for.
+    """
+    with undisturbed(model) as bare:
+        sites = look(bare, example(bare) if images_BCHW is None else images_BCHW[:1]).attention
+    if sites and sites[-1].class_query is not None and not sites[-1].context and not sites[-1].windowed:
+        return RawAttention()
+    return GradCAM()
+
+
+def example(model: nn.Module) -> Tensor:
+    """Make a grey image of the size that a model was configured for, 224 × 224 unless it says."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = size if isinstance(size, tuple) else (height, width)
+    like = next(model.parameters(), torch.zeros(()))
+    return torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)

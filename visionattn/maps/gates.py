@@ -1,0 +1,58 @@
+"""Gates as heatmaps.
+
+Shapes: B batch, C channels, h × w the gate's grid.
+"""
+
+from torch import Tensor, nn
+
+from visionattn.errors import UsageError, nearest
+from visionattn.maps.base import Explanation, Method, Target
+from visionattn.maps.fitting import fitting
+from visionattn.maps.records import capture
+from visionattn.maps.keep import Nothing
+from visionattn.maps.running import run
+
+
+class Gate(Method):
+    """The weights of a spatial gate as they are (CBAM: Woo et al. 2018, 1807.06521, fig. 3; BAM, coordinate attention …).
+
+    For networks with gates over positions. A gate with channels, (B, C, h, w), is shown as its mean over them; two gates
+    of one mechanism, along rows and along columns, are multiplied. Channel gates show nothing of where.
+
+    Args:
+        layer: name of the gate, or of a module around it; None for the last spatial gate.
+    """
+
+    name = "gate"
+
+    def __init__(self, layer: str | None = None) -> None:
+        self.layer = layer
+
+    def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
+        watch = capture(model, Nothing())
+        with watch as records:
+            output = run(model, images_BCHW)
+            if not records:
+                raise UsageError(
+                    f"gate needs gates over positions; this {type(model).__name__} has none.{fitting(model, images_BCHW)}"
+                )
+        spatial = [r for r in records.gates if r.kind == "spatial_gate" and r.grid != (1, 1)]
+        if not spatial:
+            has = "gates over channels only" if records.gates else "attention and no gates"
+            raise UsageError(
+                f"gate needs gates over positions; this {type(model).__name__} has {has}.{fitting(model, images_BCHW)}"
+            )
+        name = spatial[-1].name
+        if self.layer is not None:
+            names = [record.name for record in spatial]
+            inside = [n for n in names if n == self.layer or n.startswith(f"{self.layer}.")]
+            if not inside:
+                raise UsageError(f"there is no spatial gate in {self.layer!r}.{nearest(self.layer, names)}")
+            name = inside[-1]
+        weights = [record.weights for record in spatial if record.name == name and record.weights is not None]
+        height, width = (max(w.shape[axis] for w in weights) for axis in (2, 3))
+        if len({w.shape for w in weights}) > 1:  # rows and columns
+            raw = weights[-2] * weights[-1]
+        else:
+            raw = weights[-1].expand(-1, -1, height, width)
+        return Explanation(raw.mean(1), output, None, f"gate of {name.rpartition('.')[0] or name}")

@@ -1,0 +1,202 @@
+"""What is kept of each call of attention, computed from queries and keys beside the fused call.
+
+Shapes: B images, W windows, H heads, Q queries, K keys, D channels of a head.
+"""
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visionattn.maps.sites import Site
+
+_CHUNK = 1 << 19  # weights computed at a time: 2 MB of float32 stay in a core's cache
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of attention in flight.
+
+    Attributes:
+        site: where, and how its tokens lie.
+        query, key, value: (B, W, H, Q, D) and (B, W, H, K, D); None where the model attends eagerly.
+        bias: added to the logits: an additive mask, broadcast to (B, W, H, Q, K), or None.
+        scale: of the logits.
+        weights: (B, W, H, Q, K) as the model computed them; None where the call is fused.
+    """
+
+    site: Site
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    bias: Tensor | None = None
+    scale: float = 1.0
+    weights: Tensor | None = None
+
+    @classmethod
+    def fused(cls, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+        """Read the arguments of `F.scaled_dot_product_attention`."""
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        query, key, value = (given[name].detach() for name in names[:3])
+        groups = query.shape[-3] // key.shape[-3] if given.get("enable_gqa") else 1
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        key, value = (part.expand(*query.shape[:-2], *part.shape[-2:]) for part in (key, value))  # one key for all heads
+        scale = given.get("scale")
+        mask = given.get("attn_mask")
+        if given.get("is_causal"):
+            mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        bias = None
+        if mask is not None:
+            mask = mask.detach()
+            if mask.dtype == torch.bool:
+                mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -math.inf)
+            bias = site.canonical(mask.expand(*query.shape[:-1], key.shape[-2]))
+        return cls(
+            site,
+            query=site.canonical(query),
+            key=site.canonical(key),
+            value=site.canonical(value),
+            bias=bias,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        )
+
+    @classmethod
+    def eager(cls, site: Site, weights: Tensor) -> "Call":
+        """Take the weights that a softmax returned."""
+        weights = weights.movedim(site.axis, -1) if site.axis is not None else weights
+        weights = weights.unsqueeze(-2) if site.context else weights
+        return cls(site, weights=site.canonical(weights))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(B, W, H, Q, K)"""
+        if self.weights is not None:
+            return tuple(self.weights.shape)  # type: ignore[return-value]
+        assert self.query is not None
+        assert self.key is not None
+        return (*self.query.shape[:4], self.key.shape[3])  # type: ignore[return-value]
+
+    def rows(self, queries: slice | Tensor) -> Tensor:
+        """Weights of some queries, (B, W, H, those, K), float32."""
+        if self.weights is not None:
+            return self.weights[:, :, :, queries].detach().float()
+        assert self.query is not None
+        assert self.key is not None
+        logits = self.query[:, :, :, queries].float() @ self.key.float().transpose(-2, -1)
+        logits *= self.scale
+        if self.bias is not None:
+            logits += self.bias[:, :, :, queries]
+        return torch.softmax(logits, -1)
+
+    def pieces(self) -> Iterator[tuple[int, int, slice, Tensor]]:
+        """Go through all weights in pieces that stay in cache: image, window, heads and their weights (n, Q, K).
+
+        The weights' buffer is used again for the next piece.
+        """
+        batch, windows, heads, queries, keys = self.shape
+        step = max(1, min(heads, _CHUNK // (queries * keys)))
+        buffer = None if self.query is None else self.query.new_empty(step, queries, keys, dtype=torch.float32)
+        for b, w in itertools.product(range(batch), range(windows)):
+            for h in range(0, heads, step):
+                some = slice(h, h + step)
+                if self.weights is not None:
+                    yield b, w, some, self.weights[b, w, some].detach().float()
+                    continue
+                assert self.query is not None
+                assert self.key is not None
+                assert buffer is not None
+                query, key = self.query[b, w, some].float(), self.key[b, w, some].float()
+                part = torch.baddbmm(
+                    buffer[: len(query)], query, key.mT, beta=0, alpha=self.scale, out=buffer[: len(query)]
+                )
+                if self.bias is not None:
+                    part += self.bias[b, w, some]
+                yield b, w, some, torch.softmax(part, -1, out=part)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Zeros, float32, on the device of the call."""
+        like = self.weights if self.weights is not None else self.query
+        assert like is not None
+        return torch.zeros(shape, device=like.device)
+
+
+class Keep(ABC):
+    """Says what to keep of a call."""
+
+    @abstractmethod
+    def __call__(self, call: Call) -> Tensor | None:
+        """Compute it; None to keep the fact that there was attention, and no weights."""
+
+
+class Nothing(Keep):
+    """Keep no weights: who attends, and how."""
+
+    def __call__(self, call: Call) -> None:
+        return None
+
+
+class Full(Keep):
+    """Every weight, (B, W, H, Q, K)."""
+
+    def __call__(self, call: Call) -> Tensor:
+        return call.rows(slice(None))
+
+
+class HeadMean(Keep):
+    """The mean over heads, (B, W, Q, K)."""
+
+    def __call__(self, call: Call) -> Tensor:
+        batch, windows, heads, queries, keys = call.shape
+        out = call.empty(batch, windows, queries, keys)
+        for b, w, _, part_HQK in call.pieces():
+            for part_QK in part_HQK:
+                out[b, w].add_(part_QK, alpha=1 / heads)
+        return out
+
+
+class ClassRow(Keep):
+    """What the class token attends to, (B, W, H, K); where there is none, the mean over the patches of each window."""
+
+    def __call__(self, call: Call) -> Tensor:
+        index = call.site.class_query
+        if index is not None:
+            return call.rows(slice(index, index + 1))[:, :, :, 0]
+        batch, windows, heads, _, keys = call.shape
+        first = call.site.queries.num_prefix_tokens if call.site.queries else 0  # registers are no patches
+        if call.weights is not None:
+            return call.weights[:, :, :, first:].detach().float().mean(3)
+        out = call.empty(batch, windows, heads, keys)
+        for b, w, some, part_HQK in call.pieces():
+            out[b, w, some] = part_HQK[:, first:].mean(1)
+        return out
+
+
+class PatchRow(Keep):
+    """What one patch attends to, (B, W, H, K); 0 in the windows where that patch is not.
+
+    Args:
+        row, column: of the patch on the grid of the queries.
+    """
+
+    def __init__(self, row: int, column: int) -> None:
+        self.row, self.column = row, column
+
+    def __call__(self, call: Call) -> Tensor | None:
+        if call.site.queries is None:
+            return None
+        height, width = call.site.queries.grid
+        if not (0 <= self.row < height and 0 <= self.column < width):
+            return None
+        batch, windows, heads, _, keys = call.shape
+        out = call.empty(batch, windows, heads, keys)
+        places = (call.site.queries.index_WN == self.row * width + self.column).nonzero().tolist()
+        for window, query in places:
+            out[:, window] += call.rows(slice(query, query + 1))[:, window, :, 0] / len(places)
+        return out

@@ -1,0 +1,286 @@
+"""Watch a model attend: `with capture(model) as records: model(images)`.
+
+Shapes: B images, W windows, H heads, Q queries, K keys, C channels, h × w grid.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.errors import UsageError, nearest
+from visionattn.maps.base import unwrap, warn
+from visionattn.maps.keep import Call, ClassRow, Keep
+from visionattn.maps.sites import LayoutError, Site, Survey, Tokens, forget, gate_of, survey
+from visionattn.maps.watching import Watcher, unheard
+
+Kind = Literal["self", "cross", "channel_gate", "spatial_gate", "glimpse", "activation"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call of attention.
+
+    Attributes:
+        name: dotted name of the module that attends.
+        kind: what attends to what.
+        grid: (h, w) of the keys, or of the gate.
+        num_prefix_tokens: class and register tokens before the grid.
+        heads: number of heads; 1 for gates.
+        queries, keys: where tokens lie on the grid, window by window; None where they have no place, and for gates.
+        weights: what was kept, float32; None where nothing was. See `keep.py`; gates: (B, C, 1, 1), (B, 1, h, w) or
+            (B, C, h, w).
+        call: how many calls of the model lay before, inside the same capture.
+    """
+
+    name: str
+    kind: Kind
+    grid: tuple[int, int]
+    num_prefix_tokens: int
+    heads: int
+    queries: Tokens | None
+    keys: Tokens | None
+    weights: Tensor | None
+    call: int
+
+    @property
+    def windowed(self) -> bool:
+        return self.keys is not None and self.keys.windowed
+
+
+class Records(Sequence[Record]):
+    """What was seen, in order; also which sites were not understood."""
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+        self.unlabelled: dict[str, str] = {}
+        self.other: dict[str, str] = {}
+        self.missed: list[str] = []
+        self.calls = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, str):
+            found = [record for record in self._records if record.name == index]
+            if not found:
+                names = sorted({record.name for record in self._records})
+                raise UsageError(f"nothing attends in {index!r}.{nearest(index, names)}")
+            return found[-1]
+        return self._records[index]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records)
+
+    @property
+    def attention(self) -> list[Record]:
+        """Records of attention over positions, without gates."""
+        return [record for record in self._records if record.kind in ("self", "cross")]
+
+    @property
+    def gates(self) -> list[Record]:
+        return [record for record in self._records if record.kind in ("channel_gate", "spatial_gate")]
+
+    def report(self) -> str:
+        """Say what was seen, what was not understood, and what looks like attention and was never heard of."""
+        lines = [f"{len(self)} seen in {self.calls} {'call' if self.calls == 1 else 'calls'} of the model"]
+        for record in self._records:
+            shape = "×".join(map(str, record.grid))
+            windows = f", {len(record.keys.index_WN)} windows" if record.keys is not None and record.windowed else ""
+            lines.append(f"  {record.name}: {record.kind}, grid {shape}, {record.heads} heads{windows}")
+        for title, found in (("not understood", self.unlabelled), ("not over positions", self.other)):
+            if found:
+                lines += [f"{len(found)} {title}", *(f"  {name}: {why}" for name, why in found.items())]
+        if self.missed:
+            lines += [
+                f"{len(self.missed)} look like attention and were not seen to attend",
+                *map("  {}".format, self.missed),
+            ]
+        return "\n".join(lines)
+
+    __repr__ = report
+
+
+class Interception(Watcher):
+    """Knows the site of every call of attention as it happens; subclasses say what to do there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.found = Survey()
+        self.unplanned: dict[str, str] = {}
+        self._plan: dict[str, list[Site | None]] = {}
+        self._seen: dict[str, int] = {}
+        self._root: nn.Module = model
+
+    def attended(self, call: Call, out: Tensor) -> Tensor | None:
+        """A call of attention has returned `out`: the fused output, or the weights; a tensor returned replaces it."""
+        return None
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._root, self._seen = module, {}
+        self.found = survey(module, args, kwargs)
+        prefix = self.names[module]
+        self._plan = {}
+        for name, site in self.found.sites:
+            self._plan.setdefault(f"{prefix}.{name}".strip("."), []).append(site)
+
+    def _next(self, fused: bool) -> Site | None:
+        name = self.where
+        turn = self._seen[name] = self._seen.get(name, 0) + 1
+        sites = self._plan.get(name, [])
+        if turn > len(sites) or ((site := sites[turn - 1]) is not None and site.fused != fused):
+            self.unplanned[name] = "it was not seen to attend when the model was surveyed"
+            forget(self._root)
+            return None
+        return site
+
+    def fused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        site = self._next(fused=True)
+        out = func(*args, **kwargs)
+        if site is None:
+            return out
+        try:
+            call = Call.fused(site, args, kwargs)
+        except LayoutError as error:
+            self.unplanned[self.where] = str(error)
+            return out
+        with _plain(out):
+            replaced = self.attended(call, out)
+        return out if replaced is None else replaced
+
+    def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        site = self._next(fused=False)
+        out = func(*args, **kwargs)
+        if site is None:
+            return out
+        try:
+            call = Call.eager(site, out)
+        except LayoutError as error:
+            self.unplanned[self.where] = str(error)
+            return out
+        with _plain(out):
+            replaced = self.attended(call, out)
+        return out if replaced is None else replaced
+
+
+def _plain(like: Tensor) -> torch.autocast:
+    """Autocast off: what is computed beside the model is computed in float32."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+class capture(Interception):  # noqa: N801 - used as `with capture(model) as records`
+    """Record where a model attends, while it runs as it always does.
+
+        with capture(model) as records:
+            model(images)
+
+    The model's outputs are those it gives without: attention stays fused, and what is kept is computed beside it from
+    queries and keys. Several calls of the model add up; `Record.call` tells them apart.
+
+    The first time that a model meets an image size, one image is run beside its positions to find out where each token
+    lies (`sites.py`); that is remembered while the model lives.
+
+    Args:
+        model: any vision model: timm, torchvision, transformers or your own; compiled and DDP ones too.
+        keep: what to keep of each call, `ClassRow()` unless given; see `keep.py`.
+        layers: which calls of attention to keep weights of: names of modules, or places in their order, −1 the last;
+            None for all.
+
+    Raises:
+        UsageError: the model is scripted, or no layer has this name; on leaving, if the model ran and nothing attended.
+    """
+
+    def __init__(
+        self, model: nn.Module, keep: Keep | None = None, *, layers: Sequence[int | str] | None = None
+    ) -> None:
+        super().__init__(unwrap(model))
+        self.keep = keep or ClassRow()
+        self.layers = layers
+        self.records = Records()
+        self._wanted: set[int] | None = None
+        self._turn = 0
+
+    def __enter__(self) -> Records:  # type: ignore[override]
+        super().__enter__()
+        return self.records
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.records.unlabelled |= self.unplanned
+        if error[0] is None and self.records.calls and not self.records:
+            raise UsageError(nothing_attends(self.model, self.records))
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().begin(module, args, kwargs)
+        self._turn = 0
+        names = [site.name for site in self.found.attention]
+        self._wanted = None if self.layers is None else {place(layer, names) for layer in self.layers}
+        self.records.unlabelled |= self.found.unlabelled
+        self.records.other |= self.found.other
+        self.records.missed += [name for name in self.found.missed if name not in self.records.missed]
+
+    def end(self) -> None:
+        self.records.calls += 1
+
+    def attended(self, call: Call, out: Tensor) -> None:
+        wanted = self._wanted is None or self._turn in self._wanted
+        self._turn += 1
+        site = call.site
+        with torch.no_grad():
+            weights = self.keep(call) if wanted else None
+        self.records._records.append(
+            Record(
+                self.where,
+                site.kind,
+                site.grid,
+                site.num_prefix_tokens,
+                site.heads,
+                site.queries,
+                site.keys,
+                weights,
+                self.records.calls,
+            )
+        )
+
+    def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        gate = gate_of(name, module, out)
+        if gate is not None:
+            kind, weights = gate
+            grid = (weights.shape[2], weights.shape[3])
+            kept = weights.detach().float().clone()
+            self.records._records.append(Record(name, kind, grid, 0, 1, None, None, kept, self.records.calls))
+
+
+def nothing_attends(model: nn.Module, records: Records) -> str:
+    """Say that a model never attended, and what was seen instead."""
+    reasons = [f"{name}: {why}" for name, why in (records.unlabelled | records.other).items()]
+    reasons += [
+        f"{name} looks like attention and calls neither scaled_dot_product_attention nor softmax"
+        for name in records.missed
+    ]
+    seen = f" ({'; '.join(reasons[:3])})" if reasons else ""
+    return (
+        f"nothing in this {type(model).__name__} attends{seen}; methods that fit: gradcam, layercam, scorecam, eigencam"
+    )
+
+
+def place(layer: int | str, names: list[str]) -> int:
+    """Find a layer among the names of those that attend: by its place, its name, or that of a module around it.
+
+    Raises:
+        UsageError: there is none; the message lists the nearest.
+    """
+    if isinstance(layer, int):
+        if not -len(names) <= layer < len(names):
+            raise UsageError(f"there is no layer {layer}: the model attends {len(names)} times")
+        return layer % len(names)
+    if layer in names:
+        return names.index(layer)
+    inside = [place for place, name in enumerate(names) if name.startswith(f"{layer}.")]
+    if not inside:
+        known = nearest(layer, names) or f" Layers that attend: {', '.join(names[:3])} …"
+        raise UsageError(f"nothing attends in {layer!r}.{known}")
+    return inside[-1]

@@ -1,0 +1,113 @@
+"""Attention rollout: what reaches the class token through all layers.
+
+Shapes: B images, W windows, H heads, Q queries, K keys.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.errors import UsageError
+from visionattn.maps.attention_methods import attending, check_fuse, fuse_heads
+from visionattn.maps.base import Explanation, Method, Target, warn
+from visionattn.maps.chain import Row
+from visionattn.maps.keep import Call, HeadMean
+from visionattn.maps.records import Interception
+from visionattn.maps.running import run
+from visionattn.maps.sites import Site
+
+
+class Rollout(Method):
+    """Attention rollout (Abnar & Zuidema 2020, 2005.00928, §3): the class token's row of Â_L Â_{L−1} … Â_1.
+
+        Â = (A + I) / 2        A the fusion of the layer's heads
+
+    For transformers whose layers attend to the same tokens throughout (ViT, DeiT, BEiT …). Elsewhere, in windows and
+    where patches are merged, the row is carried across windows and merged patches all the same, with a warning.
+    Deviations from the paper: heads fused by max or min are brought back to rows that sum to one. With a discard ratio,
+    each row's smallest weights are dropped and the row again sums to one; the idea is not in the paper.
+
+    Args:
+        fuse: how heads are fused.
+        discard: fraction of each row, the smallest weights of patches, that is dropped; in [0, 1).
+    """
+
+    name = "rollout"
+
+    def __init__(self, *, fuse: Literal["mean", "max", "min"] = "mean", discard: float = 0.0) -> None:
+        check_fuse(fuse)
+        if not 0 <= discard < 1:
+            raise UsageError(f"discard must be in [0, 1), got {discard}")
+        self.fuse, self.discard = fuse, discard
+
+    def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
+        sites = attending(self.name, model, images_BCHW)
+        check_chain(self.name, sites)
+        with _Fused(model, len(sites), self.fuse, self.discard) as tape:
+            output = run(model, images_BCHW)
+        if not tape.layers:
+            raise UsageError("rollout saw no attention; was the model changed while it ran?")
+        row = Row.start(tape.layers[-1][0], len(images_BCHW), images_BCHW.device)
+        while tape.layers:
+            site, weights_BWQK = tape.layers.pop()
+            row = row.step(site, weights_BWQK, keep=0.5, add=0.5)
+        return Explanation(row.grid_Bhw, output, None, f"all {len(sites)} layers of attention")
+
+
+class _Fused(Interception):
+    """Keeps each layer's fused heads, and of the last layer the class token's row alone."""
+
+    def __init__(self, model: nn.Module, count: int, fuse: str, discard: float) -> None:
+        super().__init__(model)
+        self.count, self.fuse, self.discard = count, fuse, discard
+        self.layers: list[tuple[Site, Tensor]] = []
+
+    def attended(self, call: Call, out: Tensor) -> None:
+        site = call.site
+        if len(self.layers) == self.count - 1 and site.class_query is not None:
+            index = slice(site.class_query, site.class_query + 1)
+            weights = fuse_heads(call.rows(index), self.fuse, 2)
+            site = class_row_only(site)
+        elif self.fuse == "mean":
+            weights = HeadMean()(call)
+        else:
+            weights = _extreme(call, self.fuse)
+        if self.discard:
+            first = 0 if site.windowed else site.num_prefix_tokens
+            drop = int(self.discard * (weights.shape[-1] - first))
+            low = weights[..., first:].topk(drop, -1, largest=False).indices + first
+            weights.scatter_(-1, low, 0)
+        if self.discard or self.fuse != "mean":
+            weights /= weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        self.layers.append((site, weights))
+
+
+def class_row_only(site: Site) -> Site:
+    """The same site with the class token as its only query."""
+    return replace(site, queries=None, class_query=0) if site.class_query == 0 else site
+
+
+def _extreme(call: Call, fuse: str) -> Tensor:
+    batch, windows, _, queries, keys = call.shape
+    out = call.empty(batch, windows, queries, keys)
+    for b, w, some, part_HQK in call.pieces():
+        part_QK = part_HQK.amax(0) if fuse == "max" else part_HQK.amin(0)
+        if some.start == 0:
+            out[b, w] = part_QK
+        else:
+            (torch.maximum if fuse == "max" else torch.minimum)(out[b, w], part_QK, out=out[b, w])
+    return out
+
+
+def check_chain(method: str, sites: list[Site]) -> None:
+    """Warn where layers do not attend to the same tokens throughout."""
+    if any(site.windowed for site in sites):
+        warn(f"{method} assumes that every layer sees all tokens, and some attend inside windows: read it with care")
+    elif len({site.grid for site in sites}) > 1 or any(
+        s.queries is not None and s.queries.grid != s.grid for s in sites
+    ):
+        warn(
+            f"{method} assumes the same tokens in every layer, and here patches are merged or pooled: read it with care"
+        )

@@ -1,0 +1,478 @@
+"""Which calls in a model are attention, and where their queries and keys lie in the image.
+
+A survey runs one image through the model with its positions beside it (`positions.py`) and is remembered for as long as the
+model lives. The surveyed model is in evaluation mode and without gradients; its flags and the random state are put back.
+
+Shapes: B images, W windows, Q queries, K keys, h × w grid.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionattn.maps import positions
+from visionattn.maps.watching import Watcher, unheard
+
+Kind = Literal["self", "cross"]
+_NEAR = 2e-4  # positions are fractions of the image; grids of up to some thousand cells a side are told apart
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where the tokens of each window lie on the grid.
+
+    Attributes:
+        grid: (h, w).
+        index_WN: (W, N) int64, the cell row · w + column of every token; −1 for class and register tokens and padding.
+    """
+
+    grid: tuple[int, int]
+    index_WN: Tensor
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the first that lies on the grid."""
+        placed = (self.index_WN >= 0).any(0)
+        first = int(placed.int().argmax()) if placed.any() else len(placed)
+        return first if placed[first:].all() else 0  # tokens without a place among the others are padding
+
+    @property
+    def windowed(self) -> bool:
+        return len(self.index_WN) > 1
+
+    def to_grid(self, values_BWN: Tensor) -> Tensor:
+        """Put one value a token on the grid, (B, h, w); cells met more than once hold the mean, cells never met 0."""
+        height, width = self.grid
+        index = self.index_WN.to(values_BWN.device).flatten()
+        total = values_BWN.new_zeros(len(values_BWN), height * width + 1)
+        index = torch.where(index < 0, height * width, index)  # tokens without a place go to a cell that is cut off
+        values = values_BWN.expand(-1, len(self.index_WN), -1).reshape(len(values_BWN), -1)
+        total.index_add_(1, index, values)
+        count = torch.bincount(index, minlength=height * width + 1).clamp(min=1)
+        return (total / count)[:, :-1].reshape(-1, height, width)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of attention in the model.
+
+    Attributes:
+        name: dotted name of the module that attends.
+        kind: `"self"` where the queries lie in the image as the keys do; `"cross"` where they are class tokens alone or
+            learned.
+        heads: number of heads.
+        queries: where the queries lie; None where they have no place (class tokens, learned queries).
+        keys: where the keys lie.
+        fused: a call of scaled_dot_product_attention, not of softmax.
+        lead: sizes of the axes before queries and keys, for one image.
+        windows: which of these axes run over windows.
+        axis: the axis of the softmax; None where fused.
+        context: a softmax of one score a position, with no queries.
+        class_query: index of the class token, or of the only query, among the queries; None where there is none.
+    """
+
+    name: str
+    kind: Kind
+    heads: int
+    queries: Tokens | None
+    keys: Tokens
+    fused: bool
+    lead: tuple[int, ...]
+    windows: tuple[int, ...]
+    axis: int | None = None
+    context: bool = False
+    class_query: int | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.keys.grid
+
+    @property
+    def windowed(self) -> bool:
+        return self.keys.windowed
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.keys.num_prefix_tokens
+
+    def canonical(self, values: Tensor) -> Tensor:
+        """Bring (B · lead[0], *lead[1:], Q, K) to (B, W, heads, Q, K)."""
+        if values.ndim != len(self.lead) + 2 or values.shape[1 : len(self.lead)] != self.lead[1:]:
+            raise LayoutError(f"{self.name} now has the shape {tuple(values.shape)}, and had (B · {self.lead}, …)")
+        batch, rest = divmod(values.shape[0], self.lead[0])
+        if rest:
+            raise LayoutError(f"{self.name} now has {values.shape[0]} windows, no multiple of {self.lead[0]}")
+        values = values.unflatten(0, (batch, self.lead[0]))
+        windows = [axis + 1 for axis in self.windows]
+        heads = [axis + 1 for axis in range(len(self.lead)) if axis not in self.windows]
+        if windows + heads != list(range(1, len(self.lead) + 1)):
+            values = values.permute(0, *windows, *heads, values.ndim - 2, values.ndim - 1)
+        shape = values.shape
+        count = 1
+        for axis in self.windows:
+            count *= self.lead[axis]
+        return values.reshape(batch, count, -1, *shape[-2:])
+
+
+class LayoutError(RuntimeError):
+    """A call has another shape than the survey saw."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An output that lies on a grid: a feature map, or tokens.
+
+    Attributes:
+        name: dotted name of the module that returns it.
+        tokens: where each position lies; W is 1 unless the module works inside windows.
+        channel_axis: of the output.
+        time: how many events lay before it.
+    """
+
+    name: str
+    tokens: Tokens
+    channel_axis: int
+    time: int
+
+
+@dataclass
+class Survey:
+    """What was found in a model.
+
+    Attributes:
+        sites: calls of attention, in order; None for softmaxes that are no attention over positions.
+        times: of each site, comparable with those of activations.
+        activations: outputs that lie on a grid, in order.
+        unlabelled: module → why a softmax or a fused call there is not understood.
+        other: module → what else its softmax runs over: channels, branches, classes.
+        missed: modules that look like attention and were not seen to attend.
+        gates: names of the gates, and whether they lie on a grid.
+    """
+
+    sites: list[tuple[str, Site | None]] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
+    activations: list[Activation] = field(default_factory=list)
+    unlabelled: dict[str, str] = field(default_factory=dict)
+    other: dict[str, str] = field(default_factory=dict)
+    missed: list[str] = field(default_factory=list)
+    gates: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def attention(self) -> list[Site]:
+        return [site for _, site in self.sites if site is not None]
+
+
+class Surveyor(Watcher):
+    """Runs beside one image and finds the sites."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.survey = Survey()
+        self.time = 0
+        self.looks: dict[str, bool] = {}
+        self._inside: tuple[Tensor | None, ...] | None = None
+        self._layouts: dict[int, tuple[Tensor, tuple[Tokens, int] | None]] = {}
+        tokens = [part.cls_token for part in model.modules() if hasattr(part, "cls_token")]
+        self.class_token = not tokens or any(token is not None for token in tokens)
+
+    def watched(self, module: nn.Module) -> bool:
+        return not isinstance(module, nn.Softmax)  # the module around it is the one that attends
+
+    def enter(self, name: str, module: nn.Module) -> None:
+        if _looks_like_attention(module):
+            self.looks.setdefault(name, False)
+
+    def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        self.time += 1
+        if (gate := gate_of(name, module, out)) is not None:
+            self.survey.gates[name] = gate[0] == "spatial_gate" and gate[1].shape[2:].numel() > 1
+            for outer in self.stack:
+                self.looks[outer] = True
+        with torch._C.DisableTorchFunction():  # what is computed here is none of the model's
+            positions.follow_module(args, kwargs, out)
+            value = out[0] if isinstance(out, (tuple, list)) and out else out
+            if isinstance(value, Tensor) and (found := positions.shadow(value)) is not None:
+                lie = self._lie(found)
+                if lie is not None:
+                    self.survey.activations.append(Activation(name, *lie, self.time))
+
+    def _lie(self, found: Tensor) -> "tuple[Tokens, int] | None":
+        if id(found) not in self._layouts:  # outputs share their shadow until something moves
+            self._layouts[id(found)] = (found, _layout(found))
+        return self._layouts[id(found)][1]
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is not F.multi_head_attention_forward:
+            out = func(*args, **kwargs)
+            positions.follow(func, args, kwargs, out)
+            return out
+        # what happens inside cannot be followed, so `fused` and `softmax` are told where queries and keys lie
+        self._inside = tuple(positions.per_token(_argument(args, kwargs, i, n)) for i, n in ((0, "query"), (1, "key")))
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self._inside = None
+        if (rows := positions.shadow(_argument(args, kwargs, 0, "query"))) is not None:
+            positions.cast(out[0], rows)
+        return out
+
+    def fused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        out = func(*args, **kwargs)
+        query, key = _argument(args, kwargs, 0, "query"), _argument(args, kwargs, 1, "key")
+        if self._inside is None:
+            rows, keys = positions.attend(query, key, out)
+        else:
+            rows, keys = (_per_head(p, x.shape[:-1]) for p, x in zip(self._inside, (query, key), strict=True))
+        self._found(query.shape[:-2], rows, keys, fused=True)
+        return out
+
+    def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        out = func(*args, **kwargs)
+        if self._inside is not None:
+            shapes = (out.shape[:-1], (*out.shape[:-2], out.shape[-1]))
+            rows, keys = (_per_head(p, shape) for p, shape in zip(self._inside, shapes, strict=True))
+            self._found(out.shape[:-2], rows, keys, fused=False, axis=out.ndim - 1)
+            return out
+        positions.follow(func, args, kwargs, out)
+        axis = _argument(args, kwargs, 1, "dim")
+        axis = (axis if axis is not None else -1) % out.ndim
+        rows, keys = (
+            None if p is None else p.movedim(axis, -1) for p in (positions.shadow(out), positions.columns(out))
+        )
+        if keys is not None and out.ndim >= 2:
+            lead = keys.shape[:-2]
+            self._found(lead, None if rows is None else rows[..., 0], keys[..., 0, :], fused=False, axis=axis)
+        elif rows is not None and rows.shape[-1] > 1 and _varies(rows, -1):
+            self._found(rows.shape[:-1], None, rows, fused=False, axis=axis, context=True)
+        elif rows is not None:
+            self._skip("its softmax runs over channels, branches or classes, not over positions")
+        else:
+            self.survey.sites.append((self.where, None))
+            self.survey.times.append(self.time)
+            self.survey.other.setdefault(self.where, "the scores of its softmax have no place in the image")
+        return out
+
+    def _found(
+        self,
+        lead: torch.Size,
+        rows: Tensor | None,
+        keys: Tensor | None,
+        *,
+        fused: bool,
+        axis: int | None = None,
+        context: bool = False,
+    ) -> None:
+        if keys is None:
+            self._skip("the positions of its keys are not known", known=False)
+            return
+        if keys.isnan().all() or not _varies(keys, -1):
+            self._skip("it attends over channels or learned tokens, not over positions")
+            return
+        windows = tuple(i for i in range(len(lead)) if lead[i] > 1 and (_varies(keys, i) or _varies(rows, i)))
+        heads = 1
+        for i in range(len(lead)):
+            heads *= 1 if i in windows else lead[i]
+        key_tokens = _tokens(_per_window(keys, windows, len(lead)))
+        query_tokens = None
+        if rows is not None and not rows.isnan().all():
+            query_tokens = _tokens(_per_window(rows, windows, len(lead)))
+        if key_tokens is None:
+            self._skip("the positions of its keys make no grid", known=False)
+            return
+        kind: Kind = "cross" if query_tokens is None else "self"
+        site = Site(
+            self.where,
+            kind,
+            heads,
+            query_tokens,
+            key_tokens,
+            fused,
+            tuple(lead),
+            windows,
+            axis,
+            context,
+            0 if query_tokens is None or (self.class_token and query_tokens.num_prefix_tokens > 0) else None,
+        )
+        self.survey.sites.append((self.where, site))
+        self.survey.times.append(self.time)
+        for name in self.stack:
+            if name in self.looks:
+                self.looks[name] = True
+
+    def _skip(self, reason: str, *, known: bool = True) -> None:
+        self.survey.sites.append((self.where, None))
+        self.survey.times.append(self.time)
+        (self.survey.other if known else self.survey.unlabelled).setdefault(self.where, reason)
+        for name in self.stack:
+            if name in self.looks:
+                self.looks[name] = True
+
+
+_surveys: "WeakKeyDictionary[nn.Module, dict[Any, Survey]]" = WeakKeyDictionary()
+
+
+def survey(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Survey:
+    """Find the sites of a module that is called with these arguments; remembered."""
+    key = _key(module, args, kwargs)
+    known = _surveys.setdefault(module, {})
+    if key not in known:
+        known[key] = _run_survey(module, args, kwargs)
+    return known[key]
+
+
+def forget(module: nn.Module) -> None:
+    """Survey a module anew when it is next called."""
+    _surveys.pop(module, None)
+
+
+def _key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    shapes = tuple((tuple(value.shape[1:]), value.device) for value in positions._tensors((args, kwargs)))
+    structure = hash(tuple(map(id, module.modules())))
+    return shapes, structure
+
+
+def _run_survey(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Survey:
+    images = next((v for v in positions._tensors((args, kwargs)) if v.ndim == 4 and v.is_floating_point()), None)
+    if images is None:
+        return Survey()
+    batch = len(images)
+
+    def first(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if value.ndim == 0 or len(value) != batch:
+                return value
+            one = value[:1].clone()
+            if value is images:
+                positions.cast(one, positions.image_positions(one))
+            return one
+        if isinstance(value, dict):
+            return {key: first(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(first, value))
+        return value
+
+    with _quiet(module, images.device):
+        inputs, named = first(args), first(kwargs)
+        with Surveyor(module) as surveyor:
+            module(*inputs, **named)
+    found = surveyor.survey
+    seen = surveyor.looks
+    found.missed = [
+        name
+        for name, attended in seen.items()
+        if not attended and not any(other.startswith(f"{name}.") for other in seen if other != name)
+    ]
+    return found
+
+
+@contextlib.contextmanager
+def _quiet(module: nn.Module, device: torch.device) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
+    devices = [device] if device.type == "cuda" else []
+    try:
+        for part in training:
+            part.training = False
+        with unheard(), torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _per_head(positions_BN: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Give every head the positions of its tokens: (B, heads, N), or (B · heads, N)."""
+    if positions_BN is None or positions_BN.shape[1] != shape[-1] or shape[0] % len(positions_BN):
+        return None
+    if len(shape) == 3:
+        return positions_BN[:, None].expand(*shape)
+    return positions_BN.repeat_interleave(shape[0] // len(positions_BN), 0)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return ("attention" in name or "attn" in name or name.endswith("mla")) and not isinstance(module, (nn.Sequential, nn.ModuleList))
+
+
+def _varies(positions_: Tensor | None, axis: int) -> bool:
+    if positions_ is None or positions_.stride(axis) == 0 or positions_.shape[axis] == 1:
+        return False
+    for other in range(positions_.ndim):  # expanded axes hold nothing new
+        if positions_.stride(other) == 0:
+            positions_ = positions_.narrow(other, 0, 1)
+    parts = torch.view_as_real(positions_)
+    low, high = (parts.nan_to_num(bad).aminmax(dim=axis % positions_.ndim) for bad in (9.0, -9.0))
+    return bool((high.max - low.min > _NEAR).any())
+
+
+def _per_window(positions_: Tensor, windows: tuple[int, ...], lead: int) -> Tensor:
+    for axis in reversed(range(lead)):
+        if axis not in windows:
+            positions_ = positions_.select(axis, 0)
+    return positions_.reshape(-1, positions_.shape[-1])
+
+
+def _tokens(positions_WN: Tensor) -> Tokens | None:
+    """Infer the grid from the positions that occur."""
+    known = ~positions_WN.isnan()
+    if not known.any():
+        return None
+    index = torch.zeros(positions_WN.shape, dtype=torch.long, device=positions_WN.device)
+    sizes = []
+    for part in (positions_WN.real, positions_WN.imag):
+        values = part[known].sort().values
+        starts = torch.cat([values[:1], values[1:][values.diff() > _NEAR]])
+        sizes.append(len(starts))
+        place = torch.searchsorted(starts, part.nan_to_num(0).contiguous() + _NEAR / 2).clamp(min=1) - 1
+        index = index * len(starts) + place
+    if sizes[0] * sizes[1] > 2 * int(known.sum()) + 2:
+        return None
+    index = torch.where(known, index, -1)
+    return Tokens((sizes[0], sizes[1]), index.cpu())
+
+
+def _layout(positions_: Tensor) -> tuple[Tokens, int] | None:
+    """Read a (1, C, h, w) or (1, h, w, C) map, or (1, N, C) tokens: where they lie, and which axis is C."""
+    if positions_.ndim not in (3, 4) or len(positions_) != 1:
+        return None
+    for axis in (1, positions_.ndim - 1):
+        if _varies(positions_, axis):
+            continue
+        cells = positions_.select(axis, 0).reshape(1, -1)
+        if not _varies(cells, -1):
+            return None
+        tokens = _tokens(cells)
+        return None if tokens is None else (tokens, axis)
+    return None
+
+
+def gate_of(name: str, module: nn.Module, out: Any) -> tuple[Literal["channel_gate", "spatial_gate"], Tensor] | None:
+    """Tell whether a module's output is a gate, and of what kind.
+
+    A gate is what a module called `gate` (timm and ours) or `scale_activation` (torchvision) returns, or a sigmoid over
+    a whole channel or a whole position.
+    """
+    leaf = name.rpartition(".")[2]
+    named = leaf in ("gate", "scale_activation")
+    if not (named or "sigmoid" in type(module).__name__.lower()) or not isinstance(out, Tensor):
+        return None
+    if out.ndim == 3 and out.shape[1] == 1 and named:  # ECA gates (B, 1, C)
+        out = out.transpose(1, 2)[..., None]
+    if out.ndim != 4:
+        return None
+    if out.shape[1:3] == (1, 1) and out.shape[3] > 1:  # channels last
+        out = out.permute(0, 3, 1, 2)
+    if out.shape[2:] == (1, 1):
+        return "channel_gate", out
+    if named or out.shape[1] == 1:
+        return "spatial_gate", out
+    return None

@@ -1,0 +1,101 @@
+"""Any timm model by its name, with weights from the hub or from a file."""
+
+import os
+from typing import Any
+
+import timm
+import timm.models
+from torch import Tensor, nn
+
+from visionattn.data import Preprocess
+from visionattn.errors import DataError, UsageError, nearest
+
+
+def create_backbone(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    pretrained: bool = False,
+    weights: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Create a timm model.
+
+    Args:
+        name: as timm spells it, e.g. `resnet50` or `vit_small_patch16_224.augreg_in1k`.
+        num_classes: outputs of the head; None keeps the head of the weights. Another number than theirs makes a new head.
+        pretrained: load the weights that timm names for this model from the hub.
+        weights: load these weights instead: a state dict as .safetensors or .pth; nothing in it is executed.
+        options: further arguments of the timm model, e.g. `img_size`, `drop_path_rate`.
+
+    Raises:
+        UsageError: timm has no such model, or the model takes no such option.
+        DataError: the weights cannot be had, or do not fit the model.
+    """
+    known = timm.list_models(exclude_filters="test_*") + timm.list_models("test_*")
+    if name.split(".")[0] not in known:
+        raise UsageError(f"timm has no model {name!r}.{nearest(name, known)}")
+    if weights is None and not pretrained:
+        return _create(name, num_classes=num_classes, **options)
+    if weights is None:
+        try:
+            return _create(name, pretrained=True, num_classes=num_classes, **options)
+        except UsageError:
+            raise
+        except Exception as error:  # every hub client fails in its own way
+            raise DataError(
+                f"the weights of {name!r} could not be had from the hub ({_first_line(error)}); "
+                "give a local file instead: weights: FILE, a state dict as .safetensors or .pth"
+            ) from error
+
+    state = _read_state(weights)
+    rows = _head_rows(name, state)
+    overlay = {"state_dict": state, **({"num_classes": rows} if rows else {})}
+    try:
+        model = _create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=rows, **options)
+    except (RuntimeError, KeyError) as error:
+        raise DataError(f"the weights in {os.fspath(weights)} are not those of a {name}: {_first_line(error)}") from error
+    if num_classes is not None and num_classes != rows:
+        model.reset_classifier(num_classes)
+    return model
+
+
+def preprocess_of(model: nn.Module) -> Preprocess:
+    """Tell how a timm model wants its images: size, crop, mean and standard deviation, from its own configuration."""
+    config = timm.data.resolve_model_data_config(model)
+    return Preprocess(
+        size=config["input_size"][1:],
+        fit="crop",
+        crop_fraction=config["crop_pct"],
+        mean=config["mean"],
+        std=config["std"],
+    )
+
+
+def _create(name: str, **options: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **{key: value for key, value in options.items() if value is not None})
+    except TypeError as error:
+        raise UsageError(f"{name} takes other options: {_first_line(error)}") from error
+
+
+def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    if not os.path.isfile(path):
+        raise DataError(f"there is no weights file {os.fspath(path)}")
+    try:
+        return timm.models.load_state_dict(os.fspath(path), use_ema=False)
+    except Exception as error:  # truncated, not a checkpoint, or a pickle that would run code
+        raise DataError(f"{os.fspath(path)} holds no weights that can be read safely: {_first_line(error)}") from error
+
+
+def _head_rows(name: str, state: dict[str, Tensor]) -> int | None:
+    config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    classifier = getattr(config, "classifier", None)
+    classifier = classifier[0] if isinstance(classifier, (tuple, list)) else classifier
+    weight = state.get(f"{classifier}.weight")
+    return None if weight is None else weight.shape[0]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -1,0 +1,90 @@
+"""A small residual network to learn with: it trains in a minute on a CPU.
+
+Shapes: B batch, C channels, H rows, W columns, K classes.
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    """Stages of residual blocks, each block attending at the end of its residual branch.
+
+        block:  x + attention(BN(conv(relu(BN(conv(x))))))        (He et al. 2016, 1512.03385; Woo et al. 2018, fig. 3)
+
+    Two convolutions of stride 2 come first, and the first block of every stage but the first halves the resolution
+    again: two stages end at an eighth of the image's size.
+
+    Args:
+        num_classes: K.
+        widths: channels of each stage.
+        depth: blocks a stage.
+        attention: makes a mechanism from a number of channels; None for a plain network.
+        in_chans: C of the images.
+
+    Shape: (B, in_chans, H, W) → logits (B, K).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        widths: Sequence[int] = (32, 64),
+        depth: int = 1,
+        attention: Callable[[int], nn.Module] | None = None,
+        in_chans: int = 3,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or depth < 1 or not widths:
+            raise ValueError(
+                f"a ConvNet needs at least one class, block and stage, got {num_classes=}, {depth=}, {widths=}"
+            )
+        self.num_classes = num_classes
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, widths[0] // 2, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0] // 2),
+            nn.ReLU(),
+            nn.Conv2d(widths[0] // 2, widths[0], 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+        )
+        blocks: list[nn.Module] = []
+        for stage, width in enumerate(widths):
+            for block in range(depth):
+                before = widths[max(0, stage - 1)] if block == 0 else width
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(ResidualBlock(before, width, stride=stride, attention=attention))
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        # mean rather than adaptive pooling: it exports to ONNX for any size
+        return self.head(self.blocks(self.stem(x_BCHW)).mean((2, 3)))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 × 3 convolutions beside a shortcut, with a mechanism at the end of the branch; see `ConvNet`."""
+
+    def __init__(
+        self, in_chans: int, out_chans: int, *, stride: int = 1, attention: Callable[[int], nn.Module] | None = None
+    ) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(in_chans, out_chans, 3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(out_chans),
+            nn.ReLU(),
+            nn.Conv2d(out_chans, out_chans, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_chans),
+        )
+        self.attention = attention(out_chans) if attention else nn.Identity()
+        same = in_chans == out_chans and stride == 1
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(in_chans, out_chans, 1, stride=stride, bias=False), nn.BatchNorm2d(out_chans))
+        )
+        self.act = nn.ReLU()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.act(self.shortcut(x_BCHW) + self.attention(self.branch(x_BCHW)))

@@ -1,0 +1,10 @@
+"""Training objectives, each a LightningModule."""
+
+from typing import TYPE_CHECKING
+
+from visionattn._lazy import lazy
+
+if TYPE_CHECKING:
+    from visionattn.tasks.classification import Classification as Classification
+
+__getattr__, __dir__ = lazy(__name__, {"classification": ("Classification",)})

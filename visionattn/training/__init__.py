@@ -1,0 +1,16 @@
+"""Running trainings: the command line's Lightning verbs, checkpoints, and the callbacks that Lightning lacks."""
+
+from typing import TYPE_CHECKING
+
+from visionattn._lazy import lazy
+
+if TYPE_CHECKING:
+    from visionattn.training.callbacks import OverlaySamples as OverlaySamples
+    from visionattn.training.callbacks import TestReport as TestReport
+    from visionattn.training.callbacks import WritePredictions as WritePredictions
+    from visionattn.training.checkpoints import load as load
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {"callbacks": ("OverlaySamples", "TestReport", "WritePredictions"), "checkpoints": ("load",)},
+)

@@ -1,0 +1,210 @@
+"""What Lightning lacks: pictures of where the model looks while it trains, and a report when it is tested."""
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+
+from visionattn.data import write_image
+from visionattn.maps import Maps, Method, default_method
+from visionattn.maps.pointing import pointing
+from visionattn.overlay.draw import Tile, blend, sheet
+
+
+class OverlaySamples(Callback):
+    """Write overlays of the same validation images every few epochs, into the run's overlays/ and TensorBoard.
+
+    Args:
+        every_n_epochs: 0 writes none.
+        num_images: how many; the first of the validation split.
+        method: how attention becomes a heatmap; what fits the model by default.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, num_images: int = 8, method: Method | None = None) -> None:
+        if every_n_epochs < 0 or num_images < 1:
+            raise ValueError(f"every_n_epochs must be ≥ 0 and num_images ≥ 1, got {every_n_epochs} and {num_images}")
+        self.every_n_epochs = every_n_epochs
+        self.num_images = num_images
+        self.method = method
+        self._batch: dict[str, Any] | None = None
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and self._wanted(trainer):
+            self._batch = _first(batch, self.num_images)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = _folder(trainer)
+        if self._batch is None or not self._wanted(trainer) or folder is None:
+            return
+        maps = _explain(self.method, pl_module, self._batch)
+        picture = _sheet(self._batch, maps, pl_module, _dataset(trainer.val_dataloaders), f"epoch {trainer.current_epoch}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_image(folder / f"epoch_{trainer.current_epoch:03d}.jpg", picture)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("overlays", picture, trainer.global_step, dataformats="HWC")
+
+    def _wanted(self, trainer: L.Trainer) -> bool:
+        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return bool(due) and not trainer.sanity_checking and trainer.is_global_zero and trainer.state.fn == "fit"
+
+
+class TestReport(Callback):
+    """At the end of a test, print and write what it found.
+
+    Into the run: `overlays/test.png`, a sheet of images with their heatmaps; `test.csv`, the figures; `confusion.csv`. Where the data knows the
+    objects' boxes, the pointing game is played on every image, and its score printed beside those of guesses.
+
+    Args:
+        num_images: images on the sheet, the first of the test split.
+        method: how attention becomes a heatmap; what fits the model by default.
+    """
+
+    __test__ = False  # a callback, whatever pytest makes of its name
+
+    def __init__(self, num_images: int = 12, method: Method | None = None) -> None:
+        if num_images < 1:
+            raise ValueError(f"num_images must be ≥ 1, got {num_images}")
+        self.num_images = num_images
+        self.method = method
+        self._batch: dict[str, Any] | None = None
+        self._maps: Maps | None = None
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if "box" in batch:
+            maps = _explain(self.method, pl_module, batch)
+            hits = pointing(maps.heatmaps, batch["box"], batch["image"].shape[-2:])
+            figures = {"pointing": "pointing", "centre": "pointing_centre_guess", "chance": "pointing_chance"}
+            for name, logged in figures.items():
+                pl_module.log(
+                    f"test/{logged}", hits[name].mean(), batch_size=len(batch["box"]), on_epoch=True, sync_dist=True
+                )
+        if batch_idx == 0 and trainer.is_global_zero:
+            self._batch = _first(batch, self.num_images)
+            self._maps = _explain(self.method, pl_module, self._batch)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        figures = {
+            name.removeprefix("test/"): float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("test/")
+        }
+        Console().print(_table(figures))
+        folder = _folder(trainer)
+        if folder is None or self._batch is None or self._maps is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        title = f"{self._maps.method}: {self._maps.source}"
+        picture = _sheet(self._batch, self._maps, pl_module, _dataset(trainer.test_dataloaders), title)
+        write_image(folder / "test.png", picture)
+        run = folder.parent
+        _write_csv(run / "test.csv", [["figure", "value"], *([name, value] for name, value in figures.items())])
+        confusion = getattr(pl_module, "confusion", None)
+        if confusion is not None:
+            names = getattr(pl_module, "class_names", ()) or range(len(confusion))
+            rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
+            _write_csv(run / "confusion.csv", [["truth \\ prediction", *names], *rows])
+        Console(soft_wrap=True).print(f"overlays: {folder / 'test.png'}\nfigures:  {run / 'test.csv'}", highlight=False)
+
+
+class WritePredictions(BasePredictionWriter):
+    """Write the most probable class of every image into the run's predictions.csv."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        folder = _folder(trainer)
+        if folder is None:
+            return
+        suffix = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
+        names = getattr(trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
+        probabilities, classes = prediction["probability"].float().cpu().max(-1)
+        path = folder.parent / f"predictions{suffix}.csv"
+        fresh = not path.exists()
+        with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file)
+            if fresh:
+                writer.writerow(["path", "class", "probability"])
+            for source, index, probability in zip(prediction["path"], classes.tolist(), probabilities.tolist(), strict=True):
+                writer.writerow([source, names[index] if names else index, f"{probability:.6f}"])
+
+
+def _folder(trainer: L.Trainer) -> Path | None:
+    """Where a run keeps its overlays; None for runs that leave nothing behind."""
+    if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
+        return None
+    return Path(trainer.log_dir) / "overlays"
+
+
+def _dataset(loaders: Any) -> Any:
+    loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    return loader.dataset
+
+
+def _first(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    return {key: value[:count] for key, value in batch.items()}
+
+
+def _explain(method: Method | None, pl_module: Any, batch: dict[str, Any]) -> Maps:
+    images = batch["image"].float()
+    return (method or default_method(pl_module.network, images))(pl_module.network, images)
+
+
+def _sheet(batch: dict[str, Any], maps: Maps, pl_module: Any, dataset: Any, title: str) -> Any:
+    names = getattr(pl_module, "class_names", ()) or [str(index) for index in range(maps.output.shape[-1])]
+    probabilities, answers = maps.output.float().softmax(-1).cpu().max(-1)
+    tiles = []
+    for index, heatmap_hw in enumerate(maps.heatmaps.float().cpu().numpy()):
+        placement = batch["placement"][index]
+        picture = dataset.read_source(batch["path"][index])
+        box = None
+        if "box" in batch:
+            box = placement.boxes_to_source(batch["box"][index].cpu().numpy())[0].tolist()
+        truth, answer = int(batch["label"][index]), int(answers[index])
+        caption = [f"{names[answer]} {probabilities[index]:.2f}", f"is {names[truth]}"]
+        overlay = blend(picture, placement.carry(heatmap_hw), seen_HW=placement.seen())
+        tile = Tile(picture, caption, answer == truth, box)
+        tiles += [tile, dataclasses.replace(tile, picture=overlay, caption=[])]
+    return sheet(tiles, title=title, columns=6 if len(tiles) > 4 else len(tiles))
+
+
+def _table(figures: dict[str, float]) -> Table:
+    table = Table("test", "")
+    table.columns[1].justify = "right"
+    for name in sorted(figures, key=lambda name: (name.startswith("pointing"), name)):
+        table.add_row(name.replace("_", " "), f"{figures[name]:.4f}")
+    return table
+
+
+def _write_csv(path: Path, rows: list[list[Any]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)

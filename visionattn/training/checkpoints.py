@@ -1,0 +1,181 @@
+"""Checkpoints that say what they are, and that are read without running anything they name.
+
+A checkpoint of ours is Lightning's, with one more entry: `visionattn`, plain data that says how to build the task, how images
+are prepared, and what the classes are called. Whoever sends you one may have written anything there, so only classes of
+the packages in `TRUSTED` are built from it.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from visionattn.data import Preprocess
+from visionattn.errors import DataError, UsageError
+
+TRUSTED = ("visionattn", "torch", "torchvision", "timm")
+"""Packages whose modules, optimizers and schedulers may be built because a checkpoint names them."""
+
+_ENTRY = "visionattn"
+_BUILT_FROM_CHECKPOINTS = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+
+
+class Describe(Callback):
+    """Write into every checkpoint what it takes to use it later.
+
+    Args:
+        model: the `model` section of the configuration: `class_path` and `init_args`, plain data.
+    """
+
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self.model = model
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        preprocess = getattr(data, "preprocess", None)
+        checkpoint[_ENTRY] = {
+            "model": self.model,
+            "class_names": list(getattr(pl_module, "class_names", ())),
+            "preprocess": dataclasses.asdict(preprocess) if preprocess else None,
+        }
+
+
+def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.LightningModule:
+    """Build the task of a checkpoint with its weights, for use: in evaluation mode, on the CPU.
+
+    The task carries `class_names` and `preprocess`, the `Preprocess` that its images need.
+
+    Args:
+        path: a .ckpt that `visionattn fit` wrote.
+        trust: packages of yours whose classes the checkpoint may name, beside `TRUSTED`.
+
+    Raises:
+        DataError: the file is missing, cut short, would run code, names a class outside the trusted packages, or was not
+            written by visionattn.
+    """
+    content = read(path)
+    entry = content[_ENTRY]
+    model = entry["model"]
+    args = {**model.get("init_args", {}), "optimizer": None, "lr_scheduler": None}
+    task = _build({**model, "init_args": args}, path, (*TRUSTED, *trust))
+    if not isinstance(task, L.LightningModule):
+        raise DataError(f"{os.fspath(path)} describes a {type(task).__name__}, which is no task")
+    try:
+        task.load_state_dict(content["state_dict"], strict=True)
+    except RuntimeError as error:
+        raise DataError(f"the weights in {os.fspath(path)} do not fit the model it describes: {error}") from error
+    task.class_names = tuple(entry["class_names"])
+    task.preprocess = Preprocess(**entry["preprocess"]) if entry["preprocess"] else None  # type: ignore[assignment]
+    return task.eval()
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of ours: tensors and plain data, nothing that runs.
+
+    Raises:
+        DataError: as `load`.
+    """
+    name = os.fspath(path)
+    if not os.path.isfile(path):
+        raise DataError(f"there is no checkpoint {name}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle that names code, a truncated archive, or another kind of file
+        reason = "it would run code" if "weights_only" in str(error).lower() else "it is cut short or another kind of file"
+        raise DataError(f"{name} cannot be read as a checkpoint: {reason}") from error
+    if not isinstance(content, dict) or "state_dict" not in content or not isinstance(content.get(_ENTRY), dict):
+        raise DataError(f"{name} was not written by visionattn; to use plain weights give them as network weights instead")
+    return content
+
+
+def check_against(path: str | os.PathLike[str], model: Mapping[str, Any]) -> None:
+    """Hold the model that a run asks for against the one that a checkpoint holds.
+
+    Lightning would let one of the two win in silence: the checkpoint its hyper-parameters, the optimizer its learning rate.
+
+    Raises:
+        UsageError: they differ; every difference is named.
+        DataError: as `read`.
+    """
+    content = read(path)
+    if content.get("hyper_parameters"):
+        raise DataError(f"{os.fspath(path)} holds hyper-parameters that would replace yours; visionattn writes none")
+    saved = content[_ENTRY]["model"]
+    if saved.get("class_path") != model.get("class_path"):
+        raise DataError(
+            f"{os.fspath(path)} is a checkpoint of {saved.get('class_path')}, and the config asks for {model.get('class_path')}"
+        )
+    ours, theirs = dict(_leaves(model)), dict(_leaves(saved))
+    differences = [
+        f"{key} is {_show(ours.get(key))} here and {_show(theirs.get(key))} in it"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+    if differences:
+        raise UsageError(
+            f"the model differs from the checkpoint {os.fspath(path)}: {'; '.join(differences)}; "
+            "use the config.yaml beside the checkpoint, or start a new run without --ckpt_path"
+        )
+
+
+def _leaves(tree: Any, prefix: str = "model") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{key}")
+    else:
+        yield prefix, list(tree) if isinstance(tree, (list, tuple)) else tree
+
+
+def _show(value: Any) -> str:
+    return "not set" if value is None else repr(value)
+
+
+def _build(value: Any, path: str | os.PathLike[str], trusted: tuple[str, ...], *, factory: bool = False) -> Any:
+    """Build what a `class_path` with `init_args` describes; other values stay as they are, strings above all."""
+    if isinstance(value, (list, tuple)):
+        return [_build(item, path, trusted) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if "class_path" not in value:
+        return {key: _build(item, path, trusted) for key, item in value.items()}
+    cls = _trusted_class(str(value["class_path"]), path, trusted)
+    parameters = inspect.signature(cls).parameters
+    init_args = {**value.get("init_args", {}), **value.get("dict_kwargs", {})}
+    for fetched in {"pretrained", "weights"} & init_args.keys() & parameters.keys():
+        init_args[fetched] = parameters[fetched].default  # the checkpoint's own weights come instead
+    arguments = {
+        key: _build(item, path, trusted, factory=key in parameters and "Callable" in str(parameters[key].annotation))
+        for key, item in init_args.items()
+    }
+    try:
+        return partial(cls, **arguments) if factory else cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{os.fspath(path)} describes a {cls.__name__} that cannot be built: {error}") from error
+
+
+def _trusted_class(class_path: str, path: str | os.PathLike[str], trusted: tuple[str, ...]) -> type:
+    refusal = DataError(
+        f"{os.fspath(path)} names {class_path}, which is not a module of {', '.join(trusted)}; "
+        f"if the class is yours, load the checkpoint with trust=[{class_path.split('.')[0]!r}]"
+    )
+    module, _, name = class_path.rpartition(".")
+    if module.split(".")[0] not in trusted:
+        raise refusal
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"{os.fspath(path)} names {class_path}, which does not exist here") from error
+    # a trusted module may hold names of others (`visionattn.x.os`): the class itself must be at home in a trusted package
+    if not (inspect.isclass(found) and issubclass(found, _BUILT_FROM_CHECKPOINTS)):
+        raise refusal
+    if found.__module__.split(".")[0] not in trusted:
+        raise refusal
+    return found

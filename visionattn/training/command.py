@@ -1,0 +1,230 @@
+"""The verbs fit, validate, test and predict: Lightning's own command line, with runs in their place and its traps closed."""
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from visionattn.errors import UsageError, nearest
+from visionattn.training.callbacks import OverlaySamples, TestReport, WritePredictions
+from visionattn.training.checkpoints import Describe, check_against
+
+RUNS = Path("runs")
+UNTRAINED = "untrained"
+_RUN = "VISIONATTN_RUN"  # tells the processes that a DDP run starts which folder is theirs
+
+
+def run(verb: str, arguments: Sequence[str]) -> None:
+    """Run one of Lightning's verbs.
+
+    Raises:
+        UsageError: the configuration or a flag is wrong.
+        DataError: a file, folder or checkpoint cannot be used.
+    """
+    _quieten()
+    try:
+        Command(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            trainer_defaults={"enable_model_summary": False},
+            save_config_callback=_SaveConfig,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, "prog": "visionattn"},
+            args=[verb, *find_configs(arguments)],
+        )
+    except ArgumentError as error:
+        raise UsageError(_plain(error, arguments)) from error
+
+
+def find_configs(arguments: Sequence[str]) -> list[str]:
+    """Take `configs/…` from the package where the current folder has no such file, so that an installed package runs them."""
+    found = []
+    expects_file = False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if expects_file:
+            found.append(_shipped(argument))
+        elif equals and flag in ("--config", "-c"):
+            found.append(f"{flag}={_shipped(value)}")
+        else:
+            found.append(argument)
+        expects_file = argument in ("--config", "-c")
+    return found
+
+
+def _shipped(path: str) -> str:
+    if os.path.exists(path) or not path.startswith("configs/"):
+        return path
+    package = Path(__file__).parents[1]
+    for home in (package, package.parent):  # installed from a wheel; installed in place
+        if (home / path).is_file():
+            return str(home / path)
+    names = [f"configs/{file.relative_to(home / 'configs')}" for home in (package, package.parent) for file in (home / "configs").rglob("*.yaml")]
+    raise UsageError(f"there is no config {path}.{nearest(path, names)}")
+
+
+class Command(LightningCLI):
+    """LightningCLI whose runs live under runs/<name>/<version>/ and whose checkpoints never overrule the command line."""
+
+    run_folder: Path | None = None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str | None, default=None, help="Folder of the run under runs/; the config's name by default.")
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=False, help="After fit, test the best checkpoint and write its report."
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "best",
+                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.add_lightning_class_args(OverlaySamples, "overlays")
+        parser.add_lightning_class_args(TestReport, "report")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        verb = self.config.subcommand
+        options = self.config[verb]
+        options.name = options.name or _name_of(options.get("config"))
+        self._check_checkpoint(verb, options)
+
+    def _check_checkpoint(self, verb: str, options: Namespace) -> None:
+        path = options.ckpt_path
+        if verb == "fit" and path is None:
+            return
+        if path is None:
+            raise UsageError(
+                f"{verb} needs trained weights: --ckpt_path FILE, or --ckpt_path {UNTRAINED} to run with the weights as they are built"
+            )
+        if path == UNTRAINED:
+            options.ckpt_path = None
+            return
+        if "://" in str(path):
+            raise UsageError(f"--ckpt_path takes a file on this machine, not an address: download {path} first")
+        if path in ("last", "best", "hpc", "registry"):
+            raise UsageError(f"--ckpt_path {path} does not say of which run: give the file, runs/<name>/<version>/{path}.ckpt")
+        options.weights_only = True
+        check_against(path, self._plain_config(options)["model"])
+
+    def _plain_config(self, options: Namespace) -> dict[str, Any]:
+        parser = self._parser(self.config.subcommand)
+        return yaml.safe_load(parser.dump(options, skip_none=False, format="yaml", skip_validation=True))
+
+    def before_instantiate_classes(self) -> None:
+        options = self.config[self.config.subcommand]
+        if options.trainer.fast_dev_run:  # a rehearsal leaves nothing behind
+            self._rehearsal = tempfile.TemporaryDirectory()
+            folder = self._rehearsal.name
+        else:
+            self.run_folder = _new_run(options.name)
+            folder = str(self.run_folder)
+        options.trainer.default_root_dir = options.trainer.default_root_dir or folder
+        options.checkpoint.dirpath = options.checkpoint.dirpath or folder
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            if isinstance(error, UsageError) or type(error).__module__.startswith("visionattn"):
+                raise
+            raise UsageError(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        options = self.config[self.config.subcommand]
+        if self.run_folder and options.trainer.logger in (None, True):
+            place = {"name": options.name, "version": self.run_folder.name}
+            kwargs["logger"] = [CSVLogger(RUNS, **place), TensorBoardLogger(RUNS, **place)]
+        extra: list[Callback] = [Describe(self._plain_config(options)["model"]), RichProgressBar()]
+        if self.config.subcommand == "predict":
+            extra.append(WritePredictions())
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
+        self.save_config_kwargs = {"folder": self.run_folder}
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        if self._get(self.config, "test_after_fit"):
+            best = None if self.trainer.fast_dev_run else "best"
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        self._say_where()
+
+    def after_test(self) -> None:
+        self._say_where()
+
+    def after_validate(self) -> None:
+        self._say_where()
+
+    def after_predict(self) -> None:
+        self._say_where()
+
+    @rank_zero_only
+    def _say_where(self) -> None:
+        if self.run_folder:
+            print(f"run: {self.run_folder}/")
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Write the resolved config into the run's folder, whichever loggers there are."""
+
+    def __init__(self, parser: Any, config: Any, *, folder: Path | None) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.folder = folder
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.folder:
+            self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True)
+
+
+def _name_of(configs: Sequence[Any] | None) -> str:
+    return Path(str(configs[-1])).stem if configs else "unnamed"
+
+
+def _new_run(name: str) -> Path:
+    """Make runs/<name>/<the next number>; the other processes of the same run use the same."""
+    if _RUN in os.environ:
+        return Path(os.environ[_RUN])
+    home = RUNS / name
+    home.mkdir(parents=True, exist_ok=True)
+    versions = [int(entry.name) for entry in home.iterdir() if entry.name.isdigit()]
+    version = max(versions, default=-1) + 1
+    while True:
+        try:
+            (home / str(version)).mkdir()
+            break
+        except FileExistsError:  # another run took the number meanwhile
+            version += 1
+    os.environ[_RUN] = str(home / str(version))
+    return home / str(version)
+
+
+def _plain(error: ArgumentError, arguments: Sequence[str]) -> str:
+    """One sentence of what jsonargparse says, with the nearest right name for a key it does not know."""
+    return str(error)
+
+
+def _quieten() -> None:
+    """Keep what a user cannot act on off the screen."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for library in ("lightning", "torch", "torchmetrics", "timm", "albumentations", "jsonargparse"):
+        warnings.filterwarnings("ignore", module=library)
