@@ -1,33 +1,226 @@
 """The command line as a user meets it."""
 
+import csv
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchvision
 import yaml
+from PIL import Image
 
+from tests.conftest import CONFIGS, SMALL
 from visionattn.cli import main
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+QUICKSTART = str(CONFIGS / "quickstart.yaml")
 
 
 def run_python(code, folder):
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+def fails(arguments, code, *parts, capsys):
+    """Run the command line; it must end with this code, and one sentence that holds all parts."""
+    assert main(arguments) == code
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    for part in parts:
+        assert part in message
+    return message
 
 
 def test_help_is_quick_and_imports_no_torch(tmp_path):
-    code = "import sys; from visionattn.cli import main; main(['--help']); print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = "import sys; from visionattn.cli import main; main(['--help']); print({'torch', 'numpy'} & set(sys.modules))"
     started = time.perf_counter()
     result = run_python(code, tmp_path)
     assert time.perf_counter() - started < 1
-    assert result.stdout.splitlines()[-1] == "False False"
+    assert result.stdout.splitlines()[-1] == "set()"
     for verb in ("fit", "validate", "test", "predict", "overlay"):
         assert f"  {verb} " in result.stdout
 
 
 def test_importing_the_package_imports_nothing_heavy(tmp_path):
-    result = run_python("import sys, visionattn; print({'torch', 'numpy', 'cv2', 'lightning'} & set(sys.modules))", tmp_path)
-    assert result.stdout.strip() == "set()"
+    heavy = "{'torch', 'numpy', 'cv2', 'lightning', 'timm', 'albumentations'}"
+    result = run_python(f"import sys, visionattn, visionattn.data; print({heavy} & set(sys.modules))", tmp_path)
+    assert result.stdout.strip() == "set()", result.stderr
+
+
+@pytest.mark.parametrize("verb", ["fit", "overlay"])
+def test_every_verb_has_its_help(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+def test_quickstart_leaves_everything_in_its_run(quick_run):
+    names = {path.relative_to(quick_run).as_posix() for path in quick_run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "test.csv", "confusion.csv"} <= names
+    assert {"overlays/test.png", "overlays/epoch_000.jpg"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [path.name for path in quick_run.parents[2].iterdir()] == ["runs"]  # nothing in the current folder
+    with open(quick_run / "test.csv") as file:
+        figures = {name: float(value) for name, value in list(csv.reader(file))[1:]}
+    assert {"accuracy", "top5", "f1", "calibration_error", "loss"} <= figures.keys()
+    assert {"pointing", "pointing_centre_guess", "pointing_chance"} <= figures.keys()
+    with open(quick_run / "confusion.csv") as file:
+        rows = list(csv.reader(file))[1:]
+    assert sum(int(count) for row in rows for count in row[1:]) == 64
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_runs(config, photo_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"]
+    if "root: images" in config.read_text():
+        flags += [f"--data.root={photo_folder}", "--data.num_workers=0", "--data.batch_size=4"]
+    if "pretrained: true" in config.read_text():
+        flags += ["--model.network.pretrained=false"]
+    if "torchvision.datasets.MNIST" in config.read_text():
+        monkeypatch.setattr(torchvision.datasets, "MNIST", FakeMNIST)
+        flags += ["--data.num_workers=0"]
+    assert main(["fit", "--config", str(config), *flags]) == 0
+    assert not list(tmp_path.iterdir())  # a rehearsal leaves nothing behind
+
+
+class FakeMNIST(torchvision.datasets.VisionDataset):
+    """Noise in the form of MNIST, which cannot be downloaded in a test."""
+
+    classes = [str(number) for number in range(10)]  # noqa: RUF012
+
+    def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+        self.data = np.random.default_rng(0).integers(0, 256, (6000, 28, 28), dtype=np.uint8)
+        self.targets = torch.arange(6000) % 10
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return Image.fromarray(self.data[index]), int(self.targets[index])
+
+
+def test_print_config_and_several_configs(tmp_path, capsys):
+    extra = tmp_path / "extra.yaml"
+    extra.write_text("trainer: {max_epochs: 3}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", QUICKSTART, "--config", str(extra), "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["trainer"]["max_epochs"] == 3
+    assert config["data"]["class_path"] == "visionattn.data.ClutteredDigitsData"
+
+
+def test_a_config_is_found_from_anywhere(tmp_path, monkeypatch):
+    from visionattn.training.command import find_configs
+
+    monkeypatch.chdir(tmp_path)
+    (found,) = find_configs(["--config=configs/quickstart.yaml"])
+    assert Path(found.removeprefix("--config=")).read_text() == Path(QUICKSTART).read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--trainer.max_epoks=3"], ["trainer.max_epoks", "trainer.max_epochs"]),
+        (["--model.network.widhts=[3]"], ["ConvNet has no option 'widhts'", "Nearest: widths"]),
+        (["--model.optimizer.lrr=3"], ["AdamW has no option 'lrr'", "Nearest: lr"]),
+        (["--model.network=visionattn.models.ConvNat"], ["ConvNat", "Nearest: ConvNet"]),
+        (["--data.batch_size=many"], ["data.batch_size must be int, got many"]),
+        (["--trainer.max_epochs=three"], ["trainer.max_epochs must be int, got three"]),
+        (["--data.batch_size=0"], ["batch_size must be ≥ 1"]),
+        (["--model.network.attention.kernel_size=4", "--trainer.fast_dev_run=true"], ["kernel_size must be odd"]),
+    ],
+)
+def test_typos_are_named(flags, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fails(["fit", "--config", QUICKSTART, *flags], 2, *parts, capsys=capsys)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_typos_in_a_file_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "typo.yaml"
+    config.write_text(Path(QUICKSTART).read_text().replace("num_classes", "num_classe"))
+    fails(["fit", "--config", str(config)], 2, "no option 'num_classe'", "Nearest: num_classes", capsys=capsys)
+    config.write_text("trainer: {max_epochs: 1\n")
+    fails(["fit", "--config", str(config)], 2, "Problems parsing config", capsys=capsys)
+    fails(["fit", "--config", "nothing.yaml"], 2, "there is no config", "nothing.yaml", capsys=capsys)
+    fails(["fit", "--config", "configs/quikstart.yaml"], 2, "Nearest: configs/quickstart.yaml", capsys=capsys)
+    fails(["fti"], 2, "no verb 'fti'", "Nearest: fit", capsys=capsys)
+
+
+def test_classes_that_differ_from_the_data_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model.network.num_classes=7", "--trainer.fast_dev_run=true"]
+    fails(["fit", "--config", QUICKSTART, *flags], 1, "num_classes 7", "10 classes", "num_classes: 10", capsys=capsys)
+
+
+def test_data_that_cannot_be_used_is_named(photo_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["fit", "--config", str(CONFIGS / "folder.yaml"), "--trainer.fast_dev_run=true", "--data.num_workers=0"]
+    fails([*command, "--data.root=nothing"], 1, "there is no folder nothing", capsys=capsys)
+    (tmp_path / "images" / "empty").mkdir(parents=True)
+    fails([*command, "--data.root=images"], 1, "the class 'empty' is empty", capsys=capsys)
+    for number in range(4):
+        folder = tmp_path / "images" / f"c{number}"
+        folder.mkdir()
+        for index in range(3):
+            (folder / f"{index}.jpg").write_bytes(b"no image")
+    for index in range(3):
+        (tmp_path / "images" / "empty" / f"{index}.jpg").write_bytes(b"no image")
+    fails([*command, "--data.root=images"], 1, ".jpg is no image that can be read", capsys=capsys)
+
+
+def test_weights_are_asked_for_before_scoring(quick_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for verb in ("test", "validate", "predict"):
+        fails([verb, "--config", QUICKSTART], 2, "needs trained weights", "--ckpt_path untrained", capsys=capsys)
+    assert main(["validate", "--config", QUICKSTART, "--ckpt_path=untrained", *SMALL]) == 0
+
+
+def test_a_checkpoint_is_tested_and_predicts(quick_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = str(quick_run / "config.yaml")
+    assert main(["test", "--config", config, f"--ckpt_path={quick_run / 'best.ckpt'}"]) == 0
+    again = tmp_path / "runs" / "quickstart" / "0" / "test.csv"
+    assert again.read_text() == (quick_run / "test.csv").read_text()
+    import os
+
+    os.environ.pop("VISIONATTN_RUN")
+    assert main(["predict", "--config", config, f"--ckpt_path={quick_run / 'best.ckpt'}"]) == 0
+    with open(tmp_path / "runs" / "quickstart" / "1" / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [f"digits/test/{index:06d}.png" for index in range(64)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--model.optimizer.lr=0.5", "model.init_args.optimizer.init_args.lr is 0.5 here and 0.01 in it"),
+        (
+            "--model.network.attention=visionattn.attention.ECA",
+            "visionattn.attention.ECA' here and 'visionattn.attention.CBAM",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_a_flag_that_contradicts_the_checkpoint_is_refused_by_name(
+    verb, flag, part, quick_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    before = (quick_run / "best.ckpt").read_bytes()
+    checkpoint = f"--ckpt_path={quick_run / 'best.ckpt'}"
+    fails([verb, "--config", str(quick_run / "config.yaml"), checkpoint, flag], 2, part, capsys=capsys)
+    assert (quick_run / "best.ckpt").read_bytes() == before
+
+
+def test_choosing_an_optimizer_leaves_no_argument_of_another_behind(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", QUICKSTART, "--model.optimizer=torch.optim.SGD", "--print_config"])
+    optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]
+    assert optimizer["init_args"]["weight_decay"] in (0, 0.05)  # SGD's own, or what the config itself says
+    assert "betas" not in optimizer["init_args"]

@@ -3,9 +3,19 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from visionattn.errors import DataError, UsageError, nearest
 
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from torch import nn
+
+    from visionattn.data import Preprocess
+    from visionattn.maps import Method
+
+_RANDOM = "random"  # in place of a weights file
 _LIGHTNING_VERBS = {
     "fit": "train from a YAML config",
     "validate": "score a checkpoint on the validation images",
@@ -42,7 +52,9 @@ def _run(arguments: list[str]) -> int:
         print(f"visionattn {version('visionattn')}")
         return 0
     if arguments[0] not in verbs:
-        raise UsageError(f"visionattn has no verb {arguments[0]!r}.{nearest(arguments[0], verbs)} See visionattn --help.")
+        raise UsageError(
+            f"visionattn has no verb {arguments[0]!r}.{nearest(arguments[0], verbs)} See visionattn --help."
+        )
     return verbs[arguments[0]](arguments)
 
 
@@ -76,7 +88,7 @@ def _lightning(arguments: list[str]) -> int:
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ours: one sentence, the nearest right name."""
 
-    def error(self, message: str) -> "NoReturn":  # type: ignore[name-defined]  # noqa: F821
+    def error(self, message: str) -> "NoReturn":
         if message.startswith("unrecognized arguments: "):
             flag = message.removeprefix("unrecognized arguments: ").split()[0]
             message = f"{self.prog} has no option {flag}.{nearest(flag, self._option_string_actions)}"
@@ -85,19 +97,80 @@ class _Parser(argparse.ArgumentParser):
 
 def _overlay(arguments: list[str]) -> int:
     parser = _Parser(prog="visionattn overlay", description="Write overlays of where a model looked in images.")
-    parser.add_argument("--images", nargs="+", required=True, metavar="FILE_OR_FOLDER", help="images, or folders of them")
+    parser.add_argument(
+        "--images", nargs="+", required=True, metavar="FILE_OR_FOLDER", help="images, or folders of them"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the overlays and the manifest")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote")
     source.add_argument("--model", metavar="TIMM_NAME", help="a timm model")
-    parser.add_argument("--weights", metavar="FILE", help="weights for --model; without it, those of the hub; 'none' for random ones")
-    parser.add_argument("--method", metavar="NAME", help="how attention becomes a heatmap; what fits the model by default")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N")
-    parser.add_argument("--max-pixels", type=int, default=None, metavar="N", help="refuse larger images")
+    parser.add_argument(
+        "--weights", metavar="FILE", help=f"weights for --model; those of the hub by default; {_RANDOM!r} for none"
+    )
+    parser.add_argument("--method", metavar="NAME", help="how attention becomes a heatmap; by default what fits")
+    parser.add_argument("--layer", metavar="NAME", help="where in the model to look; the last place that fits")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at once; %(default)s")
+    parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
     options = parser.parse_args(arguments[1:])
     if options.weights and not options.model:
         raise UsageError("--weights goes with --model; a checkpoint brings its own")
-    return 0
+
+    from visionattn.data.decode import MAX_PIXELS
+    from visionattn.overlay.export import export
+
+    model, preprocess, class_names = _load(options)
+    summary = export(
+        options.images,
+        options.out,
+        model=model,
+        preprocess=preprocess,
+        method=_method(options.method, options.layer, model),
+        batch_size=options.batch_size,
+        class_names=class_names,
+        model_name=options.model or options.ckpt,
+        max_pixels=options.max_pixels or MAX_PIXELS,
+    )
+    return summary.exit_code
+
+
+def _load(options: argparse.Namespace) -> "tuple[nn.Module, Preprocess, Sequence[str]]":
+    """The network that the options name, what its images need, and the names of its outputs."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.ckpt:
+        from visionattn.training.checkpoints import load
+
+        task: Any = load(options.ckpt)
+        if task.preprocess is None:
+            raise DataError(f"{options.ckpt} does not say how its images are prepared")
+        return task.network.to(device), task.preprocess, task.class_names
+    from visionattn.models.backbone import class_names_of, create_backbone, preprocess_of
+
+    random = options.weights == _RANDOM
+    model = create_backbone(
+        options.model, pretrained=not options.weights, weights=None if random else options.weights
+    ).eval()
+    return model.to(device), preprocess_of(model), () if random else class_names_of(model)
+
+
+def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method":
+    """The method of a name; layers are names of modules, or their place in the order."""
+    import inspect
+
+    from visionattn.maps.choose import METHODS, default_method
+
+    if name is not None and name not in METHODS:
+        raise UsageError(f"there is no method {name!r}.{nearest(name, METHODS)} All: {', '.join(METHODS)}.")
+    if name is None and layer is None:
+        return default_method(model)
+    kind = METHODS[name] if name else type(default_method(model))
+    if layer is None:
+        return kind()
+    if "layer" not in inspect.signature(kind).parameters:
+        raise UsageError(f"{kind.name} combines all layers and takes no --layer")
+    place: Any = int(layer) if layer.lstrip("-").isdecimal() else layer
+    return kind(layer=place)  # type: ignore[call-arg]
 
 
 _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {

@@ -33,7 +33,10 @@ def test_se_is_its_equation():
     out = torch.empty_like(x)
     for b in range(2):
         z = [x[b, c].sum() / 15 for c in range(6)]
-        hidden = [max(0.0, float(sum(w["fc1.weight"][h, c, 0, 0] * z[c] for c in range(6)) + w["fc1.bias"][h])) for h in range(2)]
+        hidden = [
+            max(0.0, float(sum(w["fc1.weight"][h, c, 0, 0] * z[c] for c in range(6)) + w["fc1.bias"][h]))
+            for h in range(2)
+        ]
         for c in range(6):
             logit = float(sum(w["fc2.weight"][c, h, 0, 0] * hidden[h] for h in range(2)) + w["fc2.bias"][c])
             out[b, c] = x[b, c] * sigmoid(logit)

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/maps.py [--json FILE] [--models small base] [--rounds N] [--rows NAME ...]
 
-Ratios are medians of CPU time over rounds in which the plain forward and every row take turns, so that a busy machine slows
-all alike. Memory is the peak above the loaded model, each in a process of its own. Goals are those of the project.
+Ratios are medians of CPU time over rounds in which the plain forward and every row take turns, so that a busy machine
+slows all alike. Memory is the peak above the loaded model, each in a process of its own. Goals are those of the
+project.
 """
 
 import argparse
@@ -123,7 +124,9 @@ def main():
 
     for size in options.models:
         column = list(MODELS).index(size)
-        for name, value in ratios(size, options.rows, options.rounds if size == "small" else max(3, options.rounds // 2)).items():
+        for name, value in ratios(
+            size, options.rows, options.rounds if size == "small" else max(3, options.rounds // 2)
+        ).items():
             report(f"{name}_{size}", value, GOALS[name][column])
         if options.no_memory:
             continue

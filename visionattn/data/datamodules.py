@@ -25,8 +25,8 @@ Split = Literal["train", "val", "test"]
 class ClassificationData(L.LightningDataModule, ABC):
     """Images with one label each, in a train, a val and perhaps a test split.
 
-    A batch is a dict: `image` (B, 3, H, W) float32, normalised; `label` (B,) int64; `path` and `placement`, lists; and where the
-    place of the object is known `box` (B, 4), xyxy in pixels of the input, and `mask` (B, H, W) bool.
+    A batch is a dict: `image` (B, 3, H, W) float32, normalised; `label` (B,) int64; `path` and `placement`, lists; and
+    where the place of the object is known `box` (B, 4), xyxy in pixels of the input, and `mask` (B, H, W) bool.
 
     The order of training is a function of (seed, epoch), the augmentation of (seed, epoch, index).
 
@@ -61,7 +61,9 @@ class ClassificationData(L.LightningDataModule, ABC):
         wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         self.datasets = {split: self.dataset(split) for split in wanted.get(stage, ("test", "val"))}
         if stage == "test" and self.datasets["test"] is None:
-            raise DataError(f"{type(self).__name__} has no test split; score the validation images with `visionattn validate`")
+            raise DataError(
+                f"{type(self).__name__} has no test split; score the validation images with `visionattn validate`"
+            )
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         dataset = self._loaded("train")
@@ -163,7 +165,7 @@ class ImageFolderData(ClassificationData):
         super().__init__(
             preprocess=preprocess or Preprocess(), batch_size=batch_size, num_workers=num_workers, seed=seed
         )
-        if not (0 < val_share and 0 <= test_share and val_share + test_share < 1):
+        if not (val_share > 0 and test_share >= 0 and val_share + test_share < 1):
             raise ValueError(f"val_share and test_share must leave some to train on, got {val_share} and {test_share}")
         self.root = Path(root)
         self.augment = augment
@@ -191,7 +193,9 @@ class ImageFolderData(ClassificationData):
 
     def _from_folders(self, folders: dict[str, Path | None]) -> dict[str, list[tuple[Path, int]]]:
         if folders["val"] is None:
-            raise DataError(f"{self.root} has a train folder and no val folder; add {self.root / 'val'} with the same classes")
+            raise DataError(
+                f"{self.root} has a train folder and no val folder; add {self.root / 'val'} with the same classes"
+            )
         classes = {split: find_classes(folder) for split, folder in folders.items() if folder}
         self.class_names = tuple(classes["train"])
         for split, found in classes.items():
@@ -211,7 +215,9 @@ class ImageFolderData(ClassificationData):
         for label, (name, paths) in enumerate(classes.items()):
             counts = [max(1, round(share * len(paths))) if share else 0 for share in (self.val_share, self.test_share)]
             if sum(counts) >= len(paths):
-                raise DataError(f"the class {name!r} has {len(paths)} images, too few to split; add some or give val_share")
+                raise DataError(
+                    f"the class {name!r} has {len(paths)} images, too few to split; add some or give val_share"
+                )
             order = random.permutation(len(paths))
             for split, chosen in zip(("val", "test", "train"), np.split(order, np.cumsum(counts)), strict=True):
                 files[split] += [(paths[index], label) for index in sorted(chosen)]
@@ -256,9 +262,7 @@ class TorchvisionData(ClassificationData):
         self.class_names = tuple(str(name) for name in train.classes)
         height, width = np.asarray(train[0][0]).shape[:2]
         default = Preprocess((height, width), fit="stretch", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-        super().__init__(
-            preprocess=preprocess or default, batch_size=batch_size, num_workers=num_workers, seed=seed
-        )
+        super().__init__(preprocess=preprocess or default, batch_size=batch_size, num_workers=num_workers, seed=seed)
         self._train = train
         self._labels = np.asarray(train.targets)
         if not 0 < val_size < len(self._labels):
@@ -280,7 +284,9 @@ class TorchvisionData(ClassificationData):
         from sklearn.model_selection import train_test_split
 
         everything = np.arange(len(self._labels))
-        train, val = train_test_split(everything, test_size=self.val_size, stratify=self._labels, random_state=self.seed)
+        train, val = train_test_split(
+            everything, test_size=self.val_size, stratify=self._labels, random_state=self.seed
+        )
         return np.sort(train), np.sort(val)
 
     def _open(self, *, train: bool) -> Any:

@@ -12,6 +12,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from visionattn.errors import DataError
 
+# fmt: off
+SUFFIXES = frozenset({
+    ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+    ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+})
+# fmt: on
+"""What a folder's images end with, in lower case. HEIC may not be readable here: better a failure than silence."""
+
 MAX_PIXELS = 178_000_000
 """Largest image that is decoded, in pixels; a small file may claim to be far larger than memory."""
 
@@ -81,7 +89,9 @@ def write_image(path: "str | bytes | os.PathLike[str]", image_HWC: NDArray[np.ui
     if suffix not in _QUALITY:
         raise DataError(f"{name}: an image is written as one of {', '.join(_QUALITY)}")
     buffer = io.BytesIO()
-    Image.fromarray(image_HWC).save(buffer, {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:]), **_QUALITY[suffix])
+    Image.fromarray(image_HWC).save(
+        buffer, {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:]), **_QUALITY[suffix]
+    )
     write_bytes(path, buffer.getvalue())
 
 

@@ -18,8 +18,9 @@ _SHARES = (0.7, 0.1, 0.2)  # of the handwritten instances
 class ClutteredDigits(Dataset[dict[str, Any]]):
     """One digit at a random scale and place among fragments of others, after Mnih et al. 2014 (1406.6247, section 4.1).
 
-    The handwriting is scikit-learn's: 1,797 instances of 8 × 8 pixels by 43 people (UCI optical recognition of handwritten
-    digits). Deviations from the paper: these smaller digits take the place of MNIST's, and their scale varies.
+    The handwriting is scikit-learn's: 1,797 instances of 8 × 8 pixels by 43 people (UCI optical recognition of
+    handwritten digits). Deviations from the paper: these smaller digits take the place of MNIST's, and their scale
+    varies.
 
     An image depends on nothing but (seed, split, index). The instances of a split, fragments included, are in no other.
 
@@ -53,7 +54,9 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         if not 8 <= scale[0] <= scale[1] <= canvas:
             raise ValueError(f"scale must rise within [8, canvas = {canvas}], got {scale}")
         if not 1 <= fragment_size <= scale[0]:
-            raise ValueError(f"fragment_size must be in [1, {scale[0]}], the smallest digit's side, got {fragment_size}")
+            raise ValueError(
+                f"fragment_size must be in [1, {scale[0]}], the smallest digit's side, got {fragment_size}"
+            )
         self.split = split
         self.size = size
         self.seed = seed
@@ -74,7 +77,9 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         mask_HW = ink_HW
         if placement.source_size != placement.input_size:
             height, width = placement.input_size
-            mask_HW = cv2.warpAffine(ink_HW.astype(np.uint8), placement.matrix, (width, height), flags=cv2.INTER_NEAREST) > 0
+            mask_HW = (
+                cv2.warpAffine(ink_HW.astype(np.uint8), placement.matrix, (width, height), flags=cv2.INTER_NEAREST) > 0
+            )
         rows, columns = np.nonzero(ink_HW)
         box = [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
         return {
@@ -95,7 +100,9 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         """Draw image `index`: (canvas, canvas) uint8, its digit, and where that digit's ink is."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is out of range: the split has {self.size} images")
-        random = np.random.Generator(np.random.Philox(key=[self.seed, SPLITS.index(self.split)], counter=[0, 0, 0, index]))
+        random = np.random.Generator(
+            np.random.Philox(key=[self.seed, SPLITS.index(self.split)], counter=[0, 0, 0, index])
+        )
         images, labels = self._instances
         # a row a piece, the digit last: which instance, its side, where it is cut, where it lies
         draws = random.random((self.fragments + 1, 6))
@@ -129,7 +136,9 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         from sklearn.model_selection import train_test_split
 
         digits = load_digits()
-        rest, test = train_test_split(np.arange(len(digits.target)), test_size=_SHARES[2], stratify=digits.target, random_state=0)
+        rest, test = train_test_split(
+            np.arange(len(digits.target)), test_size=_SHARES[2], stratify=digits.target, random_state=0
+        )
         share = _SHARES[1] / (_SHARES[0] + _SHARES[1])
         train, val = train_test_split(rest, test_size=share, stratify=digits.target[rest], random_state=0)
         chosen = {"train": train, "val": val, "test": test}[self.split]

@@ -10,13 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from visionattn.data.decode import read_image
+from visionattn.data.decode import SUFFIXES, read_image
 from visionattn.data.pipeline import Transform, prepare
 from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError, nearest
-
-SUFFIXES = frozenset(".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif .jp2".split())
-"""File names that are taken for images inside a folder, in lower case."""
 
 
 class ImageFolder(Dataset[dict[str, Any]]):
@@ -66,7 +63,9 @@ def find_classes(folder: Path) -> dict[str, list[Path]]:
         raise DataError(f"{folder} holds no sub-folders; it needs one a class, with the images of that class inside")
     empty = [name for name, images in classes.items() if not images]
     if empty:
-        raise DataError(f"the class {empty[0]!r} is empty: {folder / empty[0]} holds no image; add some or remove the folder")
+        raise DataError(
+            f"the class {empty[0]!r} is empty: {folder / empty[0]} holds no image; add some or remove the folder"
+        )
     return classes
 
 

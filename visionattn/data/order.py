@@ -9,9 +9,10 @@ from torch.utils.data import DistributedSampler
 class Order(DistributedSampler[tuple[int, int]]):
     """Yield (index, seed of the augmentation) in a fresh order every epoch.
 
-    The order is f(seed, epoch) and the augmentation's seed f(seed, epoch, index), so that neither depends on worker processes or
-    on what was drawn before. Lightning calls `set_epoch`, and leaves a DistributedSampler as it is. With several
-    processes each takes every n-th sample, after the order was filled up to a multiple of n by its own beginning.
+    The order is f(seed, epoch) and the augmentation's seed f(seed, epoch, index), so that neither depends on worker
+    processes or on what was drawn before. Lightning calls `set_epoch`, and leaves a DistributedSampler as it is. With
+    several processes each takes every n-th sample, after the order was filled up to a multiple of n by its own
+    beginning.
     """
 
     def __init__(self, dataset: Sized, *, seed: int, rank: int = 0, world_size: int = 1) -> None:

@@ -1,6 +1,7 @@
 """Where the pixels of a source image lie in the input of a model, and the way back.
 
-Coordinates are continuous: pixel i covers [i, i + 1), (0, 0) is the outer corner of the top-left pixel, x runs right and y down.
+Coordinates are continuous: pixel i covers [i, i + 1), (0, 0) is the outer corner of the top-left pixel, x runs right
+and y down.
 """
 
 from dataclasses import dataclass
@@ -68,7 +69,9 @@ class Placement:
     def seen(self) -> NDArray[np.bool_]:
         """Which pixels (H, W) of the source have their centre inside the input."""
         (height, width), (input_h, input_w) = self.source_size, self.input_size
-        centres = self.to_input(np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1).reshape(-1, 2))
+        centres = self.to_input(
+            np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1).reshape(-1, 2)
+        )
         inside = (centres >= 0).all(1) & (centres[:, 0] <= input_w) & (centres[:, 1] <= input_h)
         return inside.reshape(height, width)
 
@@ -86,7 +89,9 @@ class Placement:
         to_cells = np.diag([heatmap_hw.shape[1] / self.input_size[1], heatmap_hw.shape[0] / self.input_size[0], 1.0])
         matrix = to_cells @ _square(self.matrix)
         height, width = self.source_size
-        if matrix[0, 1] == 0 and matrix[1, 0] == 0:  # nothing is turned: exact, as two products with sparse-like weights
+        if (
+            matrix[0, 1] == 0 and matrix[1, 0] == 0
+        ):  # nothing is turned: exact, as two products with sparse-like weights
             rows_Hh = _linear_weights(matrix[1, 1] * (np.arange(height) + 0.5) + matrix[1, 2], heatmap_hw.shape[0])
             columns_Ww = _linear_weights(matrix[0, 0] * (np.arange(width) + 0.5) + matrix[0, 2], heatmap_hw.shape[1])
             return (rows_Hh @ heatmap_hw) @ columns_Ww.T
@@ -102,9 +107,10 @@ class Preprocess:
 
     Attributes:
         size: of the model's input, a number of pixels for a square one, or (height, width).
-        fit: `crop` scales the image until it covers the input and takes the middle; `letterbox` scales it until it fits and pads
-            with the mean colour; `stretch` scales each side by its own factor.
-        crop_fraction: with `crop`, the share of the scaled image's shorter side that the input covers, in (0, 1]; timm's `crop_pct`.
+        fit: `crop` scales the image until it covers the input and takes the middle; `letterbox` scales it until it
+            fits and pads with the mean colour; `stretch` scales each side by its own factor.
+        crop_fraction: with `crop`, the share of the scaled image's shorter side that the input covers, in (0, 1];
+            timm's `crop_pct`.
         mean: of red, green and blue in [0, 1], subtracted.
         std: of red, green and blue, divided by.
     """
@@ -145,7 +151,10 @@ class Preprocess:
         canvas = image[max(0, top) : max(0, top) + height, max(0, left) : max(0, left) + width]
         normal = cv2.LUT(canvas, self._lookup)
         if top < 0 or left < 0:  # the padding is the mean colour: 0 once normalised
-            padding = [(-min(0, top), height + min(0, top) - canvas.shape[0]), (-min(0, left), width + min(0, left) - canvas.shape[1])]
+            padding = [
+                (-min(0, top), height + min(0, top) - canvas.shape[0]),
+                (-min(0, left), width + min(0, left) - canvas.shape[1]),
+            ]
             normal = np.pad(normal, (*padding, (0, 0)))
         shift = Placement(np.array([[1.0, 0, -left], [0, 1.0, -top]]), scaled, self.input_size)
         return np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32), shift @ Placement.scaling(source, scaled)
@@ -185,7 +194,7 @@ def _resize(image_HWC: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
         return image_HWC
     shrinks = size[0] < image_HWC.shape[0] or size[1] < image_HWC.shape[1]
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    return cv2.resize(image_HWC, (size[1], size[0]), interpolation=interpolation)
+    return np.asarray(cv2.resize(image_HWC, (size[1], size[0]), interpolation=interpolation), np.uint8)
 
 
 def _linear_weights(cells: NDArray[np.float64], count: int) -> NDArray[np.float32]:
@@ -207,8 +216,8 @@ def _square(matrix_23: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _corners(boxes_N4: NDArray[np.floating]) -> NDArray[np.float64]:
-    boxes_N4 = np.asarray(boxes_N4, float).reshape(-1, 4)
-    return boxes_N4[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]
+    edges_N4 = np.asarray(boxes_N4, np.float64).reshape(-1, 4)
+    return edges_N4[:, [[0, 1], [2, 1], [0, 3], [2, 3]]]
 
 
 def _hull(corners_N42: NDArray[np.float64]) -> NDArray[np.float64]:

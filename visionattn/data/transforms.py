@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for a newer version of itself
-import albumentations as A  # noqa: E402
+import albumentations as A
 
-from visionattn.data.pipeline import Transform  # noqa: E402
-from visionattn.data.placement import Placement, Size  # noqa: E402
-from visionattn.errors import UsageError  # noqa: E402
+from visionattn.data.pipeline import Transform
+from visionattn.data.placement import Placement, Size
+from visionattn.errors import UsageError
 
 
 class Augmentation(Transform):
@@ -31,12 +31,12 @@ class Augmentation(Transform):
               - {class_path: albumentations.HorizontalFlip, init_args: {p: 0.5}}
 
     Args:
-        transforms: of pictures (H, W, 3) uint8 RGB. Normalisation and conversion to tensors are not among them: `Preprocess` does
-            the first, the data set the second.
+        transforms: of pictures (H, W, 3) uint8 RGB. Normalisation and conversion to tensors are not among them:
+            `Preprocess` does the first, the data set the second.
 
     Raises:
-        UsageError: on the first picture that such a transform bends (ElasticTransform, Perspective, …), since no heatmap
-            could be carried back, or turns into something else than uint8.
+        UsageError: on the first picture that such a transform bends (ElasticTransform, Perspective, …), since no
+            heatmap could be carried back, or turns into something else than uint8.
     """
 
     def __init__(self, transforms: list[A.BasicTransform]) -> None:
@@ -76,7 +76,8 @@ def fit_affine(coordinates_HW2: NDArray[np.float32]) -> NDArray[np.float64] | No
         coordinates_HW2: at each pixel of the result the (x, y) that came there, plus 1; 0 where it was filled.
 
     Returns:
-        (2, 3) source xy → result xy, or None where most of the picture does not follow one affine map to a tenth of a pixel.
+        (2, 3) source xy → result xy, or None where most of the picture does not follow one affine map to a tenth of a
+        pixel.
     """
     height, width = coordinates_HW2.shape[:2]
     rows, columns = np.mgrid[0 : height : max(1, height // 24), 0 : width : max(1, width // 24)]

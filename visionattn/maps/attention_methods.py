@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from visionattn.errors import UsageError
 from visionattn.maps.base import Explanation, Method, Target
 from visionattn.maps.fitting import fitting
-from visionattn.maps.records import Record, capture, place
 from visionattn.maps.keep import Call, ClassRow, Keep, PatchRow
+from visionattn.maps.layout import Site
+from visionattn.maps.records import Record, capture, place
 from visionattn.maps.running import look, run
-from visionattn.maps.sites import Site
 
 
 class RawAttention(Method):
@@ -45,27 +45,29 @@ class RawAttention(Method):
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
         sites = attending(self.name, model, images_BCHW)
-        keep: Keep = ClassRow() if self.query is None else PatchRow(*self.query)
+        site = sites[place(self.layer, [s.name for s in sites])]
+        keep: Keep = ClassRow()
+        if self.query is not None:
+            grid = None if site.queries is None else site.queries.grid
+            if grid is None or not all(0 <= at < size for at, size in zip(self.query, grid, strict=True)):
+                has = "no patches ask there" if grid is None else f"its grid is {grid[0]}×{grid[1]}"
+                raise UsageError(f"{site.name} has no patch {tuple(self.query)}: {has}")
+            keep = PatchRow(*self.query)
         with capture(model, keep, layers=[self.layer]) as records:
             output = run(model, images_BCHW)
-        (record,) = [r for r in records.attention if r.weights is not None] or [None]
-        if record is None:
-            grid = next((s.queries.grid for s in reversed(sites) if s.queries is not None), None)
-            raise UsageError(f"no patch {self.query} attends in layer {self.layer}; the grid there is {grid}")
-        weights_BWHK = record.weights
+        record, keys, weights_BWHK = records.kept()
         if self.head is not None:
             if not 0 <= self.head < record.heads:
-                raise UsageError(
-                    f"{record.name} has no head {self.head}; it has {record.heads}, 0 to {record.heads - 1}"
-                )
+                raise UsageError(f"{record.name} has no head {self.head}; its heads are 0 to {record.heads - 1}")
             weights_BWK = weights_BWHK[:, :, self.head]
         else:
             weights_BWK = fuse_heads(weights_BWHK, self.fuse, 2)
-        return Explanation(record.keys.to_grid(weights_BWK), output, None, describe(record))
+        return Explanation(keys.to_grid(weights_BWK), output, None, describe(record))
 
 
 class ValueNorm(Method):
-    """Attention times the length of what it fetches: mean_h A_h[class, j] ‖v_hj‖ (after Kobayashi et al. 2020, 2004.10102).
+    """Attention times the length of what it fetches: mean_h A_h[class, j] ‖v_hj‖ (after Kobayashi et al. 2020,
+    2004.10102).
 
     For models with self-attention through `scaled_dot_product_attention`. Deviation from the paper (eq. 5): the norm is
     that of the value vectors of each head, before the output projection, and heads are averaged after it.
@@ -89,8 +91,8 @@ class ValueNorm(Method):
             )
         with capture(model, _TimesValueNorm(), layers=[self.layer]) as records:
             output = run(model, images_BCHW)
-        (record,) = [r for r in records.attention if r.weights is not None]
-        return Explanation(site.keys.to_grid(record.weights.mean(2)), output, None, describe(record))
+        record, keys, weights_BWHK = records.kept()
+        return Explanation(keys.to_grid(weights_BWHK.mean(2)), output, None, describe(record))
 
 
 class _TimesValueNorm(ClassRow):
@@ -122,18 +124,19 @@ class DinoHeads(Method):
         site = sites[place(self.layer, [s.name for s in sites])]
         if site.class_query is None or site.windowed:
             raise UsageError(
-                f"dino needs a class token that sees the whole grid, and {site.name} has none.{fitting(model, images_BCHW)}"
+                f"dino needs a class token that sees the whole grid, and {site.name} has none."
+                f"{fitting(model, images_BCHW)}"
             )
         with capture(model, layers=[self.layer]) as records:
             output = run(model, images_BCHW)
-        (record,) = [r for r in records.attention if r.weights is not None]
-        placed = site.keys.index_WN[0] >= 0
-        weights_BHK = record.weights[:, 0] * placed.to(record.weights.device)
+        record, keys, weights_B1HK = records.kept()
+        placed = keys.index_WN[0] >= 0
+        weights_BHK = weights_B1HK[:, 0] * placed.to(weights_B1HK.device)
         largest_BHK, order = weights_BHK.sort(-1, descending=True)
         before_BHK = largest_BHK.cumsum(-1) - largest_BHK  # so that the weight that reaches the mass is kept
         kept_BHK = before_BHK < self.mass * weights_BHK.sum(-1, keepdim=True)
         shown_BHK = torch.zeros_like(weights_BHK).scatter_(-1, order, largest_BHK * kept_BHK)
-        return Explanation(site.keys.to_grid(shown_BHK.mean(1)[:, None]), output, None, describe(record))
+        return Explanation(keys.to_grid(shown_BHK.mean(1)[:, None]), output, None, describe(record))
 
 
 def check_fuse(fuse: str) -> None:

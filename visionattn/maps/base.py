@@ -46,9 +46,9 @@ class Maps:
 class Explanation(NamedTuple):
     """What a method found: raw (B, h, w), the model's output, the target, and what is shown."""
 
-    raw_Bhw: Tensor
+    raw_Bhw: Tensor  # noqa: N815
     output: Any
-    target_B: Tensor | None
+    target_B: Tensor | None  # noqa: N815
     source: str
 
 

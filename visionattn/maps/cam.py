@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from visionattn.errors import UsageError, nearest
 from visionattn.maps.base import Explanation, Method, Target, pick
+from visionattn.maps.fitting import fitting_survey
+from visionattn.maps.layout import Activation, Tokens
 from visionattn.maps.running import look, run
-from visionattn.maps.sites import Activation, Survey, Tokens
+from visionattn.maps.sites import Survey
 from visionattn.maps.watching import Watcher
 
 
@@ -69,7 +71,8 @@ class CAM(Method):
             assert cut.leaf is not None
             if not score_B.requires_grad:
                 raise UsageError(
-                    f"no gradient reaches {activation.name}: the model computes without gradients after it; use eigencam or scorecam"
+                    f"no gradient reaches {activation.name}: the model computes without gradients after it; "
+                    "use eigencam or scorecam"
                 )
             (gradient,) = torch.autograd.grad(score_B.sum(), cut.leaf, allow_unused=True)
         if gradient is None:
@@ -156,7 +159,8 @@ class EigenCAM(Method):
 
 
 class ScoreCAM(Method):
-    """Score-CAM (Wang et al. 2020, 1910.01279, algorithm 1): relu(Σ_c α_c A_c), α the softmax over channels of the scores.
+    """Score-CAM (Wang et al. 2020, 1910.01279, algorithm 1): relu(Σ_c α_c A_c), α the softmax over channels of the
+    scores.
 
     The score of channel c is the model's on the image times A_c, enlarged to the image and brought to [0, 1]; no
     gradient. For the same models as `GradCAM`, at the price of one forward pass a channel.
@@ -225,8 +229,8 @@ def target_layer(model: nn.Module, found: Survey, layer: str | None) -> Activati
         grids = before or grids
     if not grids:
         raise UsageError(
-            f"no output of this {type(model).__name__} lies on a grid, so no class activation map fits; methods that fit: "
-            "occlusion-free ones that need none, such as gate or raw"
+            f"no output of this {type(model).__name__} lies on a grid, so no class activation map fits."
+            f"{fitting_survey(found)}"
         )
     return grids[-1]
 

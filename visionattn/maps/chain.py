@@ -1,8 +1,9 @@
 """Carry one row of relevance back through the layers, so that no two N × N matrices are ever multiplied.
 
-The class token's row of a product of attention maps, e_clsᵀ A_L … A_1, is a chain of vector–matrix products from the last
-layer to the first. Between layers the row lies on the image: what comes before the grid (class and register tokens), and
-the grid. So it passes windows, shifts, pooled keys and merged patches as well, with mass spread evenly where cells split.
+The class token's row of a product of attention maps, e_clsᵀ A_L … A_1, is a chain of vector–matrix products from the
+last layer to the first. Between layers the row lies on the image: what comes before the grid (class and register
+tokens), and the grid. So it passes windows, shifts, pooled keys and merged patches as well, with mass spread evenly
+where cells split.
 
 Shapes: B images, W windows, Q queries, K keys, P prefix tokens, h × w grid.
 """
@@ -13,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.maps.sites import Site, Tokens
+from visionattn.maps.layout import Site, Tokens
 
 
 @dataclass
 class Row:
     """Relevance of the prefix tokens (B, P) and of the grid (B, h, w)."""
 
-    prefix_BP: Tensor
-    grid_Bhw: Tensor
+    prefix_BP: Tensor  # noqa: N815
+    grid_Bhw: Tensor  # noqa: N815
 
     @classmethod
     def start(cls, site: Site, batch: int, device: torch.device) -> "Row":
@@ -55,7 +56,8 @@ class Row:
     def step(
         self, site: Site, weights_BWQK: Tensor, *, keep: float = 1.0, add: float = 1.0, normalise: bool = False
     ) -> "Row":
-        """One layer back: row ← keep · row + add · row A; or row (A + I), whose rows are first divided by their sums."""
+        """One layer back: row ← keep · row + add · row A; or row (A + I), whose rows are first divided by their
+        sums."""
         if normalise:
             return self._scaled(site, 1 / (1 + weights_BWQK.sum(-1))).step(site, weights_BWQK)
         values = self.read(site.queries, weights_BWQK.shape[2])
@@ -70,7 +72,11 @@ class Row:
         prefix = torch.zeros_like(self.prefix_BP)
         first = 0 if tokens.windowed else min(tokens.num_prefix_tokens, prefix.shape[1])
         prefix[:, :first] = moved_BWK[:, 0, :first]
-        sizes = [tuple(self.grid_Bhw.shape[1:]), (height, width), site.grid if site.queries is None else site.queries.grid]
+        sizes = [
+            tuple(self.grid_Bhw.shape[1:]),
+            (height, width),
+            site.grid if site.queries is None else site.queries.grid,
+        ]
         finer = max(sizes, key=lambda size: size[0] * size[1])  # what the layer reads lies on the finest of these
         return Row(
             keep * self.prefix_BP + add * prefix,

@@ -26,5 +26,10 @@ def names_that_fit(found: Survey) -> list[str]:
 
 def fitting(model: nn.Module, images_BCHW: Tensor) -> str:
     """Name the methods that fit a model, as the end of an error message."""
-    names = names_that_fit(look(model, images_BCHW))
+    return fitting_survey(look(model, images_BCHW))
+
+
+def fitting_survey(found: Survey) -> str:
+    """The same, of a model that was surveyed."""
+    names = names_that_fit(found)
     return f" Methods that fit: {', '.join(names)}." if names else " No method fits."

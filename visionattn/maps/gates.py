@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from visionattn.errors import UsageError, nearest
 from visionattn.maps.base import Explanation, Method, Target
 from visionattn.maps.fitting import fitting
-from visionattn.maps.records import capture
 from visionattn.maps.keep import Nothing
+from visionattn.maps.records import capture
 from visionattn.maps.running import run
 
 
 class Gate(Method):
-    """The weights of a spatial gate as they are (CBAM: Woo et al. 2018, 1807.06521, fig. 3; BAM, coordinate attention …).
+    """The weights of a spatial gate as they are (CBAM: Woo et al. 2018, 1807.06521, fig. 3; BAM and others).
 
-    For networks with gates over positions. A gate with channels, (B, C, h, w), is shown as its mean over them; two gates
-    of one mechanism, along rows and along columns, are multiplied. Channel gates show nothing of where.
+    For networks with gates over positions. A gate with channels, (B, C, h, w), is shown as its mean over them; two
+    gates of one mechanism, along rows and along columns, are multiplied. Channel gates show nothing of where.
 
     Args:
         layer: name of the gate, or of a module around it; None for the last spatial gate.
@@ -34,7 +34,8 @@ class Gate(Method):
             output = run(model, images_BCHW)
             if not records:
                 raise UsageError(
-                    f"gate needs gates over positions; this {type(model).__name__} has none.{fitting(model, images_BCHW)}"
+                    f"gate needs gates over positions; this {type(model).__name__} has none."
+                    f"{fitting(model, images_BCHW)}"
                 )
         spatial = [r for r in records.gates if r.kind == "spatial_gate" and r.grid != (1, 1)]
         if not spatial:

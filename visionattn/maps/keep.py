@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visionattn.maps.sites import Site
+from visionattn.maps.layout import Site
 
-_CHUNK = 1 << 19  # weights computed at a time: 2 MB of float32 stay in a core's cache
+_CHUNK = 700_000  # weights computed at a time: 2.8 MB of float32, which stay in cache and are worth two threads
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Call:
         bias: added to the logits: an additive mask, broadcast to (B, W, H, Q, K), or None.
         scale: of the logits.
         weights: (B, W, H, Q, K) as the model computed them; None where the call is fused.
+        dropout: of the weights, while training.
+        differentiable: the call's output is part of a graph.
     """
 
     site: Site
@@ -37,6 +39,8 @@ class Call:
     bias: Tensor | None = None
     scale: float = 1.0
     weights: Tensor | None = None
+    dropout: float = 0.0
+    differentiable: bool = False
 
     @classmethod
     def fused(cls, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
@@ -44,10 +48,13 @@ class Call:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = dict(zip(names, args, strict=False)) | kwargs
         query, key, value = (given[name].detach() for name in names[:3])
+        differentiable = torch.is_grad_enabled() and any(given[name].requires_grad for name in names[:3])
         groups = query.shape[-3] // key.shape[-3] if given.get("enable_gqa") else 1
         if groups > 1:
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-        key, value = (part.expand(*query.shape[:-2], *part.shape[-2:]) for part in (key, value))  # one key for all heads
+        key, value = (
+            part.expand(*query.shape[:-2], *part.shape[-2:]) for part in (key, value)
+        )  # one key for all heads
         scale = given.get("scale")
         mask = given.get("attn_mask")
         if given.get("is_causal"):
@@ -65,6 +72,8 @@ class Call:
             value=site.canonical(value),
             bias=bias,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            dropout=given.get("dropout_p", 0.0),
+            differentiable=differentiable,
         )
 
     @classmethod
@@ -81,7 +90,7 @@ class Call:
             return tuple(self.weights.shape)  # type: ignore[return-value]
         assert self.query is not None
         assert self.key is not None
-        return (*self.query.shape[:4], self.key.shape[3])  # type: ignore[return-value]
+        return (*self.query.shape[:4], self.key.shape[3])
 
     def rows(self, queries: slice | Tensor) -> Tensor:
         """Weights of some queries, (B, W, H, those, K), float32."""
@@ -95,10 +104,11 @@ class Call:
             logits += self.bias[:, :, :, queries]
         return torch.softmax(logits, -1)
 
-    def pieces(self) -> Iterator[tuple[int, int, slice, Tensor]]:
+    def pieces(self, out: Tensor | None = None) -> Iterator[tuple[int, int, slice, Tensor]]:
         """Go through all weights in pieces that stay in cache: image, window, heads and their weights (n, Q, K).
 
-        The weights' buffer is used again for the next piece.
+        The weights' buffer is used again for the next piece. Where all weights are needed and `out` is given, the
+        attention's own output is made of them on the way, so that the fused call need not compute them once more.
         """
         batch, windows, heads, queries, keys = self.shape
         step = max(1, min(heads, _CHUNK // (queries * keys)))
@@ -118,13 +128,34 @@ class Call:
                 )
                 if self.bias is not None:
                     part += self.bias[b, w, some]
-                yield b, w, some, torch.softmax(part, -1, out=part)
+                torch.softmax(part, -1, out=part)
+                if out is not None:
+                    assert self.value is not None
+                    torch.bmm(part, self.value[b, w, some], out=out[b, w, some])
+                yield b, w, some, part
 
-    def empty(self, *shape: int) -> Tensor:
-        """Zeros, float32, on the device of the call."""
+    def output(self) -> Tensor | None:
+        """Room for the attention's output, (B, W, H, Q, D), laid out as the fused call's; None to leave it to that
+        call.
+
+        Only in float32 and where nothing needs its gradient; there the two agree to rounding.
+        """
+        if self.value is None or self.query is None or self.dropout or self.site.windowed or self.site.lead[0] != 1:
+            return None
+        if len(self.site.lead) != 2 or self.query.dtype != torch.float32 or self.differentiable:
+            return None
+        batch, _, heads, queries, _ = self.query.shape
+        return self.value.new_empty(batch, 1, queries, heads, self.value.shape[-1]).transpose(2, 3)
+
+    def new(self, *shape: int) -> Tensor:
+        """Room for float32 values on the device of the call."""
         like = self.weights if self.weights is not None else self.query
         assert like is not None
-        return torch.zeros(shape, device=like.device)
+        return torch.empty(shape, device=like.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros, float32, on the device of the call."""
+        return self.new(*shape).zero_()
 
 
 class Keep(ABC):
@@ -133,6 +164,11 @@ class Keep(ABC):
     @abstractmethod
     def __call__(self, call: Call) -> Tensor | None:
         """Compute it; None to keep the fact that there was attention, and no weights."""
+
+    def instead(self, call: Call) -> tuple[Tensor, Tensor] | None:
+        """Compute it together with the attention's output (B, W, H, Q, D), in place of the fused call; None to leave
+        that be."""
+        return None
 
 
 class Nothing(Keep):
@@ -150,15 +186,29 @@ class Full(Keep):
 
 
 class HeadMean(Keep):
-    """The mean over heads, (B, W, Q, K)."""
+    """The mean over heads, (B, W, Q, K).
+
+    Where it can, it computes the attention's output from the same weights, in place of the fused call; the two differ
+    by rounding.
+    """
 
     def __call__(self, call: Call) -> Tensor:
+        return self._mean(call, None)
+
+    def instead(self, call: Call) -> tuple[Tensor, Tensor] | None:
+        out = call.output()
+        return None if out is None else (self._mean(call, out), out)
+
+    @staticmethod
+    def _mean(call: Call, out: Tensor | None) -> Tensor:
         batch, windows, heads, queries, keys = call.shape
-        out = call.empty(batch, windows, queries, keys)
-        for b, w, _, part_HQK in call.pieces():
-            for part_QK in part_HQK:
-                out[b, w].add_(part_QK, alpha=1 / heads)
-        return out
+        mean = call.new(batch, windows, queries, keys)
+        for b, w, some, part_HQK in call.pieces(out):
+            if some.start == 0:
+                torch.sum(part_HQK, 0, out=mean[b, w])
+            else:
+                mean[b, w] += part_HQK.sum(0)
+        return mean.mul_(1 / heads)
 
 
 class ClassRow(Keep):
@@ -172,7 +222,7 @@ class ClassRow(Keep):
         first = call.site.queries.num_prefix_tokens if call.site.queries else 0  # registers are no patches
         if call.weights is not None:
             return call.weights[:, :, :, first:].detach().float().mean(3)
-        out = call.empty(batch, windows, heads, keys)
+        out = call.zeros(batch, windows, heads, keys)
         for b, w, some, part_HQK in call.pieces():
             out[b, w, some] = part_HQK[:, first:].mean(1)
         return out
@@ -195,7 +245,7 @@ class PatchRow(Keep):
         if not (0 <= self.row < height and 0 <= self.column < width):
             return None
         batch, windows, heads, _, keys = call.shape
-        out = call.empty(batch, windows, heads, keys)
+        out = call.zeros(batch, windows, heads, keys)
         places = (call.site.queries.index_WN == self.row * width + self.column).nonzero().tolist()
         for window, query in places:
             out[:, window] += call.rows(slice(query, query + 1))[:, window, :, 0] / len(places)

@@ -1,11 +1,12 @@
 """Where in the image each token, window and feature comes from, followed through the model's own reshapes.
 
-Windows, shifts, pooled keys and class tokens look different in every family of models, but all are made of a few operations
-that move numbers about. So one image runs through the model beside a *shadow* of it: at every pixel its position y + ix, in
-[0, 1]. What moves numbers (view, permute, roll, window partition …) moves the shadow alike; what mixes channels (linear
-layers, norms) keeps it; what pools or strides averages it; what makes numbers out of nothing (class tokens, padding) is NaN,
-no position. A softmax whose weights run over different positions is attention; the shadow of its queries and keys is the
-layout. This is done once for each model and image size (see `sites.py`), on one image.
+Windows, shifts, pooled keys and class tokens look different in every family of models, but all are made of a few
+operations that move numbers about. So one image runs through the model beside a *shadow* of it: at every pixel its
+position y + ix, in [0, 1]. What moves numbers (view, permute, roll, window partition …) moves the shadow alike; what
+mixes channels (linear layers, norms) keeps it; what pools or strides averages it; what makes numbers out of nothing
+(class tokens, padding) is NaN, no position. A softmax whose weights run over different positions is attention; the
+shadow of its queries and keys is the layout. This is done once for each model and image size (see `sites.py`), on one
+image.
 
 Shapes: any; a shadow has its tensor's shape, complex64. Attention logits have two: rows (queries) and columns (keys).
 """
@@ -91,8 +92,10 @@ def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         if shadow(out) is not None or columns(out) is not None:
             return
     if name in _POOLS and out.ndim == 4 and (source := shadow(sources[0])) is not None and source.ndim == 4:
-        same = source.shape[-2:] == out.shape[-2:] and (keys := columns(sources[0])) is not None
-        cast(out, _pool(source, out), _pool(keys, out) if same else None)  # a convolution over heads keeps the keys
+        keys = columns(sources[0]) if source.shape[-2:] == out.shape[-2:] else None
+        cast(
+            out, _pool(source, out), None if keys is None else _pool(keys, out)
+        )  # a convolution over heads keeps the keys
     elif name in ("mean", "sum", "amax", "amin", "max", "logsumexp", "softmax_sum"):
         _reduce(out, sources[0], args, kwargs)
     elif name in ("linear", "bilinear") and (source := shadow(sources[0])) is not None:
@@ -227,7 +230,7 @@ def _einsum(args: tuple[Any, ...], out: Tensor) -> None:
         return
     operands = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
     inputs, result = args[0].replace(" ", "").split("->")
-    found = []
+    found: list[Tensor | None] = []
     for letters, value in zip(inputs.split(","), operands, strict=False):
         if (positions := shadow(value)) is None:
             found.append(None)
@@ -269,7 +272,7 @@ def _reduce(out: Tensor, source: Tensor, args: tuple[Any, ...], kwargs: dict[str
 
 def _pool(positions: Tensor, out: Tensor) -> Tensor | None:
     height, width = out.shape[-2:]
-    if height * width == 1 and positions.shape[-2] * positions.shape[-1] > 1 and not positions.shape[-1] == 1:
+    if height * width == 1 and positions.shape[-2] * positions.shape[-1] > 1 and positions.shape[-1] != 1:
         pooled = torch.full((*positions.shape[:2], 1, 1), NOWHERE, device=positions.device)
     elif (height, width) == tuple(positions.shape[-2:]):
         pooled = positions

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.errors import UsageError, nearest
-from visionattn.maps.base import unwrap, warn
+from visionattn.maps.base import unwrap
 from visionattn.maps.keep import Call, ClassRow, Keep
-from visionattn.maps.sites import LayoutError, Site, Survey, Tokens, forget, gate_of, survey
-from visionattn.maps.watching import Watcher, unheard
+from visionattn.maps.layout import LayoutError, Site, Tokens
+from visionattn.maps.sites import Survey, forget, gate_of, survey
+from visionattn.maps.watching import Watcher
 
 Kind = Literal["self", "cross", "channel_gate", "spatial_gate", "glimpse", "activation"]
 
@@ -84,6 +85,17 @@ class Records(Sequence[Record]):
     def gates(self) -> list[Record]:
         return [record for record in self._records if record.kind in ("channel_gate", "spatial_gate")]
 
+    def kept(self) -> tuple[Record, Tokens, Tensor]:
+        """The last call of attention whose weights were kept, where its keys lie, and the weights.
+
+        Raises:
+            UsageError: of none.
+        """
+        for record in reversed(self.attention):
+            if record.weights is not None and record.keys is not None:
+                return record, record.keys, record.weights
+        raise UsageError("no weights were kept; is there such a layer, and such a patch?")
+
     def report(self) -> str:
         """Say what was seen, what was not understood, and what looks like attention and was never heard of."""
         lines = [f"{len(self)} seen in {self.calls} {'call' if self.calls == 1 else 'calls'} of the model"]
@@ -119,6 +131,10 @@ class Interception(Watcher):
         """A call of attention has returned `out`: the fused output, or the weights; a tensor returned replaces it."""
         return None
 
+    def instead(self, call: Call) -> Tensor | None:
+        """A fused call is about to run; a tensor (B, W, H, Q, D) returned takes the place of what it would return."""
+        return None
+
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._root, self._seen = module, {}
         self.found = survey(module, args, kwargs)
@@ -139,14 +155,16 @@ class Interception(Watcher):
 
     def fused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self._next(fused=True)
-        out = func(*args, **kwargs)
         if site is None:
-            return out
+            return func(*args, **kwargs)
         try:
             call = Call.fused(site, args, kwargs)
         except LayoutError as error:
             self.unplanned[self.where] = str(error)
-            return out
+            return func(*args, **kwargs)
+        with _plain(call.query):
+            own = self.instead(call)
+        out = func(*args, **kwargs) if own is None else own.flatten(0, 1)
         with _plain(out):
             replaced = self.attended(call, out)
         return out if replaced is None else replaced
@@ -166,7 +184,7 @@ class Interception(Watcher):
         return out if replaced is None else replaced
 
 
-def _plain(like: Tensor) -> torch.autocast:
+def _plain(like: Any) -> torch.autocast:
     """Autocast off: what is computed beside the model is computed in float32."""
     return torch.autocast(like.device.type, enabled=False)
 
@@ -201,6 +219,7 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         self.layers = layers
         self.records = Records()
         self._wanted: set[int] | None = None
+        self._early: Tensor | None = None
         self._turn = 0
 
     def __enter__(self) -> Records:  # type: ignore[override]
@@ -225,12 +244,23 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
     def end(self) -> None:
         self.records.calls += 1
 
+    def instead(self, call: Call) -> Tensor | None:
+        if self._wanted is not None and self._turn not in self._wanted:
+            return None
+        both = self.keep.instead(call)
+        if both is None:
+            return None
+        self._early, out = both
+        return out
+
     def attended(self, call: Call, out: Tensor) -> None:
         wanted = self._wanted is None or self._turn in self._wanted
         self._turn += 1
         site = call.site
-        with torch.no_grad():
-            weights = self.keep(call) if wanted else None
+        weights, self._early = self._early, None
+        if weights is None and wanted:
+            with torch.no_grad():
+                weights = self.keep(call)
         self.records._records.append(
             Record(
                 self.where,

@@ -1,7 +1,8 @@
 """Attention weighted by how it moves the score.
 
-The gradient of attention is never asked of the model, whose attention stays fused: with O = A V, dA = dO Vᵀ, and dO, the
-gradient of the fused call's output, is what autograd gives. Only what follows the first layer in question carries gradients.
+The gradient of attention is never asked of the model, whose attention stays fused: with O = A V, dA = dO Vᵀ, and dO,
+the gradient of the fused call's output, is what autograd gives. Only what follows the first layer in question carries
+gradients.
 
 Shapes: B images, W windows, H heads, Q queries, K keys, D channels of a head.
 """
@@ -16,10 +17,10 @@ from visionattn.maps.attention_methods import attending
 from visionattn.maps.base import Explanation, Method, Target, pick
 from visionattn.maps.chain import Row, spread
 from visionattn.maps.keep import Call
+from visionattn.maps.layout import Site
 from visionattn.maps.records import Interception, place
 from visionattn.maps.rollout import check_chain, class_row_only
 from visionattn.maps.running import run
-from visionattn.maps.sites import Site
 
 
 class Tape(Interception):
@@ -73,7 +74,7 @@ def weighted_rows(call: Call, gradient: Tensor, queries: slice) -> Tensor:
 def weighted(call: Call, gradient: Tensor) -> Tensor:
     """relu(A ⊙ dA), mean over heads, of all queries: (B, W, Q, K)."""
     batch, windows, heads, queries, keys = call.shape
-    out = call.empty(batch, windows, queries, keys)
+    out = call.zeros(batch, windows, queries, keys)
     fused = call.weights is None
     gradient_BWHQX = call.site.canonical(gradient) if fused else _eager_gradient(call, gradient)
     for b, w, some, part_HQK in call.pieces():
@@ -92,7 +93,8 @@ def _eager_gradient(call: Call, gradient: Tensor) -> Tensor:
 
 
 class GradientAttention(Method):
-    """Attention of one layer times its positive gradient, mean over heads: mean_h relu(A_h ⊙ ∂y/∂A_h), class token's row.
+    """Attention of one layer times its positive gradient, mean over heads: mean_h relu(A_h ⊙ ∂y/∂A_h), class token's
+    row.
 
     After Grad-SAM (Barkan et al. 2021, 2204.11073, eq. 4), of one layer and one row rather than the sum over all. For
     models whose layer has a class token or other queries that read the grid; elsewhere the mean over the patches.
@@ -159,7 +161,8 @@ class _Chain(Method):
 
 
 class Chefer(_Chain):
-    """Relevance through self-attention (Chefer et al. 2021, 2103.15679, eq. 5–6): R ← R + Ā R, the class token's row of R.
+    """Relevance through self-attention (Chefer et al. 2021, 2103.15679, eq. 5–6): R ← R + Ā R, the class token's row
+    of R.
 
         Ā = mean_h relu(∂y/∂A_h ⊙ A_h),        R = I at first
 
@@ -172,7 +175,8 @@ class Chefer(_Chain):
         return row.step(site, weights_BWQK)
 
     def finish(self, row: Row, start: Row) -> Tensor:
-        # where there is no class token the row starts on the patches; that share is the same everywhere and shows nothing
+        # where there is no class token the row starts on the patches; that share is the same everywhere and shows
+        # nothing
         return row.grid_Bhw - spread(start.grid_Bhw, tuple(row.grid_Bhw.shape[1:]))
 
 
@@ -181,8 +185,8 @@ class GradientRollout(_Chain):
 
         Â = (Ā + I), every row divided by its sum,        Ā = mean_h relu(∂y/∂A_h ⊙ A_h)
 
-    Rollout (Abnar & Zuidema 2020, 2005.00928) with the weighting of Chefer et al. (2021, 2012.09838, eq. 13–14) in place
-    of attention. For the same models as `Rollout`.
+    Rollout (Abnar & Zuidema 2020, 2005.00928) with the weighting of Chefer et al. (2021, 2012.09838, eq. 13–14) in
+    place of attention. For the same models as `Rollout`.
     """
 
     name = "grad_rollout"

@@ -14,9 +14,9 @@ from visionattn.maps.attention_methods import attending, check_fuse, fuse_heads
 from visionattn.maps.base import Explanation, Method, Target, warn
 from visionattn.maps.chain import Row
 from visionattn.maps.keep import Call, HeadMean
+from visionattn.maps.layout import Site
 from visionattn.maps.records import Interception
 from visionattn.maps.running import run
-from visionattn.maps.sites import Site
 
 
 class Rollout(Method):
@@ -63,15 +63,31 @@ class _Fused(Interception):
         super().__init__(model)
         self.count, self.fuse, self.discard = count, fuse, discard
         self.layers: list[tuple[Site, Tensor]] = []
+        self._mean = HeadMean()
+        self._early: Tensor | None = None
+
+    @property
+    def _last(self) -> bool:
+        return len(self.layers) == self.count - 1
+
+    def instead(self, call: Call) -> Tensor | None:
+        if self.fuse != "mean" or (self._last and call.site.class_query is not None):
+            return None
+        both = self._mean.instead(call)
+        if both is None:
+            return None
+        self._early, out = both
+        return out
 
     def attended(self, call: Call, out: Tensor) -> None:
         site = call.site
-        if len(self.layers) == self.count - 1 and site.class_query is not None:
+        if self._last and site.class_query is not None:
             index = slice(site.class_query, site.class_query + 1)
             weights = fuse_heads(call.rows(index), self.fuse, 2)
             site = class_row_only(site)
         elif self.fuse == "mean":
-            weights = HeadMean()(call)
+            weights = self._mean(call) if self._early is None else self._early
+            self._early = None
         else:
             weights = _extreme(call, self.fuse)
         if self.discard:
@@ -91,7 +107,7 @@ def class_row_only(site: Site) -> Site:
 
 def _extreme(call: Call, fuse: str) -> Tensor:
     batch, windows, _, queries, keys = call.shape
-    out = call.empty(batch, windows, queries, keys)
+    out = call.zeros(batch, windows, queries, keys)
     for b, w, some, part_HQK in call.pieces():
         part_QK = part_HQK.amax(0) if fuse == "max" else part_HQK.amin(0)
         if some.start == 0:

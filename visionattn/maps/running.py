@@ -46,6 +46,6 @@ def _explained(model: nn.Module, images_BCHW: Tensor, error: Exception) -> Excep
     want, got = ("×".join(map(str, shape)) for shape in (wanted, given))
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return UsageError(
-        f"this {type(model).__name__} wants images of {want} and got {got} ({reason}); resize them, or make the model with "
-        f"img_size=({given[1]}, {given[2]})"
+        f"this {type(model).__name__} wants images of {want} and got {got} ({reason}); resize them, "
+        f"or make the model with img_size=({given[1]}, {given[2]})"
     )

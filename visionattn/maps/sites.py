@@ -1,7 +1,8 @@
 """Which calls in a model are attention, and where their queries and keys lie in the image.
 
-A survey runs one image through the model with its positions beside it (`positions.py`) and is remembered for as long as the
-model lives. The surveyed model is in evaluation mode and without gradients; its flags and the random state are put back.
+A survey runs one image through the model with its positions beside it (`positions.py`) and is remembered for as long as
+the model lives. Meanwhile the model is in evaluation mode and without gradients; its flags and the random state are put
+back.
 
 Shapes: B images, W windows, Q queries, K keys, h × w grid.
 """
@@ -17,128 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.maps import positions
+from visionattn.maps.layout import Activation, Kind, Site, Tokens, infer_layout, infer_tokens, per_window, varies
 from visionattn.maps.watching import Watcher, unheard
-
-Kind = Literal["self", "cross"]
-_NEAR = 2e-4  # positions are fractions of the image; grids of up to some thousand cells a side are told apart
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Where the tokens of each window lie on the grid.
-
-    Attributes:
-        grid: (h, w).
-        index_WN: (W, N) int64, the cell row · w + column of every token; −1 for class and register tokens and padding.
-    """
-
-    grid: tuple[int, int]
-    index_WN: Tensor
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens before the first that lies on the grid."""
-        placed = (self.index_WN >= 0).any(0)
-        first = int(placed.int().argmax()) if placed.any() else len(placed)
-        return first if placed[first:].all() else 0  # tokens without a place among the others are padding
-
-    @property
-    def windowed(self) -> bool:
-        return len(self.index_WN) > 1
-
-    def to_grid(self, values_BWN: Tensor) -> Tensor:
-        """Put one value a token on the grid, (B, h, w); cells met more than once hold the mean, cells never met 0."""
-        height, width = self.grid
-        index = self.index_WN.to(values_BWN.device).flatten()
-        total = values_BWN.new_zeros(len(values_BWN), height * width + 1)
-        index = torch.where(index < 0, height * width, index)  # tokens without a place go to a cell that is cut off
-        values = values_BWN.expand(-1, len(self.index_WN), -1).reshape(len(values_BWN), -1)
-        total.index_add_(1, index, values)
-        count = torch.bincount(index, minlength=height * width + 1).clamp(min=1)
-        return (total / count)[:, :-1].reshape(-1, height, width)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One call of attention in the model.
-
-    Attributes:
-        name: dotted name of the module that attends.
-        kind: `"self"` where the queries lie in the image as the keys do; `"cross"` where they are class tokens alone or
-            learned.
-        heads: number of heads.
-        queries: where the queries lie; None where they have no place (class tokens, learned queries).
-        keys: where the keys lie.
-        fused: a call of scaled_dot_product_attention, not of softmax.
-        lead: sizes of the axes before queries and keys, for one image.
-        windows: which of these axes run over windows.
-        axis: the axis of the softmax; None where fused.
-        context: a softmax of one score a position, with no queries.
-        class_query: index of the class token, or of the only query, among the queries; None where there is none.
-    """
-
-    name: str
-    kind: Kind
-    heads: int
-    queries: Tokens | None
-    keys: Tokens
-    fused: bool
-    lead: tuple[int, ...]
-    windows: tuple[int, ...]
-    axis: int | None = None
-    context: bool = False
-    class_query: int | None = None
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.keys.grid
-
-    @property
-    def windowed(self) -> bool:
-        return self.keys.windowed
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        return self.keys.num_prefix_tokens
-
-    def canonical(self, values: Tensor) -> Tensor:
-        """Bring (B · lead[0], *lead[1:], Q, K) to (B, W, heads, Q, K)."""
-        if values.ndim != len(self.lead) + 2 or values.shape[1 : len(self.lead)] != self.lead[1:]:
-            raise LayoutError(f"{self.name} now has the shape {tuple(values.shape)}, and had (B · {self.lead}, …)")
-        batch, rest = divmod(values.shape[0], self.lead[0])
-        if rest:
-            raise LayoutError(f"{self.name} now has {values.shape[0]} windows, no multiple of {self.lead[0]}")
-        values = values.unflatten(0, (batch, self.lead[0]))
-        windows = [axis + 1 for axis in self.windows]
-        heads = [axis + 1 for axis in range(len(self.lead)) if axis not in self.windows]
-        if windows + heads != list(range(1, len(self.lead) + 1)):
-            values = values.permute(0, *windows, *heads, values.ndim - 2, values.ndim - 1)
-        shape = values.shape
-        count = 1
-        for axis in self.windows:
-            count *= self.lead[axis]
-        return values.reshape(batch, count, -1, *shape[-2:])
-
-
-class LayoutError(RuntimeError):
-    """A call has another shape than the survey saw."""
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An output that lies on a grid: a feature map, or tokens.
-
-    Attributes:
-        name: dotted name of the module that returns it.
-        tokens: where each position lies; W is 1 unless the module works inside windows.
-        channel_axis: of the output.
-        time: how many events lay before it.
-    """
-
-    name: str
-    tokens: Tokens
-    channel_axis: int
-    time: int
 
 
 @dataclass
@@ -204,7 +85,7 @@ class Surveyor(Watcher):
 
     def _lie(self, found: Tensor) -> "tuple[Tokens, int] | None":
         if id(found) not in self._layouts:  # outputs share their shadow until something moves
-            self._layouts[id(found)] = (found, _layout(found))
+            self._layouts[id(found)] = (found, infer_layout(found))
         return self._layouts[id(found)][1]
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -248,7 +129,7 @@ class Surveyor(Watcher):
         if keys is not None and out.ndim >= 2:
             lead = keys.shape[:-2]
             self._found(lead, None if rows is None else rows[..., 0], keys[..., 0, :], fused=False, axis=axis)
-        elif rows is not None and rows.shape[-1] > 1 and _varies(rows, -1):
+        elif rows is not None and rows.shape[-1] > 1 and varies(rows, -1):
             self._found(rows.shape[:-1], None, rows, fused=False, axis=axis, context=True)
         elif rows is not None:
             self._skip("its softmax runs over channels, branches or classes, not over positions")
@@ -271,17 +152,17 @@ class Surveyor(Watcher):
         if keys is None:
             self._skip("the positions of its keys are not known", known=False)
             return
-        if keys.isnan().all() or not _varies(keys, -1):
+        if keys.isnan().all() or not varies(keys, -1):
             self._skip("it attends over channels or learned tokens, not over positions")
             return
-        windows = tuple(i for i in range(len(lead)) if lead[i] > 1 and (_varies(keys, i) or _varies(rows, i)))
+        windows = tuple(i for i in range(len(lead)) if lead[i] > 1 and (varies(keys, i) or varies(rows, i)))
         heads = 1
         for i in range(len(lead)):
             heads *= 1 if i in windows else lead[i]
-        key_tokens = _tokens(_per_window(keys, windows, len(lead)))
+        key_tokens = infer_tokens(per_window(keys, windows, len(lead)))
         query_tokens = None
         if rows is not None and not rows.isnan().all():
-            query_tokens = _tokens(_per_window(rows, windows, len(lead)))
+            query_tokens = infer_tokens(per_window(rows, windows, len(lead)))
         if key_tokens is None:
             self._skip("the positions of its keys make no grid", known=False)
             return
@@ -400,59 +281,9 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: s
 
 def _looks_like_attention(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
-    return ("attention" in name or "attn" in name or name.endswith("mla")) and not isinstance(module, (nn.Sequential, nn.ModuleList))
-
-
-def _varies(positions_: Tensor | None, axis: int) -> bool:
-    if positions_ is None or positions_.stride(axis) == 0 or positions_.shape[axis] == 1:
-        return False
-    for other in range(positions_.ndim):  # expanded axes hold nothing new
-        if positions_.stride(other) == 0:
-            positions_ = positions_.narrow(other, 0, 1)
-    parts = torch.view_as_real(positions_)
-    low, high = (parts.nan_to_num(bad).aminmax(dim=axis % positions_.ndim) for bad in (9.0, -9.0))
-    return bool((high.max - low.min > _NEAR).any())
-
-
-def _per_window(positions_: Tensor, windows: tuple[int, ...], lead: int) -> Tensor:
-    for axis in reversed(range(lead)):
-        if axis not in windows:
-            positions_ = positions_.select(axis, 0)
-    return positions_.reshape(-1, positions_.shape[-1])
-
-
-def _tokens(positions_WN: Tensor) -> Tokens | None:
-    """Infer the grid from the positions that occur."""
-    known = ~positions_WN.isnan()
-    if not known.any():
-        return None
-    index = torch.zeros(positions_WN.shape, dtype=torch.long, device=positions_WN.device)
-    sizes = []
-    for part in (positions_WN.real, positions_WN.imag):
-        values = part[known].sort().values
-        starts = torch.cat([values[:1], values[1:][values.diff() > _NEAR]])
-        sizes.append(len(starts))
-        place = torch.searchsorted(starts, part.nan_to_num(0).contiguous() + _NEAR / 2).clamp(min=1) - 1
-        index = index * len(starts) + place
-    if sizes[0] * sizes[1] > 2 * int(known.sum()) + 2:
-        return None
-    index = torch.where(known, index, -1)
-    return Tokens((sizes[0], sizes[1]), index.cpu())
-
-
-def _layout(positions_: Tensor) -> tuple[Tokens, int] | None:
-    """Read a (1, C, h, w) or (1, h, w, C) map, or (1, N, C) tokens: where they lie, and which axis is C."""
-    if positions_.ndim not in (3, 4) or len(positions_) != 1:
-        return None
-    for axis in (1, positions_.ndim - 1):
-        if _varies(positions_, axis):
-            continue
-        cells = positions_.select(axis, 0).reshape(1, -1)
-        if not _varies(cells, -1):
-            return None
-        tokens = _tokens(cells)
-        return None if tokens is None else (tokens, axis)
-    return None
+    return ("attention" in name or "attn" in name or name.endswith("mla")) and not isinstance(
+        module, (nn.Sequential, nn.ModuleList)
+    )
 
 
 def gate_of(name: str, module: nn.Module, out: Any) -> tuple[Literal["channel_gate", "spatial_gate"], Tensor] | None:

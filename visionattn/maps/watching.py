@@ -6,17 +6,21 @@ Nothing is put into the model but forward hooks, and those are gone when the con
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 ATTENTION = frozenset({F.scaled_dot_product_attention})
 SOFTMAX = frozenset({F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax})
-_BUILT_IN = ("torch.nn.modules.linear", "torch.nn.modules.conv", "torch.nn.modules.normalization")
-_BUILT_IN += ("torch.nn.modules.dropout", "torch.nn.modules.batchnorm", "torch.nn.modules.pooling")
+_BUILT_IN = tuple(
+    f"torch.nn.modules.{kind}" for kind in ("linear", "conv", "normalization", "dropout", "batchnorm", "pooling")
+)
 
 
 _surveying = threading.local()
@@ -126,7 +130,7 @@ class Watcher(TorchFunctionMode):
             for name, original in saved.items():
                 setattr(F, name, original)
 
-    def __enter__(self) -> "Watcher":
+    def __enter__(self) -> "Self":
         self._depth = getattr(_surveying, "depth", 0)
         self._undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # it computes attention inside one opaque kernel

@@ -23,7 +23,8 @@ def create_backbone(
 
     Args:
         name: as timm spells it, e.g. `resnet50` or `vit_small_patch16_224.augreg_in1k`.
-        num_classes: outputs of the head; None keeps the head of the weights. Another number than theirs makes a new head.
+        num_classes: outputs of the head; None keeps the head of the weights. Another number than theirs makes a new
+            head.
         pretrained: load the weights that timm names for this model from the hub.
         weights: load these weights instead: a state dict as .safetensors or .pth; nothing in it is executed.
         options: further arguments of the timm model, e.g. `img_size`, `drop_path_rate`.
@@ -54,9 +55,11 @@ def create_backbone(
     try:
         model = _create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=rows, **options)
     except (RuntimeError, KeyError) as error:
-        raise DataError(f"the weights in {os.fspath(weights)} are not those of a {name}: {_first_line(error)}") from error
+        raise DataError(
+            f"the weights in {os.fspath(weights)} are not those of a {name}: {_first_line(error)}"
+        ) from error
     if num_classes is not None and num_classes != rows:
-        model.reset_classifier(num_classes)
+        model.reset_classifier(num_classes)  # type: ignore[operator]  # every timm model has it
     return model
 
 
@@ -70,6 +73,15 @@ def preprocess_of(model: nn.Module) -> Preprocess:
         mean=config["mean"],
         std=config["std"],
     )
+
+
+def class_names_of(model: nn.Module) -> tuple[str, ...]:
+    """Tell the names of a timm model's outputs, where timm knows them: those of ImageNet and its subsets."""
+    subset = timm.data.infer_imagenet_subset(model)
+    if subset is None:
+        return ()
+    info = timm.data.ImageNetInfo(subset)
+    return tuple(info.index_to_description(index) for index in range(info.num_classes()))
 
 
 def _create(name: str, **options: Any) -> nn.Module:

@@ -5,9 +5,41 @@ from typing import TYPE_CHECKING
 from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
+    from visionattn.overlay.draw import COLORMAPS as COLORMAPS
     from visionattn.overlay.draw import Tile as Tile
     from visionattn.overlay.draw import blend as blend
+    from visionattn.overlay.draw import boxes as boxes
+    from visionattn.overlay.draw import colour_bar as colour_bar
+    from visionattn.overlay.draw import contour as contour
+    from visionattn.overlay.draw import draw_box as draw_box
+    from visionattn.overlay.draw import heat as heat
     from visionattn.overlay.draw import sheet as sheet
+    from visionattn.overlay.draw import side_by_side as side_by_side
+    from visionattn.overlay.draw import top_mask as top_mask
     from visionattn.overlay.export import export as export
+    from visionattn.overlay.render import Style as Style
+    from visionattn.overlay.render import peak as peak
+    from visionattn.overlay.render import render as render
+    from visionattn.overlay.report import Summary as Summary
 
-__getattr__, __dir__ = lazy(__name__, {"draw": ("Tile", "blend", "sheet"), "export": ("export",)})
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "draw": (
+            "COLORMAPS",
+            "Tile",
+            "blend",
+            "boxes",
+            "colour_bar",
+            "contour",
+            "draw_box",
+            "heat",
+            "sheet",
+            "side_by_side",
+            "top_mask",
+        ),
+        "export": ("export",),
+        "render": ("Style", "peak", "render"),
+        "report": ("Summary",),
+    },
+)

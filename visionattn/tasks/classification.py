@@ -33,8 +33,8 @@ class Classification(L.LightningModule):
     Args:
         network: (B, C, H, W) → logits (B, K). Where it has a `num_classes`, that is held against the data.
         optimizer: makes an optimizer from parameters; None is AdamW with a learning rate of 1e-3.
-        lr_scheduler: makes a scheduler from an optimizer. One that takes `total_steps` and was given none, as OneCycleLR,
-            is told the length of the training and steps with every batch.
+        lr_scheduler: makes a scheduler from an optimizer. One that takes `total_steps` and was given none, as
+            OneCycleLR, is told the length of the training and steps with every batch.
         lr_interval: when other schedulers step.
         label_smoothing: share of the truth that is spread over all classes, in [0, 1).
         class_weights: a weight a class in the loss; `balanced` weighs a class by (images / K) / (its images).
@@ -149,7 +149,7 @@ class Classification(L.LightningModule):
         self.log(loss_name, self._loss(logits_BK, labels_B), batch_size=len(labels_B), sync_dist=True)
         scores.update(logits_BK, labels_B)
         for name, score in scores.items():
-            self.log(name, score, batch_size=len(labels_B), prog_bar=name == "val/accuracy")  # type: ignore[arg-type]
+            self.log(name, score, batch_size=len(labels_B), prog_bar=name == "val/accuracy")
         return logits_BK
 
     def _loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
@@ -169,7 +169,9 @@ class Classification(L.LightningModule):
         if self.class_weights == "balanced":
             counts = getattr(data, "class_counts", None)
             if counts is None:
-                raise DataError(f"class_weights: balanced needs class_counts, which {type(data).__name__} does not have")
+                raise DataError(
+                    f"class_weights: balanced needs class_counts, which {type(data).__name__} does not have"
+                )
             counts_K = torch.as_tensor(counts, dtype=torch.float32)
             return counts_K.sum() / (num_classes * counts_K)
         if len(self.class_weights) != num_classes:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from visionattn.data import write_image
-from visionattn.maps import Maps, Method, default_method
+from visionattn.maps import Maps, MapWarning, Method, default_method
 from visionattn.maps.pointing import pointing
 from visionattn.overlay.draw import Tile, blend, sheet
 
@@ -46,7 +47,9 @@ class OverlaySamples(Callback):
         if self._batch is None or not self._wanted(trainer) or folder is None:
             return
         maps = _explain(self.method, pl_module, self._batch)
-        picture = _sheet(self._batch, maps, pl_module, _dataset(trainer.val_dataloaders), f"epoch {trainer.current_epoch}")
+        picture = _sheet(
+            self._batch, maps, pl_module, _dataset(trainer.val_dataloaders), f"epoch {trainer.current_epoch}"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         write_image(folder / f"epoch_{trainer.current_epoch:03d}.jpg", picture)
         for logger in trainer.loggers:
@@ -61,8 +64,9 @@ class OverlaySamples(Callback):
 class TestReport(Callback):
     """At the end of a test, print and write what it found.
 
-    Into the run: `overlays/test.png`, a sheet of images with their heatmaps; `test.csv`, the figures; `confusion.csv`. Where the data knows the
-    objects' boxes, the pointing game is played on every image, and its score printed beside those of guesses.
+    Into the run: `overlays/test.png`, a sheet of images with their heatmaps; `test.csv`, the figures; `confusion.csv`.
+    Where the data knows the objects' boxes, the pointing game is played on every image, and its score printed beside
+    those of guesses.
 
     Args:
         num_images: images on the sheet, the first of the test split.
@@ -154,7 +158,9 @@ class WritePredictions(BasePredictionWriter):
             writer = csv.writer(file)
             if fresh:
                 writer.writerow(["path", "class", "probability"])
-            for source, index, probability in zip(prediction["path"], classes.tolist(), probabilities.tolist(), strict=True):
+            for source, index, probability in zip(
+                prediction["path"], classes.tolist(), probabilities.tolist(), strict=True
+            ):
                 writer.writerow([source, names[index] if names else index, f"{probability:.6f}"])
 
 
@@ -176,7 +182,9 @@ def _first(batch: dict[str, Any], count: int) -> dict[str, Any]:
 
 def _explain(method: Method | None, pl_module: Any, batch: dict[str, Any]) -> Maps:
     images = batch["image"].float()
-    return (method or default_method(pl_module.network, images))(pl_module.network, images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MapWarning)  # maps of a network that has not learned yet are often flat
+        return (method or default_method(pl_module.network, images))(pl_module.network, images)
 
 
 def _sheet(batch: dict[str, Any], maps: Maps, pl_module: Any, dataset: Any, title: str) -> Any:

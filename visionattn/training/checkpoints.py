@@ -1,8 +1,8 @@
 """Checkpoints that say what they are, and that are read without running anything they name.
 
-A checkpoint of ours is Lightning's, with one more entry: `visionattn`, plain data that says how to build the task, how images
-are prepared, and what the classes are called. Whoever sends you one may have written anything there, so only classes of
-the packages in `TRUSTED` are built from it.
+A checkpoint of ours is Lightning's, with one more entry: `visionattn`, plain data that says how to build the task, how
+images are prepared, and what the classes are called. Whoever sends you one may have written anything there, so only
+classes of the packages in `TRUSTED` are built from it.
 """
 
 import dataclasses
@@ -58,8 +58,8 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
         trust: packages of yours whose classes the checkpoint may name, beside `TRUSTED`.
 
     Raises:
-        DataError: the file is missing, cut short, would run code, names a class outside the trusted packages, or was not
-            written by visionattn.
+        DataError: the file is missing, cut short, would run code, names a class outside the trusted packages, or was
+            not written by visionattn.
     """
     content = read(path)
     entry = content[_ENTRY]
@@ -72,7 +72,7 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
         task.load_state_dict(content["state_dict"], strict=True)
     except RuntimeError as error:
         raise DataError(f"the weights in {os.fspath(path)} do not fit the model it describes: {error}") from error
-    task.class_names = tuple(entry["class_names"])
+    task.class_names = tuple(entry["class_names"])  # type: ignore[assignment]
     task.preprocess = Preprocess(**entry["preprocess"]) if entry["preprocess"] else None  # type: ignore[assignment]
     return task.eval()
 
@@ -89,17 +89,22 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle that names code, a truncated archive, or another kind of file
-        reason = "it would run code" if "weights_only" in str(error).lower() else "it is cut short or another kind of file"
+        reason = (
+            "it would run code" if "weights_only" in str(error).lower() else "it is cut short or another kind of file"
+        )
         raise DataError(f"{name} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict) or "state_dict" not in content or not isinstance(content.get(_ENTRY), dict):
-        raise DataError(f"{name} was not written by visionattn; to use plain weights give them as network weights instead")
+        raise DataError(
+            f"{name} was not written by visionattn; to use plain weights give them as network weights instead"
+        )
     return content
 
 
 def check_against(path: str | os.PathLike[str], model: Mapping[str, Any]) -> None:
     """Hold the model that a run asks for against the one that a checkpoint holds.
 
-    Lightning would let one of the two win in silence: the checkpoint its hyper-parameters, the optimizer its learning rate.
+    Lightning would let one of the two win in silence: the checkpoint its hyper-parameters, the optimizer its learning
+    rate.
 
     Raises:
         UsageError: they differ; every difference is named.
@@ -111,7 +116,8 @@ def check_against(path: str | os.PathLike[str], model: Mapping[str, Any]) -> Non
     saved = content[_ENTRY]["model"]
     if saved.get("class_path") != model.get("class_path"):
         raise DataError(
-            f"{os.fspath(path)} is a checkpoint of {saved.get('class_path')}, and the config asks for {model.get('class_path')}"
+            f"{os.fspath(path)} is a checkpoint of {saved.get('class_path')}, "
+            f"and the config asks for {model.get('class_path')}"
         )
     ours, theirs = dict(_leaves(model)), dict(_leaves(saved))
     differences = [
@@ -173,7 +179,8 @@ def _trusted_class(class_path: str, path: str | os.PathLike[str], trusted: tuple
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise DataError(f"{os.fspath(path)} names {class_path}, which does not exist here") from error
-    # a trusted module may hold names of others (`visionattn.x.os`): the class itself must be at home in a trusted package
+    # a trusted module may hold names of others (`visionattn.x.os`): the class itself must be at home in a trusted
+    # package
     if not (inspect.isclass(found) and issubclass(found, _BUILT_FROM_CHECKPOINTS)):
         raise refusal
     if found.__module__.split(".")[0] not in trusted:

@@ -1,7 +1,10 @@
-"""The verbs fit, validate, test and predict: Lightning's own command line, with runs in their place and its traps closed."""
+"""The verbs fit, validate, test and predict: Lightning's own command line, with runs in their place and its traps
+closed."""
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -9,20 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from visionattn.errors import UsageError, nearest
+from visionattn.errors import DataError, UsageError, nearest
 from visionattn.training.callbacks import OverlaySamples, TestReport, WritePredictions
 from visionattn.training.checkpoints import Describe, check_against
+from visionattn.training.messages import explain
 
 RUNS = Path("runs")
 UNTRAINED = "untrained"
+_SECTIONS: dict[str, Any] = {
+    "trainer": L.Trainer,
+    "checkpoint": ModelCheckpoint,
+    "overlays": OverlaySamples,
+    "report": TestReport,
+    **dict.fromkeys(("model", "data", "name", "seed_everything", "test_after_fit", "ckpt_path", "config"), dict),
+}
 _RUN = "VISIONATTN_RUN"  # tells the processes that a DDP run starts which folder is theirs
 
 
@@ -48,11 +58,12 @@ def run(verb: str, arguments: Sequence[str]) -> None:
             args=[verb, *find_configs(arguments)],
         )
     except ArgumentError as error:
-        raise UsageError(_plain(error, arguments)) from error
+        raise UsageError(explain(str(error), _SECTIONS)) from error
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
-    """Take `configs/…` from the package where the current folder has no such file, so that an installed package runs them."""
+    """Take `configs/…` from the package where the current folder has no such file, so that an installed package runs
+    them."""
     found = []
     expects_file = False
     for argument in arguments:
@@ -74,19 +85,29 @@ def _shipped(path: str) -> str:
     for home in (package, package.parent):  # installed from a wheel; installed in place
         if (home / path).is_file():
             return str(home / path)
-    names = [f"configs/{file.relative_to(home / 'configs')}" for home in (package, package.parent) for file in (home / "configs").rglob("*.yaml")]
+    names = [
+        f"configs/{file.relative_to(home / 'configs')}"
+        for home in (package, package.parent)
+        for file in (home / "configs").rglob("*.yaml")
+    ]
     raise UsageError(f"there is no config {path}.{nearest(path, names)}")
 
 
 class Command(LightningCLI):
-    """LightningCLI whose runs live under runs/<name>/<version>/ and whose checkpoints never overrule the command line."""
+    """LightningCLI whose runs live under runs/<name>/<version>/ and whose checkpoints never overrule the command
+    line."""
 
     run_folder: Path | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str | None, default=None, help="Folder of the run under runs/; the config's name by default.")
         parser.add_argument(
-            "--test_after_fit", type=bool, default=False, help="After fit, test the best checkpoint and write its report."
+            "--name", type=str | None, default=None, help="Folder of the run under runs/; the config's name by default."
+        )
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=False,
+            help="After fit, test the best checkpoint and write its report.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
@@ -114,7 +135,8 @@ class Command(LightningCLI):
             return
         if path is None:
             raise UsageError(
-                f"{verb} needs trained weights: --ckpt_path FILE, or --ckpt_path {UNTRAINED} to run with the weights as they are built"
+                f"{verb} needs trained weights: --ckpt_path FILE, or --ckpt_path {UNTRAINED} "
+                "to run with the weights as they are built"
             )
         if path == UNTRAINED:
             options.ckpt_path = None
@@ -122,7 +144,9 @@ class Command(LightningCLI):
         if "://" in str(path):
             raise UsageError(f"--ckpt_path takes a file on this machine, not an address: download {path} first")
         if path in ("last", "best", "hpc", "registry"):
-            raise UsageError(f"--ckpt_path {path} does not say of which run: give the file, runs/<name>/<version>/{path}.ckpt")
+            raise UsageError(
+                f"--ckpt_path {path} does not say of which run: give the file, runs/<name>/<version>/{path}.ckpt"
+            )
         options.weights_only = True
         check_against(path, self._plain_config(options)["model"])
 
@@ -133,8 +157,8 @@ class Command(LightningCLI):
     def before_instantiate_classes(self) -> None:
         options = self.config[self.config.subcommand]
         if options.trainer.fast_dev_run:  # a rehearsal leaves nothing behind
-            self._rehearsal = tempfile.TemporaryDirectory()
-            folder = self._rehearsal.name
+            folder = tempfile.mkdtemp()
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
         else:
             self.run_folder = _new_run(options.name)
             folder = str(self.run_folder)
@@ -145,16 +169,19 @@ class Command(LightningCLI):
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
-            if isinstance(error, UsageError) or type(error).__module__.startswith("visionattn"):
-                raise
-            raise UsageError(str(error)) from error
+            root: BaseException = (
+                error  # jsonargparse tells of every type it tried; what the class itself said lies at the root
+            )
+            while root.__cause__ is not None:
+                root = root.__cause__
+            raise (root if isinstance(root, (UsageError, DataError)) else UsageError(str(root))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         options = self.config[self.config.subcommand]
         if self.run_folder and options.trainer.logger in (None, True):
             place = {"name": options.name, "version": self.run_folder.name}
             kwargs["logger"] = [CSVLogger(RUNS, **place), TensorBoardLogger(RUNS, **place)]
-        extra: list[Callback] = [Describe(self._plain_config(options)["model"]), RichProgressBar()]
+        extra: list[Callback] = [Describe(self._plain_config(options)["model"])]
         if self.config.subcommand == "predict":
             extra.append(WritePredictions())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
@@ -163,7 +190,7 @@ class Command(LightningCLI):
 
     def after_fit(self) -> None:
         if self._get(self.config, "test_after_fit"):
-            best = None if self.trainer.fast_dev_run else "best"
+            best = None if self.trainer.fast_dev_run else "best"  # type: ignore[attr-defined]
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
         self._say_where()
 
@@ -214,11 +241,6 @@ def _new_run(name: str) -> Path:
             version += 1
     os.environ[_RUN] = str(home / str(version))
     return home / str(version)
-
-
-def _plain(error: ArgumentError, arguments: Sequence[str]) -> str:
-    """One sentence of what jsonargparse says, with the nearest right name for a key it does not know."""
-    return str(error)
 
 
 def _quieten() -> None:

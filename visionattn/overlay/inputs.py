@@ -1,0 +1,197 @@
+"""Which images a run reads, in which order, and what their outputs are called."""
+
+import hashlib
+import os
+import re
+import stat
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from visionattn.data.decode import SUFFIXES
+from visionattn.errors import DataError, UsageError, nearest
+from visionattn.overlay.text import printable
+
+AnyPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
+
+_LONGEST_NAME = 255  # bytes, on every common file system
+
+
+@dataclass
+class Found:
+    """What stands at the paths a user gave.
+
+    Attributes:
+        images: absolute paths, each once.
+        root: the folder below which the outputs mirror the images' places.
+        ignored: suffix → how many files of folders are no images.
+        links: how many linked folders were not entered.
+        unlisted: folders that cannot be listed, and why.
+    """
+
+    images: list[str] = field(default_factory=list)
+    root: str = ""
+    ignored: Counter[str] = field(default_factory=Counter)
+    links: int = 0
+    unlisted: list[tuple[str, str]] = field(default_factory=list)
+
+
+def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Container[str] = ()) -> Found:
+    """Find the images at some paths: files as they are, folders with all below them in natural order (2 before 10).
+
+    In folders, hidden files and folders are passed over, linked folders are not entered, and files with another suffix
+    than an image's are left. So are earlier outputs.
+
+    Args:
+        inputs: files and folders; names that are no text are welcome.
+        out: where outputs go; it is not searched where it lies inside a folder of `inputs`.
+        written: absolute paths of earlier outputs.
+
+    Raises:
+        UsageError: there are no inputs, or one does not exist (names what comes near) or is neither file nor folder.
+        DataError: there is no image in any of them.
+    """
+    if isinstance(inputs, (str, bytes, os.PathLike)):
+        inputs = [inputs]
+    paths = [os.path.abspath(os.fsdecode(path)) for path in inputs]
+    if not paths:
+        raise UsageError("there are no inputs; give files or folders of images")
+    found, seen, tops = Found(), set[str](), []
+    skip = os.path.realpath(os.fsdecode(out))
+    for path in paths:
+        mode = _mode(path)
+        tops.append(path if stat.S_ISDIR(mode) else os.path.dirname(path))
+        if stat.S_ISDIR(mode):
+            below = _walk(path, found, skip if skip != os.path.realpath(path) else "", written)
+        elif stat.S_ISREG(mode):
+            below = iter([path])
+        else:
+            raise UsageError(f"{printable(path)} is neither a file nor a folder; give images or folders of them")
+        for image in below:
+            if image not in seen:
+                seen.add(image)
+                found.images.append(image)
+    if not found.images and not found.unlisted:
+        kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in found.ignored.most_common(4))
+        places = ", ".join(printable(os.fsdecode(path)) for path in inputs[:3]) + (", …" if len(inputs) > 3 else "")
+        raise DataError(
+            f"there is no image in {places}" + (f", only {kinds}" if kinds else "; hidden files do not count")
+        )
+    found.root = _common(tops)
+    return found
+
+
+def output_names(
+    images: Sequence[str], root: str, ending: str, taken: Mapping[str, str], kept: Mapping[str, str]
+) -> dict[str, str]:
+    """Name the output of each image: its path below `root`, with its own suffix, and `ending`.
+
+    So `a/x.jpg` and `a/x.png` go to `a/x.jpg.overlay.jpg` and `a/x.png.overlay.jpg`. Where that name, capitals or not,
+    belongs to another image, or is too long for a file system, eight digits of a hash of the image's path set it apart.
+
+    Args:
+        ending: with its dots, as `.overlay.jpg`.
+        taken: outputs of earlier runs → their image.
+        kept: images of earlier runs → their output, which stays.
+
+    Returns:
+        image → output, with / between folders, below the output folder.
+    """
+    owners = {_alike(name): image for name, image in taken.items()}
+    names = {}
+    for image in images:
+        if image in kept and kept[image].endswith(ending):
+            names[image] = kept[image]
+            continue
+        place = (
+            os.path.relpath(image, root) if root else image.replace(":", "").lstrip("\\/")
+        )  # root: none across drives
+        folder, base = os.path.split(place)
+        folder = folder.replace(os.sep, "/")
+        name = _join(folder, base, ending)
+        if len(os.fsencode(base + ending)) > _LONGEST_NAME or owners.get(_alike(name), image) != image:
+            digits = hashlib.blake2b(os.fsencode(image), digest_size=4).hexdigest()
+            room = _LONGEST_NAME - len(ending) - len(digits) - 1
+            name = _join(folder, f"{_shorten(base, room)}~{digits}", ending)
+        owners[_alike(name)] = image
+        names[image] = name
+    return names
+
+
+def _mode(path: str) -> int:
+    try:
+        return os.stat(path).st_mode
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise DataError(f"{printable(path)} cannot be read: {error.strerror}") from error
+        parent, name = os.path.split(path)
+        while parent and not os.path.isdir(parent) and os.path.dirname(parent) != parent:
+            parent, name = os.path.split(parent)
+        try:
+            near = nearest(printable(name), map(printable, os.listdir(parent)))
+        except OSError:
+            near = ""
+        raise UsageError(f"there is no {printable(os.path.join(parent, name))}.{near}") from error
+
+
+def _walk(folder: str, found: Found, skip: str, written: Container[str]) -> Iterator[str]:
+    """Yield a folder's images, then those of its folders; without recursion, so that depth does not matter."""
+    stack = [folder]
+    while stack:
+        here = stack.pop()
+        try:
+            with os.scandir(here) as entries:
+                listed = sorted(entries, key=lambda entry: _natural(entry.name))
+        except OSError as error:
+            found.unlisted.append((here, f"cannot be listed: {error.strerror or error}"))
+            continue
+        folders = []
+        for entry in listed:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if entry.is_symlink():
+                    found.links += 1
+                elif not skip or os.path.realpath(entry.path) != skip:
+                    folders.append(entry.path)
+            elif entry.path not in written:
+                suffix = os.path.splitext(entry.name)[1].lower()
+                # a broken link is an image that fails; a pipe or device of that name is none
+                if suffix in SUFFIXES and (entry.is_file() or entry.is_symlink()):
+                    yield entry.path
+                else:
+                    found.ignored[printable(suffix)] += 1
+        stack += reversed(folders)
+
+
+def _common(folders: Collection[str]) -> str:
+    try:
+        return os.path.commonpath(folders)
+    except ValueError:  # drives of Windows
+        return ""
+
+
+def _natural(name: str) -> tuple[list[int | str], str]:
+    """Sorts img2 before img10; texts and numbers alternate, so that each meets its like."""
+    parts: list[int | str] = []
+    for place, part in enumerate(re.split("([0-9]+)", name)):
+        parts.append(int(part) if place % 2 else part)
+    return parts, name
+
+
+def _alike(name: str) -> str:
+    """Equal for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _join(folder: str, base: str, ending: str) -> str:
+    return f"{folder}/{base}{ending}" if folder else f"{base}{ending}"
+
+
+def _shorten(base: str, room: int) -> str:
+    """The start of a name in at most `room` bytes, cut between letters."""
+    while len(os.fsencode(base)) > room:
+        base = base[:-1]
+    return base

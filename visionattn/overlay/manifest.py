@@ -1,0 +1,220 @@
+"""`manifest.jsonl`, the truth about a folder of overlays: one line an image, what was made of it or why nothing was.
+
+A line is a JSON object. Of every image:
+    source, bytes, modified: absolute path, size and time of change (in ns) of the file.
+    recipe: a hash of all that decides what the outputs look like; same recipe and same file, same outputs.
+    status: "done" or "failed".
+    earlier: paths of outputs that an earlier run made of it and this one did not replace; where there are any.
+Of one that failed: reason. Of one that is done:
+    outputs: kind → path below the folder.
+    width, height: of the source, upright.
+    model, method, layer, target: what was explained, and how.
+    prediction, class, probability: the highest output; null where the model has no classes.
+    peak: [x, y] of the hottest place, in pixels of the source; null where the heatmap is constant.
+    seconds: its share of the model's and the method's time.
+
+Bytes of file names that are no text stand as lone surrogates (`"\\udcff"`), which `os.fsencode` turns back.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from visionattn.errors import DataError, UsageError
+from visionattn.overlay.text import printable
+
+NAME = "manifest.jsonl"
+_PROMISED = ".manifest.promised"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a manifest says of an image that was exported."""
+
+    output: str
+    recipe: str
+    stamp: tuple[int, int]
+
+
+class Manifest:
+    """The manifest of a folder, read at once and written line by line.
+
+    Outputs are promised before they are written. So those of a run that was killed before it could note them are known
+    for ours, and nothing else is ever overwritten.
+
+    Attributes:
+        done: image → what was made of it.
+        owners: output → its image, failed ones too.
+
+    Args:
+        out: the folder; it is made with the first line.
+
+    Raises:
+        UsageError: `out` is no folder, or its manifest.jsonl is none of ours.
+        DataError: it cannot be read.
+    """
+
+    def __init__(self, out: str) -> None:
+        self.out = out
+        self.path = os.path.join(out, NAME)
+        self.done: dict[str, Done] = {}
+        self.owners: dict[str, str] = {}
+        self._promised = os.path.join(out, _PROMISED)
+        self._outputs: dict[str, list[str]] = {}  # the reverse of `owners`
+        self._open: dict[str, str] = {}  # promised and not noted yet: output → image
+        self._reasons: dict[str, str] = {}
+        self._stale = 0
+        self._end = 0  # of the last whole line
+        self._gap = b""
+        self._lines: BinaryIO | None = None
+        self._promises: BinaryIO | None = None
+        if os.path.lexists(out) and not os.path.isdir(out):
+            raise UsageError(f"{printable(out)} is a file; name a folder for the overlays")
+        try:
+            self._read()
+            for promise in _lines(self._promised):
+                if promise.endswith(b"\n"):
+                    self._promise(*json.loads(promise))
+        except OSError as error:
+            raise DataError(f"{printable(error.filename or out)} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise UsageError(
+                f"{printable(self.path)} was not written by visionattn ({error}); choose another folder for overlays"
+            ) from error
+
+    def promise(self, outputs: Iterable[tuple[str, str]]) -> None:
+        """Note (output, image) pairs that are about to be written."""
+        outputs = list(outputs)
+        with self._writing():
+            if self._promises is None:
+                os.makedirs(self.out, exist_ok=True)
+                self._promises = open(self._promised, "ab")  # noqa: SIM115  # closed in `close`
+            self._promises.write(b"".join(_encode(list(pair)) for pair in outputs))
+            self._promises.flush()
+        for output, image in outputs:
+            self._promise(output, image)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Write the line of one image; the same failure as before is not written again.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        source = entry["source"]
+        earlier = [name for name in self._outputs.get(source, []) if name not in entry.get("outputs", {}).values()]
+        earlier = [name for name in earlier if os.path.lexists(os.path.join(self.out, name))]
+        if earlier:
+            entry = {**entry, "earlier": earlier}
+        if entry["status"] == "failed" and self._reasons.get(source) == entry["reason"]:
+            return
+        with self._writing():
+            if self._lines is None:
+                os.makedirs(self.out, exist_ok=True)
+                self._lines = open(self.path, "ab")  # noqa: SIM115  # closed in `close`
+                self._lines.truncate(self._end)
+                self._lines.write(self._gap)
+            self._lines.write(_encode(entry))
+            self._lines.flush()
+        self._note(entry)
+
+    def close(self) -> None:
+        """Keep the last line of every image, and only those promises that were kept and could not be noted."""
+        if self._lines is not None:
+            self._lines.close()
+        if self._promises is not None:
+            self._promises.close()
+        if self._lines is None and self._promises is None:
+            return
+        with self._writing():
+            if self._stale:
+                self._compact()
+            left = {name: image for name, image in self._open.items() if os.path.lexists(os.path.join(self.out, name))}
+            if left:
+                self._replace(self._promised, (_encode(list(pair)) for pair in left.items()))
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._promised)
+
+    def _read(self) -> None:
+        lines = _lines(self.path)
+        for number, line in enumerate(lines):
+            try:
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or not isinstance(entry.get("source"), str) or "status" not in entry:
+                    raise ValueError(f"line {number + 1} names no source and status")
+            except ValueError:
+                cut_short = number == len(lines) - 1 and not line.endswith(b"\n")
+                if cut_short and (number or os.path.exists(self._promised)):
+                    return  # half a line, of a run that was killed
+                raise
+            self._note(entry)
+            self._end += len(line)
+            self._gap = b"" if line.endswith(b"\n") else b"\n"
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        source = entry["source"]
+        self._stale += source in self.done or source in self._reasons
+        self._reasons.pop(source, None)
+        self.done.pop(source, None)
+        if entry["status"] == "done":
+            output = entry["outputs"]["overlay"]
+            self._open.pop(output, None)
+            self.done[source] = Done(output, entry["recipe"], (entry["bytes"], entry["modified"]))
+            self._own(output, source)
+        else:
+            self._reasons[source] = entry["reason"]
+        for output in entry.get("earlier", []):
+            self._own(output, source)
+
+    def _promise(self, output: str, image: str) -> None:
+        self._open[output] = image
+        self._own(output, image)
+
+    def _own(self, output: str, image: str) -> None:
+        known = self._outputs.setdefault(image, [])
+        if self.owners.setdefault(output, image) == image and output not in known:
+            known.append(output)
+
+    def _compact(self) -> None:
+        last: dict[str, bytes] = {}
+        for line in _lines(self.path):
+            source = json.loads(line)["source"]
+            last.pop(source, None)
+            last[source] = line
+        self._replace(self.path, last.values())
+
+    def _replace(self, path: str, lines: Iterable[bytes]) -> None:
+        with tempfile.NamedTemporaryFile(dir=self.out, prefix=".manifest", suffix=".part", delete=False) as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(path):
+            os.chmod(file.name, os.stat(path).st_mode & 0o777)
+        os.replace(file.name, path)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(f"{printable(self.path)} cannot be written: {reason}; nothing more is exported") from error
+
+
+def _lines(path: str) -> list[bytes]:
+    try:
+        with open(path, "rb") as file:
+            return file.readlines()
+    except FileNotFoundError:
+        return []
+
+
+def _encode(value: Any) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a file name that is no text: its bytes as \udcXX
+        return json.dumps(value).encode() + b"\n"

@@ -1,0 +1,109 @@
+"""One image: its heatmap carried to the pixels of the source, drawn over it, and where it is hottest. No torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionattn.data.placement import Placement
+from visionattn.errors import UsageError, nearest
+from visionattn.overlay.draw import COLORMAPS, blend, contour
+
+_BAND = 1 << 18  # pixels at a time: memory beyond the picture and its overlay stays small, however large they are
+
+
+@dataclass(frozen=True)
+class Style:
+    """What overlays look like.
+
+    Attributes:
+        colormap: a name in `draw.COLORMAPS`.
+        alpha: opacity where the heatmap is hottest, in [0, 1].
+        saturation: share of the picture's own colour that is kept, in [0, 1].
+        contours: levels in (0, 1] whose lines are drawn as well.
+        suffix: of the files, and so their format.
+    """
+
+    colormap: str = "inferno"
+    alpha: float = 0.75
+    saturation: float = 0.45
+    contours: tuple[float, ...] = ()
+    suffix: Literal[".jpg", ".png", ".webp"] = ".jpg"
+
+    def __post_init__(self) -> None:
+        if self.colormap not in COLORMAPS:
+            near = nearest(self.colormap, COLORMAPS)
+            raise UsageError(f"there is no colormap {self.colormap!r}; there are {', '.join(COLORMAPS)}.{near}")
+        if not (0 <= self.alpha <= 1 and 0 <= self.saturation <= 1 and all(0 < level <= 1 for level in self.contours)):
+            raise UsageError(
+                f"alpha and saturation must be in [0, 1] and contours in (0, 1], got {self.alpha}, {self.saturation} "
+                f"and {self.contours}"
+            )
+        if self.suffix not in (".jpg", ".png", ".webp"):
+            raise UsageError(f"overlays are written as .jpg, .png or .webp, not {self.suffix!r}")
+
+
+def render(
+    image_HWC: NDArray[np.uint8], heatmap_hw: NDArray[np.floating], placement: Placement, style: Style
+) -> NDArray[np.uint8]:
+    """Draw a heatmap of the model's input over the source picture.
+
+    Args:
+        image_HWC: the source, as `placement` knows it.
+        heatmap_hw: in [0, 1], any resolution; it spans the model's input.
+        placement: of the source in the input.
+
+    Raises:
+        UsageError: the picture is not the one that was placed.
+    """
+    height, width = image_HWC.shape[:2]
+    if (height, width) != tuple(placement.source_size):
+        raise UsageError(f"the picture is {height} × {width}, and the one placed was {placement.source_size}")
+    out_HWC = np.empty_like(image_HWC)
+    step = max(1, _BAND // width)
+    for top in range(0, height, step):
+        rows = slice(top, min(top + step, height))
+        down = Placement(np.array([[1.0, 0, 0], [0, 1.0, top]]), (rows.stop - top, width), placement.source_size)
+        band = placement @ down
+        out_HWC[rows] = blend(
+            image_HWC[rows],
+            band.carry(heatmap_hw),
+            colormap=style.colormap,
+            alpha=style.alpha,
+            saturation=style.saturation,
+            seen_HW=_seen(band),
+        )
+    if style.contours:  # lines do not stop at bands
+        out_HWC = contour(out_HWC, placement.carry(heatmap_hw), levels=style.contours)
+    return out_HWC
+
+
+def peak(heatmap_hw: NDArray[np.floating], placement: Placement) -> tuple[float, float] | None:
+    """Where a heatmap is hottest, (x, y) in pixels of the source; None where it is constant.
+
+    That is the centre of the hottest cell, or the hottest place of the source where that cell lies in the padding.
+    """
+    heatmap_hw = np.asarray(heatmap_hw)
+    if heatmap_hw.max() <= heatmap_hw.min():
+        return None
+    row, column = np.unravel_index(int(heatmap_hw.argmax()), heatmap_hw.shape)
+    cells = np.array([[(column + 0.5) / heatmap_hw.shape[1], (row + 0.5) / heatmap_hw.shape[0]]])
+    (input_h, input_w), (height, width) = placement.input_size, placement.source_size
+    x, y = placement.to_source(cells * [input_w, input_h])[0]
+    if not (0 <= x <= width and 0 <= y <= height):
+        carried_HW = placement.carry(heatmap_hw)
+        y, x = (int(place) + 0.5 for place in np.unravel_index(int(carried_HW.argmax()), carried_HW.shape))
+    return float(x), float(y)
+
+
+def _seen(placement: Placement) -> NDArray[np.bool_] | None:
+    """As `Placement.seen`, quicker where nothing is turned; None where all is seen."""
+    (height, width), (input_h, input_w) = placement.source_size, placement.input_size
+    (x_scale, x_turn, left), (y_turn, y_scale, top) = placement.matrix
+    if x_turn or y_turn:
+        return placement.seen()
+    columns = x_scale * (np.arange(width) + 0.5) + left
+    rows = y_scale * (np.arange(height) + 0.5) + top
+    inside = (rows >= 0) & (rows <= input_h), (columns >= 0) & (columns <= input_w)
+    return None if inside[0].all() and inside[1].all() else np.logical_and.outer(*inside)

@@ -1,0 +1,148 @@
+"""What an export tells on the terminal: a bar while it runs, a short table at its end."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from visionattn.overlay.text import printable
+
+_REASONS = 5  # failures that are told on the terminal; the manifest has all
+
+
+@dataclass
+class Summary:
+    """What a run has made.
+
+    Attributes:
+        out: the folder, as it was given.
+        written: overlays.
+        failed: images without one.
+        skipped: images whose overlay stood there already.
+        blank: overlays of constant heatmaps, which show nothing.
+        ignored: suffix → files of folders that are no images.
+        links: linked folders that were not entered.
+        failures: (file, reason) of the first failures.
+        source: what is shown, as `gate of layer4.1`; "" if nothing was made.
+        seconds: the whole run.
+    """
+
+    out: str
+    written: int = 0
+    failed: int = 0
+    skipped: int = 0
+    blank: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    links: int = 0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    source: str = ""
+    seconds: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 where some images failed."""
+        return int(self.failed > 0)
+
+    def count(self, entry: dict[str, Any], name: str) -> None:
+        """Count the manifest's entry of one image."""
+        if entry["status"] == "failed":
+            self.failed += 1
+            if len(self.failures) < _REASONS:
+                self.failures.append((name, entry["reason"]))
+            return
+        self.written += 1
+        self.blank += entry["peak"] is None
+        self.source = self.source or entry["layer"]
+
+
+class Bar:
+    """`seen/ ━━━━━━━━━━━━━━━━━━━━ 212/214  34 images/s  2 failed`
+
+    Args:
+        console: where it is drawn.
+        out: the folder of the run.
+        total: images to do.
+    """
+
+    def __init__(self, console: Console, out: str, total: int) -> None:
+        columns = TextColumn("  {task.description}", markup=False), BarColumn(20), TextColumn("{task.fields[state]}")
+        self._progress = Progress(*columns, console=console, disable=total == 0)
+        self._task = self._progress.add_task(_folder(out), total=total, state=f"0/{total}")
+        self._total = total
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> "Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def advance(self, summary: Summary) -> None:
+        done = summary.written + summary.failed
+        seconds = time.perf_counter() - self._started
+        rate = done / max(seconds, 1e-9)
+        state = f"{summary.written}/{self._total}  {_number(rate)} images/s"
+        if done < self._total:
+            state += f"  {_duration((self._total - done) / rate)} left"
+        if summary.failed:
+            state += f"  [red]{summary.failed} failed[/red]"
+        self._progress.update(self._task, completed=done, state=state)
+
+
+def print_summary(console: Console, summary: Summary) -> None:
+    """The table at the end of a run."""
+    folder, manifest = _folder(summary.out), _folder(summary.out) + "manifest.jsonl"
+    pointing = f"pointing at: {printable(summary.source)}" if summary.source else ""
+    rows: list[tuple[str, str, str, str]] = []
+    if summary.written or not summary.skipped:
+        rows.append((str(summary.written), "overlays" if summary.written != 1 else "overlay", folder, pointing))
+    if summary.skipped:
+        rows.append((str(summary.skipped), "as before", "" if rows else folder, ""))
+    if summary.blank:
+        rows.append(
+            (str(summary.blank), "blank", "", "the heatmap is constant and shows nothing; try another layer or target")
+        )
+    for place, (name, reason) in enumerate(summary.failures):
+        told = f"{printable(name)}: {printable(reason)}"
+        rows.append((str(summary.failed), "failed", manifest, told) if place == 0 else ("", "", "", told))
+    if summary.failed > len(summary.failures):
+        rows.append(("", "", "", f"and {summary.failed - len(summary.failures)} more, in the manifest"))
+    if summary.ignored:
+        kinds = ", ".join(f"{count} {kind or 'without suffix'}" for kind, count in summary.ignored.most_common(4))
+        rows.append((str(sum(summary.ignored.values())), "ignored", "", f"no images: {kinds}"))
+    if summary.links:
+        rows.append((str(summary.links), "not entered", "", "linked folders"))
+    if not summary.failed:
+        rows.append(("", "", manifest, ""))
+    table = Table.grid(padding=(0, 4, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    wide = max(len(number) for number, *_ in rows)
+    for number, what, place_, told in rows:
+        style = "red" if what == "failed" else ""
+        table.add_row(Text(f"  {number:>{wide}} {what}", style), Text(place_), Text(told))
+    console.print(table)
+
+
+def _folder(out: str) -> str:
+    return printable(out).rstrip("/\\") + "/"
+
+
+def _number(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
