@@ -148,6 +148,7 @@ def _load(options: argparse.Namespace) -> "tuple[nn.Module, Preprocess, Sequence
     from visionattn.models.backbone import class_names_of, create_backbone, preprocess_of
 
     random = options.weights == _RANDOM
+    torch.manual_seed(0)  # the same random weights every time, so that a run can be taken up again
     model = create_backbone(
         options.model, pretrained=not options.weights, weights=None if random else options.weights
     ).eval()

@@ -47,6 +47,7 @@ class ClassificationData(L.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.datasets: dict[Split, Dataset[dict[str, Any]] | None] = {}
 
     @abstractmethod
     def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
@@ -59,7 +60,7 @@ class ClassificationData(L.LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        self.datasets = {split: self.dataset(split) for split in wanted.get(stage, ("test", "val"))}
+        self.datasets |= {split: self.dataset(split) for split in wanted.get(stage, ("test", "val"))}
         if stage == "test" and self.datasets["test"] is None:
             raise DataError(
                 f"{type(self).__name__} has no test split; score the validation images with `visionattn validate`"
@@ -118,7 +119,7 @@ class ClutteredDigitsData(ClassificationData):
         val_size: int = 1_000,
         test_size: int = 2_000,
         canvas: int = 64,
-        fragments: int = 8,
+        fragments: int = 4,
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,

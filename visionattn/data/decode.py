@@ -122,7 +122,7 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     upright = ImageOps.exif_transpose(image)
     mode = upright.mode
     if mode in ("I", "F") or mode.startswith("I;16"):
-        return _from_deep_grey(np.asarray(upright))
+        return _from_deep_grey(np.asarray(upright), wide=mode != "I")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
         rgba = upright.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
@@ -130,11 +130,11 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(upright.convert("RGB"))
 
 
-def _from_deep_grey(values_HW: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Scale 16-bit integers, or floats of any range, to 8 bits."""
+def _from_deep_grey(values_HW: NDArray[np.generic], *, wide: bool) -> NDArray[np.uint8]:
+    """Scale 16-bit integers, or floats of any range, to 8 bits; a 32-bit file (not `wide`) may hold 8 bits."""
     values = values_HW.astype(np.float64)
     if np.issubdtype(values_HW.dtype, np.integer):
-        top = 65535 if values.max(initial=0) > 255 else 255
+        top = 65535 if wide or values.max(initial=0) > 255 else 255
         grey = values * (255 / top)
     else:
         finite = values[np.isfinite(values)]

@@ -13,14 +13,16 @@ from visionattn.data.placement import Preprocess
 
 SPLITS = ("train", "val", "test")
 _SHARES = (0.7, 0.1, 0.2)  # of the handwritten instances
+_SMOOTH = 32  # side to which the 8 × 8 pixels are interpolated once, by cubics
+_REMEMBERED = 16_384  # images a data set, at 8 kB, so that the next epoch does not draw them anew
 
 
 class ClutteredDigits(Dataset[dict[str, Any]]):
     """One digit at a random scale and place among fragments of others, after Mnih et al. 2014 (1406.6247, section 4.1).
 
     The handwriting is scikit-learn's: 1,797 instances of 8 × 8 pixels by 43 people (UCI optical recognition of
-    handwritten digits). Deviations from the paper: these smaller digits take the place of MNIST's, and their scale
-    varies.
+    handwritten digits). Deviations from the paper: these smaller digits take the place of MNIST's; their scale varies,
+    and each is drawn a little stretched and sheared, since there are few.
 
     An image depends on nothing but (seed, split, index). The instances of a split, fragments included, are in no other.
 
@@ -30,6 +32,7 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         seed: of the images; the division of the instances among the splits is always the same.
         canvas: side of the square image, pixels.
         scale: smallest and largest side of a digit, pixels.
+        distort: largest change of the four entries of the identity, the matrix that a digit is drawn with, in [0, 0.5].
         fragments: number of pieces of other digits.
         fragment_size: side of a piece, pixels.
         preprocess: to the model's input; the canvas as it is by default, with values in [−1, 1].
@@ -45,7 +48,8 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         seed: int = 0,
         canvas: int = 64,
         scale: tuple[int, int] = (22, 38),
-        fragments: int = 8,
+        distort: float = 0.15,
+        fragments: int = 4,
         fragment_size: int = 9,
         preprocess: Preprocess | None = None,
     ) -> None:
@@ -57,14 +61,17 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"fragment_size must be in [1, {scale[0]}], the smallest digit's side, got {fragment_size}"
             )
+        if not 0 <= distort <= 0.5:
+            raise ValueError(f"distort must be in [0, 0.5], got {distort}")
         self.split = split
         self.size = size
         self.seed = seed
         self.canvas = canvas
         self.scale = scale
+        self.distort = distort
         self.fragments = fragments
         self.fragment_size = fragment_size
-        self._scaled_instances: dict[tuple[int, int], NDArray[np.uint8]] = {}
+        self._drawn: dict[int, tuple[NDArray[np.uint8], int, NDArray[np.bool_]]] = {}
         self.preprocess = preprocess or Preprocess(canvas, fit="stretch", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
     def __len__(self) -> int:
@@ -88,7 +95,7 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
             "path": f"digits/{self.split}/{index:06d}.png",
             "placement": placement,
             "box": torch.from_numpy(placement.boxes_to_input(np.array(box, float))[0]).float(),
-            "mask": torch.from_numpy(mask_HW),
+            "mask": torch.from_numpy(mask_HW.copy()),
         }
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
@@ -100,35 +107,39 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         """Draw image `index`: (canvas, canvas) uint8, its digit, and where that digit's ink is."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is out of range: the split has {self.size} images")
+        if index not in self._drawn:
+            drawn = self._draw(index)
+            if len(self._drawn) >= _REMEMBERED:
+                return drawn
+            self._drawn[index] = drawn
+        return self._drawn[index]
+
+    def _draw(self, index: int) -> tuple[NDArray[np.uint8], int, NDArray[np.bool_]]:
         random = np.random.Generator(
             np.random.Philox(key=[self.seed, SPLITS.index(self.split)], counter=[0, 0, 0, index])
         )
         images, labels = self._instances
-        # a row a piece, the digit last: which instance, its side, where it is cut, where it lies
-        draws = random.random((self.fragments + 1, 6))
+        # a row a piece, the digit last: which instance, its side, where it is cut, where it lies, how it is distorted
+        draws = random.random((self.fragments + 1, 10))
         instances = (draws[:, 0] * len(images)).astype(int).tolist()
         sides = (self.scale[0] + draws[:, 1] * (self.scale[1] + 1 - self.scale[0])).astype(int)
         pieces = np.where(np.arange(self.fragments + 1) < self.fragments, self.fragment_size, sides)
         cuts = (draws[:, 2:4] * (sides - pieces + 1)[:, None]).astype(int).tolist()
         places = (draws[:, 4:6] * (self.canvas - pieces + 1)[:, None]).astype(int).tolist()
 
+        matrices = np.eye(2) + self.distort * (2 * draws[:, 6:].reshape(-1, 2, 2) - 1)
+
         canvas_HW = np.zeros((self.canvas, self.canvas), np.uint8)
-        for instance, side, piece, cut, (top, left) in zip(
-            instances, sides.tolist(), pieces.tolist(), cuts, places, strict=True
+        for instance, side, matrix, piece, cut, (top, left) in zip(
+            instances, sides.tolist(), matrices, pieces.tolist(), cuts, places, strict=True
         ):
-            digit_hw = self._scaled(instance, side)
+            digit_hw = _enlarged(images[instance], side, matrix)
             region = canvas_HW[top : top + piece, left : left + piece]
             np.maximum(region, digit_hw[cut[0] : cut[0] + piece, cut[1] : cut[1] + piece], out=region)
         ink_HW = np.zeros((self.canvas, self.canvas), bool)
         ink_HW[top : top + piece, left : left + piece] = digit_hw > 64  # of the last piece, the digit
+        canvas_HW.flags.writeable = ink_HW.flags.writeable = False  # they are remembered
         return canvas_HW, int(labels[instances[-1]]), ink_HW
-
-    def _scaled(self, instance: int, side: int) -> NDArray[np.uint8]:
-        key = instance, side
-        if key not in self._scaled_instances:
-            image = self._instances[0][instance]
-            self._scaled_instances[key] = cv2.resize(image, (side, side), interpolation=cv2.INTER_CUBIC)
-        return self._scaled_instances[key]
 
     @cached_property
     def _instances(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -142,4 +153,14 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         share = _SHARES[1] / (_SHARES[0] + _SHARES[1])
         train, val = train_test_split(rest, test_size=share, stratify=digits.target[rest], random_state=0)
         chosen = {"train": train, "val": val, "test": test}[self.split]
-        return np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8), digits.target[chosen]
+        images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+        smooth = [cv2.resize(image, (_SMOOTH, _SMOOTH), interpolation=cv2.INTER_CUBIC) for image in images]
+        return np.stack(smooth), digits.target[chosen]
+
+
+def _enlarged(image_hw: NDArray[np.uint8], side: int, matrix: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Bring a square image to `side` pixels, and distort it about its centre by a (2, 2) matrix."""
+    turn = matrix * (side / len(image_hw))
+    # OpenCV counts from the centres of pixels
+    shift = (side - 1) / 2 - turn @ np.full(2, (len(image_hw) - 1) / 2)
+    return np.asarray(cv2.warpAffine(image_hw, np.column_stack([turn, shift]), (side, side)))

@@ -50,7 +50,8 @@ class ImageFolder(Dataset[dict[str, Any]]):
 def find_classes(folder: Path) -> dict[str, list[Path]]:
     """Find the images of each class: name of the sub-folder → its images, both in natural order (2 before 10).
 
-    Hidden files and folders are passed over, and so are links, which could count an image twice.
+    Hidden files and folders are passed over. Links to images and to classes are followed; links to folders inside of a
+    class are not, since they could lead round in a circle.
 
     Raises:
         DataError: the folder does not exist, holds no sub-folders, or one of them holds no image.
@@ -71,18 +72,18 @@ def find_classes(folder: Path) -> dict[str, list[Path]]:
 
 def _images(folder: Path) -> list[Path]:
     found = [folder / name for name in _entries(folder, folders=False) if Path(name).suffix.lower() in SUFFIXES]
-    for name in _entries(folder, folders=True):
+    for name in _entries(folder, folders=True, links=False):
         found += _images(folder / name)
     return sorted(found, key=lambda path: _natural_key(str(path)))
 
 
-def _entries(folder: Path, *, folders: bool) -> list[str]:
+def _entries(folder: Path, *, folders: bool, links: bool = True) -> list[str]:
     with os.scandir(folder) as entries:
         return [
             entry.name
             for entry in entries
             if not entry.name.startswith(".")
-            and (entry.is_dir(follow_symlinks=False) if folders else entry.is_file(follow_symlinks=False))
+            and (entry.is_dir(follow_symlinks=links) if folders else entry.is_file(follow_symlinks=links))
         ]
 
 

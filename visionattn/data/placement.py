@@ -89,9 +89,7 @@ class Placement:
         to_cells = np.diag([heatmap_hw.shape[1] / self.input_size[1], heatmap_hw.shape[0] / self.input_size[0], 1.0])
         matrix = to_cells @ _square(self.matrix)
         height, width = self.source_size
-        if (
-            matrix[0, 1] == 0 and matrix[1, 0] == 0
-        ):  # nothing is turned: exact, as two products with sparse-like weights
+        if matrix[0, 1] == matrix[1, 0] == 0:  # nothing is turned: exact, as two products
             rows_Hh = _linear_weights(matrix[1, 1] * (np.arange(height) + 0.5) + matrix[1, 2], heatmap_hw.shape[0])
             columns_Ww = _linear_weights(matrix[0, 0] * (np.arange(width) + 0.5) + matrix[0, 2], heatmap_hw.shape[1])
             return (rows_Hh @ heatmap_hw) @ columns_Ww.T

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from visionattn.overlay.text import printable
@@ -99,7 +98,7 @@ class Bar:
 
 
 def print_summary(console: Console, summary: Summary) -> None:
-    """The table at the end of a run."""
+    """The lines at the end of a run."""
     folder, manifest = _folder(summary.out), _folder(summary.out) + "manifest.jsonl"
     pointing = f"pointing at: {printable(summary.source)}" if summary.source else ""
     rows: list[tuple[str, str, str, str]] = []
@@ -123,15 +122,10 @@ def print_summary(console: Console, summary: Summary) -> None:
         rows.append((str(summary.links), "not entered", "", "linked folders"))
     if not summary.failed:
         rows.append(("", "", manifest, ""))
-    table = Table.grid(padding=(0, 4, 0, 0))
-    table.add_column()
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
-    wide = max(len(number) for number, *_ in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, what, place_, told in rows:
-        style = "red" if what == "failed" else ""
-        table.add_row(Text(f"  {number:>{wide}} {what}", style), Text(place_), Text(told))
-    console.print(table)
+        line = f"  {number:>{widths[0]}} {what:<{widths[1]}}   {place_:<{widths[2]}}   {told}".rstrip()
+        console.print(Text(line, "red" if what == "failed" else ""), soft_wrap=True)
 
 
 def _folder(out: str) -> str:

@@ -99,7 +99,8 @@ class Classification(L.LightningModule):
                 "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
                 "f1": MulticlassF1Score(num_classes, average="macro"),
                 "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
-            }
+            },
+            compute_groups=False,  # it merges metrics that agree on the first batch, as top-1 and top-5 may
         )
         self.val_scores = scores.clone(prefix="val/")
         self.test_scores = scores.clone(prefix="test/")

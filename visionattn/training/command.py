@@ -169,9 +169,8 @@ class Command(LightningCLI):
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
-            root: BaseException = (
-                error  # jsonargparse tells of every type it tried; what the class itself said lies at the root
-            )
+            # jsonargparse tells of every type it tried; what the class itself said lies at the root
+            root: BaseException = error
             while root.__cause__ is not None:
                 root = root.__cause__
             raise (root if isinstance(root, (UsageError, DataError)) else UsageError(str(root))) from error

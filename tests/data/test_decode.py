@@ -1,0 +1,145 @@
+"""The one decoder: every kind of file looks as it is meant to be seen, or is refused by name."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visionattn.data import read_image, write_image
+from visionattn.errors import DataError
+
+
+@pytest.fixture
+def picture():
+    """Smooth, so that JPEG keeps it to a few levels; no symmetry, so that a turn shows."""
+    rows, columns = np.mgrid[0:20, 0:30]
+    return np.stack([rows * 8, columns * 6, 200 - rows * 4], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_rotation_that_a_camera_noted_is_applied(orientation, picture, tmp_path):
+    undo = {  # EXIF's definition: where row 0 and column 0 of the file lie in the upright picture
+        1: lambda p: p,
+        2: lambda p: p[:, ::-1],
+        3: lambda p: p[::-1, ::-1],
+        4: lambda p: p[::-1],
+        5: lambda p: p.transpose(1, 0, 2),
+        6: lambda p: np.rot90(p, 1),
+        7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda p: np.rot90(p, -1),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(undo[orientation](picture))).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), picture)
+
+
+@pytest.mark.parametrize("top", [65535, 250])
+def test_16_bit_grey_keeps_its_range(top, tmp_path):
+    values = np.linspace(0, top, 30 * 20).reshape(20, 30).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    read = read_image(tmp_path / "x.png")
+    assert read.shape == (20, 30, 3)
+    assert abs(read[..., 0].astype(float) - values / 257).max() <= 1
+    assert (read[..., 0] == read[..., 2]).all()
+
+
+def test_16_bit_colour_keeps_its_range(picture, tmp_path):
+    wide = picture.astype(">u2") * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in wide)
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 30, 20, 16, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+    assert abs(read_image(tmp_path / "x.png").astype(int) - picture).max() <= 1
+
+
+def test_transparency_lies_over_white(picture, tmp_path):
+    alpha = np.full((20, 30, 1), 128, np.uint8)
+    alpha[:, :10] = 0
+    Image.fromarray(np.concatenate([picture, alpha], 2)).save(tmp_path / "x.png")
+    share = alpha / 255
+    np.testing.assert_allclose(read_image(tmp_path / "x.png"), picture * share + 255 * (1 - share), atol=1)
+
+
+def test_a_palette_with_a_transparent_colour_is_resolved(tmp_path):
+    image = Image.new("P", (4, 2), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((0, 0), 0)
+    image.save(tmp_path / "x.png", transparency=0)
+    read = read_image(tmp_path / "x.png")
+    assert read[0, 0].tolist() == [255, 255, 255]
+    assert read[1, 1].tolist() == [0, 0, 255]
+
+
+def test_cmyk_becomes_rgb(picture, tmp_path):
+    Image.fromarray(picture).convert("CMYK").save(tmp_path / "x.jpg", quality=98)
+    assert abs(read_image(tmp_path / "x.jpg").astype(int) - picture).mean() < 4
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "I", "F"])
+def test_every_mode_comes_out_as_rgb(mode, picture, tmp_path):
+    suffix = "tif" if mode in "IF" else "png"
+    Image.fromarray(picture).convert("L").convert(mode).save(tmp_path / f"x.{suffix}")
+    read = read_image(tmp_path / f"x.{suffix}")
+    assert read.shape == (20, 30, 3)
+    assert read.dtype == np.uint8
+    assert read.std() > 5
+
+
+def test_of_an_animation_the_first_frame_is_read(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "x.gif")[0, 0].tolist() == [255, 0, 0]
+
+
+def test_names_that_are_no_text_are_read(picture, tmp_path):
+    path = bytes(tmp_path) + b"/\xff\xfe.png"
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    (tmp_path / "x.png").rename(path.decode(errors="surrogateescape"))
+    np.testing.assert_array_equal(read_image(path), picture)
+
+
+def test_what_cannot_be_read_is_named_with_the_reason(picture, tmp_path):
+    def fails(name, *parts, **options):
+        with pytest.raises(DataError) as error:
+            read_image(tmp_path / name, **options)
+        assert all(part in str(error.value) for part in (name, *parts)), str(error.value)
+
+    Image.fromarray(picture).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) * 6 // 10])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("no image")
+    fails("missing.jpg", "there is no")
+    fails("cut.jpg", "cut short")
+    fails("empty.jpg", "empty")
+    fails("text.jpg", "no image")
+    fails("whole.jpg", "30", "20", max_pixels=599)
+    assert read_image(tmp_path / "whole.jpg", max_pixels=600).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_what_is_written_is_read_again(suffix, picture, tmp_path):
+    write_image(tmp_path / f"x{suffix}", picture)
+    assert abs(read_image(tmp_path / f"x{suffix}").astype(int) - picture).max() <= (0 if suffix == ".png" else 24)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_half(picture, tmp_path, monkeypatch):
+    write_image(tmp_path / "x.png", picture)
+    before = (tmp_path / "x.png").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises((OSError, DataError), match="No space left"):
+        write_image(tmp_path / "x.png", picture[::-1])
+    assert (tmp_path / "x.png").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,94 @@
+"""Where pixels go: the placement of every preparation against the pixels themselves."""
+
+import numpy as np
+import pytest
+
+from visionattn.data import Placement, Preprocess
+
+SIZES = [(40, 60), (61, 33), (32, 32), (7, 200)]
+FITS = ["crop", "letterbox", "stretch"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("fraction", [1.0, 0.875])
+def test_a_preparation_puts_a_spot_where_its_placement_says(size, fit, fraction):
+    height, width = size
+    preprocess = Preprocess((48, 64), fit=fit, crop_fraction=fraction, mean=(0, 0, 0), std=(1, 1, 1))
+    picture = np.zeros((height, width, 3), np.uint8)
+    top, left = height // 2 - 2, width // 2 - 3
+    picture[top : top + 5, left : left + 5] = 255
+    image_CHW, placement = preprocess(picture)
+    assert image_CHW.shape == (3, 48, 64)
+    weights = image_CHW[0] / image_CHW[0].sum()
+    rows, columns = np.mgrid[0:48, 0:64] + 0.5
+    centre = [(weights * columns).sum(), (weights * rows).sum()]
+    expected = placement.to_input(np.array([[left + 2.5, top + 2.5]]))[0]
+    if fit != "crop" or size != (7, 200):  # there the spot is cut
+        np.testing.assert_allclose(centre, expected, atol=0.3)
+    np.testing.assert_allclose(placement.to_source(placement.to_input([[3.0, 4.0]])), [[3.0, 4.0]])
+
+
+def by_the_pixel(placement, heatmap):
+    """The definition, pixel by pixel."""
+    height, width = placement.source_size
+    rows, columns = heatmap.shape
+    out = np.zeros((height, width))
+    for y in range(height):
+        for x in range(width):
+            u, v = placement.matrix @ [x + 0.5, y + 0.5, 1]
+            if not (0 <= u <= placement.input_size[1] and 0 <= v <= placement.input_size[0]):
+                continue
+            c = np.clip(u * columns / placement.input_size[1] - 0.5, 0, columns - 1)
+            r = np.clip(v * rows / placement.input_size[0] - 0.5, 0, rows - 1)
+            c0, r0 = int(min(c, max(columns - 2, 0))), int(min(r, max(rows - 2, 0)))
+            c1, r1 = min(c0 + 1, columns - 1), min(r0 + 1, rows - 1)
+            above = heatmap[r0, c0] * (1 - (c - c0)) + heatmap[r0, c1] * (c - c0)
+            below = heatmap[r1, c0] * (1 - (c - c0)) + heatmap[r1, c1] * (c - c0)
+            out[y, x] = above * (1 - (r - r0)) + below * (r - r0)
+    return out
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("size", [(13, 21), (30, 17)])
+@pytest.mark.parametrize("grid", [(4, 4), (1, 3), (7, 5)])
+def test_a_heatmap_is_carried_as_the_definition_says(fit, size, grid):
+    heatmap = np.random.default_rng(0).random(grid).astype(np.float32)
+    _, placement = Preprocess((24, 32), fit=fit)(np.zeros((*size, 3), np.uint8))
+    np.testing.assert_allclose(placement.carry(heatmap), by_the_pixel(placement, heatmap), atol=1e-5)
+
+
+def test_a_turned_heatmap_is_carried_as_the_definition_says():
+    turn = np.array([[0.8, -0.6, 9.0], [0.6, 0.8, -4.0]])
+    placement = Placement(turn, (20, 24), (24, 24))
+    heatmap = np.random.default_rng(0).random((6, 6)).astype(np.float32)
+    # OpenCV counts in 32nds of a cell
+    np.testing.assert_allclose(placement.carry(heatmap), by_the_pixel(placement, heatmap), atol=0.05)
+
+
+def test_boxes_go_there_and_back():
+    _, placement = Preprocess(64, fit="letterbox")(np.zeros((30, 50, 3), np.uint8))
+    boxes = np.array([[3.0, 4.0, 20.0, 25.0], [0.0, 0.0, 50.0, 30.0]])
+    inside = placement.boxes_to_input(boxes)
+    assert inside.min() >= 0
+    assert inside.max() <= 64
+    np.testing.assert_allclose(placement.boxes_to_source(inside), boxes)
+
+
+def test_the_padding_is_the_mean_colour_and_values_are_normalised():
+    preprocess = Preprocess(32, fit="letterbox", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    image, placement = preprocess(np.full((16, 32, 3), 255, np.uint8))
+    assert (image[:, 0] == 0).all()
+    np.testing.assert_allclose(image[:, 16, 16], [0.5 / 0.2, 0.6 / 0.3, 0.7 / 0.4], rtol=1e-6)
+    assert placement.seen().all()
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(preprocess.denormalise(preprocess(picture)[0]), picture)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [({"size": 0}, "size"), ({"fit": "squeeze"}, "letterbox"), ({"crop_fraction": 1.5}, "crop_fraction")],
+)
+def test_a_preparation_that_makes_no_sense_is_refused(options, part):
+    with pytest.raises(ValueError, match=part):
+        Preprocess(**options)

@@ -1,0 +1,76 @@
+"""timm's models by name, with weights from files that run no code."""
+
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from visionattn.errors import DataError, UsageError
+from visionattn.models import Classifier, ConvNet
+from visionattn.models.backbone import class_names_of, create_backbone, preprocess_of
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_weights_of_a_file_are_loaded(suffix, tmp_path):
+    source = timm.create_model("test_vit", num_classes=7)
+    file = tmp_path / f"w.{suffix}"
+    if suffix == "pth":
+        torch.save({"state_dict": source.state_dict()}, file)
+    else:
+        save_file(source.state_dict(), file)
+    image = torch.randn(1, 3, 160, 160)
+    model = create_backbone("test_vit", weights=file)
+    torch.testing.assert_close(model.eval()(image), source.eval()(image))
+    other = create_backbone("test_vit", weights=file, num_classes=3)
+    assert other(image).shape == (1, 3)
+    torch.testing.assert_close(other.forward_features(image), source.forward_features(image))
+
+
+def test_a_weights_file_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("code of a stranger runs",)
+
+    (tmp_path / "w.pth").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    with pytest.raises(DataError, match="no weights that can be read safely"):
+        create_backbone("test_vit", weights=tmp_path / "w.pth")
+
+
+def test_what_cannot_be_had_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"no model 'vit_smal_patch16_224'\. Nearest: vit_small_patch16_224"):
+        create_backbone("vit_smal_patch16_224")
+    with pytest.raises(DataError, match="there is no weights file"):
+        create_backbone("test_vit", weights=tmp_path / "nothing.pth")
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(DataError, match="are not those of a test_vit"):
+        create_backbone("test_vit", weights=tmp_path / "w.pth")
+
+
+def test_the_preparation_is_the_one_timm_names():
+    preprocess = preprocess_of(timm.create_model("vit_base_patch16_clip_224.openai"))
+    assert preprocess.input_size == (224, 224)
+    assert preprocess.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+    assert class_names_of(timm.create_model("resnet18"))[281].startswith("tabby")
+    assert class_names_of(timm.create_model("resnet18", num_classes=3)) == ()
+
+
+def test_a_classifier_passes_its_options_on():
+    model = Classifier("test_vit", num_classes=4, options={"img_size": 64})
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+    with pytest.raises(UsageError, match="takes other options"):
+        Classifier("test_vit", num_classes=4, options={"drop_paths": 1})
+
+
+def test_the_convnet_has_the_grid_and_the_gates_that_it_promises():
+    from visionattn.attention import CBAM
+    from visionattn.maps import capture
+
+    model = ConvNet(5, widths=(16, 32), depth=2, attention=lambda channels: CBAM(channels, reduction=4)).eval()
+    with torch.no_grad(), capture(model) as records:
+        assert model(torch.randn(2, 3, 64, 48)).shape == (2, 5)
+    spatial = [record.grid for record in records.gates if record.kind == "spatial_gate"]
+    assert spatial == [(16, 12), (16, 12), (8, 6), (8, 6)]
+    with pytest.raises(ValueError, match="at least one class"):
+        ConvNet(0)

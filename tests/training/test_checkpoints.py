@@ -1,0 +1,88 @@
+"""Checkpoints: complete, and safe to read from anyone."""
+
+import pickle
+
+import pytest
+import torch
+
+from visionattn.errors import DataError
+from visionattn.training import load
+
+
+@pytest.fixture
+def content(quick_run):
+    return torch.load(quick_run / "best.ckpt", weights_only=True)
+
+
+def test_a_loaded_task_answers_as_the_trained_one_did(quick_run):
+    from visionattn.data import ClutteredDigits
+
+    task = load(quick_run / "best.ckpt")
+    assert not task.training
+    assert task.class_names == tuple("0123456789")
+    data = ClutteredDigits("test", size=64, fragments=_fragments(), preprocess=task.preprocess)
+    samples = [data[index] for index in range(64)]
+    with torch.no_grad():
+        answers = task(torch.stack([sample["image"] for sample in samples])).argmax(1)
+    accuracy = (answers == torch.tensor([sample["label"] for sample in samples])).float().mean()
+    figures = dict(line.split(",") for line in (quick_run / "test.csv").read_text().split())
+    assert float(figures["accuracy"]) == pytest.approx(float(accuracy))
+
+
+def _fragments():
+    from visionattn.data import ClutteredDigitsData
+
+    return ClutteredDigitsData()._options["fragments"]
+
+
+def test_weights_only_reading_is_enough(content):
+    assert {"state_dict", "optimizer_states", "visionattn"} <= content.keys()
+
+
+@pytest.mark.parametrize(
+    "class_path", ["os.system", "subprocess.Popen", "visionattn.cli.sys", "builtins.eval", "visionattn.data.read_image"]
+)
+def test_a_checkpoint_that_names_code_of_others_is_refused(class_path, content, tmp_path):
+    network = {"class_path": class_path, "init_args": {}}
+    content["visionattn"]["model"]["init_args"]["network"] = network
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(DataError, match=f"{class_path}, which"):
+        load(tmp_path / "x.ckpt")
+
+
+def test_a_pickle_that_would_run_code_does_not(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    torch.save({"state_dict": Evil(), "visionattn": {}}, tmp_path / "x.ckpt")
+    with pytest.raises(DataError, match="it would run code"):
+        load(tmp_path / "x.ckpt")
+    (tmp_path / "y.ckpt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(DataError, match="cannot be read as a checkpoint"):
+        load(tmp_path / "y.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_other_files_are_named_for_what_they_are(content, quick_run, tmp_path):
+    def fails(part, name="x.ckpt"):
+        with pytest.raises(DataError, match=part):
+            load(tmp_path / name)
+
+    fails("there is no checkpoint", "nothing.ckpt")
+    whole = (quick_run / "best.ckpt").read_bytes()
+    (tmp_path / "x.ckpt").write_bytes(whole[: len(whole) // 2])
+    fails("cut short or another kind of file")
+    torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
+    fails("not written by visionattn")
+    content["visionattn"]["model"]["class_path"] = "torch.nn.ReLU"
+    content["visionattn"]["model"]["init_args"] = {}
+    torch.save(content, tmp_path / "x.ckpt")
+    fails("no task|cannot be built")
+
+
+def test_weights_that_do_not_fit_are_named(content, tmp_path):
+    del content["state_dict"]["network.head.bias"]
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(DataError, match=r"network\.head\.bias"):
+        load(tmp_path / "x.ckpt")
