@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads of several tests would wait for each other
+
 import numpy as np
 import pytest
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import csv
+import json
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from PIL import Image
 
 from tests.conftest import CONFIGS, SMALL
 from visionattn.cli import main
+from visionattn.data import read_image
 
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
 
@@ -224,3 +226,62 @@ def test_choosing_an_optimizer_leaves_no_argument_of_another_behind(tmp_path, ca
     optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]
     assert optimizer["init_args"]["weight_decay"] in (0, 0.05)  # SGD's own, or what the config itself says
     assert "betas" not in optimizer["init_args"]
+
+
+def test_overlays_of_a_checkpoint(quick_run, tmp_path, capsys):
+    from visionattn.data import ClutteredDigits
+
+    data = ClutteredDigits("test", size=3)
+    (tmp_path / "in").mkdir()
+    for index in range(3):
+        picture = data.read_source(data[index]["path"])
+        Image.fromarray(picture).save(tmp_path / "in" / f"{index}.png")
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no image")
+    flags = ["--images", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--ckpt", str(quick_run / "best.ckpt")]
+    assert main(["overlay", *flags]) == 1  # one failed
+    told = capsys.readouterr().out
+    assert "3 overlays" in told
+    assert "broken.jpg: is no image that can be read" in told
+    lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    done = [line for line in lines if line["status"] == "done"]
+    assert [line["class"] for line in done] == [str(line["prediction"]) for line in done]
+    for line in done:
+        assert read_image(tmp_path / "out" / line["outputs"]["overlay"]).shape == (64, 64, 3)
+    assert main(["overlay", *flags, "--method", "gate", "--layer", "blocks.0"]) == 1
+    assert "gate of blocks.0" in capsys.readouterr().out
+    fails(["overlay", *flags, "--method", "rollout"], 2, "Methods that fit: gate, gradcam", capsys=capsys)
+
+
+@pytest.mark.parametrize(("model", "layer"), [("test_vit", "attention of blocks"), ("test_resnet", "layer")])
+def test_overlays_of_a_timm_model(model, layer, photo_folder, tmp_path, capsys):
+    flags = ["--images", str(photo_folder / "class0"), "--out", str(tmp_path), "--model", model, "--weights", "random"]
+    assert main(["overlay", *flags, "--batch-size", "5"]) == 0
+    assert f"pointing at: {layer}" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*.jpg"))) == 12
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert main(["overlay", *flags]) == 0
+    assert "12 as before" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "parts"),
+    [
+        (["--model", "vit_smal_patch16_224"], 2, ["timm has no model 'vit_smal_patch16_224'", "vit_small_patch16_224"]),
+        (["--model", "test_vit", "--weights", "random", "--method", "rolout"], 2, ["no method 'rolout'", "rollout"]),
+        (["--model", "test_vit", "--weights", "random", "--method", "rollout", "--layer", "x"], 2, ["no --layer"]),
+        (
+            ["--model", "test_vit", "--weights", "random", "--method", "raw", "--layer", "blocks.9"],
+            2,
+            ["blocks.5.attn"],
+        ),
+        (["--ckpt", "nothing.ckpt"], 1, ["there is no checkpoint nothing.ckpt"]),
+        (["--ckpt", "a", "--weights", "b"], 2, ["--weights goes with --model"]),
+        (["--ckpt", "a", "--batchsize", "3"], 2, ["no option --batchsize", "--batch-size"]),
+        ([], 2, ["--ckpt", "--model", "required"]),
+    ],
+)
+def test_overlay_says_what_is_wrong(flags, code, parts, photo_folder, tmp_path, capsys):
+    command = ["overlay", "--images", str(photo_folder / "class0"), "--out", str(tmp_path / "out"), *flags]
+    fails(command, code, *parts, capsys=capsys)
+    assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ TABLE = Path(__file__).with_name("COVERAGE.md")
 
 MEMBERS = {  # timm family: member, image size where not its own, and what makes it smaller
     "beit": ("beit_base_patch16_224", None, {"depth": 2}),
-    "byoanet": ("halonet_h1", 128, {}),
+    "byoanet": ("halonet_h1", None, {}),
     "byobnet": ("gcresnet33ts", 128, {}),
     "cait": ("cait_xxs24_224", None, {}),
     "coat": ("coat_tiny", None, {}),

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
+    from visionattn.maps.artefacts import Artefacts as Artefacts
+    from visionattn.maps.artefacts import find_artefacts as find_artefacts
     from visionattn.maps.attention_methods import DinoHeads as DinoHeads
     from visionattn.maps.attention_methods import RawAttention as RawAttention
     from visionattn.maps.attention_methods import ValueNorm as ValueNorm
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "artefacts": (
+            "Artefacts",
+            "find_artefacts",
+        ),
         "attention_methods": (
             "DinoHeads",
             "RawAttention",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.errors import UsageError
+from visionattn.maps import artefacts
 from visionattn.maps.base import Explanation, Method, Target
 from visionattn.maps.fitting import fitting
 from visionattn.maps.keep import Call, ClassRow, Keep, PatchRow
@@ -53,7 +54,7 @@ class RawAttention(Method):
                 has = "no patches ask there" if grid is None else f"its grid is {grid[0]}×{grid[1]}"
                 raise UsageError(f"{site.name} has no patch {tuple(self.query)}: {has}")
             keep = PatchRow(*self.query)
-        with capture(model, keep, layers=[self.layer]) as records:
+        with artefacts.warned(model, images_BCHW), capture(model, keep, layers=[self.layer]) as records:
             output = run(model, images_BCHW)
         record, keys, weights_BWHK = records.kept()
         if self.head is not None:
@@ -127,7 +128,7 @@ class DinoHeads(Method):
                 f"dino needs a class token that sees the whole grid, and {site.name} has none."
                 f"{fitting(model, images_BCHW)}"
             )
-        with capture(model, layers=[self.layer]) as records:
+        with artefacts.warned(model, images_BCHW), capture(model, layers=[self.layer]) as records:
             output = run(model, images_BCHW)
         record, keys, weights_B1HK = records.kept()
         placed = keys.index_WN[0] >= 0

@@ -4,10 +4,11 @@ Shapes: B batch, C channels, H rows and W columns of the image, h rows and w col
 """
 
 import contextlib
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -172,9 +173,15 @@ def pick(output: Any, target: Target) -> tuple[Tensor, Tensor | None]:
     if target is None:
         index_B = scores_BK.detach().argmax(1)
     elif isinstance(target, Tensor):
+        if target.is_floating_point() or target.is_complex():
+            raise UsageError(f"target must be int64 or another integer type, got {target.dtype}")
+        if target.numel() not in (1, len(scores_BK)):
+            raise UsageError(f"target holds {target.numel()} indices for {len(scores_BK)} images")
         index_B = target.to(scores_BK.device, torch.long).reshape(-1).expand(len(scores_BK)).clone()
+    elif isinstance(target, SupportsIndex):
+        index_B = torch.full((len(scores_BK),), operator.index(target), device=scores_BK.device)
     else:
-        index_B = torch.full((len(scores_BK),), int(target), device=scores_BK.device)
+        raise UsageError(f"target must be an index, a tensor of them, a function or None, got {target!r}")
     if ((index_B < 0) | (index_B >= count)).any():
         raise UsageError(f"target {index_B.tolist()} is out of range: the model has {count} outputs, 0 to {count - 1}")
     return scores_BK.gather(1, index_B[:, None])[:, 0], index_B

@@ -41,9 +41,10 @@ class Cut(Watcher):
         if name != self.name:
             return None
         value = out[0] if isinstance(out, (tuple, list)) else out
-        self.leaf = value.detach()
         if not self.grad:
+            self.leaf = value.detach().clone()  # an in-place activation that follows would spoil it
             return None
+        self.leaf = value.detach()
         self.leaf.requires_grad_(True)
         torch.set_grad_enabled(True)
         after = self.leaf.clone()  # so that an in-place activation that follows neither fails nor spoils the leaf
@@ -70,13 +71,10 @@ class CAM(Method):
             score_B, target_B = pick(output, target)
             assert cut.leaf is not None
             if not score_B.requires_grad:
-                raise UsageError(
-                    f"no gradient reaches {activation.name}: the model computes without gradients after it; "
-                    "use eigencam or scorecam"
-                )
+                raise UsageError(_unreached(activation))
             (gradient,) = torch.autograd.grad(score_B.sum(), cut.leaf, allow_unused=True)
         if gradient is None:
-            raise UsageError(f"the score does not depend on {activation.name}; choose an earlier layer")
+            raise UsageError(_unreached(activation))
         values_BCN, gradient_BCN = (_on_grid(x, activation) for x in (cut.leaf, gradient))
         raw_BN = self.combine(values_BCN, gradient_BCN)
         return Explanation(_tokens_on_grid(activation).to_grid(raw_BN[:, None]), output, target_B, activation.name)
@@ -131,7 +129,7 @@ class LayerCAM(CAM):
 
 
 class EigenCAM(Method):
-    """Eigen-CAM (Muhammad & Yeasin 2020, 2008.00299, eq. 3): |A v₁|, v₁ the first right singular vector of A, (N, C).
+    """Eigen-CAM (Muhammad & Yeasin 2020, 2008.00299, eq. 3): A v₁, v₁ the first right singular vector of A, (N, C).
 
     Without gradient or class: what varies most in the layer. For any model with a feature map or tokens.
     Deviation from the paper: the sign of a singular vector is arbitrary, so the map's is chosen for a positive sum.
@@ -151,10 +149,16 @@ class EigenCAM(Method):
             output = run(model, images_BCHW)
         assert cut.leaf is not None
         values_BNC = _on_grid(cut.leaf, activation).mT
-        # C × C is small, and its eigenvectors are the right singular vectors
-        vector_BC = torch.linalg.eigh(values_BNC.mT @ values_BNC).eigenvectors[:, :, -1]
-        raw_BN = (values_BNC @ vector_BC[:, :, None])[:, :, 0]
+        broken_B = ~values_BNC.isfinite().all(2).all(1)
+        values_BNC = torch.where(broken_B[:, None, None], 0, values_BNC)
+        if values_BNC.shape[1] < values_BNC.shape[2]:  # A v₁ = σ₁ u₁: of A Aᵀ and Aᵀ A, the smaller
+            square_B, left_BNN = torch.linalg.eigh(values_BNC @ values_BNC.mT)
+            raw_BN = square_B[:, -1:].clamp(min=0).sqrt() * left_BNN[:, :, -1]
+        else:
+            vector_BC = torch.linalg.eigh(values_BNC.mT @ values_BNC).eigenvectors[:, :, -1]
+            raw_BN = (values_BNC @ vector_BC[:, :, None])[:, :, 0]
         raw_BN = raw_BN * torch.where(raw_BN.sum(1, keepdim=True) < 0, -1, 1)
+        raw_BN = torch.where(broken_B[:, None], torch.nan, raw_BN)
         return Explanation(_tokens_on_grid(activation).to_grid(raw_BN[:, None]), output, None, activation.name)
 
 
@@ -233,6 +237,13 @@ def target_layer(model: nn.Module, found: Survey, layer: str | None) -> Activati
             f"{fitting_survey(found)}"
         )
     return grids[-1]
+
+
+def _unreached(activation: Activation) -> str:
+    return (
+        f"no gradient reaches {activation.name}: the score does not depend on it, or the model computes without "
+        "gradients after it; choose another layer, or eigencam or scorecam"
+    )
 
 
 def _on_grid(value: Tensor, activation: Activation) -> Tensor:

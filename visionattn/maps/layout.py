@@ -3,6 +3,7 @@
 Shapes: B images, W windows, N tokens, Q queries, K keys, h × w grid.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,11 +104,8 @@ class Site:
         heads = [axis + 1 for axis in range(len(self.lead)) if axis not in self.windows]
         if windows + heads != list(range(1, len(self.lead) + 1)):
             values = values.permute(0, *windows, *heads, values.ndim - 2, values.ndim - 1)
-        shape = values.shape
-        count = 1
-        for axis in self.windows:
-            count *= self.lead[axis]
-        return values.reshape(batch, count, -1, *shape[-2:])
+        count = math.prod(self.lead[axis] for axis in self.windows)
+        return values.reshape(batch, count, math.prod(self.lead) // count, *values.shape[-2:])
 
 
 class LayoutError(RuntimeError):

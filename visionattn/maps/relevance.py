@@ -121,7 +121,8 @@ class GradientAttention(Method):
         if site.class_query is not None:
             rows_BWQK = weighted_rows(call, gradient, slice(site.class_query, site.class_query + 1))
         else:
-            rows_BWQK = weighted(call, gradient)
+            first = site.queries.num_prefix_tokens if site.queries else 0  # registers are no patches
+            rows_BWQK = weighted(call, gradient)[:, :, first:]
         raw = site.keys.to_grid(rows_BWQK.mean(2))
         return Explanation(raw, output, target_B, f"attention of {site.name}")
 

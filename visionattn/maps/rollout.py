@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.errors import UsageError
+from visionattn.maps import artefacts
 from visionattn.maps.attention_methods import attending, check_fuse, fuse_heads
 from visionattn.maps.base import Explanation, Method, Target, warn
 from visionattn.maps.chain import Row
@@ -45,7 +46,7 @@ class Rollout(Method):
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
         sites = attending(self.name, model, images_BCHW)
         check_chain(self.name, sites)
-        with _Fused(model, len(sites), self.fuse, self.discard) as tape:
+        with artefacts.warned(model, images_BCHW), _Fused(model, len(sites), self.fuse, self.discard) as tape:
             output = run(model, images_BCHW)
         if not tape.layers:
             raise UsageError("rollout saw no attention; was the model changed while it ran?")

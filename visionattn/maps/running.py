@@ -38,14 +38,15 @@ def _explained(model: nn.Module, images_BCHW: Tensor, error: Exception) -> Excep
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     wanted = tuple(config.get("input_size", ())) if isinstance(config, dict) else ()
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "image_size", None)
-    if size is not None and len(wanted) == 3:
-        wanted = (wanted[0], *(size if isinstance(size, (tuple, list)) else (size, size)))
     given = tuple(images_BCHW.shape[1:])
+    if size is not None:
+        wanted = (*wanted[:1], *(size if isinstance(size, (tuple, list)) else (size, size)))
+        given = given[-len(wanted) :]
     if not wanted or wanted == given:
         return error
     want, got = ("×".join(map(str, shape)) for shape in (wanted, given))
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return UsageError(
         f"this {type(model).__name__} wants images of {want} and got {got} ({reason}); resize them, "
-        f"or make the model with img_size=({given[1]}, {given[2]})"
+        f"or make the model with img_size={given[-2:]}"
     )

@@ -228,7 +228,7 @@ def _run_survey(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         if isinstance(value, Tensor):
             if value.ndim == 0 or len(value) != batch:
                 return value
-            one = value[:1].clone()
+            one = value[:1].clone() if batch else value.new_zeros(1, *value.shape[1:])
             if value is images:
                 positions.cast(one, positions.image_positions(one))
             return one

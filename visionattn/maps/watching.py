@@ -4,6 +4,8 @@ Nothing is put into the model but forward hooks, and those are gone when the con
 """
 
 import contextlib
+import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,63 @@ def unheard() -> Iterator[None]:
         _surveying.depth = before
 
 
+_inside = threading.local()
+"""`.watchers`: those of this thread inside whose `F.multi_head_attention_forward` it is, outermost last."""
+
+
+class _Shared:
+    """A change to the whole process, made when the first in any thread wants it and undone when the last is through."""
+
+    def __init__(self, change: Callable[[contextlib.ExitStack], None]) -> None:
+        self._change = change
+        self._lock = threading.Lock()
+        self._users = 0
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._change(self._undo)
+            self._users += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._undo.close()
+
+
+def _stay_in_python(undo: contextlib.ExitStack) -> None:
+    """Where attention happens inside one opaque kernel, and where code is compiled, no function of torch is called."""
+    undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+    torch.backends.mha.set_fastpath_enabled(False)
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+def _hear_global_names(undo: contextlib.ExitStack) -> None:
+    for name, event in (("scaled_dot_product_attention", "fused"), ("softmax", "softmax")):
+        original = getattr(F, name)
+        undo.callback(setattr, F, name, original)
+        setattr(F, name, functools.partial(_heard, original, event))
+
+
+_python = _Shared(_stay_in_python)
+_names = _Shared(_hear_global_names)
+
+
+def _heard(original: Callable[..., Any], event: str, *args: Any, **kwargs: Any) -> Any:
+    """Tell the watchers of this thread, the outermost first, whose call of `original` in turn reaches the next."""
+    call = original
+    for watcher in getattr(_inside, "watchers", ()):
+        call = functools.partial(_tell, getattr(watcher, event), call)
+    return call(*args, **kwargs)
+
+
+def _tell(event: Callable[..., Any], func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return event(func, args, kwargs)
+
+
 class Watcher(TorchFunctionMode):
     """Follows a running model; subclasses say what they do at each event.
 
@@ -52,7 +111,6 @@ class Watcher(TorchFunctionMode):
         self._thread = threading.get_ident()
         self._depth = 0
         self._handles: list[Any] = []
-        self._undo = contextlib.ExitStack()
 
     # Events ---------------------------------------------------------------------------------------------------------
 
@@ -110,35 +168,21 @@ class Watcher(TorchFunctionMode):
 
     @contextlib.contextmanager
     def _inside_multi_head_attention(self) -> Iterator[None]:
-        """The mode is off inside a function that it handles, so reach the inner calls by their global names."""
-        originals = {"scaled_dot_product_attention": self.fused, "softmax": self.softmax}
-
-        def hear(original: Callable[..., Any], event: Callable[..., Any]) -> Callable[..., Any]:
-            def heard(*args: Any, **kwargs: Any) -> Any:
-                if threading.get_ident() != self._thread:  # another thread's model is not ours to watch
-                    return original(*args, **kwargs)
-                return event(original, args, kwargs)
-
-            return heard
-
-        saved = {name: getattr(F, name) for name in originals}
-        try:
-            for name, event in originals.items():
-                setattr(F, name, hear(saved[name], event))
-            yield
-        finally:
-            for name, original in saved.items():
-                setattr(F, name, original)
+        """The mode is off inside a function that it handles; hear the inner calls by their global names."""
+        before = getattr(_inside, "watchers", ())
+        with _names:
+            _inside.watchers = (*before, self)
+            try:
+                yield
+            finally:
+                _inside.watchers = before
 
     def __enter__(self) -> "Self":
         self._depth = getattr(_surveying, "depth", 0)
-        self._undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)  # it computes attention inside one opaque kernel
-        if any(module._compiled_call_impl is not None for module in self.names):
-            self._undo.enter_context(
-                torch.compiler.set_stance("force_eager")
-            )  # compiled code calls no function of torch
+        _python.__enter__()
         for module in self.names:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it takes no hooks, and calls no function of torch
             if module is self.model or self.watched(module):
                 self._handles += [
                     module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
@@ -153,7 +197,7 @@ class Watcher(TorchFunctionMode):
             handle.remove()
         self._handles.clear()
         self.stack.clear()
-        self._undo.close()
+        _python.__exit__()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._deaf:

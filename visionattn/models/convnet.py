@@ -17,9 +17,15 @@ class ConvNet(nn.Module):
     Two convolutions of stride 2 come first, and the first block of every stage but the first halves the resolution
     again: two stages end at an eighth of the image's size.
 
+    The last stage is pooled by its generalised mean (Radenović et al. 2018, 1711.02512, eq. 3; p is not learned):
+
+        pooled = (mean over positions of x^p)^(1/p)
+
     Args:
         num_classes: K.
         widths: channels of each stage.
+        pool: p, ≥ 1; 1 is the mean, and the larger it is the nearer to the maximum, for objects that fill little of the
+            image.
         depth: blocks a stage.
         attention: makes a mechanism from a number of channels; None for a plain network.
         in_chans: C of the images.
@@ -33,6 +39,7 @@ class ConvNet(nn.Module):
         *,
         widths: Sequence[int] = (32, 64),
         depth: int = 1,
+        pool: float = 1.0,
         attention: Callable[[int], nn.Module] | None = None,
         in_chans: int = 3,
     ) -> None:
@@ -41,7 +48,10 @@ class ConvNet(nn.Module):
             raise ValueError(
                 f"a ConvNet needs at least one class, block and stage, got {num_classes=}, {depth=}, {widths=}"
             )
+        if pool < 1:
+            raise ValueError(f"pool must be ≥ 1, got {pool}")
         self.num_classes = num_classes
+        self.pool = pool
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, widths[0] // 2, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(widths[0] // 2),
@@ -61,8 +71,11 @@ class ConvNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)  # a third faster on CPUs
+        x_BCHW = self.blocks(self.stem(x_BCHW))  # ≥ 0; at 0 the root has no gradient
         # mean rather than adaptive pooling: it exports to ONNX for any size
-        return self.head(self.blocks(self.stem(x_BCHW)).mean((2, 3)))
+        if self.pool == 1:
+            return self.head(x_BCHW.mean((2, 3)))
+        return self.head(x_BCHW.clamp(min=1e-5).pow(self.pool).mean((2, 3)).pow(1 / self.pool))
 
 
 class ResidualBlock(nn.Module):

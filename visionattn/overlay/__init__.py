@@ -1,6 +1,8 @@
 """Heatmaps as pictures."""
 
-from typing import TYPE_CHECKING
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from visionattn._lazy import lazy
 
@@ -43,3 +45,14 @@ __getattr__, __dir__ = lazy(
         "report": ("Summary",),
     },
 )
+
+
+class _Package(ModuleType):
+    """Here `export` and `render` are the functions; on import, Python would put the modules of these names there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        function = name in ("export", "render") and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if function else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -52,7 +52,8 @@ def blend(
         seen_HW: False where the model saw nothing, as outside of a crop; the picture is dark and grey there.
 
     Returns:
-        (H, W, 3) uint8 RGB; within 1 of the equation, at 256 levels of heat.
+        (H, W, 3) uint8 RGB; at 256 levels of heat within 2 of the equation, and all but one value in 1,000 within 1 of
+        the equation once rounded.
 
     Raises:
         UsageError: the sizes differ, a number is out of range, or there is no such colormap.
@@ -91,7 +92,7 @@ def contour(
     """Draw the lines where a heatmap passes some levels in (0, 1], with a dark rim that shows on bright ground."""
     check_pair(image_HWC, heatmap_HW)
     thickness = thickness or line_width(image_HWC)
-    drawn = np.array(image_HWC)
+    drawn = np.array(image_HWC, order="C")  # OpenCV draws on no other
     for level in levels:
         above_HW = np.greater_equal(heatmap_HW, level).astype(np.uint8)
         lines, _ = cv2.findContours(above_HW, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
@@ -124,7 +125,7 @@ def draw_box(
 ) -> NDArray[np.uint8]:
     """Draw a box (xyxy) on a copy of a picture: its outer edge on the box's edge, a dark rim inside."""
     thickness = thickness or line_width(image_HWC)
-    drawn = np.array(image_HWC)
+    drawn = np.array(image_HWC, order="C")
     left, upper, right, lower = (round(float(edge)) for edge in box)
     for inset in range(thickness + 1):
         corners = (left + inset, upper + inset), (right - 1 - inset, lower - 1 - inset)
@@ -148,7 +149,7 @@ def boxes(
     """
     if len(labels) not in (0, len(boxes_N4)):
         raise UsageError(f"{len(labels)} labels for {len(boxes_N4)} boxes; give one a box, or none")
-    drawn = np.array(image_HWC)
+    drawn = np.array(image_HWC, order="C")
     for number, box in enumerate(boxes_N4):
         drawn = draw_box(drawn, box, colour=colours[number % len(colours)])
     page = Image.fromarray(drawn)

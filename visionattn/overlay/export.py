@@ -148,7 +148,7 @@ def _run(
             if first and failed and len(failed) == len(good):
                 raise DataError(failed[0])  # not these images: the model
             first = first and not good
-            manifest.promise((job.names[image.path], image.path) for image in good)
+            manifest.promise([(job.names[image.path], image.path) for image in good], job.recipe)
             for image, result in entries:
                 if isinstance(image, Read) and isinstance(result, Explained):
                     written.append(pool.submit(job.write, image, result))

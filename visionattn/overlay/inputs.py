@@ -6,7 +6,7 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -38,7 +38,7 @@ class Found:
     unlisted: list[tuple[str, str]] = field(default_factory=list)
 
 
-def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Container[str] = ()) -> Found:
+def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = ()) -> Found:
     """Find the images at some paths: files as they are, folders with all below them in natural order (2 before 10).
 
     In folders, hidden files and folders are passed over, linked folders are not entered, and files with another suffix
@@ -60,11 +60,13 @@ def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Container[str] = (
         raise UsageError("there are no inputs; give files or folders of images")
     found, seen, tops = Found(), set[str](), []
     skip = os.path.realpath(os.fsdecode(out))
+    real = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in written}}
+    outputs = {os.path.join(real[os.path.dirname(path)], os.path.basename(path)) for path in written}
     for path in paths:
         mode = _mode(path)
         tops.append(path if stat.S_ISDIR(mode) else os.path.dirname(path))
         if stat.S_ISDIR(mode):
-            below = _walk(path, found, skip if skip != os.path.realpath(path) else "", written)
+            below = _walk(path, found, skip if skip != os.path.realpath(path) else "", outputs)
         elif stat.S_ISREG(mode):
             below = iter([path])
         else:
@@ -136,8 +138,11 @@ def _mode(path: str) -> int:
         raise UsageError(f"there is no {printable(os.path.join(parent, name))}.{near}") from error
 
 
-def _walk(folder: str, found: Found, skip: str, written: Container[str]) -> Iterator[str]:
-    """Yield a folder's images, then those of its folders; without recursion, so that depth does not matter."""
+def _walk(folder: str, found: Found, skip: str, outputs: Container[str]) -> Iterator[str]:
+    """Yield a folder's images, then those of its folders; without recursion, so that depth does not matter.
+
+    `skip` and `outputs` are real paths: the same folder may be given through a link.
+    """
     stack = [folder]
     while stack:
         here = stack.pop()
@@ -147,23 +152,33 @@ def _walk(folder: str, found: Found, skip: str, written: Container[str]) -> Iter
         except OSError as error:
             found.unlisted.append((here, f"cannot be listed: {error.strerror or error}"))
             continue
-        folders = []
+        folders, real = [], os.path.realpath(here)
         for entry in listed:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is(entry, stat.S_ISDIR):
                 if entry.is_symlink():
                     found.links += 1
-                elif not skip or os.path.realpath(entry.path) != skip:
+                elif os.path.join(real, entry.name) != skip:
                     folders.append(entry.path)
-            elif entry.path not in written:
+            elif os.path.join(real, entry.name) not in outputs:
                 suffix = os.path.splitext(entry.name)[1].lower()
-                # a broken link is an image that fails; a pipe or device of that name is none
-                if suffix in SUFFIXES and (entry.is_file() or entry.is_symlink()):
+                # a link that leads nowhere is an image that fails; a pipe or device of that name is none
+                if suffix in SUFFIXES and _is(entry, stat.S_ISREG, broken=True):
                     yield entry.path
                 else:
                     found.ignored[printable(suffix)] += 1
         stack += reversed(folders)
+
+
+def _is(entry: "os.DirEntry[str]", kind: Callable[[int], bool], *, broken: bool = False) -> bool:
+    """Whether an entry, or what it links to, is of a kind; `broken` is the answer for links that lead nowhere."""
+    if not entry.is_symlink():  # known without asking the file system again
+        return entry.is_dir() if kind is stat.S_ISDIR else entry.is_file()
+    try:
+        return kind(os.stat(entry.path).st_mode)
+    except OSError:
+        return broken
 
 
 def _common(folders: Collection[str]) -> str:

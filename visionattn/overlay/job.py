@@ -162,13 +162,13 @@ class Job:
             image.picture = None
 
     def _make_folder(self, folder: str) -> None:
+        real, top = os.path.realpath(folder), os.path.realpath(self.folder)
+        if os.path.commonpath([real, top]) != top:
+            raise DataError(f"{printable(folder)} is a link that leads out of {printable(self.folder)}")
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise DataError(f"{printable(folder)} cannot be made: {error.strerror or error}") from error
-        real, top = os.path.realpath(folder), os.path.realpath(self.folder)
-        if os.path.commonpath([real, top]) != top:
-            raise DataError(f"{printable(folder)} is a link that leads out of {printable(self.folder)}")
 
     def _predictions(self, output: Any, count: int) -> list[dict[str, Any]]:
         nothing = {"prediction": None, "class": None, "probability": None}

@@ -17,12 +17,13 @@ Bytes of file names that are no text stand as lone surrogates (`"\\udcff"`), whi
 """
 
 import contextlib
+import io
 import json
 import os
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from dataclasses import dataclass, replace
+from typing import Any
 
 from visionattn.errors import DataError, UsageError
 from visionattn.overlay.text import printable
@@ -65,38 +66,41 @@ class Manifest:
         self.owners: dict[str, str] = {}
         self._promised = os.path.join(out, _PROMISED)
         self._outputs: dict[str, list[str]] = {}  # the reverse of `owners`
-        self._open: dict[str, str] = {}  # promised and not noted yet: output → image
-        self._reasons: dict[str, str] = {}
+        self._open: dict[str, tuple[str, str]] = {}  # promised and not noted yet: output → image, recipe
+        self._failures: dict[str, list[Any]] = {}
         self._stale = 0
-        self._end = 0  # of the last whole line
+        self._end = self._promises_end = 0  # of the last whole line
         self._gap = b""
-        self._lines: BinaryIO | None = None
-        self._promises: BinaryIO | None = None
+        self._lines: io.FileIO | None = None
+        self._promises: io.FileIO | None = None
         if os.path.lexists(out) and not os.path.isdir(out):
             raise UsageError(f"{printable(out)} is a file; name a folder for the overlays")
         try:
             self._read()
             for promise in _lines(self._promised):
-                if promise.endswith(b"\n"):
-                    self._promise(*json.loads(promise))
+                if promise.endswith(b"\n"):  # else half a line, of a run that was killed
+                    self._recall(*json.loads(promise))
+                    self._promises_end += len(promise)
         except OSError as error:
             raise DataError(f"{printable(error.filename or out)} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, TypeError, LookupError) as error:
             raise UsageError(
                 f"{printable(self.path)} was not written by visionattn ({error}); choose another folder for overlays"
             ) from error
 
-    def promise(self, outputs: Iterable[tuple[str, str]]) -> None:
-        """Note (output, image) pairs that are about to be written."""
+    def promise(self, outputs: Iterable[tuple[str, str]], recipe: str) -> None:
+        """Note (output, image) pairs that are about to be written, and by which recipe."""
         outputs = list(outputs)
+        if not outputs:
+            return
         with self._writing():
             if self._promises is None:
                 os.makedirs(self.out, exist_ok=True)
-                self._promises = open(self._promised, "ab")  # noqa: SIM115  # closed in `close`
-            self._promises.write(b"".join(_encode(list(pair)) for pair in outputs))
-            self._promises.flush()
+                self._promises = open(self._promised, "ab", buffering=0)  # noqa: SIM115  # closed in `close`
+                self._promises.truncate(self._promises_end)
+            _append(self._promises, b"".join(_encode([*pair, recipe]) for pair in outputs))
         for output, image in outputs:
-            self._promise(output, image)
+            self._promise(output, image, recipe)
 
     def add(self, entry: dict[str, Any]) -> None:
         """Write the line of one image; the same failure as before is not written again.
@@ -109,16 +113,15 @@ class Manifest:
         earlier = [name for name in earlier if os.path.lexists(os.path.join(self.out, name))]
         if earlier:
             entry = {**entry, "earlier": earlier}
-        if entry["status"] == "failed" and self._reasons.get(source) == entry["reason"]:
+        if entry["status"] == "failed" and self._failures.get(source) == _failure(entry):
             return
         with self._writing():
             if self._lines is None:
                 os.makedirs(self.out, exist_ok=True)
-                self._lines = open(self.path, "ab")  # noqa: SIM115  # closed in `close`
+                self._lines = open(self.path, "ab", buffering=0)  # noqa: SIM115  # closed in `close`
                 self._lines.truncate(self._end)
-                self._lines.write(self._gap)
-            self._lines.write(_encode(entry))
-            self._lines.flush()
+                _append(self._lines, self._gap)
+            _append(self._lines, _encode(entry))
         self._note(entry)
 
     def close(self) -> None:
@@ -132,9 +135,9 @@ class Manifest:
         with self._writing():
             if self._stale:
                 self._compact()
-            left = {name: image for name, image in self._open.items() if os.path.lexists(os.path.join(self.out, name))}
+            left = [name for name in self._open if os.path.lexists(os.path.join(self.out, name))]
             if left:
-                self._replace(self._promised, (_encode(list(pair)) for pair in left.items()))
+                self._replace(self._promised, (_encode([name, *self._open[name]]) for name in left))
             else:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self._promised)
@@ -157,8 +160,8 @@ class Manifest:
 
     def _note(self, entry: dict[str, Any]) -> None:
         source = entry["source"]
-        self._stale += source in self.done or source in self._reasons
-        self._reasons.pop(source, None)
+        self._stale += source in self.done or source in self._failures
+        self._failures.pop(source, None)
         self.done.pop(source, None)
         if entry["status"] == "done":
             output = entry["outputs"]["overlay"]
@@ -166,13 +169,21 @@ class Manifest:
             self.done[source] = Done(output, entry["recipe"], (entry["bytes"], entry["modified"]))
             self._own(output, source)
         else:
-            self._reasons[source] = entry["reason"]
+            self._failures[source] = _failure(entry)
         for output in entry.get("earlier", []):
             self._own(output, source)
 
-    def _promise(self, output: str, image: str) -> None:
-        self._open[output] = image
+    def _promise(self, output: str, image: str, recipe: str) -> None:
+        self._open[output] = image, recipe
         self._own(output, image)
+
+    def _recall(self, output: str, image: str, recipe: str) -> None:
+        """Take up the promise of a run that was killed."""
+        done = self.done.get(image)
+        if done is None or (done.output, done.recipe) != (output, recipe):
+            self._promise(output, image, recipe)
+            if done is not None and done.output == output:  # it may no longer be what the manifest says
+                self.done[image] = replace(done, recipe="")
 
     def _own(self, output: str, image: str) -> None:
         known = self._outputs.setdefault(image, [])
@@ -182,19 +193,29 @@ class Manifest:
     def _compact(self) -> None:
         last: dict[str, bytes] = {}
         for line in _lines(self.path):
-            source = json.loads(line)["source"]
+            try:
+                source = json.loads(line)["source"]
+            except ValueError:
+                continue  # half a line, of a run that was killed, which this one had nothing to add to
             last.pop(source, None)
-            last[source] = line
+            last[source] = line.rstrip(b"\n") + b"\n"
         self._replace(self.path, last.values())
 
     def _replace(self, path: str, lines: Iterable[bytes]) -> None:
-        with tempfile.NamedTemporaryFile(dir=self.out, prefix=".manifest", suffix=".part", delete=False) as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        if os.path.exists(path):
-            os.chmod(file.name, os.stat(path).st_mode & 0o777)
-        os.replace(file.name, path)
+        temporary = ""
+        try:
+            with tempfile.NamedTemporaryFile(dir=self.out, prefix=".manifest", suffix=".part", delete=False) as file:
+                temporary = file.name
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            if os.path.exists(path):
+                os.chmod(temporary, os.stat(path).st_mode & 0o777)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
 
     @contextlib.contextmanager
     def _writing(self) -> Any:
@@ -211,6 +232,21 @@ def _lines(path: str) -> list[bytes]:
             return file.readlines()
     except FileNotFoundError:
         return []
+
+
+def _append(file: io.FileIO, content: bytes) -> None:
+    """Write all of it or nothing, as on a full disk."""
+    end = os.fstat(file.fileno()).st_size
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def _failure(entry: dict[str, Any]) -> list[Any]:
+    return [entry[key] for key in ("reason", "recipe", "bytes", "modified")]
 
 
 def _encode(value: Any) -> bytes:

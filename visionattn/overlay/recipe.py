@@ -1,11 +1,13 @@
 """What decides how an output looks, as a short hash: the same recipe and the same source give the same output."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,8 +50,12 @@ def describe(value: Any) -> Any:
         return {str(key): describe(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(describe(item)) for item in value)
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
         return [str(value.dtype), value.tolist()]
+    if isinstance(value, functools.partial):
+        return ["partial", *map(describe, (value.func, value.args, value.keywords))]
     if isinstance(value, nn.Module):
         return [type(value).__qualname__, weights_hash(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -57,4 +63,6 @@ def describe(value: Any) -> Any:
         return [type(value).__qualname__, fields]
     if hasattr(value, "__qualname__"):  # a class or a function
         return f"{value.__module__}.{value.__qualname__}"
-    return [f"{type(value).__module__}.{type(value).__qualname__}", describe(getattr(value, "__dict__", {}))]
+    # what keeps nothing in a __dict__, as a path, must say itself what it is
+    inside = describe(value.__dict__) if hasattr(value, "__dict__") else repr(value)
+    return [f"{type(value).__module__}.{type(value).__qualname__}", inside]

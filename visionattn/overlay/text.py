@@ -39,7 +39,7 @@ def fit(text: str, *, size: int, width: int) -> tuple[Font, str]:
 
     Letters that no installed font has lose their accents, or become `?`; so do bytes of a file name that are no text.
     """
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    text = " ".join("".join(letter if letter.isprintable() or _is_byte(letter) else " " for letter in text).split())
     font, text = _legible(text, size)
     if font.getlength(text) <= width:
         return font, text
@@ -101,7 +101,12 @@ def _draws(font: Font, letter: str) -> bool:
     """Whether a font has a letter: it draws something else than the box of a missing one."""
     if letter == " ":
         return True
-    if not letter.isprintable() or "\ud800" <= letter <= "\udfff":
+    if not letter.isprintable():
         return False
     drawn, missing = font.getmask(letter), font.getmask("\uffff")
     return (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
+
+
+def _is_byte(letter: str) -> bool:
+    """Whether this stands for a byte of a file name that is no text."""
+    return "\udc80" <= letter <= "\udcff"

@@ -1,0 +1,346 @@
+"""Class activation maps against their equations in slow loops, against pytorch-grad-cam and against captum."""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.maps import models
+from visionattn.errors import UsageError
+from visionattn.maps import EigenCAM, GradCAM, GradCAMPlusPlus, LayerCAM, ScoreCAM
+
+peer = pytest.importorskip("pytorch_grad_cam")
+captum = pytest.importorskip("captum.attr")
+close = torch.testing.assert_close
+
+
+class Convnet(nn.Module):
+    """Two convolutions at the resolution of the image, then two classes' worth of nonlinear head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(3), nn.Linear(45, 4)
+
+    def forward(self, images):
+        x = self.second(self.act(self.first(images)))
+        return self.head(self.pool(F.silu(x)).flatten(1))
+
+
+def convnet():
+    model = models.stirred(Convnet())
+    with torch.no_grad():
+        model.head.weight.mul_(1000)  # so that the constants with which peers avoid a division by zero do not count
+    return model
+
+
+def resnet():
+    model = models.resnet()
+    with torch.no_grad():
+        model.fc.weight.mul_(1000)
+    return model
+
+
+def channels_first(tokens):
+    """Patches of a 4 × 4 grid behind a class token."""
+    return tokens[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+
+
+SETTINGS = {  # model, size, layer, tokens to a map
+    "convnet": (convnet, (20, 28), "second", None),
+    "convnet, before an in-place activation": (convnet, (20, 28), "first", None),
+    "convnet, after an in-place activation": (convnet, (20, 28), "act", None),
+    "resnet": (resnet, (96, 64), "layer4", None),
+    "resnet, early": (resnet, (96, 64), "layer2.0", None),
+    "vit": (models.vit, (64, 64), "blocks.2.norm1", channels_first),
+    "vit, early": (models.vit, (64, 64), "blocks.0", channels_first),
+}
+
+
+def look_inside(setting, score):
+    """The layer's output and its gradient, (B, C, h, w), by plain autograd; in float64."""
+    make, size, layer, reshape = SETTINGS[setting]
+    model, seen = make().double(), []
+
+    def keep(module, args, out):
+        seen.append(out)
+        return out.clone()
+
+    model.get_submodule(layer).register_forward_hook(keep)
+    output = model(models.pictures(size).double())
+    gradient = torch.autograd.grad(score(output).sum(), seen[0])[0]
+    return [x.detach() if reshape is None else reshape(x.detach()) for x in (seen[0], gradient)]
+
+
+def slow_gradcam(values, gradient):
+    total = torch.zeros(values.shape[1:], dtype=torch.float64)
+    for c in range(len(values)):
+        alpha = sum(float(g) for g in gradient[c].flatten()) / gradient[c].numel()
+        total += alpha * values[c]
+    return total.clamp(min=0)
+
+
+def slow_gradcam_plus_plus(values, gradient):
+    total = torch.zeros(values.shape[1:], dtype=torch.float64)
+    for c in range(len(values)):
+        weight, area = 0.0, float(values[c].sum())
+        for g in map(float, gradient[c].flatten()):
+            if g != 0:
+                weight += g**2 / (2 * g**2 + g**3 * area) * max(g, 0.0)
+        total += weight * values[c]
+    return total.clamp(min=0)
+
+
+def slow_layercam(values, gradient):
+    total = torch.zeros(values.shape[1:], dtype=torch.float64)
+    for c in range(len(values)):
+        for i in range(values.shape[1]):
+            for j in range(values.shape[2]):
+                total[i, j] += max(float(gradient[c, i, j]), 0.0) * float(values[c, i, j])
+    return total.clamp(min=0)
+
+
+def slow_eigencam(values, gradient):
+    matrix = values.flatten(1).T.numpy()  # positions × channels
+    _, _, right = np.linalg.svd(matrix, full_matrices=False)
+    found = torch.from_numpy(matrix @ right[0]).reshape(values.shape[1:])
+    return -found if found.sum() < 0 else found
+
+
+BY_HAND = {
+    GradCAM: slow_gradcam,
+    GradCAMPlusPlus: slow_gradcam_plus_plus,
+    LayerCAM: slow_layercam,
+    EigenCAM: slow_eigencam,
+}
+NOT_NEGATIVE = ["convnet, after an in-place activation", "resnet", "resnet, early"]
+"""Elsewhere the denominator of Grad-CAM++, 2 + g Σ A, comes near zero, and rounding is multiplied."""
+PEERS = {GradCAM: peer.GradCAM, GradCAMPlusPlus: peer.GradCAMPlusPlus, LayerCAM: peer.LayerCAM}
+
+
+def assert_close_to_scale(found, expected, tolerance=1e-4):
+    scale = float(expected.abs().max())
+    assert scale > 0
+    close(found.double() / scale, expected.double() / scale, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("method", BY_HAND, ids=lambda m: m.name)
+@pytest.mark.parametrize("target", [None, 2])
+def test_each_is_its_equation(method, setting, target):
+    make, size, layer, _ = SETTINGS[setting]
+    values, gradient = look_inside(setting, lambda out: out.amax(1) if target is None else out[:, target])
+    maps = method(layer)(make(), models.pictures(size), target=target)
+    expected = [BY_HAND[method](v, g) for v, g in zip(values, gradient, strict=True)]
+    shaky = method is GradCAMPlusPlus and setting not in NOT_NEGATIVE
+    assert_close_to_scale(maps.raw, torch.stack(expected), 5e-3 if shaky else 1e-4)
+    assert maps.source == layer
+
+
+def test_gradcam_plus_plus_is_its_equation_for_activations_of_any_sign():
+    values, gradient = torch.randn(2, 3, 5, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gradient[:, 0, 2] = 0
+    found = GradCAMPlusPlus().combine(values.flatten(2), gradient.flatten(2)).unflatten(1, (4, 4))
+    close(found, torch.stack([slow_gradcam_plus_plus(v, g) for v, g in zip(values, gradient, strict=True)]))
+
+
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [(m, s) for m in PEERS for s in (NOT_NEGATIVE if m is GradCAMPlusPlus else SETTINGS)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_each_agrees_with_pytorch_grad_cam(method, setting):
+    make, size, layer, reshape = SETTINGS[setting]
+    images = models.pictures(size)
+    maps = method(layer)(make(), images)
+    model = make()
+    if isinstance(model, Convnet):
+        model.act.inplace = False  # the peer's activations are spoilt by it
+    cam = PEERS[method](model, [model.get_submodule(layer)], reshape_transform=reshape)
+    cam.get_target_width_height = lambda images: tuple(maps.raw.shape[:0:-1])  # at the layer's own resolution
+    expected = torch.from_numpy(cam(images, None))
+    close(maps.heatmaps, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("setting", ["convnet", "resnet", "resnet, early"])
+def test_gradcam_agrees_with_captum(setting):
+    make, size, layer, _ = SETTINGS[setting]
+    model, images = make(), models.pictures(size)
+    target = torch.tensor([1, 3])
+    expected = (
+        captum.LayerGradCam(model, model.get_submodule(layer))
+        .attribute(images, target=target, relu_attributions=True)[:, 0]
+        .detach()
+    )
+    assert_close_to_scale(GradCAM(layer)(model, images, target=target).raw, expected)
+
+
+def slow_scorecam(model, image, values, target):
+    scores = []
+    for channel in values:
+        mask = F.interpolate(channel[None, None], image.shape[1:], mode="bilinear")[0, 0]
+        mask = (mask - mask.min()) / (mask.max() - mask.min()) if mask.max() > mask.min() else 0 * mask
+        with torch.no_grad():
+            scores.append(float(model((image * mask)[None])[0, target]))
+    weights = np.exp(np.array(scores) - max(scores))
+    weights /= weights.sum()
+    return sum(float(w) * v for w, v in zip(weights, values, strict=True)).clamp(min=0)
+
+
+@pytest.mark.parametrize("setting", ["convnet", "convnet, before an in-place activation", "vit", "vit, early"])
+def test_scorecam_is_its_algorithm(setting):
+    make, size, layer, _ = SETTINGS[setting]
+    model, images = make(), models.pictures(size)
+    if isinstance(model, Convnet):
+        model = models.stirred(Convnet())  # of scores so large one channel would take all
+    values = look_inside(setting, lambda out: out.amax(1))[0].float()
+    target = model(images).argmax(1)
+    expected = [slow_scorecam(model, x, v, t) for x, v, t in zip(images, values, target, strict=True)]
+    assert_close_to_scale(ScoreCAM(layer, batch_size=4)(model, images).raw, torch.stack(expected))
+
+
+def test_scorecam_agrees_with_pytorch_grad_cam_where_nothing_is_enlarged():
+    model, images = models.stirred(Convnet()), models.pictures((20, 28))
+    maps = ScoreCAM("second")(model, images)
+    cam = peer.ScoreCAM(model, [model.second])
+    close(maps.heatmaps, torch.from_numpy(cam(images, None)), atol=1e-4, rtol=0)
+
+
+def test_scorecam_leaves_out_channels_that_are_constant():
+    model, images = models.stirred(Convnet()), models.pictures((20, 28))
+    with torch.no_grad():
+        model.second.weight[1] = 0
+    assert ScoreCAM("second")(model, images).raw.isfinite().all()
+
+
+# The layer that is taken where nobody says --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "grid"),
+    [
+        (models.resnet, "layer4", (2, 2)),
+        (models.vit, "blocks.2.norm1", (4, 4)),
+        (lambda: models.vit(class_token=False, global_pool="avg"), "norm", (4, 4)),
+        (models.torchvision_vit, "encoder.layers.encoder_layer_1.ln_1", (4, 4)),
+        (lambda: models.swin(img_size=64), "norm", (8, 8)),
+    ],
+    ids=["resnet", "vit", "vit of patches", "torchvision vit", "swin"],
+)
+def test_the_last_map_that_all_of_the_score_passes_is_taken(make, layer, grid):
+    model, images = make(), models.pictures()
+    maps = GradCAM()(model, images)
+    assert maps.heatmaps.shape[1:] == grid
+    named = GradCAM(layer)(model, images)
+    close(maps.raw, named.raw)
+    assert layer.partition(".")[0] in maps.source
+
+
+@pytest.mark.parametrize("method", [GradCAM(), GradCAMPlusPlus(), LayerCAM(), EigenCAM()], ids=lambda m: m.name)
+@pytest.mark.parametrize("make", [models.resnet, models.vit, models.swin], ids=["resnet", "vit", "swin"])
+def test_all_work_without_naming_a_layer(method, make):
+    model = make()
+    images = models.pictures(32 if "Swin" in type(model).__name__ else 64)
+    maps = method(model, images)
+    assert maps.heatmaps.shape[0] == 2
+    assert float(maps.heatmaps.amin()) == 0
+    assert maps.heatmaps.amax((1, 2)).tolist() == [1, 1]
+
+
+def test_class_and_register_tokens_are_no_positions():
+    model, images = models.vit(reg_tokens=4), models.pictures()
+    seen = []
+    model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
+    gradient = torch.autograd.grad(model(images).amax(1).sum(), seen[0])[0]
+    values = seen[0].detach()
+    expected = [
+        slow_gradcam(v[5:].T.unflatten(1, (4, 4)).double(), g[5:].T.unflatten(1, (4, 4)).double())
+        for v, g in zip(values, gradient, strict=True)
+    ]
+    model.blocks[1]._forward_hooks.clear()
+    assert_close_to_scale(GradCAM("blocks.1")(model, images).raw, torch.stack(expected))
+
+
+def test_a_layer_whose_output_lies_nowhere_names_those_that_do():
+    with pytest.raises(UsageError, match=r"the output of 'fc' does not lie on a grid; layers that do: layer4.* …"):
+        GradCAM("fc")(models.resnet(), models.pictures())
+
+
+def test_a_mistyped_layer_lists_the_nearest():
+    with pytest.raises(UsageError, match=r"the model has no layer 'layer5'\. Nearest: layer"):
+        GradCAM("layer5")(models.resnet(), models.pictures())
+
+
+def test_a_layer_that_does_not_reach_the_score_is_an_error():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.aside, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, images):
+            self.aside(images)
+            return self.conv(images).mean((2, 3))
+
+    with pytest.raises(UsageError, match="no gradient reaches aside: the score does not depend on it"):
+        GradCAM("aside")(Aside(), models.pictures(8))
+
+
+def test_a_model_that_cuts_gradients_is_told_of_methods_without():
+    class Cutting(Convnet):
+        def forward(self, images):
+            x = self.second(images.repeat(1, 2, 1, 1))
+            with torch.no_grad():
+                return self.head(self.pool(x).flatten(1))
+
+    with pytest.raises(UsageError, match=r"no gradient reaches second: .* or eigencam or scorecam"):
+        GradCAM("second")(models.stirred(Cutting()), models.pictures(8))
+    EigenCAM("second")(models.stirred(Cutting()), models.pictures(8))
+
+
+def test_layers_that_return_tuples_are_explained():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, images):
+            return self.conv(images), "aside"
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.head = Pair(), nn.Linear(4, 3)
+
+        def forward(self, images):
+            return self.head(self.pair(images)[0].relu().mean((2, 3)))
+
+    model, images = models.stirred(Net()), models.pictures(8)
+    close(GradCAM("pair")(model, images).raw, GradCAM("pair.conv")(model, images).raw)
+
+
+def test_wide_layers_of_few_positions_are_as_narrow_ones():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 200, 4, 4)
+
+        def forward(self, images):
+            return self.conv(images).mean((2, 3))
+
+    model, images = models.stirred(Wide()), models.pictures((8, 12))
+    with torch.no_grad():
+        expected = [slow_eigencam(v, None) for v in model.conv(images).double()]
+    assert_close_to_scale(EigenCAM()(model, images).raw, torch.stack(expected))
+
+
+def test_timm_models_without_a_head_need_a_target_of_ones_own():
+    model, images = timm.create_model("resnet10t", features_only=True).eval(), models.pictures()
+    with pytest.raises(UsageError, match=r"has no \(B, K\) scores to choose a class from"):
+        GradCAM()(model, images)
+    maps = GradCAM("layer3")(copy.deepcopy(model), images, target=lambda out: out[-1].square().mean((1, 2, 3)))
+    assert maps.target is None

@@ -1,0 +1,30 @@
+"""What an installed package holds."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_runs_the_shipped_configs_without_a_checkout(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path / "dist")]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "site")
+    shipped = {f"visionattn/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert shipped < set(names)
+    assert "visionattn/py.typed" in names
+    code = "from visionattn import cli; print(cli.__file__); cli.main(%r)"
+    code %= ["fit", "--config", "configs/quickstart.yaml", "--print_config"]
+    (tmp_path / "work").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "work", env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith(str(tmp_path / "site"))
+    assert "visionattn.data.ClutteredDigitsData" in run.stdout
