@@ -27,8 +27,8 @@ _LIGHTNING_VERBS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code: 0, 1 for data that cannot be used, 2 for a wrong call, 130 for Ctrl-C."""
-    # OpenMP's threads wait for each other by spinning for milliseconds; where others share the cores that made a step of
-    # the quickstart 6 times as long (214 ms for 34), and nothing faster elsewhere. It is read when torch is imported.
+    # OpenMP's threads wait for each other by spinning for milliseconds. Where others share the cores that made a step
+    # of the quickstart 6 times as long (214 ms for 34), and nothing faster elsewhere. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
