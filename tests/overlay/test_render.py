@@ -12,7 +12,7 @@ from visionattn.errors import UsageError
 from visionattn.overlay.draw import blend, contour
 from visionattn.overlay.render import Style, peak, render
 
-ROOM = sys.modules["visionattn.overlay.render"]  # whose name in the package is the function
+ROOM = sys.modules["visionattn.overlay.render"]
 
 SIZES = [(40, 64), (64, 40), (31, 47), (47, 31), (32, 32), (9, 80), (1, 7), (7, 1), (1, 1)]
 FITS = ["crop", "letterbox", "stretch", "crop 0.875"]

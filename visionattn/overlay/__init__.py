@@ -1,8 +1,6 @@
-"""Heatmaps as pictures."""
+"""Heatmaps as pictures; `visionattn.overlay.export.export` writes those of whole folders."""
 
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from visionattn._lazy import lazy
 
@@ -18,10 +16,8 @@ if TYPE_CHECKING:
     from visionattn.overlay.draw import sheet as sheet
     from visionattn.overlay.draw import side_by_side as side_by_side
     from visionattn.overlay.draw import top_mask as top_mask
-    from visionattn.overlay.export import export as export
     from visionattn.overlay.render import Style as Style
     from visionattn.overlay.render import peak as peak
-    from visionattn.overlay.render import render as render
     from visionattn.overlay.report import Summary as Summary
 
 __getattr__, __dir__ = lazy(
@@ -40,19 +36,7 @@ __getattr__, __dir__ = lazy(
             "side_by_side",
             "top_mask",
         ),
-        "export": ("export",),
-        "render": ("Style", "peak", "render"),
+        "render": ("Style", "peak"),
         "report": ("Summary",),
     },
 )
-
-
-class _Package(ModuleType):
-    """Here `export` and `render` are the functions; on import, Python would put the modules of these names there."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        function = name in ("export", "render") and isinstance(value, ModuleType)
-        super().__setattr__(name, getattr(value, name) if function else value)
-
-
-sys.modules[__name__].__class__ = _Package
