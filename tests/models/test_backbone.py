@@ -82,7 +82,7 @@ def test_the_convnet_has_the_grid_and_the_gates_that_it_promises():
 def test_the_convnet_pools_by_the_generalised_mean(pool):
     model = ConvNet(5, widths=(16,), pool=pool).eval()
     x = torch.rand(2, 3, 24, 16)
-    features = model.blocks(model.stem(x)).double()
+    features = model.blocks(model.stem(x)).detach().double()
     pooled = torch.zeros(2, 16, dtype=torch.float64)
     for image in range(2):
         for channel in range(16):
