@@ -285,3 +285,10 @@ def test_overlay_says_what_is_wrong(flags, code, parts, photo_folder, tmp_path, 
     command = ["overlay", "--images", str(photo_folder / "class0"), "--out", str(tmp_path / "out"), *flags]
     fails(command, code, *parts, capsys=capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_does_not_fit_is_told_before_the_first_epoch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model.network.attention=visionattn.attention.ECA", *SMALL]
+    fails(["fit", "--config", QUICKSTART, *flags], 2, "gates over channels only", "Methods that fit", capsys=capsys)
+    assert not list(tmp_path.rglob("*.ckpt"))

@@ -41,6 +41,8 @@ class OverlaySamples(Callback):
     ) -> None:
         if batch_idx == 0 and self._wanted(trainer):
             self._batch = _first(batch, self.num_images)
+        if trainer.sanity_checking and self.every_n_epochs:  # a method that does not fit is told before the first epoch
+            _explain(self.method, pl_module, _first(batch, 1))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = _folder(trainer)
