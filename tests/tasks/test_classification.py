@@ -72,6 +72,18 @@ def test_test_figures_are_those_of_sklearn():
     assert figures["test/calibration_error"] == pytest.approx(gap, abs=1e-5)
 
 
+def test_figures_that_agree_on_the_first_batch_stay_apart():
+    labels = torch.arange(16) % 8
+    logits = nn.functional.one_hot(labels, 8) + torch.arange(8) / 100
+    logits[8:] = torch.arange(8) / 8  # class 7 first, down to class 3 in the top five
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network.num_classes = 8
+    data = Points(logits[:, :, None, None].expand(-1, -1, 6, 6), labels, classes=8)
+    (figures,) = trainer().test(Classification(network), datamodule=data, verbose=False)
+    assert figures["test/accuracy"] == pytest.approx(9 / 16)
+    assert figures["test/top5"] == pytest.approx(13 / 16)
+
+
 def test_the_loss_is_the_weighted_smoothed_cross_entropy():
     images, labels = points(8)
     data = Points(images, labels, counts=[1, 2, 3, 2])
