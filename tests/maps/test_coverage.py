@@ -8,7 +8,7 @@ import torch
 
 from tests.maps import coverage, models
 from visionattn.errors import UsageError
-from visionattn.maps import Full, capture
+from visionattn.maps import Full, MapWarning, capture, positions
 
 QUICK = {  # family: (model, its options, image size, grids of its attention, whether windows are met)
     "vision_transformer": ("test_vit", {}, 160, {(10, 10)}, False),
@@ -133,3 +133,14 @@ def test_families_said_not_to_attend_do_not(family):
     size = model.default_cfg["input_size"][-1]
     with pytest.raises(UsageError, match="nothing in this"), torch.no_grad(), capture(model):
         model(models.pictures(size, batch=1))
+
+
+def test_a_function_that_cannot_be_followed_is_told():
+    x = torch.zeros(1, 2, 2)
+    positions.cast(x, torch.zeros(1, 2, 2, dtype=torch.complex64))
+
+    def view(value):
+        raise RuntimeError("no complex form")
+
+    with pytest.warns(MapWarning, match=r"could not be followed through view \(no complex form\)"):
+        positions.follow(view, (x,), {}, torch.zeros(4))

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.maps.base import warn
+
 NOWHERE = complex(float("nan"), float("nan"))
 
 _MOVES = {
@@ -172,8 +174,11 @@ def _replay(func: Any, name: str, args: Any, kwargs: Any, out: Any, read: Callab
             moved = torch.complex(*(func(part, *moved_args[1:], **moved_kwargs) for part in parts))
         else:
             moved = func(*moved_args, **moved_kwargs)
-    except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError):
-        return  # not followed: those after it are reported as unlabelled
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        # torch has no complex form of some functions; the model itself ran, so it is not stopped
+        reason = str(error).partition("\n")[0]
+        warn(f"positions could not be followed through {name} ({reason}); attention after it may be unlabelled")
+        return
     for value, found in zip(_tensors(out), _tensors(moved), strict=False):
         if read is shadow:
             cast(value, found, columns(value))
