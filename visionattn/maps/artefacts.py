@@ -104,9 +104,9 @@ def last_block(model: nn.Module, found: Survey, layer: str | None = None) -> Act
 
 
 @contextlib.contextmanager
-def warned(model: nn.Module, images_BCHW: Tensor) -> Iterator[None]:
+def warned(model: nn.Module, found: Survey) -> Iterator[None]:
     """Warn of the artefacts in what the model computes meanwhile; at the cost of the norms of one layer."""
-    activation = last_block(model, look(model, images_BCHW))
+    activation = last_block(model, found)
     if activation is None or activation.tokens.grid[0] * activation.tokens.grid[1] < FEWEST:
         yield
         return

@@ -16,6 +16,7 @@ from visionattn.maps.keep import Call, ClassRow, Keep, PatchRow
 from visionattn.maps.layout import Site
 from visionattn.maps.records import Record, capture, place
 from visionattn.maps.running import look, run
+from visionattn.maps.sites import Survey
 
 
 class RawAttention(Method):
@@ -45,7 +46,8 @@ class RawAttention(Method):
         self.layer, self.head, self.fuse, self.query = layer, head, fuse, query
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        sites = attending(self.name, model, images_BCHW)
+        found = attending(self.name, model, images_BCHW)
+        sites = found.attention
         site = sites[place(self.layer, [s.name for s in sites])]
         keep: Keep = ClassRow()
         if self.query is not None:
@@ -54,7 +56,7 @@ class RawAttention(Method):
                 has = "no patches ask there" if grid is None else f"its grid is {grid[0]}×{grid[1]}"
                 raise UsageError(f"{site.name} has no patch {tuple(self.query)}: {has}")
             keep = PatchRow(*self.query)
-        with artefacts.warned(model, images_BCHW), capture(model, keep, layers=[self.layer]) as records:
+        with artefacts.warned(model, found), capture(model, keep, layers=[self.layer]) as records:
             output = run(model, images_BCHW)
         record, keys, weights_BWHK = records.kept()
         if self.head is not None:
@@ -83,7 +85,7 @@ class ValueNorm(Method):
         self.layer = layer
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        sites = attending(self.name, model, images_BCHW)
+        sites = attending(self.name, model, images_BCHW).attention
         site = sites[place(self.layer, [s.name for s in sites])]
         if not site.fused:
             raise UsageError(
@@ -121,14 +123,15 @@ class DinoHeads(Method):
         self.mass, self.layer = mass, layer
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        sites = attending(self.name, model, images_BCHW)
+        found = attending(self.name, model, images_BCHW)
+        sites = found.attention
         site = sites[place(self.layer, [s.name for s in sites])]
         if site.class_query is None or site.windowed:
             raise UsageError(
                 f"dino needs a class token that sees the whole grid, and {site.name} has none."
                 f"{fitting(model, images_BCHW)}"
             )
-        with artefacts.warned(model, images_BCHW), capture(model, layers=[self.layer]) as records:
+        with artefacts.warned(model, found), capture(model, layers=[self.layer]) as records:
             output = run(model, images_BCHW)
         record, keys, weights_B1HK = records.kept()
         placed = keys.index_WN[0] >= 0
@@ -156,8 +159,8 @@ def describe(record: Record | Site) -> str:
     return f"attention of {record.name}"
 
 
-def attending(method: str, model: nn.Module, images_BCHW: Tensor) -> list[Site]:
-    """Sites of attention over positions.
+def attending(method: str, model: nn.Module, images_BCHW: Tensor) -> Survey:
+    """What a survey finds in a model that attends over positions.
 
     Raises:
         UsageError: there are none; the message names methods that fit.
@@ -170,4 +173,4 @@ def attending(method: str, model: nn.Module, images_BCHW: Tensor) -> list[Site]:
             f"{method} needs attention over positions; this {type(model).__name__} has none{because}."
             f"{fitting(model, images_BCHW)}"
         )
-    return found.attention
+    return found

@@ -41,17 +41,22 @@ class Row:
         """Values of the tokens, (B, W, N); a cell met by several tokens is shared among them."""
         batch = len(self.grid_Bhw)
         if tokens is None:  # class tokens only, or learned queries
-            values = self.prefix_BP[:, None, :count]
-            return F.pad(values, (0, count - values.shape[-1]))
-        index = tokens.index_WN.to(self.grid_Bhw.device)
+            return self._prefix(count)[:, None]
         cells = spread(self.grid_Bhw, tokens.grid).flatten(1)
+        if tokens.in_order:
+            return torch.cat([self._prefix(tokens.num_prefix_tokens), cells], 1)[:, None]
+        index = tokens.index_WN.to(self.grid_Bhw.device)
         met = torch.bincount(index[index >= 0], minlength=cells.shape[1]).clamp(min=1)
         values = (cells / met)[:, index.clamp(min=0).flatten()].reshape(batch, *index.shape)
         values = torch.where(index >= 0, values, 0)
         first = tokens.num_prefix_tokens
         if first and not tokens.windowed:
-            values[:, 0, :first] = F.pad(self.prefix_BP, (0, max(0, first - self.prefix_BP.shape[1])))[:, :first]
+            values[:, 0, :first] = self._prefix(first)
         return values
+
+    def _prefix(self, count: int) -> Tensor:
+        """The first prefix tokens, (B, count); 0 for those that the row does not have."""
+        return F.pad(self.prefix_BP, (0, max(0, count - self.prefix_BP.shape[1])))[:, :count]
 
     def step(
         self, site: Site, weights_BWQK: Tensor, *, keep: float = 1.0, add: float = 1.0, normalise: bool = False
@@ -63,18 +68,13 @@ class Row:
         values = self.read(site.queries, weights_BWQK.shape[2])
         moved_BWK = torch.matmul(values[:, :, None], weights_BWQK)[:, :, 0]
         tokens = site.keys
-        height, width = tokens.grid
-        index = tokens.index_WN.to(moved_BWK.device)
-        grid = moved_BWK.new_zeros(len(moved_BWK), height * width + 1)
-        place = torch.where(index < 0, height * width, index).flatten()
-        grid.index_add_(1, place, moved_BWK.flatten(1))
-        grid_Bhw = grid[:, :-1].reshape(-1, height, width)
+        grid_Bhw = tokens.sum_to_grid(moved_BWK)
         prefix = torch.zeros_like(self.prefix_BP)
         first = 0 if tokens.windowed else min(tokens.num_prefix_tokens, prefix.shape[1])
         prefix[:, :first] = moved_BWK[:, 0, :first]
         sizes = [
             tuple(self.grid_Bhw.shape[1:]),
-            (height, width),
+            tokens.grid,
             site.grid if site.queries is None else site.queries.grid,
         ]
         finer = max(sizes, key=lambda size: size[0] * size[1])  # what the layer reads lies on the finest of these

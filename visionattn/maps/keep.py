@@ -8,14 +8,18 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from visionattn.maps.layout import Site
 
-_CHUNK = 700_000  # weights computed at a time: 2.8 MB of float32, which stay in cache and are worth two threads
+_CHUNK = 8_000_000  # weights computed at a time: 32 MB of float32; smaller pieces cost more calls and gain no speed
+
+
+Piece: TypeAlias = "tuple[slice, slice, slice]"
+"""Some images, windows and heads."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,8 @@ class Call:
         groups = query.shape[-3] // key.shape[-3] if given.get("enable_gqa") else 1
         if groups > 1:
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-        key, value = (
-            part.expand(*query.shape[:-2], *part.shape[-2:]) for part in (key, value)
-        )  # one key for all heads
+        if key.shape[:-2] != query.shape[:-2]:  # one key for all heads
+            key, value = (part.expand(*query.shape[:-2], *part.shape[-2:]) for part in (key, value))
         scale = given.get("scale")
         mask = given.get("attn_mask")
         if given.get("is_causal"):
@@ -98,41 +101,48 @@ class Call:
             return self.weights[:, :, :, queries].detach().float()
         assert self.query is not None
         assert self.key is not None
-        logits = self.query[:, :, :, queries].float() @ self.key.float().transpose(-2, -1)
+        query, key = self.query[:, :, :, queries].float(), self.key.float()
+        # for one query, a product of matrices would copy all keys first
+        logits = (query * key).sum(-1)[:, :, :, None] if query.shape[3] == 1 else query @ key.mT
         logits *= self.scale
         if self.bias is not None:
             logits += self.bias[:, :, :, queries]
         return torch.softmax(logits, -1)
 
-    def pieces(self, out: Tensor | None = None) -> Iterator[tuple[int, int, slice, Tensor]]:
-        """Go through all weights in pieces that stay in cache: image, window, heads and their weights (n, Q, K).
+    def pieces(self, out: Tensor | None = None) -> "Iterator[tuple[Piece, Tensor]]":
+        """Go through all weights in pieces: the slices of images, windows and heads, and their weights (b, w, h, Q, K).
 
         The weights' buffer is used again for the next piece. Where all weights are needed and `out` is given, the
         attention's own output is made of them on the way, so that the fused call need not compute them once more.
         """
         batch, windows, heads, queries, keys = self.shape
-        step = max(1, min(heads, _CHUNK // (queries * keys)))
-        buffer = None if self.query is None else self.query.new_empty(step, queries, keys, dtype=torch.float32)
-        for b, w in itertools.product(range(batch), range(windows)):
-            for h in range(0, heads, step):
-                some = slice(h, h + step)
-                if self.weights is not None:
-                    yield b, w, some, self.weights[b, w, some].detach().float()
-                    continue
-                assert self.query is not None
-                assert self.key is not None
-                assert buffer is not None
-                query, key = self.query[b, w, some].float(), self.key[b, w, some].float()
-                part = torch.baddbmm(
-                    buffer[: len(query)], query, key.mT, beta=0, alpha=self.scale, out=buffer[: len(query)]
-                )
-                if self.bias is not None:
-                    part += self.bias[b, w, some]
-                torch.softmax(part, -1, out=part)
-                if out is not None:
-                    assert self.value is not None
-                    torch.bmm(part, self.value[b, w, some], out=out[b, w, some])
-                yield b, w, some, part
+        room = _CHUNK // (queries * keys)
+        some_heads = min(heads, max(1, room))
+        some_windows = min(windows, max(1, room // heads))
+        some_images = min(batch, max(1, room // (heads * windows)))
+        buffer = None
+        for piece in itertools.product(
+            _slices(batch, some_images), _slices(windows, some_windows), _slices(heads, some_heads)
+        ):
+            if self.weights is not None:
+                yield piece, self.weights[piece].detach().float()
+                continue
+            assert self.query is not None
+            assert self.key is not None
+            query = self.query[piece].float()
+            query_nQD, key_nKD = query.flatten(0, 2), self.key[piece].float().flatten(0, 2)
+            if buffer is None:
+                buffer = query.new_empty(len(query_nQD), queries, keys)
+            part_nQK = buffer[: len(query_nQD)]
+            torch.baddbmm(part_nQK, query_nQD, key_nKD.mT, beta=0, alpha=self.scale, out=part_nQK)
+            part = part_nQK.view(*query.shape[:4], keys)
+            if self.bias is not None:
+                part += self.bias[piece]
+            torch.softmax(part, -1, out=part)
+            if out is not None:
+                assert self.value is not None
+                out[piece] = torch.bmm(part_nQK, self.value[piece].flatten(0, 2)).view(*query.shape[:4], -1)
+            yield piece, part
 
     def output(self) -> Tensor | None:
         """Room for the attention's output, (B, W, H, Q, D), laid out as the fused call's; None to leave it to that
@@ -156,6 +166,10 @@ class Call:
     def zeros(self, *shape: int) -> Tensor:
         """Zeros, float32, on the device of the call."""
         return self.new(*shape).zero_()
+
+
+def _slices(count: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 class Keep(ABC):
@@ -203,11 +217,11 @@ class HeadMean(Keep):
     def _mean(call: Call, out: Tensor | None) -> Tensor:
         batch, windows, heads, queries, keys = call.shape
         mean = call.new(batch, windows, queries, keys)
-        for b, w, some, part_HQK in call.pieces(out):
+        for (b, w, some), part_bwHQK in call.pieces(out):
             if some.start == 0:
-                torch.sum(part_HQK, 0, out=mean[b, w])
+                torch.sum(part_bwHQK, 2, out=mean[b, w])
             else:
-                mean[b, w] += part_HQK.sum(0)
+                mean[b, w] += part_bwHQK.sum(2)
         return mean.mul_(1 / heads)
 
 
@@ -223,8 +237,8 @@ class ClassRow(Keep):
         if call.weights is not None:
             return call.weights[:, :, :, first:].detach().float().mean(3)
         out = call.zeros(batch, windows, heads, keys)
-        for b, w, some, part_HQK in call.pieces():
-            out[b, w, some] = part_HQK[:, first:].mean(1)
+        for piece, part_bwHQK in call.pieces():
+            out[piece] = part_bwHQK[:, :, :, first:].mean(3)
         return out
 
 

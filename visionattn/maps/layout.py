@@ -5,6 +5,7 @@ Shapes: B images, W windows, N tokens, Q queries, K keys, h × w grid.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -26,7 +27,7 @@ class Tokens:
     grid: tuple[int, int]
     index_WN: Tensor  # noqa: N815
 
-    @property
+    @cached_property
     def num_prefix_tokens(self) -> int:
         """Tokens before the first that lies on the grid."""
         placed = (self.index_WN >= 0).any(0)
@@ -37,16 +38,33 @@ class Tokens:
     def windowed(self) -> bool:
         return len(self.index_WN) > 1
 
-    def to_grid(self, values_BWN: Tensor) -> Tensor:
-        """Put one value a token on the grid, (B, h, w); cells met more than once hold the mean, cells never met 0."""
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the tokens are a prefix and then the grid, row by row, as a ViT's are."""
+        cells = torch.arange(self.grid[0] * self.grid[1])
+        return not self.windowed and torch.equal(self.index_WN[0, self.num_prefix_tokens :], cells)
+
+    def sum_to_grid(self, values_BWN: Tensor) -> Tensor:
+        """Put one value a token on the grid, (B, h, w); cells met more than once hold the sum, cells never met 0."""
         height, width = self.grid
-        index = self.index_WN.to(values_BWN.device).flatten()
+        if self.in_order:
+            return values_BWN[:, 0, self.num_prefix_tokens :].reshape(-1, height, width)
         total = values_BWN.new_zeros(len(values_BWN), height * width + 1)
-        index = torch.where(index < 0, height * width, index)  # tokens without a place go to a cell that is cut off
         values = values_BWN.expand(-1, len(self.index_WN), -1).reshape(len(values_BWN), -1)
-        total.index_add_(1, index, values)
-        count = torch.bincount(index, minlength=height * width + 1).clamp(min=1)
-        return (total / count)[:, :-1].reshape(-1, height, width)
+        return total.index_add_(1, self._places.to(values.device), values)[:, :-1].reshape(-1, height, width)
+
+    def to_grid(self, values_BWN: Tensor) -> Tensor:
+        """As `sum_to_grid`, cells met more than once holding the mean."""
+        summed_Bhw = self.sum_to_grid(values_BWN)
+        if self.in_order:
+            return summed_Bhw
+        count = torch.bincount(self._places, minlength=summed_Bhw[0].numel() + 1)[:-1].clamp(min=1)
+        return summed_Bhw / count.reshape(self.grid).to(summed_Bhw.device)
+
+    @property
+    def _places(self) -> Tensor:
+        """Cell of every token; those without a place go to one behind the grid, which is cut off."""
+        return torch.where(self.index_WN < 0, self.grid[0] * self.grid[1], self.index_WN).flatten()
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,8 @@ class Site:
         """Bring (B · lead[0], *lead[1:], Q, K) to (B, W, heads, Q, K)."""
         if values.ndim != len(self.lead) + 2 or values.shape[1 : len(self.lead)] != self.lead[1:]:
             raise LayoutError(f"{self.name} now has the shape {tuple(values.shape)}, and had (B · {self.lead}, …)")
+        if len(self.lead) == 2 and self.lead[0] == 1 and not self.windows:
+            return values[:, None]
         batch, rest = divmod(values.shape[0], self.lead[0])
         if rest:
             raise LayoutError(f"{self.name} now has {values.shape[0]} windows, no multiple of {self.lead[0]}")

@@ -3,6 +3,7 @@
 Shapes: B images, W windows, H heads, Q queries, K keys, C channels, h × w grid.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -126,6 +127,14 @@ class Interception(Watcher):
         self._plan: dict[str, list[Site | None]] = {}
         self._seen: dict[str, int] = {}
         self._root: nn.Module = model
+        self.turn = -1
+
+    def wants(self, site: Site) -> bool:
+        """Whether to look at this call of attention, whose place in the order is `turn`."""
+        return True
+
+    def passed(self, site: Site) -> None:
+        """A call was not wanted."""
 
     def attended(self, call: Call, out: Tensor) -> Tensor | None:
         """A call of attention has returned `out`: the fused output, or the weights; a tensor returned replaces it."""
@@ -136,7 +145,7 @@ class Interception(Watcher):
         return None
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._root, self._seen = module, {}
+        self._root, self._seen, self.turn = module, {}, -1
         self.found = survey(module, args, kwargs)
         prefix = self.names[module]
         self._plan = {}
@@ -154,39 +163,44 @@ class Interception(Watcher):
         return site
 
     def fused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        site = self._next(fused=True)
-        if site is None:
-            return func(*args, **kwargs)
-        try:
-            call = Call.fused(site, args, kwargs)
-        except LayoutError as error:
-            self.unplanned[self.where] = str(error)
+        call = self._call(self._next(fused=True), lambda site: Call.fused(site, args, kwargs))
+        if call is None:
             return func(*args, **kwargs)
         with _plain(call.query):
             own = self.instead(call)
         out = func(*args, **kwargs) if own is None else own.flatten(0, 1)
-        with _plain(out):
-            replaced = self.attended(call, out)
-        return out if replaced is None else replaced
+        return self._tell(call, out)
 
     def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self._next(fused=False)
         out = func(*args, **kwargs)
+        call = self._call(site, lambda site: Call.eager(site, out))
+        return out if call is None else self._tell(call, out)
+
+    def _call(self, site: Site | None, read: Callable[[Site], Call]) -> Call | None:
+        """The call at a site; None where it is not to be looked at."""
         if site is None:
-            return out
+            return None
+        self.turn += 1
+        if not self.wants(site):
+            self.passed(site)
+            return None
         try:
-            call = Call.eager(site, out)
+            return read(site)
         except LayoutError as error:
             self.unplanned[self.where] = str(error)
-            return out
+            return None
+
+    def _tell(self, call: Call, out: Tensor) -> Tensor:
         with _plain(out):
             replaced = self.attended(call, out)
         return out if replaced is None else replaced
 
 
-def _plain(like: Any) -> torch.autocast:
+def _plain(like: Any) -> contextlib.AbstractContextManager[Any]:
     """Autocast off: what is computed beside the model is computed in float32."""
-    return torch.autocast(like.device.type, enabled=False)
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 class capture(Interception):  # noqa: N801 - used as `with capture(model) as records`
@@ -220,7 +234,6 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         self.records = Records()
         self._wanted: set[int] | None = None
         self._early: Tensor | None = None
-        self._turn = 0
 
     def __enter__(self) -> Records:  # type: ignore[override]
         super().__enter__()
@@ -234,7 +247,6 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().begin(module, args, kwargs)
-        self._turn = 0
         names = [site.name for site in self.found.attention]
         self._wanted = None if self.layers is None else {place(layer, names) for layer in self.layers}
         self.records.unlabelled |= self.found.unlabelled
@@ -244,9 +256,13 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
     def end(self) -> None:
         self.records.calls += 1
 
+    def wants(self, site: Site) -> bool:
+        return self._wanted is None or self.turn in self._wanted
+
+    def passed(self, site: Site) -> None:
+        self._record(site, None)
+
     def instead(self, call: Call) -> Tensor | None:
-        if self._wanted is not None and self._turn not in self._wanted:
-            return None
         both = self.keep.instead(call)
         if both is None:
             return None
@@ -254,13 +270,13 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         return out
 
     def attended(self, call: Call, out: Tensor) -> None:
-        wanted = self._wanted is None or self._turn in self._wanted
-        self._turn += 1
-        site = call.site
         weights, self._early = self._early, None
-        if weights is None and wanted:
+        if weights is None:
             with torch.no_grad():
                 weights = self.keep(call)
+        self._record(call.site, weights)
+
+    def _record(self, site: Site, weights: Tensor | None) -> None:
         self.records._records.append(
             Record(
                 self.where,

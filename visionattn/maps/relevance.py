@@ -30,13 +30,12 @@ class Tape(Interception):
         super().__init__(model)
         self.first = first
         self.calls: list[tuple[Call, Tensor]] = []
-        self._turn = 0
         self._before = False
 
+    def wants(self, site: Site) -> bool:
+        return self.turn >= self.first
+
     def attended(self, call: Call, out: Tensor) -> Tensor | None:
-        self._turn += 1
-        if self._turn <= self.first:
-            return None
         if not self.calls:
             self._before = torch.is_grad_enabled()
             torch.set_grad_enabled(True)  # in the middle of the forward pass: what lies before needs no graph
@@ -77,12 +76,12 @@ def weighted(call: Call, gradient: Tensor) -> Tensor:
     out = call.zeros(batch, windows, queries, keys)
     fused = call.weights is None
     gradient_BWHQX = call.site.canonical(gradient) if fused else _eager_gradient(call, gradient)
-    for b, w, some, part_HQK in call.pieces():
+    for (b, w, some), part_bwHQK in call.pieces():
         dA = gradient_BWHQX[b, w, some].float()
         if fused:
             assert call.value is not None
             dA = dA @ call.value[b, w, some].float().mT
-        out[b, w] += (part_HQK * dA).relu_().sum(0) / heads
+        out[b, w] += (part_bwHQK * dA).relu_().sum(2) / heads
     return out
 
 
@@ -109,7 +108,7 @@ class GradientAttention(Method):
         self.layer = layer
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        sites = attending(self.name, model, images_BCHW)
+        sites = attending(self.name, model, images_BCHW).attention
         first = place(self.layer, [site.name for site in sites])
         with Tape(model, first) as tape:
             output = run(model, images_BCHW)
@@ -131,7 +130,7 @@ class _Chain(Method):
     """What methods share that carry the class token's row through gradient-weighted layers."""
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        sites = attending(self.name, model, images_BCHW)
+        sites = attending(self.name, model, images_BCHW).attention
         check_chain(self.name, sites)
         with Tape(model, 0) as tape:
             output = run(model, images_BCHW)

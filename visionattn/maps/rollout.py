@@ -44,9 +44,10 @@ class Rollout(Method):
         self.fuse, self.discard = fuse, discard
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        sites = attending(self.name, model, images_BCHW)
+        found = attending(self.name, model, images_BCHW)
+        sites = found.attention
         check_chain(self.name, sites)
-        with artefacts.warned(model, images_BCHW), _Fused(model, len(sites), self.fuse, self.discard) as tape:
+        with artefacts.warned(model, found), _Fused(model, len(sites), self.fuse, self.discard) as tape:
             output = run(model, images_BCHW)
         if not tape.layers:
             raise UsageError("rollout saw no attention; was the model changed while it ran?")
@@ -109,12 +110,12 @@ def class_row_only(site: Site) -> Site:
 def _extreme(call: Call, fuse: str) -> Tensor:
     batch, windows, _, queries, keys = call.shape
     out = call.zeros(batch, windows, queries, keys)
-    for b, w, some, part_HQK in call.pieces():
-        part_QK = part_HQK.amax(0) if fuse == "max" else part_HQK.amin(0)
+    for (b, w, some), part_bwHQK in call.pieces():
+        part_bwQK = part_bwHQK.amax(2) if fuse == "max" else part_bwHQK.amin(2)
         if some.start == 0:
-            out[b, w] = part_QK
+            out[b, w] = part_bwQK
         else:
-            (torch.maximum if fuse == "max" else torch.minimum)(out[b, w], part_QK, out=out[b, w])
+            (torch.maximum if fuse == "max" else torch.minimum)(out[b, w], part_bwQK, out=out[b, w])
     return out
 
 

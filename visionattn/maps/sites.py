@@ -52,6 +52,8 @@ class Survey:
 class Surveyor(Watcher):
     """Runs beside one image and finds the sites."""
 
+    follows = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.survey = Survey()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ATTENTION = frozenset({F.scaled_dot_product_attention})
 SOFTMAX = frozenset({F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax})
+_HEARD = ATTENTION | SOFTMAX | {F.multi_head_attention_forward}
 _BUILT_IN = tuple(
     f"torch.nn.modules.{kind}" for kind in ("linear", "conv", "normalization", "dropout", "batchnorm", "pooling")
 )
@@ -101,7 +102,10 @@ class Watcher(TorchFunctionMode):
 
     Attributes:
         stack: names of the modules at work, outermost first.
+        follows: whether `other` hears of every function of torch.
     """
+
+    follows = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -135,7 +139,7 @@ class Watcher(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Another function of torch is called."""
+        """Another function of torch is called; heard of only where `follows`."""
         return func(*args, **kwargs)
 
     def watched(self, module: nn.Module) -> bool:
@@ -155,7 +159,7 @@ class Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._deaf:
+        if (func not in _HEARD and not self.follows) or self._deaf:
             return func(*args, **kwargs)
         if func in ATTENTION:
             return self.fused(func, args, kwargs)
