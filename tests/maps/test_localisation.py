@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visionattn.maps.pointing import hit_share, pointing
+from visionattn.maps.localisation import energy, hit_share, inside, overlap, pointing, to_pixels
 
 close = torch.testing.assert_close
 
@@ -28,14 +28,14 @@ def test_the_share_is_counted_pixel_by_pixel(size):
     boxes = corners.flatten(1)
     expected = [share_by_loop(heatmap, box.tolist()) for heatmap, box in zip(heatmaps, boxes, strict=True)]
     assert len({round(value, 3) for value in expected}) > 5
-    close(hit_share(heatmaps, boxes, size), torch.tensor(expected))
+    close(hit_share(heatmaps, inside(boxes, size)), torch.tensor(expected))
 
 
 @pytest.mark.parametrize(("cell", "box", "hit"), [((0, 3), [24, 0, 32, 8], 1), ((0, 3), [0, 24, 8, 32], 0)])
 def test_a_coarse_peak_hits_the_pixels_that_its_cell_covers(cell, box, hit):
     heatmap = torch.zeros(1, 4, 4)
     heatmap[(0, *cell)] = 1
-    assert hit_share(heatmap, torch.tensor([box]), (32, 32)).tolist() == [hit]
+    assert hit_share(heatmap, inside(torch.tensor([box]), (32, 32))).tolist() == [hit]
 
 
 def test_a_constant_map_scores_as_a_uniform_guess():
