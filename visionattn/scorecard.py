@@ -117,11 +117,13 @@ def scorecard(
         console: where the bar and the table go.
 
     Raises:
-        UsageError, DataError: as `maps.score`; or `out` has another ending, or cannot be written.
+        UsageError, DataError: as `maps.score`; or `out` has another ending, no folder, or cannot be written.
     """
     console = console or Console()
     if out is not None and os.path.splitext(out)[1] not in (".csv", ".json"):
         raise UsageError(f"--out must end in .csv or .json, got {printable(out)}")
+    if out is not None and not os.path.isdir(os.path.dirname(out) or "."):
+        raise UsageError(f"there is no folder {printable(os.path.dirname(out))} to write {printable(out)} into")
     columns = TextColumn("  scoring"), BarColumn(20), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn()
     try:
         with Progress(*columns, console=console) as progress, warnings.catch_warnings():
@@ -136,6 +138,7 @@ def scorecard(
                 seed=seed,
                 advance=lambda done: progress.advance(task, done),
             )
+            progress.update(task, completed=scores.images, total=scores.images)  # fractions do not add up exactly
     except torch.OutOfMemoryError as error:
         raise UsageError(
             f"{batch_size} images at once do not fit the device's memory; take a smaller batch size"
@@ -155,8 +158,8 @@ def scorecard(
 
 def table(scores: Scores) -> Table:
     """Methods and controls by rows, figures by columns; 80 letters wide unless names are long."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("", overflow="fold")
     for figure in scores.figures:
         arrow = "↑" if FIGURES[figure] > 0 else "↓"
         table.add_column(f"{_TITLES.get(figure, figure)}\n{arrow}", justify="right", no_wrap=True)

@@ -279,7 +279,8 @@ def _same_kind(batch: Mapping[str, Any], before: Any) -> Any:
     """What all batches must have in common: the size of the images, and what is known of them."""
     kind = tuple(batch["image"].shape[1:]), {"box", "mask", "label"} & batch.keys()
     if before is not None and kind != before:
-        raise UsageError(
-            f"batches differ: images of {kind[0]} with {sorted(kind[1])} after {before[0]} with {sorted(before[1])}"
+        now, then = (
+            f"images of {shape} with {', '.join(sorted(known)) or 'nothing'}" for shape, known in (kind, before)
         )
+        raise UsageError(f"batches differ: {now} after {then}")
     return kind
