@@ -256,7 +256,7 @@ def _short(number: float) -> str:
 
 
 def _legend(scores: Scores) -> list[str]:
-    right = "" if scores.accuracy is None else f"; the model names {scores.accuracy:.3f} of them right"
+    right = "" if scores.accuracy is None else f"; the model is right on {scores.accuracy:.3f}"
     if not scores.decided:
         return [
             f"  {scores.images} of {FEWEST} images that an interval takes, so nothing can be said to beat a control"
