@@ -9,7 +9,18 @@ from tests.maps import models
 from tests.maps.models import assert_same_state, state_of
 from tests.maps.scored import Fixed, OfWeights, Patch, bright_pictures, region
 from visionattn.errors import DataError, UsageError
-from visionattn.maps import METHODS, CentreGaussian, Edges, RandomMap, deletion, insertion, methods_that_fit, score
+from visionattn.maps import (
+    METHODS,
+    CentreGaussian,
+    Edges,
+    Method,
+    RandomMap,
+    deletion,
+    insertion,
+    methods_that_fit,
+    score,
+)
+from visionattn.maps.base import Explanation
 from visionattn.maps.localisation import energy, hit_share, inside, overlap
 from visionattn.maps.scoring import FIGURES, Scores
 
@@ -198,6 +209,20 @@ def test_a_method_that_ignores_the_weights_is_found_out_and_one_that_does_not_is
     assert found.estimate("image", "shuffled").value == pytest.approx(1)
     assert found.beats("gradcam", "shuffled")
     assert found.estimate("gradcam", "shuffled").high < 0.5
+
+
+def test_a_map_turned_upside_down_by_shuffled_weights_counts_as_the_same():
+    model = Patch(PLACE)
+
+    class Brightness(Method):
+        name = "brightness"
+
+        def explain(self, network, images_BCHW, target):
+            sign = 1 if network is model else -1
+            return Explanation(sign * images_BCHW.mean(1), network(images_BCHW), None, "pixels")
+
+    found = score(model, batches(), {"brightness": Brightness()}, steps=1)
+    assert found.estimate("brightness", "shuffled").value == pytest.approx(1)
 
 
 def test_a_method_that_fails_is_told_and_the_others_go_on():
