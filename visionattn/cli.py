@@ -105,19 +105,12 @@ def _overlay(arguments: list[str]) -> int:
         "--images", nargs="+", required=True, metavar="FILE_OR_FOLDER", help="images, or folders of them"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the overlays and the manifest")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote")
-    source.add_argument("--model", metavar="TIMM_NAME", help="a timm model")
-    parser.add_argument(
-        "--weights", metavar="FILE", help=f"weights for --model; those of the hub by default; {_RANDOM!r} for none"
-    )
+    _add_model(parser)
     parser.add_argument("--method", metavar="NAME", help="how attention becomes a heatmap; by default what fits")
     parser.add_argument("--layer", metavar="NAME", help="where in the model to look; the last place that fits")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at once; %(default)s")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
     options = parser.parse_args(arguments[1:])
-    if options.weights and not options.model:
-        raise UsageError("--weights goes with --model; a checkpoint brings its own")
 
     from visionattn.data.decode import MAX_PIXELS
     from visionattn.overlay.export import export
@@ -137,8 +130,88 @@ def _overlay(arguments: list[str]) -> int:
     return summary.exit_code
 
 
+def _score(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="visionattn score",
+        description="Measure whether to believe a method's heatmaps, beside controls that do not look at the model.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_FIGURES,
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="the config.yaml of a run, whose test images are scored; or images and folders of them",
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        metavar="NAME[@LAYER]",
+        help="as overlay's, with the layer behind it; by default all that fit but scorecam, which is slow",
+    )
+    parser.add_argument("--images", type=int, default=200, metavar="N", help="at most; taken evenly; %(default)s")
+    parser.add_argument("--steps", type=int, default=16, metavar="N", help="of deletion and insertion; %(default)s")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once; %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn; %(default)s")
+    parser.add_argument("--out", metavar="FILE", help="write the figures: .csv, or .json with those of every image")
+    options = parser.parse_args(arguments[1:])
+    for flag in ("images", "steps", "batch_size"):
+        if getattr(options, flag) < 1:
+            raise UsageError(f"--{flag.replace('_', '-')} must be ≥ 1, got {getattr(options, flag)}")
+
+    from visionattn.scorecard import images_of_config, images_of_files, scorecard
+
+    model, preprocess, _ = _load(options)
+    methods = None
+    if options.method:
+        methods = {name: _method(*_split(name), model) for name in options.method}
+    some: Any = {"count": options.images, "batch_size": options.batch_size}
+    if len(options.data) == 1 and options.data[0].endswith((".yaml", ".yml")):
+        images = images_of_config(options.data[0], **some)
+    else:
+        images = images_of_files(options.data, preprocess, **some)
+    scores = scorecard(
+        model,
+        images,
+        methods,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        out=options.out,
+    )
+    return int(bool(scores.failed or images.failures))
+
+
+_FIGURES = """figures:
+  deletion   how likely the model's answer stays while the hottest pixels go
+  insertion  how likely it gets while they come back into a blurred image
+  pointing   whether the hottest pixel lies in the labelled object's box
+  energy     share of the heat that lies in the box
+  IoU        overlap with the object's mask, or box, at the best threshold
+  shuffled   likeness to the map of the same model with shuffled weights"""
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """NAME[@LAYER]"""
+    method, _, layer = name.partition("@")
+    return method, layer or None
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote")
+    source.add_argument("--model", metavar="TIMM_NAME", help="a timm model")
+    parser.add_argument(
+        "--weights", metavar="FILE", help=f"weights for --model; those of the hub by default; {_RANDOM!r} for none"
+    )
+
+
 def _load(options: argparse.Namespace) -> "tuple[nn.Module, Preprocess, Sequence[str]]":
     """The network that the options name, what its images need, and the names of its outputs."""
+    if options.weights and not options.model:
+        raise UsageError("--weights goes with --model; a checkpoint brings its own")
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,6 +253,7 @@ def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method"
 
 _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "overlay": (_overlay, "write overlays of where a model looked in images"),
+    "score": (_score, "measure whether to believe a method's heatmaps"),
 }
 
 if __name__ == "__main__":

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from visionattn.maps.cam import ScoreCAM as ScoreCAM
     from visionattn.maps.choose import METHODS as METHODS
     from visionattn.maps.choose import default_method as default_method
+    from visionattn.maps.choose import methods_that_fit as methods_that_fit
+    from visionattn.maps.controls import CentreGaussian as CentreGaussian
+    from visionattn.maps.controls import Edges as Edges
+    from visionattn.maps.controls import RandomMap as RandomMap
+    from visionattn.maps.faithfulness import Curve as Curve
+    from visionattn.maps.faithfulness import deletion as deletion
+    from visionattn.maps.faithfulness import insertion as insertion
     from visionattn.maps.gates import Gate as Gate
     from visionattn.maps.keep import ClassRow as ClassRow
     from visionattn.maps.keep import Full as Full
@@ -34,6 +41,8 @@ if TYPE_CHECKING:
     from visionattn.maps.relevance import GradientAttention as GradientAttention
     from visionattn.maps.relevance import GradientRollout as GradientRollout
     from visionattn.maps.rollout import Rollout as Rollout
+    from visionattn.maps.scoring import Scores as Scores
+    from visionattn.maps.scoring import score as score
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -62,6 +71,17 @@ __getattr__, __dir__ = lazy(
         "choose": (
             "METHODS",
             "default_method",
+            "methods_that_fit",
+        ),
+        "controls": (
+            "CentreGaussian",
+            "Edges",
+            "RandomMap",
+        ),
+        "faithfulness": (
+            "Curve",
+            "deletion",
+            "insertion",
         ),
         "gates": ("Gate",),
         "keep": (
@@ -83,5 +103,9 @@ __getattr__, __dir__ = lazy(
             "GradientRollout",
         ),
         "rollout": ("Rollout",),
+        "scoring": (
+            "Scores",
+            "score",
+        ),
     },
 )

@@ -83,7 +83,7 @@ class Method(ABC):
             output = detach(output)
         raw = raw.detach().float()
         if not raw.isfinite().all():
-            raise DataError(f"the {self.name} heatmap of {source} is not finite; {_culprit(bare)}")
+            raise DataError(f"the {self.name} heatmap of {source} is not finite; {culprit(bare)}")
         return Maps(stretch(raw, self.name, source), raw, output, target_B, source, self.name)
 
     @abstractmethod
@@ -222,7 +222,8 @@ def detach(output: Any) -> Any:
     return output
 
 
-def _culprit(model: nn.Module) -> str:
+def culprit(model: nn.Module) -> str:
+    """Say which weights are not finite, as the end of an error message."""
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if parameter.is_floating_point() and not parameter.isfinite().all():
             return f"{name} holds NaN or infinity"

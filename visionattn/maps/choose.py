@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from visionattn.maps.attention_methods import DinoHeads, RawAttention, ValueNorm
 from visionattn.maps.base import Method, undisturbed
 from visionattn.maps.cam import EigenCAM, GradCAM, GradCAMPlusPlus, LayerCAM, ScoreCAM
+from visionattn.maps.fitting import names_that_fit
 from visionattn.maps.gates import Gate
 from visionattn.maps.relevance import Chefer, GradientAttention, GradientRollout
 from visionattn.maps.rollout import Rollout
@@ -44,6 +45,13 @@ def default_method(model: nn.Module, images_BCHW: Tensor | None = None) -> Metho
     if sites and sites[-1].class_query is not None and not sites[-1].context and not sites[-1].windowed:
         return RawAttention()
     return GradCAM()
+
+
+def methods_that_fit(model: nn.Module, images_BCHW: Tensor) -> dict[str, Method]:
+    """All methods that fit a model, as they are by default, but Score-CAM, which takes a forward pass a channel."""
+    with undisturbed(model) as bare:
+        names = names_that_fit(look(bare, images_BCHW[:1]))
+    return {name: METHODS[name]() for name in names if METHODS[name] is not ScoreCAM}
 
 
 def example(model: nn.Module) -> Tensor:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from visionattn.data import write_image
 from visionattn.maps import Maps, MapWarning, Method, default_method
-from visionattn.maps.pointing import pointing
+from visionattn.maps.localisation import pointing
 from visionattn.overlay.draw import Tile, blend, sheet
 
 

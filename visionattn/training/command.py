@@ -7,9 +7,9 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import yaml
@@ -26,6 +26,7 @@ from visionattn.training.messages import explain
 
 RUNS = Path("runs")
 UNTRAINED = "untrained"
+Built = TypeVar("Built")
 _SECTIONS: dict[str, Any] = {
     "trainer": L.Trainer,
     "checkpoint": ModelCheckpoint,
@@ -43,7 +44,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         UsageError: the configuration or a flag is wrong.
         DataError: a file, folder or checkpoint cannot be used.
     """
-    _quieten()
+    quieten()
     try:
         Command(
             L.LightningModule,
@@ -166,14 +167,7 @@ class Command(LightningCLI):
         options.checkpoint.dirpath = options.checkpoint.dirpath or folder
 
     def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            # jsonargparse tells of every type it tried; what the class itself said lies at the root
-            root: BaseException = error
-            while root.__cause__ is not None:
-                root = root.__cause__
-            raise (root if isinstance(root, (UsageError, DataError)) else UsageError(str(root))) from error
+        built(super().instantiate_classes)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         options = self.config[self.config.subcommand]
@@ -220,6 +214,17 @@ class _SaveConfig(SaveConfigCallback):
             self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True)
 
 
+def built(build: Callable[[], Built]) -> Built:
+    """Call what builds the objects of a config; of an error, tell what the class itself said."""
+    try:
+        return build()
+    except (TypeError, ValueError) as error:
+        root: BaseException = error  # jsonargparse tells of every type it tried; the class's own words lie at the root
+        while root.__cause__ is not None:
+            root = root.__cause__
+        raise (root if isinstance(root, (UsageError, DataError)) else UsageError(str(root))) from error
+
+
 def _name_of(configs: Sequence[Any] | None) -> str:
     return Path(str(configs[-1])).stem if configs else "unnamed"
 
@@ -242,7 +247,7 @@ def _new_run(name: str) -> Path:
     return home / str(version)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keep what a user cannot act on off the screen."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
