@@ -5,10 +5,41 @@ from functools import partial
 
 import torch
 
-from visionattn.attention import CBAM, ECA, SE, CoordinateAttention, FcaNet, SimAM, TripletAttention
+from visionattn import attention
 
 MECHANISMS = {
-    mechanism.__name__: mechanism for mechanism in (SE, ECA, FcaNet, CBAM, SimAM, TripletAttention, CoordinateAttention)
+    name: getattr(attention, name)
+    for name in (
+        "SE",
+        "EffectiveSE",
+        "ECA",
+        "CircularECA",
+        "WideECA",
+        "GCT",
+        "FcaNet",
+        "GatherExcite",
+        "LSKA",
+        "CoordinateAttention",
+        "SimpleCoordinateAttention",
+        "ELA",
+        "StripAttention",
+        "CBAM",
+        "LightCBAM",
+        "BAM",
+        "SimAM",
+        "TripletAttention",
+        "EMA",
+        "GlobalContext",
+        "GlobalContextGate",
+        "DoubleAttention",
+        "Lambda",
+        "NonLocal",
+        "DualAttention",
+        "BottleneckAttention",
+        "HaloAttention",
+        "SelectiveKernel",
+        "SplitAttention",
+    )
 }
 
 

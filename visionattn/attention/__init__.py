@@ -5,19 +5,46 @@ from typing import TYPE_CHECKING
 from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
+    from visionattn.attention.branches import SelectiveKernel as SelectiveKernel
+    from visionattn.attention.branches import SplitAttention as SplitAttention
     from visionattn.attention.channel import ECA as ECA
+    from visionattn.attention.channel import GCT as GCT
     from visionattn.attention.channel import SE as SE
+    from visionattn.attention.channel import CircularECA as CircularECA
+    from visionattn.attention.channel import EffectiveSE as EffectiveSE
     from visionattn.attention.channel import FcaNet as FcaNet
+    from visionattn.attention.channel import WideECA as WideECA
+    from visionattn.attention.context import DoubleAttention as DoubleAttention
+    from visionattn.attention.context import GlobalContext as GlobalContext
+    from visionattn.attention.context import GlobalContextGate as GlobalContextGate
+    from visionattn.attention.context import Lambda as Lambda
+    from visionattn.attention.coordinate import ELA as ELA
     from visionattn.attention.coordinate import CoordinateAttention as CoordinateAttention
+    from visionattn.attention.coordinate import SimpleCoordinateAttention as SimpleCoordinateAttention
+    from visionattn.attention.coordinate import StripAttention as StripAttention
+    from visionattn.attention.joint import BAM as BAM
     from visionattn.attention.joint import CBAM as CBAM
+    from visionattn.attention.joint import EMA as EMA
+    from visionattn.attention.joint import LightCBAM as LightCBAM
     from visionattn.attention.joint import SimAM as SimAM
     from visionattn.attention.joint import TripletAttention as TripletAttention
+    from visionattn.attention.pairwise import BottleneckAttention as BottleneckAttention
+    from visionattn.attention.pairwise import DualAttention as DualAttention
+    from visionattn.attention.pairwise import HaloAttention as HaloAttention
+    from visionattn.attention.pairwise import NonLocal as NonLocal
+    from visionattn.attention.spatial import LSKA as LSKA
+    from visionattn.attention.spatial import AttentionGate as AttentionGate
+    from visionattn.attention.spatial import GatherExcite as GatherExcite
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "channel": ("SE", "ECA", "FcaNet"),
-        "coordinate": ("CoordinateAttention",),
-        "joint": ("CBAM", "SimAM", "TripletAttention"),
+        "branches": ("SelectiveKernel", "SplitAttention"),
+        "channel": ("SE", "EffectiveSE", "ECA", "CircularECA", "WideECA", "GCT", "FcaNet"),
+        "context": ("GlobalContext", "GlobalContextGate", "DoubleAttention", "Lambda"),
+        "coordinate": ("CoordinateAttention", "SimpleCoordinateAttention", "ELA", "StripAttention"),
+        "joint": ("CBAM", "LightCBAM", "BAM", "SimAM", "TripletAttention", "EMA"),
+        "pairwise": ("NonLocal", "DualAttention", "BottleneckAttention", "HaloAttention"),
+        "spatial": ("AttentionGate", "GatherExcite", "LSKA"),
     },
 )

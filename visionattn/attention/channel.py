@@ -6,7 +6,8 @@ Shapes: B batch, C channels, H rows, W columns.
 import math
 
 import torch
-from timm.layers import EcaModule, SEModule
+import torch.nn.functional as F
+from timm.layers import CecaModule, EcaModule, EffectiveSEModule, SEModule
 from torch import Tensor, nn
 
 
@@ -31,6 +32,27 @@ class SE(nn.Module):
         return self.attention(x_BCHW)
 
 
+class EffectiveSE(nn.Module):
+    """Effective squeeze and excitation (Lee & Park 2020, 1911.06667, eq. 4–5); timm's module under our interface.
+
+        out = x · hard_sigmoid(W (mean of x over H·W) + b),     hard_sigmoid(z) = clamp(z / 6 + 1 / 2, 0, 1)
+
+    Deviation from the paper: its equation has a sigmoid, its code the hard one.
+
+    Args:
+        channels: C of the input.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attention = EffectiveSEModule(channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.attention(x_BCHW)
+
+
 class ECA(nn.Module):
     """Efficient channel attention (Wang et al. 2020, 1910.03151, eq. 5 and 12); timm's module under our interface.
 
@@ -50,6 +72,87 @@ class ECA(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.attention(x_BCHW)
+
+
+class CircularECA(nn.Module):
+    """Efficient channel attention whose convolution meets the first channels again after the last; timm's module.
+
+    As `ECA`, with circular padding in place of zeros, so that no channel is at an edge. It is in no paper.
+
+    Args:
+        channels: C of the input.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attention = CecaModule(channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.attention(x_BCHW)
+
+
+class WideECA(nn.Module):
+    """Efficient channel attention with a hidden layer; timm's module, `ecam`.
+
+        out = x · sigmoid(conv1d_k(relu(w · mean of x over H·W + b)))
+
+    w and b make several values of each channel, and the convolution mixes those of k neighbours. It is in no paper.
+
+    Args:
+        channels: C of the input.
+        width: values a channel.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, width: int = 8) -> None:
+        super().__init__()
+        if width < 1:
+            raise ValueError(f"width must be ≥ 1, got {width}")
+        self.attention = EcaModule(channels, use_mlp=True, rd_channels=width)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.attention(x_BCHW)
+
+
+class GCT(nn.Module):
+    """Gated channel transformation (Yang et al. 2020, 1909.11519, eq. 2–4): channels compete or cooperate.
+
+        s[c]  = alpha[c] · sqrt(sum over H·W of x[c]^2 + eps)
+        gate  = 1 + tanh(gamma · s / sqrt(mean over C of s^2 + eps) + beta)
+        out   = x · gate
+
+    gamma and beta start at 0, where it is the identity. Deviation from the paper: none; its √C ŝ / ‖s‖ is written as a
+    mean over C.
+
+    Args:
+        channels: C of the input.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gate = _Competition(channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW * self.gate(x_BCHW)
+
+
+class _Competition(nn.Module):
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(channels, 1, 1))
+        self.gamma = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.eps = eps
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        s_BC11 = self.alpha * (x_BCHW.square().sum((2, 3), keepdim=True) + self.eps).sqrt()
+        rms_B111 = (s_BC11.square().mean(1, keepdim=True) + self.eps).sqrt()
+        return 1 + torch.tanh(self.gamma * (s_BC11 / rms_B111) + self.beta)
 
 
 class FcaNet(nn.Module):
@@ -112,3 +215,30 @@ def _bottleneck(channels: int, reduction: int) -> int:
     if reduction < 1:
         raise ValueError(f"reduction must be ≥ 1, got {reduction}")
     return max(1, channels // reduction)
+
+
+class _BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that normalises a single value, which has no variance, by what it has seen before."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if self.training and x_BCHW.shape[0] * x_BCHW.shape[2] * x_BCHW.shape[3] == 1:
+            return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, False, 0, self.eps)
+        return super().forward(x_BCHW)
+
+
+def _shared_out(channels: int, number: int | None, most: int, what: str) -> int:
+    """How many heads or groups: the number asked for, or the largest common divisor of `most` and C.
+
+    Raises:
+        ValueError: C is no multiple of it.
+    """
+    if number is None:
+        return math.gcd(channels, most)
+    if number < 1 or channels % number:
+        raise ValueError(f"{channels} channels cannot be shared out among {what}={number}; pass a divisor")
+    return number
+
+
+def _must_be_odd(kernel_size: int) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd so that the gate stays in place, got {kernel_size}")
