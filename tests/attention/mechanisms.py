@@ -37,6 +37,7 @@ MECHANISMS = {
         "DualAttention",
         "BottleneckAttention",
         "HaloAttention",
+        "BilinearAttention",
         "SelectiveKernel",
         "SplitAttention",
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.attention.mechanisms import image, seeded, sigmoid, weights
-from visionattn.attention import ECA, SE, FcaNet
+from visionattn.attention import ECA, GCT, SE, CircularECA, EffectiveSE, FcaNet, WideECA
 
 
 def test_se_is_its_equation():
@@ -42,6 +42,62 @@ def test_eca_is_its_equation(channels, kernel):
                 logit += float(weight[k] * x[b, neighbour].mean())
         out[b, c] = x[b, c] * sigmoid(logit)
     torch.testing.assert_close(module(x), out)
+
+
+def test_effective_se_is_its_equation():
+    module = seeded(EffectiveSE, 5)
+    x = image(2, 5, 3, 2)
+    w = weights(module)
+    out = torch.empty_like(x)
+    for b, c in itertools.product(range(2), range(5)):
+        logit = sum(float(w["fc.weight"][c, d, 0, 0] * x[b, d].mean()) for d in range(5)) + float(w["fc.bias"][c])
+        out[b, c] = x[b, c] * min(1.0, max(0.0, logit / 6 + 0.5))
+    torch.testing.assert_close(module(x), out)
+
+
+def test_circular_eca_meets_the_first_channels_again_after_the_last():
+    module = seeded(CircularECA, 7)
+    x = image(2, 7, 2, 3)
+    weight = weights(module)["conv.weight"][0, 0]
+    out = torch.empty_like(x)
+    for b, c in itertools.product(range(2), range(7)):
+        logit = sum(float(weight[k] * x[b, (c + k - 1) % 7].mean()) for k in range(3))
+        out[b, c] = x[b, c] * sigmoid(logit)
+    torch.testing.assert_close(module(x), out)
+
+
+def test_wide_eca_is_its_equation():
+    module = seeded(WideECA, 7, width=4)
+    x = image(2, 7, 2, 3)
+    w = weights(module)
+    out = torch.empty_like(x)
+    for b, c in itertools.product(range(2), range(7)):
+        logit = float(w["conv2.bias"])
+        for k, d in itertools.product(range(3), range(4)):
+            if 0 <= c + k - 1 < 7:
+                hidden = w["conv.weight"][d, 0, 0] * x[b, c + k - 1].mean() + w["conv.bias"][d]
+                logit += float(w["conv2.weight"][0, d, k] * max(0.0, float(hidden)))
+        out[b, c] = x[b, c] * sigmoid(logit)
+    torch.testing.assert_close(module(x), out)
+
+
+def test_gct_is_its_equation():
+    module = seeded(GCT, 6)
+    x = image(2, 6, 3, 5)
+    alpha, beta, gamma = (module.state_dict()[f"gate.{name}"].flatten().tolist() for name in ("alpha", "beta", "gamma"))
+    out = torch.empty_like(x)
+    for b in range(2):
+        s = [alpha[c] * math.sqrt(sum(float(v) ** 2 for v in x[b, c].flatten()) + 1e-5) for c in range(6)]
+        norm = math.sqrt(sum(value**2 for value in s) + 6 * 1e-5)
+        for c in range(6):
+            competing = math.sqrt(6) * s[c] / norm  # as the paper writes it
+            out[b, c] = x[b, c] * (1 + math.tanh(gamma[c] * competing + beta[c]))
+    torch.testing.assert_close(module(x), out)
+
+
+def test_gct_starts_as_the_identity():
+    x = image(2, 6, 3, 5)
+    assert torch.equal(GCT(6).double()(x), x)
 
 
 BEST = [(0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0)]  # the first half of the authors' list
@@ -95,5 +151,7 @@ def test_fcanet_has_no_weights_that_depend_on_the_size():
 def test_arguments_that_cannot_work_are_named():
     with pytest.raises(ValueError, match="reduction must be ≥ 1"):
         SE(8, reduction=0)
+    with pytest.raises(ValueError, match="width must be ≥ 1, got 0"):
+        WideECA(8, width=0)
     with pytest.raises(ValueError, match="frequencies must be between 1 and 16, got 17"):
         FcaNet(32, frequencies=17)

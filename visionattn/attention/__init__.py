@@ -28,10 +28,25 @@ if TYPE_CHECKING:
     from visionattn.attention.joint import LightCBAM as LightCBAM
     from visionattn.attention.joint import SimAM as SimAM
     from visionattn.attention.joint import TripletAttention as TripletAttention
+    from visionattn.attention.normalisers import Entmax15 as Entmax15
+    from visionattn.attention.normalisers import NormalisedSigmoid as NormalisedSigmoid
+    from visionattn.attention.normalisers import Softmax as Softmax
+    from visionattn.attention.normalisers import Sparsemax as Sparsemax
+    from visionattn.attention.normalisers import entmax15 as entmax15
+    from visionattn.attention.normalisers import sparsemax as sparsemax
+    from visionattn.attention.pairwise import BilinearAttention as BilinearAttention
     from visionattn.attention.pairwise import BottleneckAttention as BottleneckAttention
     from visionattn.attention.pairwise import DualAttention as DualAttention
     from visionattn.attention.pairwise import HaloAttention as HaloAttention
     from visionattn.attention.pairwise import NonLocal as NonLocal
+    from visionattn.attention.pooling import AdditiveScore as AdditiveScore
+    from visionattn.attention.pooling import AttentionHead as AttentionHead
+    from visionattn.attention.pooling import AttentionPool as AttentionPool
+    from visionattn.attention.pooling import BilinearScore as BilinearScore
+    from visionattn.attention.pooling import CosineScore as CosineScore
+    from visionattn.attention.pooling import DotScore as DotScore
+    from visionattn.attention.pooling import GatedScore as GatedScore
+    from visionattn.attention.pooling import ScaledDotScore as ScaledDotScore
     from visionattn.attention.spatial import LSKA as LSKA
     from visionattn.attention.spatial import AttentionGate as AttentionGate
     from visionattn.attention.spatial import GatherExcite as GatherExcite
@@ -39,12 +54,68 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy(
     __name__,
     {
-        "branches": ("SelectiveKernel", "SplitAttention"),
-        "channel": ("SE", "EffectiveSE", "ECA", "CircularECA", "WideECA", "GCT", "FcaNet"),
-        "context": ("GlobalContext", "GlobalContextGate", "DoubleAttention", "Lambda"),
-        "coordinate": ("CoordinateAttention", "SimpleCoordinateAttention", "ELA", "StripAttention"),
-        "joint": ("CBAM", "LightCBAM", "BAM", "SimAM", "TripletAttention", "EMA"),
-        "pairwise": ("NonLocal", "DualAttention", "BottleneckAttention", "HaloAttention"),
-        "spatial": ("AttentionGate", "GatherExcite", "LSKA"),
+        "branches": (
+            "SelectiveKernel",
+            "SplitAttention",
+        ),
+        "channel": (
+            "SE",
+            "EffectiveSE",
+            "ECA",
+            "CircularECA",
+            "WideECA",
+            "GCT",
+            "FcaNet",
+        ),
+        "context": (
+            "GlobalContext",
+            "GlobalContextGate",
+            "DoubleAttention",
+            "Lambda",
+        ),
+        "coordinate": (
+            "CoordinateAttention",
+            "SimpleCoordinateAttention",
+            "ELA",
+            "StripAttention",
+        ),
+        "joint": (
+            "CBAM",
+            "LightCBAM",
+            "BAM",
+            "SimAM",
+            "TripletAttention",
+            "EMA",
+        ),
+        "normalisers": (
+            "Softmax",
+            "Sparsemax",
+            "Entmax15",
+            "NormalisedSigmoid",
+            "sparsemax",
+            "entmax15",
+        ),
+        "pairwise": (
+            "NonLocal",
+            "DualAttention",
+            "BottleneckAttention",
+            "HaloAttention",
+            "BilinearAttention",
+        ),
+        "pooling": (
+            "AttentionHead",
+            "AttentionPool",
+            "DotScore",
+            "ScaledDotScore",
+            "AdditiveScore",
+            "BilinearScore",
+            "CosineScore",
+            "GatedScore",
+        ),
+        "spatial": (
+            "AttentionGate",
+            "GatherExcite",
+            "LSKA",
+        ),
     },
 )

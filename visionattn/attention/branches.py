@@ -79,7 +79,10 @@ class SplitAttention(nn.Module):
             )
         width = max(32, _bottleneck(channels * radix, reduction))
         self.attention = SplitAttn(channels, radix=radix, rd_channels=-(-width // radix), norm_layer=_BatchNorm2d)
-        self.attention.rsoftmax = nn.Sequential(OrderedDict(gate=_BranchGate(self.attention.rsoftmax)))
+        # as it was, with the four axes of a gate
+        self.attention.rsoftmax = nn.Sequential(  # type: ignore[assignment]
+            OrderedDict(gate=_BranchGate(self.attention.rsoftmax))
+        )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.attention(x_BCHW)

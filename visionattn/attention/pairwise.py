@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.layers.halo_attn import HaloAttn
-from timm.layers.non_local_attn import NonLocalAttn
+from timm.layers.non_local_attn import BatNonLocalAttn, NonLocalAttn
 from torch import Tensor, nn
 
 from visionattn.attention.channel import _bottleneck, _shared_out
@@ -108,6 +108,57 @@ class BottleneckAttention(nn.Module):
         columns = torch.einsum("bnhwd,wxd->bnhwx", q_BNHWD, _distances(block.pos_embed.width_rel, width))
         bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
         return _plane(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=block.scale), x_BCHW)
+
+
+class BilinearAttention(nn.Module):
+    """Bilinear attentional transform, BAT (Chi et al. 2020, CVPR, eq. 4–7); timm's weights.
+
+        y   = P x' Q                            for each group of channels of x' = relu(BN(W_1 x)); rows, then columns
+        out = x + dropout(relu(BN(W_3 relu(BN(W_2 y)))))
+
+    The image is cut into s × s blocks, and P and Q are s × s: position (i, j) of a block looks at the same position of
+    the blocks above and below, then left and right. P and Q are sigmoids of a projection of the maxima of each block
+    row and column, normalised to a sum of 1 over what is looked at. Deviation from the paper, timm's: the blocks'
+    maxima, not all of x, make P and Q. An image that is not a multiple of s is continued with its last row and column,
+    where timm's module refuses it.
+
+    Args:
+        channels: C of the input.
+        block_size: s; 7 as the authors'.
+        groups: of channels that share P and Q.
+        reduction: C divided by the channels of x'; they are rounded up to a multiple of `groups`.
+        drop_rate: of whole channels, in training.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(
+        self, channels: int, *, block_size: int = 7, groups: int = 2, reduction: int = 4, drop_rate: float = 0.2
+    ) -> None:
+        super().__init__()
+        if block_size < 1 or groups < 1:
+            raise ValueError(f"block_size and groups must be ≥ 1, got {block_size} and {groups}")
+        width = -(-_bottleneck(channels, reduction) // groups) * groups
+        self.attention = BatNonLocalAttn(
+            channels, block_size=block_size, groups=groups, rd_channels=width, drop_rate=drop_rate
+        )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        block, (height, width) = self.attention, x_BCHW.shape[2:]
+        size, groups = block.ba.block_size, block.ba.groups
+        inner = F.pad(block.conv1(x_BCHW), (0, -width % size, 0, -height % size), mode="replicate")
+        guide = block.ba.conv1(inner)
+        # sigmoids divided by their sum are the softmax of their logarithms; g is a group, s and t are blocks
+        rows_Bgst = block.ba.conv_p(guide.unflatten(2, (size, -1)).amax((3, 4))[..., None])
+        columns_Bgst = block.ba.conv_q(guide.unflatten(3, (size, -1)).amax((2, 4))[:, :, None])
+        rows_Bgst = F.softmax(F.logsigmoid(rows_Bgst.view(-1, groups, size, size)), 3)
+        columns_Bgst = F.softmax(F.logsigmoid(columns_Bgst.view(-1, groups, size, size)), 2)
+        y = inner.unflatten(1, (groups, -1))
+        y = rows_Bgst[:, :, None] @ y.unflatten(3, (size, -1)).flatten(4)  # (B, g, R, s, rest of the rows · W)
+        y = y.view(*y.shape[:4], -1, inner.shape[3]).flatten(3, 4).unflatten(4, (size, -1))  # (B, g, R, H, s, rest)
+        y = torch.einsum("bgrhsu,bgst->bgrhtu", y, columns_Bgst).flatten(4).flatten(1, 2)
+        y = block.conv2(block.ba.conv2(y[:, :, :height, :width]))
+        return x_BCHW + block.dropout(y)
 
 
 class HaloAttention(nn.Module):
