@@ -24,9 +24,8 @@ def test_global_context_is_its_equation_and_is_seen(mechanism, mlp):
     out, maps = torch.empty_like(x), torch.empty(2, 12, dtype=torch.float64)
     for b in range(2):
         flat = x[b].flatten(1)
-        scores = torch.stack(
-            [w["conv_attn.weight"][0, :, 0, 0] @ flat[:, n] + w["conv_attn.bias"][0] for n in range(12)]
-        )
+        key = w["conv_attn.weight"][0, :, 0, 0]
+        scores = torch.stack([key @ flat[:, n] + w["conv_attn.bias"][0] for n in range(12)])
         maps[b] = scores.exp() / scores.exp().sum()
         context = sum(maps[b, n] * flat[:, n] for n in range(12))
         hidden = w[f"{mlp}.fc1.weight"][:, :, 0, 0] @ context + w[f"{mlp}.fc1.bias"]

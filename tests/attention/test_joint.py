@@ -69,10 +69,6 @@ def test_bam_is_its_equation():
     def hidden(planes, name):
         per_channel = {key: value[:, None, None] for key, value in w.items() if value.ndim == 1}
         return torch.relu(normalised(planes, per_channel, name))
-        return torch.relu(
-            (planes - w[f"{name}.running_mean"][:, None, None]) * scale[:, None, None]
-            + w[f"{name}.bias"][:, None, None]
-        )
 
     for b in range(2):
         mean = x[b].mean((1, 2))[:, None, None].expand(-1, 5, 6)
@@ -136,9 +132,8 @@ def test_ema_is_its_equation():
             row, column = along @ u[:, i].mean(1) + along_bias, along @ u[:, :, j].mean(1) + along_bias
             far[:, i, j] = u[:, i, j] * torch.sigmoid(row) * torch.sigmoid(column)
             for d in range(3):
-                near[d, i, j] = (padded[:, i : i + 3, j : j + 3] * w["gate.near.weight"][d]).sum() + w[
-                    "gate.near.bias"
-                ][d]
+                near[d, i, j] = (padded[:, i : i + 3, j : j + 3] * w["gate.near.weight"][d]).sum()
+                near[d, i, j] += w["gate.near.bias"][d]
         for d in range(3):
             far[d] = (far[d] - far[d].mean()) / (far[d].var(correction=0) + 1e-5).sqrt()
             far[d] = far[d] * w["gate.norm.weight"][d] + w["gate.norm.bias"][d]

@@ -99,7 +99,7 @@ def test_bottleneck_attention_is_its_equation_and_is_seen(size, height, width):
     def distance(table, offset, length):
         """What was learned for a distance, stretched from size × size to this length: the ends are the ends."""
         if length == 1:
-            return table[size - 1]
+            return table[size - 1]  # the same for all, so that it cancels
         place = (size - 1) + offset * (size - 1) / (length - 1)
         low = min(math.floor(place + 1e-9), len(table) - 1)
         high = min(low + 1, len(table) - 1)
@@ -115,8 +115,6 @@ def test_bottleneck_attention_is_its_equation_and_is_seen(size, height, width):
                 rows, columns = there // width - here // width, there % width - here % width
                 near = distance(w["pos_embed.height_rel"], rows, height)
                 near = near + distance(w["pos_embed.width_rel"], columns, width)
-                if 1 in (height, width):  # one row or column: its distance is the same for all, and cancels
-                    pass
                 scores.append(float(q[here] @ k[there]) / 2 + float(q[here] @ near))
             p = share(scores)
             maps[b, head, here] = torch.tensor(p)

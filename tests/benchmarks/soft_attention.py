@@ -77,7 +77,9 @@ def medians(jobs, rounds, repeats=1):
 
 def training_step(mechanism):
     torch.manual_seed(0)
-    options = {} if mechanism is None else {"block_args": {"attn_layer": mechanism}}
+    options = {}
+    if mechanism is not None:
+        options = {"block_args": {"attn_layer": lambda channels, **_: mechanism(channels)}}
     model = timm.create_model("resnet18", num_classes=10, **options)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     images, labels = torch.randn(BATCH, 3, 160, 160), torch.randint(10, (BATCH,))

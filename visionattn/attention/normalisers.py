@@ -3,6 +3,7 @@
 Shapes: B batch, K maps, H rows, W columns; N the axis that is normalised.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -60,7 +61,7 @@ def _sorted(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def _lowest(sorted_: Tensor, inside: Tensor, dim: int) -> Tensor:
     """The lowest score whose weight is above 0."""
-    return sorted_.gather(dim, inside.sum(dim, keepdim=True).clamp(min=1) - 1)
+    return torch.where(inside, sorted_, math.inf).amin(dim, keepdim=True)
 
 
 def _threshold(mean: Tensor, mean_square: Tensor, count: Tensor) -> Tensor:

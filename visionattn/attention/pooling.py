@@ -172,7 +172,8 @@ class AttentionHead(nn.Module):
     Args:
         channels: C.
         num_classes: K.
-        class_wise: whether each class looks for itself; map k is then where the evidence for class k was sought.
+        class_wise: whether each class looks for itself; map k is then where class k was decided on, and trained with a
+            softmax over classes that may be what speaks against it.
         score, normaliser: as `AttentionPool`.
 
     Shape: (B, C, H, W) → logits (B, K).
