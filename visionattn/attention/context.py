@@ -3,6 +3,8 @@
 Shapes: B batch, C channels, H rows, W columns, N = H · W positions, M maps.
 """
 
+import torch
+import torch.nn.functional as F
 from timm.layers import GlobalContext as GlobalContextBlock
 from timm.layers.lambda_layer import LambdaLayer
 from torch import Tensor, nn
@@ -86,7 +88,7 @@ class DoubleAttention(nn.Module):
 
 
 class Lambda(nn.Module):
-    """Lambda layer (Bello 2021, 2102.08602, eq. 1–3, and the lambda convolution); timm's module under our interface.
+    """Lambda layer (Bello 2021, 2102.08602, eq. 1–3, and its lambda convolution); timm's weights.
 
         y[n] = (softmax over positions of (K)ᵀ V + sum over m near n of E[m − n] V[m])ᵀ q[n]
 
@@ -109,4 +111,14 @@ class Lambda(nn.Module):
         self.attention = LambdaLayer(channels, num_heads=heads, r=kernel_size)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.attention(x_BCHW)
+        block = self.attention
+        query, key, value = block.qkv(x_BCHW).split([block.num_heads * block.dim_qk, block.dim_qk, block.dim_v], 1)
+        # letters: h heads, k channels of q and K, v channels of V, n positions
+        q_Bhkn = block.norm_q(query).flatten(2).unflatten(1, (block.num_heads, -1))
+        value = block.norm_v(value)
+        content_Bvk = value.flatten(2) @ F.softmax(key.flatten(2), -1).transpose(1, 2)
+        # timm's conv3d of depth 1, as a conv2d: in bfloat16 torch's has a gradient that is never written on some CPUs
+        conv = block.conv_lambda
+        near = F.conv2d(value.flatten(0, 1)[:, None], conv.weight[..., 0], conv.bias, padding=conv.padding[:2])
+        lambda_Bvkn = content_Bvk[..., None] + near.flatten(2).unflatten(0, (-1, block.dim_v))
+        return torch.einsum("bhkn,bvkn->bhvn", q_Bhkn, lambda_Bvkn).flatten(1, 2).view_as(x_BCHW)
