@@ -148,7 +148,7 @@ class TripletAttention(nn.Module):
         g_d    = sigmoid(BN(conv_k(Z_d(x))))            over the plane of the two other axes, for d in C, H and W
         out    = x · (g_C + g_H + g_W) / 3
 
-    Deviation from the paper: none; it multiplies x by each gate and takes the mean, which is the same.
+    Deviation from the paper: none; it gates x three times and takes the mean of the results, which is the same.
 
     Args:
         channels: C of the input; unused, and taken so that every mechanism is built alike.

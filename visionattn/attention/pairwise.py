@@ -146,7 +146,7 @@ class BilinearAttention(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         block, (height, width) = self.attention, x_BCHW.shape[2:]
         size, groups = block.ba.block_size, block.ba.groups
-        inner = F.pad(block.conv1(x_BCHW), (0, -width % size, 0, -height % size), mode="replicate")
+        inner = _continued(_continued(block.conv1(x_BCHW), 2, size), 3, size)
         guide = block.ba.conv1(inner)
         # sigmoids divided by their sum are the softmax of their logarithms; g is a group, s and t are blocks
         rows_Bgst = block.ba.conv_p(guide.unflatten(2, (size, -1)).amax((3, 4))[..., None])
@@ -201,6 +201,17 @@ def _tokens(x_BCHW: Tensor, heads: int = 1) -> Tensor:
 def _plane(tokens: Tensor, like_BCHW: Tensor) -> Tensor:
     """(B, heads, N, D) → (B, heads · D, H, W)."""
     return tokens.transpose(2, 3).flatten(1, 2).unflatten(2, like_BCHW.shape[2:])
+
+
+def _continued(x: Tensor, axis: int, block: int) -> Tensor:
+    """Repeat the last place of an axis until its length is a multiple of the block.
+
+    Replication padding does the same, and its gradient does not compile with torch's inductor.
+    """
+    missing = -x.shape[axis] % block
+    if not missing:
+        return x
+    return torch.cat([x, x.narrow(axis, x.shape[axis] - 1, 1).repeat_interleave(missing, axis)], axis)
 
 
 def _distances(table: Tensor, size: int) -> Tensor:
