@@ -5,8 +5,117 @@ from typing import TYPE_CHECKING
 from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
+    from visionattn.attention.branches import SelectiveKernel as SelectiveKernel
+    from visionattn.attention.branches import SplitAttention as SplitAttention
     from visionattn.attention.channel import ECA as ECA
+    from visionattn.attention.channel import GCT as GCT
     from visionattn.attention.channel import SE as SE
+    from visionattn.attention.channel import CircularECA as CircularECA
+    from visionattn.attention.channel import EffectiveSE as EffectiveSE
+    from visionattn.attention.channel import FcaNet as FcaNet
+    from visionattn.attention.channel import WideECA as WideECA
+    from visionattn.attention.context import DoubleAttention as DoubleAttention
+    from visionattn.attention.context import GlobalContext as GlobalContext
+    from visionattn.attention.context import GlobalContextGate as GlobalContextGate
+    from visionattn.attention.context import Lambda as Lambda
+    from visionattn.attention.coordinate import ELA as ELA
+    from visionattn.attention.coordinate import CoordinateAttention as CoordinateAttention
+    from visionattn.attention.coordinate import SimpleCoordinateAttention as SimpleCoordinateAttention
+    from visionattn.attention.coordinate import StripAttention as StripAttention
+    from visionattn.attention.joint import BAM as BAM
     from visionattn.attention.joint import CBAM as CBAM
+    from visionattn.attention.joint import EMA as EMA
+    from visionattn.attention.joint import LightCBAM as LightCBAM
+    from visionattn.attention.joint import SimAM as SimAM
+    from visionattn.attention.joint import TripletAttention as TripletAttention
+    from visionattn.attention.normalisers import Entmax15 as Entmax15
+    from visionattn.attention.normalisers import NormalisedSigmoid as NormalisedSigmoid
+    from visionattn.attention.normalisers import Softmax as Softmax
+    from visionattn.attention.normalisers import Sparsemax as Sparsemax
+    from visionattn.attention.normalisers import entmax15 as entmax15
+    from visionattn.attention.normalisers import sparsemax as sparsemax
+    from visionattn.attention.pairwise import BilinearAttention as BilinearAttention
+    from visionattn.attention.pairwise import BottleneckAttention as BottleneckAttention
+    from visionattn.attention.pairwise import DualAttention as DualAttention
+    from visionattn.attention.pairwise import HaloAttention as HaloAttention
+    from visionattn.attention.pairwise import NonLocal as NonLocal
+    from visionattn.attention.pooling import AdditiveScore as AdditiveScore
+    from visionattn.attention.pooling import AttentionHead as AttentionHead
+    from visionattn.attention.pooling import AttentionPool as AttentionPool
+    from visionattn.attention.pooling import BilinearScore as BilinearScore
+    from visionattn.attention.pooling import CosineScore as CosineScore
+    from visionattn.attention.pooling import DotScore as DotScore
+    from visionattn.attention.pooling import GatedScore as GatedScore
+    from visionattn.attention.pooling import ScaledDotScore as ScaledDotScore
+    from visionattn.attention.spatial import LSKA as LSKA
+    from visionattn.attention.spatial import AttentionGate as AttentionGate
+    from visionattn.attention.spatial import GatherExcite as GatherExcite
 
-__getattr__, __dir__ = lazy(__name__, {"channel": ("SE", "ECA"), "joint": ("CBAM",)})
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "branches": (
+            "SelectiveKernel",
+            "SplitAttention",
+        ),
+        "channel": (
+            "SE",
+            "EffectiveSE",
+            "ECA",
+            "CircularECA",
+            "WideECA",
+            "GCT",
+            "FcaNet",
+        ),
+        "context": (
+            "GlobalContext",
+            "GlobalContextGate",
+            "DoubleAttention",
+            "Lambda",
+        ),
+        "coordinate": (
+            "CoordinateAttention",
+            "SimpleCoordinateAttention",
+            "ELA",
+            "StripAttention",
+        ),
+        "joint": (
+            "CBAM",
+            "LightCBAM",
+            "BAM",
+            "SimAM",
+            "TripletAttention",
+            "EMA",
+        ),
+        "normalisers": (
+            "Softmax",
+            "Sparsemax",
+            "Entmax15",
+            "NormalisedSigmoid",
+            "sparsemax",
+            "entmax15",
+        ),
+        "pairwise": (
+            "NonLocal",
+            "DualAttention",
+            "BottleneckAttention",
+            "HaloAttention",
+            "BilinearAttention",
+        ),
+        "pooling": (
+            "AttentionHead",
+            "AttentionPool",
+            "DotScore",
+            "ScaledDotScore",
+            "AdditiveScore",
+            "BilinearScore",
+            "CosineScore",
+            "GatedScore",
+        ),
+        "spatial": (
+            "AttentionGate",
+            "GatherExcite",
+            "LSKA",
+        ),
+    },
+)

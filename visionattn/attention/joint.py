@@ -1,16 +1,17 @@
 """Gates over channels and positions, one after the other or at once.
 
-Shapes: B batch, C channels, H rows, W columns.
+Shapes: B batch, C channels, H rows, W columns; G groups of D channels.
 """
 
-from timm.layers.cbam import CbamModule
+import torch
+from timm.layers.cbam import CbamModule, LightCbamModule
 from torch import Tensor, nn
 
-from visionattn.attention.channel import _bottleneck
+from visionattn.attention.channel import _BatchNorm2d, _bottleneck, _must_be_odd, _shared_out
 
 
 class CBAM(nn.Module):
-    """Convolutional block attention (Woo et al. 2018, 1807.06521, eq. 1–3); timm's module under our interface.
+    """Convolutional block attention (Woo et al. 2018, 1807.06521, eq. 1–3); timm's weights.
 
         x'  = x · sigmoid(MLP(mean of x over H·W) + MLP(max of x over H·W))
         out = x' · sigmoid(conv_k([mean of x' over C; max of x' over C]))
@@ -27,11 +28,216 @@ class CBAM(nn.Module):
 
     def __init__(self, channels: int, *, reduction: int = 16, kernel_size: int = 7) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd so that the gate stays in place, got {kernel_size}")
+        _must_be_odd(kernel_size)
         self.attention = CbamModule(
             channels, rd_channels=_bottleneck(channels, reduction), spatial_kernel_size=kernel_size
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.attention(x_BCHW)
+        # timm's layers in their order, with the faster maximum and both means and maxima through the MLP at once
+        channel, spatial = self.attention.channel, self.attention.spatial
+        squeezed = torch.cat([x_BCHW.mean((2, 3), keepdim=True), _maximum(x_BCHW)])
+        of_mean, of_maximum = channel.fc2(channel.act(channel.fc1(squeezed))).chunk(2)
+        x_BCHW = x_BCHW * channel.gate(of_mean + of_maximum)
+        return x_BCHW * spatial.gate(spatial.conv(_planes(x_BCHW.mean(1), x_BCHW.max(1).values)))
+
+
+class LightCBAM(nn.Module):
+    """CBAM that adds its means and maxima before it looks at them; timm's weights.
+
+        x'  = x · sigmoid(MLP(z)),                  z = (mean of x over H·W) / 2 + (max of x over H·W) / 2
+        out = x' · sigmoid(BN(conv_k(z')))          z' = (mean of x' over C) / 2 + (max of x' over C) / 2
+
+    It is in no paper; `CBAM` is.
+
+    Args:
+        channels: C of the input.
+        reduction: C divided by the width of the MLP's bottleneck; the width is at least 1.
+        kernel_size: k of the spatial gate's convolution; odd.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 16, kernel_size: int = 7) -> None:
+        super().__init__()
+        _must_be_odd(kernel_size)
+        self.attention = LightCbamModule(
+            channels, rd_channels=_bottleneck(channels, reduction), spatial_kernel_size=kernel_size
+        )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        # timm's layers in their order; its own channel part passes its `gate` by, and nobody could watch it
+        channel, spatial = self.attention.channel, self.attention.spatial
+        z_BC11 = 0.5 * (x_BCHW.mean((2, 3), keepdim=True) + _maximum(x_BCHW))
+        x_BCHW = x_BCHW * channel.gate(channel.fc2(channel.act(channel.fc1(z_BC11))))
+        z_B1HW = 0.5 * (x_BCHW.mean(1, keepdim=True) + x_BCHW.max(1, keepdim=True).values)
+        return x_BCHW * spatial.gate(spatial.conv(z_B1HW.contiguous(memory_format=torch.channels_last)))
+
+
+class BAM(nn.Module):
+    """Bottleneck attention module (Park et al. 2018, 1807.06514, eq. 1–4).
+
+        M   = sigmoid(M_c + M_s)
+        M_c = W1 relu(BN(W0 (mean of x over H·W)))                              (B, C, 1, 1)
+        M_s = conv_1(relu(BN(conv_3(relu(BN(conv_3(relu(BN(conv_1(x))))))))))   (B, 1, H, W)
+        out = x + x · M
+
+    Deviation from the paper: its equations normalise the end of each branch; as in the authors' code, every hidden
+    layer is normalised instead.
+
+    Args:
+        channels: C of the input.
+        reduction: C divided by the width of both branches; the width is at least 1.
+        dilation: of the two 3 × 3 convolutions.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 16, dilation: int = 4) -> None:
+        super().__init__()
+        width = _bottleneck(channels, reduction)
+        self.channel = nn.Sequential(
+            nn.Conv2d(channels, width, 1), _BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, channels, 1)
+        )
+        self.spatial = nn.Sequential(
+            *(nn.Conv2d(channels, width, 1), _BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation), _BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation), _BatchNorm2d(width), nn.ReLU()),
+            nn.Conv2d(width, 1, 1),
+        )
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        gate_BCHW = self.gate(self.channel(x_BCHW.mean((2, 3), keepdim=True)) + self.spatial(x_BCHW))
+        return torch.addcmul(x_BCHW, x_BCHW, gate_BCHW)
+
+
+class SimAM(nn.Module):
+    """Weigh every activation by how much it stands out from its channel (Yang et al. 2021, PMLR 139, eq. 5–6).
+
+        1/e = (x - mean)^2 / (4 (var + lambda)) + 1/2        mean, var over the H·W positions of a channel
+        out = x · sigmoid(1/e)
+
+    It has no weights to learn. Deviations from the paper: var divides by H·W − 1, as the authors' code does, and a
+    single position stands out by nothing.
+
+    Args:
+        channels: C of the input; unused, and taken so that every mechanism is built alike.
+        regularisation: lambda, > 0; larger is flatter.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, regularisation: float = 1e-4) -> None:
+        super().__init__()
+        if regularisation <= 0:
+            raise ValueError(f"regularisation must be > 0, got {regularisation}")
+        self.regularisation = regularisation
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        square_BCHW = (x_BCHW - x_BCHW.mean((2, 3), keepdim=True)).square()
+        var_BC11 = square_BCHW.sum((2, 3), keepdim=True) / max(1, x_BCHW.shape[2] * x_BCHW.shape[3] - 1)
+        return x_BCHW * self.gate(square_BCHW / (4 * (var_BC11 + self.regularisation)) + 0.5)
+
+
+class TripletAttention(nn.Module):
+    """Triplet attention (Misra et al. 2020, 2010.03045, eq. 1 and 4).
+
+        Z_d(x) = [max of x over axis d; mean of x over axis d]
+        g_d    = sigmoid(BN(conv_k(Z_d(x))))            over the plane of the two other axes, for d in C, H and W
+        out    = x · (g_C + g_H + g_W) / 3
+
+    Deviation from the paper: none; it gates x three times and takes the mean of the results, which is the same.
+
+    Args:
+        channels: C of the input; unused, and taken so that every mechanism is built alike.
+        kernel_size: k of the three convolutions; odd.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, kernel_size: int = 7) -> None:
+        super().__init__()
+        self.gate = _TripletGate(kernel_size)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW * self.gate(x_BCHW)
+
+
+class _TripletGate(nn.Module):
+    def __init__(self, kernel_size: int) -> None:
+        super().__init__()
+        self.over_channels = _plane_gate(kernel_size)
+        self.over_rows = _plane_gate(kernel_size)
+        self.over_columns = _plane_gate(kernel_size)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        gate_B1HW = self.over_channels(_planes(x_BCHW.max(1).values, x_BCHW.mean(1))).sigmoid()
+        gate_BC1W = self.over_rows(_planes(x_BCHW.max(2).values, x_BCHW.mean(2))).sigmoid().transpose(1, 2)
+        gate_BCH1 = self.over_columns(_planes(x_BCHW.max(3).values, x_BCHW.mean(3))).sigmoid().squeeze(1).unsqueeze(3)
+        return (gate_B1HW / 3 + gate_BC1W / 3) + gate_BCH1 / 3
+
+
+class EMA(nn.Module):
+    """Efficient multi-scale attention (Ouyang et al. 2023, 2305.13563, fig. 3 and eq. 1–2).
+
+    Each of G groups of D = C / G channels, u, is looked at near and far, and each look is weighed by the other:
+
+        far   = GN(u · sigmoid(h) · sigmoid(w)),    [h ; w] = conv_1([mean of u over W ; mean of u over H])
+        near  = conv_3(u)
+        gate  = sigmoid(softmax(mean of far over H·W)ᵀ near + softmax(mean of near over H·W)ᵀ far)
+        out   = u · gate                            softmax and products over the D channels
+
+    The groups share their weights. Deviation from the paper: none of the authors' code, which this follows where the
+    paper's text leaves things open.
+
+    Args:
+        channels: C of the input.
+        groups: G; None for the largest common divisor of C and 8.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, groups: int | None = None) -> None:
+        super().__init__()
+        self.groups = _shared_out(channels, groups, 8, "groups")
+        self.gate = _MultiScaleGate(channels // self.groups, self.groups)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        gate_BGHW = self.gate(x_BCHW)
+        return (x_BCHW.unflatten(1, (self.groups, -1)) * gate_BGHW[:, :, None]).flatten(1, 2)
+
+
+class _MultiScaleGate(nn.Module):
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.along = nn.Conv2d(width, width, 1)
+        self.norm = nn.GroupNorm(width, width)
+        self.near = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        batch, _, height, width = x_BCHW.shape
+        u = x_BCHW.reshape(batch * self.groups, -1, height, width)  # (B · G, D, H, W), as all below
+        rows, columns = u.mean(3, keepdim=True), u.mean(2, keepdim=True)
+        rows, columns = self.along(torch.cat([rows, columns.mT], 2)).sigmoid().split([height, width], 2)
+        far, near = self.norm(u * rows * columns.mT), self.near(u)
+        of_far = far.mean((2, 3)).softmax(1)[:, None] @ near.flatten(2)
+        of_near = near.mean((2, 3)).softmax(1)[:, None] @ far.flatten(2)
+        return (of_far + of_near).sigmoid().view(batch, self.groups, height, width)
+
+
+def _maximum(x_BCHW: Tensor) -> Tensor:
+    """Maximum over positions, (B, C, 1, 1); its gradient costs half of that of amax, which looks for ties."""
+    return x_BCHW.flatten(2).max(2).values[..., None, None]
+
+
+def _planes(*planes: Tensor) -> Tensor:
+    """Planes (B, any, any) as channels, laid out so that a convolution of so few is three times as fast on a CPU."""
+    return torch.stack(planes, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _plane_gate(kernel_size: int) -> nn.Sequential:
+    _must_be_odd(kernel_size)
+    return nn.Sequential(nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False), nn.BatchNorm2d(1))

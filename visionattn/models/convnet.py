@@ -28,6 +28,8 @@ class ConvNet(nn.Module):
             image.
         depth: blocks a stage.
         attention: makes a mechanism from a number of channels; None for a plain network.
+        head: makes what turns the last feature map into logits, from (its channels, K), e.g. `attention.AttentionHead`;
+            None for pooling and a linear layer.
         in_chans: C of the images.
 
     Shape: (B, in_chans, H, W) → logits (B, K).
@@ -41,6 +43,7 @@ class ConvNet(nn.Module):
         depth: int = 1,
         pool: float = 1.0,
         attention: Callable[[int], nn.Module] | None = None,
+        head: Callable[[int, int], nn.Module] | None = None,
         in_chans: int = 3,
     ) -> None:
         super().__init__()
@@ -50,6 +53,8 @@ class ConvNet(nn.Module):
             )
         if pool < 1:
             raise ValueError(f"pool must be ≥ 1, got {pool}")
+        if head is not None and pool != 1:
+            raise ValueError(f"a head of its own does the pooling; leave pool out, got {pool}")
         self.num_classes = num_classes
         self.pool = pool
         self.stem = nn.Sequential(
@@ -67,11 +72,14 @@ class ConvNet(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 blocks.append(ResidualBlock(before, width, stride=stride, attention=attention))
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(widths[-1], num_classes)
+        self.pools = head is None
+        self.head = nn.Linear(widths[-1], num_classes) if head is None else head(widths[-1], num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)  # a third faster on CPUs
         x_BCHW = self.blocks(self.stem(x_BCHW))  # ≥ 0; at 0 the root has no gradient
+        if not self.pools:
+            return self.head(x_BCHW)
         # mean rather than adaptive pooling: it exports to ONNX for any size
         if self.pool == 1:
             return self.head(x_BCHW.mean((2, 3)))

@@ -1,0 +1,136 @@
+"""What mechanisms cost: CPU time on two threads, fp32.
+
+    python tests/benchmarks/soft_attention.py [--json FILE] [--rounds N] [--rows NAME ...]
+
+`train_NAME` is a training step of ResNet-18 at 160 px with the mechanism at the end of every block, over the same
+without. `timm_NAME` is forward and backward of our mechanism alone over that of timm's, on features of that network.
+Ratios are medians of CPU time over rounds in which all take turns, so that a busy machine slows all alike. Goals are
+those of the project.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread that spins would count as work
+
+import timm
+import torch
+from timm.layers import create_attn
+
+from visionattn import attention
+
+BATCH = 8
+GATES = (
+    *("SE", "EffectiveSE", "ECA", "CircularECA", "WideECA", "GCT", "FcaNet", "GatherExcite", "LSKA"),
+    *("CoordinateAttention", "SimpleCoordinateAttention", "ELA", "StripAttention"),
+    *("CBAM", "LightCBAM", "BAM", "SimAM", "TripletAttention", "EMA", "GlobalContextGate"),
+)
+FEATURES = (BATCH, 64, 40, 40)  # the first stage of ResNet-18 at 160 px
+SMALLER = (BATCH, 64, 14, 14)  # where every position looks at every other
+IN_TIMM = {  # ours, timm's at the same widths, and where
+    "SE": (partial(create_attn, "se", 64, rd_channels=4), FEATURES),
+    "EffectiveSE": (partial(create_attn, "ese", 64), FEATURES),
+    "ECA": (partial(create_attn, "eca", 64), FEATURES),
+    "CircularECA": (partial(create_attn, "ceca", 64), FEATURES),
+    "WideECA": (partial(create_attn, "ecam", 64, rd_channels=8), FEATURES),
+    "GlobalContextGate": (partial(create_attn, "gc", 64), FEATURES),
+    "GlobalContext": (partial(create_attn, "gca", 64), FEATURES),
+    "CBAM": (partial(create_attn, "cbam", 64, rd_channels=4), FEATURES),
+    "LightCBAM": (partial(create_attn, "lcbam", 64, rd_channels=4), FEATURES),
+    "CoordinateAttention": (partial(create_attn, "coord", 64, rd_channels=8), FEATURES),
+    "SimpleCoordinateAttention": (partial(create_attn, "scoord", 64, rd_channels=8), FEATURES),
+    "ELA": (partial(create_attn, "ela", 64), FEATURES),
+    "StripAttention": (partial(create_attn, "strip", 64), FEATURES),
+    "GatherExcite": (partial(create_attn, "ge", 64, extent=4, use_mlp=False), FEATURES),
+    "SelectiveKernel": (partial(create_attn, "sk", 64, split_input=False, rd_channels=32), FEATURES),
+    "SplitAttention": (partial(create_attn, "splat", 64, norm_layer=torch.nn.BatchNorm2d), FEATURES),
+    "NonLocal": (partial(create_attn, "nl", 64), FEATURES),
+    "BilinearAttention": (partial(create_attn, "bat", 64, rd_channels=16), SMALLER),
+    "Lambda": (partial(create_attn, "lambda", 64), SMALLER),
+    "BottleneckAttention": (partial(create_attn, "bottleneck", 64, feat_size=(14, 14)), SMALLER),
+    "HaloAttention": (partial(create_attn, "halo", 64), (BATCH, 64, 16, 16)),
+}
+OURS = {"GatherExcite": partial(attention.GatherExcite, learned=False)}  # timm's cannot be built with weights
+TRAIN_GOAL, TIMM_GOAL = 1.10, 1.05
+
+
+def medians(jobs, rounds, repeats=1):
+    """Median CPU time of each job; all take turns."""
+    spent = {name: [] for name in jobs}
+    for job in jobs.values():  # once unmeasured: memory is mapped
+        job()
+    names = list(jobs)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.process_time()
+            for _ in range(repeats):
+                jobs[name]()
+            spent[name].append(time.process_time() - start)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def training_step(mechanism):
+    torch.manual_seed(0)
+    options = {}
+    if mechanism is not None:
+        options = {"block_args": {"attn_layer": lambda channels, **_: mechanism(channels)}}
+    model = timm.create_model("resnet18", num_classes=10, **options)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images, labels = torch.randn(BATCH, 3, 160, 160), torch.randint(10, (BATCH,))
+
+    def step():
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+
+    return step
+
+
+def forward_and_backward(module, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    grad = torch.randn(shape)
+    return lambda: module(x).backward(grad)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="e.g. train_SE timm_ECA; all unless given")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    results = []
+
+    def report(name, value, goal):
+        results.append({"name": name, "value": round(value, 4), "goal": goal, "better": "lower"})
+        print(f"{name:32s} {value:7.3f}  ≤ {goal}  {'ok' if value <= goal else 'MISSED'}", flush=True)
+
+    def wanted(row):
+        return options.rows is None or row in options.rows
+
+    gates = [name for name in GATES if wanted(f"train_{name}")]
+    if gates:
+        steps = {"plain": training_step(None)} | {name: training_step(getattr(attention, name)) for name in gates}
+        times = medians(steps, options.rounds)
+        for name in gates:
+            report(f"train_{name}", times[name] / times["plain"], TRAIN_GOAL)
+    for name, (theirs, shape) in IN_TIMM.items():
+        if wanted(f"timm_{name}"):
+            ours = OURS.get(name, getattr(attention, name))(shape[1])
+            pair = {"ours": forward_and_backward(ours, shape), "theirs": forward_and_backward(theirs(), shape)}
+            times = medians(pair, 3 * options.rounds, repeats=3)
+            report(f"timm_{name}", times["ours"] / times["theirs"], TIMM_GOAL)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

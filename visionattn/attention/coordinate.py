@@ -1,0 +1,105 @@
+"""Gates along rows and along columns: features pooled over one axis say where on the other.
+
+Shapes: B batch, C channels, H rows, W columns.
+"""
+
+from timm.layers.coord_attn import CoordAttn, EfficientLocalAttn, SimpleCoordAttn, StripAttn
+from torch import Tensor, nn
+
+from visionattn.attention.channel import _bottleneck, _must_be_odd
+
+
+class CoordinateAttention(nn.Module):
+    """Coordinate attention (Hou et al. 2021, 2103.02907, eq. 4–9); timm's module under our interface.
+
+        f   = hswish(BN(W1 [mean of x over W ; mean of x over H]))       the two side by side, H + W places
+        g^h = sigmoid(Wh f^h),    g^w = sigmoid(Ww f^w)
+        out[c, i, j] = x[c, i, j] · g^h[c, i] · g^w[c, j]
+
+    Deviations from the paper: none of its equations; f is no wider than C needs, and hswish and batch normalisation are
+    those of the authors' code. The convolutions have no bias.
+
+    Args:
+        channels: C of the input.
+        reduction: C divided by the width of f; the width is at least 8, as the authors' is.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 32) -> None:
+        super().__init__()
+        self.attention = CoordAttn(channels, rd_channels=max(8, _bottleneck(channels, reduction)))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.attention(x_BCHW)
+
+
+class SimpleCoordinateAttention(nn.Module):
+    """Coordinate attention with one gate, the sum of both before the sigmoid; timm's module under our interface.
+
+        out[c, i, j] = x[c, i, j] · sigmoid(Wh f(mean of x over W)[i] + Ww f(mean of x over H)[j])[c]
+        f(z)         = silu(W1 z)
+
+    It is in no paper; `CoordinateAttention` is.
+
+    Args:
+        channels: C of the input.
+        reduction: C divided by the width of f; the width is at least 8.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 8) -> None:
+        super().__init__()
+        self.attention = SimpleCoordAttn(channels, rd_channels=max(8, _bottleneck(channels, reduction)))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.attention(x_BCHW)
+
+
+class ELA(nn.Module):
+    """Efficient local attention (Xu & Wan 2024, 2403.01123, eq. 3–6); timm's module under our interface.
+
+        g^h = sigmoid(silu(GN(conv1d_k(mean of x over W)))),    g^w the same of the mean over H
+        out[c, i, j] = x[c, i, j] · g^h[c, i] · g^w[c, j]       the convolutions are depthwise
+
+    Deviations from the paper, all of timm: silu before the sigmoid; one group in place of 16 in the normalisation; each
+    axis has its own convolution.
+
+    Args:
+        channels: C of the input.
+        kernel_size: k; odd.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, kernel_size: int = 7) -> None:
+        super().__init__()
+        _must_be_odd(kernel_size)
+        self.attention = EfficientLocalAttn(channels, kernel_size=kernel_size)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.attention(x_BCHW)
+
+
+class StripAttention(nn.Module):
+    """Strips of means along rows and columns, refined and added; timm's module under our interface.
+
+        out = x · sigmoid(conv_k×1(mean of x over W) + conv_1×k(mean of x over H))      depthwise convolutions
+
+    After strip pooling (Hou et al. 2020, 2003.13328), whose convolutions are dense and whose sum is mixed by another.
+
+    Args:
+        channels: C of the input.
+        kernel_size: k; odd.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, kernel_size: int = 3) -> None:
+        super().__init__()
+        _must_be_odd(kernel_size)
+        self.attention = StripAttn(channels, kernel_size=kernel_size)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.attention(x_BCHW)
