@@ -1,9 +1,11 @@
 """A timm backbone as a classifier."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from visionattn.attention import insert
 from visionattn.models.backbone import create_backbone
 
 
@@ -16,9 +18,14 @@ class Classifier(nn.Module):
         pretrained: start from the weights that timm names for this model, from the hub.
         weights: start from this file instead (.safetensors or .pth).
         options: further arguments of the timm model, e.g. `{drop_path_rate: 0.1, img_size: 96}`.
+        attention: makes a mechanism from a number of channels, which is inserted after the weights are loaded; None for
+            the backbone as it is.
+        attention_at: where, as `insert` takes it: `stages`, `blocks`, `branches`, or names of the backbone's modules.
+        attention_preserve: behind gates that start closed, so that the weights keep their accuracy; false for the
+            papers' form.
 
     Raises:
-        UsageError, DataError: as `create_backbone`.
+        UsageError, DataError: as `create_backbone` and `insert`.
 
     Shape: (B, 3, H, W), normalised → logits (B, K).
     """
@@ -31,12 +38,17 @@ class Classifier(nn.Module):
         pretrained: bool = False,
         weights: str | None = None,
         options: dict[str, Any] | None = None,
+        attention: Callable[[int], nn.Module] | None = None,
+        attention_at: str | Sequence[str] = "stages",
+        attention_preserve: bool = True,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.backbone = create_backbone(
             backbone, num_classes=num_classes, pretrained=pretrained, weights=weights, **(options or {})
         )
+        if attention is not None:
+            insert(self.backbone, attention, at=attention_at, preserve=attention_preserve)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.backbone(x_BCHW)
