@@ -3,7 +3,8 @@
     python -m tests.attention.coverage
 
 One small member of every family of timm, smaller still where only its size differs, and models of torchvision. CBAM
-goes after every stage, with γ = 0. Weights are random, those that start at zero too: else nothing behind them would count.
+goes after every stage, with γ = 0. Weights are random, those that start at zero too: else nothing before them would
+count.
 """
 
 import copy
@@ -198,8 +199,9 @@ def table(rows: list[Row]) -> str:
         "`python -m tests.attention.coverage`; see there how members were chosen.",
         "",
         f"**{len(covered)} of {len(families)} timm families ({100 * len(covered) / len(families):.0f} %)** take CBAM "
-        "after every stage: plain weights load strictly, the outputs do not move by a bit, γ has a gradient at once and the "
-        "mechanism after a step, the weights survive a state dict, and `remove()` gives back the network as it was.",
+        "after every stage: plain weights load strictly, the outputs do not move by a bit, γ has a gradient at once "
+        "and the mechanism after a step, the weights survive a state dict, and `remove()` gives back the network as it "
+        "was.",
         "",
         "| family | member | after which module, channels × rows × columns | outputs equal | learns | restored |",
         "|---|---|---|---|---|---|",

@@ -52,10 +52,11 @@ class Inserted(nn.Module):
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook of the place."""
-        item = self.layout.item
-        if item is None:
+        if self.layout.item is None:
             return self(output)
-        return (*output[:item], self(output[item]), *output[item + 1 :])
+        old = output[self.layout.item]
+        new = self(old)
+        return tuple(new if item is old else item for item in output)  # some networks give it twice
 
 
 class Insertion:

@@ -212,14 +212,16 @@ class Survey:
             if name in self._seen:
                 self._seen[name] = _Seen(None, "runs more than once for an image")
                 return
-            self._seen[name] = self._look_at(output)
+            self._seen[name] = self._look_at(output, list(_tensors(args)))
             self._flow.made(name, output)
 
         return note
 
-    def _look_at(self, output: Any) -> _Seen:
+    def _look_at(self, output: Any, inputs: list[Tensor]) -> _Seen:
         if isinstance(output, tuple):
             for item, tensor in enumerate(output):
+                if any(tensor is given for given in inputs):
+                    continue  # handed through
                 layout = _layout(tensor, self.images_BCHW, item) if isinstance(tensor, Tensor) else None
                 if layout:
                     return _Seen(layout, output=tensor)
@@ -263,9 +265,11 @@ class Survey:
             if seen is not None and seen.layout is None and not seen.reason.startswith("gives a tensor"):
                 continue  # lists of maps, and modules that run several times
             inner = self._trunk(child)
-            several = len({self._grid(part) for part in inner}) > 1
-            opens = isinstance(self.modules[child], _CONTAINERS) or alone
-            found += [child] if self._has_layout(child) and not (opens and several) else inner
+            if isinstance(self.modules[child], _CONTAINERS):
+                opens = len(set(map(self._grid, inner))) > 1
+            else:  # a block may change the resolution inside; a mere frame has several blocks that do
+                opens = alone and len({self._grid(part) for part in inner if self._has_blocks(part)}) > 1
+            found += [child] if self._has_layout(child) and not opens else inner
         order = {part: place for place, part in enumerate(self._seen)}
         return sorted(found, key=lambda part: order[part])
 
