@@ -98,10 +98,9 @@ def look_at_other(member: str) -> Row:
 
 def look(family: str, member: str, model: nn.Module, size: int) -> Row:
     """Insert CBAM after every stage, and hold the model against one without."""
-    model.eval()
-    stir(model)
     torch.manual_seed(0)
     image = torch.randn(2, 3, size, size)
+    stir(model, image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.no_grad():
@@ -165,13 +164,22 @@ def learn(model: nn.Module, parts: list[nn.Module], image: torch.Tensor) -> bool
     return opens and closed and learns
 
 
-def stir(model: nn.Module) -> None:
-    """Give weights that are zero a little noise."""
+def stir(model: nn.Module, image: torch.Tensor) -> None:
+    """Give weights that are zero a little noise, and batch normalisations the statistics of this image: a random
+    inception_v3 grows its activations to 1e21."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.add_(0.02 * torch.randn_like(parameter))
+        momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+        for module in momenta:
+            module.momentum = 1.0
+        if momenta:
+            model.train()(image)
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+    model.eval()
 
 
 def answers_of(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:

@@ -2,8 +2,8 @@
 end a stage, a block or a residual branch.
 
 All of it is measured, without a table of networks: two images that differ in one rectangle run through the network
-once. Of the layouts that a shape allows that one is taken under which the outputs differ most at this rectangle; tokens
-that do not differ there more than elsewhere have an order of their own, and are refused.
+once. Of the layouts that a shape allows that one is taken under which the outputs differ at this rectangle; tokens that
+differ elsewhere have an order of their own, and are refused.
 
 Shapes: B batch, C channels, H rows and W columns of the image, h rows and w columns of the grid, N tokens.
 """
@@ -208,21 +208,27 @@ class Survey:
     # Machinery ------------------------------------------------------------------------------------------------------
 
     def _note_as(self, name: str) -> Any:
-        def note(module: nn.Module, args: Any, output: Any) -> None:
+        def note(module: nn.Module, args: Any, output: Any) -> Any:
             if name in self._seen:
                 self._seen[name] = _Seen(None, "runs more than once for an image")
-                return
-            self._seen[name] = self._look_at(output, list(_tensors(args)))
+                return output
+            if isinstance(output, tuple):
+                # under another identity, which the module itself has not used: does anyone outside use it?
+                given = {id(tensor): tensor for tensor in _tensors(output) if not _holds(args, tensor)}
+                views = {key: tensor.view_as(tensor) for key, tensor in given.items()}
+                output = tuple(views.get(id(item), item) for item in output)
+            self._seen[name] = self._look_at(output, args)
             self._flow.made(name, output)
+            return output
 
         return note
 
-    def _look_at(self, output: Any, inputs: list[Tensor]) -> _Seen:
+    def _look_at(self, output: Any, inputs: Any) -> _Seen:
         if isinstance(output, tuple):
             for item, tensor in enumerate(output):
-                if any(tensor is given for given in inputs):
+                if not isinstance(tensor, Tensor) or _holds(inputs, tensor):
                     continue  # handed through
-                layout = _layout(tensor, self.images_BCHW, item) if isinstance(tensor, Tensor) else None
+                layout = _layout(tensor, self.images_BCHW, item)
                 if layout:
                     return _Seen(layout, output=tensor)
             return _Seen(None, "gives a tuple without a map in it")
@@ -366,24 +372,30 @@ def _layout(output: Tensor, images_BCHW: Tensor, item: int | None = None) -> Lay
             if 0 <= prefix <= _MAX_PREFIX:
                 candidates.append(Layout(output.shape[2], (rows, columns), -1, prefix, item))
     candidates = [layout for layout in candidates if min(layout.grid) > 1]
-    if not candidates:
-        return None
-    best = max(candidates, key=lambda layout: _contrast(layout, output))
+    candidates.sort(key=lambda layout: layout.num_prefix_tokens or 0)
+    for layout in candidates:
+        if _agreement(layout, output) > 0.5:
+            return layout
     # tokens may be in any order; the shape of a map is proof enough
-    return best if output.ndim == 4 or _contrast(best, output) > 1 else None
+    return candidates[0] if candidates and output.ndim == 4 else None
 
 
 @torch.no_grad()
-def _contrast(layout: Layout, output: Tensor) -> float:
-    """How much more the outputs differ where the images do than on average."""
+def _agreement(layout: Layout, output: Tensor) -> float:
+    """How much the outputs differ where the images do: 1 where no other cells, as many, differ more.
+
+    Measured on random weights of 20 families that have tokens in the order of rows: at least .74, mostly 1. Hiera,
+    whose tokens have an order of their own: .06.
+    """
     maps_BChw = layout.to_maps(output.detach()).float()
     change_hw = (maps_BChw[0] - maps_BChw[1]).abs().sum(0)
     rows, columns = (
         slice(int(low * count), max(int(low * count) + 1, -int(-high * count // 1)))
         for (low, high), count in zip((_ROWS, _COLUMNS), layout.grid, strict=True)
     )
-    mean = float(change_hw.mean())
-    return float(change_hw[rows, columns].mean()) / mean if mean > 0 else 0.0
+    inside = change_hw[rows, columns]
+    most = change_hw.flatten().topk(inside.numel()).values.mean()
+    return float(inside.mean() / most) if most > 0 else 0.0
 
 
 @torch.no_grad()
@@ -432,6 +444,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors(item)
+
+
+def _holds(value: Any, tensor: Tensor) -> bool:
+    return any(part is tensor for part in _tensors(value))
 
 
 def _matches(name: list[str], pattern: list[str]) -> bool:
