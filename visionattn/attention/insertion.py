@@ -15,7 +15,6 @@ from visionattn.attention.places import Layout, Survey
 from visionattn.errors import UsageError
 
 _CHILD = "inserted"
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Inserted(nn.Module):
@@ -77,7 +76,7 @@ class Insertion:
     def __repr__(self) -> str:
         parts = [
             f"{name}: {type(part.mechanism).__name__}"
-            + (f", γ = {float(part.gamma):.3g}" if part.gamma is not None else "")
+            + (f", γ = {part.gamma.item():.3g}" if part.gamma is not None else "")
             for name, part in self.places.items()
         ]
         return f"Insertion({'; '.join(parts)})"
@@ -124,22 +123,21 @@ def insert(
             none can be made for the channels there. The network is then as it was.
     """
     survey = Survey(model, image, skip=Inserted)
-    names = _names(survey, at)
     modules = dict(model.named_modules())
     made: dict[str, Inserted] = {}
     hosts: list[nn.Module] = []
-    for name in names:
-        host = _host(modules[name])
-        if hasattr(host, _CHILD) or host in hosts:
+    hooked: list[nn.Module] = []
+    for name in _names(survey, at):
+        holder, place = survey.holder(name)
+        if hasattr(modules[holder], _CHILD) or modules[holder] in hosts:
             raise UsageError(
                 f"{name} of this {survey.kind} has a mechanism inserted already; remove() that first, or choose "
                 "another place"
             )
-        hosts.append(host)
-        made[name] = _make(mechanism, name, survey, preserve)
-    for name, part in made.items():
-        part.train(modules[name].training)
-    handles = [modules[name].register_forward_hook(part.after) for name, part in made.items()]
+        made[name] = _make(mechanism, name, survey, preserve).train(modules[name].training)
+        hosts.append(modules[holder])
+        hooked.append(modules[place])
+    handles = [place.register_forward_hook(part.after) for place, part in zip(hooked, made.values(), strict=True)]
     for host, part in zip(hosts, made.values(), strict=True):
         host.add_module(_CHILD, part)
     keys = tuple(f"{name}." for name, module in model.named_modules() if any(module is part for part in made.values()))
@@ -188,13 +186,6 @@ def _names(survey: Survey, at: str | Sequence[str]) -> list[str]:
             + "name modules of it"
         )
     return names
-
-
-def _host(module: nn.Module) -> nn.Module:
-    """The module to hold what is inserted: a Sequential would run it as one of its items."""
-    while isinstance(module, _CONTAINERS):
-        *_, module = module.children()
-    return module
 
 
 def _make(mechanism: Callable[[int], nn.Module], name: str, survey: Survey, preserve: bool) -> Inserted:

@@ -142,6 +142,22 @@ class Survey:
         assert output is not None
         return output.detach()
 
+    def holder(self, name: str) -> tuple[str, str]:
+        """The module to keep what is put after `name`, and the module to hook.
+
+        A Sequential would run what it keeps as one of its items, so its last item keeps it. That one is hooked too, for
+        some networks call the items themselves where they recompute activations.
+        """
+        keeper, hooked = name, name
+        while isinstance(module := self.modules[keeper], _CONTAINERS) and len(module):
+            runs_items = type(module).forward is nn.Sequential.forward
+            *_, last = module._modules
+            keeper = f"{keeper}.{last}"
+            hooked = (
+                keeper if runs_items and hooked == keeper.rpartition(".")[0] and self._has_layout(keeper) else hooked
+            )
+        return keeper, hooked
+
     def stages(self) -> list[str]:
         """The ends of the stages: the last module with blocks in it before the resolution changes.
 
