@@ -273,6 +273,14 @@ def test_measuring_leaves_buffers_random_numbers_and_caches():
         assert torch.equal(model(x), expected)
 
 
+def test_a_network_that_cannot_be_copied_says_how_it_can():
+    model = timm.create_model("levit_128s").eval()
+    model(torch.randn(1, 3, 224, 224))  # its table of biases now hangs on a graph
+    assert "cannot be copied" in refused(model)
+    model.train()
+    insert(model, SE)
+
+
 def test_a_copy_has_its_own():
     model = resnet()
     inserted = insert(model, small_cbam)
@@ -426,7 +434,7 @@ def steps(scheduler, factor, count=6):
             parameter.grad = torch.ones_like(parameter)
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        changes.append((1 - float(part.gamma), -float(model.head.bias[0])))
+        changes.append((1 - part.gamma.item(), -model.head.bias[0].item()))
         schedule.step()
     return changes, rates
 

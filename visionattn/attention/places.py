@@ -95,14 +95,20 @@ class Survey:
         skip: modules of this class, and what is inside them, are passed over.
 
     Raises:
-        UsageError: the network does not run on the image.
+        UsageError: the network cannot be copied, or does not run on the image.
     """
 
     def __init__(self, model: nn.Module, image: Tensor | None = None, *, skip: type[nn.Module]) -> None:
         self.kind = type(model).__name__
         self.images_BCHW = _two_images(_example(model) if image is None else image)
         self.image_size = (self.images_BCHW.shape[2], self.images_BCHW.shape[3])
-        self._model = copy.deepcopy(model).eval()
+        try:
+            self._model = copy.deepcopy(model).eval()
+        except (RuntimeError, TypeError) as error:  # it holds a tensor with a graph, or something else
+            raise UsageError(
+                f"this {self.kind} cannot be copied, so that it could be measured ({_first_line(error)}); "
+                "model.train() drops what some networks keep from their last run"
+            ) from error
         _stir(self._model)
         self._skipped = {part for outer in self._model.modules() if isinstance(outer, skip) for part in outer.modules()}
         named = self._model.named_modules()
@@ -258,16 +264,14 @@ class Survey:
     def _reaching(self, names: list[str]) -> list[str]:
         """Leave out places that do not matter for the output, as behind the last block of a ViT whose class token alone
         is read."""
-        outputs = [self._seen[name].output for name in names]
-        total = sum(tensor.float().square().sum() for tensor in _tensors(self._output) if tensor.requires_grad)
-        known = [
-            name for name, output in zip(names, outputs, strict=True) if output is not None and output.requires_grad
-        ]
-        if not isinstance(total, Tensor) or not known:
-            return names
+        outputs = {name: output for name in names if (output := self._seen[name].output) is not None}
+        known = [name for name, output in outputs.items() if output.requires_grad]
         with torch.inference_mode(False), torch.enable_grad():
-            wanted = [self._seen[name].output for name in known]
-            gradients = torch.autograd.grad(total, wanted, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+            totals = [tensor.float().square().sum() for tensor in _tensors(self._output) if tensor.requires_grad]
+            if not totals or not known:
+                return names
+            wanted = [outputs[name] for name in known]
+            gradients = torch.autograd.grad(totals, wanted, retain_graph=True, allow_unused=True)
         dead = {
             name
             for name, gradient in zip(known, gradients, strict=True)

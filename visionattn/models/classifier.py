@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from visionattn.attention import insert
@@ -48,7 +49,17 @@ class Classifier(nn.Module):
             backbone, num_classes=num_classes, pretrained=pretrained, weights=weights, **(options or {})
         )
         if attention is not None:
-            insert(self.backbone, attention, at=attention_at, preserve=attention_preserve)
+            image = _example(options or {})
+            insert(self.backbone, attention, at=attention_at, preserve=attention_preserve, image=image)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.backbone(x_BCHW)
+
+
+def _example(options: dict[str, Any]) -> Tensor | None:
+    """An image as the options want it; None where they leave it to the model's own configuration."""
+    if not {"img_size", "in_chans"} & options.keys():
+        return None
+    size = options.get("img_size", 224)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return torch.zeros(options.get("in_chans", 3), height, width)
