@@ -130,10 +130,12 @@ def test_attention_is_inserted_from_yaml_and_comes_back_with_the_checkpoint(tmp_
             "attention_at": ["layer3", "layer4"],
         },
     }
+    for part in ("overlays", "report"):
+        config[part]["method"]["init_args"]["layer"] = "backbone.layer3"  # the gate that was inserted
     Path("inserted.yaml").write_text(yaml.safe_dump(config))
     flags = [*SMALL, "--model.gamma_lr_factor=50", "--test_after_fit=false"]
     assert main(["fit", "--config", "inserted.yaml", *flags]) == 0
-    run = Path("runs/inserted/0")
+    run = Path("runs/quickstart/0")
     gammas = {name: t.item() for name, t in load(run / "best.ckpt").state_dict().items() if name.endswith(".gamma")}
     saved = torch.load(run / "best.ckpt", weights_only=True)["state_dict"]
     assert gammas == {name: saved[name].item() for name in gammas}

@@ -22,9 +22,9 @@ class Inserted(nn.Module):
 
         out = x + γ (mechanism(x) − x),    γ = 0 at first
 
-    so that the network computes what it did before, and opens γ as far as it helps (as ReZero, Bachlechner et al. 2021,
-    2003.04887, eq. 3, opens residual branches; here the mechanism takes the branch's place and x keeps its own). γ is
-    one number a place, which tells how far it is open; at γ = 1 it is the paper's form.
+    so that the network computes what it did before (−0 may become 0), and opens γ as far as it helps (as ReZero,
+    Bachlechner et al. 2021, 2003.04887, eq. 3, opens residual branches; here the mechanism takes the branch's place and
+    x keeps its own). γ is one number a place, which tells how far it is open; at γ = 1 it is the paper's form.
 
     Args:
         mechanism: (B, C, h, w) → the same.

@@ -25,7 +25,7 @@ from visionattn.errors import UsageError, nearest
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _ADDITIONS = frozenset(["add", "add_", "__add__", "__radd__", "__iadd__"])
-_MAX_PREFIX = 16  # class and register tokens; known networks have up to 9
+_MAX_PREFIX = 16  # class and register tokens; the networks of timm have fewer
 _ROWS, _COLUMNS = (0.25, 0.375), (0.625, 0.75)  # where the images differ: nowhere near its own mirror images
 
 
@@ -79,11 +79,13 @@ class Layout:
 
 @dataclass
 class _Seen:
-    """What one module gave: its layout, or why nothing can be put after it."""
+    """What one module gave: its layout and the tensor, or why nothing can be put after it, and whether there may be
+    places inside it."""
 
     layout: Layout | None
     reason: str = ""
     output: Tensor | None = None
+    opens: bool = False
 
 
 class Survey:
@@ -100,7 +102,8 @@ class Survey:
 
     def __init__(self, model: nn.Module, image: Tensor | None = None, *, skip: type[nn.Module]) -> None:
         self.kind = type(model).__name__
-        self.images_BCHW = _two_images(_example(model) if image is None else image)
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        self.images_BCHW = _two_images(_image_shape(model) if image is None else image.shape[-3:]).to(like)
         self.image_size = (self.images_BCHW.shape[2], self.images_BCHW.shape[3])
         try:
             self._model = copy.deepcopy(model).eval()
@@ -234,7 +237,7 @@ class Survey:
             if name in self._seen:
                 self._seen[name] = _Seen(None, "runs more than once for an image")
                 return output
-            if isinstance(output, tuple):
+            if type(output) is tuple:
                 # under another identity, which the module itself has not used: does anyone outside use it?
                 given = {id(tensor): tensor for tensor in _tensors(output) if not _holds(args, tensor)}
                 views = {key: tensor.view_as(tensor) for key, tensor in given.items()}
@@ -246,7 +249,7 @@ class Survey:
         return note
 
     def _look_at(self, output: Any, inputs: Any) -> _Seen:
-        if isinstance(output, tuple):
+        if type(output) is tuple:
             for item, tensor in enumerate(output):
                 if not isinstance(tensor, Tensor) or _holds(inputs, tensor):
                     continue  # handed through
@@ -259,7 +262,7 @@ class Survey:
         layout = _layout(output, self.images_BCHW)
         if layout:
             return _Seen(layout, output=output)
-        return _Seen(None, f"gives a tensor {tuple(output.shape)} for two images, which is no map of them")
+        return _Seen(None, f"gives a tensor {tuple(output.shape)} for two images, which is no map of them", opens=True)
 
     def _reaching(self, names: list[str]) -> list[str]:
         """Leave out places that do not matter for the output, as behind the last block of a ViT whose class token alone
@@ -288,7 +291,7 @@ class Survey:
         found = []
         for child in children:
             seen = self._seen.get(child)
-            if seen is not None and seen.layout is None and not seen.reason.startswith("gives a tensor"):
+            if seen is not None and seen.layout is None and not seen.opens:
                 continue  # lists of maps, and modules that run several times
             inner = self._trunk(child)
             if isinstance(self.modules[child], _CONTAINERS):
@@ -431,28 +434,26 @@ def _count_layers(module: nn.Module, skipped: set[nn.Module]) -> int:
     return sum(isinstance(part, _WEIGHTED) and part not in skipped for part in module.modules())
 
 
-def _two_images(image: Tensor) -> Tensor:
+def _two_images(shape: Sequence[int]) -> Tensor:
     """Noise, and the same noise with another rectangle."""
-    shape = image.shape[-3:]
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(2, *shape, generator=generator)
+    first, other = torch.randn(2, *shape, generator=generator)
     rows, columns = (
         slice(int(low * count), max(int(low * count) + 1, int(high * count)))
         for (low, high), count in zip((_ROWS, _COLUMNS), shape[1:], strict=True)
     )
-    second_too = first.clone()
-    second_too[:, rows, columns] = second[:, rows, columns]
-    return torch.stack([first, second_too]).to(image)
+    second = first.clone()
+    second[:, rows, columns] = other[:, rows, columns]
+    return torch.stack([first, second])
 
 
-def _example(model: nn.Module) -> Tensor:
-    """An image of the size that a model was configured for, 3 × 224 × 224 unless it says."""
+def _image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """The shape of the images that a model was configured for, 3 × 224 × 224 unless it says."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "image_size", None)
     height, width = (size if isinstance(size, (tuple, list)) else (size, size)) if size else (height, width)
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    return torch.zeros(channels, height, width, device=like.device, dtype=like.dtype)
+    return channels, height, width
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
