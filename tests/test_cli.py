@@ -116,6 +116,42 @@ def test_print_config_and_several_configs(tmp_path, capsys):
     assert config["data"]["class_path"] == "visionattn.data.ClutteredDigitsData"
 
 
+def test_attention_is_inserted_from_yaml_and_comes_back_with_the_checkpoint(tmp_path, monkeypatch, capsys):
+    from visionattn.training import load
+
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    config["model"]["init_args"]["network"] = {
+        "class_path": "visionattn.models.Classifier",
+        "init_args": {
+            "backbone": "test_resnet",
+            "num_classes": 10,
+            "attention": {"class_path": "visionattn.attention.CBAM", "init_args": {"reduction": 8}},
+            "attention_at": ["layer3", "layer4"],
+        },
+    }
+    for part in ("overlays", "report"):
+        config[part]["method"]["init_args"]["layer"] = "backbone.layer3"  # the gate that was inserted
+    Path("inserted.yaml").write_text(yaml.safe_dump(config))
+    flags = [*SMALL, "--model.gamma_lr_factor=50", "--test_after_fit=false"]
+    assert main(["fit", "--config", "inserted.yaml", *flags]) == 0
+    run = Path("runs/quickstart/0")
+    gammas = {name: t.item() for name, t in load(run / "best.ckpt").state_dict().items() if name.endswith(".gamma")}
+    saved = torch.load(run / "best.ckpt", weights_only=True)["state_dict"]
+    assert gammas == {name: saved[name].item() for name in gammas}
+    assert len(gammas) == 2
+    assert all(abs(gamma) > 1e-3 for gamma in gammas.values())  # they have opened
+    command = ["test", "--config", str(run / "config.yaml"), f"--ckpt_path={run / 'best.ckpt'}"]
+    assert main(command) == 0
+    fails(
+        ["fit", "--config", "inserted.yaml", *flags, "--model.network.attention_at=layer7"],
+        2,
+        "no module of this ResNet is named 'layer7'",
+        "layer4",
+        capsys=capsys,
+    )
+
+
 def test_a_config_is_found_from_anywhere(tmp_path, monkeypatch):
     from visionattn.training.command import find_configs
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
+    from visionattn.attention.insertion import insert as insert
     from visionattn.training.checkpoints import load as load
 
-__getattr__, __dir__ = lazy(__name__, {"training.checkpoints": ("load",)})
+__getattr__, __dir__ = lazy(__name__, {"attention.insertion": ("insert",), "training.checkpoints": ("load",)})

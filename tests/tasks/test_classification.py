@@ -1,5 +1,8 @@
 """The classification task, by hand: one batch at a time, against torch, sklearn and slow loops."""
 
+import itertools
+from functools import partial
+
 import lightning as L
 import numpy as np
 import pytest
@@ -9,7 +12,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from torch import nn
 from torch.utils.data import DataLoader
 
+from visionattn.attention import SE, insert
 from visionattn.errors import DataError
+from visionattn.models import ConvNet
 from visionattn.tasks import Classification
 
 
@@ -124,8 +129,6 @@ def test_schedulers_step_when_they_should():
         trainer(max_epochs=epochs).fit(task, datamodule=Points(images, labels))
         return found
 
-    from functools import partial
-
     halved = rates(lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5))
     assert halved == [1, 1, 1, 0.5, 0.5, 0.5]
     cycle = rates(partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=None))
@@ -133,6 +136,35 @@ def test_schedulers_step_when_they_should():
     assert cycle[-1] == min(cycle)
     plateau = rates(lambda o: L.pytorch.cli.ReduceLROnPlateau(o, monitor="val/loss", patience=0, threshold=100.0), 3)
     assert plateau[-1] < 1
+
+
+def test_gates_of_inserted_attention_learn_at_their_own_rate():
+    """With sign descent, every step is as long as the rate: γ's step over another weight's is the factor."""
+    images, labels = points()
+
+    class Signs(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = closure()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data.add_(parameter.grad.sign(), alpha=-group["lr"])
+            return loss
+
+    network = ConvNet(4, widths=(8,), in_chans=4)
+    (part,) = insert(network, SE, image=torch.zeros(4, 6, 6)).places.values()
+    cycle = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.01, total_steps=None, cycle_momentum=False)
+    task = Classification(network, optimizer=lambda p: Signs(p, lr=0.01), lr_scheduler=cycle, gamma_lr_factor=30.0)
+    steps = []
+
+    def note(*_):
+        steps.append((part.gamma.item(), network.head.bias[0].item(), task.optimizers().param_groups[0]["lr"]))
+
+    task.on_train_batch_start = note
+    trainer(max_epochs=2, limit_val_batches=0, num_sanity_val_steps=0).fit(task, datamodule=Points(images, labels))
+    assert len(steps) == 6
+    for (gamma, bias, rate), (next_gamma, next_bias, _) in itertools.pairwise(steps):
+        assert abs(next_bias - bias) == pytest.approx(rate, rel=1e-3)
+        assert abs(next_gamma - gamma) == pytest.approx(30 * rate, rel=1e-3)
 
 
 def test_averaged_weights_are_the_moving_average():

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from visionattn.attention.coordinate import CoordinateAttention as CoordinateAttention
     from visionattn.attention.coordinate import SimpleCoordinateAttention as SimpleCoordinateAttention
     from visionattn.attention.coordinate import StripAttention as StripAttention
+    from visionattn.attention.insertion import insert as insert
+    from visionattn.attention.insertion import optimizer_for as optimizer_for
     from visionattn.attention.joint import BAM as BAM
     from visionattn.attention.joint import CBAM as CBAM
     from visionattn.attention.joint import EMA as EMA
@@ -78,6 +80,10 @@ __getattr__, __dir__ = lazy(
             "SimpleCoordinateAttention",
             "ELA",
             "StripAttention",
+        ),
+        "insertion": (
+            "insert",
+            "optimizer_for",
         ),
         "joint": (
             "CBAM",

@@ -1,9 +1,12 @@
 """A timm backbone as a classifier."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from visionattn.attention import insert
 from visionattn.models.backbone import create_backbone
 
 
@@ -16,9 +19,14 @@ class Classifier(nn.Module):
         pretrained: start from the weights that timm names for this model, from the hub.
         weights: start from this file instead (.safetensors or .pth).
         options: further arguments of the timm model, e.g. `{drop_path_rate: 0.1, img_size: 96}`.
+        attention: makes a mechanism from a number of channels, which is inserted after the weights are loaded; None for
+            the backbone as it is.
+        attention_at: where, as `insert` takes it: `stages`, `blocks`, `branches`, or names of the backbone's modules.
+        attention_preserve: behind gates that start closed, so that the weights keep their accuracy; false for the
+            papers' form.
 
     Raises:
-        UsageError, DataError: as `create_backbone`.
+        UsageError, DataError: as `create_backbone` and `insert`.
 
     Shape: (B, 3, H, W), normalised → logits (B, K).
     """
@@ -31,12 +39,27 @@ class Classifier(nn.Module):
         pretrained: bool = False,
         weights: str | None = None,
         options: dict[str, Any] | None = None,
+        attention: Callable[[int], nn.Module] | None = None,
+        attention_at: str | Sequence[str] = "stages",
+        attention_preserve: bool = True,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.backbone = create_backbone(
             backbone, num_classes=num_classes, pretrained=pretrained, weights=weights, **(options or {})
         )
+        if attention is not None:
+            image = _example(options or {})
+            insert(self.backbone, attention, at=attention_at, preserve=attention_preserve, image=image)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.backbone(x_BCHW)
+
+
+def _example(options: dict[str, Any]) -> Tensor | None:
+    """An image as the options want it; None where they leave it to the model's own configuration."""
+    if not {"img_size", "in_chans"} & options.keys():
+        return None
+    size = options.get("img_size", 224)
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return torch.zeros(options.get("in_chans", 3), height, width)

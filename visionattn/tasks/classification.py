@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H rows, W columns, K classes.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -20,6 +21,7 @@ from torchmetrics.classification import (
 )
 from torchvision.transforms import v2
 
+from visionattn.attention import optimizer_for
 from visionattn.errors import DataError
 
 
@@ -36,6 +38,7 @@ class Classification(L.LightningModule):
         lr_scheduler: makes a scheduler from an optimizer. One that takes `total_steps` and was given none, as
             OneCycleLR, is told the length of the training and steps with every batch.
         lr_interval: when other schedulers step.
+        gamma_lr_factor: how much faster the gates γ of inserted attention learn; they start at 0 and have to open.
         label_smoothing: share of the truth that is spread over all classes, in [0, 1).
         class_weights: a weight a class in the loss; `balanced` weighs a class by (images / K) / (its images).
         mixup: alpha of mixup (Zhang et al. 2018, 1710.09412); 0 is off.
@@ -52,6 +55,7 @@ class Classification(L.LightningModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
+        gamma_lr_factor: float = 10.0,
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | Literal["balanced"] | None = None,
         mixup: float = 0.0,
@@ -66,6 +70,7 @@ class Classification(L.LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        self.gamma_lr_factor = gamma_lr_factor
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.mixup = mixup
@@ -130,8 +135,8 @@ class Classification(L.LightningModule):
         return {"path": batch["path"], "probability": self(batch["image"]).softmax(-1)}
 
     def configure_optimizers(self) -> Any:
-        parameters = self.parameters()
-        optimizer = self.optimizer(parameters) if self.optimizer else torch.optim.AdamW(parameters, lr=1e-3)
+        make = self.optimizer or partial(torch.optim.AdamW, lr=1e-3)
+        optimizer = optimizer_for(self, make, gamma_lr_factor=self.gamma_lr_factor)
         if self.lr_scheduler is None:
             return optimizer
         asked = getattr(self.lr_scheduler, "keywords", {})
