@@ -42,10 +42,19 @@ def test_folders_of_splits_are_taken_as_they_are(photo_folder, tmp_path):
         data.setup("test")
 
 
+def test_without_a_val_folder_some_training_images_are_kept_for_it(photo_folder, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).symlink_to(photo_folder)
+    data = ImageFolderData(str(tmp_path), val_share=0.25, test_share=0.5, num_workers=0)
+    train, val, test = (paths(data, split) for split in ("train", "val", "test"))
+    assert (len(train), len(val), len(test)) == (45, 15, 60)
+    assert not train & val
+    assert {path.parent.parent.name for path in train | val} == {"train"}
+    assert {path.parent.parent.name for path in test} == {"test"}
+
+
 def test_folders_that_disagree_are_named(photo_folder, tmp_path):
     (tmp_path / "train").symlink_to(photo_folder)
-    with pytest.raises(DataError, match="no val folder"):
-        ImageFolderData(str(tmp_path))
     (tmp_path / "val").mkdir()
     for number in range(4):
         (tmp_path / "val" / f"class{number}").symlink_to(photo_folder / f"class{number}")

@@ -136,15 +136,16 @@ class ClutteredDigitsData(ClassificationData):
 class ImageFolderData(ClassificationData):
     """Images in folders, a sub-folder a class.
 
-    Either `root` holds train/ and val/ (also valid/ or validation/), perhaps test/, with the classes inside each; or it
-    holds the classes themselves, and is split at random, the same share of every class, by `seed`.
+    Either `root` holds train/, perhaps val/ (also valid/ or validation/) and test/, with the classes inside each; or it
+    holds the classes themselves. Where there is no val/, it is drawn from the training images at random, the same share
+    of every class, by `seed`.
 
     Args:
         root: the folder.
         preprocess: to the model's input; 224 × 224 from the middle, with ImageNet's mean and deviation, by default.
         augment: changes training images at random, e.g. `visionattn.data.transforms.Augmentation`.
-        val_share: where root is one folder: share of each class for validation.
-        test_share: the same for testing; 0 makes no test split.
+        val_share: where there is no val/: share of each class for validation.
+        test_share: where root holds the classes themselves: the same for testing; 0 makes no test split.
         batch_size, num_workers, seed: as `ClassificationData`.
 
     Raises:
@@ -171,12 +172,11 @@ class ImageFolderData(ClassificationData):
         self.root = Path(root)
         self.augment = augment
         self.val_share = val_share
-        self.test_share = test_share
         folders = {split: self._folder(split) for split in ("train", "val", "test")}
         if folders["train"]:
             self._files = self._from_folders(folders)
         else:
-            self._files = self._from_one(find_classes(self.root))
+            self._files = self._divided(find_classes(self.root), test_share)
 
     @property
     def class_counts(self) -> NDArray[np.int64]:
@@ -193,10 +193,6 @@ class ImageFolderData(ClassificationData):
         return next((self.root / name for name in names if (self.root / name).is_dir()), None)
 
     def _from_folders(self, folders: dict[str, Path | None]) -> dict[str, list[tuple[Path, int]]]:
-        if folders["val"] is None:
-            raise DataError(
-                f"{self.root} has a train folder and no val folder; add {self.root / 'val'} with the same classes"
-            )
         classes = {split: find_classes(folder) for split, folder in folders.items() if folder}
         self.class_names = tuple(classes["train"])
         for split, found in classes.items():
@@ -204,17 +200,19 @@ class ImageFolderData(ClassificationData):
                 only = "only in" if odd[0] in found else "missing from"
                 raise DataError(f"the class {odd[0]!r} is {only} {folders[split]}; every split needs the same classes")
         numbers = {name: number for number, name in enumerate(self.class_names)}
-        return {
+        files = {
             split: [(path, numbers[name]) for name, paths in found.items() for path in paths]
             for split, found in classes.items()
         }
+        return files if "val" in files else files | self._divided(classes["train"], 0.0)
 
-    def _from_one(self, classes: dict[str, list[Path]]) -> dict[str, list[tuple[Path, int]]]:
+    def _divided(self, classes: dict[str, list[Path]], test_share: float) -> dict[str, list[tuple[Path, int]]]:
+        """Draw validation and test images from a folder of classes; the rest is for training."""
         self.class_names = tuple(classes)
         random = np.random.default_rng(self.seed)
         files: dict[str, list[tuple[Path, int]]] = {"train": [], "val": [], "test": []}
         for label, (name, paths) in enumerate(classes.items()):
-            counts = [max(1, round(share * len(paths))) if share else 0 for share in (self.val_share, self.test_share)]
+            counts = [max(1, round(share * len(paths))) if share else 0 for share in (self.val_share, test_share)]
             if sum(counts) >= len(paths):
                 raise DataError(
                     f"the class {name!r} has {len(paths)} images, too few to split; add some or give val_share"

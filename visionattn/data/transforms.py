@@ -87,20 +87,28 @@ def fit_affine(coordinates_HW2: NDArray[np.float32]) -> NDArray[np.float64] | No
     places_N3, values_N2 = places[~filled], values[~filled]
     if len(places_N3) < 3:
         return None
-    # reflected borders and pixels mixed with the fill follow other maps: the one that most pixels follow is looked for,
-    # by trying the maps through some triples of pixels (RANSAC)
-    triples = np.random.default_rng(0).integers(0, len(places_N3), (32, 3))
-    triples = triples[abs(np.linalg.det(places_N3[triples])) > 1]
-    if not len(triples):
-        return None
-    maps = np.linalg.solve(places_N3[triples], values_N2[triples])
-    follow = (abs(places_N3 @ maps - values_N2) < 0.5).all(2)
-    best = follow[follow.sum(1).argmax()]
-    to_source, *_ = np.linalg.lstsq(places_N3[best], values_N2[best], rcond=None)
-    close = (abs(places_N3 @ to_source - values_N2) < 0.1).all(1)
+    to_source, close = _least_squares(places_N3, values_N2, np.ones(len(places_N3), bool))
+    if not close.all():
+        # reflected borders and pixels mixed with the fill follow other maps: the one that most pixels follow is looked
+        # for, by trying the maps through some triples of pixels (RANSAC)
+        triples = np.random.default_rng(0).integers(0, len(places_N3), (32, 3))
+        triples = triples[abs(np.linalg.det(places_N3[triples])) > 1]
+        if not len(triples):
+            return None
+        maps = np.linalg.solve(places_N3[triples], values_N2[triples])
+        follow = (abs(places_N3 @ maps - values_N2) < 0.5).all(2)
+        to_source, close = _least_squares(places_N3, values_N2, follow[follow.sum(1).argmax()])
     if close.mean() < 0.5 or abs(np.linalg.det(to_source[:2])) < 1e-9:
         return None
     return np.linalg.inv(np.vstack([to_source.T, [0, 0, 1]]))[:2]
+
+
+def _least_squares(
+    places_N3: NDArray[np.float64], values_N2: NDArray[np.float64], some_N: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """The map that some pixels follow best, and which of all follow it to a tenth of a pixel."""
+    to_source, *_ = np.linalg.lstsq(places_N3[some_N], values_N2[some_N], rcond=None)
+    return to_source, (abs(places_N3 @ to_source - values_N2) < 0.1).all(1)
 
 
 def _coordinates(size: Size) -> NDArray[np.float32]:
