@@ -209,7 +209,9 @@ def table(rows: list[Row]) -> str:
         f"**{len(covered)} of {len(families)} timm families ({100 * len(covered) / len(families):.0f} %)** take CBAM "
         "after every stage: plain weights load strictly, the outputs do not move by a bit, γ has a gradient at once "
         "and the mechanism after a step, the weights survive a state dict, and `remove()` gives back the network as it "
-        "was.",
+        "was. Places that do not matter for the output are left out: after the last block of a ViT whose class token "
+        "is read, between the blocks of SelecSLS, which hand lists on, where EfficientViM gives a map on unused. Of "
+        "Hiera's tokens only those of the last stage lie in rows.",
         "",
         "| family | member | after which module, channels × rows × columns | outputs equal | learns | restored |",
         "|---|---|---|---|---|---|",

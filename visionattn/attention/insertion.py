@@ -158,7 +158,9 @@ def optimizer_for(
     Args:
         model: with or without insertions; without, the optimizer has one group.
         make: makes the optimizer from parameters or groups of them.
-        gamma_lr_factor: > 0.
+        gamma_lr_factor: > 0. Measured once, CBAM after the blocks of a small network that had learned noisy digits, 114
+            steps of AdamW at 5e-4, two seeds: |γ| reached .05 with 1, .42 with 10, 1.6 with 100, and accuracy was
+            .966, .968 and .961.
     """
     if gamma_lr_factor <= 0:
         raise ValueError(f"gamma_lr_factor must be > 0, got {gamma_lr_factor}")
@@ -179,12 +181,8 @@ def _names(survey: Survey, at: str | Sequence[str]) -> list[str]:
     names = {"stages": survey.stages, "blocks": survey.blocks, "branches": survey.branches}[at]()
     if not names:
         others = [kind for kind in ("stages", "blocks", "branches") if kind != at and getattr(survey, kind)()]
-        works = " and ".join(f"at={kind!r}" for kind in others)
-        raise UsageError(
-            f"no {at} can be found in this {survey.kind}; "
-            + (f"{works} work, or " if works else "")
-            + "name modules of it"
-        )
+        works = " or ".join([*(f"take at={kind!r}" for kind in others), "name modules of it"])
+        raise UsageError(f"no {at} can be found in this {survey.kind}; {works}")
     return names
 
 

@@ -407,8 +407,8 @@ def _layout(output: Tensor, images_BCHW: Tensor, item: int | None = None) -> Lay
 def _agreement(layout: Layout, output: Tensor) -> float:
     """How much the outputs differ where the images do: 1 where no other cells, as many, differ more.
 
-    Measured on random weights of 20 families that have tokens in the order of rows: at least .74, mostly 1. Hiera,
-    whose tokens have an order of their own: .06.
+    Measured on random weights, after the blocks of 19 families of timm whose tokens lie in rows: at least .82, mostly
+    1. Hiera, whose tokens have an order of their own: .03 and .06 after its first two stages.
     """
     maps_BChw = layout.to_maps(output.detach()).float()
     change_hw = (maps_BChw[0] - maps_BChw[1]).abs().sum(0)
