@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H rows, W columns, K classes.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ class ConvNet(nn.Module):
 
         block:  x + attention(BN(conv(relu(BN(conv(x))))))        (He et al. 2016, 1512.03385; Woo et al. 2018, fig. 3)
 
-    Two convolutions of stride 2 come first, and the first block of every stage but the first halves the resolution
-    again: two stages end at an eighth of the image's size.
+    Two convolutions come first, and the first block of every stage but the first halves the resolution again: two stages
+    behind a stem of stride 4 end at an eighth of the image's size.
 
     The last stage is pooled by its generalised mean (Radenović et al. 2018, 1711.02512, eq. 3; p is not learned):
 
@@ -27,6 +28,7 @@ class ConvNet(nn.Module):
         pool: p, ≥ 1; 1 is the mean, and the larger it is the nearer to the maximum, for objects that fill little of the
             image.
         depth: blocks a stage.
+        stem_stride: of the two first convolutions together; 1, 2 or 4, and the smaller the images the smaller.
         attention: makes a mechanism from a number of channels; None for a plain network.
         head: makes what turns the last feature map into logits, from (its channels, K), e.g. `attention.AttentionHead`;
             None for pooling and a linear layer.
@@ -41,6 +43,7 @@ class ConvNet(nn.Module):
         *,
         widths: Sequence[int] = (32, 64),
         depth: int = 1,
+        stem_stride: Literal[1, 2, 4] = 4,
         pool: float = 1.0,
         attention: Callable[[int], nn.Module] | None = None,
         head: Callable[[int, int], nn.Module] | None = None,
@@ -51,6 +54,8 @@ class ConvNet(nn.Module):
             raise ValueError(
                 f"a ConvNet needs at least one class, block and stage, got {num_classes=}, {depth=}, {widths=}"
             )
+        if stem_stride not in (1, 2, 4):
+            raise ValueError(f"stem_stride must be 1, 2 or 4, got {stem_stride}")
         if pool < 1:
             raise ValueError(f"pool must be ≥ 1, got {pool}")
         if head is not None and pool != 1:
@@ -58,10 +63,10 @@ class ConvNet(nn.Module):
         self.num_classes = num_classes
         self.pool = pool
         self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, widths[0] // 2, 3, stride=2, padding=1, bias=False),
+            nn.Conv2d(in_chans, widths[0] // 2, 3, stride=2 if stem_stride > 1 else 1, padding=1, bias=False),
             nn.BatchNorm2d(widths[0] // 2),
             nn.ReLU(),
-            nn.Conv2d(widths[0] // 2, widths[0], 3, stride=2, padding=1, bias=False),
+            nn.Conv2d(widths[0] // 2, widths[0], 3, stride=2 if stem_stride > 2 else 1, padding=1, bias=False),
             nn.BatchNorm2d(widths[0]),
             nn.ReLU(),
         )
