@@ -4,7 +4,7 @@ Shapes: B batch, C channels of the layer, h × w its grid, K outputs.
 """
 
 from abc import abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +16,31 @@ from visionattn.maps.fitting import fitting_survey
 from visionattn.maps.layout import Activation, Tokens
 from visionattn.maps.running import look, run
 from visionattn.maps.sites import Survey
-from visionattn.maps.watching import Watcher
+from visionattn.maps.watching import in_python
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class Cut(Watcher):
+class Cut:
     """Cuts the graph at one module: its output becomes a leaf, and only what follows carries gradients."""
 
     def __init__(self, model: nn.Module, name: str, *, grad: bool = True) -> None:
-        super().__init__(model)
-        self.name, self.grad = name, grad
+        self.module, self.grad = model.get_submodule(name), grad
         self.leaf: Tensor | None = None
-        self._before = False
 
-    def watched(self, module: nn.Module) -> bool:
-        return self.names[module] == self.name
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __enter__(self) -> "Self":
         self._before = torch.is_grad_enabled()
+        in_python.__enter__()
+        self._handle = self.module.register_forward_hook(self._cut)
+        return self
 
-    def end(self) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self._handle.remove()
+        in_python.__exit__()
         torch.set_grad_enabled(self._before)
 
-    def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        if name != self.name:
-            return None
+    def _cut(self, module: nn.Module, args: Any, out: Any) -> Any:
         value = out[0] if isinstance(out, (tuple, list)) else out
         if not self.grad:
             self.leaf = value.detach().clone()  # an in-place activation that follows would spoil it

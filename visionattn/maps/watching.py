@@ -7,7 +7,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,7 +81,9 @@ def _hear_global_names(undo: contextlib.ExitStack) -> None:
         setattr(F, name, functools.partial(_heard, original, event))
 
 
-_python = _Shared(_stay_in_python)
+in_python = _Shared(_stay_in_python)
+"""Inside, nothing happens in opaque kernels or compiled code, so that every hook and function is met."""
+
 _names = _Shared(_hear_global_names)
 
 
@@ -114,7 +116,7 @@ class Watcher(TorchFunctionMode):
         self.stack: list[str] = []
         self._thread = threading.get_ident()
         self._depth = 0
-        self._handles: list[Any] = []
+        self._handles: dict[nn.Module, tuple[Any, Any]] = {}
 
     # Events ---------------------------------------------------------------------------------------------------------
 
@@ -181,34 +183,44 @@ class Watcher(TorchFunctionMode):
             finally:
                 _inside.watchers = before
 
-    def __enter__(self) -> "Self":
-        self._depth = getattr(_surveying, "depth", 0)
-        _python.__enter__()
+    def focus(self, names: Container[str]) -> None:
+        """Until the outermost module returns, hear of no module but these: hooks cost time."""
+        for module in [m for m in self._handles if self.names[m] not in names and self.names[m] not in self.stack]:
+            for handle in self._handles.pop(module):
+                handle.remove()
+
+    def _listen(self) -> None:
         for module in self.names:
-            if isinstance(module, torch.jit.ScriptModule):
-                continue  # it takes no hooks, and calls no function of torch
+            if module in self._handles or isinstance(module, torch.jit.ScriptModule):
+                continue  # a scripted module takes no hooks, and calls no function of torch
             if module is self.model or self.watched(module):
-                self._handles += [
+                self._handles[module] = (
                     module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
                     module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-                ]
+                )
+
+    def __enter__(self) -> "Self":
+        self._depth = getattr(_surveying, "depth", 0)
+        in_python.__enter__()
+        self._listen()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
         self._handles.clear()
         self.stack.clear()
-        _python.__exit__()
+        in_python.__exit__()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._deaf:
             return
-        if not self.stack:
-            self.begin(module, args, kwargs)
         self.stack.append(self.names[module])
+        if len(self.stack) == 1:
+            self.begin(module, args, kwargs)
         self.enter(self.stack[-1], module)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -220,3 +232,4 @@ class Watcher(TorchFunctionMode):
         finally:
             if not self.stack:
                 self.end()
+                self._listen()

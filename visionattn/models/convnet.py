@@ -15,8 +15,8 @@ class ConvNet(nn.Module):
 
         block:  x + attention(BN(conv(relu(BN(conv(x))))))        (He et al. 2016, 1512.03385; Woo et al. 2018, fig. 3)
 
-    Two convolutions come first, and the first block of every stage but the first halves the resolution again: two stages
-    behind a stem of stride 4 end at an eighth of the image's size.
+    Two convolutions come first, and the first block of every stage but the first halves the resolution again: behind a
+    stem of stride 4, two stages end at an eighth of the image's size.
 
     The last stage is pooled by its generalised mean (Radenović et al. 2018, 1711.02512, eq. 3; p is not learned):
 
