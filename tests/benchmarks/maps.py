@@ -2,9 +2,9 @@
 
     python tests/benchmarks/maps.py [--json FILE] [--models small base] [--rounds N] [--rows NAME ...]
 
-Ratios are medians of CPU time over rounds in which the plain forward and every row take turns, so that a busy machine
-slows all alike. Memory is the peak above the loaded model, each in a process of its own. Goals are those of the
-project.
+Ratios are medians over rounds in which every row runs between two plain forward passes, so that a busy machine slows
+all alike; of CPU time, and beside it of wall time, which means something on a quiet machine only. Memory is the peak
+above the loaded model, each in a process of its own. Goals are those of the project.
 """
 
 import argparse
@@ -71,19 +71,24 @@ ROWS = {
 
 
 def ratios(size, names, rounds):
-    """Median CPU time of each row over that of the plain forward."""
+    """Median ratio of each row to the plain forward passes right before and after it: (CPU time, wall time)."""
     model, images = load(size)
-    names = ["forward", *names]
-    spent = {name: [] for name in names}
-    for name in names:  # once unmeasured: memory is mapped, and the model surveyed
-        ROWS[name](model, images)
+    for name in ["forward", *names]:  # once unmeasured: memory is mapped, and the model surveyed
+        spent(name, model, images)
+    found = {name: [] for name in names}
+    before = spent("forward", model, images)
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.process_time()
-            ROWS[name](model, images)
-            spent[name].append(time.process_time() - start)
-    forward = statistics.median(spent["forward"])
-    return {name: statistics.median(times) / forward for name, times in spent.items() if name != "forward"}
+            row, after = spent(name, model, images), spent("forward", model, images)
+            found[name].append([2 * r / (b + a) for r, b, a in zip(row, before, after, strict=True)])
+            before = after
+    return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in found.items()}
+
+
+def spent(name, model, images):
+    cpu, wall = time.process_time(), time.perf_counter()
+    ROWS[name](model, images)
+    return time.process_time() - cpu, time.perf_counter() - wall
 
 
 def peak_megabytes(size, name):
@@ -117,17 +122,16 @@ def main():
         return
     results = []
 
-    def report(name, value, goal):
+    def report(name, value, goal, beside=""):
         results.append({"name": name, "value": round(value, 4), "goal": goal, "better": "lower"})
-        verdict = "" if goal is None else f"  ≤ {goal}  {'ok' if value <= goal else 'MISSED'}"
-        print(f"{name:28s} {value:9.3f}{verdict}", flush=True)
+        verdict = "" if goal is None else f"  ≤ {goal:<4}  {'ok' if value <= goal else 'MISSED'}"
+        print(f"{name:28s} {value:9.3f}{verdict}{beside}", flush=True)
 
     for size in options.models:
         column = list(MODELS).index(size)
-        for name, value in ratios(
-            size, options.rows, options.rounds if size == "small" else max(3, options.rounds // 2)
-        ).items():
-            report(f"{name}_{size}", value, GOALS[name][column])
+        rounds = options.rounds if size == "small" else max(3, options.rounds // 2)
+        for name, (cpu, wall) in ratios(size, options.rows, rounds).items():
+            report(f"{name}_{size}", cpu, GOALS[name][column], f"  wall {wall:.3f}")
         if options.no_memory:
             continue
         for name in ["forward", *options.rows]:

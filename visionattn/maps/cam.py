@@ -250,6 +250,8 @@ def _unreached(activation: Activation) -> str:
 def _on_grid(value: Tensor, activation: Activation) -> Tensor:
     """(B, C, N) of the positions that lie on the grid, without class and register tokens."""
     value_BCN = value.detach().float().movedim(activation.channel_axis, 1).flatten(2)
+    if activation.tokens.in_order:
+        return value_BCN[:, :, activation.tokens.num_prefix_tokens :]
     placed = (activation.tokens.index_WN[0] >= 0).to(value.device)
     return value_BCN if placed.all() else value_BCN[:, :, placed]
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from visionattn.maps.layout import Site
 
-_CHUNK = 8_000_000  # weights computed at a time: 32 MB of float32; smaller pieces cost more calls and gain no speed
-
+# Weights computed at a time, float32: images are taken together up to 4 MB, since small calls use no two threads and
+# memory beyond the model's own would be mapped anew by every layer; heads are split beyond 24 MB.
+_TOGETHER, _MOST = 1_000_000, 6_000_000
 
 Piece: TypeAlias = "tuple[slice, slice, slice]"
 """Some images, windows and heads."""
@@ -101,9 +102,7 @@ class Call:
             return self.weights[:, :, :, queries].detach().float()
         assert self.query is not None
         assert self.key is not None
-        query, key = self.query[:, :, :, queries].float(), self.key.float()
-        # for one query, a product of matrices would copy all keys first
-        logits = (query * key).sum(-1)[:, :, :, None] if query.shape[3] == 1 else query @ key.mT
+        logits = products(self.query[:, :, :, queries].float(), self.key.float())
         logits *= self.scale
         if self.bias is not None:
             logits += self.bias[:, :, :, queries]
@@ -116,10 +115,10 @@ class Call:
         attention's own output is made of them on the way, so that the fused call need not compute them once more.
         """
         batch, windows, heads, queries, keys = self.shape
-        room = _CHUNK // (queries * keys)
-        some_heads = min(heads, max(1, room))
-        some_windows = min(windows, max(1, room // heads))
-        some_images = min(batch, max(1, room // (heads * windows)))
+        some_heads = min(heads, max(1, _MOST // (queries * keys)))
+        room = _TOGETHER // (heads * queries * keys)
+        some_windows = min(windows, max(1, room))
+        some_images = min(batch, max(1, room // windows))
         buffer = None
         for piece in itertools.product(
             _slices(batch, some_images), _slices(windows, some_windows), _slices(heads, some_heads)
@@ -166,6 +165,13 @@ class Call:
     def zeros(self, *shape: int) -> Tensor:
         """Zeros, float32, on the device of the call."""
         return self.new(*shape).zero_()
+
+
+def products(a_BWHQD: Tensor, b_BWHKD: Tensor) -> Tensor:
+    """a bᵀ, (B, W, H, Q, K); for one query, a product of matrices would copy all of b first."""
+    if a_BWHQD.shape[3] == 1:
+        return (a_BWHQD * b_BWHKD).sum(-1)[:, :, :, None]
+    return a_BWHQD @ b_BWHKD.mT
 
 
 def _slices(count: int, step: int) -> list[slice]:

@@ -151,7 +151,6 @@ class Interception(Watcher):
         self._plan = {}
         for name, site in self.found.sites:
             self._plan.setdefault(f"{prefix}.{name}".strip("."), []).append(site)
-        self.focus(self._plan.keys() | {f"{prefix}.{name}".strip(".") for name in self.found.gates})
 
     def _next(self, fused: bool) -> Site | None:
         name = self.where

@@ -16,7 +16,7 @@ from visionattn.errors import UsageError
 from visionattn.maps.attention_methods import attending
 from visionattn.maps.base import Explanation, Method, Target, pick
 from visionattn.maps.chain import Row, spread
-from visionattn.maps.keep import Call
+from visionattn.maps.keep import Call, products
 from visionattn.maps.layout import Site
 from visionattn.maps.records import Interception, place
 from visionattn.maps.rollout import check_chain, class_row_only
@@ -66,7 +66,7 @@ def weighted_rows(call: Call, gradient: Tensor, queries: slice) -> Tensor:
     else:
         assert call.value is not None
         dO = call.site.canonical(gradient)[:, :, :, queries]
-        dA = dO.float() @ call.value.float().mT
+        dA = products(dO.float(), call.value.float())
     return (weights_BWHQK * dA).relu_().mean(2)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,8 @@ _HEARD = ATTENTION | SOFTMAX | {F.multi_head_attention_forward}
 _BUILT_IN = tuple(
     f"torch.nn.modules.{kind}" for kind in ("linear", "conv", "normalization", "dropout", "batchnorm", "pooling")
 )
+_NEVER = nn.Softmax, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase  # nor do what others made of these
+_ACTIVATIONS = frozenset({nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU})
 
 
 _surveying = threading.local()
@@ -116,7 +118,7 @@ class Watcher(TorchFunctionMode):
         self.stack: list[str] = []
         self._thread = threading.get_ident()
         self._depth = 0
-        self._handles: dict[nn.Module, tuple[Any, Any]] = {}
+        self._handles: list[Any] = []
 
     # Events ---------------------------------------------------------------------------------------------------------
 
@@ -145,8 +147,10 @@ class Watcher(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def watched(self, module: nn.Module) -> bool:
-        """Whether to hear of this module's start and end; leaves of torch.nn do not attend."""
-        return not isinstance(module, nn.Softmax) and not type(module).__module__.startswith(_BUILT_IN)
+        """Whether to hear of this module's start and end, which costs time; leaves of torch.nn do not attend."""
+        if type(module) in _ACTIVATIONS:
+            return self.names[module].rpartition(".")[2] == "gate"
+        return not isinstance(module, _NEVER) and not type(module).__module__.startswith(_BUILT_IN)
 
     # Machinery ------------------------------------------------------------------------------------------------------
 
@@ -183,34 +187,24 @@ class Watcher(TorchFunctionMode):
             finally:
                 _inside.watchers = before
 
-    def focus(self, names: Container[str]) -> None:
-        """Until the outermost module returns, hear of no module but these: hooks cost time."""
-        for module in [m for m in self._handles if self.names[m] not in names and self.names[m] not in self.stack]:
-            for handle in self._handles.pop(module):
-                handle.remove()
-
-    def _listen(self) -> None:
-        for module in self.names:
-            if module in self._handles or isinstance(module, torch.jit.ScriptModule):
-                continue  # a scripted module takes no hooks, and calls no function of torch
-            if module is self.model or self.watched(module):
-                self._handles[module] = (
-                    module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
-                    module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
-                )
-
     def __enter__(self) -> "Self":
         self._depth = getattr(_surveying, "depth", 0)
         in_python.__enter__()
-        self._listen()
+        for module in self.names:
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it takes no hooks, and calls no function of torch
+            if module is self.model or self.watched(module):
+                self._handles += [
+                    module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+                    module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
+                ]
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for handles in self._handles.values():
-            for handle in handles:
-                handle.remove()
+        for handle in self._handles:
+            handle.remove()
         self._handles.clear()
         self.stack.clear()
         in_python.__exit__()
@@ -232,4 +226,3 @@ class Watcher(TorchFunctionMode):
         finally:
             if not self.stack:
                 self.end()
-                self._listen()
