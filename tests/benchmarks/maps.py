@@ -2,6 +2,8 @@
 
     python tests/benchmarks/maps.py [--json FILE] [--models small base] [--rounds N] [--rows NAME ...]
 
+The rows `peer_…` are other packages, for comparison.
+
 Ratios are medians over rounds in which every row runs between two plain forward passes, so that a busy machine slows
 all alike; of CPU time, and beside it of wall time, which means something on a quiet machine only. Memory is the peak
 above the loaded model, each in a process of its own. Goals are those of the project.
@@ -34,6 +36,8 @@ GOALS = {
     "rollout": (1.05, 1.02),
     "grad_attention": (1.08, 1.05),
     "gradcam": (1.12, 1.10),
+    "peer_gradcam": (None, None),
+    "peer_extract": (None, None),
 }
 MEMORY_GOALS = {"cls_all": (80, 330), "rollout": (100, 360), "gradcam": (100, 400)}
 
@@ -59,6 +63,33 @@ def recorded(keep, layers=None):
     return watch
 
 
+def peer_gradcam(model, images):
+    """pytorch-grad-cam as its README has it for a ViT."""
+    from pytorch_grad_cam import GradCAM as PeerGradCAM
+
+    def to_maps(tokens):
+        side = int((tokens.shape[1] - 1) ** 0.5)
+        return tokens[:, 1:].reshape(len(tokens), side, side, -1).permute(0, 3, 1, 2)
+
+    with PeerGradCAM(model, [model.blocks[-1].norm1], to_maps) as cam:
+        return cam(images, None)
+
+
+def peer_extract(model, images):
+    """timm's AttentionExtract, which needs attention that is not fused: every layer's whole maps."""
+    from timm.utils import AttentionExtract
+
+    modules = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    try:
+        for module in modules:
+            module.fused_attn = False
+        with torch.no_grad():
+            return AttentionExtract(model, method="hook")(images)
+    finally:
+        for module in modules:
+            module.fused_attn = True
+
+
 ROWS = {
     "forward": plain,
     "cls_last": recorded(ClassRow(), layers=[-1]),
@@ -67,6 +98,8 @@ ROWS = {
     "rollout": lambda model, images: Rollout()(model, images),
     "grad_attention": lambda model, images: GradientAttention()(model, images),
     "gradcam": lambda model, images: GradCAM()(model, images),
+    "peer_gradcam": peer_gradcam,
+    "peer_extract": peer_extract,
 }
 
 

@@ -1,0 +1,120 @@
+"""Does soft attention help? The runs of configs/soft, summed up in a table.
+
+    for seed in 0 1 2; do
+      visionattn fit --config configs/soft/none.yaml --seed_everything $seed --data.seed $seed --name soft-none-$seed
+      visionattn fit --config configs/soft/none.yaml --config configs/soft/se.yaml …        # and each other file
+    done
+    python tests/benchmarks/soft_accuracy.py runs/soft-*-* [--json FILE]
+
+Of each mechanism: mean ± standard deviation over seeds of the test accuracy, and of how much higher the accuracy is on
+5,000 training images without augmentation; both of the checkpoint that was best on validation images. Parameters and
+multiply-adds of one forward pass; CPU time of a training step as a ratio to the network without, paired in this run.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+
+from visionattn import load
+from visionattn.data.pipeline import collate
+from visionattn.training.data_of import data_of
+
+TRAINING_IMAGES = 5_000
+
+
+def accuracy(network, dataset):
+    right = 0
+    with torch.no_grad():
+        for batch in DataLoader(dataset, 250, collate_fn=collate):
+            right += int((network(batch["image"]).argmax(1) == batch["label"]).sum())
+    return right / len(dataset)
+
+
+def look(run):
+    """The network of a run, its test accuracy, and its accuracy on training images."""
+    network = load(run / "best.ckpt").network
+    data = data_of(str(run / "config.yaml"))
+    data.augment = None
+    data.setup("fit")
+    data.setup("test")
+    train, test = data.datasets["train"], data.datasets["test"]
+    step = max(1, len(train) // TRAINING_IMAGES)
+    some = Subset(train, range(0, step * min(len(train), TRAINING_IMAGES), step))
+    return network, accuracy(network, test), accuracy(network, some)
+
+
+def multiply_adds(network, size):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, *size))
+    return counter.get_total_flops() / 2
+
+
+def step_ratio(network, plain, size, rounds=15):
+    """CPU time of a training step, the median of its ratio to the steps of the plain network before and after it."""
+    images, labels = torch.randn(128, 3, *size), torch.randint(0, 10, (128,))
+
+    def spent(some):
+        start = time.process_time()
+        F.cross_entropy(some(images), labels).backward()
+        return time.process_time() - start
+
+    for some in (network, plain):
+        spent(some.train())
+    before, found = spent(plain), []
+    for _ in range(rounds):
+        mine, after = spent(network), spent(plain)
+        found.append(2 * mine / (before + after))
+        before = after
+    return statistics.median(found)
+
+
+def spread(values):
+    mean = f"{100 * statistics.mean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="runs/soft-MECHANISM-SEED; the last version of each is read")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    found, networks = defaultdict(list), {}
+    for folder in options.runs:
+        name = folder.name.removeprefix("soft-").rpartition("-")[0]
+        run = max((entry for entry in folder.iterdir() if entry.name.isdigit()), key=lambda entry: int(entry.name))
+        networks[name], test, train = look(run)
+        found[name].append((test, train - test))
+    size, rows = (32, 32), []
+    names = sorted(found, key=lambda name: (name != "none", name))
+    print("| mechanism | seeds | test accuracy, % | train − test, points | parameters | multiply-adds | step |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
+        tests, gaps = zip(*found[name], strict=True)
+        network = networks[name]
+        count = sum(parameter.numel() for parameter in network.parameters())
+        ratio = step_ratio(network, networks["none"], size) if name != "none" else 1.0
+        millions = multiply_adds(network.eval(), size) / 1e6
+        cells = name, len(tests), spread(tests), spread(gaps), f"{count:,}", f"{millions:.2f} M", f"{ratio:.2f}×"
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        rows += [
+            {"name": f"test_accuracy_{name}", "value": statistics.mean(tests), "goal": None, "better": "higher"},
+            {"name": f"gap_{name}", "value": statistics.mean(gaps), "goal": None, "better": "lower"},
+            {"name": f"step_{name}", "value": ratio, "goal": None, "better": "lower"},
+        ]
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
