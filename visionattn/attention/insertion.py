@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from visionattn.attention.places import Layout, Survey
+from visionattn.attention.places import Layout, Places
 from visionattn.errors import UsageError
 
 _CHILD = "inserted"
@@ -122,19 +122,19 @@ def insert(
         UsageError: there is no such place, the network does not run on the image, a mechanism stands there already, or
             none can be made for the channels there. The network is then as it was.
     """
-    survey = Survey(model, image, skip=Inserted)
+    places = Places(model, image, skip=Inserted)
     modules = dict(model.named_modules())
     made: dict[str, Inserted] = {}
     hosts: list[nn.Module] = []
     hooked: list[nn.Module] = []
-    for name in _names(survey, at):
-        holder, place = survey.holder(name)
+    for name in _names(places, at):
+        holder, place = places.holder(name)
         if hasattr(modules[holder], _CHILD) or modules[holder] in hosts:
             raise UsageError(
-                f"{name} of this {survey.kind} has a mechanism inserted already; remove() that first, or choose "
+                f"{name} of this {places.kind} has a mechanism inserted already; remove() that first, or choose "
                 "another place"
             )
-        made[name] = _make(mechanism, name, survey, preserve).train(modules[name].training)
+        made[name] = _make(mechanism, name, places, preserve).train(modules[name].training)
         hosts.append(modules[holder])
         hooked.append(modules[place])
     handles = [place.register_forward_hook(part.after) for place, part in zip(hooked, made.values(), strict=True)]
@@ -143,7 +143,7 @@ def insert(
     keys = tuple(f"{name}." for name, module in model.named_modules() if any(module is part for part in made.values()))
     handles.append(model.register_load_state_dict_pre_hook(partial(_fill, keys)))
     if any(part.layout.num_prefix_tokens is not None for part in made.values()):
-        handles.append(model.register_forward_pre_hook(partial(_check_shape, survey.image_size)))
+        handles.append(model.register_forward_pre_hook(partial(_check_shape, places.image_size)))
     return Insertion(made, handles, hosts)
 
 
@@ -175,21 +175,21 @@ def optimizer_for(
     return optimizer
 
 
-def _names(survey: Survey, at: str | Sequence[str]) -> list[str]:
+def _names(places: Places, at: str | Sequence[str]) -> list[str]:
     if not isinstance(at, str) or at not in ("stages", "blocks", "branches"):
-        return survey.matching([at] if isinstance(at, str) else at)
-    names = {"stages": survey.stages, "blocks": survey.blocks, "branches": survey.branches}[at]()
+        return places.matching([at] if isinstance(at, str) else at)
+    names = {"stages": places.stages, "blocks": places.blocks, "branches": places.branches}[at]()
     if not names:
-        others = [kind for kind in ("stages", "blocks", "branches") if kind != at and getattr(survey, kind)()]
+        others = [kind for kind in ("stages", "blocks", "branches") if kind != at and getattr(places, kind)()]
         works = " or ".join([*(f"take at={kind!r}" for kind in others), "name modules of it"])
-        raise UsageError(f"no {at} can be found in this {survey.kind}; {works}")
+        raise UsageError(f"no {at} can be found in this {places.kind}; {works}")
     return names
 
 
-def _make(mechanism: Callable[[int], nn.Module], name: str, survey: Survey, preserve: bool) -> Inserted:
-    layout = survey.layout(name)
-    where = f"{name} of this {survey.kind}, {layout.channels} channels on {layout.grid[0]}×{layout.grid[1]}"
-    output = survey.output(name)
+def _make(mechanism: Callable[[int], nn.Module], name: str, places: Places, preserve: bool) -> Inserted:
+    layout = places.layout(name)
+    where = f"{name} of this {places.kind}, {layout.channels} channels on {layout.grid[0]}×{layout.grid[1]}"
+    output = places.output(name)
     try:
         part = Inserted(mechanism(layout.channels), layout, preserve=preserve).to(output.device, output.dtype)
         with torch.no_grad():

@@ -88,7 +88,7 @@ class _Seen:
     opens: bool = False
 
 
-class Survey:
+class Places:
     """What each module of a network gave for one image, in the order in which they ended.
 
     Args:
