@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -77,16 +78,22 @@ def test_quickstart_leaves_everything_in_its_run(quick_run):
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_runs(config, photo_folder, tmp_path, monkeypatch):
+    """By the command in its header, with flags that make it short and point it at other data."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"]
-    if "root: images" in config.read_text():
-        flags += [f"--data.root={photo_folder}", "--data.num_workers=0", "--data.batch_size=4"]
-    if "pretrained: true" in config.read_text():
-        flags += ["--model.network.pretrained=false"]
-    if "torchvision.datasets.MNIST" in config.read_text():
+    names = re.findall(r"--config configs/(\S+)", re.search(r"^# +visionattn fit .*", config.read_text(), re.M)[0])
+    assert CONFIGS / names[-1] == config
+    text = "".join((CONFIGS / name).read_text() for name in names)
+    command = ["fit", *(f"--config={CONFIGS / name}" for name in names)]
+    command += ["--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false"]
+    if "ImageFolderData" in text:
+        command += [f"--data.root={photo_folder}", "--data.num_workers=0", "--data.batch_size=4"]
+        command += ["--model.network.num_classes=5"]
+    if "pretrained: true" in text:
+        command += ["--model.network.pretrained=false"]
+    if "torchvision.datasets.MNIST" in text:
         monkeypatch.setattr(torchvision.datasets, "MNIST", FakeMNIST)
-        flags += ["--data.num_workers=0"]
-    assert main(["fit", "--config", str(config), *flags]) == 0
+        command += ["--data.num_workers=0"]
+    assert main(command) == 0
     assert not list(tmp_path.iterdir())  # a rehearsal leaves nothing behind
 
 
@@ -201,6 +208,9 @@ def test_data_that_cannot_be_used_is_named(photo_folder, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     command = ["fit", "--config", str(CONFIGS / "folder.yaml"), "--trainer.fast_dev_run=true", "--data.num_workers=0"]
     fails([*command, "--data.root=nothing"], 1, "there is no folder nothing", capsys=capsys)
+    photos = f"--data.root={photo_folder}"
+    fails([*command, photos, "--test_after_fit=true"], 1, "no test split", capsys=capsys)
+    assert not (tmp_path / "runs").exists()  # told before the training
     (tmp_path / "images" / "empty").mkdir(parents=True)
     fails([*command, "--data.root=images"], 1, "the class 'empty' is empty", capsys=capsys)
     for number in range(4):
