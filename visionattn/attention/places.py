@@ -103,7 +103,7 @@ class Places:
     def __init__(self, model: nn.Module, image: Tensor | None = None, *, skip: type[nn.Module]) -> None:
         self.kind = type(model).__name__
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-        self.images_BCHW = _two_images(_image_shape(model) if image is None else image.shape[-3:]).to(like)
+        self.images_BCHW = _two_images(image_shape(model) if image is None else image.shape[-3:]).to(like)
         self.image_size = (self.images_BCHW.shape[2], self.images_BCHW.shape[3])
         try:
             self._model = copy.deepcopy(model).eval()
@@ -447,7 +447,7 @@ def _two_images(shape: Sequence[int]) -> Tensor:
     return torch.stack([first, second])
 
 
-def _image_shape(model: nn.Module) -> tuple[int, int, int]:
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
     """The shape of the images that a model was configured for, 3 × 224 × 224 unless it says."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from visionattn.attention.places import image_shape
 from visionattn.maps.attention_methods import DinoHeads, RawAttention, ValueNorm
 from visionattn.maps.base import Method, undisturbed
 from visionattn.maps.cam import EigenCAM, GradCAM, GradCAMPlusPlus, LayerCAM, ScoreCAM
@@ -56,9 +57,5 @@ def methods_that_fit(model: nn.Module, images_BCHW: Tensor) -> dict[str, Method]
 
 def example(model: nn.Module) -> Tensor:
     """Make a grey image of the size that a model was configured for, 224 × 224 unless it says."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    channels, height, width = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    height, width = size if isinstance(size, tuple) else (height, width)
     like = next(model.parameters(), torch.zeros(()))
-    return torch.zeros(1, channels, height, width, device=like.device, dtype=like.dtype)
+    return torch.zeros(1, *image_shape(model), device=like.device, dtype=like.dtype)
