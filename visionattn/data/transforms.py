@@ -108,7 +108,8 @@ def _least_squares(
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The map that some pixels follow best, and which of all follow it to a tenth of a pixel."""
     to_source, *_ = np.linalg.lstsq(places_N3[some_N], values_N2[some_N], rcond=None)
-    return to_source, (abs(places_N3 @ to_source - values_N2) < 0.1).all(1)
+    close_N: NDArray[np.bool_] = np.all(abs(places_N3 @ to_source - values_N2) < 0.1, axis=1)
+    return to_source, close_N
 
 
 def _coordinates(size: Size) -> NDArray[np.float32]:
