@@ -105,7 +105,7 @@ def fit_affine(coordinates_HW2: NDArray[np.float32]) -> NDArray[np.float64] | No
 
 def _least_squares(
     places_N3: NDArray[np.float64], values_N2: NDArray[np.float64], some_N: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
     """The map that some pixels follow best, and which of all follow it to a tenth of a pixel."""
     to_source, *_ = np.linalg.lstsq(places_N3[some_N], values_N2[some_N], rcond=None)
     close_N: NDArray[np.bool_] = np.all(abs(places_N3 @ to_source - values_N2) < 0.1, axis=1)
