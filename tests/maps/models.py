@@ -1,4 +1,4 @@
-"""Small models with attention that is far from uniform, what their attention is by hand, and what watching may not touch."""
+"""Small models whose attention is far from uniform, their attention by hand, and what watching may not touch."""
 
 import copy
 import functools

@@ -118,7 +118,7 @@ class Call:
         some_heads = min(heads, max(1, _MOST // (queries * keys)))
         room = _TOGETHER // (heads * queries * keys)
         some_windows = min(windows, max(1, room))
-        some_images = min(batch, max(1, room // windows))
+        some_images = max(1, min(batch, room // windows))  # of an empty batch there are no pieces
         buffer = None
         for piece in itertools.product(
             _slices(batch, some_images), _slices(windows, some_windows), _slices(heads, some_heads)
