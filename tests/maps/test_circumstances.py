@@ -72,6 +72,46 @@ def test_compiled_models_are_watched(how):
         close(compiled(images), plain)
 
 
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_code_is_used_again_after_capture(how, backend):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    runs = []
+
+    def counted(graph, inputs):
+        compiled = torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+        def run(*args):
+            runs.append(backend)
+            return compiled(*args)
+
+        return run
+
+    model, images = models.vit(depth=2), models.pictures()
+    expected = kept(model, images, Full())
+    compiled = model
+    if how == "torch.compile":
+        compiled = torch.compile(model, backend=counted)
+    else:
+        model.compile(backend=counted)
+    stats = torch._dynamo.utils.counters["stats"]
+    with torch.no_grad():
+        plain = compiled(images)
+        graphs, each = stats["unique_graphs"], len(runs)
+        assert each > 0
+        found = kept(compiled, images, Full())
+        assert len(found) == len(expected) == 2
+        for record, reference in zip(found, expected, strict=True):
+            close(record.weights, reference.weights, atol=1e-5, rtol=0)
+        assert len(runs) == each  # while it is watched, nothing compiled runs
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert torch.equal(compiled(images), plain)
+    assert len(runs) == 2 * each
+    assert stats["unique_graphs"] == graphs
+
+
 def test_data_parallel_models_are_watched():
     model, images = models.vit(depth=2), models.pictures()
     assert len(kept(nn.DataParallel(model), images, Full())) == 2
