@@ -125,6 +125,7 @@ class Interception(Watcher):
         self.found = Survey()
         self.unplanned: dict[str, str] = {}
         self._plan: dict[str, list[Site | None]] = {}
+        self._gates_on_grid: set[str] = set()
         self._seen: dict[str, int] = {}
         self._root: nn.Module = model
         self.turn = -1
@@ -151,6 +152,7 @@ class Interception(Watcher):
         self._plan = {}
         for name, site in self.found.sites:
             self._plan.setdefault(f"{prefix}.{name}".strip("."), []).append(site)
+        self._gates_on_grid = {f"{prefix}.{name}".strip(".") for name, on_grid in self.found.gates.items() if on_grid}
 
     def _next(self, fused: bool) -> Site | None:
         name = self.where
@@ -292,7 +294,7 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         )
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        gate = gate_of(name, module, out)
+        gate = gate_of(name, module, out, along_row=name in self._gates_on_grid)
         if gate is not None:
             kind, weights = gate
             grid = (weights.shape[2], weights.shape[3])

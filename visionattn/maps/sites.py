@@ -73,7 +73,11 @@ class Surveyor(Watcher):
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.time += 1
-        if (gate := gate_of(name, module, out)) is not None:
+        along_row = False
+        if isinstance(out, Tensor) and out.ndim == 4 and out.shape[1:3] == (1, 1):
+            with torch._C.DisableTorchFunction():
+                along_row = varies(positions.shadow(out), 3)
+        if (gate := gate_of(name, module, out, along_row=along_row)) is not None:
             self.survey.gates[name] = gate[0] == "spatial_gate" and gate[1].shape[2:].numel() > 1
             for outer in self.stack:
                 self.looks[outer] = True
@@ -288,11 +292,17 @@ def _looks_like_attention(module: nn.Module) -> bool:
     )
 
 
-def gate_of(name: str, module: nn.Module, out: Any) -> tuple[Literal["channel_gate", "spatial_gate"], Tensor] | None:
+def gate_of(
+    name: str, module: nn.Module, out: Any, *, along_row: bool
+) -> tuple[Literal["channel_gate", "spatial_gate"], Tensor] | None:
     """Tell whether a module's output is a gate, and of what kind.
 
     A gate is what a module called `gate` (timm and ours) or `scale_activation` (torchvision) returns, or a sigmoid over
     a whole channel or a whole position.
+
+    Args:
+        along_row: the last axis runs over positions, as a survey found: (B, 1, 1, W) is a gate over columns then, and
+            over channels that come last otherwise.
     """
     leaf = name.rpartition(".")[2]
     named = leaf in ("gate", "scale_activation")
@@ -302,7 +312,7 @@ def gate_of(name: str, module: nn.Module, out: Any) -> tuple[Literal["channel_ga
         out = out.transpose(1, 2)[..., None]
     if out.ndim != 4:
         return None
-    if out.shape[1:3] == (1, 1) and out.shape[3] > 1:  # channels last
+    if out.shape[1:3] == (1, 1) and out.shape[3] > 1 and not along_row:  # channels last
         out = out.permute(0, 3, 1, 2)
     if out.shape[2:] == (1, 1):
         return "channel_gate", out
