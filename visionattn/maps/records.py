@@ -215,7 +215,8 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
     queries and keys. Several calls of the model add up; `Record.call` tells them apart.
 
     The first time that a model meets an image size, one image is run beside its positions to find out where each token
-    lies (`sites.py`); that is remembered while the model lives.
+    lies (`sites.py`); that is remembered while the model lives. Where a model picks its tokens by what an image shows,
+    every image of every call is run so, and `Tokens.index_BWN` says where its tokens lie.
 
     Args:
         model: any vision model: timm, torchvision, transformers or your own; compiled and DDP ones too.
