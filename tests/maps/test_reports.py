@@ -109,6 +109,14 @@ def test_attention_that_appears_only_later_is_reported_and_then_surveyed():
     assert len(kept(model, images, Full())) == 2
 
 
+def test_tokens_that_are_dropped_by_chance_while_training_are_reported_and_put_nowhere():
+    model, images = models.vit(patch_drop_rate=0.5), models.pictures()
+    assert len(kept(model, images, Full())) == 3
+    with pytest.raises(UsageError, match=r"blocks\.0\.attn now has 9 keys, and had 17"), capture(model.train()):
+        model(images)
+    assert len(kept(model.eval(), images, Full())) == 3
+
+
 def test_an_exception_of_the_body_is_not_replaced_by_that_of_an_empty_capture():
     model = models.resnet()
     with pytest.raises(BrokenError), capture(model) as records:  # noqa: PT012 - the body is what is tested

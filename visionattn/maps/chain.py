@@ -39,7 +39,10 @@ class Row:
         return cls(prefix, grid)
 
     def read(self, tokens: Tokens | None, count: int) -> Tensor:
-        """Values of the tokens, (B, W, N); a cell met by several tokens is shared among them."""
+        """Values of the tokens, (B, W, N); a cell met by several tokens is shared among them.
+
+        Padding, and a token made of those that were dropped, gets nothing.
+        """
         batch = len(self.grid_Bhw)
         if tokens is None:  # class tokens only, or learned queries
             return self._prefix(count)[:, None]

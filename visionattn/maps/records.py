@@ -188,9 +188,14 @@ class Interception(Watcher):
             self.passed(site)
             return None
         try:
-            return read(site)
+            call = read(site)
+            had, has = site.keys.index_WN.shape[1], call.shape[4]
+            if had != has:
+                raise LayoutError(f"{site.name} now has {has} keys, and had {had} when the model was surveyed")
+            return call
         except LayoutError as error:
             self.unplanned[self.where] = str(error)
+            forget(self._root)
             return None
 
     def _tell(self, call: Call, out: Tensor) -> Tensor:
