@@ -47,8 +47,8 @@ class Attention(nn.Module):
         return x + self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
-def gather(x, scores):
-    picked = scores.topk(KEEP).indices
+def gather(x, scores, keep=KEEP):
+    picked = scores.topk(keep).indices
     return x.gather(1, picked[..., None].expand(-1, -1, x.shape[2])), picked
 
 
@@ -103,11 +103,12 @@ class Pruning(nn.Module):
         self.first, self.prune, self.last = Attention(), Prune(pick, class_token, rest), Attention()
         self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 7)
 
-    def forward(self, images):
+    def tokens(self, images):
         x = self.embed(images).flatten(2).mT
-        if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
-        x = self.norm(self.last(self.prune(self.first(x))))
+        return x if self.class_token is None else torch.cat([self.class_token.expand(len(x), -1, -1), x], 1)
+
+    def forward(self, images):
+        x = self.norm(self.last(self.prune(self.first(self.tokens(images)))))
         return self.head(x.mean(1) if self.class_token is None else x[:, 0])
 
 
@@ -147,6 +148,44 @@ def test_what_is_left_lies_where_it_lay_in_every_image(pick, rest):
         close(last.weights[:, 0].double(), weights, atol=1e-5, rtol=0)
         maps = RawAttention()(model, images)
         close(maps.raw.double(), on_cells(weights.mean(1)[:, 0, 1 : 1 + KEEP], picked).double(), atol=1e-5, rtol=0)
+
+
+def test_what_is_left_of_what_was_left_lies_where_it_lay():
+    class Twice(Pruning):
+        def __init__(self):
+            super().__init__()
+            self.again, self.third = Prune(functools.partial(gather, keep=3), True, False), Attention()
+
+        def forward(self, images):
+            x = self.last(self.prune(self.first(self.tokens(images))))
+            return self.third(self.again(x))
+
+    torch.manual_seed(0)
+    model = models.stirred(Twice())
+    third = kept(model, images_of(batch=3), ClassRow())[-1]
+    assert (third.name, third.grid) == ("third", (4, 6))
+    assert third.keys.images(3)[:, 0, 1:].tolist() == model.prune.picked.gather(1, model.again.picked).tolist()
+
+
+def merge(x, scores):
+    """Every second token may be merged into the likest of the others (Bolya et al. 2023, 2210.09461); it lies there."""
+    source, target = x[:, ::2], x[:, 1::2]
+    likeness, likest = (F.normalize(source, dim=2) @ F.normalize(target, dim=2).mT).max(2)
+    order = likeness.argsort(descending=True)
+    merged, left = order[:, :KEEP], order[:, KEEP:]
+    into, away, stay = (which[..., None].expand(-1, -1, 16) for which in (likest.gather(1, merged), merged, left))
+    target = target.scatter_reduce(1, into, source.gather(1, away), "mean")
+    return torch.cat([source.gather(1, stay), target], 1), torch.cat(
+        [2 * left, 2 * torch.arange(12).expand(len(x), -1) + 1], 1
+    )
+
+
+def test_merged_tokens_lie_where_those_lay_that_they_were_merged_into():
+    model = pruning(merge)
+    _, last = kept(model, images_of(batch=3), Full())
+    assert last.grid == (4, 6)
+    assert last.keys.images(3)[:, 0].tolist() == [[-1, *cells] for cells in model.prune.picked.tolist()]
+    assert last.keys.index_BWN is not None
 
 
 def test_where_whole_rows_and_columns_are_dropped_the_grid_is_still_that_of_the_image():
