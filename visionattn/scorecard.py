@@ -1,6 +1,7 @@
 """What `visionattn score` reads and tells: images of a folder or of a config's data, a bar, a table, a file."""
 
 import csv
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from visionattn.data.decode import read_image
+from visionattn.data.decode import read_image, write_bytes
 from visionattn.data.pipeline import collate, prepare
 from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError, UsageError
@@ -177,7 +178,7 @@ def table(scores: Scores) -> Table:
 
 
 def write(path: str, scores: Scores) -> None:
-    """Write the figures of a .csv or .json.
+    """Write the figures of a .csv or .json so that no half of it ever stands under its name.
 
     Raises:
         DataError: the file cannot be written.
@@ -193,32 +194,30 @@ def write(path: str, scores: Scores) -> None:
         for row in scores.table()
         for figure in scores.figures
     ]
-    try:
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            if path.endswith(".csv"):
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
-            else:
-                of_images = {
-                    name: {figure: scores.of_images(name, figure).tolist() for figure in scores.figures}
-                    for name in scores.values
-                }
-                json.dump(
-                    {
-                        "images": scores.images,
-                        "accuracy": scores.accuracy,
-                        "controls": scores.controls,
-                        "failed": scores.failed,
-                        "figures": rows,
-                        "paths": [printable(path) for path in scores.paths],
-                        "of_images": of_images,
-                    },
-                    file,
-                    indent=1,
-                )
-    except OSError as error:
-        raise DataError(f"{printable(path)} cannot be written: {error.strerror or error}") from error
+    text = io.StringIO(newline="")
+    if path.endswith(".csv"):
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        of_images = {
+            name: {figure: scores.of_images(name, figure).tolist() for figure in scores.figures}
+            for name in scores.values
+        }
+        json.dump(
+            {
+                "images": scores.images,
+                "accuracy": scores.accuracy,
+                "controls": scores.controls,
+                "failed": scores.failed,
+                "figures": rows,
+                "paths": [printable(path) for path in scores.paths],
+                "of_images": of_images,
+            },
+            text,
+            indent=1,
+        )
+    write_bytes(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 class _Files(Dataset[dict[str, Any]]):

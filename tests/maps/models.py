@@ -1,12 +1,15 @@
-"""Small models with attention that is far from uniform, and what their attention is when nothing is fused."""
+"""Small models whose attention is far from uniform, their attention by hand, and what watching may not touch."""
 
 import copy
 import functools
+import math
 
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+
+from visionattn.maps import capture
 
 
 def stirred(model, seed=0):
@@ -73,6 +76,14 @@ def resnet(name="resnet10t", **options):
     return model.eval()
 
 
+FAMILIES = {
+    "vit": (vit, 64),
+    "torchvision vit": (torchvision_vit, 64),
+    "swin": (swin, 32),
+    "resnet with gates": (lambda: resnet("seresnet18"), 64),
+}
+
+
 def pictures(size=64, batch=2, seed=1, dtype=torch.float32):
     height, width = (size, size) if isinstance(size, int) else size
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
@@ -92,6 +103,37 @@ def with_gradients(model, images, score):
     seen, output = unfused(model, images)
     gradients = torch.autograd.grad(score(output).sum(), seen)
     return [(a.detach().double(), g.double()) for a, g in zip(seen, gradients, strict=True)]
+
+
+def softmax_by_hand(query, key, *, bias=None, scale=None, causal=False):
+    """The equation, one query at a time: (B, H, Q, D), (B, G, K, D) → (B, H, Q, K)."""
+    batch, heads, queries, width = query.shape
+    groups = heads // key.shape[1]
+    out = torch.zeros(batch, heads, queries, key.shape[2], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(queries):
+                logits = [
+                    float((query[b, h, i].double() * key[b, h // groups, j].double()).sum())
+                    * (width**-0.5 if scale is None else scale)
+                    for j in range(key.shape[2])
+                ]
+                for j in range(key.shape[2]):
+                    if bias is not None:
+                        logits[j] += float(bias[b, h, i, j])
+                    if causal and j > i:
+                        logits[j] = -math.inf
+                top = max(logits)
+                exps = [math.exp(logit - top) for logit in logits]
+                out[b, h, i] = torch.tensor([e / sum(exps) for e in exps], dtype=torch.float64)
+    return out
+
+
+def kept(model, images, keep, **options):
+    """Records of attention of one call without gradients."""
+    with torch.no_grad(), capture(model, keep, **options) as records:
+        model(images)
+    return records.attention
 
 
 def cells_of_windows(size, window, shift):
@@ -142,3 +184,7 @@ def assert_same_state(before, after):
             assert torch.equal(value, after[key])
         else:
             assert value == after[key], key
+
+
+class BrokenError(Exception):
+    pass

@@ -106,6 +106,47 @@ def test_gates_along_rows_and_columns_are_multiplied():
     close(Gate()(model, images).raw, expected, atol=1e-5, rtol=1e-3)
 
 
+class OverColumns(nn.Module):
+    """A gate (B, 1, 1, W), the same for every channel and row."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(1, 1, (1, 3), padding=(0, 1)), nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.gate(self.conv(x.mean((1, 2), keepdim=True)))
+
+
+class ChannelsLast(nn.Module):
+    """A gate (B, 1, 1, C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.gate = nn.Linear(16, 16), nn.Sigmoid()
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        return (x * self.gate(self.fc(x.mean((1, 2), keepdim=True)))).permute(0, 3, 1, 2)
+
+
+def test_a_gate_over_columns_is_no_channel_gate_though_it_has_the_shape_of_one_with_channels_last():
+    model, images = after_a_convolution(OverColumns()), models.pictures(32)
+    for net in (model, nn.Sequential(model)):
+        records, out = watched(net, images)
+        assert [(record.kind, record.grid) for record in records] == [("spatial_gate", (1, 16))]
+        with torch.no_grad():
+            close(model[0](images) * records[0].weights, out)
+    close(Gate()(model, images).raw, records[0].weights[:, 0])
+
+
+def test_a_gate_over_channels_that_come_last_is_no_gate_over_columns():
+    model, images = after_a_convolution(ChannelsLast()), models.pictures(32)  # 16 columns, 16 channels
+    records, out = watched(model, images)
+    assert [(record.kind, record.grid) for record in records] == [("channel_gate", (1, 1))]
+    with torch.no_grad():
+        close(model[0](images) * records[0].weights, out)
+
+
 def test_a_gate_with_channels_and_positions_is_shown_as_its_mean_over_channels():
     class Pixelwise(nn.Module):
         def __init__(self):

@@ -111,9 +111,11 @@ def write_bytes(path: "str | bytes | os.PathLike[str]", content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too leaves nothing lying about
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
         raise DataError(f"{os.fsdecode(path)} cannot be written: {error.strerror or error}") from error
 
 

@@ -191,7 +191,9 @@ class ScoreCAM(Method):
         values_BCN = _on_grid(cut.leaf, activation)
         tokens = _tokens_on_grid(activation)
         raw = [
-            self._explain_one(model, image_CHW, values_CN, tokens, target if target_B is None else target_B[b])
+            self._explain_one(
+                model, image_CHW, values_CN, tokens.of_image(b), target if target_B is None else target_B[b]
+            )
             for b, (image_CHW, values_CN) in enumerate(zip(images_BCHW, values_BCN, strict=True))
         ]
         return Explanation(torch.stack(raw), output, target_B, activation.name)
@@ -257,5 +259,4 @@ def _on_grid(value: Tensor, activation: Activation) -> Tensor:
 
 
 def _tokens_on_grid(activation: Activation) -> Tokens:
-    tokens = activation.tokens
-    return Tokens(tokens.grid, tokens.index_WN[:, tokens.index_WN[0] >= 0])
+    return activation.tokens.some(activation.tokens.index_WN[0] >= 0)

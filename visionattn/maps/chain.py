@@ -32,22 +32,26 @@ class Row:
         prefix = torch.zeros(batch, max(1, tokens.num_prefix_tokens), device=device)
         grid = torch.zeros(batch, height, width, device=device)
         if site.class_query is None:
-            grid += 1 / (height * width)
+            met = (tokens.counts(batch) > 0).float().to(device)
+            grid += met / met.sum((1, 2), keepdim=True)
         else:
             prefix[:, site.class_query] = 1
         return cls(prefix, grid)
 
     def read(self, tokens: Tokens | None, count: int) -> Tensor:
-        """Values of the tokens, (B, W, N); a cell met by several tokens is shared among them."""
+        """Values of the tokens, (B, W, N); a cell met by several tokens is shared among them.
+
+        Padding, and a token made of those that were dropped, gets nothing.
+        """
         batch = len(self.grid_Bhw)
         if tokens is None:  # class tokens only, or learned queries
             return self._prefix(count)[:, None]
         cells = spread(self.grid_Bhw, tokens.grid).flatten(1)
         if tokens.in_order:
             return torch.cat([self._prefix(tokens.num_prefix_tokens), cells], 1)[:, None]
-        index = tokens.index_WN.to(self.grid_Bhw.device)
-        met = torch.bincount(index[index >= 0], minlength=cells.shape[1]).clamp(min=1)
-        values = (cells / met)[:, index.clamp(min=0).flatten()].reshape(batch, *index.shape)
+        index = tokens.images(batch).to(cells.device)
+        shared = cells / tokens.counts(batch).flatten(1).clamp(min=1).to(cells.device)
+        values = shared.gather(1, index.clamp(min=0).flatten(1)).reshape(index.shape)
         values = torch.where(index >= 0, values, 0)
         first = tokens.num_prefix_tokens
         if first and not tokens.windowed:

@@ -118,7 +118,7 @@ class Call:
         some_heads = min(heads, max(1, _MOST // (queries * keys)))
         room = _TOGETHER // (heads * queries * keys)
         some_windows = min(windows, max(1, room))
-        some_images = min(batch, max(1, room // windows))
+        some_images = max(1, min(batch, room // windows))  # of an empty batch there are no pieces
         buffer = None
         for piece in itertools.product(
             _slices(batch, some_images), _slices(windows, some_windows), _slices(heads, some_heads)
@@ -266,7 +266,9 @@ class PatchRow(Keep):
             return None
         batch, windows, heads, _, keys = call.shape
         out = call.zeros(batch, windows, heads, keys)
-        places = (call.site.queries.index_WN == self.row * width + self.column).nonzero().tolist()
-        for window, query in places:
-            out[:, window] += call.rows(slice(query, query + 1))[:, window, :, 0] / len(places)
+        here_BWQ = call.site.queries.images(batch) == self.row * width + self.column
+        for window, query in here_BWQ.any(0).nonzero().tolist() if batch else ():
+            share_B = here_BWQ[:, window, query] / here_BWQ.sum((1, 2)).clamp(min=1)
+            rows_BHK = call.rows(slice(query, query + 1))[:, window, :, 0]
+            out[:, window] += rows_BHK * share_B.to(rows_BHK.device)[:, None, None]
         return out

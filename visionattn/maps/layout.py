@@ -4,9 +4,10 @@ Shapes: B images, W windows, N tokens, Q queries, K keys, h × w grid.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,17 +23,21 @@ class Tokens:
     Attributes:
         grid: (h, w).
         index_WN: (W, N) int64, the cell row · w + column of every token; −1 for class and register tokens and padding.
+        index_BWN: the same of each image, where the model chooses its tokens by what the image shows; index_WN is that
+            of the first image then. None where all images are alike.
     """
 
     grid: tuple[int, int]
     index_WN: Tensor  # noqa: N815
+    index_BWN: Tensor | None = None  # noqa: N815
 
     @cached_property
     def num_prefix_tokens(self) -> int:
         """Tokens before the first that lies on the grid."""
         placed = (self.index_WN >= 0).any(0)
         first = int(placed.int().argmax()) if placed.any() else len(placed)
-        return first if placed[first:].all() else 0  # tokens without a place among the others are padding
+        beyond = len(placed) - int(placed.flip(0).int().argmax())  # a token made of all that were dropped may be last
+        return first if placed[first:beyond].all() else 0  # tokens without a place among the others are padding
 
     @property
     def windowed(self) -> bool:
@@ -42,7 +47,22 @@ class Tokens:
     def in_order(self) -> bool:
         """Whether the tokens are a prefix and then the grid, row by row, as a ViT's are."""
         cells = torch.arange(self.grid[0] * self.grid[1])
-        return not self.windowed and torch.equal(self.index_WN[0, self.num_prefix_tokens :], cells)
+        alike = not self.windowed and self.index_BWN is None
+        return alike and torch.equal(self.index_WN[0, self.num_prefix_tokens :], cells)
+
+    def of_image(self, number: int) -> "Tokens":
+        """Where those of one image lie."""
+        return self if self.index_BWN is None else Tokens(self.grid, self.index_BWN[number])
+
+    def some(self, tokens_N: Tensor) -> "Tokens":
+        """Some of the tokens, by a mask."""
+        each = None if self.index_BWN is None else self.index_BWN[:, :, tokens_N]
+        return Tokens(self.grid, self.index_WN[:, tokens_N], each)
+
+    def images(self, count: int) -> Tensor:
+        """(B, W, N) of so many images, as `index_WN`."""
+        index = self.index_WN[None] if self.index_BWN is None else self.index_BWN
+        return index.expand(count, *self.index_WN.shape)
 
     def sum_to_grid(self, values_BWN: Tensor) -> Tensor:
         """Put one value a token on the grid, (B, h, w); cells met more than once hold the sum, cells never met 0."""
@@ -51,20 +71,27 @@ class Tokens:
             return values_BWN[:, 0, self.num_prefix_tokens :].reshape(-1, height, width)
         total = values_BWN.new_zeros(len(values_BWN), height * width + 1)
         values = values_BWN.expand(-1, len(self.index_WN), -1).reshape(len(values_BWN), -1)
-        return total.index_add_(1, self._places.to(values.device), values)[:, :-1].reshape(-1, height, width)
+        if self.index_BWN is None:
+            total.index_add_(1, self._places(self.index_WN).flatten().to(values.device), values)
+        else:
+            total.scatter_add_(1, self._places(self.index_BWN).flatten(1).to(values.device), values)
+        return total[:, :-1].reshape(-1, height, width)
+
+    def counts(self, images: int) -> Tensor:
+        """How many tokens lie in each cell, (B, h, w), or (1, h, w) where all images are alike."""
+        index = self.images(1 if self.index_BWN is None else images)
+        return replace(self, index_BWN=index).sum_to_grid(torch.ones(index.shape))
 
     def to_grid(self, values_BWN: Tensor) -> Tensor:
         """As `sum_to_grid`, cells met more than once holding the mean."""
         summed_Bhw = self.sum_to_grid(values_BWN)
         if self.in_order:
             return summed_Bhw
-        count = torch.bincount(self._places, minlength=summed_Bhw[0].numel() + 1)[:-1].clamp(min=1)
-        return summed_Bhw / count.reshape(self.grid).to(summed_Bhw.device)
+        return summed_Bhw / self.counts(len(summed_Bhw)).clamp(min=1).to(summed_Bhw.device)
 
-    @property
-    def _places(self) -> Tensor:
+    def _places(self, index: Tensor) -> Tensor:
         """Cell of every token; those without a place go to one behind the grid, which is cut off."""
-        return torch.where(self.index_WN < 0, self.grid[0] * self.grid[1], self.index_WN).flatten()
+        return torch.where(index < 0, self.grid[0] * self.grid[1], index)
 
 
 @dataclass(frozen=True)
@@ -109,6 +136,12 @@ class Site:
     @property
     def num_prefix_tokens(self) -> int:
         return self.keys.num_prefix_tokens
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What the same call has in every image, wherever the tokens lie."""
+        lie = [(tokens.grid, tokens.index_WN.shape) for tokens in (self.keys, self.queries) if tokens is not None]
+        return self.name, self.kind, self.fused, self.axis, self.lead, self.windows, self.class_query, *lie
 
     def canonical(self, values: Tensor) -> Tensor:
         """Bring (B · lead[0], *lead[1:], Q, K) to (B, W, heads, Q, K)."""
@@ -169,26 +202,44 @@ def per_window(positions_: Tensor, windows: tuple[int, ...], lead: int) -> Tenso
     return positions_.reshape(-1, positions_.shape[-1])
 
 
-def infer_tokens(positions_WN: Tensor) -> Tokens | None:
-    """Infer the grid from the positions that occur."""
+Axes: TypeAlias = "tuple[Tensor, Tensor]"
+"""The y of a grid's rows and the x of its columns."""
+
+
+def infer_axes(positions_: Tensor) -> Axes:
+    """The rows and columns that occur among positions."""
+    known = positions_[~positions_.isnan()]
+    y, x = (part.sort().values for part in (known.real, known.imag))
+    near = [torch.cat([values[:1], values[1:][values.diff() > _NEAR]]) for values in (y, x)]
+    return near[0], near[1]
+
+
+def infer_tokens(positions_WN: Tensor, whole: Sequence[Axes] = ()) -> Tokens | None:
+    """Infer the grid from the positions that occur; where tokens were dropped, it is the largest of the `whole` grids
+    on which those that are left lie."""
     known = ~positions_WN.isnan()
     if not known.any():
         return None
-    index = torch.zeros(positions_WN.shape, dtype=torch.long, device=positions_WN.device)
-    sizes = []
-    for part in (positions_WN.real, positions_WN.imag):
-        values = part[known].sort().values
-        starts = torch.cat([values[:1], values[1:][values.diff() > _NEAR]])
-        sizes.append(len(starts))
-        place = torch.searchsorted(starts, part.nan_to_num(0).contiguous() + _NEAR / 2).clamp(min=1) - 1
-        index = index * len(starts) + place
-    if sizes[0] * sizes[1] > 2 * int(known.sum()) + 2:
+    fitting = [axes for axes in whole if _lie_on(positions_WN, axes)]
+    y, x = max(fitting, key=lambda axes: len(axes[0]) * len(axes[1])) if fitting else infer_axes(positions_WN)
+    if not fitting and len(y) * len(x) > 2 * int(known.sum()) + 2:
         return None
-    index = torch.where(known, index, -1)
-    return Tokens((sizes[0], sizes[1]), index.cpu())
+    index = _nearest(positions_WN.real, y) * len(x) + _nearest(positions_WN.imag, x)
+    return Tokens((len(y), len(x)), torch.where(known, index, -1).cpu())
 
 
-def infer_layout(positions_: Tensor) -> tuple[Tokens, int] | None:
+def _nearest(values: Tensor, starts: Tensor) -> Tensor:
+    """Which row or column a value belongs to: the last that does not begin behind it."""
+    return torch.searchsorted(starts, values.nan_to_num(0).contiguous() + _NEAR / 2).clamp(min=1) - 1
+
+
+def _lie_on(positions_: Tensor, axes: Axes) -> bool:
+    known = positions_[~positions_.isnan()]
+    parts = zip((known.real, known.imag), axes, strict=True)
+    return all(bool(((values - starts[_nearest(values, starts)]).abs() < 2 * _NEAR).all()) for values, starts in parts)
+
+
+def infer_layout(positions_: Tensor, whole: Sequence[Axes] = ()) -> tuple[Tokens, int] | None:
     """Read a (1, C, h, w) or (1, h, w, C) map, or (1, N, C) tokens: where they lie, and which axis is C."""
     if positions_.ndim not in (3, 4) or len(positions_) != 1:
         return None
@@ -198,6 +249,6 @@ def infer_layout(positions_: Tensor) -> tuple[Tokens, int] | None:
         cells = positions_.select(axis, 0).reshape(1, -1)
         if not varies(cells, -1):
             return None
-        tokens = infer_tokens(cells)
+        tokens = infer_tokens(cells, whole)
         return None if tokens is None else (tokens, axis)
     return None

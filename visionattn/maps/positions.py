@@ -4,9 +4,10 @@ Windows, shifts, pooled keys and class tokens look different in every family of 
 operations that move numbers about. So one image runs through the model beside a *shadow* of it: at every pixel its
 position y + ix, in [0, 1]. What moves numbers (view, permute, roll, window partition …) moves the shadow alike; what
 mixes channels (linear layers, norms) keeps it; what pools or strides averages it; what makes numbers out of nothing
-(class tokens, padding) is NaN, no position. A softmax whose weights run over different positions is attention; the
-shadow of its queries and keys is the layout. This is done once for each model and image size (see `sites.py`), on one
-image.
+(class tokens, padding) is NaN, no position. What picks tokens by their numbers (topk, argsort, a comparison, and then
+gather or an index) picks their positions alike, and these are of that image alone. A softmax whose weights run over
+different positions is attention; the shadow of its queries and keys is the layout. This is done once for each model and
+image size (see `sites.py`), on one image; on each image where tokens are picked.
 
 Shapes: any; a shadow has its tensor's shape, complex64. Attention logits have two: rows (queries) and columns (keys).
 """
@@ -41,6 +42,8 @@ _MOVES = {
     *("pixel_shuffle", "pixel_unshuffle", "unfold", "take_along_dim", "gather", "hsplit", "vsplit", "unflatten"),
 }
 _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
+_PICKS = {"__getitem__", "gather", "index_select", "take_along_dim"}
+_SORTS = {"sort", "topk", "msort", "kthvalue"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "__rmatmul__"}
 _POOLS = {
     *("conv2d", "avg_pool2d", "max_pool2d", "_max_pool2d", "adaptive_avg_pool2d", "interpolate", "conv_transpose2d"),
@@ -67,12 +70,30 @@ def columns(value: Any) -> Tensor | None:
 
 
 def cast(value: Tensor, positions: Tensor | None, key_positions: Tensor | None = None) -> None:
-    """Attach shadows to a tensor; one of another shape is dropped."""
+    """Attach shadows to a tensor; one of another shape is dropped. Integers and booleans say which, and lie nowhere."""
     for attribute, found in (("_positions", positions), ("_columns", key_positions)):
-        if found is not None and found.shape == value.shape:
+        if found is not None and found.shape == value.shape and value.is_floating_point():
             setattr(value, attribute, found)
         elif hasattr(value, attribute):
             delattr(value, attribute)
+
+
+def depend(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Note of what a function returns that it depends on what the image shows, where its inputs do."""
+    if any(hasattr(value, "_depends") or shadow(value) is not None for value in _tensors((args, kwargs))):
+        for value in _tensors(out):
+            value._depends = True  # type: ignore[attr-defined]
+
+
+def picked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, bool] | None:
+    """The positions among which a function picks, and whether it does so by what the image shows; None of others."""
+    if _name(func) not in _PICKS:
+        return None
+    source, *others = _tensors((args, kwargs))
+    by = [value for value in others if not value.is_floating_point()]
+    if not by or (positions := shadow(source)) is None or not _vary(positions):
+        return None
+    return positions, any(hasattr(value, "_depends") for value in by)
 
 
 def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -86,7 +107,7 @@ def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             _replay(func, name, args, kwargs, out, read)
         return
     if not isinstance(out, Tensor):
-        for part in _tensors(out):
+        for part in () if name in _SORTS else _tensors(out):  # sorted numbers lie elsewhere
             _inherit(part, sources)
         return
     if name in _PRODUCTS or name in ("baddbmm", "addmm", "einsum"):

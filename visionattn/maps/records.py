@@ -125,6 +125,7 @@ class Interception(Watcher):
         self.found = Survey()
         self.unplanned: dict[str, str] = {}
         self._plan: dict[str, list[Site | None]] = {}
+        self._gates_on_grid: set[str] = set()
         self._seen: dict[str, int] = {}
         self._root: nn.Module = model
         self.turn = -1
@@ -151,6 +152,7 @@ class Interception(Watcher):
         self._plan = {}
         for name, site in self.found.sites:
             self._plan.setdefault(f"{prefix}.{name}".strip("."), []).append(site)
+        self._gates_on_grid = {f"{prefix}.{name}".strip(".") for name, on_grid in self.found.gates.items() if on_grid}
 
     def _next(self, fused: bool) -> Site | None:
         name = self.where
@@ -186,9 +188,14 @@ class Interception(Watcher):
             self.passed(site)
             return None
         try:
-            return read(site)
+            call = read(site)
+            had, has = site.keys.index_WN.shape[1], call.shape[4]
+            if had != has:
+                raise LayoutError(f"{site.name} now has {has} keys, and had {had} when the model was surveyed")
+            return call
         except LayoutError as error:
             self.unplanned[self.where] = str(error)
+            forget(self._root)
             return None
 
     def _tell(self, call: Call, out: Tensor) -> Tensor:
@@ -213,7 +220,8 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
     queries and keys. Several calls of the model add up; `Record.call` tells them apart.
 
     The first time that a model meets an image size, one image is run beside its positions to find out where each token
-    lies (`sites.py`); that is remembered while the model lives.
+    lies (`sites.py`); that is remembered while the model lives. Where a model picks its tokens by what an image shows,
+    every image of every call is run so, and `Tokens.index_BWN` says where its tokens lie.
 
     Args:
         model: any vision model: timm, torchvision, transformers or your own; compiled and DDP ones too.
@@ -292,7 +300,7 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         )
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        gate = gate_of(name, module, out)
+        gate = gate_of(name, module, out, along_row=name in self._gates_on_grid)
         if gate is not None:
             kind, weights = gate
             grid = (weights.shape[2], weights.shape[3])

@@ -1,16 +1,17 @@
 """Which calls in a model are attention, and where their queries and keys lie in the image.
 
 A survey runs one image through the model with its positions beside it (`positions.py`) and is remembered for as long as
-the model lives. Meanwhile the model is in evaluation mode and without gradients; its flags and the random state are put
-back.
+the model lives; where the model picks its tokens by what an image shows, each image is surveyed each time. Meanwhile
+the model is in evaluation mode and without gradients; its flags and the random state are put back.
 
 Shapes: B images, W windows, Q queries, K keys, h × w grid.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.maps import positions
-from visionattn.maps.layout import Activation, Kind, Site, Tokens, infer_layout, infer_tokens, per_window, varies
+from visionattn.maps.layout import (
+    Activation,
+    Axes,
+    Kind,
+    Site,
+    Tokens,
+    infer_axes,
+    infer_layout,
+    infer_tokens,
+    per_window,
+    varies,
+)
 from visionattn.maps.watching import Watcher, unheard
 
 
@@ -34,6 +46,7 @@ class Survey:
         other: module → what else its softmax runs over: channels, branches, classes.
         missed: modules that look like attention and were not seen to attend.
         gates: names of the gates, and whether they lie on a grid.
+        picks: the model picks tokens by what the image shows, so that they lie elsewhere in every image.
     """
 
     sites: list[tuple[str, Site | None]] = field(default_factory=list)
@@ -43,6 +56,7 @@ class Survey:
     other: dict[str, str] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
     gates: dict[str, bool] = field(default_factory=dict)
+    picks: bool = False
 
     @property
     def attention(self) -> list[Site]:
@@ -61,6 +75,8 @@ class Surveyor(Watcher):
         self.looks: dict[str, bool] = {}
         self._inside: tuple[Tensor | None, ...] | None = None
         self._layouts: dict[int, tuple[Tensor, tuple[Tokens, int] | None]] = {}
+        self._whole: list[Axes] = []  # of grids before tokens were dropped
+        self._seen: list[Axes] = []  # of grids that attention ran over
         tokens = [part.cls_token for part in model.modules() if hasattr(part, "cls_token")]
         self.class_token = not tokens or any(token is not None for token in tokens)
 
@@ -73,7 +89,11 @@ class Surveyor(Watcher):
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.time += 1
-        if (gate := gate_of(name, module, out)) is not None:
+        along_row = False
+        if isinstance(out, Tensor) and out.ndim == 4 and out.shape[1:3] == (1, 1):
+            with torch._C.DisableTorchFunction():
+                along_row = varies(positions.shadow(out), 3)
+        if (gate := gate_of(name, module, out, along_row=along_row)) is not None:
             self.survey.gates[name] = gate[0] == "spatial_gate" and gate[1].shape[2:].numel() > 1
             for outer in self.stack:
                 self.looks[outer] = True
@@ -87,12 +107,22 @@ class Surveyor(Watcher):
 
     def _lie(self, found: Tensor) -> "tuple[Tokens, int] | None":
         if id(found) not in self._layouts:  # outputs share their shadow until something moves
-            self._layouts[id(found)] = (found, infer_layout(found))
+            self._layouts[id(found)] = (found, infer_layout(found, self._whole))
         return self._layouts[id(found)][1]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs)
+        positions.depend(args, kwargs or {}, out)
+        return out
 
     def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is not F.multi_head_attention_forward:
             out = func(*args, **kwargs)
+            if (pick := positions.picked(func, args, kwargs)) is not None:
+                among, by_content = pick
+                self.survey.picks |= by_content
+                self._whole += [*self._seen, infer_axes(among)]
+                self._seen = []
             positions.follow(func, args, kwargs, out)
             return out
         # what happens inside cannot be followed, so `fused` and `softmax` are told where queries and keys lie
@@ -161,10 +191,13 @@ class Surveyor(Watcher):
         heads = 1
         for i in range(len(lead)):
             heads *= 1 if i in windows else lead[i]
-        key_tokens = infer_tokens(per_window(keys, windows, len(lead)))
+        keys_WN = per_window(keys, windows, len(lead))
+        key_tokens = infer_tokens(keys_WN, self._whole)
         query_tokens = None
         if rows is not None and not rows.isnan().all():
-            query_tokens = infer_tokens(per_window(rows, windows, len(lead)))
+            query_tokens = infer_tokens(per_window(rows, windows, len(lead)), self._whole)
+        if not self._whole:
+            self._seen.append(infer_axes(keys_WN))
         if key_tokens is None:
             self._skip("the positions of its keys make no grid", known=False)
             return
@@ -201,12 +234,59 @@ _surveys: "WeakKeyDictionary[nn.Module, dict[Any, Survey]]" = WeakKeyDictionary(
 
 
 def survey(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Survey:
-    """Find the sites of a module that is called with these arguments; remembered."""
+    """Find the sites of a module that is called with these arguments; remembered.
+
+    Where the model picks tokens by what the image shows, every image is surveyed, each time; in evaluation mode, so
+    what it picks by chance while training is not found.
+    """
     key = _key(module, args, kwargs)
     known = _surveys.setdefault(module, {})
     if key not in known:
         known[key] = _run_survey(module, args, kwargs)
-    return known[key]
+    if not known[key].picks:
+        return known[key]
+    images = _images(args, kwargs)
+    count = 0 if images is None else len(images)
+    return _together([_run_survey(module, args, kwargs, number) for number in range(count)] or [known[key]])
+
+
+def _together(surveys: list[Survey]) -> Survey:
+    """One survey of many images whose tokens lie elsewhere in each."""
+    found = copy.copy(surveys[0])
+    if len(surveys) == 1:
+        return found
+    found.unlabelled = dict(found.unlabelled)
+    found.sites = []
+    for (name, site), *others in zip(*(one.sites for one in surveys), strict=False):
+        sites = [site, *(other for _, other in others)]
+        if all(one is not None and site is not None and one.alike == site.alike for one in sites):
+            of_images = cast("list[Site]", sites)
+            keys, queries = _each([one.keys for one in of_images]), _each([one.queries for one in of_images])
+            assert keys is not None
+            site = replace(of_images[0], keys=keys, queries=queries)
+        elif any(one is not None for one in sites):
+            found.unlabelled[name] = "it attends otherwise in one image than in another"
+            site = None
+        found.sites.append((name, site))
+    found.times = found.times[: len(found.sites)]
+    by_time = [{activation.time: activation for activation in one.activations} for one in surveys]
+    found.activations = []
+    for time, activation in by_time[0].items():
+        all_ = [one[time] for one in by_time if time in one]
+        layouts = {(one.name, one.channel_axis, one.tokens.grid, one.tokens.index_WN.shape) for one in all_}
+        if len(all_) == len(surveys) and len(layouts) == 1:
+            tokens = _each([one.tokens for one in all_])
+            assert tokens is not None
+            found.activations.append(replace(activation, tokens=tokens))
+    return found
+
+
+def _each(tokens: Sequence[Tokens | None]) -> Tokens | None:
+    """Where those of each image lie."""
+    known = [one for one in tokens if one is not None]
+    if not known or all(torch.equal(one.index_WN, known[0].index_WN) for one in known):
+        return tokens[0]
+    return Tokens(known[0].grid, known[0].index_WN, torch.stack([one.index_WN for one in known]))
 
 
 def forget(module: nn.Module) -> None:
@@ -220,28 +300,33 @@ def _key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return shapes, structure
 
 
-def _run_survey(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Survey:
-    images = next((v for v in positions._tensors((args, kwargs)) if v.ndim == 4 and v.is_floating_point()), None)
+def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((v for v in positions._tensors((args, kwargs)) if v.ndim == 4 and v.is_floating_point()), None)
+
+
+def _run_survey(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = 0) -> Survey:
+    """Survey one image, by its number in the batch."""
+    images = _images(args, kwargs)
     if images is None:
         return Survey()
     batch = len(images)
 
-    def first(value: Any) -> Any:
+    def one_of(value: Any) -> Any:
         if isinstance(value, Tensor):
             if value.ndim == 0 or len(value) != batch:
                 return value
-            one = value[:1].clone() if batch else value.new_zeros(1, *value.shape[1:])
+            one = value[number : number + 1].clone() if batch else value.new_zeros(1, *value.shape[1:])
             if value is images:
                 positions.cast(one, positions.image_positions(one))
             return one
         if isinstance(value, dict):
-            return {key: first(item) for key, item in value.items()}
+            return {key: one_of(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
-            return type(value)(map(first, value))
+            return type(value)(map(one_of, value))
         return value
 
     with _quiet(module, images.device):
-        inputs, named = first(args), first(kwargs)
+        inputs, named = one_of(args), one_of(kwargs)
         with Surveyor(module) as surveyor:
             module(*inputs, **named)
     found = surveyor.survey
@@ -288,11 +373,17 @@ def _looks_like_attention(module: nn.Module) -> bool:
     )
 
 
-def gate_of(name: str, module: nn.Module, out: Any) -> tuple[Literal["channel_gate", "spatial_gate"], Tensor] | None:
+def gate_of(
+    name: str, module: nn.Module, out: Any, *, along_row: bool
+) -> tuple[Literal["channel_gate", "spatial_gate"], Tensor] | None:
     """Tell whether a module's output is a gate, and of what kind.
 
     A gate is what a module called `gate` (timm and ours) or `scale_activation` (torchvision) returns, or a sigmoid over
     a whole channel or a whole position.
+
+    Args:
+        along_row: the last axis runs over positions, as a survey found: (B, 1, 1, W) is a gate over columns then, and
+            over channels that come last otherwise.
     """
     leaf = name.rpartition(".")[2]
     named = leaf in ("gate", "scale_activation")
@@ -302,7 +393,7 @@ def gate_of(name: str, module: nn.Module, out: Any) -> tuple[Literal["channel_ga
         out = out.transpose(1, 2)[..., None]
     if out.ndim != 4:
         return None
-    if out.shape[1:3] == (1, 1) and out.shape[3] > 1:  # channels last
+    if out.shape[1:3] == (1, 1) and out.shape[3] > 1 and not along_row:  # channels last
         out = out.permute(0, 3, 1, 2)
     if out.shape[2:] == (1, 1):
         return "channel_gate", out
