@@ -315,7 +315,7 @@ def test_overlays_of_a_timm_model(model, layer, photo_folder, tmp_path, capsys):
     [
         (["--model", "vit_smal_patch16_224"], 2, ["timm has no model 'vit_smal_patch16_224'", "vit_small_patch16_224"]),
         (["--model", "test_vit", "--weights", "random", "--method", "rolout"], 2, ["no method 'rolout'", "rollout"]),
-        (["--model", "test_vit", "--weights", "random", "--method", "rollout", "--layer", "x"], 2, ["no --layer"]),
+        (["--model", "test_vit", "--weights", "random", "--method", "rollout", "--layer", "x"], 2, ["takes no layer"]),
         (
             ["--model", "test_vit", "--weights", "random", "--method", "raw", "--layer", "blocks.9"],
             2,
@@ -389,7 +389,7 @@ def test_methods_of_a_timm_model_are_scored_on_a_folder(photo_folder, tmp_path, 
 def test_images_that_cannot_be_read_are_told_and_the_others_scored(photo_folder, tmp_path, capsys):
     for index in range(5):
         (tmp_path / f"{index}.jpg").write_bytes(b"no image")
-    command = ["score", "--model", "test_vit", "--weights", "random", "--steps", "1", "--method", "raw"]
+    command = ["score", "--model", "test_vit", "--weights", "random", "--steps", "2", "--method", "raw"]
     assert main([*command, "--data", str(tmp_path), str(photo_folder / "class0" / "0.png"), "--batch-size", "2"]) == 1
     told = capsys.readouterr().out
     assert "0.jpg is no image that can be read" in told
@@ -414,6 +414,10 @@ def test_the_images_are_taken_evenly():
         (["--method", "rolout"], 2, ["no method 'rolout'", "rollout"]),
         (["--method", "rollout@blocks.0"], 2, ["rollout combines all layers"]),
         (["--method", "raw@blocks.9"], 2, ["blocks.5.attn"]),
+        (["--method", "gradcam@2"], 2, ["no layer '2'"]),
+        (["--method", "raw@--1"], 2, ["nothing attends in '--1'"]),
+        (["--seed", "-1"], 2, ["seed must be in"]),
+        (["--data", "digits.yaml"], 2, ["digits.yaml prepares its images otherwise", "--data FOLDER"]),
         (["--images", "0"], 2, ["--images must be ≥ 1"]),
         (["--steps", "0"], 2, ["--steps must be ≥ 1"]),
         (["--steps", "99999"], 2, ["steps must be in [1, 25600]"]),
@@ -435,6 +439,7 @@ def test_score_says_what_is_wrong(flags, code, parts, photo_folder, tmp_path, mo
     digits = "data: {class_path: visionattn.data.ClutteredDigitsData, init_args: {%s}}"
     (tmp_path / "plain.yaml").write_text("trainer: {max_epochs: 1}")
     (tmp_path / "broken.yaml").write_text("data: {")
+    (tmp_path / "digits.yaml").write_text(digits % "")
     (tmp_path / "typo.yaml").write_text(digits % "batchsize: 3")
     (tmp_path / "wrong.yaml").write_text(digits % "batch_size: 0")
     (tmp_path / "gone.yaml").write_text("data: {class_path: visionattn.data.ImageFolderData, init_args: {root: gone}}")

@@ -169,7 +169,7 @@ def _score(arguments: list[str]) -> int:
         methods = {name: _method(*_split(name), model) for name in options.method}
     some: Any = {"count": options.images, "batch_size": options.batch_size}
     if len(options.data) == 1 and options.data[0].endswith((".yaml", ".yml")):
-        images = images_of_config(options.data[0], **some)
+        images = images_of_config(options.data[0], preprocess, **some)
     else:
         images = images_of_files(options.data, preprocess, **some)
     scores = scorecard(
@@ -235,6 +235,7 @@ def _load(options: argparse.Namespace) -> "tuple[nn.Module, Preprocess, Sequence
 def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method":
     """The method of a name; layers are names of modules, or their place in the order."""
     import inspect
+    import re
 
     from visionattn.maps.choose import METHODS, default_method
 
@@ -246,8 +247,9 @@ def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method"
     if layer is None:
         return kind()
     if "layer" not in inspect.signature(kind).parameters:
-        raise UsageError(f"{kind.name} combines all layers and takes no --layer")
-    place: Any = int(layer) if layer.lstrip("-").isdecimal() else layer
+        raise UsageError(f"{kind.name} combines all layers and takes no layer")
+    by_place = "int" in str(inspect.signature(kind).parameters["layer"].annotation)
+    place: Any = int(layer) if by_place and re.fullmatch(r"-?\d+", layer) else layer
     return kind(layer=place)  # type: ignore[call-arg]
 
 

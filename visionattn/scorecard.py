@@ -1,5 +1,6 @@
 """What `visionattn score` reads and tells: images of a folder or of a config's data, a bar, a table, a file."""
 
+import contextlib
 import csv
 import io
 import json
@@ -68,15 +69,22 @@ def images_of_files(paths: Sequence[str], preprocess: Preprocess, *, count: int,
     return Images(DataLoader(chosen, batch_size, collate_fn=_collate_readable), len(chosen))
 
 
-def images_of_config(config: str, *, count: int, batch_size: int) -> Images:
+def images_of_config(config: str, preprocess: Preprocess, *, count: int, batch_size: int) -> Images:
     """At most `count` test images (validation images where there are no others) of a config's data, taken evenly.
 
     Raises:
-        UsageError, DataError: as `training.data_of`; or its samples are no dicts with an image.
+        UsageError, DataError: as `training.data_of`; or its samples are no dicts with an image, or images are not
+            prepared as the model's `preprocess` does.
     """
     from visionattn.training.data_of import data_of
 
     data = data_of(config)
+    theirs = getattr(data, "preprocess", preprocess)
+    if theirs != preprocess:
+        raise UsageError(
+            f"{config} prepares its images otherwise than this model needs them ({theirs}, and not {preprocess}); "
+            "score the images themselves, --data FOLDER, or take the config.yaml of the model's own run"
+        )
     data.prepare_data()
     data.setup("predict")  # by which our data modules mean test, else val
     loader = data.predict_dataloader()
@@ -91,6 +99,19 @@ def images_of_config(config: str, *, count: int, batch_size: int) -> Images:
     return Images(
         DataLoader(chosen, batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn), len(chosen)
     )
+
+
+@contextlib.contextmanager
+def _told(doubts: list[str]) -> Iterator[None]:
+    """Gather what methods warn of, but for heatmaps that show nothing, which score as such."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MapWarning)
+        yield
+    for warning in caught:
+        if not issubclass(warning.category, MapWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif "show nothing" not in str(warning.message):
+            doubts.append(str(warning.message))
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -125,10 +146,10 @@ def scorecard(
         raise UsageError(f"--out must end in .csv or .json, got {printable(out)}")
     if out is not None and not os.path.isdir(os.path.dirname(out) or "."):
         raise UsageError(f"there is no folder {printable(os.path.dirname(out))} to write {printable(out)} into")
+    doubts: list[str] = []
     columns = TextColumn("  scoring"), BarColumn(20), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=console) as progress, warnings.catch_warnings():
-            warnings.simplefilter("ignore", MapWarning)  # a heatmap that shows nothing scores as such
+        with Progress(*columns, console=console) as progress, _told(doubts):
             task = progress.add_task("", total=images.count)
             scores = score(
                 model,
@@ -148,11 +169,14 @@ def scorecard(
         _print_failures(console, images.failures)
     for name, reason in scores.failed.items():
         console.print(Text(f"  {name} is left out: {reason}", "red"), soft_wrap=True)
+    if out is not None:
+        write(out, scores)  # first: figures that took hours do not depend on a terminal
     console.print(table(scores))
     for line in _legend(scores):
         console.print(Text(line), soft_wrap=True)
+    for line in dict.fromkeys(doubts):
+        console.print(Text(f"  {line}", "yellow"), soft_wrap=True)
     if out is not None:
-        write(out, scores)
         console.print(Text(f"figures: {printable(out)}"), soft_wrap=True)
     return scores
 
@@ -170,10 +194,10 @@ def table(scores: Scores) -> Table:
         cells = [
             _brief(scores.estimate(name, figure)) + (_LOST if figure in lost else " ") for figure in scores.figures
         ]
-        table.add_row(f"{mark} {name}", *cells)
+        table.add_row(Text(f"{mark} {name}"), *cells)
     table.add_section()
     for name in [name for name in scores.values if name not in scores.controls]:
-        table.add_row(f"  {name}", *(_brief(scores.estimate(name, figure)) + " " for figure in scores.figures))
+        table.add_row(Text(f"  {name}"), *(_brief(scores.estimate(name, figure)) + " " for figure in scores.figures))
     return table
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.maps import models
 from tests.maps.models import FAMILIES, kept
-from visionattn.maps import Full, HeadMean, capture
+from visionattn.maps import Full, GradientAttention, HeadMean, RawAttention, Rollout, capture
 
 close = torch.testing.assert_close
 
@@ -126,3 +126,28 @@ def test_a_part_of_a_model_can_be_watched():
         net(images)
     close(inner[0].weights, records[0].weights)
     assert inner[0].name == "blocks.0.attn"
+
+
+@pytest.mark.parametrize("make", [models.vit, models.torchvision_vit, models.swin])
+def test_captures_inside_each_other_hear_the_model_alike(make):
+    model = make()
+    images = models.pictures(32 if make is models.swin else 64)
+    alone = kept(model, images, Full())
+    with torch.no_grad(), capture(model, Full()) as outer, capture(model, HeadMean()) as inner:
+        model(images)
+    assert outer.unlabelled == inner.unlabelled == {}
+    for record, mean, one in zip(outer.attention, inner.attention, alone, strict=True):
+        close(record.weights, one.weights, atol=1e-6, rtol=0)
+        close(mean.weights, one.weights.mean(2), atol=1e-6, rtol=0)
+
+
+def test_methods_inside_a_capture_are_heard_and_not_disturbed():
+    model, images = models.vit(), models.pictures()
+    methods = RawAttention(), Rollout(), GradientAttention()
+    expected = [method(model, images).raw for method in methods]
+    with capture(model) as records:
+        found = [method(model, images).raw for method in methods]
+    assert len(records) == 9
+    assert records.unlabelled == {}
+    for one, other in zip(found, expected, strict=True):
+        close(one, other, atol=1e-6, rtol=1e-5)

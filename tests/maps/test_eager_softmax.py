@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from tests.maps import models
-from visionattn.maps import Full, capture
+from visionattn.maps import Full, PatchRow, capture
 
 close = torch.testing.assert_close
 
@@ -39,3 +40,24 @@ def test_eager_weights_are_the_very_ones_of_the_model():
         expected, _ = models.unfused(model, images)
     for record, weights in zip(records, expected, strict=True):
         assert torch.equal(record.weights[:, 0], weights)
+
+
+def test_what_is_kept_is_a_copy_of_what_was_asked_for_alone():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Conv2d(3, 8, 16, 16)
+
+        def forward(self, x):
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            weights = torch.softmax(tokens @ tokens.mT, -1)
+            weights.mul_(0.5)
+            return weights @ tokens
+
+    model, images = InPlace().eval(), models.pictures()
+    with torch.no_grad(), capture(model, Full()) as records:
+        model(images)
+    torch.testing.assert_close(records[0].weights.sum(-1), torch.ones(2, 1, 1, 16))
+    with torch.no_grad(), capture(model, PatchRow(1, 2)) as records:
+        model(images)
+    assert records[0].weights.untyped_storage().nbytes() == records[0].weights.numel() * 4

@@ -198,7 +198,7 @@ def test_what_cannot_be_followed_is_told():
         deletion(model, images, heatmaps[:1])
     with pytest.raises(UsageError, match="out of range"):
         deletion(model, images, heatmaps, target=4)
-    with pytest.raises(UsageError, match="softmax of the model's only output is always 1"):
+    with pytest.raises(UsageError, match="single output, whose softmax is always 1"):
         deletion(torch.nn.Sequential(model, torch.nn.Linear(4, 1)), images, heatmaps)
     with pytest.raises(UsageError, match="blur must be > 0"):
         insertion(model, images, heatmaps, blur=0)
@@ -208,3 +208,14 @@ def test_what_cannot_be_followed_is_told():
         model[0].weight[0] = torch.nan
     with pytest.raises(DataError, match=r"output is not finite; 0\.weight holds NaN"):
         deletion(model, images, heatmaps)
+
+
+def test_a_function_as_target_must_take_any_number_of_images():
+    model, images = Patch(region(box=(2, 3, 8, 9))), bright_pictures(region(box=(2, 3, 8, 9)), 6)
+    labels = torch.ones(6, dtype=torch.long)
+    heatmaps = torch.rand(6, 4, 4)
+    with pytest.raises(UsageError, match="must not know which they are"):
+        deletion(model, images, heatmaps, target=lambda out: torch.zeros(6), steps=5, batch_size=5)
+    by_index = deletion(model, images, heatmaps, target=labels, steps=5, batch_size=5)
+    by_function = deletion(model, images, heatmaps, target=lambda out: out.softmax(1)[:, 1], steps=5, batch_size=5)
+    torch.testing.assert_close(by_function.scores, by_index.scores)

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.maps import models
 from tests.maps.models import softmax_by_hand
-from visionattn.maps import Full, HeadMean, capture
+from visionattn.maps import Full, HeadMean, Rollout, capture
 
 close = torch.testing.assert_close
 
@@ -150,3 +150,67 @@ def test_positional_arguments_are_heeded():
         model(models.pictures(32))
     expected = softmax_by_hand(*model.seen[-1], causal=True)
     close(records[0].weights[:, 0].double(), expected, atol=1e-5, rtol=0)
+
+
+class Masked(nn.Module):
+    """Attention of 4 × 4 patches under a mask, bias or types of one's own."""
+
+    def __init__(self, *, mask=None, value_type=torch.float32):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 24, 16, 16)
+        self.mask = nn.Parameter(mask) if mask is not None and mask.is_floating_point() else mask
+        self.value_type = value_type
+
+    def forward(self, x):
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        heads = tokens.unflatten(2, (3, 8)).transpose(1, 2).float()
+        out = F.scaled_dot_product_attention(heads, heads, heads.to(self.value_type), attn_mask=self.mask)
+        return out.transpose(1, 2).flatten(2).mean(1)
+
+
+def test_a_query_that_may_attend_to_nothing_gets_nothing():
+    mask = torch.ones(16, 16, dtype=torch.bool)
+    mask[3] = False
+    model, images = Masked(mask=mask).eval(), models.pictures()
+    with torch.no_grad():
+        expected = model(images)
+        for keep in (HeadMean(), Full()):
+            with capture(model, keep) as records:
+                out = model(images)
+            close(out, expected, atol=1e-6, rtol=0)
+            sums = records[0].weights.sum(-1)
+            assert (sums[..., 3] == 0).all()
+            close(sums[..., 4:], torch.ones_like(sums[..., 4:]))
+
+
+def test_a_bias_alone_that_learns_keeps_its_gradient_under_capture():
+    model, images = Masked(mask=torch.randn(16, 16)), models.pictures()
+    model.embed.requires_grad_(False)
+    model(images).sum().backward()
+    expected, model.mask.grad = model.mask.grad, None
+    with capture(model, HeadMean()):
+        model(images).sum().backward()
+    close(model.mask.grad, expected)
+
+
+def test_values_of_another_type_than_queries_are_taken_as_the_model_takes_them():
+    model, images = Masked(value_type=torch.bfloat16), models.pictures()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(images)
+        with capture(model, HeadMean()) as records:
+            found = model(images)
+    assert torch.equal(found, expected)
+    close(records[0].weights.sum(-1), torch.ones(2, 1, 16), atol=1e-5, rtol=0)
+
+
+def test_weights_are_float32_whatever_the_default_is():
+    model, images = models.vit(depth=2), models.pictures()
+    with torch.no_grad():
+        torch.set_default_dtype(torch.float64)
+        try:
+            with capture(model, HeadMean()) as records:
+                model(images)
+            heatmaps = Rollout()(model, images).heatmaps
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert {record.weights.dtype for record in records} == {heatmaps.dtype} == {torch.float32}

@@ -204,7 +204,7 @@ def test_the_model_is_left_as_it_was():
 def test_a_method_that_ignores_the_weights_is_found_out_and_one_that_does_not_is_near_nothing():
     model = models.vit(depth=4)
     pixels = {"image": models.pictures(batch=12)}
-    found = score(model, [pixels], {"gradcam": METHODS["gradcam"](), "image": Edges((4, 4))}, steps=1)
+    found = score(model, [pixels], {"gradcam": METHODS["gradcam"](), "image": Edges((4, 4))}, steps=2)
     assert not found.beats("image", "shuffled")
     assert found.estimate("image", "shuffled").value == pytest.approx(1)
     assert found.beats("gradcam", "shuffled")
@@ -221,7 +221,7 @@ def test_a_map_turned_upside_down_by_shuffled_weights_counts_as_the_same():
             sign = 1 if network is model else -1
             return Explanation(sign * images_BCHW.mean(1), network(images_BCHW), None, "pixels")
 
-    found = score(model, batches(), {"brightness": Brightness()}, steps=1)
+    found = score(model, batches(), {"brightness": Brightness()}, steps=2)
     assert found.estimate("brightness", "shuffled").value == pytest.approx(1)
 
 
@@ -251,10 +251,36 @@ def test_what_cannot_be_scored_is_told():
     with pytest.raises(
         UsageError, match=r"batches differ: images of \(3, 12, 16\) with label after .* box, label, mask"
     ):
-        score(model, mixed, method, steps=1)
-    with pytest.raises(UsageError, match="copies must be ≥ 1"):
-        score(model, batches(), method, copies=0)
+        score(model, mixed, method, steps=2)
+    for wrong in ({"copies": 0}, {"steps": 1}):  # a single step is the same for every map
+        with pytest.raises(UsageError, match="copies must be ≥ 1 and steps ≥ 2"):
+            score(model, batches(), method, **wrong)
+    for seed in (-1, 2**32):
+        with pytest.raises(UsageError, match="seed must be in"):
+            score(model, batches(), method, seed=seed)
+    with pytest.raises(UsageError, match="'centre' is the name of a control"):
+        score(model, batches(), {"centre": OfWeights()}, steps=2)
     with torch.no_grad():
         model.bias.fill_(torch.nan)
     with pytest.raises(DataError, match="output is not finite; bias holds NaN"):
         score(model, batches(), method)
+
+
+def test_scores_are_made_under_inference_mode_too():
+    model, methods = Patch(PLACE), {"true": OfWeights()}
+    with torch.inference_mode():
+        inside_mode = score(model, batches(), methods, steps=4)
+    assert inside_mode.estimate("true", "deletion") == score(Patch(PLACE), batches(), methods, steps=4).estimate(
+        "true", "deletion"
+    )
+
+
+def test_many_images_take_no_more_memory_than_their_weights():
+    values = {"true": {"deletion": np.linspace(0, 1, 3_000, dtype=np.float32)}}
+    many = Scores(values, {"true": ()}, {}, None, (), seed=0)
+    assert many._weights.nbytes == 2_001 * 3_000 * 4
+    found = many.estimate("true", "deletion")
+    assert found.value == pytest.approx(0.5, abs=1e-6)
+    assert (found.high - found.low) / 2 == pytest.approx(
+        1.96 * np.std(values["true"]["deletion"]) / 3_000**0.5, rel=0.1
+    )

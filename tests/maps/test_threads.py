@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests.maps import models
 from tests.maps.models import kept
-from visionattn.maps import Full, capture
+from visionattn.maps import Full, GradCAM, capture
 
 close = torch.testing.assert_close
 
@@ -83,3 +83,27 @@ def test_a_thread_that_does_not_watch_is_not_heard():
         assert (len(records), records.calls) == (0, 0)
         model(images)
     assert len(records) == 3
+
+
+def test_a_class_activation_map_does_not_touch_another_thread():
+    model, images = models.vit(), models.pictures()
+    expected = GradCAM(layer="blocks.1")(model, images).raw
+    seen = []
+
+    def other():
+        with torch.no_grad():
+            out = model(images + 1)
+        seen.append((out.requires_grad, torch.is_grad_enabled()))
+
+    def meanwhile(module, args, out):
+        if not seen:
+            seen.append(None)
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    handle = model.blocks[2].register_forward_hook(meanwhile)
+    found = GradCAM(layer="blocks.1")(model, images).raw
+    handle.remove()
+    assert seen[1:] == [(False, True)]
+    assert torch.equal(found, expected)

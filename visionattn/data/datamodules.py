@@ -149,7 +149,8 @@ class ImageFolderData(ClassificationData):
         batch_size, num_workers, seed: as `ClassificationData`.
 
     Raises:
-        DataError: the folder is missing, has no classes, one is empty, or the splits have different classes.
+        DataError: the folder is missing, has no classes, one is empty or too small to split, or the splits have
+            different classes.
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class ImageFolderData(ClassificationData):
             counts = [max(1, round(share * len(paths))) if share else 0 for share in (self.val_share, test_share)]
             if sum(counts) >= len(paths):
                 raise DataError(
-                    f"the class {name!r} has {len(paths)} images, too few to split; add some or give val_share"
+                    f"the class {name!r} has {len(paths)} images, too few to split; add some, or a val folder"
                 )
             order = random.permutation(len(paths))
             for split, chosen in zip(("val", "test", "train"), np.split(order, np.cumsum(counts)), strict=True):

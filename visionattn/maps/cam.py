@@ -3,6 +3,7 @@
 Shapes: B batch, C channels of the layer, h × w its grid, K outputs.
 """
 
+import threading
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ class Cut:
         self.leaf: Tensor | None = None
 
     def __enter__(self) -> "Self":
-        self._before = torch.is_grad_enabled()
+        self._before, self._thread = torch.is_grad_enabled(), threading.get_ident()
         in_python.__enter__()
         self._handle = self.module.register_forward_hook(self._cut)
         return self
@@ -41,6 +42,8 @@ class Cut:
         torch.set_grad_enabled(self._before)
 
     def _cut(self, module: nn.Module, args: Any, out: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return None
         value = out[0] if isinstance(out, (tuple, list)) else out
         if not self.grad:
             self.leaf = value.detach().clone()  # an in-place activation that follows would spoil it

@@ -29,8 +29,8 @@ class Row:
         """All on the class token of the last layer; where there is none, evenly on the patches."""
         tokens = site.keys if site.queries is None else site.queries
         height, width = tokens.grid
-        prefix = torch.zeros(batch, max(1, tokens.num_prefix_tokens), device=device)
-        grid = torch.zeros(batch, height, width, device=device)
+        prefix = torch.zeros(batch, max(1, tokens.num_prefix_tokens), device=device, dtype=torch.float32)
+        grid = torch.zeros(batch, height, width, device=device, dtype=torch.float32)
         if site.class_query is None:
             met = (tokens.counts(batch) > 0).float().to(device)
             grid += met / met.sum((1, 2), keepdim=True)

@@ -59,7 +59,7 @@ def deletion(
         images_BCHW: normalised as the model wants it.
         heatmaps_Bhw: of any resolution, each spanning the whole input.
         target: as a method takes it; what the model says of the whole image by default. Of an index the softmax is
-            followed, of a function its value.
+            followed, of a function its value; a function sees any number of images in any order.
         steps: S.
         baseline: what takes the place of pixels, broadcast to the images; their mean colours by default.
         batch_size: images in one forward pass.
@@ -149,8 +149,10 @@ def follow(
     """Change the images by the order of their heatmaps' pixels; arguments as for `deletion`."""
     before_BCHW, after_BCHW = change.before, change.after
     count, _, height, width = before_BCHW.shape
-    if not 1 <= steps <= height * width or batch_size < 1:
-        raise UsageError(f"steps must be in [1, {height * width}] and batch_size ≥ 1, got {steps} and {batch_size}")
+    if not 1 <= steps <= height * width:
+        raise UsageError(f"steps must be in [1, {height * width}], the pixels of an image, got {steps}")
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be ≥ 1, got {batch_size}")
     if heatmaps_Bhw.ndim != 3 or len(heatmaps_Bhw) != count:
         raise UsageError(f"heatmaps must be ({count}, h, w), got {tuple(heatmaps_Bhw.shape)}")
     rank_BHW = rank(heatmaps_Bhw.to(before_BCHW.device), (height, width), seed=seed)
@@ -184,10 +186,15 @@ def probability(model: nn.Module, images_BCHW: Tensor, target: Target) -> tuple[
             logits_BK = scores_of(output).float()
             if logits_BK.shape[1] == 1:
                 raise UsageError(
-                    "the softmax of the model's only output is always 1; pass target=a function from the output to "
-                    "(B,) scores"
+                    "the model has a single output, whose softmax is always 1, so nothing can be scored by it; give "
+                    "deletion and insertion target=a function from the output to (B,) scores"
                 )
             score_B = logits_BK.softmax(1).gather(1, index_B[:, None])[:, 0]
+        if len(score_B) != len(images_BCHW):
+            raise UsageError(
+                f"the target function returned {len(score_B)} scores for {len(images_BCHW)} images; it sees any number "
+                "of them in any order, so it must not know which they are: give indices image by image as a tensor"
+            )
         if not score_B.isfinite().all():
             raise DataError(f"the model's output is not finite; {culprit(bare)}")
         return score_B.float(), target if index_B is None else index_B

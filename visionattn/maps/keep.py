@@ -53,7 +53,8 @@ class Call:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = dict(zip(names, args, strict=False)) | kwargs
         query, key, value = (given[name].detach() for name in names[:3])
-        differentiable = torch.is_grad_enabled() and any(given[name].requires_grad for name in names[:3])
+        parts = [given[name] for name in names[:4] if given.get(name) is not None]
+        differentiable = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         groups = query.shape[-3] // key.shape[-3] if given.get("enable_gqa") else 1
         if groups > 1:
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -99,14 +100,13 @@ class Call:
     def rows(self, queries: slice | Tensor) -> Tensor:
         """Weights of some queries, (B, W, H, those, K), float32."""
         if self.weights is not None:
-            return self.weights[:, :, :, queries].detach().float()
+            # a copy: the model may go on in place, and a view would keep all weights alive
+            return self.weights[:, :, :, queries].detach().to(torch.float32, copy=True)
         assert self.query is not None
         assert self.key is not None
         logits = products(self.query[:, :, :, queries].float(), self.key.float())
         logits *= self.scale
-        if self.bias is not None:
-            logits += self.bias[:, :, :, queries]
-        return torch.softmax(logits, -1)
+        return _softmax(logits, None if self.bias is None else self.bias[:, :, :, queries])
 
     def pieces(self, out: Tensor | None = None) -> "Iterator[tuple[Piece, Tensor]]":
         """Go through all weights in pieces: the slices of images, windows and heads, and their weights (b, w, h, Q, K).
@@ -135,9 +135,7 @@ class Call:
             part_nQK = buffer[: len(query_nQD)]
             torch.baddbmm(part_nQK, query_nQD, key_nKD.mT, beta=0, alpha=self.scale, out=part_nQK)
             part = part_nQK.view(*query.shape[:4], keys)
-            if self.bias is not None:
-                part += self.bias[piece]
-            torch.softmax(part, -1, out=part)
+            _softmax(part, None if self.bias is None else self.bias[piece])
             if out is not None:
                 assert self.value is not None
                 out[piece] = torch.bmm(part_nQK, self.value[piece].flatten(0, 2)).view(*query.shape[:4], -1)
@@ -151,7 +149,8 @@ class Call:
         """
         if self.value is None or self.query is None or self.dropout or self.site.windowed or self.site.lead[0] != 1:
             return None
-        if len(self.site.lead) != 2 or self.query.dtype != torch.float32 or self.differentiable:
+        dtypes = {part.dtype for part in (self.query, self.key, self.value) if part is not None}
+        if len(self.site.lead) != 2 or dtypes != {torch.float32} or self.differentiable:
             return None
         batch, _, heads, queries, _ = self.query.shape
         return self.value.new_empty(batch, 1, queries, heads, self.value.shape[-1]).transpose(2, 3)
@@ -160,7 +159,7 @@ class Call:
         """Room for float32 values on the device of the call."""
         like = self.weights if self.weights is not None else self.query
         assert like is not None
-        return torch.empty(shape, device=like.device)
+        return torch.empty(shape, device=like.device, dtype=torch.float32)
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros, float32, on the device of the call."""
@@ -172,6 +171,14 @@ def products(a_BWHQD: Tensor, b_BWHKD: Tensor) -> Tensor:
     if a_BWHQD.shape[3] == 1:
         return (a_BWHQD * b_BWHKD).sum(-1)[:, :, :, None]
     return a_BWHQD @ b_BWHKD.mT
+
+
+def _softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(logits + bias) over keys, in place; 0 for a query that may attend to none, as the fused call has it."""
+    if bias is not None:
+        logits += bias
+    torch.softmax(logits, -1, out=logits)
+    return logits if bias is None else logits.masked_fill_(bias.isneginf().all(-1, keepdim=True), 0)
 
 
 def _slices(count: int, step: int) -> list[slice]:
@@ -240,8 +247,6 @@ class ClassRow(Keep):
             return call.rows(slice(index, index + 1))[:, :, :, 0]
         batch, windows, heads, _, keys = call.shape
         first = call.site.queries.num_prefix_tokens if call.site.queries else 0  # registers are no patches
-        if call.weights is not None:
-            return call.weights[:, :, :, first:].detach().float().mean(3)
         out = call.zeros(batch, windows, heads, keys)
         for piece, part_bwHQK in call.pieces():
             out[piece] = part_bwHQK[:, :, :, first:].mean(3)

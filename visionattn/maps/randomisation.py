@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from visionattn.maps.base import unwrap
 
 
-@torch.no_grad()
 def shuffled(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """Copy a model, and shuffle the numbers inside each of its weights: what was learned is gone, their spread is not.
 
@@ -21,7 +20,11 @@ def shuffled(model: nn.Module, *, seed: int = 0) -> nn.Module:
     keeps activations in their range. The statistics of batch normalisation are shuffled alike; other buffers are not
     learned and stay.
     """
-    random = copy.deepcopy(unwrap(model))
+    with torch.inference_mode(False), torch.no_grad():
+        return _shuffled(copy.deepcopy(unwrap(model)), seed)
+
+
+def _shuffled(random: nn.Module, seed: int) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     weights: list[Tensor] = list(random.parameters())
     for module in random.modules():

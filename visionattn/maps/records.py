@@ -137,12 +137,16 @@ class Interception(Watcher):
     def passed(self, site: Site) -> None:
         """A call was not wanted."""
 
-    def attended(self, call: Call, out: Tensor) -> Tensor | None:
-        """A call of attention has returned `out`: the fused output, or the weights; a tensor returned replaces it."""
+    def attended(self, call: Call, out: Tensor, kept: Tensor | None) -> Tensor | None:
+        """A call of attention has returned `out`: the fused output, or the weights; a tensor returned replaces it.
+
+        `kept` is what `instead` computed on the way, None where it did not.
+        """
         return None
 
-    def instead(self, call: Call) -> Tensor | None:
-        """A fused call is about to run; a tensor (B, W, H, Q, D) returned takes the place of what it would return."""
+    def instead(self, call: Call) -> tuple[Tensor, Tensor] | None:
+        """A fused call is about to run; compute what to keep together with the call's output (B, W, H, Q, D), which
+        takes the place of what it would return."""
         return None
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -168,10 +172,14 @@ class Interception(Watcher):
         call = self._call(self._next(fused=True), lambda site: Call.fused(site, args, kwargs))
         if call is None:
             return func(*args, **kwargs)
-        with _plain(call.query):
-            own = self.instead(call)
-        out = func(*args, **kwargs) if own is None else own.flatten(0, 1)
-        return self._tell(call, out)
+        both = None
+        # other watchers would not hear of a call that is replaced, and autocast may want another type
+        if not torch._C._len_torch_function_stack() and not torch.is_autocast_enabled(args[0].device.type):
+            both = self.instead(call)
+        if both is None:
+            return self._tell(call, func(*args, **kwargs))
+        kept, out = both
+        return self._tell(call, out.flatten(0, 1), kept)
 
     def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         site = self._next(fused=False)
@@ -198,9 +206,9 @@ class Interception(Watcher):
             forget(self._root)
             return None
 
-    def _tell(self, call: Call, out: Tensor) -> Tensor:
-        with _plain(out):
-            replaced = self.attended(call, out)
+    def _tell(self, call: Call, out: Tensor, kept: Tensor | None = None) -> Tensor:
+        with torch._C.DisableTorchFunction(), _plain(out):  # other watchers do not hear of what is computed here
+            replaced = self.attended(call, out, kept)
         return out if replaced is None else replaced
 
 
@@ -241,7 +249,6 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         self.layers = layers
         self.records = Records()
         self._wanted: set[int] | None = None
-        self._early: Tensor | None = None
 
     def __enter__(self) -> Records:  # type: ignore[override]
         super().__enter__()
@@ -270,19 +277,14 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
     def passed(self, site: Site) -> None:
         self._record(site, None)
 
-    def instead(self, call: Call) -> Tensor | None:
-        both = self.keep.instead(call)
-        if both is None:
-            return None
-        self._early, out = both
-        return out
+    def instead(self, call: Call) -> tuple[Tensor, Tensor] | None:
+        return self.keep.instead(call)
 
-    def attended(self, call: Call, out: Tensor) -> None:
-        weights, self._early = self._early, None
-        if weights is None:
+    def attended(self, call: Call, out: Tensor, kept: Tensor | None) -> None:
+        if kept is None:
             with torch.no_grad():
-                weights = self.keep(call)
-        self._record(call.site, weights)
+                kept = self.keep(call)
+        self._record(call.site, kept)
 
     def _record(self, site: Site, weights: Tensor | None) -> None:
         self.records._records.append(

@@ -35,7 +35,7 @@ class Tape(Interception):
     def wants(self, site: Site) -> bool:
         return self.turn >= self.first
 
-    def attended(self, call: Call, out: Tensor) -> Tensor | None:
+    def attended(self, call: Call, out: Tensor, kept: Tensor | None) -> Tensor | None:
         if not self.calls:
             self._before = torch.is_grad_enabled()
             torch.set_grad_enabled(True)  # in the middle of the forward pass: what lies before needs no graph

@@ -66,30 +66,24 @@ class _Fused(Interception):
         self.count, self.fuse, self.discard = count, fuse, discard
         self.layers: list[tuple[Site, Tensor]] = []
         self._mean = HeadMean()
-        self._early: Tensor | None = None
 
     @property
     def _last(self) -> bool:
         return len(self.layers) == self.count - 1
 
-    def instead(self, call: Call) -> Tensor | None:
+    def instead(self, call: Call) -> tuple[Tensor, Tensor] | None:
         if self.fuse != "mean" or (self._last and call.site.class_query is not None):
             return None
-        both = self._mean.instead(call)
-        if both is None:
-            return None
-        self._early, out = both
-        return out
+        return self._mean.instead(call)
 
-    def attended(self, call: Call, out: Tensor) -> None:
+    def attended(self, call: Call, out: Tensor, kept: Tensor | None) -> None:
         site = call.site
         if self._last and site.class_query is not None:
             index = slice(site.class_query, site.class_query + 1)
             weights = fuse_heads(call.rows(index), self.fuse, 2)
             site = class_row_only(site)
         elif self.fuse == "mean":
-            weights = self._mean(call) if self._early is None else self._early
-            self._early = None
+            weights = self._mean(call) if kept is None else kept
         else:
             weights = _extreme(call, self.fuse)
         if self.discard:

@@ -125,19 +125,23 @@ class Scores:
     def _estimates(self, name: str) -> dict[str, Estimate]:
         return {figure: self.estimate(name, figure) for figure in self.figures}
 
-    def _means(self, name: str, figure: str) -> NDArray[np.float64]:
+    def _means(self, name: str, figure: str) -> NDArray[np.floating]:
         """(1 + R,): the mean over the images, and over each resample of them."""
         means = self._weights @ self.values[name][figure]
         return means if means.ndim == 1 else means.max(1)
 
     @cached_property
-    def _weights(self) -> NDArray[np.float64]:
+    def _weights(self) -> NDArray[np.float32]:
         """(1 + R, N): how often each image is drawn, as a share; at first each once."""
-        count = self.images
-        drawn = np.random.default_rng(self.seed).multinomial(count, np.full(count, 1 / count), self.resamples)
-        return np.concatenate([np.ones((1, count)), drawn]) / count
+        count, some = self.images, 50  # at a time, so that many images need no more memory than the result
+        random, weights = np.random.default_rng(self.seed), np.ones((1 + self.resamples, count), np.float32)
+        for start in range(1, 1 + self.resamples, some):
+            rows = weights[start : start + some]
+            rows[:] = random.multinomial(count, np.full(count, 1 / count), len(rows))
+        weights /= count
+        return weights
 
-    def _interval(self, means: NDArray[np.float64]) -> Estimate:
+    def _interval(self, means: NDArray[np.floating]) -> Estimate:
         low, high = np.percentile(means[1:], [2.5, 97.5]) if self.decided else (np.nan, np.nan)
         return Estimate(float(means[0]), float(low), float(high))
 
@@ -173,8 +177,10 @@ def score(
         UsageError: no method fits, the sizes of images differ, or only some batches have boxes or masks.
         DataError: there are no images, or the images or the model's output hold NaN or infinity.
     """
-    if copies < 1:
-        raise UsageError(f"copies must be ≥ 1, got {copies}")
+    if copies < 1 or steps < 2:
+        raise UsageError(f"copies must be ≥ 1 and steps ≥ 2, got {copies} and {steps}")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed must be in [0, 2³²), got {seed}")
     model = unwrap(model)
     like = next(model.parameters(), torch.zeros(()))
     randoms = [shuffled(model, seed=seed + number) for number in range(copies)]
@@ -206,7 +212,10 @@ def score(
         against = {name: _controls(maps[name][0], seed) for name in maps}
         controls = {name: tuple(some) for name, some in against.items()}
         for name, control in {name: control for some in against.values() for name, control in some.items()}.items():
-            maps[name] = _explain(control, model, randoms, images_BCHW, target_B)
+            if name in methods:
+                raise UsageError(f"{name!r} is the name of a control; give the method another")
+            # it does not look at the model, so it is the same with any weights
+            maps[name] = control(model, images_BCHW).heatmaps, torch.ones(len(images_BCHW))
         way: dict[str, int] = {"steps": steps, "batch_size": batch_size, "seed": seed + images}
         for name, (heatmaps_Bhw, shuffled_B) in maps.items():
             figures = {

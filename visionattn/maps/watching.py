@@ -165,7 +165,7 @@ class Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (func not in _HEARD and not self.follows) or self._deaf:
+        if (func not in _HEARD and not self.follows) or not self.stack or self._deaf:
             return func(*args, **kwargs)
         if func in ATTENTION:
             return self.fused(func, args, kwargs)
