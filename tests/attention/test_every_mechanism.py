@@ -15,6 +15,9 @@ every = pytest.mark.parametrize("mechanism", MECHANISMS.values(), ids=MECHANISMS
 SHAPES = [(1, 1, 2, 3), (2, 7, 5, 9), (1, 16, 8, 8), (3, 8, 14, 6)]
 
 
+SHIFTS = {"attention.conv_attn.bias"}  # of all scores alike before a softmax: its gradient is zero but for rounding
+
+
 def make(mechanism, channels):
     torch.manual_seed(0)
     return stirred(mechanism(channels))
@@ -65,7 +68,7 @@ def test_every_parameter_learns(mechanism):
     still = [
         name for name, parameter in module.named_parameters() if parameter.grad is None or not parameter.grad.any()
     ]
-    assert not still
+    assert set(still) <= SHIFTS
 
 
 @every

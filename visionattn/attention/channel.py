@@ -4,15 +4,18 @@ Shapes: B batch, C channels, H rows, W columns.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import CecaModule, EcaModule, EffectiveSEModule, SEModule
 from torch import Tensor, nn
 
+from visionattn.attention.arithmetic import mean, pointwise
+
 
 class SE(nn.Module):
-    """Squeeze and excitation (Hu et al. 2018, 1709.01507, eq. 2–4); timm's module under our interface.
+    """Squeeze and excitation (Hu et al. 2018, 1709.01507, eq. 2–4); timm's weights.
 
         z = mean of x over H·W
         out = x · sigmoid(W2 relu(W1 z + b1) + b2)
@@ -29,11 +32,12 @@ class SE(nn.Module):
         self.attention = SEModule(channels, rd_channels=_bottleneck(channels, reduction))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.attention(x_BCHW)
+        block: Any = self.attention
+        return x_BCHW * block.gate(block.fc2(block.act(block.fc1(mean(x_BCHW, 2, 3)))))  # to the bit as timm's
 
 
 class EffectiveSE(nn.Module):
-    """Effective squeeze and excitation (Lee & Park 2020, 1911.06667, eq. 4–5); timm's module under our interface.
+    """Effective squeeze and excitation (Lee & Park 2020, 1911.06667, eq. 4–5); timm's weights.
 
         out = x · hard_sigmoid(W (mean of x over H·W) + b),     hard_sigmoid(z) = clamp(z / 6 + 1 / 2, 0, 1)
 
@@ -50,7 +54,8 @@ class EffectiveSE(nn.Module):
         self.attention = EffectiveSEModule(channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.attention(x_BCHW)
+        block: Any = self.attention
+        return x_BCHW * block.gate(pointwise(block.fc, mean(x_BCHW, 2, 3)))
 
 
 class ECA(nn.Module):

@@ -3,17 +3,20 @@
 Shapes: B batch, C channels, H rows, W columns, N = H · W positions, M maps.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import GlobalContext as GlobalContextBlock
 from timm.layers.lambda_layer import LambdaLayer
 from torch import Tensor, nn
 
+from visionattn.attention.arithmetic import narrowed, pointwise
 from visionattn.attention.channel import _bottleneck, _must_be_odd, _shared_out
 
 
 class GlobalContext(nn.Module):
-    """Global context (Cao et al. 2019, 1904.11492, eq. 5); timm's module, `gca`, under our interface.
+    """Global context (Cao et al. 2019, 1904.11492, eq. 5); the weights of timm's `gca`.
 
         c   = sum over positions of x · softmax over positions of (w_k · x)
         out = x + W2 relu(LN(W1 c))
@@ -33,11 +36,12 @@ class GlobalContext(nn.Module):
         self.attention = GlobalContextBlock(channels, fuse_add=True, fuse_scale=False, rd_channels=width)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.attention(x_BCHW)
+        block: Any = self.attention
+        return x_BCHW + _of_context(block.mlp_add, _context(block.conv_attn, x_BCHW))
 
 
 class GlobalContextGate(nn.Module):
-    """Global context that multiplies where `GlobalContext` adds; timm's module, `gc`, under our interface.
+    """Global context that multiplies where `GlobalContext` adds; the weights of timm's `gc`.
 
         c   = sum over positions of x · softmax over positions of (w_k · x)
         out = x · sigmoid(W2 relu(LN(W1 c)))
@@ -56,7 +60,8 @@ class GlobalContextGate(nn.Module):
         self.attention = GlobalContextBlock(channels, rd_channels=max(4, _bottleneck(channels, reduction)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.attention(x_BCHW)
+        block: Any = self.attention
+        return x_BCHW * block.gate(_of_context(block.mlp_scale, _context(block.conv_attn, x_BCHW)))
 
 
 class DoubleAttention(nn.Module):
@@ -122,3 +127,13 @@ class Lambda(nn.Module):
         near = F.conv2d(value.flatten(0, 1)[:, None], conv.weight[..., 0], conv.bias, padding=conv.padding[:2])
         lambda_Bvkn = content_Bvk[..., None] + near.flatten(2).unflatten(0, (-1, block.dim_v))
         return torch.einsum("bhkn,bvkn->bhvn", q_Bhkn, lambda_Bvkn).flatten(1, 2).view_as(x_BCHW)
+
+
+def _context(score: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
+    """Sum over positions of x, weighed by a softmax of the scores, (B, C, 1, 1)."""
+    map_B1N = F.softmax(narrowed(score, x_BCHW).flatten(2), -1)
+    return (x_BCHW.flatten(2) @ map_B1N.mT)[..., None]
+
+
+def _of_context(mlp: Any, context_BC11: Tensor) -> Tensor:
+    return pointwise(mlp.fc2, mlp.act(mlp.norm(pointwise(mlp.fc1, context_BC11))))

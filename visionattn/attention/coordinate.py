@@ -3,14 +3,16 @@
 Shapes: B batch, C channels, H rows, W columns.
 """
 
+import torch
 from timm.layers.coord_attn import CoordAttn, EfficientLocalAttn, SimpleCoordAttn, StripAttn
 from torch import Tensor, nn
 
+from visionattn.attention.arithmetic import mean, outer, pointwise, thin
 from visionattn.attention.channel import _bottleneck, _must_be_odd
 
 
 class CoordinateAttention(nn.Module):
-    """Coordinate attention (Hou et al. 2021, 2103.02907, eq. 4–9); timm's module under our interface.
+    """Coordinate attention (Hou et al. 2021, 2103.02907, eq. 4–9); timm's weights.
 
         f   = hswish(BN(W1 [mean of x over W ; mean of x over H]))       the two side by side, H + W places
         g^h = sigmoid(Wh f^h),    g^w = sigmoid(Ww f^w)
@@ -31,11 +33,17 @@ class CoordinateAttention(nn.Module):
         self.attention = CoordAttn(channels, rd_channels=max(8, _bottleneck(channels, reduction)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.attention(x_BCHW)
+        block = self.attention
+        squeezed = torch.cat([mean(x_BCHW, 3), mean(x_BCHW, 2).mT], 2)
+        both = block.act(block.bn1(pointwise(block.conv1, squeezed)))
+        of_rows, of_columns = both.split(x_BCHW.shape[2:], 2)
+        rows_BCH1 = block.gate(pointwise(block.conv_h, of_rows))
+        columns_BC1W = block.gate(pointwise(block.conv_w, of_columns.mT))
+        return x_BCHW * outer(rows_BCH1, columns_BC1W)
 
 
 class SimpleCoordinateAttention(nn.Module):
-    """Coordinate attention with one gate, the sum of both before the sigmoid; timm's module under our interface.
+    """Coordinate attention with one gate, the sum of both before the sigmoid; timm's weights.
 
         out[c, i, j] = x[c, i, j] · sigmoid(Wh f(mean of x over W)[i] + Ww f(mean of x over H)[j])[c]
         f(z)         = silu(W1 z)
@@ -54,11 +62,14 @@ class SimpleCoordinateAttention(nn.Module):
         self.attention = SimpleCoordAttn(channels, rd_channels=max(8, _bottleneck(channels, reduction)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.attention(x_BCHW)
+        block = self.attention
+        of_rows = block.fc_h(block.act(block.fc1(mean(x_BCHW, 3).squeeze(3).mT))).mT
+        of_columns = block.fc_w(block.act(block.fc1(mean(x_BCHW, 2).squeeze(2).mT))).mT
+        return x_BCHW * block.gate(of_rows[:, :, :, None] + of_columns[:, :, None])
 
 
 class ELA(nn.Module):
-    """Efficient local attention (Xu & Wan 2024, 2403.01123, eq. 3–6); timm's module under our interface.
+    """Efficient local attention (Xu & Wan 2024, 2403.01123, eq. 3–6); timm's weights.
 
         g^h = sigmoid(silu(GN(conv1d_k(mean of x over W)))),    g^w the same of the mean over H
         out[c, i, j] = x[c, i, j] · g^h[c, i] · g^w[c, j]       the convolutions are depthwise
@@ -79,11 +90,16 @@ class ELA(nn.Module):
         self.attention = EfficientLocalAttn(channels, kernel_size=kernel_size)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.attention(x_BCHW)
+        block = self.attention
+        of_rows = thin(block.conv_h, mean(x_BCHW, 3))
+        of_columns = thin(block.conv_w, mean(x_BCHW, 2))
+        rows_BCH1 = block.gate(block.act(block.norm_h(of_rows)))
+        columns_BC1W = block.gate(block.act(block.norm_w(of_columns)))
+        return x_BCHW * outer(rows_BCH1, columns_BC1W)
 
 
 class StripAttention(nn.Module):
-    """Strips of means along rows and columns, refined and added; timm's module under our interface.
+    """Strips of means along rows and columns, refined and added; timm's weights.
 
         out = x · sigmoid(conv_k×1(mean of x over W) + conv_1×k(mean of x over H))      depthwise convolutions
 
@@ -102,4 +118,7 @@ class StripAttention(nn.Module):
         self.attention = StripAttn(channels, kernel_size=kernel_size)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.attention(x_BCHW)
+        block = self.attention
+        of_rows = thin(block.conv_h, mean(x_BCHW, 3))
+        of_columns = thin(block.conv_w, mean(x_BCHW, 2))
+        return x_BCHW * block.gate(of_rows + of_columns)

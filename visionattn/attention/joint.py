@@ -3,10 +3,15 @@
 Shapes: B batch, C channels, H rows, W columns; G groups of D channels.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from timm.layers.cbam import CbamModule, LightCbamModule
 from torch import Tensor, nn
 
+from visionattn.attention.arithmetic import maximum, mean, narrowed, outer, pointwise, thin
 from visionattn.attention.channel import _BatchNorm2d, _bottleneck, _must_be_odd, _shared_out
 
 
@@ -34,12 +39,13 @@ class CBAM(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # timm's layers in their order, with the faster maximum and both means and maxima through the MLP at once
+        # timm's layers in their order, with both means and maxima through the MLP at once
         channel, spatial = self.attention.channel, self.attention.spatial
-        squeezed = torch.cat([x_BCHW.mean((2, 3), keepdim=True), _maximum(x_BCHW)])
-        of_mean, of_maximum = channel.fc2(channel.act(channel.fc1(squeezed))).chunk(2)
+        squeezed = torch.cat([mean(x_BCHW, 2, 3), maximum(x_BCHW)])
+        of_mean, of_maximum = pointwise(channel.fc2, channel.act(pointwise(channel.fc1, squeezed))).chunk(2)
         x_BCHW = x_BCHW * channel.gate(of_mean + of_maximum)
-        return x_BCHW * spatial.gate(spatial.conv(_planes(x_BCHW.mean(1), x_BCHW.max(1).values)))
+        planes_B2HW = torch.cat([mean(x_BCHW, 1), x_BCHW.max(1, keepdim=True).values], 1)
+        return x_BCHW * spatial.gate(thin(spatial.conv, planes_B2HW))
 
 
 class LightCBAM(nn.Module):
@@ -68,10 +74,10 @@ class LightCBAM(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         # timm's layers in their order; its own channel part passes its `gate` by, and nobody could watch it
         channel, spatial = self.attention.channel, self.attention.spatial
-        z_BC11 = 0.5 * (x_BCHW.mean((2, 3), keepdim=True) + _maximum(x_BCHW))
-        x_BCHW = x_BCHW * channel.gate(channel.fc2(channel.act(channel.fc1(z_BC11))))
-        z_B1HW = 0.5 * (x_BCHW.mean(1, keepdim=True) + x_BCHW.max(1, keepdim=True).values)
-        return x_BCHW * spatial.gate(spatial.conv(z_B1HW.contiguous(memory_format=torch.channels_last)))
+        z_BC11 = 0.5 * (mean(x_BCHW, 2, 3) + maximum(x_BCHW))
+        x_BCHW = x_BCHW * channel.gate(pointwise(channel.fc2, channel.act(pointwise(channel.fc1, z_BC11))))
+        z_B1HW = 0.5 * (mean(x_BCHW, 1) + x_BCHW.max(1, keepdim=True).values)
+        return x_BCHW * spatial.gate(thin(spatial.conv, z_B1HW))
 
 
 class BAM(nn.Module):
@@ -108,8 +114,14 @@ class BAM(nn.Module):
         self.gate = nn.Sigmoid()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        gate_BCHW = self.gate(self.channel(x_BCHW.mean((2, 3), keepdim=True)) + self.spatial(x_BCHW))
-        return torch.addcmul(x_BCHW, x_BCHW, gate_BCHW)
+        squeeze, norm, relu, restore = _layers(self.channel)
+        of_channel_BC11 = pointwise(restore, relu(norm(pointwise(squeeze, mean(x_BCHW, 2, 3)))))
+        narrow, *layers, score = _layers(self.spatial)
+        planes = narrowed(narrow, x_BCHW)
+        for layer in layers:
+            planes = thin(layer, planes) if isinstance(layer, nn.Conv2d) else layer(planes)
+        gate_BCHW = self.gate(of_channel_BC11 + narrowed(score, planes))
+        return x_BCHW * (1 + gate_BCHW)
 
 
 class SimAM(nn.Module):
@@ -136,9 +148,12 @@ class SimAM(nn.Module):
         self.gate = nn.Sigmoid()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        square_BCHW = (x_BCHW - x_BCHW.mean((2, 3), keepdim=True)).square()
-        var_BC11 = square_BCHW.sum((2, 3), keepdim=True) / max(1, x_BCHW.shape[2] * x_BCHW.shape[3] - 1)
-        return x_BCHW * self.gate(square_BCHW / (4 * (var_BC11 + self.regularisation)) + 0.5)
+        # by torch's kernel of a normalisation, whose variance divides by N: (N − 1) / N is taken out of both terms
+        count = x_BCHW.shape[2] * x_BCHW.shape[3]
+        share = max(1, count - 1) / count
+        scale_C = x_BCHW.new_full(x_BCHW.shape[1:2], (share / 4) ** 0.5)
+        root_BCHW = torch.group_norm(x_BCHW, x_BCHW.shape[1], scale_C, eps=self.regularisation * share)
+        return x_BCHW * self.gate(root_BCHW.square() + 0.5)
 
 
 class TripletAttention(nn.Module):
@@ -173,9 +188,14 @@ class _TripletGate(nn.Module):
         self.over_columns = _plane_gate(kernel_size)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        gate_B1HW = self.over_channels(_planes(x_BCHW.max(1).values, x_BCHW.mean(1))).sigmoid()
-        gate_BC1W = self.over_rows(_planes(x_BCHW.max(2).values, x_BCHW.mean(2))).sigmoid().transpose(1, 2)
-        gate_BCH1 = self.over_columns(_planes(x_BCHW.max(3).values, x_BCHW.mean(3))).sigmoid().squeeze(1).unsqueeze(3)
+        gates = (self.over_channels, self.over_rows, self.over_columns)
+        gate_B1HW, gate_BC1W, gate_BCH1 = (
+            thin(gate, torch.stack([x_BCHW.max(dim).values, mean(x_BCHW, dim).squeeze(dim)], 1))
+            .sigmoid()
+            .squeeze(1)
+            .unsqueeze(dim)
+            for dim, gate in enumerate(gates, 1)
+        )
         return (gate_B1HW / 3 + gate_BC1W / 3) + gate_BCH1 / 3
 
 
@@ -189,8 +209,9 @@ class EMA(nn.Module):
         gate  = sigmoid(softmax(mean of far over H·W)ᵀ near + softmax(mean of near over H·W)ᵀ far)
         out   = u · gate                            softmax and products over the D channels
 
-    The groups share their weights. Deviation from the paper: none of the authors' code, which this follows where the
-    paper's text leaves things open.
+    The groups share their weights. The mean of far, which is normalised, is the bias of GN, and near enters by
+    sums only: it is computed so, and near itself never is. Deviation from the paper: none of the authors' code,
+    which this follows where the paper's text leaves things open.
 
     Args:
         channels: C of the input.
@@ -220,22 +241,27 @@ class _MultiScaleGate(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         batch, _, height, width = x_BCHW.shape
         u = x_BCHW.reshape(batch * self.groups, -1, height, width)  # (B · G, D, H, W), as all below
-        rows, columns = u.mean(3, keepdim=True), u.mean(2, keepdim=True)
-        rows, columns = self.along(torch.cat([rows, columns.mT], 2)).sigmoid().split([height, width], 2)
-        far, near = self.norm(u * rows * columns.mT), self.near(u)
-        of_far = far.mean((2, 3)).softmax(1)[:, None] @ near.flatten(2)
-        of_near = near.mean((2, 3)).softmax(1)[:, None] @ far.flatten(2)
-        return (of_far + of_near).sigmoid().view(batch, self.groups, height, width)
+        both = pointwise(self.along, torch.cat([mean(u, 3), mean(u, 2).mT], 2)).sigmoid()
+        rows, columns = both.split([height, width], 2)
+        far = self.norm(u * outer(rows, columns.mT))
+        of_far_D = F.softmax(self.norm.bias, 0)  # weighs the D kernels of near before they are applied, as one
+        kernel_D33 = torch.einsum("e,edij->dij", of_far_D, self.near.weight)
+        of_near = partial(
+            F.conv2d, weight=kernel_D33[None], bias=(of_far_D @ self.near.get_parameter("bias"))[None], padding=1
+        )
+        near = thin(of_near, u)
+        far = (self._mean_near(u).softmax(1)[:, None] @ far.flatten(2)).view_as(near)
+        return (near + far).sigmoid().view(batch, self.groups, height, width)
+
+    def _mean_near(self, u: Tensor) -> Tensor:
+        """Mean of conv_3(u) over positions, (B · G, D), of the sums of what each weight of the kernel meets."""
+        meets_9N = F.unfold(torch.ones_like(u[:1, :1]), 3, padding=1)[0].flip(0)
+        sums = (u.flatten(2) @ meets_9N.mT).flatten(1)
+        return F.linear(sums / meets_9N.shape[1], self.near.weight.flatten(1), self.near.bias)
 
 
-def _maximum(x_BCHW: Tensor) -> Tensor:
-    """Maximum over positions, (B, C, 1, 1); its gradient costs half of that of amax, which looks for ties."""
-    return x_BCHW.flatten(2).max(2).values[..., None, None]
-
-
-def _planes(*planes: Tensor) -> Tensor:
-    """Planes (B, any, any) as channels, laid out so that a convolution of so few is three times as fast on a CPU."""
-    return torch.stack(planes, 1).contiguous(memory_format=torch.channels_last)
+def _layers(sequential: nn.Sequential) -> list[Any]:
+    return list(sequential)
 
 
 def _plane_gate(kernel_size: int) -> nn.Sequential:

@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H rows, W columns; D channels of the gating signal.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.attention.arithmetic import thin
 from visionattn.attention.channel import _BatchNorm2d
 
 
@@ -124,4 +125,4 @@ class LSKA(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return x_BCHW * self.gate(x_BCHW)
+        return x_BCHW * thin(self.gate, x_BCHW)
