@@ -167,10 +167,16 @@ class Call:
 
 
 def products(a_BWHQD: Tensor, b_BWHKD: Tensor) -> Tensor:
-    """a bᵀ, (B, W, H, Q, K); for one query, a product of matrices would copy all of b first."""
-    if a_BWHQD.shape[3] == 1:
-        return (a_BWHQD * b_BWHKD).sum(-1)[:, :, :, None]
-    return a_BWHQD @ b_BWHKD.mT
+    """a bᵀ, (B, W, H, Q, K).
+
+    Where one query meets keys that lie token by token, as a ViT's do, a product head by head would copy all keys first.
+    So the tokens are multiplied as they lie, (K, H·D), by a matrix (H·D, H) whose column h holds the query of head h.
+    """
+    heads, queries, width = a_BWHQD.shape[2:]
+    if queries != 1 or b_BWHKD.stride()[2::2] != (width, 1):
+        return a_BWHQD @ b_BWHKD.mT
+    columns = (a_BWHQD.mT * torch.eye(heads, device=a_BWHQD.device, dtype=a_BWHQD.dtype)[:, None]).flatten(2, 3)
+    return (b_BWHKD.transpose(2, 3).flatten(3) @ columns).mT[:, :, :, None]
 
 
 def _softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
