@@ -65,10 +65,9 @@ def test_images_of_a_batch_do_not_touch_each_other(mechanism):
 def test_every_parameter_learns(mechanism):
     module = make(mechanism, 64)  # wide enough that no bottleneck is all below zero
     module(torch.randn(8, 64, 6, 5, requires_grad=True)).square().sum().backward()
-    still = [
-        name for name, parameter in module.named_parameters() if parameter.grad is None or not parameter.grad.any()
-    ]
-    assert set(still) <= SHIFTS
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values())
+    assert {name for name, gradient in gradients.items() if not gradient.any()} <= SHIFTS
 
 
 @every

@@ -168,6 +168,27 @@ class Masked(nn.Module):
         return out.transpose(1, 2).flatten(2).mean(1)
 
 
+def test_arguments_by_name_are_read_as_those_by_place():
+    class ByName(Masked):
+        def forward(self, x):
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            heads = tokens.unflatten(2, (3, 8)).transpose(1, 2)
+            return F.scaled_dot_product_attention(query=heads, key=heads, value=heads).transpose(1, 2).mean((1, 2))
+
+    torch.manual_seed(0)
+    by_name, by_place = ByName().eval(), Masked().eval()
+    by_place.load_state_dict(by_name.state_dict())
+    images = models.pictures()
+    with torch.no_grad():
+        for keep in (HeadMean(), Full()):
+            with capture(by_name, keep) as found, capture(by_place, keep) as expected:
+                by_name(images), by_place(images)
+            close(found[0].weights, expected[0].weights)
+            with capture(by_name, keep) as alone:
+                by_name(images)
+            close(alone[0].weights, found[0].weights, atol=1e-6, rtol=1e-5)
+
+
 def test_a_query_that_may_attend_to_nothing_gets_nothing():
     mask = torch.ones(16, 16, dtype=torch.bool)
     mask[3] = False

@@ -172,9 +172,10 @@ class Interception(Watcher):
         call = self._call(self._next(fused=True), lambda site: Call.fused(site, args, kwargs))
         if call is None:
             return func(*args, **kwargs)
+        assert call.query is not None
         both = None
         # other watchers would not hear of a call that is replaced, and autocast may want another type
-        if not torch._C._len_torch_function_stack() and not torch.is_autocast_enabled(args[0].device.type):
+        if not torch._C._len_torch_function_stack() and not torch.is_autocast_enabled(call.query.device.type):
             both = self.instead(call)
         if both is None:
             return self._tell(call, func(*args, **kwargs))

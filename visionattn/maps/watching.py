@@ -212,9 +212,9 @@ class Watcher(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._deaf:
             return
-        self.stack.append(self.names[module])
-        if len(self.stack) == 1:
+        if not self.stack:
             self.begin(module, args, kwargs)
+        self.stack.append(self.names[module])
         self.enter(self.stack[-1], module)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
