@@ -2,10 +2,16 @@
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from tests.overlay.explored import CLASSES, HOSTILE, PREPROCESS, needs_browser, opened, photo, settle, vit, weights_of
-from visionattn.maps import RawAttention, Rollout
+from visionattn import insert
+from visionattn.attention import CBAM
+from visionattn.data.placement import Preprocess
+from visionattn.maps import Gate, RawAttention, Rollout, capture
+from visionattn.models import ConvNet
 from visionattn.overlay.draw import heat
 from visionattn.overlay.explorer import explore
 
@@ -114,8 +120,6 @@ def test_hovering_previews_and_leaving_restores(browser, html, tmp_path):
 
 
 def test_rollout_in_the_page_is_the_methods(browser, html, model, tmp_path):
-    import torch
-
     expected = Rollout()(model, torch.from_numpy(PREPROCESS(photo())[0])[None]).raw[0].flatten().numpy()
     weights = weights_of(model, photo()).mean(1)
     with opened(browser, html, tmp_path) as page:
@@ -229,3 +233,151 @@ def contrast(page, selector):
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     light, dark = sorted(map(luminance, (ink, paper)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    """Glimpses and boxes of no model, over a picture whose model saw all of it."""
+    random = np.random.default_rng(0)
+    locations = np.array([[20.0, 30], [70, 15], [50, 50]])
+    glimpses = {
+        "locations": locations,
+        "boxes": np.stack([np.concatenate([locations - side, locations + side], 1) for side in (5, 12)], 1),
+        "patches": random.integers(0, 256, (3, 2, 8, 8, 3), dtype=np.uint8),
+        "probabilities": [[0.4, 0.3, 0.2, 0.1], [0.1, 0.6, 0.2, 0.1], [0.05, 0.05, 0.9, 0]],
+    }
+    boxes = {
+        "boxes": [[10, 10, 40, 50], [55, 5, 95, 35]],
+        "labels": [1, "cup"],
+        "scores": [0.9, 0.4],
+        "maps": random.random((2, 3, 4)),
+    }
+    options = {"glimpses": [glimpses], "detections": [boxes], "class_names": CLASSES}
+    stretched = Preprocess((48, 64), fit="stretch")
+    return explore(None, [photo()], preprocess=stretched, **options).html, glimpses, boxes
+
+
+def test_the_path_steps_plays_and_scrubs(browser, made_up, tmp_path):
+    html, glimpses, _ = made_up
+    with opened(browser, html, tmp_path) as page:
+
+        def check(step):
+            settle(page)
+            points = page.locator("#marks polyline.mark").get_attribute("points").split()
+            np.testing.assert_allclose([list(map(float, point.split(","))) for point in points],
+                                       glimpses["locations"][: step + 1])  # fmt: skip
+            boxes = page.locator("#marks rect.mark").evaluate_all(
+                "(all) => all.map((one) => ['x', 'y', 'width', 'height'].map((name) => Number(one.getAttribute(name))))"
+            )
+            left, top, right, bottom = np.moveaxis(glimpses["boxes"][step], -1, 0)
+            np.testing.assert_allclose(boxes, np.stack([left, top, right - left, bottom - top], 1))
+            seen = page.locator(".patches img").evaluate_all(
+                """async (all) => { await Promise.all(all.map((one) => one.decode()));
+                   return all.map((one) => { const sheet = new OffscreenCanvas(8, 8).getContext("2d");
+                   sheet.drawImage(one, 0, 0); return [...sheet.getImageData(0, 0, 8, 8).data]; }); }"""
+            )
+            np.testing.assert_array_equal(
+                np.array(seen).reshape(2, 8, 8, 4)[..., :3], glimpses["patches"][step].reshape(2, 8, 8, 3)
+            )
+            told = page.locator("#panel .bars .number").all_text_contents()
+            names = page.locator("#panel .bars .name").all_text_contents()
+            shares = dict(zip(names, (float(share.removesuffix(" %")) / 100 for share in told), strict=True))
+            np.testing.assert_allclose([shares[name] for name in CLASSES], glimpses["probabilities"][step], atol=1e-4)
+
+        check(0)
+        page.get_by_role("button", name="Next glimpse").click()
+        check(1)
+        page.get_by_label("Glimpse", exact=True).fill("3")
+        check(2)
+        page.focus("#marks")
+        page.keyboard.press("ArrowLeft")
+        check(1)
+        page.get_by_role("button", name="Play").click()
+        page.wait_for_function("state.step === 2")
+        check(2)
+        page.get_by_role("button", name="Play").wait_for()  # it stops at the end
+
+
+def test_a_click_on_a_box_shows_its_map(browser, made_up, tmp_path):
+    html, _, boxes = made_up
+    with opened(browser, html, tmp_path) as page:
+        page.locator("input[value=detections]").check(force=True)
+        for box in (1, 0):
+            page.locator("#marks .box").nth(box).click()
+            settle(page)
+            np.testing.assert_allclose(values(page), boxes["maps"][box].ravel(), atol=0.003)
+        assert page.locator("#readout").text_content() == f"Box 1 of 2: {HOSTILE} 90.0 %"
+        page.locator("#marks .box").nth(1).focus()
+        page.keyboard.press("Enter")
+        settle(page)
+        np.testing.assert_allclose(values(page), boxes["maps"][1].ravel(), atol=0.003)
+        assert page.locator("#marks .box").nth(1).get_attribute("aria-pressed") == "true"
+
+
+def test_gates_by_layer_and_by_channel(browser, tmp_path):
+    torch.manual_seed(0)
+    model = ConvNet(4, widths=(16, 32))
+    insert(model, CBAM, preserve=False)
+    model.eval()
+    picture = torch.from_numpy(PREPROCESS(photo())[0])[None]
+    with torch.no_grad(), capture(model) as records:
+        model(picture)
+    gates = {"channel": [], "spatial": []}
+    for record in records.gates:
+        gates[record.kind.removesuffix("_gate")].append(record.weights[0].numpy())
+    html = explore(model, [photo()], preprocess=PREPROCESS, steps=0, methods={"gate": Gate()}).html
+    with opened(browser, html, tmp_path) as page:
+        page.locator("input[value=gates]").check(force=True)
+        page.locator("input[name=gate]").nth(3).check()
+        settle(page)
+        np.testing.assert_allclose(values(page), gates["spatial"][1].ravel(), atol=0.003)
+        page.locator("input[name=gate]").nth(2).check()
+        order = np.argsort(-gates["channel"][1].ravel(), kind="stable")
+        told = page.locator("input[name=channel] + .name").all_text_contents()
+        assert told == [f"channel {channel}" for channel in order[:8]]
+        shown = page.locator("#panel .number").all_text_contents()
+        np.testing.assert_allclose(list(map(float, shown)), gates["channel"][1].ravel()[order[:8]], atol=6e-4)
+        page.locator("input[name=channel]").nth(1).check()
+        settle(page)
+        assert f"Channel {order[1]} of blocks.1.attention.channel" in page.locator("#readout").text_content()
+
+
+def test_a_warning_where_the_map_does_not_beat_the_controls(browser, html, tmp_path):
+    with opened(browser, html, tmp_path) as page:
+        page.locator("input[value=heatmaps]").check(force=True)
+        settle(page)
+        lost = page.evaluate("Object.keys(chosenHeatmap().unbeaten).length > 0")
+        assert page.locator(".verdict .warning").count() == int(lost)
+        assert page.locator(".verdict .fine").count() == int(not lost)
+        for name, sign in (("raw", 1), ("centre", 0)):
+            page.locator("label", has_text=name).first.click()
+            settle(page)
+            for figure in ("deletion", "insertion"):
+                area = page.evaluate(f"chosenHeatmap().curves.{figure}.area")
+                assert f"{figure} {area:.2f}" in page.locator(".verdict").text_content()
+            assert ("does no better than" in page.locator(".verdict").text_content()) == (bool(sign) and lost)
+
+
+@pytest.mark.slow
+def test_twenty_photographs_of_a_vit_small_take_15_mb_and_answer_within_two_seconds(browser, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch16_224").eval()
+    random = np.random.default_rng(0)
+    pictures = []
+    for _ in range(20):  # blotches of many sizes, as photographs have
+        layers = [random.normal(size=(2**n, 2**n, 3)).repeat(512 >> n, 0).repeat(512 >> n, 1) / n for n in range(1, 10)]
+        pictures.append(np.clip(128 + 60 * sum(layers), 0, 255).astype(np.uint8))
+    page = explore(model, pictures, steps=0, methods={"raw": RawAttention()})
+    assert len(page.html.encode()) <= 15_000_000
+    assert page.levels >= 4
+    with opened(browser, page.html, tmp_path) as tab:
+        assert tab.evaluate("performance.now()") < 2_000
+        took = tab.evaluate(
+            """async () => {
+              const before = performance.now();
+              await open(19);
+              await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+              return performance.now() - before;
+            }"""
+        )
+        assert took < 2_000

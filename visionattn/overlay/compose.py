@@ -27,7 +27,7 @@ from visionattn.overlay.packing import LEVELS, Pack
 GENERATOR = "visionattn explore"
 
 _TOLD = 5  # likeliest classes
-_SCRIPTS = "data.js", "attention.js", "draw.js", "panels.js", "page.js"
+_SCRIPTS = "data.js", "attention.js", "draw.js", "parts.js", "shown.js", "panels.js", "page.js"
 
 
 @dataclass(frozen=True)

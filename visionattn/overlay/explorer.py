@@ -263,21 +263,23 @@ def _fitting(shown: Sequence[Shown], model_name: str, class_names: Sequence[str]
         text = compose(shown, LEVELS[0], model_name, class_names)
         return None, _checked(text, limit)
     sample = shown[:: -(-len(shown) // _SAMPLE)]
+    bare = len(compose((), LEVELS[0], model_name, class_names))
+    text = ""
     for levels in LEVELS:
-        if len(sample) < len(shown):
-            guess = len(compose(sample, levels, model_name, class_names)) * len(shown) / len(sample)
+        if len(sample) < len(shown) and levels != LEVELS[-1]:
+            guess = (len(compose(sample, levels, model_name, class_names)) - bare) * len(shown) / len(sample)
             if guess > 1.15 * limit:
                 continue
         text = compose(shown, levels, model_name, class_names)
-        if len(text) <= limit:
+        if len(text.encode()) <= limit:
             return levels, text
     return LEVELS[-1], _checked(text, limit)
 
 
 def _checked(text: str, limit: int) -> str:
-    if len(text) > limit:
+    if (size := len(text.encode())) > limit:
         raise UsageError(
-            f"the page has {len(text) / 1e6:.1f} MB, and the limit is {limit / 1e6:g} MB; explore fewer images, or "
+            f"the page has {size / 1e6:.1f} MB, and the limit is {limit / 1e6:g} MB; explore fewer images, or "
             "raise the limit"
         )
     return text
