@@ -89,7 +89,7 @@ def test_coarser_numbers_until_the_page_fits_and_their_error_is_bounded():
             told_1HQK, _ = weights_told(page, layer, image)
             rows = weights[layer][:, [*range(1, 13), 0]][:, :, 1:]
             span = rows.max(-1, keepdims=True) - rows.min(-1, keepdims=True) + 0.005 * rows.max(-1, keepdims=True)
-            assert (np.abs(told_1HQK[0, :, :, :12] - rows) <= span / (2 * (page.levels - 1)) * 1.001 + 1e-6).all()
+            assert (np.abs(told_1HQK[0, :, :, :12] - rows) <= span * 0.75 / (page.levels - 1) * 1.001 + 1e-6).all()
     with pytest.raises(UsageError, match=r"limit is .* MB; explore fewer images"):
         explore(model, pictures, limit=limit // 4, **options)
 

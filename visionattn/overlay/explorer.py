@@ -122,7 +122,7 @@ def explore(
     """Look at images in every way that fits the model, and make a page of what is found.
 
     What remains of the numbers: weights of patches are rounded to as many levels between the bounds of their row as
-    keep the page below `limit`, 256 at most and 3 at least, so that each is off by at most 1 / 2 (levels − 1) of what
+    keep the page below `limit`, 256 at most and 3 at least, so that each is off by at most 3 / 4 (levels − 1) of what
     its row spans; the page says how many. The class token's rows, gates and heatmaps always have 256.
 
     Args:
@@ -310,7 +310,7 @@ def tell(page: Page, path: AnyPath, *, total: int, console: Console) -> None:
     some = "" if total == page.images + len(page.failures) else f" of {total}, taken evenly"
     console.print(Text(f"  {name}   {len(page.html) / 1e6:.1f} MB   {page.images} images{some}"), soft_wrap=True)
     if page.levels is not None and page.levels < 256:
-        off = 50 / (page.levels - 1)
+        off = 75 / (page.levels - 1)
         line = (
             f"  weights of patches in {page.levels} levels, within {off:.2g} % of their row's span; fewer images: finer"
         )

@@ -200,10 +200,10 @@ def _attention(site: Site, record: Record) -> Attention:
     queries_WQ = None if queries is None else queries.index_WN[:, order] if chains else queries.index_WN
     class_at = None if site.class_query is None or not chains else int((order == site.class_query).nonzero())
 
-    def rows(weights_RK: Tensor) -> Weights:
+    def rows(weights_RK: Tensor, group: int = 1) -> Weights:
         values_RK = weights_RK[:, order].numpy()
         rest = Rows.of(values_RK[:, count:]) if count < len(order) else None
-        return Weights(Rows.of(values_RK[:, :count]), rest)
+        return Weights(Rows.of(values_RK[:, :count], group=group), rest)
 
     return Attention(
         name=record.name,
@@ -215,7 +215,7 @@ def _attention(site: Site, record: Record) -> Attention:
         queries=None if queries_WQ is None else queries_WQ.numpy().astype(np.int32),
         keys=keys_WK[:, order].numpy().astype(np.int32),
         whole=rows(whole_WHK.flatten(0, 1)),
-        rows=None if queries is None else rows(weights_WHQK.flatten(0, 2)),
+        rows=None if queries is None else rows(weights_WHQK.flatten(0, 2), weights_WHQK.shape[2]),
         chains=chains,
     )
 

@@ -1,7 +1,8 @@
 // What the page was given: facts as JSON, and the numbers of each image, deflated.
 
-/** @typedef {{at: number, kind: "u1" | "u2" | "i4" | "f4", shape: number[]}} Ref where an array lies among an image's numbers */
-/** @typedef {{levels: number, length: number, top: Ref, base: Ref, codes: Ref}} Rows see packing.py */
+/** @typedef {{at: number, kind: "u1" | "i1" | "u2" | "i4" | "f4", shape: number[]}} Ref where an array lies among an image's numbers */
+/** @typedef {{left: Ref, right: Ref, shift: number}} Forecast components first */
+/** @typedef {{levels: number, length: number, top: Ref, base: Ref, codes: Ref, forecast: Forecast | null}} Rows see packing.py */
 /** @typedef {{low: number, high: number, codes: Ref}} Scaled a map in 256 levels */
 /**
  * @typedef {object} Layer
@@ -134,9 +135,32 @@ class Numbers {
       const low = (high * this.bytes(part.base)[row]) / 256;
       const step = (high - low) / (levels - 1);
       const codes = this.codes(part);
-      for (let i = row * length; i < (row + 1) * length; i++) values[at++] = low + codes[i] * step;
+      const expected = part.forecast && this.forecast(part.forecast, row);
+      for (let i = 0; i < length; i++) {
+        let code = codes[row * length + i];
+        if (expected) {
+          code = (code + within(Math.floor(expected[i] + 0.5), 0, levels - 1)) % levels;
+          code = within(code + within(expected[i] - code, -0.25, 0.25), 0, levels - 1);
+        }
+        values[at++] = low + code * step;
+      }
     }
     return values;
+  }
+
+  /** What the components say of a row, in codes. @param {Forecast} forecast @param {number} row */
+  forecast({ left, right, shift }, row) {
+    const [components, groups, each] = left.shape;
+    const length = right.shape[2];
+    const group = Math.floor(row / each);
+    const factors = new Int8Array(this.buffer, left.at);
+    const values = new Float64Array(length);
+    for (let component = 0; component < components; component++) {
+      const factor = factors[component * groups * each + row];
+      const others = new Int8Array(this.buffer, right.at + (component * groups + group) * length, length);
+      for (let i = 0; i < length; i++) values[i] += factor * others[i];
+    }
+    return values.map((value) => value / 2 ** shift);
   }
 
   /** All codes, one a byte. @param {Rows} rows @returns {Uint8Array} */
@@ -162,6 +186,11 @@ class Numbers {
 /** @param {Ref} ref */
 function count(ref) {
   return ref.shape.reduce((product, side) => product * side, 1);
+}
+
+/** @param {number} value @param {number} low @param {number} high */
+function within(value, low, high) {
+  return Math.min(Math.max(value, low), high);
 }
 
 /** How many codes lie in a byte. @param {number} levels */

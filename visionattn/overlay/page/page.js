@@ -216,7 +216,7 @@ function precision() {
   const levels = facts.pictures.flatMap(({ attention }) => attention.map(({ rows }) => rows?.[0].levels ?? 256));
   const parts = ["Pictures have at most 640 pixels a side; heatmaps and gates 256 levels."];
   if (levels.length) {
-    const off = percent(0.5 / (Math.min(...levels) - 1));
+    const off = percent(0.75 / (Math.min(...levels) - 1));
     parts.unshift(`Each patch's weights are rounded to ${Math.min(...levels)} levels, off by at most ${off} of what its row spans; the whole image's rows have 256.`);
   }
   return parts.join(" ");

@@ -124,7 +124,7 @@ function panelGates() {
     const small = make("canvas", { "aria-hidden": "true", class: "thumb" });
     if (gate.map) drawCells(small, numbers.map(gate.map), ramp("inferno"));
     const kind = gate.kind === "spatial" ? "over positions" : `over ${gate.weights?.shape[0]} channels`;
-    return /** @type {[number, (Node | string)[]]} */ ([at, [make("span", { class: "name" }, gate.name), make("small", {}, kind), gate.map ? small : ""]]);
+    return /** @type {[number, (Node | string)[]]} */ ([at, [make("span", { class: "name whole" }, gate.name), make("small", {}, kind), gate.map ? small : ""]]);
   });
   const list = choices("gate", "Gate", rows, state.gate, (at) => {
     state.gate = at;
