@@ -353,8 +353,8 @@ def test_a_warning_where_the_map_does_not_beat_the_controls(browser, html, tmp_p
             page.locator("label", has_text=name).first.click()
             settle(page)
             for figure in ("deletion", "insertion"):
-                area = page.evaluate(f"chosenHeatmap().curves.{figure}.area")
-                assert f"{figure} {area:.2f}" in page.locator(".verdict").text_content()
+                area = page.evaluate(f"chosenHeatmap().curves.{figure}.area.toPrecision(2)")
+                assert f"{figure} {area}" in page.locator(".verdict").text_content()
             assert ("does no better than" in page.locator(".verdict").text_content()) == (bool(sign) and lost)
 
 

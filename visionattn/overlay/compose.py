@@ -129,7 +129,7 @@ def _gate(gate: SpatialGate | ChannelGate, pack: Pack) -> dict[str, Any]:
 
 def _heatmap(heatmap: Heatmap, pack: Pack) -> dict[str, Any]:
     curves = {
-        name: {"scores": [round(score, 4) for score in scores], "area": round(area(scores), 4)}
+        name: {"scores": [round(score, 6) for score in scores], "area": round(area(scores), 6)}
         for name, scores in (("deletion", heatmap.deletion), ("insertion", heatmap.insertion))
         if scores is not None
     }

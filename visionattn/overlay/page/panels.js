@@ -99,7 +99,7 @@ function panelHeatmaps() {
     const told = lost.length ? "does not beat the controls" : "beats the controls";
     const figures = ["deletion", "insertion"].map((figure) => {
       const area = heatmap.curves[/** @type {"deletion" | "insertion"} */ (figure)]?.area;
-      return make("span", { class: lost.includes(figure) ? "number lost" : "number" }, area === undefined ? "" : area.toFixed(2));
+      return make("span", { class: lost.includes(figure) ? "number lost" : "number" }, area === undefined ? "" : brief(area));
     });
     const sign = make("span", { class: lost.length ? "sign lost" : "sign", ...(mark ? { title: told, role: "img", "aria-label": told } : {}) }, mark);
     const content = [sign, make("span", { class: heatmap.control ? "name control" : "name" }, heatmap.name), ...(scored ? figures : [])];

@@ -104,17 +104,17 @@ function curve(shown, all, figure) {
   const line = (/** @type {number[]} */ scores) =>
     scores.map((score, i) => `${((i / (scores.length - 1)) * width).toFixed(1)},${((1 - score / top) * height).toFixed(1)}`).join(" ");
   const better = figure === "deletion" ? "lower is better" : "higher is better";
-  const areas = controls.map((control) => `${control.name} ${control.curves[figure]?.area.toFixed(2)}`).join(", ");
+  const areas = controls.map((control) => `${control.name} ${brief(control.curves[figure]?.area ?? 0)}`).join(", ");
   const svg = makeSvg("svg", {
     viewBox: `-2 -14 ${width + 4} ${height + 16}`, role: "img",
-    "aria-label": `${figure}: area ${mine.area.toFixed(2)}, ${better}; ${areas}`,
+    "aria-label": `${figure}: area ${brief(mine.area)}, ${better}; ${areas}`,
   });
   svg.append(makeSvg("path", { class: "axes", d: `M0 0V${height}H${width}` }), label(percent(top), 0, -4));
   for (const control of controls) {
     svg.append(makeSvg("polyline", { class: "control", points: line(control.curves[figure]?.scores ?? []) }));
   }
   svg.append(makeSvg("polyline", { class: `line ${figure}`, points: line(mine.scores) }));
-  const caption = make("figcaption", {}, make("b", {}, figure), ` ${mine.area.toFixed(2)} `, make("small", {}, better));
+  const caption = make("figcaption", {}, make("b", {}, figure), ` ${brief(mine.area)} `, make("small", {}, better));
   return make("figure", { class: "curve" }, svg, caption);
 }
 

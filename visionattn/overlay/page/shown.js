@@ -45,8 +45,9 @@ function shownAttention() {
   const how = `layer ${state.layer + 1}, ${headsName(state.heads)}`;
   if (!asked) return { map: null, low: "", high: "", shows: "", told: `${who}, ${how}: does not ask here` };
   const { low, high } = bounds(asked.values);
-  const most = asked.values.indexOf(high);
-  const rest = asked.elsewhere > 0.0005 ? `; ${percent(asked.elsewhere)} off the grid` : "";
+  const itself = state.heads === "rollout" ? cell : null; // has what the largest of the others has
+  const most = asked.values.findIndex((value, at) => value === high && at !== itself);
+  const rest = asked.elsewhere > 0.0005 ? `; ${percent(asked.elsewhere)} ${itself === null ? "" : "on itself and "}off the grid` : "";
   const told = `${who}, ${how}: most on ${where(most, asked.grid)}, ${percent(high)}${rest}`;
   return { map: asked, low: percent(low), high: percent(high), shows: "of its attention", told };
 }
