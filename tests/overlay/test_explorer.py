@@ -226,6 +226,14 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path):
         explore(vit(), [tmp_path / "bad.png"], **options)
 
 
+def test_a_method_that_does_not_fit_is_told():
+    methods = {"raw": RawAttention(), "gate": METHODS["gate"]()}
+    page = explore(vit(), [photo()], preprocess=PREPROCESS, steps=0, methods=methods)
+    assert list(page.left_out) == ["gate"]
+    assert "gate needs gates over positions" in page.left_out["gate"]
+    assert facts(page)["pictures"][0]["failed"] == page.left_out
+
+
 def test_a_notebook_shows_the_whole_page_in_a_frame():
     page = explore(vit(), torch.randn(1, 3, 48, 64), steps=0, methods={"raw": RawAttention()}, class_names=CLASSES)
     shown = page._repr_html_()

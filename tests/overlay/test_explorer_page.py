@@ -190,6 +190,14 @@ def test_names_are_text_and_never_markup(browser, html, tmp_path):
         assert page.evaluate("document.images.length") == 2
 
 
+def test_a_notebook_frame_works_sandboxed(browser, model):
+    shown = explore(model, torch.zeros(1, 3, 48, 64), steps=0, methods={"raw": RawAttention()})._repr_html_()
+    page = browser.new_page()
+    page.set_content(shown)
+    page.frame_locator("iframe").locator("body[data-ready]").wait_for()
+    page.close()
+
+
 def test_the_policy_lets_nothing_else_run_or_load(browser, html, tmp_path):
     page = browser.new_page()
     page.set_content(html)

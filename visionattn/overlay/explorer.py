@@ -48,12 +48,14 @@ class Page:
         images: how many it shows.
         levels: to which the weights of each patch's row are rounded; None where no attention is shown.
         failures: (image, why it is not shown).
+        left_out: method → why it has no heatmap.
     """
 
-    html: str
+    html: str = field(repr=False)
     images: int
     levels: int | None
     failures: Sequence[tuple[str, str]] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: AnyPath) -> None:
         """Write the file.
@@ -95,7 +97,7 @@ class _Images:
             path = image
             try:
                 image = read_image(path, max_pixels=self.max_pixels)
-            except DataError as error:
+            except (DataError, OSError) as error:
                 self.failures.append((name, str(error).removeprefix(f"{os.fsdecode(path)}: ")))
                 return None
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -174,7 +176,12 @@ def explore(
                 image_1CHW = values[None].to(like.device, like.dtype)
                 if methods is None:
                     methods = methods_that_fit(model, image_1CHW)
-                findings = find_out(model, image_1CHW, methods, steps=steps, batch_size=batch_size)
+                try:
+                    findings = find_out(model, image_1CHW, methods, steps=steps, batch_size=batch_size)
+                except torch.OutOfMemoryError as error:
+                    raise UsageError(
+                        f"{batch_size} changed images at once do not fit the device's memory; take a smaller batch size"
+                    ) from error
                 if len(class_names) and findings.scores is not None and len(class_names) != len(findings.scores):
                     raise UsageError(
                         f"there are {len(class_names)} class names, and the model has {len(findings.scores)} outputs"
@@ -195,7 +202,8 @@ def explore(
     if not shown:
         raise DataError(f"none of the {len(images)} images can be read: {loaded.failures[0][1]}")
     levels, text = _fitting(shown, model_name, class_names, limit)
-    return Page(text, len(shown), levels, tuple(loaded.failures))
+    left_out = {name: why for one in shown for name, why in one.findings.failed.items()}
+    return Page(text, len(shown), levels, tuple(loaded.failures), left_out)
 
 
 def _check(
@@ -302,7 +310,7 @@ def refuse_stranger(path: AnyPath) -> None:
         UsageError: something else stands there.
     """
     name = os.fsdecode(path)
-    if os.path.lexists(name) and not _iscompose(name):
+    if os.path.lexists(name) and not _is_page(name):
         raise UsageError(f"{printable(name)} exists and is no page of explore's; choose another name")
 
 
@@ -317,11 +325,13 @@ def tell(page: Page, path: AnyPath, *, total: int, console: Console) -> None:
             f"  weights of patches in {page.levels} levels, within {off:.2g} % of their row's span; fewer images: finer"
         )
         console.print(Text(line), soft_wrap=True)
+    for method, reason in page.left_out.items():
+        console.print(Text(f"  {method} is left out: {printable(reason)}", "red"), soft_wrap=True)
     for image, reason in page.failures:
         console.print(Text(f"  {printable(image)}: {printable(reason)}", "red"), soft_wrap=True)
 
 
-def _iscompose(path: str) -> bool:
+def _is_page(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             return f'content="{GENERATOR}"'.encode() in file.read(4_000)
