@@ -6,7 +6,7 @@ from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
     from visionattn.attention.adaptive_span import AdaptiveSpan as AdaptiveSpan
-    from visionattn.attention.adaptive_span import span_penalty as span_penalty
+    from visionattn.attention.adaptive_span import mean_span as mean_span
     from visionattn.attention.adaptive_span import spans as spans
     from visionattn.attention.block_sparse import BlockSparse as BlockSparse
     from visionattn.attention.branches import SelectiveKernel as SelectiveKernel
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from visionattn.attention.coordinate import CoordinateAttention as CoordinateAttention
     from visionattn.attention.coordinate import SimpleCoordinateAttention as SimpleCoordinateAttention
     from visionattn.attention.coordinate import StripAttention as StripAttention
+    from visionattn.attention.glimpse import Retina as Retina
     from visionattn.attention.insertion import insert as insert
     from visionattn.attention.insertion import optimizer_for as optimizer_for
     from visionattn.attention.joint import BAM as BAM
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
     from visionattn.attention.pairwise import DualAttention as DualAttention
     from visionattn.attention.pairwise import HaloAttention as HaloAttention
     from visionattn.attention.pairwise import NonLocal as NonLocal
+    from visionattn.attention.policies import Categorical as Categorical
+    from visionattn.attention.policies import Gaussian as Gaussian
+    from visionattn.attention.policies import TanhGaussian as TanhGaussian
+    from visionattn.attention.policies import TruncatedGaussian as TruncatedGaussian
     from visionattn.attention.pooling import AdditiveScore as AdditiveScore
     from visionattn.attention.pooling import AttentionHead as AttentionHead
     from visionattn.attention.pooling import AttentionPool as AttentionPool
@@ -69,7 +74,7 @@ __getattr__, __dir__ = lazy(
     {
         "adaptive_span": (
             "AdaptiveSpan",
-            "span_penalty",
+            "mean_span",
             "spans",
         ),
         "block_sparse": ("BlockSparse",),
@@ -98,6 +103,7 @@ __getattr__, __dir__ = lazy(
             "ELA",
             "StripAttention",
         ),
+        "glimpse": ("Retina",),
         "insertion": (
             "insert",
             "optimizer_for",
@@ -126,6 +132,7 @@ __getattr__, __dir__ = lazy(
             "HaloAttention",
             "BilinearAttention",
         ),
+        "policies": ("Categorical", "Gaussian", "TanhGaussian", "TruncatedGaussian"),
         "pooling": (
             "AttentionHead",
             "AttentionPool",

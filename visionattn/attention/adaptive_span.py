@@ -23,7 +23,7 @@ class AdaptiveSpan(MaskedAttention):
 
     Each head has a z of its own, kept as a share of the largest and between 0 and it. A head computes the blocks that
     it reaches and no others, in training and afterwards, so that small spans cost less time; where all heads reach
-    nearly everything, all is one call. What makes spans shrink is a penalty on them, see `span_penalty`. Deviations
+    nearly everything, all is one call. What makes spans shrink is a penalty on them, see `mean_span`. Deviations
     from the paper: patches lie on a grid, so the distance is the larger of two, and there are no position embeddings in
     the logits; spans start as you say, not at 0.
 
@@ -47,6 +47,11 @@ class AdaptiveSpan(MaskedAttention):
     def spans(self) -> Tensor:
         """z of every head in patches, (H,)."""
         return self.span.clamp(0, 1) * self.max_span
+
+    def reach(self, extent: int) -> Tensor:
+        """m of every head around a patch, (H, 2 · extent + 1, 2 · extent + 1)."""
+        away = torch.arange(-extent, extent + 1, device=self.span.device).abs()
+        return self._bias(torch.maximum(away[:, None], away), self.spans).exp()
 
     def extra_repr(self) -> str:
         spans = ", ".join(f"{span:.1f}" for span in self.spans.tolist())
@@ -111,7 +116,7 @@ def spans(model: nn.Module) -> dict[str, Tensor]:
     return {name: part.spans for name, part in model.named_modules() if isinstance(part, AdaptiveSpan)}
 
 
-def span_penalty(model: nn.Module) -> Tensor | None:
+def mean_span(model: nn.Module) -> Tensor | None:
     """The mean span of all heads, in patches, to be added to the loss times a weight; None where no head has one.
 
     Sukhbaatar et al. 2019, eq. 6: λ/M Σ z, there layer by layer.
