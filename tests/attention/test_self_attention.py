@@ -71,9 +71,9 @@ def test_output_and_every_gradient_are_those_of_dense_attention_with_the_mask(ma
 def test_the_gradient_of_spans_is_that_of_finite_differences(prefix, way, request):
     if way == "blocks":
         request.getfixturevalue("blocks")
-    grid = (6, 5)
+    grid = (4, 5)
     module = attention.AdaptiveSpan(3, max_span=4, ramp=1.7).double()
-    inputs = qkv(grid, prefix, heads=3, dtype=torch.float64)
+    inputs = qkv(grid, prefix, batch=1, heads=3, width=4, dtype=torch.float64)
     span = torch.tensor([0.06, 0.4, 0.78], dtype=torch.float64, requires_grad=True)  # between the kinks of m
 
     def output(span):

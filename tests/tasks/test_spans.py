@@ -46,6 +46,6 @@ def test_a_run_logs_draws_and_saves_its_spans(photo_folder, tmp_path, monkeypatc
     }
     assert len(found) == 6
     assert {name: logged[name] for name in found} == pytest.approx(found, abs=1e-5)
-    assert logged["span/mean"] == pytest.approx(float(mean_span(network)), abs=1e-5)
+    assert logged["span/mean"] == pytest.approx(mean_span(network).item(), abs=1e-5)
     assert logged["span/mean"] < 7.5  # where they began
     assert cv2.imread(str(run / "overlays" / "spans.png")) is not None
