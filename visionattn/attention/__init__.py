@@ -52,6 +52,10 @@ if TYPE_CHECKING:
     from visionattn.attention.spatial import LSKA as LSKA
     from visionattn.attention.spatial import AttentionGate as AttentionGate
     from visionattn.attention.spatial import GatherExcite as GatherExcite
+    from visionattn.attention.tokens import TokenMerging as TokenMerging
+    from visionattn.attention.tokens import TokenPruning as TokenPruning
+    from visionattn.attention.tokens import TokenReduction as TokenReduction
+    from visionattn.attention.tokens import reduce_tokens as reduce_tokens
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -122,6 +126,12 @@ __getattr__, __dir__ = lazy(
             "AttentionGate",
             "GatherExcite",
             "LSKA",
+        ),
+        "tokens": (
+            "TokenMerging",
+            "TokenPruning",
+            "TokenReduction",
+            "reduce_tokens",
         ),
     },
 )
