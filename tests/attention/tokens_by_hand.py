@@ -123,18 +123,16 @@ def attention(attn, tokens, y, *, rope):
     q, k, v = (part.reshape(len(y), heads, width) for part in (q, k, v))
     q, k = attn.q_norm(q), attn.k_norm(k)
     keys = [k[i].mean(0) for i in range(len(y))]
+    sizes = torch.tensor([token.size for token in tokens], dtype=y.dtype)
     weights, out = torch.zeros(heads, len(y), len(y), dtype=y.dtype), []
     for h in range(heads):
-        turned_q = [turned(q[i, h], tokens[i], rope, h, attn) for i in range(len(y))]
-        turned_k = [turned(k[i, h], tokens[i], rope, h, attn) for i in range(len(y))]
+        turned_q = torch.stack([turned(q[i, h], tokens[i], rope, h, attn) for i in range(len(y))])
+        turned_k = torch.stack([turned(k[i, h], tokens[i], rope, h, attn) for i in range(len(y))])
         rows = []
         for i in range(len(y)):
-            powers = torch.stack(
-                [tokens[j].size * torch.exp(turned_q[i] @ turned_k[j] / math.sqrt(width)) for j in range(len(y))]
-            )
-            row = powers / powers.sum()
-            rows.append(sum(row[j] * v[j, h] for j in range(len(y))))
-            weights[h, i] = row
+            powers = sizes * torch.exp(turned_k @ turned_q[i] / math.sqrt(width))
+            weights[h, i] = powers / powers.sum()
+            rows.append(weights[h, i] @ v[:, h])
         out.append(torch.stack(rows))
     return attn.proj(attn.norm(torch.cat(out, -1))), weights, keys
 

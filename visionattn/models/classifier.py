@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention import insert
+from visionattn.attention import TokenReduction, insert, reduce_tokens
 from visionattn.models.backbone import create_backbone
 
 
@@ -24,9 +24,11 @@ class Classifier(nn.Module):
         attention_at: where, as `insert` takes it: `stages`, `blocks`, `branches`, or names of the backbone's modules.
         attention_preserve: behind gates that start closed, so that the weights keep their accuracy; false for the
             papers' form.
+        tokens: merges or prunes tokens from block to block of a ViT, e.g. `TokenMerging`; it has no weights, so a
+            checkpoint that was trained without can be tested with it, and the other way round.
 
     Raises:
-        UsageError, DataError: as `create_backbone` and `insert`.
+        UsageError, DataError: as `create_backbone`, `insert` and `reduce_tokens`.
 
     Shape: (B, 3, H, W), normalised → logits (B, K).
     """
@@ -42,6 +44,7 @@ class Classifier(nn.Module):
         attention: Callable[[int], nn.Module] | None = None,
         attention_at: str | Sequence[str] = "stages",
         attention_preserve: bool = True,
+        tokens: TokenReduction | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -51,6 +54,8 @@ class Classifier(nn.Module):
         if attention is not None:
             image = _example(options or {})
             insert(self.backbone, attention, at=attention_at, preserve=attention_preserve, image=image)
+        if tokens is not None:
+            reduce_tokens(self.backbone, tokens)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.backbone(x_BCHW)
