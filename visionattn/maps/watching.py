@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from visionattn.attention.self_attention import in_one_call
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -69,7 +71,9 @@ class _Shared:
 
 
 def _stay_in_python(undo: contextlib.ExitStack) -> None:
-    """Where attention happens inside one opaque kernel, and where code is compiled, no function of torch is called."""
+    """Where attention happens inside one opaque kernel, and where code is compiled, no function of torch is called;
+    where it happens in parts, no call has all of a row."""
+    undo.enter_context(in_one_call())
     undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
     torch.backends.mha.set_fastpath_enabled(False)
     if "torch._dynamo" in sys.modules:  # else nothing is compiled
@@ -84,7 +88,7 @@ def _hear_global_names(undo: contextlib.ExitStack) -> None:
 
 
 in_python = _Shared(_stay_in_python)
-"""Inside, nothing happens in opaque kernels or compiled code, so that every hook and function is met."""
+"""Inside, nothing happens in opaque kernels, compiled code or parts, so that every hook and function is met."""
 
 _names = _Shared(_hear_global_names)
 

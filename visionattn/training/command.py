@@ -175,7 +175,7 @@ class Command(LightningCLI):
         if self.run_folder and options.trainer.logger in (None, True):
             place = {"name": options.name, "version": self.run_folder.name}
             kwargs["logger"] = [CSVLogger(RUNS, **place), TensorBoardLogger(RUNS, **place)]
-        extra: list[Callback] = [Describe(self._plain_config(options)["model"])]
+        extra: list[Callback] = [Describe(self._plain_config(options)["model"]), DrawSpans()]
         if self.config.subcommand == "predict":
             extra.append(WritePredictions())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
