@@ -45,7 +45,7 @@ class Neighbourhood(MaskedAttention):
     def sparse(
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
-        runs = _blocks(grid, self.size) if max(grid) > self.size else None
+        runs = blocks(grid, self.size) if max(grid) > self.size else None
         if runs is None:
             return self.dense(q_BHND, k_BHND, v_BHND, grid, prefix, p)
         device = q_BHND.device
@@ -65,5 +65,6 @@ def neighbours(size: int, k: int) -> list[tuple[int, int]]:
 
 
 @functools.lru_cache(maxsize=64)
-def _blocks(grid: tuple[int, int], k: int) -> Runs | None:
+def blocks(grid: tuple[int, int], k: int) -> Runs | None:
+    """Blocks in which every patch reaches the k × k nearest; see `plan`."""
     return plan(*(neighbours(size, k) for size in grid))

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from visionattn.data.datamodules import ClassificationData
 from visionattn.errors import DataError, UsageError, nearest
-from visionattn.training.callbacks import OverlaySamples, TestReport, WritePredictions
+from visionattn.training.callbacks import DrawSpans, OverlaySamples, TestReport, WritePredictions
 from visionattn.training.checkpoints import Describe, check_against
 from visionattn.training.messages import explain
 
