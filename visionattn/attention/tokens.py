@@ -185,7 +185,7 @@ class TokenPruning(TokenReduction):
         return f"keep={self.keep}, blocks={self.blocks}, fuse={self.fuse}"
 
     def rates(self, depth: int) -> list[float | None]:
-        blocks = (depth // 4, depth // 2, 3 * depth // 4) if self.blocks is None else self.blocks
+        blocks = sorted({depth // 4, depth // 2, 3 * depth // 4}) if self.blocks is None else self.blocks
         if len(set(blocks)) < len(blocks) or not all(0 <= block < depth for block in blocks):
             raise UsageError(f"blocks must be different ones of 0 to {depth - 1}, got {list(blocks)}")
         if isinstance(self.keep, tuple):
@@ -198,7 +198,7 @@ class TokenPruning(TokenReduction):
 
     def forward(self, x_BNC: Tensor, held: Held, heads: Heads, rate: float) -> tuple[Tensor, Held]:
         first, patches = held.prefix, x_BNC.shape[1] - held.prefix
-        count = math.ceil(rate * patches)
+        count = math.ceil(rate * patches - 1e-6)  # 0.55 · 100 is a little more than 55
         if count == patches:
             return x_BNC, held
         scores_Bn = class_attention(heads, first)[:, first:]
@@ -297,8 +297,9 @@ def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
             raise UsageError(f"tokens cannot be reduced in {where}, which attends by {type(block.attn).__name__}")
     if reduction.needs_class_token and model.cls_token is None:
         raise UsageError(f"{type(reduction).__name__} needs a class token, and this {kind} has none; take TokenMerging")
-    if model.attn_pool is not None and type(model.attn_pool) is not AttentionPoolLatent:
-        raise UsageError(f"tokens cannot be reduced where they are pooled by {type(model.attn_pool).__name__}")
+    pool = model.attn_pool
+    if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
+        raise UsageError(f"tokens cannot be reduced where {type(pool).__name__} pools them by their places")
     undo: list[Any] = []
     reduced = False
     for block, rate in zip(blocks, reduction.rates(len(blocks)), strict=True):

@@ -52,6 +52,7 @@ class Cut:
         self.leaf.requires_grad_(True)
         torch.set_grad_enabled(True)
         after = self.leaf.clone()  # so that an in-place activation that follows neither fails nor spoils the leaf
+        vars(after).update(vars(value))  # what a model notes on its tensors
         return type(out)((after, *out[1:])) if isinstance(out, (tuple, list)) else after
 
 
