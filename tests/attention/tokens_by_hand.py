@@ -124,17 +124,17 @@ def attention(attn, tokens, y, *, rope):
     q, k = attn.q_norm(q), attn.k_norm(k)
     keys = [k[i].mean(0) for i in range(len(y))]
     sizes = torch.tensor([token.size for token in tokens], dtype=y.dtype)
-    weights, out = torch.zeros(heads, len(y), len(y), dtype=y.dtype), []
+    weights, out = [], []
     for h in range(heads):
         turned_q = torch.stack([turned(q[i, h], tokens[i], rope, h, attn) for i in range(len(y))])
         turned_k = torch.stack([turned(k[i, h], tokens[i], rope, h, attn) for i in range(len(y))])
         rows = []
         for i in range(len(y)):
             powers = sizes * torch.exp(turned_k @ turned_q[i] / math.sqrt(width))
-            weights[h, i] = powers / powers.sum()
-            rows.append(weights[h, i] @ v[:, h])
-        out.append(torch.stack(rows))
-    return attn.proj(attn.norm(torch.cat(out, -1))), weights, keys
+            rows.append(powers / powers.sum())
+        weights.append(torch.stack(rows))
+        out.append(torch.stack([row @ v[:, h] for row in rows]))
+    return attn.proj(attn.norm(torch.cat(out, -1))), torch.stack(weights), keys
 
 
 def turned(vector, token, rope, head, attn):

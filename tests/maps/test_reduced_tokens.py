@@ -119,7 +119,7 @@ def test_rollout_is_the_product_of_attention_and_merges(kind):
 
 def test_a_patch_that_was_merged_asks_as_the_token_it_is_in():
     model, images, seen = merged()
-    for cell in range(CELLS):
+    for cell in range(0, CELLS, 5):
         rows = kept(model, images, PatchRow(*divmod(cell, 6)))[3].weights[:, 0]
         for b, one in enumerate(seen):
             number = next(i for i, token in enumerate(one.tokens[3]) if cell in token.patches)
