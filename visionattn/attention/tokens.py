@@ -252,7 +252,7 @@ class Reduced:
         reduction: what reduces its tokens.
     """
 
-    def __init__(self, model: nn.Module, reduction: TokenReduction, undo: list[Any]) -> None:
+    def __init__(self, reduction: TokenReduction, undo: list[Any]) -> None:
         self.reduction = reduction
         self._undo = undo
 
@@ -314,14 +314,15 @@ def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
     if reduced:
         model.pool = _Pool(model)
         undo += [partial(delattr, model, "pool"), model.norm.register_forward_hook(_carry).remove]
-    return Reduced(model, reduction, undo)
+    return Reduced(reduction, undo)
 
 
 class _Part:
     """The forward pass of a block whose tokens are reduced between attention and MLP."""
 
     def __init__(self, block: nn.Module, reduction: TokenReduction, rate: Any, prefix: int, *, follows: bool) -> None:
-        self.block, self.reduction, self.rate, self.prefix = block, reduction, rate, prefix
+        self.block: Any = block
+        self.reduction, self.rate, self.prefix = reduction, rate, prefix
         self.follows = follows
         self._seen: dict[tuple[str, int], Tensor] = {}
 
@@ -361,7 +362,7 @@ class _Pool:
     """Pools tokens as the network does, each as often as the patches it stands for."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model
 
     def __call__(self, x_BNC: Tensor, pool_type: str | None = None) -> Tensor:
         model = self.model
