@@ -1,4 +1,4 @@
-"""Who attends to whom in each form of self-attention, pair by pair from its equation, and attention with such weights."""
+"""Who attends to whom in each form of self-attention, pair by pair, and attention with such weights."""
 
 import math
 from functools import partial

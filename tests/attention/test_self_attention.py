@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from tests.attention.attended_by_hand import MASKED, attended, weights_by_hand
 from visionattn import attention
-from visionattn.attention import adaptive_span, local, neighbourhood
+from visionattn.attention import local, neighbourhood
 from visionattn.attention.self_attention import in_one_call
 from visionattn.errors import UsageError
 
@@ -22,14 +22,9 @@ GRIDS = [(9, 13), (2, 3), (1, 8), (1, 1)]
 @pytest.fixture
 def blocks(monkeypatch):
     """Blocks wherever they save products, though the grids here are too small for them to save time."""
-    monkeypatch.setattr(local, "_KEY", 0)
-    monkeypatch.setattr(local, "_TOKEN", 0)
-    caches = adaptive_span.around, neighbourhood.blocks
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
+    for cost in ("_KEY", "_COPY", "_CALL"):
+        monkeypatch.setattr(local, cost, 0)
+    monkeypatch.setattr(local, "_plans", {})
 
 
 def qkv(grid, prefix, *, batch=2, heads=2, width=8, dtype=torch.float32):

@@ -3,7 +3,6 @@
 Shapes: as in self_attention.py.
 """
 
-import functools
 import math
 from collections import defaultdict
 
@@ -66,9 +65,8 @@ class AdaptiveSpan(MaskedAttention):
     ) -> Tensor:
         if torch.compiler.is_compiling():  # what is computed may not depend on values
             return self.dense(q_BHND, k_BHND, v_BHND, grid, prefix, p)
-        if self.training:
-            with torch.no_grad():  # as the authors' code: from outside the clamp no gradient would lead back
-                self.span.clamp_(0, 1)
+        if self.training:  # as the authors' code: from outside the clamp no gradient would lead back
+            self.span.data.clamp_(0, 1)  # unseen by autograd, to which two passes may lie before one backward
         outputs: dict[int, Tensor] = {}
         spans = self.spans
         for runs, heads in self._alike(grid, spans):
@@ -104,7 +102,6 @@ class AdaptiveSpan(MaskedAttention):
         return list(groups.items())
 
 
-@functools.lru_cache(maxsize=256)
 def around(grid: tuple[int, int], radius: int) -> Runs | None:
     """Blocks in which every patch reaches those at most so many rows and columns away; see `plan`."""
     reaches = ([(max(0, i - radius), min(size, i + radius + 1)) for i in range(size)] for size in grid)

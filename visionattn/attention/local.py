@@ -7,8 +7,8 @@ Shapes: B batch, H heads, h × w grid, D channels of a head; G blocks of Q queri
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 Reach: TypeAlias = Sequence[tuple[int, int]]
 """Of every row (or column) the first that it reaches, and the one behind the last; neither ever falls."""
 
-BLOCKS = 4, 8, 16, 32
-# what blocks cost, in products of a query and a key in one call over all tokens (measured, 64 channels a head)
-_PRODUCT, _KEY, _TOKEN = 1.3, 90.0, 200.0
+BLOCKS = 4, 8, 12, 16, 24, 32
+# What blocks cost, measured in products of a query and a key in one call over all tokens, 64 channels a head: a product,
+# a key that a block reaches, a token that is copied, a call; and a product in one call with a mask.
+_PRODUCT, _KEY, _COPY, _CALL, _MASKED = 1.25, 80.0, 30.0, 10_000.0, 1.2
 _TOGETHER = 1 << 20  # weights that are computed at a time where a bias learns
 
 
@@ -56,6 +57,10 @@ class Run:
         query = torch.arange(self.block, device=device) + self.offset
         return (query[:, None] - torch.arange(self.extent, device=device)).abs()
 
+    def singles(self) -> "tuple[Run, ...]":
+        """Its blocks as runs of one."""
+        return tuple(replace(self, count=1, start=self.start + number * self.block) for number in range(self.count))
+
     @classmethod
     def whole(cls, size: int) -> "Run":
         """One block, in which everything reaches everything."""
@@ -82,15 +87,28 @@ def cut(reach: Reach, block: int) -> tuple[Run, ...]:
 
 
 def plan(rows: Reach, columns: Reach) -> Runs | None:
-    """Cut a grid into the blocks that cost least; None where one call over all tokens costs less."""
-    best, least = None, float((len(rows) * len(columns)) ** 2)
-    for height, width in itertools.product(BLOCKS, BLOCKS):
+    """Cut a grid into the blocks that cost least; None where one call over all tokens costs less. Remembered."""
+    key = tuple(rows), tuple(columns)
+    if torch.compiler.is_compiling():
+        return _least(*key)
+    if key not in _plans:
+        _plans[key] = _least(*key)
+    return _plans[key]
+
+
+_plans: dict[tuple[Reach, Reach], Runs | None] = {}
+
+
+def _least(rows: Reach, columns: Reach) -> Runs | None:
+    best, least = None, _MASKED * (len(rows) * len(columns)) ** 2
+    for height, width in itertools.product(BLOCKS, (*BLOCKS, len(columns))):
         cuts = cut(rows, height), cut(columns, width)
-        products, moved = 1, 1
+        products, reached, calls = 1, 1, sum(run.count for run in cuts[0]) * len(cuts[1])
         for runs in cuts:
             products *= sum(run.count * run.block * run.extent for run in runs)
-            moved *= sum(run.count * run.extent for run in runs)
-        cost = _PRODUCT * products + _KEY * moved + _TOKEN * len(rows) * len(columns)
+            reached *= sum(run.count * run.extent for run in runs)
+        copied = len(rows) * sum(run.count * run.extent for run in cuts[1]) + len(rows) * len(columns)
+        cost = _PRODUCT * products + _KEY * reached + _COPY * copied + _CALL * calls
         if cost < least:
             best, least = cuts, cost
     return best
@@ -114,38 +132,74 @@ def attend_in_blocks(
 
     Shape: (B, h, w, H, D)
     """
-    q_BhwHD, k_BhwHD, v_BhwHD = parts_BhwHD
-    lengths = [[run.count * run.block for run in side] for side in runs]
+    q_BhwHD, *keys_BhwHD = parts_BhwHD
+    rows, columns = tuple(single for run in runs[0] for single in run.singles()), runs[1]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in keys_BhwHD):
+        reached = [iter(_Reached.apply(x, rows, columns)) for x in keys_BhwHD]
+    else:
+        reached = [_reached(x, rows, columns) for x in keys_BhwHD]
     stripes = []
-    for row, stripe in zip(runs[0], q_BhwHD.split(lengths[0], 1), strict=True):
+    for column, stripe in zip(columns, q_BhwHD.split([run.count * run.block for run in columns], 2), strict=True):
         regions = []
-        for column, q_region in zip(runs[1], stripe.split(lengths[1], 2), strict=True):
-            q_GHQD = _blocks(q_region, row, column, queries=True)
-            k_GHKD, v_GHKD = (
-                _with(_blocks(x, row, column, queries=False), prefix)
-                for x, prefix in zip((k_BhwHD, v_BhwHD), prefix_BHPD, strict=True)
-            )
+        for row, region in zip(rows, stripe.split([run.block for run in rows], 1), strict=True):
+            q_GHQD = region.unflatten(2, (column.count, column.block)).permute(0, 2, 4, 1, 3, 5)
+            q_GHQD = q_GHQD.flatten(3, 4).flatten(0, 1)
+            k_GHKD, v_GHKD = (_with(next(x), prefix) for x, prefix in zip(reached, prefix_BHPD, strict=True))
             added = bias(row, column)
             if added is not None:
                 added = F.pad(added, (prefix_BHPD[0].shape[2], 0), value=True if added.dtype == torch.bool else 0.0)
             out_GHQD = attend(q_GHQD, k_GHKD, v_GHKD, added, p)
-            out = out_GHQD.transpose(1, 2).unflatten(1, (row.block, column.block))
-            out = out.unflatten(0, (-1, row.count, column.count)).transpose(2, 3)
-            regions.append(out.flatten(3, 4).flatten(1, 2))
-        stripes.append(torch.cat(regions, 2) if len(regions) > 1 else regions[0])
-    return torch.cat(stripes, 1) if len(stripes) > 1 else stripes[0]
+            out = out_GHQD.transpose(1, 2).unflatten(1, (row.block, column.block)).unflatten(0, (-1, column.count))
+            regions.append(out.transpose(1, 2).flatten(2, 3))
+        stripes.append(torch.cat(regions, 1) if len(regions) > 1 else regions[0])
+    return torch.cat(stripes, 2) if len(stripes) > 1 else stripes[0]
 
 
-def _blocks(x_BhwHD: Tensor, row: Run, column: Run, *, queries: bool) -> Tensor:
-    """(B · G, H, Q or K, D) of a region: of its own queries, or of the keys on the whole grid."""
-    for axis, run in ((1, row), (3, column)):
-        if not queries:
-            x_BhwHD = x_BhwHD.narrow(axis, run.start, (run.count - 1) * run.block + run.extent)
-        if queries or run.extent == run.block:
-            x_BhwHD = x_BhwHD.unflatten(axis, (run.count, run.block))
-        else:
-            x_BhwHD = x_BhwHD.unfold(axis, run.extent, run.block).movedim(-1, axis + 1)
-    return x_BhwHD.transpose(2, 3).flatten(3, 4).flatten(0, 2).transpose(1, 2)
+def _reached(x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]) -> Iterator[Tensor]:
+    """What the queries of each row of blocks reach, (B · G, H, K, D), columns outermost.
+
+    Where rows of blocks overlap, strips as wide as a block reaches are copied out of the grid once: their rows lie
+    together in memory, so that what a block reaches is a view. Elsewhere each row is copied when its turn comes.
+    """
+    overlap = any(row.extent > row.block for row in rows)
+    for run in columns:
+        strip = x_BhwHD.narrow(2, run.start, (run.count - 1) * run.block + run.extent)
+        strip = strip.unfold(2, run.extent, run.block).permute(0, 2, 3, 1, 5, 4)  # (B, strips, H, h, columns, D)
+        if overlap and run.extent < x_BhwHD.shape[2]:
+            strip = strip.contiguous()
+        for row in rows:
+            yield strip.narrow(3, row.start, row.extent).flatten(3, 4).flatten(0, 1)
+
+
+class _Reached(torch.autograd.Function):
+    """`_reached`, of which backward adds up all that overlaps at once.
+
+    The gradient of torch's `unfold` takes several times as long, and that of a slice has the size of the whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.runs = x_BhwHD.shape, (rows, columns)
+        return tuple(_reached(x_BhwHD, rows, columns))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads_GHKD: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns = ctx.runs
+        batch, height, _, heads, width = ctx.shape
+        grads = iter(grads_GHKD)
+        total_BhwHD = grads_GHKD[0].new_zeros(ctx.shape)
+        for run in columns:
+            strip = total_BhwHD.new_zeros(batch, run.count, heads, height, run.extent, width)
+            for row in rows:
+                grad = next(grads).unflatten(2, (row.extent, run.extent)).unflatten(0, (batch, run.count))
+                strip.narrow(3, row.start, row.extent).add_(grad)
+            for first in range(0, run.extent, run.block):  # pieces no wider than a block do not overlap
+                piece = strip[:, :, :, :, first : first + run.block]
+                size = piece.shape[4]
+                place = total_BhwHD.narrow(2, run.start + first, (run.count - 1) * run.block + size)
+                place.unfold(2, size, run.block).add_(piece.permute(0, 3, 1, 2, 5, 4))
+        return total_BhwHD, None, None
 
 
 def _with(x_GHKD: Tensor, prefix_BHPD: Tensor) -> Tensor:

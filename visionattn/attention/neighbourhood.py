@@ -3,8 +3,6 @@
 Shapes: as in self_attention.py.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -64,7 +62,6 @@ def neighbours(size: int, k: int) -> list[tuple[int, int]]:
     return [(start, start + k) for start in starts]
 
 
-@functools.lru_cache(maxsize=64)
 def blocks(grid: tuple[int, int], k: int) -> Runs | None:
     """Blocks in which every patch reaches the k × k nearest; see `plan`."""
     return plan(*(neighbours(size, k) for size in grid))

@@ -4,9 +4,9 @@ Shapes: B batch, H heads, N tokens, C channels, D channels of a head.
 """
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import timm.layers
 import torch
@@ -182,7 +182,7 @@ def swap_attention(
     embedding: Any = getattr(vit, "patch_embed", None)
     found = {name: module for name, module in vit.named_modules() if type(module) in _KNOWN}
     if at is not None or not found:
-        found = _chosen(vit, [at] if isinstance(at, str) else at or ["*"], found)
+        found = _chosen(vit, ["*"] if at is None else [at] if isinstance(at, str) else at, found)
     prefix = getattr(vit, "num_prefix_tokens", None)
     if prefix is None or not hasattr(embedding, "dynamic_feat_size"):
         raise UsageError(
@@ -205,37 +205,45 @@ def swap_attention(
 
 
 def _chosen(vit: nn.Module, patterns: Sequence[str], known: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules that are named, or why they cannot be swapped."""
-    chosen: dict[str, nn.Module] = {}
+    """The modules that are named.
+
+    Raises:
+        UsageError: there are none, or they cannot be swapped, and why.
+    """
+    chosen: list[str] = []
     for pattern in patterns:
-        parts = pattern.split(".")
-        names = [
-            name
-            for name in known
-            if len(name.split(".")) == len(parts) and all(map(fnmatch.fnmatchcase, name.split("."), parts))
-        ]
+        names = _matching(pattern, known)
         if not names:
-            _refuse(vit, pattern, known)
-        chosen |= {name: known[name] for name in names}
+            _refuse(vit, pattern)
+        chosen += names
     return {name: module for name, module in known.items() if name in chosen}  # in their order
 
 
-def _refuse(vit: nn.Module, pattern: str, known: dict[str, nn.Module]) -> None:
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Those that a pattern fits part by part; the pattern * fits all."""
+    parts = pattern.split(".")
+    alike = (name for name in names if len(name.split(".")) == len(parts))
+    fitting = [name for name in alike if all(map(fnmatch.fnmatchcase, name.split("."), parts))]
+    return list(names) if pattern == "*" else fitting
+
+
+def _refuse(vit: nn.Module, pattern: str) -> NoReturn:
     kind = type(vit).__name__
-    named = {
+    attending = {
         name: module
         for name, module in vit.named_modules()
-        if "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower()
+        if any(word in type(module).__name__.lower() for word in ("attention", "attn"))
     }
-    name = pattern if pattern in named else next(iter(named), None)
-    if known and name not in named:
-        raise UsageError(f"nothing in this {kind} attends under the name {pattern!r}.{nearest(pattern, known)}")
-    if name is None:
+    if not attending:
         raise UsageError(f"this {kind} has no self-attention that can be swapped; it takes a ViT of timm")
-    module = named[name]
-    what = f"{name} of this {kind} is a {type(module).__name__}"
+    names = _matching(pattern, attending)
+    if not names:
+        raise UsageError(f"nothing in this {kind} attends under the name {pattern!r}.{nearest(pattern, attending)}")
+    module = attending[names[0]]
+    what = f"{names[0]} of this {kind}"
     if isinstance(module, SwappedAttention):
-        raise UsageError(f"{name} of this {kind} has a mechanism already; remove() that first")
+        raise UsageError(f"{what} has a mechanism already; remove() that first")
+    what += f" is a {type(module).__name__}"
     if any(getattr(module, bias, None) is not None for bias in _BIASES):
         raise UsageError(f"{what} with a relative-position bias in its logits, which no mechanism here takes")
     raise UsageError(f"{what}; swapped are {', '.join(one.__name__ for one in _KNOWN)} of timm")
