@@ -33,7 +33,8 @@ def tiles_of(path, tasks):
             except UsageError:  # no gate over positions
                 continue
             answer = task.class_names[int(maps.output.argmax())]
-            overlay = blend(picture, sample["placement"].carry(maps.heatmaps[0].numpy()))
+            placement = sample["placement"]
+            overlay = blend(picture, placement.carry(maps.heatmaps[0].numpy()), seen_HW=placement.seen())
             tiles.append(Tile(overlay, [f"{name_of(task.network)}, {method.name}", answer], answer == truth))
     return tiles
 
