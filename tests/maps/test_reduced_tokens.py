@@ -14,6 +14,7 @@ from visionattn.maps import (
     EigenCAM,
     Full,
     GradCAM,
+    MapWarning,
     PatchRow,
     RawAttention,
     Rollout,
@@ -139,6 +140,25 @@ def test_features_of_merged_tokens_are_those_of_each_of_their_patches():
         for patches in groups:
             assert len({round(float(flat[p]), 6) for p in patches}) <= 1
     assert len(found.raw[0].unique()) == len(outputs[0][0]) - 1
+
+
+@pytest.mark.parametrize("reduction", [TokenMerging(9), TokenPruning(0.9)], ids=repr)
+def test_on_a_grid_that_is_large_enough_for_artefacts_they_are_looked_for_among_what_is_left(reduction):
+    """A token that is much longer than the others is found in the image that has it, while each image is surveyed."""
+    model = by_hand.network(img_size=(64, 72), depth=2)  # 8 × 9 patches
+    reduce_tokens(model, reduction)
+    images = torch.randn(3, 3, 64, 72, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert RawAttention()(model, images).raw.shape == (3, 8, 9)
+
+    def lengthen(module, args, out):
+        long = out.clone()
+        long[1, 7] *= 1000
+        vars(long).update(vars(out))
+        return long if len(out) == 3 else None
+
+    model.blocks[1].register_forward_hook(lengthen)
+    with pytest.warns(MapWarning, match="in 1 of 3 images"):
+        RawAttention()(model, images)
 
 
 METHODS = {
