@@ -231,13 +231,13 @@ def test_mechanisms_are_inserted_beside_swapped_attention():
     inserted.remove()
 
 
-@pytest.mark.parametrize("name", ["windowed, shifted", "neighbourhood", "adaptive span", "block-sparse"])
-def test_it_compiles_and_exports(name):
-    model, images = models.vit(depth=1, img_size=(64, 96)), models.pictures((64, 96))
-    swap_attention(model, MASKED[name][0])
+def test_it_compiles_and_exports():
+    model, images = models.vit(depth=4, img_size=(64, 96)), models.pictures((64, 96))
+    names = ("windowed, shifted", "neighbourhood", "adaptive span", "block-sparse")
+    swap_attention(model, [MASKED[name][0] for name in names])
     with torch.no_grad():
         expected = model(images)
-        close(torch.compile(model, backend="aot_eager", fullgraph=True)(images), expected, atol=1e-5, rtol=1e-4)
+        close(torch.compile(model, backend="eager", fullgraph=True)(images), expected, atol=1e-5, rtol=1e-4)
         exported = torch.export.export(model, (images,), strict=False)
         close(exported.module()(images), expected, atol=1e-5, rtol=1e-4)
 

@@ -45,7 +45,8 @@ class AdaptiveSpan(MaskedAttention):
     @property
     def spans(self) -> Tensor:
         """z of every head in patches, (H,)."""
-        return self.span.clamp(0, 1) * self.max_span
+        # the clamp passes every gradient on: one that stops at 0 and 1 would keep a head there for ever
+        return (self.span + (self.span.clamp(0, 1) - self.span).detach()) * self.max_span
 
     def reach(self, extent: int) -> Tensor:
         """m of every head around a patch, (H, 2 · extent + 1, 2 · extent + 1)."""
@@ -65,8 +66,8 @@ class AdaptiveSpan(MaskedAttention):
     ) -> Tensor:
         if torch.compiler.is_compiling():  # what is computed may not depend on values
             return self.dense(q_BHND, k_BHND, v_BHND, grid, prefix, p)
-        if self.training:  # as the authors' code: from outside the clamp no gradient would lead back
-            self.span.data.clamp_(0, 1)  # unseen by autograd, to which two passes may lie before one backward
+        if self.training:  # as the authors' code; unseen by autograd, to which two passes may lie before one backward
+            self.span.data.clamp_(0, 1)
         outputs: dict[int, Tensor] = {}
         spans = self.spans
         for runs, heads in self._alike(grid, spans):

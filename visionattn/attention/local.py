@@ -20,8 +20,8 @@ Reach: TypeAlias = Sequence[tuple[int, int]]
 """Of every row (or column) the first that it reaches, and the one behind the last; neither ever falls."""
 
 BLOCKS = 4, 8, 12, 16, 24, 32
-# What blocks cost, measured in products of a query and a key in one call over all tokens, 64 channels a head: a product,
-# a key that a block reaches, a token that is copied, a call; and a product in one call with a mask.
+# What blocks cost, measured in products of a query and a key in one call over all tokens, 64 channels a head: a
+# product, a key that a block reaches, a token that is copied, a call; and a product in one call with a mask.
 _PRODUCT, _KEY, _COPY, _CALL, _MASKED = 1.25, 80.0, 30.0, 10_000.0, 1.2
 _TOGETHER = 1 << 20  # weights that are computed at a time where a bias learns
 
@@ -234,11 +234,13 @@ class _BiasGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        out, q, k, v, bias = ctx.saved_tensors
-        total = torch.zeros_like(bias)
-        step = max(1, _TOGETHER // bias.expand(1, q.shape[1], -1, -1).numel())
-        for some in (slice(first, first + step) for first in range(0, len(q), step)):
-            weights = torch.softmax(q[some] @ k[some].mT * q.shape[-1] ** -0.5 + bias, -1)
-            change = grad[some] @ v[some].mT - (grad[some] * out[some]).sum(-1, keepdim=True)
+        *parts, bias = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)  # sums of many images
+        total = torch.zeros_like(bias, dtype=wide)
+        step = max(1, _TOGETHER // bias.expand(1, grad.shape[1], -1, -1).numel())
+        for first in range(0, len(grad), step):
+            dO, out, q, k, v = (x[first : first + step].to(wide) for x in (grad, *parts))
+            weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + bias.to(wide), -1)
+            change = dO @ v.mT - (dO * out).sum(-1, keepdim=True)
             total += (weights * change).sum_to_size(total.shape)
-        return grad, None, None, None, total
+        return grad, None, None, None, total.to(bias.dtype)

@@ -126,7 +126,8 @@ def _norms(model: nn.Module, activation: Activation) -> Iterator[list[Tensor]]:
         if surveys() != depth:  # where tokens are picked, every image is surveyed meanwhile
             return
         value = (out[0] if isinstance(out, (tuple, list)) else out).detach()
-        norms_B1N = torch.linalg.vector_norm(value, dim=activation.channel_axis, dtype=torch.float32)
+        wide = torch.promote_types(value.dtype, torch.float32)
+        norms_B1N = torch.linalg.vector_norm(value, dim=activation.channel_axis, dtype=wide).float()
         seen.append(activation.tokens.to_grid(norms_B1N.flatten(1)[:, None]))
 
     handle = model.get_submodule(activation.name).register_forward_hook(keep)

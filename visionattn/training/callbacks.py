@@ -153,7 +153,8 @@ def _span_sheet(layers: dict[str, AdaptiveSpan], title: str) -> Any:
     for name, part in layers.items():
         extent = math.ceil(part.max_span + part.ramp)
         for head, reach in enumerate(part.reach(extent).detach().float().cpu().numpy()):
-            layer = name.removesuffix(".mechanism").removesuffix(".attn").rpartition("network.")[2]
+            layer = name.removesuffix(".mechanism").removesuffix(".attn")
+            layer = layer.removeprefix("network.").removeprefix("backbone.")
             tiles.append(Tile(heat(reach), [f"{part.spans[head]:.1f} patches", f"{layer}, head {head}"]))
     return sheet(tiles, title=title, columns=max(part.num_heads for part in layers.values()), width=120)
 
