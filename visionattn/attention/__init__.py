@@ -68,6 +68,10 @@ if TYPE_CHECKING:
     from visionattn.attention.spatial import AttentionGate as AttentionGate
     from visionattn.attention.spatial import GatherExcite as GatherExcite
     from visionattn.attention.swap import swap_attention as swap_attention
+    from visionattn.attention.tokens import TokenMerging as TokenMerging
+    from visionattn.attention.tokens import TokenPruning as TokenPruning
+    from visionattn.attention.tokens import TokenReduction as TokenReduction
+    from visionattn.attention.tokens import reduce_tokens as reduce_tokens
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -156,5 +160,11 @@ __getattr__, __dir__ = lazy(
             "LSKA",
         ),
         "swap": ("swap_attention",),
+        "tokens": (
+            "TokenMerging",
+            "TokenPruning",
+            "TokenReduction",
+            "reduce_tokens",
+        ),
     },
 )

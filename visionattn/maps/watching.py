@@ -33,10 +33,15 @@ _ACTIVATIONS = frozenset({nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.
 _surveying = threading.local()
 
 
+def surveys() -> int:
+    """How many surveys are under way in this thread, one inside the other."""
+    return getattr(_surveying, "depth", 0)
+
+
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
     """Let a model run without any watcher that is on duty hearing of it, but for those that start inside."""
-    before = getattr(_surveying, "depth", 0)
+    before = surveys()
     _surveying.depth = before + 1
     try:
         yield
@@ -160,7 +165,7 @@ class Watcher(TorchFunctionMode):
 
     @property
     def _deaf(self) -> bool:
-        return getattr(_surveying, "depth", 0) != self._depth or threading.get_ident() != self._thread
+        return surveys() != self._depth or threading.get_ident() != self._thread
 
     @property
     def where(self) -> str:
@@ -192,7 +197,7 @@ class Watcher(TorchFunctionMode):
                 _inside.watchers = before
 
     def __enter__(self) -> "Self":
-        self._depth = getattr(_surveying, "depth", 0)
+        self._depth = surveys()
         in_python.__enter__()
         for module in self.names:
             if isinstance(module, torch.jit.ScriptModule):

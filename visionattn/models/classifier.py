@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention import SelfAttention, insert, swap_attention
+from visionattn.attention import SelfAttention, TokenReduction, insert, reduce_tokens, swap_attention
 from visionattn.models.backbone import create_backbone
 
 
@@ -27,9 +27,11 @@ class Classifier(nn.Module):
         self_attention: makes what takes the place of a ViT's self-attention from a number of heads, with the weights
             kept, e.g. `visionattn.attention.Windowed`; several take turns over the layers. None for the backbone's own.
         self_attention_at: which of the ViT's modules, as `swap_attention` takes them; None for all.
+        tokens: merges or prunes tokens from block to block of a ViT, e.g. `visionattn.attention.TokenMerging`; without
+            weights, so a checkpoint that was trained without it can be tested with it, and the other way round.
 
     Raises:
-        UsageError, DataError: as `create_backbone`, `insert` and `swap_attention`.
+        UsageError, DataError: as `create_backbone`, `insert`, `swap_attention` and `reduce_tokens`.
 
     Shape: (B, 3, H, W), normalised → logits (B, K).
     """
@@ -47,6 +49,7 @@ class Classifier(nn.Module):
         attention_preserve: bool = True,
         self_attention: Callable[[int], SelfAttention] | list[Callable[[int], SelfAttention]] | None = None,
         self_attention_at: str | list[str] | None = None,
+        tokens: TokenReduction | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -58,6 +61,8 @@ class Classifier(nn.Module):
         if attention is not None:
             image = _example(options or {})
             insert(self.backbone, attention, at=attention_at, preserve=attention_preserve, image=image)
+        if tokens is not None:
+            reduce_tokens(self.backbone, tokens)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.backbone(x_BCHW)

@@ -150,7 +150,7 @@ class Command(LightningCLI):
                 f"--ckpt_path {path} does not say of which run: give the file, runs/<name>/<version>/{path}.ckpt"
             )
         options.weights_only = True
-        check_against(path, self._plain_config(options)["model"])
+        check_against(path, self._plain_config(options)["model"], training=verb == "fit")
 
     def _plain_config(self, options: Namespace) -> dict[str, Any]:
         parser = self._parser(self.config.subcommand)
