@@ -24,6 +24,7 @@ from visionattn.maps.base import Maps
 from visionattn.maps.cam import GradCAM
 from visionattn.overlay import job
 from visionattn.overlay.export import export
+from visionattn.overlay.job import View
 from visionattn.overlay.recipe import describe, weights_hash
 from visionattn.overlay.render import Style, render
 
@@ -50,11 +51,13 @@ def bright(model, images_BCHW, *, target=None, contrast=1):
     return Maps(heatmaps_Bhw, cells_Bhw, model(images_BCHW).detach(), None, "the input", "bright")
 
 
+VIEW = {"model", "preprocess", "method", "class_names", "model_name"}
+
+
 def run(inputs, out, **options):
-    options = {
-        "model": Tiny(), "preprocess": Preprocess(16), "method": bright, "batch_size": 3, "workers": 2,
-        "console": Console(quiet=True), **options,
-    }  # fmt: skip
+    view = {"model": Tiny(), "preprocess": Preprocess(16), "method": bright}
+    view |= {name: options.pop(name) for name in VIEW & options.keys()}
+    options = {"views": View(**view), "batch_size": 3, "workers": 2, "console": Console(quiet=True), **options}
     return export(inputs, out, **options)
 
 

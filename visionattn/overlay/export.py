@@ -1,123 +1,127 @@
 """Overlays of whole folders: read, explain, draw and write at the same time, and keep a manifest of it.
 
-Threads read images and write overlays while the model works on the batch between; OpenCV and Pillow let go of the
-interpreter's lock for all that takes long.
+Threads read images and draw overlays while the model works on the batch between, and others wait for the disk; OpenCV
+and Pillow let go of the interpreter's lock for all that takes long.
 """
 
 import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
-from torch import nn
 
 from visionattn.data.decode import MAX_PIXELS
-from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError, UsageError
 from visionattn.maps.base import MapWarning
+from visionattn.overlay.clips import Clip, is_video
 from visionattn.overlay.inputs import AnyPath, find, output_names
-from visionattn.overlay.job import Explain, Explained, Job, Read, stamp_of
+from visionattn.overlay.job import Explained, Job, Read, View, Written, stamp_of
+from visionattn.overlay.kinds import check_kinds, endings
 from visionattn.overlay.manifest import Manifest
 from visionattn.overlay.recipe import recipe_of
 from visionattn.overlay.render import Style
 from visionattn.overlay.report import Bar, Summary, print_summary
 from visionattn.overlay.text import printable
+from visionattn.overlay.video import SUFFIX
+
+_BATCH_PIXELS = 16 * 224 * 224  # of a batch, where nobody says otherwise
+_WAITERS = 8  # threads that wait for the disk; those that wait together are served together
+
+Entry: TypeAlias = dict[str, Any]
 
 
 def export(
     inputs: Sequence[AnyPath],
     out: AnyPath,
+    views: View | Sequence[View],
     *,
-    model: nn.Module,
-    preprocess: Preprocess,
-    method: Explain | None = None,
-    target: int | None = None,
-    batch_size: int = 16,
-    class_names: Sequence[str] = (),
-    model_name: str = "",
+    save: Sequence[str] = ("overlay",),
+    compare: bool = False,
+    target: int | str | None = None,
+    batch_size: int | None = None,
     style: Style | None = None,
+    fps: float | None = None,
+    bf16: bool = False,
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     console: Console | None = None,
 ) -> Summary:
-    """Write an overlay of every image, and a line about it into `manifest.jsonl`.
+    """Write overlays of every image, and a line about it into `manifest.jsonl`.
 
     The outputs mirror the places of the images: `a/x.jpg` goes to `a/x.jpg.overlay.jpg`, at the size of the source. An
-    image that cannot be read does not stop the run. A second run with the same model, method, target, preparation and
+    image that cannot be read does not stop the run. A second run with the same models, methods, target, preparation and
     style makes what is missing or has changed; with others, it makes all again.
 
     Args:
-        inputs: images, and folders of images, which are searched.
-        out: folder for the overlays; nothing is written elsewhere.
-        model: any vision model, on any device; images follow it there.
-        preprocess: brings a picture to the model's input.
-        method: how attention becomes a heatmap; what fits the model by default.
-        target: the output to explain; every image's highest by default.
-        batch_size: images that the model takes at once.
-        class_names: of the model's outputs, for the manifest.
-        model_name: for the manifest; the class of the model by default.
-        style: what the overlays look like.
+        inputs: images, folders, patterns and lists, see `inputs.find`.
+        out: folder for the outputs; nothing is written elsewhere.
+        views: the model and its method; several are drawn into one sheet.
+        save: what to make of each image, see `kinds.KINDS`.
+        compare: hold the second of two views against the first.
+        target: the output to explain, its number or its class name; every image's highest by default.
+        batch_size: images that a model takes at once; by default as many as have the pixels of 16 of 224 × 224.
+        style: what the pictures look like.
+        fps: frames a second that are taken of a video; all by default.
+        bf16: run the models under autocast to bfloat16.
         max_pixels: larger images fail.
-        workers: threads that read and write; as many as there are cores, at most 4, by default.
+        workers: threads that read and draw; as many as there are cores, at most 4, by default.
         console: where the progress and the summary go; `Console(quiet=True)` for none.
 
     Raises:
-        UsageError: an input does not exist, the method does not fit the model, `class_names` does not fit its outputs,
-            or an output would overwrite a file that no earlier run has written.
+        UsageError: an input does not exist, a method does not fit its model, class names do not fit its outputs, a kind
+            does not fit the views, or an output would overwrite a file that no earlier run has written.
         DataError: there is no image, the manifest cannot be written, or the model's values are not finite.
     """
-    if batch_size < 1 or max_pixels < 1 or (workers is not None and workers < 1):
-        raise UsageError(
-            f"batch_size, max_pixels and workers must be ≥ 1, got {batch_size}, {max_pixels} and {workers}"
-        )
+    views = [views] if isinstance(views, View) else list(views)
+    _check(views, save, compare, target, batch_size, max_pixels, workers)
+    views = [view.chosen() for view in views]
     style, console = style or Style(), console or Console()
     started = time.perf_counter()
     folder = os.path.abspath(os.fsdecode(out))
     manifest = Manifest(folder)
     found = find(inputs, out=folder, written={os.path.join(folder, *name.split("/")) for name in manifest.owners})
-    if method is None:
-        from visionattn.maps.choose import default_method
-
-        method = default_method(model)
-    recipe = recipe_of(model, preprocess, method, target, style, class_names)
-    kept = {image: done.output for image, done in manifest.done.items()}
-    names = output_names(found.images, found.root, f".overlay{style.suffix}", manifest.owners, kept)
-    todo = [image for image in found.images if not _is_done(manifest, image, names[image], recipe)]
-    _refuse_strangers(manifest, {image: names[image] for image in todo})
+    job = Job(
+        views=views,
+        compared=compare,
+        kinds=tuple(save),
+        target=target,
+        style=style,
+        max_pixels=max_pixels,
+        recipe=recipe_of(views, compare=compare, target=target, style=style, bf16=bf16),
+        folder=folder,
+        names=_names(found.images, found.root, manifest, save, style),
+        wishes=found.wishes,
+        fps=fps,
+        bf16=bf16,
+    )
+    todo = [image for image in found.images if not _is_done(manifest, job, image)]
+    job.earlier = {image: _still_good(manifest, job, image) for image in todo if image in manifest.done}
+    _refuse_strangers(manifest, job, todo)
 
     summary = Summary(
         out=os.fsdecode(out), skipped=len(found.images) - len(todo), ignored=found.ignored, links=found.links
-    )
-    job = Job(
-        model=model,
-        preprocess=preprocess,
-        method=method,
-        target=target,
-        class_names=tuple(class_names),
-        model_name=model_name or type(model).__name__,
-        style=style,
-        max_pixels=max_pixels,
-        recipe=recipe,
-        folder=folder,
-        names=names,
     )
     try:
         # a manifest is truthful after an error too: what was written by then is noted before it goes on its way
         with warnings.catch_warnings(), Bar(console, summary.out, len(todo)) as bar:
             warnings.simplefilter("ignore", MapWarning)  # a constant heatmap is told by the manifest and the summary
 
-            def note(entry: dict[str, Any]) -> None:
-                manifest.add(entry)
-                summary.count(entry, os.path.relpath(entry["source"], found.root or None))
+            def note(entry: Entry | None) -> None:
+                if entry is None:
+                    bar.frame()
+                else:
+                    manifest.add(entry)
+                    summary.count(entry, os.path.relpath(entry["source"], found.root or None))
                 bar.advance(summary)
 
             for path, reason in found.unlisted:
                 note(job.failure(path, reason))
-            _run(job, todo, manifest, note, batch_size, workers or min(4, os.cpu_count() or 1))
+            paths = (Clip(job, path, bar.expect) if is_video(path) else path for path in todo)
+            _run(job, paths, manifest, note, batch_size or _fitting(views), workers or min(4, os.cpu_count() or 1))
     finally:
         manifest.close()
     summary.seconds = time.perf_counter() - started
@@ -127,18 +131,21 @@ def export(
 
 def _run(
     job: Job,
-    todo: Sequence[str],
+    todo: Iterable[str | Clip],
     manifest: Manifest,
-    note: Callable[[dict[str, Any]], None],
+    note: Callable[[Entry | None], None],
     batch_size: int,
     workers: int,
 ) -> None:
     """Read ahead by two batches, and write behind by two."""
-    written: deque[Future[dict[str, Any]] | dict[str, Any]] = deque()
+    behind: deque[Future[Entry] | Future[None] | Entry] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="overlay")
+    reel, film = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("reel", "film"))  # frames keep their order
+    waiters = ThreadPoolExecutor(_WAITERS, thread_name_prefix="disk")
+    rolling: set[Clip] = set()  # begun and not finished
     first = True
     try:
-        for batch in _batches(_read_ahead(pool, job, todo, 2 * batch_size), batch_size):
+        for batch in _batches(_read_ahead(pool, reel, job, todo, 2 * batch_size), batch_size):
             good = [image for image in batch if isinstance(image, Read)]
             results = iter(job.explain(good) if good else [])
             entries = [(image, next(results) if isinstance(image, Read) else image) for image in batch]
@@ -148,42 +155,75 @@ def _run(
             if first and failed and len(failed) == len(good):
                 raise DataError(failed[0])  # not these images: the model
             first = first and not good
-            manifest.promise([(job.names[image.path], image.path) for image in good], job.recipe)
+            for image in good:
+                if image.clip not in rolling:
+                    outputs = [(name, image.path) for name in job.names[image.path].values()]
+                    manifest.promise(outputs, job.recipe_of(image.path))
+                    rolling |= {image.clip} - {None}
             for image, result in entries:
-                if isinstance(image, Read) and isinstance(result, Explained):
-                    written.append(pool.submit(job.write, image, result))
+                if isinstance(image, Clip):
+                    behind.append(film.submit(image.finish))
+                    rolling.discard(image)
                 elif isinstance(result, dict):
-                    written.append(result)
                     if isinstance(image, Read):
                         job.let_go(image)
-            while len(written) > 2 * batch_size:
-                note(_result(written.popleft()))
-        while written:
-            note(_result(written.popleft()))
+                    clip = image.clip if isinstance(image, Read) else None
+                    behind.append(film.submit(clip.fail, result["reason"]) if clip else result)
+                elif image.clip is not None:
+                    behind.append(film.submit(image.clip.add, image, result, pool.submit(job.draw, image, result)))
+                else:
+                    behind.append(waiters.submit(_settle, pool.submit(job.write, image, result)))
+            while len(behind) > 2 * batch_size:
+                note(_result(behind.popleft()))
+        while behind:
+            note(_result(behind.popleft()))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        for left in written:  # after an error or Ctrl-C: what threads had begun is finished and noted
+        for threads in (waiters, reel, film):
+            threads.shutdown(wait=True)
+        for clip in rolling:
+            clip.drop()
+        for left in behind:  # after an error or Ctrl-C: what threads had begun is finished and noted
             try:
                 note(_result(left))
             except (CancelledError, DataError):
                 continue
 
 
+def _settle(writing: "Future[Written | Entry]") -> Entry:
+    written = writing.result()
+    return written.settle() if isinstance(written, Written) else written
+
+
 def _read_ahead(
-    pool: ThreadPoolExecutor, job: Job, paths: Sequence[str], count: int
-) -> Iterator[Read | dict[str, Any]]:
-    waiting: deque[Future[Read | dict[str, Any]]] = deque()
-    for path in paths:
-        waiting.append(pool.submit(job.read, path))
+    pool: ThreadPoolExecutor, reel: ThreadPoolExecutor, job: Job, todo: Iterable[str | Clip], count: int
+) -> Iterator[Read | Entry | Clip]:
+    """Yield images and frames as they were asked for; a clip comes after its last frame."""
+    waiting: deque[Future[Read | Entry] | Future[Read | None] | Clip] = deque()
+    for one in todo:
+        if isinstance(one, Clip):
+            while not one.ended:
+                waiting.append(reel.submit(one.read))
+                if len(waiting) > count:
+                    yield from _read(waiting.popleft())
+            waiting.append(one)
+        else:
+            waiting.append(pool.submit(job.read, one))
         if len(waiting) > count:
-            yield waiting.popleft().result()
+            yield from _read(waiting.popleft())
     while waiting:
-        yield waiting.popleft().result()
+        yield from _read(waiting.popleft())
 
 
-def _batches(read: Iterator[Read | dict[str, Any]], batch_size: int) -> Iterator[list[Read | dict[str, Any]]]:
+def _read(one: "Future[Read | Entry] | Future[Read | None] | Clip") -> Iterator[Read | Entry | Clip]:
+    found = one if isinstance(one, Clip) else one.result()
+    if found is not None:
+        yield found
+
+
+def _batches(read: Iterator[Read | Entry | Clip], batch_size: int) -> Iterator[list[Read | Entry | Clip]]:
     """Lists with `batch_size` readable images each, and the failures between."""
-    batch: list[Read | dict[str, Any]] = []
+    batch: list[Read | Entry | Clip] = []
     good = 0
     for image in read:
         batch.append(image)
@@ -195,25 +235,80 @@ def _batches(read: Iterator[Read | dict[str, Any]], batch_size: int) -> Iterator
         yield batch
 
 
-def _result(written: "Future[dict[str, Any]] | dict[str, Any]") -> dict[str, Any]:
+def _result(written: "Future[Entry] | Future[None] | Entry") -> Entry | None:
     return written.result() if isinstance(written, Future) else written
 
 
-def _is_done(manifest: Manifest, image: str, name: str, recipe: str) -> bool:
+def _check(
+    views: Sequence[View],
+    save: Sequence[str],
+    compare: bool,
+    target: int | str | None,
+    batch_size: int | None,
+    max_pixels: int,
+    workers: int | None,
+) -> None:
+    if min(max_pixels, 1 if batch_size is None else batch_size, 1 if workers is None else workers) < 1:
+        raise UsageError(
+            f"batch_size, max_pixels and workers must be ≥ 1, got {batch_size}, {max_pixels} and {workers}"
+        )
+    if compare and len(views) != 2:
+        raise UsageError(f"two views can be compared, not {len(views)}")
+    names = [view.name for view in views]
+    if len(views) != 1 and (not views or len(set(names)) < len(names)):
+        raise UsageError(f"each of several views needs a name of its own, got {names}")
+    check_kinds(save, looks=len(views), compared=compare)
+    for view in views:
+        try:
+            view.target(target)
+        except DataError as error:
+            raise UsageError(str(error)) from error
+
+
+def _fitting(views: Sequence[View]) -> int:
+    """How many images make a batch, by the size of the models' inputs."""
+    sizes = [getattr(view.preprocess, "input_size", (224, 224)) for view in views]
+    return max(1, _BATCH_PIXELS // max(height * width for height, width in sizes))
+
+
+def _names(
+    images: Sequence[str], root: str, manifest: Manifest, save: Sequence[str], style: Style
+) -> dict[str, dict[str, str]]:
+    """Image → kind → its output."""
+    names: dict[str, dict[str, str]] = {image: {} for image in images}
+    stills, videos = ([image for image in images if is_video(image) == moving] for moving in (False, True))
+    of_videos = {kind: os.path.splitext(ending)[0] for kind, ending in endings(save, SUFFIX).items()}
+    of_videos = {kind: f"{stem}{'.npz' if kind == 'array' else SUFFIX}" for kind, stem in of_videos.items()}
+    for some, ends in ((stills, endings(save, style.suffix)), (videos, of_videos)):
+        for kind, ending in ends.items():
+            kept = {image: done.outputs[kind] for image, done in manifest.done.items() if kind in done.outputs}
+            for image, name in output_names(some, root, ending, manifest.owners, kept).items():
+                names[image][kind] = name
+    return names
+
+
+def _is_done(manifest: Manifest, job: Job, image: str) -> bool:
+    return job.names[image].items() <= _still_good(manifest, job, image).items()
+
+
+def _still_good(manifest: Manifest, job: Job, image: str) -> dict[str, str]:
+    """Earlier outputs of an image by the same recipe, kind → name."""
     done = manifest.done.get(image)
-    if done is None or done.recipe != recipe or done.output != name:
-        return False
     try:
-        return done.stamp == stamp_of(image) and os.path.isfile(os.path.join(manifest.out, *name.split("/")))
+        if done is None or done.recipe != job.recipe_of(image) or done.stamp != stamp_of(image):
+            return {}
     except OSError:
-        return False
+        return {}
+    there = {kind: os.path.join(manifest.out, *name.split("/")) for kind, name in done.outputs.items()}
+    return {kind: done.outputs[kind] for kind, place in there.items() if os.path.isfile(place)}
 
 
-def _refuse_strangers(manifest: Manifest, names: dict[str, str]) -> None:
-    for image, name in names.items():
-        path = os.path.join(manifest.out, *name.split("/"))
-        if manifest.owners.get(name) != image and os.path.lexists(path):
-            raise UsageError(
-                f"{printable(path)} exists, and {printable(manifest.path)} does not say that visionattn wrote it; "
-                "choose another folder for overlays, or move the file away"
-            )
+def _refuse_strangers(manifest: Manifest, job: Job, images: Iterable[str]) -> None:
+    for image in images:
+        for name in job.names[image].values():
+            path = os.path.join(manifest.out, *name.split("/"))
+            if manifest.owners.get(name) != image and os.path.lexists(path):
+                raise UsageError(
+                    f"{printable(path)} exists, and {printable(manifest.path)} does not say that visionattn wrote it; "
+                    "choose another folder for overlays, or move the file away"
+                )

@@ -6,12 +6,15 @@ A line is a JSON object. Of every image:
     status: "done" or "failed".
     earlier: paths of outputs that an earlier run made of it and this one did not replace; where there are any.
 Of one that failed: reason. Of one that is done:
-    outputs: kind → path below the folder.
+    outputs: kind → path below the folder; those of an earlier run with the same recipe too.
     width, height: of the source, upright.
     model, method, layer, target: what was explained, and how.
     prediction, class, probability: the highest output; null where the model has no classes.
     peak: [x, y] of the hottest place, in pixels of the source; null where the heatmap is constant.
     seconds: its share of the model's and the method's time.
+    looks: where several methods or models look: name, model, method and so on of each; above stands the first's.
+    difference: of two models: mean, of |second − first|, and peak, where they differ most.
+    frames, fps: of a video, and `at`, the seconds from its start of each frame; prediction and peak are lists.
 
 Bytes of file names that are no text stand as lone surrogates (`"\\udcff"`), which `os.fsencode` turns back.
 """
@@ -36,7 +39,7 @@ _PROMISED = ".manifest.promised"
 class Done:
     """What a manifest says of an image that was exported."""
 
-    output: str
+    outputs: dict[str, str]
     recipe: str
     stamp: tuple[int, int]
 
@@ -164,10 +167,10 @@ class Manifest:
         self._failures.pop(source, None)
         self.done.pop(source, None)
         if entry["status"] == "done":
-            output = entry["outputs"]["overlay"]
-            self._open.pop(output, None)
-            self.done[source] = Done(output, entry["recipe"], (entry["bytes"], entry["modified"]))
-            self._own(output, source)
+            self.done[source] = Done(dict(entry["outputs"]), entry["recipe"], (entry["bytes"], entry["modified"]))
+            for output in entry["outputs"].values():
+                self._open.pop(output, None)
+                self._own(output, source)
         else:
             self._failures[source] = _failure(entry)
         for output in entry.get("earlier", []):
@@ -180,9 +183,10 @@ class Manifest:
     def _recall(self, output: str, image: str, recipe: str) -> None:
         """Take up the promise of a run that was killed."""
         done = self.done.get(image)
-        if done is None or (done.output, done.recipe) != (output, recipe):
+        ours = done is not None and output in done.outputs.values()
+        if done is None or not ours or done.recipe != recipe:
             self._promise(output, image, recipe)
-            if done is not None and done.output == output:  # it may no longer be what the manifest says
+            if done is not None and ours:  # it may no longer be what the manifest says
                 self.done[image] = replace(done, recipe="")
 
     def _own(self, output: str, image: str) -> None:

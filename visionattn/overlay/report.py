@@ -74,6 +74,7 @@ class Bar:
         self._progress = Progress(*columns, console=console, disable=total == 0)
         self._task = self._progress.add_task(_folder(out), total=total, state=f"0/{total}")
         self._total = total
+        self._frames = 0  # of videos
         self._started = time.perf_counter()
 
     def __enter__(self) -> "Bar":
@@ -85,11 +86,20 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
+    def expect(self, more: int) -> None:
+        """There are so many images more: the frames of a video."""
+        self._total += more
+        self._progress.update(self._task, total=self._total)
+
+    def frame(self) -> None:
+        """A frame is done, and its video is not."""
+        self._frames += 1
+
     def advance(self, summary: Summary) -> None:
-        done = summary.written + summary.failed
+        done = summary.written + summary.failed + self._frames
         seconds = time.perf_counter() - self._started
         rate = done / max(seconds, 1e-9)
-        state = f"{summary.written}/{self._total}  {_number(rate)} images/s"
+        state = f"{done - summary.failed}/{self._total}  {_number(rate)} images/s"
         if done < self._total:
             state += f"  {_duration((self._total - done) / rate)} left"
         if summary.failed:
