@@ -60,6 +60,10 @@ def _run(arguments: list[str]) -> int:
         raise UsageError(
             f"visionattn has no verb {arguments[0]!r}.{nearest(arguments[0], verbs)} See visionattn --help."
         )
+    if not {"-h", "--help"} & set(arguments):
+        from visionattn._malloc import keep_freed_memory
+
+        keep_freed_memory()
     return verbs[arguments[0]](arguments)
 
 
@@ -134,12 +138,17 @@ def _overlay(arguments: list[str]) -> int:
     parser.add_argument("--fps", type=float, metavar="N", help="frames a second to take of a video; all")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; by the size of the model's input")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="processes that share the work; %(default)s")
+    parser.add_argument("--strategy", choices=("ddp",), default="ddp", help="how they share it; %(default)s")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; %(default)s")
     options = parser.parse_args(arguments[1:])
+    if options.devices < 1:
+        raise UsageError(f"--devices must be ≥ 1, got {options.devices}")
 
     from visionattn.data.decode import MAX_PIXELS
     from visionattn.overlay.export import export
     from visionattn.overlay.render import Style
+    from visionattn.overlay.team import gather
 
     given = {"colormap": options.colormap, "alpha": options.alpha, "contours": options.contours and tuple(options.contours)}
     given["top"] = None if options.top is None else options.top / 100
@@ -149,19 +158,21 @@ def _overlay(arguments: list[str]) -> int:
         **{name: value for name, value in given.items() if value is not None},
     )
     target = options.target
-    summary = export(
-        options.images,
-        options.out,
-        _views(options),
-        save=options.save,
-        compare=options.compare is not None,
-        target=int(target) if target is not None and target.isdecimal() else target,
-        batch_size=options.batch_size,
-        style=style,
-        fps=options.fps,
-        bf16=options.precision == "bf16",
-        max_pixels=options.max_pixels or MAX_PIXELS,
-    )
+    with gather(options.devices, arguments) as team:
+        summary = export(
+            options.images,
+            options.out,
+            _views(options),
+            save=options.save,
+            compare=options.compare is not None,
+            target=int(target) if target is not None and target.isdecimal() else target,
+            batch_size=options.batch_size,
+            style=style,
+            fps=options.fps,
+            bf16=options.precision == "bf16",
+            max_pixels=options.max_pixels or MAX_PIXELS,
+            team=team,
+        )
     return summary.exit_code
 
 
@@ -328,7 +339,8 @@ def _load_checkpoint(path: str) -> "tuple[nn.Module, Preprocess, Sequence[str]]"
 def _device() -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if count else "cpu"
 
 
 def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method":

@@ -14,17 +14,19 @@ from typing import Any, TypeAlias
 
 from rich.console import Console
 
+from visionattn._malloc import keep_freed_memory
 from visionattn.data.decode import MAX_PIXELS
 from visionattn.errors import DataError, UsageError
 from visionattn.maps.base import MapWarning
 from visionattn.overlay.clips import Clip, is_video
-from visionattn.overlay.inputs import AnyPath, find, output_names
+from visionattn.overlay.inputs import AnyPath, Found, find, output_names
 from visionattn.overlay.job import Explained, Job, Read, View, Written, stamp_of
 from visionattn.overlay.kinds import check_kinds, endings
-from visionattn.overlay.manifest import Manifest
+from visionattn.overlay.manifest import Journal, Manifest
 from visionattn.overlay.recipe import recipe_of
 from visionattn.overlay.render import Style
 from visionattn.overlay.report import Bar, Summary, print_summary
+from visionattn.overlay.team import Team
 from visionattn.overlay.text import printable
 from visionattn.overlay.video import SUFFIX
 
@@ -49,12 +51,14 @@ def export(
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     console: Console | None = None,
+    team: Team | None = None,
 ) -> Summary:
     """Write overlays of every image, and a line about it into `manifest.jsonl`.
 
     The outputs mirror the places of the images: `a/x.jpg` goes to `a/x.jpg.overlay.jpg`, at the size of the source. An
     image that cannot be read does not stop the run. A second run with the same models, methods, target, preparation and
-    style makes what is missing or has changed; with others, it makes all again.
+    style makes what is missing or has changed; with others, it makes all again. Memory that this process frees stays
+    with it from then on, see `_malloc.keep_freed_memory`.
 
     Args:
         inputs: images, folders, patterns and lists, see `inputs.find`.
@@ -70,6 +74,7 @@ def export(
         max_pixels: larger images fail.
         workers: threads that read and draw; as many as there are cores, at most 4, by default.
         console: where the progress and the summary go; `Console(quiet=True)` for none.
+        team: processes that share the work, see `team.gather`; of all but the first the summary is of their own share.
 
     Raises:
         UsageError: an input does not exist, a method does not fit its model, class names do not fit its outputs, a kind
@@ -78,50 +83,56 @@ def export(
     """
     views = [views] if isinstance(views, View) else list(views)
     _check(views, save, compare, target, batch_size, max_pixels, workers)
+    if fps is not None and not fps > 0:
+        raise UsageError(f"fps must be > 0, got {fps}")
+    keep_freed_memory()
     views = [view.chosen() for view in views]
-    style, console = style or Style(), console or Console()
-    started = time.perf_counter()
+    style, team = style or Style(), team or Team()
+    console = console or Console(quiet=team.rank > 0)
     folder = os.path.abspath(os.fsdecode(out))
-    manifest = Manifest(folder)
-    found = find(inputs, out=folder, written={os.path.join(folder, *name.split("/")) for name in manifest.owners})
+    batch_size = batch_size or _fitting(views)
+    workers = workers or max(1, min(4, (os.cpu_count() or 1) // team.size))
     job = Job(
         views=views,
         compared=compare,
-        kinds=tuple(save),
+        kinds=tuple(dict.fromkeys(save)),
         target=target,
         style=style,
         max_pixels=max_pixels,
         recipe=recipe_of(views, compare=compare, target=target, style=style, bf16=bf16),
         folder=folder,
-        names=_names(found.images, found.root, manifest, save, style),
-        wishes=found.wishes,
         fps=fps,
         bf16=bf16,
     )
-    todo = [image for image in found.images if not _is_done(manifest, job, image)]
-    job.earlier = {image: _still_good(manifest, job, image) for image in todo if image in manifest.done}
-    _refuse_strangers(manifest, job, todo)
-
-    summary = Summary(
-        out=os.fsdecode(out), skipped=len(found.images) - len(todo), ignored=found.ignored, links=found.links
-    )
+    if team.rank:
+        return _help(job, team, batch_size, workers)
+    started = time.perf_counter()
+    manifest = Manifest(folder)
     try:
         # a manifest is truthful after an error too: what was written by then is noted before it goes on its way
-        with warnings.catch_warnings(), Bar(console, summary.out, len(todo)) as bar:
-            warnings.simplefilter("ignore", MapWarning)  # a constant heatmap is told by the manifest and the summary
+        manifest.take_in()
+        found, todo = _plan(job, manifest, inputs)
+        team.give([job.told(path) for path in portion] for portion in _portions(todo, batch_size))
+        summary = Summary(
+            out=os.fsdecode(out), skipped=len(found.images) - len(todo), ignored=found.ignored, links=found.links
+        )
 
-            def note(entry: Entry | None) -> None:
-                if entry is None:
-                    bar.frame()
-                else:
-                    manifest.add(entry)
-                    summary.count(entry, os.path.relpath(entry["source"], found.root or None))
-                bar.advance(summary)
+        def count(entry: Entry) -> None:
+            summary.count(entry, os.path.relpath(entry["source"], found.root or None))
+
+        with Bar(console, summary.out, len(todo)) as bar:
+
+            def note(entry: Entry) -> None:
+                manifest.add(entry)
+                count(entry)
 
             for path, reason in found.unlisted:
                 note(job.failure(path, reason))
-            paths = (Clip(job, path, bar.expect) if is_video(path) else path for path in todo)
-            _run(job, paths, manifest, note, batch_size or _fitting(views), workers or min(4, os.cpu_count() or 1))
+            _run(job, team, manifest, note, bar.advance, batch_size, workers)
+            for sums in team.wait():
+                bar.advance(sums)
+        for entry in manifest.take_in():
+            count(entry)
     finally:
         manifest.close()
     summary.seconds = time.perf_counter() - started
@@ -129,25 +140,72 @@ def export(
     return summary
 
 
+def _plan(job: Job, manifest: Manifest, inputs: Sequence[AnyPath]) -> tuple[Found, list[str]]:
+    """Find the images, name their outputs, and tell which are still to be made."""
+    written = {os.path.join(job.folder, *name.split("/")) for name in manifest.owners}
+    found = find(inputs, out=job.folder, written=written)
+    job.wishes = found.wishes
+    job.names = _names(found.images, found.root, manifest, job.kinds, job.style)
+    todo = [image for image in found.images if not _is_done(manifest, job, image)]
+    job.earlier = {image: _still_good(manifest, job, image) for image in todo if image in manifest.done}
+    _refuse_strangers(manifest, job, todo)
+    return found, todo
+
+
+def _help(job: Job, team: Team, batch_size: int, workers: int) -> Summary:
+    """Take a share of the work that another process has laid out, and note it in a journal."""
+    journal, summary, reason = Journal(job.folder, team.rank), Summary(out=job.folder), ""
+
+    def note(entry: Entry) -> None:
+        journal.add(entry)
+        summary.count(entry, entry["source"])
+
+    try:
+        _run(job, team, journal, note, lambda sums: None, batch_size, workers)
+    except (UsageError, DataError) as error:
+        reason = str(error)  # the first process tells it
+    finally:
+        journal.close()
+    team.finish(reason)
+    return summary
+
+
+def _portions(todo: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(todo), size):
+        yield todo[start : start + size]
+
+
 def _run(
     job: Job,
-    todo: Iterable[str | Clip],
-    manifest: Manifest,
-    note: Callable[[Entry | None], None],
+    team: Team,
+    manifest: Manifest | Journal,
+    note: Callable[[Entry], None],
+    advance: Callable[[dict[str, int]], None],
     batch_size: int,
     workers: int,
 ) -> None:
-    """Read ahead by two batches, and write behind by two."""
+    """Make this process's share: read ahead by two batches, and write behind by two."""
+
+    def settled(written: Future[Entry] | Future[None] | Entry) -> None:
+        entry = written.result() if isinstance(written, Future) else written
+        if entry is not None:
+            note(entry)
+        advance(team.tally(done=1, failed=int(entry is not None and entry["status"] == "failed")))
+
     behind: deque[Future[Entry] | Future[None] | Entry] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="overlay")
     reel, film = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("reel", "film"))  # frames keep their order
     waiters = ThreadPoolExecutor(_WAITERS, thread_name_prefix="disk")
     rolling: set[Clip] = set()  # begun and not finished
     first = True
+    paths = map(job.take, team.share())
+    todo = (Clip(job, path, lambda count: team.tally(frames=count)) if is_video(path) else path for path in paths)
     try:
         for batch in _batches(_read_ahead(pool, reel, job, todo, 2 * batch_size), batch_size):
             good = [image for image in batch if isinstance(image, Read)]
-            results = iter(job.explain(good) if good else [])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", MapWarning)  # a constant heatmap is told by the manifest and the summary
+                results = iter(job.explain(good) if good else [])
             entries = [(image, next(results) if isinstance(image, Read) else image) for image in batch]
             failed = [
                 result["reason"] for image, result in entries if isinstance(image, Read) and isinstance(result, dict)
@@ -174,9 +232,9 @@ def _run(
                 else:
                     behind.append(waiters.submit(_settle, pool.submit(job.write, image, result)))
             while len(behind) > 2 * batch_size:
-                note(_result(behind.popleft()))
+                settled(behind.popleft())
         while behind:
-            note(_result(behind.popleft()))
+            settled(behind.popleft())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         for threads in (waiters, reel, film):
@@ -185,7 +243,7 @@ def _run(
             clip.drop()
         for left in behind:  # after an error or Ctrl-C: what threads had begun is finished and noted
             try:
-                note(_result(left))
+                settled(left)
             except (CancelledError, DataError):
                 continue
 
@@ -233,10 +291,6 @@ def _batches(read: Iterator[Read | Entry | Clip], batch_size: int) -> Iterator[l
             batch, good = [], 0
     if batch:
         yield batch
-
-
-def _result(written: "Future[Entry] | Future[None] | Entry") -> Entry | None:
-    return written.result() if isinstance(written, Future) else written
 
 
 def _check(

@@ -80,6 +80,7 @@ def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = 
             if not matches:
                 raise UsageError(f"nothing matches {printable(path)}; quote a pattern, so that the shell leaves it")
             tops.append(_before_magic(path))
+            own = os.path.join(skip, "") if not os.path.realpath(tops[-1]).startswith(skip) else "\0"
             for match in matches:
                 if os.path.isdir(match):
                     continue  # what it holds is matched by **
@@ -87,7 +88,7 @@ def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = 
                 here = os.path.join(os.path.realpath(os.path.dirname(match)), os.path.basename(match))
                 if suffix not in SUFFIXES | VIDEOS:
                     found.ignored[printable(suffix)] += 1
-                elif here not in outputs and not here.startswith(os.path.join(skip, "")):
+                elif here not in outputs and not here.startswith(own):
                     yield match
             return
         mode = _mode(path)

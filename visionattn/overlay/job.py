@@ -127,15 +127,34 @@ class Job:
     max_pixels: int
     recipe: str
     folder: str
-    names: Mapping[str, Mapping[str, str]]
-    wishes: Mapping[str, Wish] = field(default_factory=dict)
-    earlier: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    names: dict[str, dict[str, str]] = field(default_factory=dict)
+    wishes: dict[str, Wish] = field(default_factory=dict)
+    earlier: dict[str, dict[str, str]] = field(default_factory=dict)
     fps: float | None = None
     bf16: bool = False
 
     def __post_init__(self) -> None:
         self._kept = 0
         self._lock = threading.Lock()
+
+    def told(self, path: str) -> dict[str, Any]:
+        """All that sets one image apart, as plain data."""
+        wish = self.wishes.get(path)
+        return {
+            "path": path,
+            "names": self.names[path],
+            "earlier": self.earlier.get(path, {}),
+            "wish": wish and [wish.target, wish.boxes, wish.labels],
+        }
+
+    def take(self, told: Mapping[str, Any]) -> str:
+        """Learn of an image what `told` says, in another process perhaps; returns its path."""
+        path = str(told["path"])
+        self.names[path], self.earlier[path] = told["names"], told["earlier"]
+        if told["wish"]:
+            target, boxes, labels = told["wish"]
+            self.wishes[path] = Wish(target, tuple(map(tuple, boxes)), tuple(labels))
+        return path
 
     def read(self, path: str) -> Read | dict[str, Any]:
         try:

@@ -20,11 +20,12 @@ Bytes of file names that are no text stand as lone surrogates (`"\\udcff"`), whi
 """
 
 import contextlib
+import glob
 import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from visionattn.overlay.text import printable
 
 NAME = "manifest.jsonl"
 _PROMISED = ".manifest.promised"
+_JOURNAL = ".manifest.journal."
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,37 @@ class Manifest:
                 _append(self._lines, self._gap)
             _append(self._lines, _encode(entry))
         self._note(entry)
+
+    def take_in(self) -> list[dict[str, Any]]:
+        """Add what other processes have noted in journals, those of a run that was killed too, and remove those.
+
+        Returns:
+            The entries, in no particular order.
+        """
+        entries: list[dict[str, Any]] = []
+        for path in _journals(self.out):
+            promises: dict[str, tuple[str, str]] = {}
+            try:
+                noted = [json.loads(line) for line in _lines(path) if line.endswith(b"\n")]  # else it was cut by a kill
+            except (OSError, ValueError) as error:
+                raise DataError(f"{printable(path)} cannot be read: {error}; remove it to go on without it") from error
+            for value in noted:
+                if isinstance(value, list):
+                    output, image, recipe = value
+                    promises[output] = image, recipe
+                else:
+                    entries.append(value)
+                    for output in value.get("outputs", {}).values():
+                        promises.pop(output, None)
+            for output, (image, recipe) in promises.items():
+                self.promise([(output, image)], recipe)
+                self._recall(output, image, recipe)
+        for entry in entries:
+            self.add(entry)
+        for path in _journals(self.out):
+            with self._writing():
+                os.unlink(path)
+        return entries
 
     def close(self) -> None:
         """Keep the last line of every image, and only those promises that were kept and could not be noted."""
@@ -221,13 +254,53 @@ class Manifest:
                 os.unlink(temporary)
             raise
 
-    @contextlib.contextmanager
-    def _writing(self) -> Any:
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise DataError(f"{printable(self.path)} cannot be written: {reason}; nothing more is exported") from error
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return _writing(self.path)
+
+
+class Journal:
+    """What a process that shares an export notes, until the first one takes it into the manifest.
+
+    Args:
+        out: the folder; it is made with the first line.
+        rank: of the process, > 0.
+    """
+
+    def __init__(self, out: str, rank: int) -> None:
+        self.path = os.path.join(out, f"{_JOURNAL}{rank}")
+        self._file: io.FileIO | None = None
+
+    def promise(self, outputs: Iterable[tuple[str, str]], recipe: str) -> None:
+        """As `Manifest.promise`."""
+        self._write(b"".join(_encode([*pair, recipe]) for pair in outputs))
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """As `Manifest.add`."""
+        self._write(_encode(entry))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, lines: bytes) -> None:
+        with _writing(self.path):
+            if self._file is None:
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  # closed in `close`
+            _append(self._file, lines)
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{printable(path)} cannot be written: {reason}; nothing more is exported") from error
+
+
+def _journals(out: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(out), f"{_JOURNAL}*")))
 
 
 def _lines(path: str) -> list[bytes]:

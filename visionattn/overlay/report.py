@@ -74,7 +74,6 @@ class Bar:
         self._progress = Progress(*columns, console=console, disable=total == 0)
         self._task = self._progress.add_task(_folder(out), total=total, state=f"0/{total}")
         self._total = total
-        self._frames = 0  # of videos
         self._started = time.perf_counter()
 
     def __enter__(self) -> "Bar":
@@ -86,25 +85,18 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
-    def expect(self, more: int) -> None:
-        """There are so many images more: the frames of a video."""
-        self._total += more
-        self._progress.update(self._task, total=self._total)
-
-    def frame(self) -> None:
-        """A frame is done, and its video is not."""
-        self._frames += 1
-
-    def advance(self, summary: Summary) -> None:
-        done = summary.written + summary.failed + self._frames
+    def advance(self, sums: dict[str, int]) -> None:
+        """Show sums of what is done, what failed of it, and how many frames of videos there are beside the images."""
+        done, failed = sums.get("done", 0), sums.get("failed", 0)
+        total = self._total + sums.get("frames", 0)
         seconds = time.perf_counter() - self._started
         rate = done / max(seconds, 1e-9)
-        state = f"{done - summary.failed}/{self._total}  {_number(rate)} images/s"
-        if done < self._total:
-            state += f"  {_duration((self._total - done) / rate)} left"
-        if summary.failed:
-            state += f"  [red]{summary.failed} failed[/red]"
-        self._progress.update(self._task, completed=done, state=state)
+        state = f"{done - failed}/{total}  {_number(rate)} images/s"
+        if 0 < done < total:
+            state += f"  {_duration((total - done) / rate)} left"
+        if failed:
+            state += f"  [red]{failed} failed[/red]"
+        self._progress.update(self._task, completed=done, total=total, state=state)
 
 
 def print_summary(console: Console, summary: Summary) -> None:

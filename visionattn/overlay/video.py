@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from visionattn.errors import DataError
 from visionattn.overlay.text import printable
 
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong with a file is told once, by us
+# what is wrong with a file is told once, by us
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 
 SUFFIX = ".mp4"
 """MPEG-4 part 2: of what OpenCV's wheels can write, the one that players know; 2 ms a frame of 640 × 480. Browsers know
