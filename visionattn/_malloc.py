@@ -1,4 +1,4 @@
-"""Freed memory is kept instead of handed back to the system, so that the next layer does not have to ask for it again."""
+"""Freed memory is kept instead of handed back to the system, so that the next layer need not ask for it again."""
 
 import ctypes
 from functools import lru_cache

@@ -138,8 +138,11 @@ def _overlay(arguments: list[str]) -> int:
     parser.add_argument("--fps", type=float, metavar="N", help="frames a second to take of a video; all")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; by the size of the model's input")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="processes that share the work; %(default)s")
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="processes that share the work; %(default)s"
+    )
     parser.add_argument("--strategy", choices=("ddp",), default="ddp", help="how they share it; %(default)s")
+    parser.add_argument("--compile", action="store_true", help="compile what is not watched; the first batch is slow")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; %(default)s")
     options = parser.parse_args(arguments[1:])
     if options.devices < 1:
@@ -150,7 +153,11 @@ def _overlay(arguments: list[str]) -> int:
     from visionattn.overlay.render import Style
     from visionattn.overlay.team import gather
 
-    given = {"colormap": options.colormap, "alpha": options.alpha, "contours": options.contours and tuple(options.contours)}
+    given = {
+        "colormap": options.colormap,
+        "alpha": options.alpha,
+        "contours": options.contours and tuple(options.contours),
+    }
     given["top"] = None if options.top is None else options.top / 100
     style = Style(
         suffix=f".{options.format}",
@@ -170,6 +177,7 @@ def _overlay(arguments: list[str]) -> int:
             style=style,
             fps=options.fps,
             bf16=options.precision == "bf16",
+            compile=options.compile,
             max_pixels=options.max_pixels or MAX_PIXELS,
             team=team,
         )

@@ -881,8 +881,10 @@ def test_a_folder_that_cannot_be_written_is_told_and_the_exit_code_says_so(tmp_p
     if way == "unwritable":
         summary = run([tmp_path / "in"], tmp_path / "out")
         assert (summary.written, summary.failed, summary.exit_code) == (2, 2, 1)
-        assert all(reason == "cannot be made: Permission denied" or "cannot be made" in reason
-                   for _, reason in summary.failures)
+        assert all(
+            reason == "cannot be made: Permission denied" or "cannot be made" in reason
+            for _, reason in summary.failures
+        )
     else:
         with pytest.raises(DataError, match="Permission denied"):
             run([tmp_path / "in"], tmp_path / "out")

@@ -47,7 +47,7 @@ def test_the_mask_holds_the_hottest_share_and_the_spotlight_shows_it(share):
     assert (mask > 0).mean() == pytest.approx(share, abs=0.01)
     assert carried[mask > 0].min() >= carried[mask == 0].max()
     shown = KINDS["spotlight"].make(one)
-    np.testing.assert_array_equal(shown[mask > 0], one.picture_HWC[mask > 0])
+    np.testing.assert_array_equal(shown[mask > 0], one.picture[mask > 0])
     assert shown[mask == 0].max() <= 90  # dark
 
 
@@ -60,15 +60,13 @@ def test_arrays_put_the_heatmap_back_into_the_picture():
     for key in one:
         np.testing.assert_array_equal(one[key], both[f"gradcam/{key}"])
     placement = Placement(both["rollout/matrix"], tuple(both["rollout/source_size"]), tuple(both["rollout/input_size"]))
-    np.testing.assert_array_equal(
-        placement.carry(both["rollout/heatmap"]), second.placement.carry(second.heatmap_hw)
-    )
+    np.testing.assert_array_equal(placement.carry(both["rollout/heatmap"]), second.placement.carry(second.heatmap_hw))
     np.testing.assert_array_equal(both["rollout/raw"], second.raw_hw)
 
 
 def test_an_overlay_is_the_rendered_picture_with_what_is_asked_for_on_it():
     plain = scene()
-    expected = render(plain.picture_HWC, plain.looks[0].heatmap_hw, plain.looks[0].placement, plain.style)
+    expected = render(plain.picture, plain.looks[0].heatmap_hw, plain.looks[0].placement, plain.style)
     np.testing.assert_array_equal(KINDS["overlay"].make(plain), expected)
     boxed = KINDS["overlay"].make(scene(boxes=[[10, 10, 30, 30]], labels=["cat"]))
     changed = (boxed != expected).any(2)
@@ -83,10 +81,8 @@ def test_an_overlay_is_the_rendered_picture_with_what_is_asked_for_on_it():
 def test_contours_are_the_style_s_lines_on_the_picture():
     one = scene(style=Style(contours=(0.3, 0.7)))
     carried = one.looks[0].placement.carry(one.looks[0].heatmap_hw)
-    np.testing.assert_array_equal(
-        KINDS["contour"].make(one), draw.contour(one.picture_HWC, carried, levels=(0.3, 0.7))
-    )
-    np.testing.assert_array_equal(KINDS["contour"].make(scene()), draw.contour(one.picture_HWC, carried, levels=(0.5,)))
+    np.testing.assert_array_equal(KINDS["contour"].make(one), draw.contour(one.picture, carried, levels=(0.3, 0.7)))
+    np.testing.assert_array_equal(KINDS["contour"].make(scene()), draw.contour(one.picture, carried, levels=(0.5,)))
 
 
 def test_several_looks_become_one_sheet_that_shows_each():

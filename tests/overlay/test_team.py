@@ -51,7 +51,8 @@ def share(inputs, out, size, killed=None):
         pid = os.fork()
         if pid == 0:
             if killed == rank: killed = os.getpid()
-            summary = t.run(inputs, out, batch_size=2, method=method, team=Team(store_of(store.port, False), rank, size))
+            team = Team(store_of(store.port, False), rank, size)
+            summary = t.run(inputs, out, batch_size=2, method=method, team=team)
             os._exit(summary.failed)
         children.append(Child(pid))
     try:

@@ -124,7 +124,9 @@ class Clip:
 
     def _stacked(self, parts: list[Mapping[str, NDArray[Any]]]) -> Mapping[str, NDArray[Any]]:
         of_frames = {key for key in parts[0] if key.rpartition("/")[2] in _OF_FRAMES}
-        stacked = {key: np.stack([part[key] for part in parts]) if key in of_frames else parts[0][key] for key in parts[0]}
+        stacked = {
+            key: np.stack([part[key] for part in parts]) if key in of_frames else parts[0][key] for key in parts[0]
+        }
         return {**stacked, "at": np.array(self._at)}
 
     def _told(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ COLORMAPS = {
 """The first five are perceptually uniform and safe for the colour-blind; turbo and bone are for who is used to them."""
 
 DIFFERENCE = "difference"
-"""A colormap of signed values: blue below 0.5, orange above, nothing at 0.5; told apart by all kinds of colour-blind."""
+"""A colormap of signed values: blue below 0.5, orange above, nothing at 0.5; the colour-blind tell them apart."""
 
 _BELOW, _ABOVE = (64, 150, 255), (255, 150, 30)
 

@@ -4,6 +4,7 @@ Threads read images and draw overlays while the model works on the batch between
 and Pillow let go of the interpreter's lock for all that takes long.
 """
 
+import contextlib
 import os
 import time
 import warnings
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, TypeAlias
 
+import torch
 from rich.console import Console
 
 from visionattn._malloc import keep_freed_memory
@@ -20,7 +22,7 @@ from visionattn.errors import DataError, UsageError
 from visionattn.maps.base import MapWarning
 from visionattn.overlay.clips import Clip, is_video
 from visionattn.overlay.inputs import AnyPath, Found, find, output_names
-from visionattn.overlay.job import Explained, Job, Read, View, Written, stamp_of
+from visionattn.overlay.job import Job, Read, View, Written, stamp_of
 from visionattn.overlay.kinds import check_kinds, endings
 from visionattn.overlay.manifest import Journal, Manifest
 from visionattn.overlay.recipe import recipe_of
@@ -48,6 +50,7 @@ def export(
     style: Style | None = None,
     fps: float | None = None,
     bf16: bool = False,
+    compile: bool = False,
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     console: Console | None = None,
@@ -70,6 +73,7 @@ def export(
         batch_size: images that a model takes at once; by default as many as have the pixels of 16 of 224 × 224.
         style: what the pictures look like.
         fps: frames a second that are taken of a video; all by default.
+        compile: compile what is not watched of the models, see `compiled.compiled`; the first batch takes minutes.
         bf16: run the models under autocast to bfloat16.
         max_pixels: larger images fail.
         workers: threads that read and draw; as many as there are cores, at most 4, by default.
@@ -99,23 +103,31 @@ def export(
         target=target,
         style=style,
         max_pixels=max_pixels,
-        recipe=recipe_of(views, compare=compare, target=target, style=style, bf16=bf16),
+        recipe=recipe_of(views, compare=compare, target=target, style=style, bf16=bf16, compile=compile),
         folder=folder,
         fps=fps,
         bf16=bf16,
     )
-    if team.rank:
-        return _help(job, team, batch_size, workers)
+    with contextlib.ExitStack() as stack:
+        for view in views if compile else ():
+            stack.enter_context(_compiled(view))
+        if team.rank:
+            return _help(job, team, batch_size, workers)
+        return _lead(job, team, inputs, os.fsdecode(out), batch_size, workers, console)
+
+
+def _lead(
+    job: Job, team: Team, inputs: Sequence[AnyPath], out: str, batch_size: int, workers: int, console: Console
+) -> Summary:
+    """Find the work, lay it out, take a share of it, and keep the manifest."""
     started = time.perf_counter()
-    manifest = Manifest(folder)
+    manifest = Manifest(job.folder)
     try:
         # a manifest is truthful after an error too: what was written by then is noted before it goes on its way
         manifest.take_in()
         found, todo = _plan(job, manifest, inputs)
         team.give([job.told(path) for path in portion] for portion in _portions(todo, batch_size))
-        summary = Summary(
-            out=os.fsdecode(out), skipped=len(found.images) - len(todo), ignored=found.ignored, links=found.links
-        )
+        summary = Summary(out=out, skipped=len(found.images) - len(todo), ignored=found.ignored, links=found.links)
 
         def count(entry: Entry) -> None:
             summary.count(entry, os.path.relpath(entry["source"], found.root or None))
@@ -170,6 +182,15 @@ def _help(job: Job, team: Team, batch_size: int, workers: int) -> Summary:
     return summary
 
 
+def _compiled(view: View) -> contextlib.AbstractContextManager[list[str]]:
+    from visionattn.overlay.compiled import compiled
+
+    assert view.method is not None
+    like = next(view.model.parameters(), torch.zeros(()))
+    example = torch.zeros(2, 3, *view.preprocess.input_size, device=like.device, dtype=like.dtype)
+    return compiled(view.model, view.method, example)
+
+
 def _portions(todo: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     for start in range(0, len(todo), size):
         yield todo[start : start + size]
@@ -194,7 +215,9 @@ def _run(
 
     behind: deque[Future[Entry] | Future[None] | Entry] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="overlay")
-    reel, film = (ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("reel", "film"))  # frames keep their order
+    reel, film = (
+        ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("reel", "film")
+    )  # frames keep their order
     waiters = ThreadPoolExecutor(_WAITERS, thread_name_prefix="disk")
     rolling: set[Clip] = set()  # begun and not finished
     first = True
@@ -204,7 +227,9 @@ def _run(
         for batch in _batches(_read_ahead(pool, reel, job, todo, 2 * batch_size), batch_size):
             good = [image for image in batch if isinstance(image, Read)]
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", MapWarning)  # a constant heatmap is told by the manifest and the summary
+                warnings.simplefilter(
+                    "ignore", MapWarning
+                )  # a constant heatmap is told by the manifest and the summary
                 results = iter(job.explain(good) if good else [])
             entries = [(image, next(results) if isinstance(image, Read) else image) for image in batch]
             failed = [

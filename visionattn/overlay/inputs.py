@@ -50,8 +50,8 @@ def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = 
     what matches a pattern (`holiday/**/IMG_*.jpg`), and what a list names (`lists.read_list`).
 
     In folders, hidden files and folders are passed over, linked folders are not entered, and files with another suffix
-    than an image's are left. So are earlier outputs. Videos are taken where they are given, listed or matched, not where
-    they merely lie in a folder.
+    than an image's are left. So are earlier outputs. Videos are taken where they are given, listed or matched, and
+    not where they merely lie in a folder.
 
     Args:
         inputs: files, folders, patterns and lists (.csv, .jsonl); names that are no text are welcome.

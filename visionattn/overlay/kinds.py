@@ -46,13 +46,13 @@ class Scene:
     """One image and what was found in it.
 
     Attributes:
-        picture_HWC: the source.
+        picture: (H, W, 3) uint8 RGB, the source.
         looks: at least one.
         compared: whether the two looks are held against each other.
         boxes, labels: what a list says is in the image.
     """
 
-    picture_HWC: NDArray[np.uint8]
+    picture: NDArray[np.uint8]
     looks: Sequence[Look]
     style: Style
     compared: bool = False
@@ -87,7 +87,7 @@ def side(scene: Scene) -> NDArray[np.uint8]:
     """Picture, overlay and heatmap beside each other, with a colour bar and the prediction."""
     (look,), style = scene.looks, scene.style
     return draw.side_by_side(
-        _boxed(scene, scene.picture_HWC),
+        _boxed(scene, scene.picture),
         look.placement.carry(look.heatmap_hw),
         title=look.said,
         colormap=style.colormap,
@@ -98,7 +98,7 @@ def side(scene: Scene) -> NDArray[np.uint8]:
 
 def difference(scene: Scene) -> NDArray[np.uint8]:
     """Where the second of two models looks more (orange) and less (blue) than the first, at the size of the source."""
-    return _boxed(scene, _difference(scene, scene.picture_HWC))
+    return _boxed(scene, _difference(scene, scene.picture))
 
 
 def heatmap(scene: Scene) -> NDArray[np.uint16]:
@@ -175,10 +175,10 @@ def endings(kinds: Sequence[str], picture: str) -> dict[str, str]:
 def _one_or_sheet(scene: Scene, paint: Callable[[NDArray[np.uint8], Look], NDArray[np.uint8]]) -> NDArray[np.uint8]:
     if len(scene.looks) == 1:
         (look,) = scene.looks
-        painted = _boxed(scene, paint(scene.picture_HWC, look))
+        painted = _boxed(scene, paint(scene.picture, look))
         return draw.label(painted, look.said) if scene.style.caption and look.said else painted
     small = _shrunk(scene)
-    picture = small.picture_HWC
+    picture = small.picture
     tiles = [draw.Tile(_boxed(small, picture), ["image"])]
     tiles += [
         draw.Tile(_boxed(small, paint(picture, look)), [line for line in (look.name, look.said) if line])
@@ -189,7 +189,7 @@ def _one_or_sheet(scene: Scene, paint: Callable[[NDArray[np.uint8], Look], NDArr
 
 def _comparison(scene: Scene) -> NDArray[np.uint8]:
     small = _shrunk(scene)
-    picture, (first, second) = small.picture_HWC, small.looks
+    picture, (first, second) = small.picture, small.looks
     panels = [(_boxed(small, picture), "image")]
     for look in (first, second):
         shown = render(picture, look.heatmap_hw, look.placement, small.style)
@@ -211,17 +211,19 @@ def _boxed(scene: Scene, picture_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _shrunk(scene: Scene) -> Scene:
     """The same scene in a picture of at most `_TILE` pixels; heatmaps need not be carried to more."""
-    height, width = scene.picture_HWC.shape[:2]
+    height, width = scene.picture.shape[:2]
     scale = min(1, _TILE / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
     if size == (height, width):
         return scene
-    picture = cv2.resize(scene.picture_HWC, (size[1], size[0]), interpolation=cv2.INTER_AREA)
+    picture = cv2.resize(scene.picture, (size[1], size[0]), interpolation=cv2.INTER_AREA)
     enlarge = Placement.scaling(size, (height, width))
-    boxes = [[x * size[1] / width if n % 2 == 0 else x * size[0] / height for n, x in enumerate(b)] for b in scene.boxes]
+    boxes = [
+        [x * size[1] / width if n % 2 == 0 else x * size[0] / height for n, x in enumerate(b)] for b in scene.boxes
+    ]
     return replace(
         scene,
-        picture_HWC=np.asarray(picture, np.uint8),
+        picture=np.asarray(picture, np.uint8),
         looks=[replace(look, placement=look.placement @ enlarge) for look in scene.looks],
         boxes=boxes,
     )

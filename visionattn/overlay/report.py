@@ -13,6 +13,7 @@ from rich.text import Text
 from visionattn.overlay.text import printable
 
 _REASONS = 5  # failures that are told on the terminal; the manifest has all
+_APART = 3  # images that are told where two models differ most
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Summary:
         links: linked folders that were not entered.
         failures: (file, reason) of the first failures.
         source: what is shown, as `gate of layer4.1`; "" if nothing was made.
+        apart: (mean difference, file) of the images in which two compared models differ most, the farthest first.
         seconds: the whole run.
     """
 
@@ -41,6 +43,7 @@ class Summary:
     links: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
     source: str = ""
+    apart: list[tuple[float, str]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -58,6 +61,8 @@ class Summary:
         self.written += 1
         self.blank += entry["peak"] is None
         self.source = self.source or entry["layer"]
+        if "difference" in entry:
+            self.apart = sorted([*self.apart, (entry["difference"]["mean"], name)], reverse=True)[:_APART]
 
 
 class Bar:
@@ -112,6 +117,8 @@ def print_summary(console: Console, summary: Summary) -> None:
         rows.append(
             (str(summary.blank), "blank", "", "the heatmap is constant and shows nothing; try another layer or target")
         )
+    for place, (mean, name) in enumerate(summary.apart):
+        rows.append(("", "most unlike" if place == 0 else "", "", f"{mean:.2f}  {printable(name)}"))
     for place, (name, reason) in enumerate(summary.failures):
         told = f"{printable(name)}: {printable(reason)}"
         rows.append((str(summary.failed), "failed", manifest, told) if place == 0 else ("", "", "", told))

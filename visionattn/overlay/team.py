@@ -107,7 +107,9 @@ class Team:
                     if not self._store.check([f"end {rank}"]):
                         left.discard(rank)
                         code = self._children[rank - 1].returncode
-                        reasons.append(f"process {rank} ended with {code}; run the command again, to make what is missing")
+                        reasons.append(
+                            f"process {rank} ended with {code}; run the command again, to make what is missing"
+                        )
             self._send()
             yield self._tally
             if left:

@@ -90,9 +90,7 @@ class Film:
         frame_HWC = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR if picture.ndim == 2 else cv2.COLOR_RGB2BGR)
         if self._writer is None:
             size = frame_HWC.shape[1], frame_HWC.shape[0]
-            self._writer = cv2.VideoWriter(
-                self.path, cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), self._fps, size
-            )
+            self._writer = cv2.VideoWriter(self.path, cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), self._fps, size)
             if min(size) < 2 or not self._writer.isOpened():
                 raise DataError(f"{printable(self.path)} cannot be written as a video")
         self._writer.write(frame_HWC)
