@@ -73,7 +73,7 @@ def blend(
         base_HWC = _muted(image_HWC[rows], saturation, 1.0)
         levels_HW = _levels(heatmap_HW[rows])
         if seen_HW is not None and not seen_HW[rows].all():
-            cv2.copyTo(_muted(image_HWC[rows], 0.0, _SHADE), np.logical_not(seen_HW[rows]).view(np.uint8), base_HWC)
+            cv2.copyTo(shade(image_HWC[rows]), np.logical_not(seen_HW[rows]).view(np.uint8), base_HWC)
             levels_HW = np.where(seen_HW[rows], levels_HW, np.uint8(128 if colormap == DIFFERENCE else 0))
         # fixed point: base · share / 255 + heat, where share and heat are looked up by level
         cv2.multiply(base_HWC, cv2.applyColorMap(levels_HW, share_L13), dst=out_HWC[rows], scale=1 / 255)
@@ -106,6 +106,11 @@ def contour(
     return drawn
 
 
+def shade(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The picture dark and grey, as where a model saw nothing."""
+    return _muted(image_HWC, 0.0, _SHADE)
+
+
 def top(heatmap_HW: NDArray[np.floating], share: float) -> NDArray[np.bool_]:
     """Which pixels are the hottest `share` of all, in (0, 1]; more where several are equal, none where all are."""
     if not 0 < share <= 1:
@@ -120,7 +125,7 @@ def top_mask(
 ) -> NDArray[np.uint8]:
     """Show the hottest `share` of the pixels as they are, and the others dark and grey."""
     check_pair(image_HWC, heatmap_HW)
-    drawn = _muted(image_HWC, 0.0, _SHADE)
+    drawn = shade(image_HWC)
     cv2.copyTo(np.ascontiguousarray(image_HWC), top(heatmap_HW, share).view(np.uint8), drawn)
     return drawn
 

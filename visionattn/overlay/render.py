@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from visionattn.data.placement import Placement
 from visionattn.errors import UsageError, nearest
-from visionattn.overlay.draw import COLORMAPS, DIFFERENCE, blend, contour
+from visionattn.overlay.draw import COLORMAPS, DIFFERENCE, blend, contour, shade
 
 _BAND = 1 << 18  # pixels at a time: memory beyond the picture and its overlay stays small, however large they are
 
@@ -65,15 +65,17 @@ def render(
         UsageError: the picture is not the one that was placed.
     """
     _check(image_HWC, placement)
-    out_HWC = np.empty_like(image_HWC)
-    for rows, (band,) in _bands(placement):
-        out_HWC[rows] = blend(
-            image_HWC[rows],
+    rows, columns, whole = _seen_box(placement)
+    out_HWC = shade(image_HWC)
+    inner = _part(placement, rows, columns)
+    for some, (band,) in _bands(inner):
+        out_HWC[rows, columns][some] = blend(
+            image_HWC[rows, columns][some],
             band.carry(heatmap_hw),
             colormap=style.colormap,
             alpha=style.alpha,
             saturation=style.saturation,
-            seen_HW=seen(band),
+            seen_HW=None if whole else band.seen(),
         )
     if style.contours:  # lines do not stop at bands
         out_HWC = contour(out_HWC, placement.carry(heatmap_hw), levels=style.contours)
@@ -148,14 +150,31 @@ def unlike(
 
 def seen(placement: Placement) -> NDArray[np.bool_] | None:
     """As `Placement.seen`, quicker where nothing is turned; None where all is seen."""
+    rows, columns, whole = _seen_box(placement)
+    if not whole:
+        return placement.seen()
+    height, width = placement.source_size
+    if (rows, columns) == (slice(0, height), slice(0, width)):
+        return None
+    seen_HW = np.zeros((height, width), bool)
+    seen_HW[rows, columns] = True
+    return seen_HW
+
+
+def _seen_box(placement: Placement) -> tuple[slice, slice, bool]:
+    """Rows and columns of the source around all that the model saw, and whether it saw all between them."""
     (height, width), (input_h, input_w) = placement.source_size, placement.input_size
     (x_scale, x_turn, left), (y_turn, y_scale, top) = placement.matrix
     if x_turn or y_turn:
-        return placement.seen()
+        return slice(0, height), slice(0, width), False
     columns = x_scale * (np.arange(width) + 0.5) + left
     rows = y_scale * (np.arange(height) + 0.5) + top
-    inside = (rows >= 0) & (rows <= input_h), (columns >= 0) & (columns <= input_w)
-    return None if inside[0].all() and inside[1].all() else np.logical_and.outer(*inside)
+    return _span((rows >= 0) & (rows <= input_h)), _span((columns >= 0) & (columns <= input_w)), True
+
+
+def _span(inside: NDArray[np.bool_]) -> slice:
+    places = np.flatnonzero(inside)
+    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
 
 
 def _check(image_HWC: NDArray[np.uint8], placement: Placement) -> None:
@@ -167,8 +186,14 @@ def _check(image_HWC: NDArray[np.uint8], placement: Placement) -> None:
 def _bands(*placements: Placement) -> Iterator[tuple[slice, list[Placement]]]:
     """Some rows of the source at a time, and where each placement puts them."""
     height, width = placements[0].source_size
-    step = max(1, _BAND // width)
+    step = max(1, _BAND // max(1, width))
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
-        down = Placement(np.array([[1.0, 0, 0], [0, 1.0, top]]), (rows.stop - top, width), (height, width))
-        yield rows, [placement @ down for placement in placements]
+        yield rows, [_part(placement, rows, slice(0, width)) for placement in placements]
+
+
+def _part(placement: Placement, rows: slice, columns: slice) -> Placement:
+    """Of some rows and columns of the source."""
+    size = rows.stop - rows.start, columns.stop - columns.start
+    shift = Placement(np.array([[1.0, 0, columns.start], [0, 1.0, rows.start]]), size, placement.source_size)
+    return placement @ shift
