@@ -153,17 +153,15 @@ def _overlay(arguments: list[str]) -> int:
     from visionattn.overlay.render import Style
     from visionattn.overlay.team import gather
 
-    given = {
+    given: dict[str, Any] = {
         "colormap": options.colormap,
         "alpha": options.alpha,
         "contours": options.contours and tuple(options.contours),
+        "top": None if options.top is None else options.top / 100,
+        "caption": options.caption,
+        "suffix": f".{options.format}",
     }
-    given["top"] = None if options.top is None else options.top / 100
-    style = Style(
-        suffix=f".{options.format}",
-        caption=options.caption,
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    style = Style(**{name: value for name, value in given.items() if value is not None})
     target = options.target
     with gather(options.devices, arguments) as team:
         summary = export(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from visionattn.data.decode import MAX_PIXELS
 from visionattn.errors import DataError
 from visionattn.overlay.inputs import VIDEOS
 from visionattn.overlay.job import Explained, Job, Read, Written, encoded, reason_of, stamp_of
@@ -33,7 +34,7 @@ class Clip:
         expect: is told how many frames there are.
     """
 
-    def __init__(self, job: Job, path: str, expect: Callable[[int], None]) -> None:
+    def __init__(self, job: Job, path: str, expect: Callable[[int], object]) -> None:
         self.path = path
         self.ended = False
         self._job, self._expect = job, expect
@@ -99,8 +100,8 @@ class Clip:
             if self._failed:
                 raise DataError(self._failed)
             for film, name in films:
-                if sum(1 for _ in Frames(film.path, max_pixels=self._job.max_pixels)) != len(self._at):
-                    raise DataError(f"{printable(name)} cannot be written whole; is the disk full?")  # OpenCV is silent
+                if _count(film.path) != len(self._at):  # OpenCV does not tell of a full disk
+                    raise DataError(f"{printable(name)} cannot be written whole; is the disk full?")
             for kind, parts in self._arrays.items():
                 self._written.add(self._job.names[self.path][kind], encoded(self._stacked(parts), ".npz"))
         except DataError as error:
@@ -143,3 +144,11 @@ class Clip:
             "fps": round(self._frames.fps, 3),
             "frames": {"at": self._at, **frames},
         }
+
+
+def _count(path: str) -> int:
+    """Frames that can be read."""
+    try:
+        return sum(1 for _ in Frames(path, max_pixels=MAX_PIXELS))
+    except DataError:
+        return 0

@@ -22,7 +22,7 @@ from visionattn.errors import DataError, UsageError
 from visionattn.maps.base import MapWarning
 from visionattn.overlay.clips import Clip, is_video
 from visionattn.overlay.inputs import AnyPath, Found, find, output_names
-from visionattn.overlay.job import Job, Read, View, Written, stamp_of
+from visionattn.overlay.job import Explained, Job, Read, View, Written, stamp_of
 from visionattn.overlay.kinds import check_kinds, endings
 from visionattn.overlay.manifest import Journal, Manifest
 from visionattn.overlay.recipe import recipe_of
@@ -36,6 +36,8 @@ _BATCH_PIXELS = 16 * 224 * 224  # of a batch, where nobody says otherwise
 _WAITERS = 8  # threads that wait for the disk; those that wait together are served together
 
 Entry: TypeAlias = dict[str, Any]
+Pending: TypeAlias = "Future[Entry] | Future[None] | Entry"
+"""An entry, one that is being made, or a frame whose video has none yet."""
 
 
 def export(
@@ -207,63 +209,49 @@ def _run(
 ) -> None:
     """Make this process's share: read ahead by two batches, and write behind by two."""
 
-    def settled(written: Future[Entry] | Future[None] | Entry) -> None:
+    def settled(written: Pending) -> None:
         entry = written.result() if isinstance(written, Future) else written
         if entry is not None:
             note(entry)
         advance(team.tally(done=1, failed=int(entry is not None and entry["status"] == "failed")))
 
-    behind: deque[Future[Entry] | Future[None] | Entry] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="overlay")
-    reel, film = (
-        ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("reel", "film")
-    )  # frames keep their order
-    waiters = ThreadPoolExecutor(_WAITERS, thread_name_prefix="disk")
+    behind: deque[Pending] = deque()
+    threads = _Threads(workers)
     rolling: set[Clip] = set()  # begun and not finished
     first = True
     paths = map(job.take, team.share())
     todo = (Clip(job, path, lambda count: team.tally(frames=count)) if is_video(path) else path for path in paths)
     try:
-        for batch in _batches(_read_ahead(pool, reel, job, todo, 2 * batch_size), batch_size):
+        for batch in _batches(_read_ahead(threads, job, todo, 2 * batch_size), batch_size):
             good = [image for image in batch if isinstance(image, Read)]
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", MapWarning
-                )  # a constant heatmap is told by the manifest and the summary
-                results = iter(job.explain(good) if good else [])
-            entries = [(image, next(results) if isinstance(image, Read) else image) for image in batch]
-            failed = [
-                result["reason"] for image, result in entries if isinstance(image, Read) and isinstance(result, dict)
-            ]
+                warnings.simplefilter("ignore", MapWarning)  # that a heatmap is constant is told in the manifest
+                explained = job.explain(good) if good else []
+            failed = [result["reason"] for result in explained if isinstance(result, dict)]
             if first and failed and len(failed) == len(good):
                 raise DataError(failed[0])  # not these images: the model
             first = first and not good
             for image in good:
                 if image.clip not in rolling:
-                    outputs = [(name, image.path) for name in job.names[image.path].values()]
-                    manifest.promise(outputs, job.recipe_of(image.path))
+                    manifest.promise(
+                        [(name, image.path) for name in job.names[image.path].values()], job.recipe_of(image.path)
+                    )
                     rolling |= {image.clip} - {None}
-            for image, result in entries:
-                if isinstance(image, Clip):
-                    behind.append(film.submit(image.finish))
-                    rolling.discard(image)
-                elif isinstance(result, dict):
-                    if isinstance(image, Read):
-                        job.let_go(image)
-                    clip = image.clip if isinstance(image, Read) else None
-                    behind.append(film.submit(clip.fail, result["reason"]) if clip else result)
-                elif image.clip is not None:
-                    behind.append(film.submit(image.clip.add, image, result, pool.submit(job.draw, image, result)))
+            results = iter(explained)
+            for one in batch:
+                if isinstance(one, Read):
+                    behind.append(_hand_over(job, threads, one, next(results)))
+                elif isinstance(one, Clip):
+                    behind.append(threads.film.submit(one.finish))
+                    rolling.discard(one)
                 else:
-                    behind.append(waiters.submit(_settle, pool.submit(job.write, image, result)))
+                    behind.append(one)
             while len(behind) > 2 * batch_size:
                 settled(behind.popleft())
         while behind:
             settled(behind.popleft())
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        for threads in (waiters, reel, film):
-            threads.shutdown(wait=True)
+        threads.end()
         for clip in rolling:
             clip.drop()
         for left in behind:  # after an error or Ctrl-C: what threads had begun is finished and noted
@@ -273,25 +261,49 @@ def _run(
                 continue
 
 
+class _Threads:
+    """Those that read and draw, one that reads frames and one that writes them, and those that wait for the disk."""
+
+    def __init__(self, workers: int) -> None:
+        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="overlay")
+        self.reel = ThreadPoolExecutor(1, thread_name_prefix="reel")  # frames keep their order
+        self.film = ThreadPoolExecutor(1, thread_name_prefix="film")
+        self.disk = ThreadPoolExecutor(_WAITERS, thread_name_prefix="disk")
+
+    def end(self) -> None:
+        """Finish what was begun, and nothing more."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        for threads in (self.disk, self.reel, self.film):
+            threads.shutdown(wait=True)
+
+
+def _hand_over(job: Job, threads: _Threads, image: Read, result: Explained | Entry) -> "Pending":
+    """Have what was found in one image or frame drawn and written."""
+    if isinstance(result, dict):
+        job.let_go(image)
+        return threads.film.submit(image.clip.fail, result["reason"]) if image.clip else result
+    if image.clip:
+        return threads.film.submit(image.clip.add, image, result, threads.pool.submit(job.draw, image, result))
+    return threads.disk.submit(_settle, threads.pool.submit(job.write, image, result))
+
+
 def _settle(writing: "Future[Written | Entry]") -> Entry:
     written = writing.result()
     return written.settle() if isinstance(written, Written) else written
 
 
-def _read_ahead(
-    pool: ThreadPoolExecutor, reel: ThreadPoolExecutor, job: Job, todo: Iterable[str | Clip], count: int
-) -> Iterator[Read | Entry | Clip]:
+def _read_ahead(threads: _Threads, job: Job, todo: Iterable[str | Clip], count: int) -> Iterator[Read | Entry | Clip]:
     """Yield images and frames as they were asked for; a clip comes after its last frame."""
     waiting: deque[Future[Read | Entry] | Future[Read | None] | Clip] = deque()
     for one in todo:
         if isinstance(one, Clip):
             while not one.ended:
-                waiting.append(reel.submit(one.read))
+                waiting.append(threads.reel.submit(one.read))
                 if len(waiting) > count:
                     yield from _read(waiting.popleft())
             waiting.append(one)
         else:
-            waiting.append(pool.submit(job.read, one))
+            waiting.append(threads.pool.submit(job.read, one))
         if len(waiting) > count:
             yield from _read(waiting.popleft())
     while waiting:

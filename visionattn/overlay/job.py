@@ -410,7 +410,7 @@ def _said(prediction: Mapping[str, Any]) -> str:
 
 
 def _rounded(place: tuple[float, float] | None) -> list[float] | None:
-    return place and [round(x, 1) for x in place]  # type: ignore[return-value]
+    return None if place is None else [round(x, 1) for x in place]
 
 
 def _unwritable(place: str, error: OSError) -> DataError:
