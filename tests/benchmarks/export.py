@@ -1,6 +1,6 @@
 """What a folder of overlays costs beside the model itself: images/s, 200 JPEGs of 640 × 480, two threads, fp32.
 
-    python tests/benchmarks/export.py [--json FILE] [--rows NAME ...] [--rounds N]
+    python tests/benchmarks/export.py [--json FILE] [--rows NAME ...] [--rounds N] [--images N]
 
 `resnet50_224`, `vit_small_224`: `export` with the default method and overlays of full size written, as a share of the
 plain forward on batches of 16 that lie in memory already, both in one process and in turns. `vs_gradcam_loop`: against
@@ -65,14 +65,15 @@ def build(name):
     return timm.create_model(name).eval()
 
 
-def plain_rate(model, size, count=COUNT, batch=BATCH):
+def plain_rate(model, size, count, batch=BATCH):
     images = torch.randn(batch, 3, *size)
+    turns = max(1, count // batch)
     with torch.no_grad():
         model(images)
         started = time.perf_counter()
-        for _ in range(max(1, count // batch)):
+        for _ in range(turns):
             model(images)
-    return max(1, count // batch) * batch / (time.perf_counter() - started)
+    return turns * batch / (time.perf_counter() - started)
 
 
 def export_rate(model, size, folder):
@@ -116,8 +117,8 @@ def in_turns(one, other, rounds):
 
 
 def against_plain(name, size, folder, rounds):
-    model = build(name)
-    return in_turns(lambda: export_rate(model, size, folder), lambda: plain_rate(model, size), rounds)
+    model, count = build(name), len(list(folder.iterdir()))
+    return in_turns(lambda: export_rate(model, size, folder), lambda: plain_rate(model, size, count), rounds)
 
 
 def against_peer(folder, rounds):
@@ -171,6 +172,7 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", nargs="+", choices=GOALS, default=list(GOALS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=COUNT, help="fewer for a quick look; %(default)s")
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -190,7 +192,7 @@ def main():
     }
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        make_images(Path(folder))
+        make_images(Path(folder), options.images)
         for name in options.rows:
             value, ours, theirs = rows[name](Path(folder))
             goal, better = GOALS[name]
