@@ -111,6 +111,8 @@ def test_what_a_killed_process_left_is_made_by_the_next_run(shared):
     root, told = shared
     out = root / "killed"
     assert told["killed"].startswith("process 1 ended with -9; run the command again")
+    noted = {entry["outputs"]["overlay"] for entry in manifest(out).values() if entry["status"] == "done"}
+    assert noted == set(contents(out))  # the manifest knows all that was made
     missing = 16 - len(contents(out))
     assert 0 < missing <= 6  # what it had taken: a batch, and those read ahead
     summary = run([root / "in"], out, batch_size=2)

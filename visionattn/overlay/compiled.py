@@ -2,7 +2,7 @@
 
 Attention, gates and the layer of a class activation map are watched from Python, by functions and hooks, and stay as
 they are. The largest modules around which nothing is watched, as the MLPs of a transformer or the stages of a
-convolutional network before the last, run as compiled copies that share their weights.
+convolutional network before the last, run as compiled copies that share their weights, but where gradients are wanted.
 """
 
 import contextlib
@@ -78,8 +78,11 @@ def _unwatched(model: nn.Module, attending: set[str], watched: set[str]) -> dict
 def _quick(part: nn.Module, backend: str) -> Callable[..., Any]:
     shared = {id(tensor): tensor for tensor in itertools.chain(part.parameters(), part.buffers())}
     twin = torch.compile(copy.deepcopy(part, shared), backend=backend)  # no watcher puts its hooks into this one
+    plain = part.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():  # the little that comes after a layer whose gradient is wanted
+            return plain(*args, **kwargs)
         with torch.compiler.set_stance("default"), torch._C.DisableTorchFunction():
             return twin(*args, **kwargs)
 

@@ -78,14 +78,15 @@ def export(
         compile: compile what is not watched of the models, see `compiled.compiled`; the first batch takes minutes.
         bf16: run the models under autocast to bfloat16.
         max_pixels: larger images fail.
-        workers: threads that read and draw; as many as there are cores, at most 4, by default.
+        workers: threads that read and draw; as many as torch takes, at most 8, by default.
         console: where the progress and the summary go; `Console(quiet=True)` for none.
         team: processes that share the work, see `team.gather`; of all but the first the summary is of their own share.
 
     Raises:
         UsageError: an input does not exist, a method does not fit its model, class names do not fit its outputs, a kind
             does not fit the views, or an output would overwrite a file that no earlier run has written.
-        DataError: there is no image, the manifest cannot be written, or the model's values are not finite.
+        DataError: there is no image, the manifest cannot be written, the model's values are not finite, or a process of
+            the team had to stop or was killed, in which case all that the others made is kept.
     """
     views = [views] if isinstance(views, View) else list(views)
     _check(views, save, compare, target, batch_size, max_pixels, workers)
@@ -97,7 +98,7 @@ def export(
     console = console or Console(quiet=team.rank > 0)
     folder = os.path.abspath(os.fsdecode(out))
     batch_size = batch_size or _fitting(views)
-    workers = workers or max(1, min(4, (os.cpu_count() or 1) // team.size))
+    workers = workers or min(8, torch.get_num_threads())
     job = Job(
         views=views,
         compared=compare,
@@ -151,6 +152,8 @@ def _lead(
         manifest.close()
     summary.seconds = time.perf_counter() - started
     print_summary(console, summary)
+    if team.trouble:
+        raise DataError(team.trouble)
     return summary
 
 

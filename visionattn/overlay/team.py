@@ -26,6 +26,9 @@ _REFRESH = 0.2  # seconds between two looks at what the others have done
 class Team:
     """The processes of an export; by default one alone.
 
+    Attributes:
+        trouble: why another process had to stop, or that it was killed; known once all were waited for.
+
     Args:
         store: what they share, a `torch.distributed.Store`.
         rank: of this one; 0 leads.
@@ -36,7 +39,7 @@ class Team:
     def __init__(
         self, store: Any = None, rank: int = 0, size: int = 1, children: "Sequence[subprocess.Popen[bytes]]" = ()
     ) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.trouble = rank, size, ""
         self._store, self._children = store, children
         self._portions: Iterable[list[dict[str, Any]]] = ()
         self._tally: dict[str, int] = {}
@@ -90,11 +93,7 @@ class Team:
                 self._store.set(f"end {self.rank}", error or " ")
 
     def wait(self) -> Iterator[dict[str, int]]:
-        """Yield the sums until all others have finished.
-
-        Raises:
-            DataError: one of them had to stop, or was killed; what it made is kept.
-        """
+        """Yield the sums until all others have finished, had to stop, or are dead; see `trouble`."""
         left = set(range(1, self.size))
         reasons = []
         while left:
@@ -114,8 +113,7 @@ class Team:
             yield self._tally
             if left:
                 time.sleep(_REFRESH)
-        for reason in filter(None, reasons):
-            raise DataError(reason)
+        self.trouble = next(filter(None, reasons), "")
 
     def _send(self) -> None:
         self._sent = time.monotonic()
@@ -146,7 +144,7 @@ def gather(devices: int, arguments: Sequence[str]) -> Iterator[Team]:
             of the cores.
         arguments: of the command line.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         yield _join()
         return
     if devices == 1:
