@@ -60,10 +60,6 @@ def _run(arguments: list[str]) -> int:
         raise UsageError(
             f"visionattn has no verb {arguments[0]!r}.{nearest(arguments[0], verbs)} See visionattn --help."
         )
-    if not {"-h", "--help"} & set(arguments):
-        from visionattn._malloc import keep_freed_memory
-
-        keep_freed_memory()
     return verbs[arguments[0]](arguments)
 
 

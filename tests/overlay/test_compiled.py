@@ -5,7 +5,7 @@ import timm
 import torch
 
 from visionattn.errors import UsageError
-from visionattn.maps import GradCAM, RawAttention, Rollout
+from visionattn.maps import GradCAM, Rollout
 from visionattn.overlay.compiled import compiled
 
 IMAGES = torch.randn(3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
@@ -25,9 +25,8 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "method", "part", "watched"),
     [
-        ("test_vit", RawAttention(), "blocks.0.mlp", "attn"),
         ("test_vit", Rollout(), "blocks.5.mlp", "attn"),
-        ("test_resnet", GradCAM("layer4"), "layer1", "layer4"),
+        ("test_resnet", GradCAM("layer4"), "layer1.0", "layer4"),
     ],
 )
 def test_unwatched_parts_are_compiled_and_the_maps_stay(name, method, part, watched, monkeypatch):

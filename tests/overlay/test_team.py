@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ import pytest
 from tests.overlay.test_export import contents, manifest, photos, run
 from visionattn.errors import DataError
 from visionattn.overlay.manifest import Journal, Manifest
-from visionattn.overlay.team import Team
+from visionattn.overlay.team import Team, gather
 
 COUNTS = (1, 2, 3, 13, 17)
 
@@ -22,7 +23,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 import tests.overlay.test_export as t
 from visionattn.errors import DataError
-from visionattn.overlay.team import Team
+from visionattn.overlay.team import Team, gather
 
 class Child:
     def __init__(self, pid): self.pid, self.returncode = pid, None
@@ -173,3 +174,26 @@ def test_a_leader_that_is_gone_is_one_sentence():
         list(team.share())
     with pytest.raises(DataError, match="cannot be reached"):
         team.finish()
+
+
+def test_processes_of_another_launcher_are_joined(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "0")
+    with gather(1, []) as leader:
+        monkeypatch.setenv("RANK", "1")
+        with gather(1, []) as helper:
+            assert (leader.rank, helper.rank, helper.size) == (0, 1, 2)
+            leader.give([[{"path": "a"}], [{"path": "b"}], [{"path": os.fsdecode(b"\xe9")}]])
+            one, other = leader.share(), helper.share()
+            assert [next(one), next(other), next(one)] == [{"path": "a"}, {"path": "b"}, {"path": "\udce9"}]
+            assert (list(one), list(other)) == ([], [])
+            helper.tally(done=3)
+            helper.finish("it had to stop")
+            leader.tally(done=1)
+            assert [sums["done"] for sums in leader.wait()] == [4]
+            assert leader.trouble == "it had to stop"

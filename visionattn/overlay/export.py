@@ -130,7 +130,13 @@ def _lead(
         manifest.take_in()
         found, todo = _plan(job, manifest, inputs)
         team.give([job.told(path) for path in portion] for portion in _portions(todo, batch_size))
-        summary = Summary(out=out, skipped=len(found.images) - len(todo), ignored=found.ignored, links=found.links)
+        summary = Summary(
+            out=out,
+            noun="overlay" if "overlay" in job.kinds else "image",
+            skipped=len(found.images) - len(todo),
+            ignored=found.ignored,
+            links=found.links,
+        )
 
         def count(entry: Entry) -> None:
             summary.count(entry, os.path.relpath(entry["source"], found.root or None))

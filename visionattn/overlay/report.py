@@ -22,7 +22,8 @@ class Summary:
 
     Attributes:
         out: the folder, as it was given.
-        written: overlays.
+        noun: what was made of each image.
+        written: images of which all was made.
         failed: images without one.
         skipped: images whose overlay stood there already.
         blank: overlays of constant heatmaps, which show nothing.
@@ -35,6 +36,7 @@ class Summary:
     """
 
     out: str
+    noun: str = "overlay"
     written: int = 0
     failed: int = 0
     skipped: int = 0
@@ -110,7 +112,7 @@ def print_summary(console: Console, summary: Summary) -> None:
     pointing = f"pointing at: {printable(summary.source)}" if summary.source else ""
     rows: list[tuple[str, str, str, str]] = []
     if summary.written or not summary.skipped:
-        rows.append((str(summary.written), "overlays" if summary.written != 1 else "overlay", folder, pointing))
+        rows.append((str(summary.written), summary.noun + "s" * (summary.written != 1), folder, pointing))
     if summary.skipped:
         rows.append((str(summary.skipped), "as before", "" if rows else folder, ""))
     if summary.blank:
