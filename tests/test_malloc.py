@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 FAULTS = """
 import ctypes, resource, sys
 from visionattn._malloc import keep_freed_memory
@@ -25,7 +23,6 @@ print(rounds(10))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_a_block_of_the_same_size_costs_no_page_faults():
     default, kept = (
         int(subprocess.run([sys.executable, "-c", FAULTS, way], check=True, capture_output=True).stdout)

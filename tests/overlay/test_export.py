@@ -889,3 +889,37 @@ def test_a_folder_that_cannot_be_written_is_told_and_the_exit_code_says_so(tmp_p
     else:
         with pytest.raises(DataError, match="Permission denied"):
             run([tmp_path / "in"], tmp_path / "out")
+
+
+class Detector(nn.Module):
+    """Always finds the same in the input: one thing for sure, and one that it doubts."""
+
+    def forward(self, images_BCHW):
+        found = {
+            "boxes": torch.tensor([[2.0, 4.0, 10.0, 12.0], [0.0, 0.0, 3.0, 3.0]]),
+            "scores": torch.tensor([0.9, 0.3]),
+            "labels": torch.tensor([1, 0]),
+        }
+        return [found for _ in images_BCHW]
+
+
+def shown_by_a_detector(model, images_BCHW, *, target=None):
+    return dataclasses.replace(bright(Tiny(), images_BCHW), output=model(images_BCHW))
+
+
+def test_what_a_detector_found_is_drawn_where_it_lies_in_the_source(tmp_path):
+    save(tmp_path / "in" / "x.png", noise(40, 60))
+    options = {"method": shown_by_a_detector, "class_names": CLASSES, "style": Style(suffix=".png")}
+    run([tmp_path / "in"], tmp_path / "out", model=Detector(), **options)
+    entry = manifest(tmp_path / "out")["x.png"]
+    ((left, top, right, bottom, label),) = entry["found"]
+    # a crop of 40 × 40 from column 10 on, which the input of 16 × 16 shows
+    assert [left, top, right, bottom] == pytest.approx([10 + 2 * 2.5, 4 * 2.5, 10 + 10 * 2.5, 12 * 2.5], abs=0.2)
+    assert label == "dog 0.90"
+    assert entry["prediction"] is None
+    run([tmp_path / "in"], tmp_path / "plain", **{**options, "method": bright})
+    with_box, without = (np.array(Image.open(tmp_path / out / "x.png.overlay.png")) for out in ("out", "plain"))
+    changed = (with_box != without).any(2)
+    assert changed[10:30, 15].all()
+    assert changed[29, 15:35].all()
+    assert not changed[31:].any()

@@ -27,6 +27,9 @@ DIFFERENCE = "difference"
 _BELOW, _ABOVE = (64, 150, 255), (255, 150, 30)
 
 _PALETTE: tuple[Colour, ...] = ((80, 220, 255), (255, 176, 0), (220, 130, 255), (120, 230, 120), (255, 110, 110))
+FOUND: Colour = _PALETTE[1]
+"""Of boxes that a model found, where the true ones are drawn in the first colour."""
+
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue; ITU-R BT.601
 _UNSEEN: Colour = (58, 58, 62)  # in a heatmap without its picture
 _SHADE = 0.35  # brightness that is left of what the model never saw

@@ -28,6 +28,8 @@ from visionattn.overlay.text import printable
 
 _KEPT_BYTES = 192 << 20  # decoded pictures that wait for their heatmap; beyond it they are read a second time
 
+_SURE = 0.5  # score from which on a detector's box is drawn
+
 Explain = Callable[..., Maps]
 """A method of `visionattn.maps`, or anything that is called like one: (model, images_BCHW, target=…) → Maps."""
 
@@ -224,8 +226,11 @@ class Job:
             placement, prediction = image.prepared[number][1], predictions[place]
             hottest = peak(heatmaps_Bhw[place], placement)
             facts = {"target": targets[place], **prediction, "peak": _rounded(hottest), "seconds": seconds}
+            boxes, labels = _boxes(view, maps.output, place, placement)
+            if boxes:
+                facts["found"] = [[*box, label] for box, label in zip(boxes, labels, strict=True)]
             name = view.name or maps.method
-            look = Look(name, _said(prediction), heatmaps_Bhw[place], raw_Bhw[place], placement)
+            look = Look(name, _said(prediction), heatmaps_Bhw[place], raw_Bhw[place], placement, boxes, labels)
             looks.append((look, {**told, **facts}))
         return looks
 
@@ -399,6 +404,20 @@ def _predictions(view: View, output: Any, count: int) -> list[dict[str, Any]]:
         }
         for index, probability in zip(index_B.tolist(), probability_B.tolist(), strict=True)
     ]
+
+
+def _boxes(view: View, output: Any, place: int, placement: Placement) -> tuple[list[list[float]], list[str]]:
+    """What a detector is sure of in one image, in pixels of the source: it returns a dict of boxes an image."""
+    one = output[place] if isinstance(output, (list, tuple)) and place < len(output) else None
+    if not isinstance(one, dict) or not {"boxes", "scores", "labels"} <= one.keys():
+        return [], []
+    sure = (one["scores"] >= _SURE).cpu()
+    boxes_N4 = placement.boxes_to_source(one["boxes"].detach().float().cpu()[sure].numpy())
+    labels = [
+        f"{view.class_names[label] if label < len(view.class_names) else f'class {label}'} {score:.2f}"
+        for label, score in zip(one["labels"].cpu()[sure].tolist(), one["scores"].cpu()[sure].tolist(), strict=True)
+    ]
+    return [[round(edge, 1) for edge in box] for box in boxes_N4.tolist()], labels
 
 
 def _said(prediction: Mapping[str, Any]) -> str:

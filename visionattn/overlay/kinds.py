@@ -32,6 +32,7 @@ class Look:
         heatmap_hw: in [0, 1], spanning the model's input.
         raw_hw: before it was brought to [0, 1].
         placement: of the source in the model's input.
+        boxes, labels: what a detector found, xyxy in pixels of the source.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Look:
     heatmap_hw: NDArray[np.float32]
     raw_hw: NDArray[np.float32]
     placement: Placement
+    boxes: Sequence[Sequence[float]] = ()
+    labels: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def side(scene: Scene) -> NDArray[np.uint8]:
     """Picture, overlay and heatmap beside each other, with a colour bar and the prediction."""
     (look,), style = scene.looks, scene.style
     return draw.side_by_side(
-        _boxed(scene, scene.picture),
+        _boxed(scene, scene.picture, look),
         look.placement.carry(look.heatmap_hw),
         title=look.said,
         colormap=style.colormap,
@@ -175,13 +178,13 @@ def endings(kinds: Sequence[str], picture: str) -> dict[str, str]:
 def _one_or_sheet(scene: Scene, paint: Callable[[NDArray[np.uint8], Look], NDArray[np.uint8]]) -> NDArray[np.uint8]:
     if len(scene.looks) == 1:
         (look,) = scene.looks
-        painted = _boxed(scene, paint(scene.picture, look))
+        painted = _boxed(scene, paint(scene.picture, look), look)
         return draw.label(painted, look.said) if scene.style.caption and look.said else painted
     small = _shrunk(scene)
     picture = small.picture
     tiles = [draw.Tile(_boxed(small, picture), ["image"])]
     tiles += [
-        draw.Tile(_boxed(small, paint(picture, look)), [line for line in (look.name, look.said) if line])
+        draw.Tile(_boxed(small, paint(picture, look), look), [line for line in (look.name, look.said) if line])
         for look in small.looks
     ]
     return draw.sheet(tiles, columns=min(4, len(tiles)), width=max(picture.shape[:2]))
@@ -193,7 +196,7 @@ def _comparison(scene: Scene) -> NDArray[np.uint8]:
     panels = [(_boxed(small, picture), "image")]
     for look in (first, second):
         shown = render(picture, look.heatmap_hw, look.placement, small.style)
-        panels.append((_boxed(small, shown), f"{look.name}: {look.said}" if look.said else look.name))
+        panels.append((_boxed(small, shown, look), f"{look.name}: {look.said}" if look.said else look.name))
     panels.append((_boxed(small, _difference(small, picture)), f"{second.name} more, {first.name} less"))
     return draw.row(panels, colormap=draw.DIFFERENCE)
 
@@ -205,8 +208,13 @@ def _difference(scene: Scene, picture_HWC: NDArray[np.uint8]) -> NDArray[np.uint
     )
 
 
-def _boxed(scene: Scene, picture_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return draw.boxes(picture_HWC, scene.boxes, labels=scene.labels) if scene.boxes else picture_HWC
+def _boxed(scene: Scene, picture_HWC: NDArray[np.uint8], look: Look | None = None) -> NDArray[np.uint8]:
+    """With the boxes of a list, and in a second colour those that the model found."""
+    if scene.boxes:
+        picture_HWC = draw.boxes(picture_HWC, scene.boxes, labels=scene.labels)
+    if look is not None and look.boxes:
+        picture_HWC = draw.boxes(picture_HWC, look.boxes, labels=look.labels, colours=[draw.FOUND])
+    return picture_HWC
 
 
 def _shrunk(scene: Scene) -> Scene:
@@ -218,12 +226,13 @@ def _shrunk(scene: Scene) -> Scene:
         return scene
     picture = cv2.resize(scene.picture, (size[1], size[0]), interpolation=cv2.INTER_AREA)
     enlarge = Placement.scaling(size, (height, width))
-    boxes = [
-        [x * size[1] / width if n % 2 == 0 else x * size[0] / height for n, x in enumerate(b)] for b in scene.boxes
-    ]
+    shrink = Placement.scaling((height, width), size).boxes_to_input
     return replace(
         scene,
         picture=np.asarray(picture, np.uint8),
-        looks=[replace(look, placement=look.placement @ enlarge) for look in scene.looks],
-        boxes=boxes,
+        looks=[
+            replace(look, placement=look.placement @ enlarge, boxes=shrink(np.array(look.boxes)).tolist())
+            for look in scene.looks
+        ],
+        boxes=shrink(np.array(scene.boxes)).tolist(),
     )

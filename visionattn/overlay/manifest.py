@@ -11,6 +11,7 @@ Of one that failed: reason. Of one that is done:
     model, method, layer, target: what was explained, and how.
     prediction, class, probability: the highest output; null where the model has no classes.
     peak: [x, y] of the hottest place, in pixels of the source; null where the heatmap is constant.
+    found: of a detector: [x0, y0, x1, y1, class and score] of each box that it is sure of.
     seconds: its share of the model's and the method's time.
     looks: where several methods or models look: name, model, method and so on of each; above stands the first's.
     difference: of two models: mean, of |second − first|, and peak, where they differ most.
