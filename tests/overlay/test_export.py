@@ -395,7 +395,8 @@ def written_but_not_noted(folder):
     return {}
 
 def half_written(folder):
-    os.fsync = after(3, lambda handle: (os.ftruncate(handle, 100), die()))
+    dying = after(3, lambda handle: (os.ftruncate(handle, 100), die()))
+    os.fsync = lambda handle: ".part" in os.readlink(f"/proc/self/fd/{handle}") and dying(handle)
     return {}
 
 for name in sys.argv[2:]:  # forked, so that torch is imported once
@@ -736,8 +737,16 @@ def test_two_models_are_compared_where_they_differ(tmp_path):
 
 
 def test_a_list_says_what_to_explain_and_what_to_draw(tmp_path):
-    photos(tmp_path / "in", 4)
-    lines = ["path,target,x0,y0,x1,y1,label", "0.png,dog", "1.png,0,2,2,20,15,thing", "2.png", "3.png,wolf", "gone.png"]
+    photos(tmp_path / "in", 5)
+    lines = [
+        "path,target,x0,y0,x1,y1,label",
+        "0.png,dog",
+        "1.png,0,2,2,20,15,thing",
+        "2.png",
+        "3.png,wolf",
+        "4.png,99",
+        "gone.png",
+    ]
     (tmp_path / "in" / "list.csv").write_text("\n".join(lines))
     options = {"method": GradCAM(), "class_names": CLASSES, "style": Style(suffix=".png")}
     summary = run([tmp_path / "in" / "list.csv"], tmp_path / "out", **options)
@@ -745,8 +754,9 @@ def test_a_list_says_what_to_explain_and_what_to_draw(tmp_path):
     assert [entries[f"{number}.png"]["target"] for number in range(2)] == [1, 0]
     assert entries["2.png"]["target"] == entries["2.png"]["prediction"]
     assert "no class 'wolf'" in entries["3.png"]["reason"]
+    assert "out of range: the model has 3 outputs" in entries["4.png"]["reason"]
     assert entries["gone.png"]["reason"].startswith("there is no")
-    assert (summary.written, summary.failed) == (3, 2)
+    assert (summary.written, summary.failed) == (3, 3)
     run([tmp_path / "in"], tmp_path / "plain", target=0, **options)
     with_box, without = (np.array(Image.open(tmp_path / out / "1.png.overlay.png")) for out in ("out", "plain"))
     rows, columns = np.nonzero((with_box != without).any(2))
@@ -833,17 +843,25 @@ def test_a_video_that_fails_leaves_nothing_behind_and_the_others_are_made(tmp_pa
 
 def test_files_are_safe_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
     photos(tmp_path / "in", 5)
-    synced, named = set(), []
+    synced, named = {}, []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (synced.add(os.fstat(handle).st_ino), fsync(handle)))
+
+    def syncing(handle):
+        fsync(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
 
     def naming(source, target):
-        named.append((os.stat(source).st_ino in synced, os.path.exists(target)))
+        promises = tmp_path / "out" / ".manifest.promised"
+        promised = promises.read_bytes()[: synced[promises.stat().st_ino]]  # what a power cut would leave
+        known = os.path.basename(target).encode() in promised
+        named.append((synced[os.stat(source).st_ino] == os.stat(source).st_size, known, os.path.exists(target)))
         replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
 
     monkeypatch.setattr(os, "replace", naming)
     run([tmp_path / "in"], tmp_path / "out")
-    assert named == [(True, False)] * 5
+    assert named == [(True, True, False)] * 5
 
 
 def test_half_precision_runs_the_model_in_bfloat16_and_is_another_recipe(tmp_path):

@@ -89,8 +89,8 @@ class Clip:
         """Give it up; the first reason counts."""
         self._failed = self._failed or reason
 
-    def finish(self) -> dict[str, Any]:
-        """Give the outputs their names; returns the manifest's entry."""
+    def finish(self, secure: Callable[[], None]) -> dict[str, Any]:
+        """Give the outputs their names, see `Written.settle`; returns the manifest's entry."""
         films = self._films.values()
         for film, _ in films:
             film.close()
@@ -108,7 +108,7 @@ class Clip:
             self.drop()
             return self._job.failure(self.path, reason_of(error, self.path))
         self._written.entry = self._job.done(self.path, self._stamp, self._told())
-        return self._written.settle()
+        return self._written.settle(secure)
 
     def drop(self) -> None:
         """Leave nothing behind."""

@@ -129,7 +129,7 @@ def _lead(
         # a manifest is truthful after an error too: what was written by then is noted before it goes on its way
         manifest.take_in()
         found, todo = _plan(job, manifest, inputs)
-        team.give([job.told(path) for path in portion] for portion in _portions(todo, batch_size))
+        team.give([job.told(path) for path in some] for some in _portions(todo, batch_size, team.size))
         summary = Summary(
             out=out,
             noun="overlay" if "overlay" in job.kinds else "image",
@@ -202,7 +202,9 @@ def _compiled(view: View) -> contextlib.AbstractContextManager[list[str]]:
     return compiled(view.model, view.method, example)
 
 
-def _portions(todo: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+def _portions(todo: Sequence[str], batch_size: int, processes: int) -> Iterator[Sequence[str]]:
+    """A batch at a time; less where there are few images, so that each process has some."""
+    size = max(1, min(batch_size, len(todo) // (4 * processes)))
     for start in range(0, len(todo), size):
         yield todo[start : start + size]
 
@@ -249,9 +251,9 @@ def _run(
             results = iter(explained)
             for one in batch:
                 if isinstance(one, Read):
-                    behind.append(_hand_over(job, threads, one, next(results)))
+                    behind.append(_hand_over(job, threads, manifest.secure, one, next(results)))
                 elif isinstance(one, Clip):
-                    behind.append(threads.film.submit(one.finish))
+                    behind.append(threads.film.submit(one.finish, manifest.secure))
                     rolling.discard(one)
                 else:
                     behind.append(one)
@@ -286,19 +288,21 @@ class _Threads:
             threads.shutdown(wait=True)
 
 
-def _hand_over(job: Job, threads: _Threads, image: Read, result: Explained | Entry) -> "Pending":
+def _hand_over(
+    job: Job, threads: _Threads, secure: Callable[[], None], image: Read, result: Explained | Entry
+) -> "Pending":
     """Have what was found in one image or frame drawn and written."""
     if isinstance(result, dict):
         job.let_go(image)
         return threads.film.submit(image.clip.fail, result["reason"]) if image.clip else result
     if image.clip:
         return threads.film.submit(image.clip.add, image, result, threads.pool.submit(job.draw, image, result))
-    return threads.disk.submit(_settle, threads.pool.submit(job.write, image, result))
+    return threads.disk.submit(_settle, secure, threads.pool.submit(job.write, image, result))
 
 
-def _settle(writing: "Future[Written | Entry]") -> Entry:
+def _settle(secure: Callable[[], None], writing: "Future[Written | Entry]") -> Entry:
     written = writing.result()
-    return written.settle() if isinstance(written, Written) else written
+    return written.settle(secure) if isinstance(written, Written) else written
 
 
 def _read_ahead(threads: _Threads, job: Job, todo: Iterable[str | Clip], count: int) -> Iterator[Read | Entry | Clip]:

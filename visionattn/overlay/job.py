@@ -178,10 +178,13 @@ class Job:
         return Read(path, stamp, prepared, picture_HWC if keep else None, **frame)
 
     def explain(self, batch: Sequence[Read]) -> list[Explained | dict[str, Any]]:
-        """Explain a batch; where that fails for its data, one image at a time, to find whose."""
+        """Explain a batch; where that fails for its data, or a target of a list, one image at a time, to find whose."""
         try:
             views = [self._explain(number, batch) for number in range(len(self.views))]
-        except DataError as error:
+        except (DataError, UsageError) as error:
+            listed = any(self.wishes.get(image.path, Wish()).target is not None for image in batch)
+            if isinstance(error, UsageError) and not listed:
+                raise
             if len(batch) == 1:
                 return [self.failure(batch[0].path, reason_of(error, batch[0].path))]
             return [result for image in batch for result in self.explain([image])]
@@ -349,12 +352,16 @@ class Written:
         except OSError as error:
             raise _unwritable(self._files[-1][1], error) from error
 
-    def settle(self) -> dict[str, Any]:
+    def settle(self, secure: Callable[[], None]) -> dict[str, Any]:
         """Wait for the disk, then give the files their names; returns the manifest's entry.
 
         Waiting takes many times as long as writing and no time of a core, so it is done by threads of its own.
+
+        Args:
+            secure: waits until what was promised is on the disk too.
         """
         try:
+            secure()
             for temporary, place in self._files:
                 try:
                     with open(temporary, "rb+") as file:
@@ -443,7 +450,7 @@ def stamp_of(path: str) -> tuple[int, int]:
 
 def reason_of(error: Exception, path: str) -> str:
     """Why, without the name of the file, which stands beside it."""
-    if isinstance(error, DataError):
+    if isinstance(error, (DataError, UsageError)):
         text = str(error)
         for beginning in (f"{path}: ", f"{path} "):
             text = text.removeprefix(beginning)

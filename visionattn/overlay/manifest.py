@@ -108,6 +108,12 @@ class Manifest:
         for output, image in outputs:
             self._promise(output, image, recipe)
 
+    def secure(self) -> None:
+        """Wait until the promises are on the disk, so that a power cut leaves no output that nobody knows of."""
+        if self._promises is not None:
+            with self._writing():
+                os.fsync(self._promises.fileno())
+
     def add(self, entry: dict[str, Any]) -> None:
         """Write the line of one image; the same failure as before is not written again.
 
@@ -274,6 +280,12 @@ class Journal:
     def promise(self, outputs: Iterable[tuple[str, str]], recipe: str) -> None:
         """As `Manifest.promise`."""
         self._write(b"".join(_encode([*pair, recipe]) for pair in outputs))
+
+    def secure(self) -> None:
+        """As `Manifest.secure`."""
+        if self._file is not None:
+            with _writing(self.path):
+                os.fsync(self._file.fileno())
 
     def add(self, entry: dict[str, Any]) -> None:
         """As `Manifest.add`."""

@@ -66,7 +66,7 @@ def render(
     """
     _check(image_HWC, placement)
     rows, columns, whole = _seen_box(placement)
-    out_HWC = shade(image_HWC)
+    out_HWC = np.empty_like(image_HWC) if (rows, columns) == _all(placement) else shade(image_HWC)
     inner = _part(placement, rows, columns)
     for some, (band,) in _bands(inner):
         out_HWC[rows, columns][some] = blend(
@@ -153,10 +153,9 @@ def seen(placement: Placement) -> NDArray[np.bool_] | None:
     rows, columns, whole = _seen_box(placement)
     if not whole:
         return placement.seen()
-    height, width = placement.source_size
-    if (rows, columns) == (slice(0, height), slice(0, width)):
+    if (rows, columns) == _all(placement):
         return None
-    seen_HW = np.zeros((height, width), bool)
+    seen_HW = np.zeros(placement.source_size, bool)
     seen_HW[rows, columns] = True
     return seen_HW
 
@@ -170,6 +169,11 @@ def _seen_box(placement: Placement) -> tuple[slice, slice, bool]:
     columns = x_scale * (np.arange(width) + 0.5) + left
     rows = y_scale * (np.arange(height) + 0.5) + top
     return _span((rows >= 0) & (rows <= input_h)), _span((columns >= 0) & (columns <= input_w)), True
+
+
+def _all(placement: Placement) -> tuple[slice, slice]:
+    height, width = placement.source_size
+    return slice(0, height), slice(0, width)
 
 
 def _span(inside: NDArray[np.bool_]) -> slice:
