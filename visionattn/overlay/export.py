@@ -239,7 +239,7 @@ def _run(
                 warnings.simplefilter("ignore", MapWarning)  # that a heatmap is constant is told in the manifest
                 explained = job.explain(good) if good else []
             failed = [result["reason"] for result in explained if isinstance(result, dict)]
-            if first and failed and len(failed) == len(good):
+            if first and len(failed) == len(good) > 1 and not job.wishes:
                 raise DataError(failed[0])  # not these images: the model
             first = first and not good
             for image in good:
