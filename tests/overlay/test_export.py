@@ -26,10 +26,10 @@ from visionattn.maps.base import Maps
 from visionattn.maps.cam import GradCAM
 from visionattn.overlay import job
 from visionattn.overlay.export import _fitting, export
-from visionattn.overlay.job import View
 from visionattn.overlay.recipe import describe, weights_hash
 from visionattn.overlay.render import Style, peak, render
 from visionattn.overlay.video import Frames
+from visionattn.overlay.views import View
 
 CLASSES = ("cat", "dog", "owl")
 NOT_TEXT = os.fsdecode(b"caf\xe9.jpg")

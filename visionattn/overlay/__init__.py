@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from visionattn.overlay.draw import sheet as sheet
     from visionattn.overlay.draw import side_by_side as side_by_side
     from visionattn.overlay.draw import top_mask as top_mask
-    from visionattn.overlay.job import View as View
     from visionattn.overlay.render import Style as Style
     from visionattn.overlay.render import peak as peak
     from visionattn.overlay.report import Summary as Summary
+    from visionattn.overlay.views import View as View
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -37,8 +37,8 @@ __getattr__, __dir__ = lazy(
             "side_by_side",
             "top_mask",
         ),
-        "job": ("View",),
         "render": ("Style", "peak"),
         "report": ("Summary",),
+        "views": ("View",),
     },
 )
