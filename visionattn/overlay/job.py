@@ -337,6 +337,8 @@ class Written:
 
 def encoded(made: Made, suffix: str) -> bytes:
     """The content of a file of this suffix."""
+    if isinstance(made, bytes):
+        return made
     if isinstance(made, np.ndarray):
         return encode_image(made, suffix)
     file = io.BytesIO()
