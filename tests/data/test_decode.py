@@ -170,3 +170,14 @@ def test_a_jpeg_has_the_values_that_pillow_gives_whole_or_damaged(tmp_path, subs
         path.write_bytes(whole[:cut])
         with pytest.raises(DataError):
             read_image(path)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (33, 17), (1, 1)])
+def test_a_jpeg_is_written_as_pillow_writes_it(tmp_path, size):
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    picture = np.stack([128 + 100 * np.sin(rows / 9 + c) * np.cos(columns / 7 - c) for c in range(3)], -1)
+    picture = picture.astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "theirs.jpg", quality=92)
+    write_image(tmp_path / "ours.jpg", picture[:, ::-1][:, ::-1])  # not contiguous
+    ours, theirs = (np.array(Image.open(tmp_path / f"{name}.jpg")) for name in ("ours", "theirs"))
+    np.testing.assert_array_equal(ours, theirs)

