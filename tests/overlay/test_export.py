@@ -425,7 +425,7 @@ def killed(tmp_path_factory):
         run([root / "in" / f"{number}.png" for number in range(6)], root / out, style=style)
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(root), "in_the_method,0.75", *ways],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return root
