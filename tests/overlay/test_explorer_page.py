@@ -383,7 +383,7 @@ def test_twenty_photographs_of_a_vit_small_take_15_mb_and_answer_within_two_seco
         took = tab.evaluate(
             """async () => {
               const before = performance.now();
-              await open(19);
+              await turnTo(19);
               await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
               return performance.now() - before;
             }"""

@@ -35,7 +35,7 @@ from visionattn.overlay.text import printable
 LIMIT = 15_000_000
 STEPS = 8
 
-_SIDE = 640  # pixels of a shown picture's longer side
+_SIDE = 512  # pixels of a shown picture's longer side
 _SAMPLE = 4  # images by which the levels are chosen
 
 

@@ -50,7 +50,7 @@ function views() {
 // Choosing ------------------------------------------------------------------------------------------------------------
 
 /** @param {number} image */
-async function open(image) {
+async function turnTo(image) {
   stop();
   const turn = ++turns;
   const [opened, drawn] = await Promise.all([Numbers.of(image), decoded(facts.pictures[image])]);
@@ -214,7 +214,7 @@ function showViews() {
 
 function precision() {
   const levels = facts.pictures.flatMap(({ attention }) => attention.map(({ rows }) => rows?.[0].levels ?? 256));
-  const parts = ["Pictures have at most 640 pixels a side; heatmaps and gates 256 levels."];
+  const parts = ["Pictures have at most 512 pixels a side; heatmaps and gates 256 levels."];
   if (levels.length) {
     const off = percent(0.75 / (Math.min(...levels) - 1));
     parts.unshift(`Each patch's weights are rounded to ${Math.min(...levels)} levels, off by at most ${off} of what its row spans; the whole image's rows have 256.`);
@@ -231,7 +231,7 @@ function build() {
   const film = byId("film");
   facts.pictures.forEach((one, at) => {
     const button = make("button", { type: "button", title: one.name }, make("img", { src: one.source, alt: one.name, decoding: "async" }));
-    button.addEventListener("click", () => open(at));
+    button.addEventListener("click", () => turnTo(at));
     film.append(button);
   });
   rove(film, () => 1);
@@ -254,7 +254,7 @@ function build() {
   marks.addEventListener("keydown", (event) => {
     if (pressed(/** @type {KeyboardEvent} */ (event).key)) event.preventDefault();
   });
-  open(0);
+  turnTo(0);
 }
 
 build();
