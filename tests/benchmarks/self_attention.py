@@ -12,6 +12,12 @@ swapped in, over timm's own. `token_merging`: how many times as long timm's vit_
 end to end, as it does when every block merges 13 pairs of tokens; `token_pruning`, which has no goal but to be quicker,
 when three blocks keep 0.7 of them. Ratios are medians over rounds, each to the passes right before and after it, so
 that a busy machine slows both alike. Goals are those of the project.
+
+Where windows stay below their goal, with torch 2.14: of 24 ms of CPU that they take at 4,096 tokens, 20 are torch's
+fused kernel on windows that lie ready in memory, and dense attention takes 220 to 250; the kernel cuts 256 queries into
+smaller tiles than 4,096. Tried besides: windows all at once and row by row, tokens and heads outermost, products and a
+softmax in place of the kernel (a quarter slower). On 32 × 32 tokens, blocks of 17 × 17 neighbourhoods compute 56 % of
+dense attention's products, each at a higher price, and come out even.
 """
 
 import argparse

@@ -41,6 +41,7 @@ class BlockSparse(MaskedAttention):
         self.allowed = allowed
         self.block = block
         self._layouts: dict[tuple[tuple[int, int], torch.device], list[_Group] | None] = {}
+        self._flex_masks: dict[tuple[tuple[int, int], int, torch.device], BlockMask] = {}
 
     def mask(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         rows, columns = cells(grid, device)
@@ -50,7 +51,10 @@ class BlockSparse(MaskedAttention):
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
         if q_BHND.is_cuda and not p:
-            return _compiled_flex()(q_BHND, k_BHND, v_BHND, block_mask=self.flex_mask(grid, prefix, q_BHND.device))
+            place = grid, prefix, q_BHND.device
+            if place not in self._flex_masks:
+                self._flex_masks[place] = self.flex_mask(*place)
+            return _compiled_flex()(q_BHND, k_BHND, v_BHND, block_mask=self._flex_masks[place])
         key = grid, q_BHND.device
         if key not in self._layouts:
             self._layouts[key] = self._layout(*key)
