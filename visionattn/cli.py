@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visionattn.errors import DataError, UsageError, nearest
+from visionattn.signals import Stopped, watched
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -26,7 +27,8 @@ _LIGHTNING_VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0, 1 for data that cannot be used, 2 for a wrong call, 130 for Ctrl-C."""
+    """Run one verb; return the exit code: 0, 1 for data that cannot be used, 2 for a wrong call; 130 or 143 where
+    Ctrl-C or SIGTERM ended it."""
     # OpenMP's threads wait for each other by spinning for milliseconds. Where others share the cores that made a step
     # of the quickstart 6 times as long (214 ms for 34), and nothing faster elsewhere. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -35,14 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:
         arguments.remove("--debug")
     try:
-        return _run(arguments)
+        with watched():
+            return _run(arguments)
     except (UsageError, DataError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        return 130
+    except Stopped as stopped:
+        return int(stopped.code or 0)
 
 
 def _run(arguments: list[str]) -> int:
