@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import time
 
 
 def die() -> None:
@@ -95,3 +96,7 @@ def terminate() -> None:
 
 def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
+
+
+def hang() -> None:
+    time.sleep(600)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -109,6 +109,8 @@ class Classification(L.LightningModule):
         )
         self.val_scores = scores.clone(prefix="val/")
         self.test_scores = scores.clone(prefix="test/")
+        # sums over all processes; Lightning's own mean drops halves where an odd number of images falls to two of them
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.test_confusion = MulticlassConfusionMatrix(num_classes)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -120,10 +122,10 @@ class Classification(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score(batch, self.val_scores, "val/loss")
+        self._score(batch, self.val_scores, self.val_loss, "val/loss")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        logits_BK = self._score(batch, self.test_scores, "test/loss")
+        logits_BK = self._score(batch, self.test_scores, self.test_loss, "test/loss")
         self.test_confusion.update(logits_BK, batch["label"])
         return logits_BK
 
@@ -149,10 +151,12 @@ class Classification(L.LightningModule):
             schedule["monitor"] = schedule["scheduler"].monitor
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def _score(self, batch: dict[str, Any], scores: MetricCollection, loss_name: str) -> Tensor:
+    def _score(self, batch: dict[str, Any], scores: MetricCollection, loss: MeanMetric, loss_name: str) -> Tensor:
         logits_BK = self(batch["image"])
         labels_B = batch["label"]
-        self.log(loss_name, self._loss(logits_BK, labels_B), batch_size=len(labels_B), sync_dist=True)
+        # of more processes than images some get a batch of none, with which they take part in the sums
+        loss.update(self._loss(logits_BK, labels_B) if len(labels_B) else 0.0, weight=len(labels_B))
+        self.log(loss_name, loss, batch_size=len(labels_B))
         scores.update(logits_BK, labels_B)
         for name, score in scores.items():
             self.log(name, score, batch_size=len(labels_B), prog_bar=name == "val/accuracy")

@@ -144,6 +144,8 @@ class Command(LightningCLI):
         verb = self.config.subcommand
         options = self.config[verb]
         options.name = options.name or _name_of(options.get("config"))
+        if verb == "predict" and options.return_predictions is None:
+            options.return_predictions = False  # they are written, and millions need not be kept
         self._check_checkpoint(verb, options)
 
     def _check_checkpoint(self, verb: str, options: Namespace) -> None:

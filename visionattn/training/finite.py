@@ -75,7 +75,7 @@ class FiniteLoss(Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, to which a figure that is no number is never the best, nor one beside such a loss."""
+    """Lightning's ModelCheckpoint, to which what is no number is never the best, nor a figure beside such a loss."""
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         values = [*_losses(trainer).values(), *([] if current is None else [float(current)])]
