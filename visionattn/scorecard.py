@@ -21,9 +21,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from visionattn.data.decode import read_image, write_bytes
-from visionattn.data.loading import Failure
 from visionattn.data.pipeline import collate, prepare
 from visionattn.data.placement import Preprocess
+from visionattn.data.workers import Failure
 from visionattn.errors import DataError, UsageError
 from visionattn.maps.base import MapWarning, Method
 from visionattn.maps.scoring import FEWEST, FIGURES, Estimate, Scores, score

@@ -34,7 +34,7 @@ def undisturbed(server, tmp_path_factory):
 
 
 def disturb(server, home, undisturbed, faults, *, workers=0, flags=(), code=-9):
-    """Run with one fault after the other, then to the end; compare everything; return how many steps were done twice."""
+    """Run with one fault after the other, then to the end; compare everything; tell how many steps were done twice."""
     run, expected = undisturbed
     config = tiny(home, workers=workers)
     command = ["fit", "--config", config, *flags, "--ckpt_path=last"]  # the first finds none, says so, and begins

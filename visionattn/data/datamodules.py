@@ -1,24 +1,21 @@
 """Data for image classification, as LightningDataModules."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
 from visionattn.data.digits import ClutteredDigits
 from visionattn.data.folder import ImageFolder, find_classes
-from visionattn.data.loading import PATIENCE, Unreadable
-from visionattn.data.module import ImageData
-from visionattn.data.pipeline import Transform, collate, prepare
+from visionattn.data.loading import ImageData, Split
+from visionattn.data.pipeline import Transform, prepare
 from visionattn.data.placement import Preprocess
+from visionattn.data.workers import PATIENCE, Unreadable
 from visionattn.errors import DataError, UsageError
-
-Split = Literal["train", "val", "test"]
 
 
 class ClassificationData(ImageData):
@@ -28,48 +25,13 @@ class ClassificationData(ImageData):
     where the place of the object is known `box` (B, 4), xyxy in pixels of the input, and `mask` (B, H, W) bool.
 
     Args:
-        preprocess: to the model's input.
-        others: as `ImageData`.
+        preprocess, batch_size, num_workers, seed, unreadable, patience: as `ImageData`.
     """
-
-    class_names: tuple[str, ...]
-
-    def __init__(self, *, preprocess: Preprocess, **others: Any) -> None:
-        super().__init__(**others)
-        self.preprocess = preprocess
-        self.datasets: dict[Split, Dataset[dict[str, Any]] | None] = {}
-
-    @abstractmethod
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
-        """The samples of a split, or None where there is no such split; only `train` is augmented."""
 
     @property
     def class_counts(self) -> NDArray[np.int64] | None:
         """Number of training images of each class, where it is known without reading them all."""
         return None
-
-    def setup(self, stage: str) -> None:
-        wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        self.datasets |= {split: self.dataset(split) for split in wanted.get(stage, ("test", "val"))}
-        if stage == "test" and self.datasets["test"] is None:
-            raise DataError(
-                f"{type(self).__name__} has no test split; score the validation images with `visionattn validate`"
-            )
-
-    def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        return collate(samples)
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self.training_loader(self.datasets["train"])
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self.evaluation_loader(self.datasets["val"])
-
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self.evaluation_loader(self.datasets["test"])
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self.evaluation_loader(self.datasets["test" if self.datasets["test"] is not None else "val"])
 
 
 class ClutteredDigitsData(ClassificationData):
@@ -252,6 +214,14 @@ class TorchvisionData(ClassificationData):
     @property
     def class_counts(self) -> NDArray[np.int64]:
         return np.bincount(self._labels[self._division()[0]], minlength=len(self.class_names))
+
+    def arrays(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """All pictures of a split, (n, H, W) or (n, H, W, 3), and their labels (n,)."""
+        if split == "test":
+            test = self._open(train=False)
+            return np.asarray(test.data), np.asarray(test.targets)
+        chosen = self._division()[int(split == "val")]
+        return np.asarray(self._train.data)[chosen], self._labels[chosen]
 
     def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
         if split == "test":

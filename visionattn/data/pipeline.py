@@ -33,8 +33,13 @@ def prepare(
     return {"image": torch.from_numpy(image_CHW), "placement": placement}
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join samples into a batch: tensors and numbers are stacked, paths and placements become lists."""
+def collate(samples: Sequence[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+    """Join samples into a batch: tensors and numbers are stacked, paths and placements become lists.
+
+    What is a batch already, from a data set that draws many samples at once, stays as it is.
+    """
+    if isinstance(samples, dict):
+        return samples
     listed = {"path", "placement"}
     return {
         key: [sample[key] for sample in samples]
