@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -142,3 +143,16 @@ def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, **t
 def steps(path: Path) -> list[list]:
     """What `record` noted."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def start_all(server, count, argv, home, fault=""):
+    """Start the processes of one run, as a cluster would: told by the environment who they are."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "NODE_RANK": "0"}
+    flags = ["--trainer.accelerator=cpu", f"--trainer.devices={count}", "--trainer.strategy=ddp"]
+    return [
+        server.start([*argv, *flags], home, fault=fault, env={**place, "LOCAL_RANK": str(rank), "RANK": str(rank)})
+        for rank in range(count)
+    ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils import _pytree
 
-from tests.faults.conftest import steps, tiny
+from tests.faults.conftest import start_all, steps, tiny
 
 RESTORED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
 
@@ -126,16 +126,6 @@ def disturb_until_done(server, home, undisturbed, faults, *, workers):
 
 
 # several processes ----------------------------------------------------------------------------------------------------
-
-
-def start_all(server, count, argv, home, fault="", port=[29600]):  # noqa: B006  # a port of its own for each group
-    port[0] += 1
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[0]), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
-    flags = ["--trainer.accelerator=cpu", f"--trainer.devices={count}", "--trainer.strategy=ddp"]
-    return [
-        server.start([*argv, *flags], home, fault=fault, env={**place, "LOCAL_RANK": str(rank), "RANK": str(rank)})
-        for rank in range(count)
-    ]
 
 
 def global_order(lines, together):

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -106,7 +106,7 @@ class NamingTask(L.LightningModule, ABC):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         logits_BK = self._score(batch, self.test_scores, self.test_loss, "test/loss")
-        self.test_confusion.update(logits_BK, batch["label"])
+        _count(self.test_confusion, logits_BK, batch["label"])
         return logits_BK
 
     def on_test_epoch_end(self) -> None:
@@ -134,10 +134,19 @@ class NamingTask(L.LightningModule, ABC):
     def _score(self, batch: dict[str, Any], scores: MetricCollection, loss: MeanMetric, loss_name: str) -> Tensor:
         logits_BK = self(batch["image"])
         labels_B = batch["label"]
-        # of more processes than images some get a batch of none, with which they take part in the sums
         loss.update(self.loss(logits_BK, labels_B) if len(labels_B) else 0.0, weight=len(labels_B))
         self.log(loss_name, loss, batch_size=len(labels_B))
-        scores.update(logits_BK, labels_B)
         for name, score in scores.items():
+            _count(score, logits_BK, labels_B)
             self.log(name, score, batch_size=len(labels_B), prog_bar=name == "val/accuracy")
         return logits_BK
+
+
+def _count(score: Metric, logits_BK: Tensor, labels_B: Tensor) -> None:
+    """Update a score; where B is 0, in a process of more than there are images, such that it adds nothing."""
+    if len(labels_B):
+        score.update(logits_BK, labels_B)
+        return
+    score.update(logits_BK.new_zeros(1, logits_BK.shape[1]), labels_B.new_zeros(1))
+    for name, state in score.metric_state.items():
+        setattr(score, name, [part[:0] for part in state] if isinstance(state, list) else torch.zeros_like(state))
