@@ -196,6 +196,27 @@ _FIGURES = """figures:
   shuffled   likeness to the map of the same model with shuffled weights"""
 
 
+def _export(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="visionattn export",
+        description="Make a file of a checkpoint's model for others; visionattn reads it wherever it takes --ckpt.",
+    )
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint that visionattn fit wrote")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, e.g. model.safetensors")
+    parser.add_argument(
+        "--format", choices=("safetensors",), default="safetensors", help="weights without a place for code"
+    )
+    options = parser.parse_args(arguments[1:])
+    if not options.out.endswith(f".{options.format}"):
+        raise UsageError(f"--out must end in .{options.format}, by which the file is known again, got {options.out}")
+
+    from visionattn.training.checkpoints import export
+
+    export(options.ckpt, options.out)
+    print(f"wrote {options.out}")
+    return 0
+
+
 def _split(name: str) -> tuple[str, str | None]:
     """NAME[@LAYER]"""
     method, _, layer = name.partition("@")
@@ -259,6 +280,7 @@ def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method"
 _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "overlay": (_overlay, "write overlays of where a model looked in images"),
     "score": (_score, "measure whether to believe a method's heatmaps"),
+    "export": (_export, "make a .safetensors file of a checkpoint, safe to send and to open"),
 }
 
 if __name__ == "__main__":

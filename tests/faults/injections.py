@@ -1,5 +1,6 @@
 """What goes wrong, and when. Each function is called in a forked child before the command line runs."""
 
+import errno
 import hashlib
 import json
 import os
@@ -100,3 +101,51 @@ def interrupt() -> None:
 
 def hang() -> None:
     time.sleep(600)
+
+
+def full_at_fsync(number: int) -> None:
+    """The disk is full when the `number`-th file that must be whole goes to it, and from then on."""
+    real = os.fsync
+    calls = []
+
+    def fsync(handle):
+        calls.append(1)
+        if len(calls) > number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(handle)
+
+    os.fsync = fsync
+
+
+def bad_loss(number: int, value: float = float("nan")) -> None:
+    """The loss of the `number`-th step is no number."""
+    from visionattn.tasks import Classification
+
+    real = Classification.training_step
+    calls = []
+
+    def step(self, batch, batch_idx):
+        calls.append(1)
+        loss = real(self, batch, batch_idx)
+        return loss * value if len(calls) == number else loss
+
+    Classification.training_step = step
+
+
+def bad_weights_at(number: int) -> None:
+    """The `number`-th optimizer step leaves weights that are no numbers."""
+    import torch
+
+    from visionattn.tasks import Classification
+
+    real = Classification.on_before_zero_grad
+    calls = []
+
+    def spoil(self, optimizer):
+        calls.append(1)
+        if len(calls) == number + 1:
+            with torch.no_grad():
+                next(self.parameters()).fill_(float("nan"))
+        return real(self, optimizer)
+
+    Classification.on_before_zero_grad = spoil

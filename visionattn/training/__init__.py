@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from visionattn.training.callbacks import OverlaySamples as OverlaySamples
     from visionattn.training.callbacks import TestReport as TestReport
     from visionattn.training.callbacks import WritePredictions as WritePredictions
+    from visionattn.training.checkpoints import export as export
     from visionattn.training.checkpoints import load as load
 
 __getattr__, __dir__ = lazy(
     __name__,
-    {"callbacks": ("OverlaySamples", "TestReport", "WritePredictions"), "checkpoints": ("load",)},
+    {"callbacks": ("OverlaySamples", "TestReport", "WritePredictions"), "checkpoints": ("export", "load")},
 )

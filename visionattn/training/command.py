@@ -2,6 +2,7 @@
 closed."""
 
 import atexit
+import errno
 import logging
 import os
 import shutil
@@ -35,6 +36,7 @@ from visionattn.training.resume import Resume
 RUNS = Path("runs")
 UNTRAINED = "untrained"
 Built = TypeVar("Built")
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _HELD: list[Any] = []  # the locked file of the run
 _SECTIONS: dict[str, Any] = {
     "trainer": L.Trainer,
@@ -72,6 +74,10 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         )
     except ArgumentError as error:
         raise UsageError(explain(str(error), _SECTIONS)) from error
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise DataError(f"{error.filename or 'the run'} cannot be written: {error.strerror}") from error
     finally:
         while _HELD:
             _HELD.pop().close()
@@ -245,6 +251,8 @@ class Command(LightningCLI):
 
     @rank_zero_only
     def _say_where(self) -> None:
+        if left_out := len(getattr(self.datamodule, "skipped", ())):
+            print(f"{left_out} image{'s were' if left_out > 1 else ' was'} left out", file=sys.stderr)
         if self.run_folder:
             print(f"run: {self.run_folder}/")
 
