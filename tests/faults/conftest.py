@@ -147,12 +147,15 @@ def steps(path: Path) -> list[list]:
 
 def start_all(server, count, argv, home, fault=""):
     """Start the processes of one run, as a cluster would: told by the environment who they are."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "NODE_RANK": "0"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
     flags = ["--trainer.accelerator=cpu", f"--trainer.devices={count}", "--trainer.strategy=ddp"]
     return [
         server.start([*argv, *flags], home, fault=fault, env={**place, "LOCAL_RANK": str(rank), "RANK": str(rank)})
         for rank in range(count)
     ]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import signal
+import sys
 import time
 
 
@@ -149,3 +150,41 @@ def bad_weights_at(number: int) -> None:
         return real(self, optimizer)
 
     Classification.on_before_zero_grad = spoil
+
+
+def run_all(commands: list[list[str]], folder: str) -> None:
+    """Run command lines in one process; tell of each its code, its message, and what it imported from `folder`."""
+    import contextlib
+    import io
+
+    from visionattn.cli import main
+
+    sys.path.insert(0, folder)
+    results = []
+    for command in commands:
+        os.environ.pop("VISIONATTN_RUN", None)
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+            code = main(command)
+        homes = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items()}
+        strange = [name for name, home in homes.items() if home.startswith(folder)]
+        results.append([code, told.getvalue(), strange])
+    print(json.dumps(results))
+    sys.exit(0)
+
+
+def soak(config: str, images: str, seconds: float, least: int) -> None:
+    """Fit and export in a loop, in one process; tell its memory in MB and its open files after each turn."""
+    from visionattn.cli import main
+
+    turns, end = [], time.monotonic() + seconds
+    while time.monotonic() < end or len(turns) < least:
+        os.environ.pop("VISIONATTN_RUN", None)
+        assert main(["fit", "--config", config]) == 0
+        out = f"seen/{len(turns)}"
+        assert main(["overlay", "--images", images, "--out", out, "--model", "test_vit", "--weights", "random"]) == 0
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+        turns.append([pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))])
+    print(json.dumps(turns))
+    sys.exit(0)

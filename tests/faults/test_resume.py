@@ -1,13 +1,15 @@
 """A training that was killed, told to stop, or ran out of disk, and then continued, is the training that was not."""
 
-import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch.utils import _pytree
 
-from tests.faults.conftest import start_all, steps, tiny
+from tests.faults.conftest import ROOT, free_port, start_all, steps, tiny
 
 RESTORED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
 
@@ -155,11 +157,26 @@ def test_processes_may_become_fewer_or_more_and_the_order_stays(before, after, s
     for child in (ended := [child.wait() for child in run(after, note)]):
         assert child.code == 0, child.told
     assert ended
-    done = [json.loads(json.dumps(line)) for line in steps(tmp_path / "steps")]
-    killed_in = (1, 2)  # the ninth step: its images may have been seen by the killed processes too
-    seen = {}
-    for epoch, batch, _, paths, _ in done:
-        seen.setdefault((epoch, batch), set()).update(paths)
-    assert seen == order
-    assert killed_in in seen
+    assert global_order(steps(tmp_path / "steps"), 4) == order
     assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1
+
+
+def test_torchrun_starts_two_processes_that_share_one_run(undisturbed, tmp_path):
+    """The command of README, as a user types it."""
+    _, expected = undisturbed
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command += ["-m", "visionattn.cli", "fit", f"--config={tiny(tmp_path, batch=2)}", "--ckpt_path=last"]
+    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    ended = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == ["0"]
+    run = tmp_path / "runs" / "tiny" / "0"
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == len(expected)
+    assert ended.stderr.count("begins anew") == 1

@@ -124,7 +124,8 @@ class ImageData(L.LightningDataModule, ABC):
                     f"the checkpoint stands in the middle of an epoch, and its {name} was {self._saved[key]} and is "
                     f"{now[key]}; only with the same can it go on with the images that come next"
                 )
-        return loop.epoch_loop.batch_progress.current.processed * now["together"]
+        done: Any = loop.epoch_loop.batch_progress.current
+        return done.processed * now["together"]
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -68,6 +68,7 @@ class Loader(DataLoader[dict[str, Any]]):
         watched = dataset if isinstance(dataset, _Watched) else _Watched(dataset, workers)
         kept = {"collate_fn": _Collate(collate, fill), "worker_init_fn": _begin, "timeout": _POLL if workers else 0}
         super().__init__(watched, **{**options, **kept})
+        self._watched = watched
         self.collate = collate
         self.patience = patience
         self.unreadable = unreadable
@@ -99,15 +100,16 @@ class Loader(DataLoader[dict[str, Any]]):
                 died = "exited unexpectedly" in str(error)
                 if not died and "timed out" not in str(error):
                     raise
-                index, reason = self.dataset.dead() if died else self.dataset.hung(self.patience)
+                index, reason = self._watched.dead() if died else self._watched.hung(self.patience)
                 if reason is None:
                     continue  # all is well, and slow
-                self.dataset.kill()
+                self._watched.kill()
                 self._iterator = None
                 if self.unreadable == "stop" or index is None:
                     raise DataError(reason) from error
-                self.dataset.left_out[index] = reason
-                rest = list(itertools.islice(self.batch_sampler, done, None))
+                self._watched.left_out[index] = reason
+                sampler: Any = self.batch_sampler
+                rest = list(itertools.islice(sampler, done, None))
                 batches = self._start(DataLoader(self.dataset, batch_sampler=rest, **self._options()).__iter__)
             else:
                 done += 1
