@@ -188,7 +188,7 @@ class Command(LightningCLI):
             print(f"--ckpt_path {file.removesuffix('.ckpt')}: {say}", file=sys.stderr)
         if found is not None and verb == "fit":
             self.run_folder = found.parent
-        return found and str(found)
+        return None if found is None else str(found)
 
     def _plain_config(self, options: Namespace) -> dict[str, Any]:
         parser = self._parser(self.config.subcommand)

@@ -94,8 +94,9 @@ class Resume(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.state.fn == "fit" and signals.received():  # processes may have different numbers of batches: no vote
-            raise signals.Stopped(signals.received())
+        number = signals.received()
+        if trainer.state.fn == "fit" and number is not None:  # no vote: processes may have different numbers of batches
+            raise signals.Stopped(number)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._save(trainer)  # where no validation did
