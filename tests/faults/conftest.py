@@ -87,7 +87,27 @@ def server(tmp_path_factory):
     server.close()
 
 
-def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, **trainer) -> Path:
+GLIMPSES = {
+    "class_path": "visionattn.tasks.GlimpseClassification",
+    "init_args": {
+        "network": {
+            "class_path": "visionattn.models.GlimpseNetwork",
+            "init_args": {
+                "num_classes": 10,
+                "num_glimpses": 3,
+                "hidden_size": 16,
+                "retina": {"class_path": "visionattn.attention.Retina", "init_args": {"patch_size": 8}},
+                "policy": {"class_path": "visionattn.attention.Gaussian", "init_args": {"std": [0.3, 0.1]}},
+            },
+        },
+        "baseline": "moving_average",
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+    },
+}
+"""A task whose steps draw random numbers, and whose policy and baseline change as the training goes on."""
+
+
+def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, model=None, **trainer) -> Path:
     """Write the config of a training of two epochs, with all that a resumed one must restore."""
     config = {
         "name": "tiny",
@@ -134,6 +154,8 @@ def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, **t
         },
         "overlays": {"every_n_epochs": 0},
     }
+    if model is not None:
+        config["model"] = model
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))

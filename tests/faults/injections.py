@@ -32,26 +32,28 @@ def on_call(owner: object, name: str, number: int, act, *, after: bool = False) 
 
 def record(path: str) -> None:
     """Note the images of every training step, with a hash of what the network is given."""
-    from visionattn.tasks import Classification
+    from visionattn.tasks import Classification, GlimpseClassification
 
-    real = Classification.training_step
+    def recorded(real):
+        def step(self, batch, batch_idx):
+            seen = hashlib.blake2b(batch["image"].numpy().tobytes(), digest_size=8).hexdigest()
+            line = [self.trainer.current_epoch, batch_idx, self.trainer.global_rank, batch["path"], seen]
+            with open(path, "ab", buffering=0) as file:
+                file.write(json.dumps(line).encode() + b"\n")
+            return real(self, batch, batch_idx)
 
-    def step(self, batch, batch_idx):
-        seen = hashlib.blake2b(batch["image"].numpy().tobytes(), digest_size=8).hexdigest()
-        trainer = self.trainer
-        line = [trainer.current_epoch, batch_idx, trainer.global_rank, batch["path"], seen]
-        with open(path, "ab", buffering=0) as file:
-            file.write(json.dumps(line).encode() + b"\n")
-        return real(self, batch, batch_idx)
+        return step
 
-    Classification.training_step = step
+    for task in (Classification, GlimpseClassification):
+        task.training_step = recorded(task.training_step)
 
 
 def at_step(number: int, act=die, *, after: bool = False) -> None:
     """In the `number`-th training step of this process."""
-    from visionattn.tasks import Classification
+    from visionattn.tasks import Classification, GlimpseClassification
 
-    on_call(Classification, "training_step", number, act, after=after)
+    for task in (Classification, GlimpseClassification):
+        on_call(task, "training_step", number, act, after=after)
 
 
 def at_validation_step(number: int, act=die) -> None:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.utils import _pytree
 
-from tests.faults.conftest import ROOT, free_port, start_all, steps, tiny
+from tests.faults.conftest import GLIMPSES, ROOT, free_port, start_all, steps, tiny
 
 RESTORED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
 
 
 def state(path):
     content = torch.load(path, weights_only=True)
-    return [_pytree.tree_flatten(content[key])[0] for key in RESTORED]
+    return [_pytree.tree_flatten(content[key])[0] for key in RESTORED if content[key]]
 
 
 def assert_equal_to_the_bit(first, second):
@@ -29,16 +29,19 @@ def assert_equal_to_the_bit(first, second):
 @pytest.fixture(scope="session")
 def undisturbed(server, tmp_path_factory):
     """The same training with nothing happening to it: its run, and what it was shown at every step."""
-    home = tmp_path_factory.mktemp("undisturbed")
-    ended = server.run(["fit", "--config", tiny(home)], home, fault=f"record({str(home / 'steps')!r})")
+    return whole(server, tmp_path_factory.mktemp("undisturbed"))
+
+
+def whole(server, home, **options):
+    ended = server.run(["fit", "--config", tiny(home, **options)], home, fault=f"record({str(home / 'steps')!r})")
     assert ended.code == 0, ended.told
     return home / "runs" / "tiny" / "0", {tuple(line[:2]): line for line in steps(home / "steps")}
 
 
-def disturb(server, home, undisturbed, faults, *, workers=0, flags=(), code=-9):
+def disturb(server, home, undisturbed, faults, *, flags=(), code=-9, **options):
     """Run with one fault after the other, then to the end; compare everything; tell how many steps were done twice."""
     run, expected = undisturbed
-    config = tiny(home, workers=workers)
+    config = tiny(home, **options)
     command = ["fit", "--config", config, *flags, "--ckpt_path=last"]  # the first finds none, says so, and begins
     note = f"record({str(home / 'steps')!r})"
     for fault in faults:
@@ -70,6 +73,12 @@ def test_a_training_goes_on_as_if_nothing_had_happened(
     fault, workers, flags, code, twice, server, undisturbed, tmp_path
 ):
     assert disturb(server, tmp_path, undisturbed, [fault], workers=workers, flags=flags, code=code) == twice
+
+
+def test_so_does_one_that_learns_by_trying(server, tmp_path):
+    expected = whole(server, tmp_path / "whole", model=GLIMPSES)
+    flags = ["--resume.every_n_steps=1"]
+    assert disturb(server, tmp_path / "killed", expected, ["at_step(9)"], flags=flags, model=GLIMPSES) == 0
 
 
 def test_only_one_process_trains_a_run_and_the_checkpoint_in_use_is_told(server, undisturbed, tmp_path):

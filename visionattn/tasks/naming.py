@@ -58,6 +58,7 @@ class NamingTask(L.LightningModule, ABC):
         self.lr_interval = lr_interval
         self.gamma_lr_factor = gamma_lr_factor
         self.class_names: tuple[str, ...] = ()
+        self._tallies: dict[str, MeanMetric] = {}
 
     @abstractmethod
     def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
@@ -109,7 +110,15 @@ class NamingTask(L.LightningModule, ABC):
         _count(self.test_confusion, logits_BK, batch["label"])
         return logits_BK
 
+    def tally(self, name: str, value_B: Tensor) -> None:
+        """Log the mean of a figure over all test images, whichever batches and processes they fall to."""
+        mean = self._tallies.setdefault(name, MeanMetric().to(self.device))
+        mean.update(value_B.sum() / max(1, len(value_B)), weight=len(value_B))
+
     def on_test_epoch_end(self) -> None:
+        for name, mean in self._tallies.items():
+            self.log(name, mean.compute(), sync_dist=True)  # the same in every process
+        self._tallies = {}
         self.confusion = self.test_confusion.compute()
         self.test_confusion.reset()
 
