@@ -77,7 +77,7 @@ class Server:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.stdout.close()
-        self.process.wait(30)
+        self.process.wait(200)
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +97,7 @@ GLIMPSES = {
                 "num_glimpses": 3,
                 "hidden_size": 16,
                 "retina": {"class_path": "visionattn.attention.Retina", "init_args": {"patch_size": 8}},
+                "encoder": {"class_path": "visionattn.models.ConvEncoder", "init_args": {"widths": [4]}},
                 "policy": {"class_path": "visionattn.attention.Gaussian", "init_args": {"std": [0.3, 0.1]}},
             },
         },

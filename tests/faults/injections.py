@@ -136,22 +136,21 @@ def bad_loss(number: int, value: float = float("nan")) -> None:
 
 
 def bad_weights_at(number: int) -> None:
-    """The `number`-th optimizer step leaves weights that are no numbers."""
+    """The `number`-th step leaves weights that are no numbers."""
     import torch
 
     from visionattn.tasks import Classification
 
-    real = Classification.on_before_zero_grad
     calls = []
 
-    def spoil(self, optimizer):
+    def spoil(self, outputs, batch, batch_idx):
         calls.append(1)
-        if len(calls) == number + 1:
+        if len(calls) == number:
             with torch.no_grad():
-                next(self.parameters()).fill_(float("nan"))
-        return real(self, optimizer)
+                for parameter in self.parameters():
+                    parameter.fill_(float("nan"))
 
-    Classification.on_before_zero_grad = spoil
+    Classification.on_train_batch_end = spoil
 
 
 def run_all(commands: list[list[str]], folder: str) -> None:

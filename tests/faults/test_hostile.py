@@ -47,7 +47,7 @@ def hostile_checkpoints(folder, content):
         "exec": Runs(exec, code),
         "eval": Runs(eval, code),
         "import": Runs(__import__, "evil_module"),
-        "getattr": Runs(getattr, os, "system"),
+        "compile": Runs(compile, code, "x", "exec"),
         "load": Runs(torch.load, ran),
         "hub": Runs(torch.hub.load, "a/b", "c"),
         "numpy": Runs(np.load, ran),
@@ -203,7 +203,7 @@ def kinds():
         made[name] = buffer.getvalue()
 
     modes = {
-        "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"), "JPEG": ("L", "RGB", "CMYK", "YCbCr"),
+        "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "JPEG": ("L", "RGB", "CMYK", "YCbCr"),
         "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I", "F", "I;16"),
         "BMP": ("1", "L", "P", "RGB", "RGBA"), "GIF": ("L", "P", "RGB"), "WEBP": ("RGB", "RGBA"),
         "PPM": ("1", "L", "RGB"), "TGA": ("L", "RGB", "RGBA"), "ICO": ("RGBA",), "PCX": ("L", "P", "RGB"),

@@ -77,8 +77,14 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
     except RuntimeError as error:
         raise DataError(f"the weights in {os.fspath(path)} do not fit the model it describes: {error}") from error
     task.class_names = tuple(entry["class_names"])  # type: ignore[assignment]
-    task.preprocess = Preprocess(**entry["preprocess"]) if entry["preprocess"] else None  # type: ignore[assignment]
+    task.preprocess = _preprocess(entry["preprocess"])  # type: ignore[assignment]
     return task.eval()
+
+
+def _preprocess(entry: Mapping[str, Any] | None) -> Preprocess | None:
+    if not entry:
+        return None
+    return Preprocess(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
 
 
 def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
