@@ -113,6 +113,7 @@ def test_a_damaged_file_among_the_training_images(unreadable, server, photo_fold
     config["trainer"] |= {"max_epochs": 1, "limit_val_batches": 0}
     config["checkpoint"] = {"monitor": None}
     options = {"root": str(images), "num_workers": 2, "batch_size": 4, "unreadable": unreadable}
+    options["preprocess"] = {"size": 40}
     config["data"] = {"class_path": "visionattn.data.ImageFolderData", "init_args": options}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     ended = server.run(["fit", "--config", tmp_path / "tiny.yaml"], tmp_path)

@@ -213,6 +213,7 @@ class Command(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         options = self.config[self.config.subcommand]
         resume = self._get(self.config_init, "resume")
+        resume.folder = options.checkpoint.dirpath
         resume.seed = None if options.seed_everything is False else options.seed_everything
         if self.run_folder and options.trainer.logger in (None, True):
             place = {"name": options.name, "version": self.run_folder.name}
@@ -235,7 +236,7 @@ class Command(LightningCLI):
 
     def after_fit(self) -> None:
         if self._get(self.config, "test_after_fit"):
-            checkpoint: Any = self.trainer.checkpoint_callback
+            checkpoint = self._get(self.config_init, "checkpoint")
             best = None if self.trainer.fast_dev_run else checkpoint.best_model_path  # type: ignore[attr-defined]
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
         self._say_where()

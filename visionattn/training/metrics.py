@@ -104,7 +104,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return []
     whole = content[: content.rfind(b"\n") + 1].decode()
     rows = csv.DictReader(io.StringIO(whole, newline=""))
-    return [{column: value for column, value in row.items() if value} for row in rows]
+    found = [{column: value for column, value in row.items() if value} for row in rows]
+    return [row for row in found if row.get("step", "").isdigit()]
 
 
 def _text(columns: list[str], rows: list[dict[str, Any]]) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 
 from visionattn import signals
 from visionattn.data.order import mix
@@ -31,7 +31,7 @@ _TRAINING, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch
 class Resume(Checkpoint):
     """Keep `last.ckpt` such that the training can go on from it exactly, and draw each step's random numbers anew.
 
-    With several processes, a signal to any of them stops all after the same step.
+    With several processes, a signal to any of them stops all after the same training step.
 
     Args:
         every_n_steps: write it after so many optimizer steps; None is never.
@@ -47,6 +47,7 @@ class Resume(Checkpoint):
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.seed: int | None = None  # of the run; None draws without one
+        self.folder: str | None = None  # of the run
         self._saved_at = time.monotonic()
         self._saved_step = -1
         self._next: str | None = None  # where the loops stand while it is written, other than Lightning takes them to
@@ -151,9 +152,7 @@ class Resume(Checkpoint):
             self._next = None
 
     def _path(self, trainer: L.Trainer) -> Path:
-        best = trainer.checkpoint_callback
-        folder = best.dirpath if isinstance(best, ModelCheckpoint) and best.dirpath else trainer.default_root_dir
-        return Path(folder) / NAME
+        return Path(self.folder or trainer.default_root_dir) / NAME
 
     def _stop_if_told(self, trainer: L.Trainer) -> None:
         if _any(trainer, signals.received() is not None):
