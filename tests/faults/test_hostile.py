@@ -82,7 +82,7 @@ def hostile_checkpoints(folder, content):
 
     whole = io.BytesIO()
     torch.save(content, whole)
-    for part in (0, 1, 100, len(whole.getvalue()) // 2, len(whole.getvalue()) - 1):
+    for part in (0, 1, 100, len(whole.getvalue()) // 2, len(whole.getvalue()) - 100, len(whole.getvalue()) - 1):
         made[f"cut_{part}"] = folder / f"cut_{part}.ckpt"
         made[f"cut_{part}"].write_bytes(whole.getvalue()[:part])
     made["bomb"] = folder / "bomb.ckpt"
