@@ -84,7 +84,8 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
 def _preprocess(entry: Mapping[str, Any] | None) -> Preprocess | None:
     if not entry:
         return None
-    return Preprocess(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Preprocess(**options)  # what was a tuple is a list in JSON
 
 
 def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
