@@ -77,6 +77,7 @@ class MetricsFile(Logger):
             DataError: it cannot be written; what was written before is whole.
         """
         rows, self._waiting = self._waiting, []
+        self._columns = self._columns or _columns(self.path)  # of a test after the training, too
         columns = sorted({*self._columns, *(column for row in rows for column in row)})
         if not rows:
             return
@@ -94,6 +95,14 @@ class MetricsFile(Logger):
         if rows or self.path.exists():
             header = ",".join(self._columns) + "\r\n" if self._columns else ""
             replace(self.path, lambda file: _fill(file, header.encode() + _text(self._columns, rows)))
+
+
+def _columns(path: Path) -> list[str]:
+    try:
+        with open(path, newline="") as file:
+            return next(csv.reader(file), [])
+    except FileNotFoundError:
+        return []
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
