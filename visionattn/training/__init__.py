@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
+    from visionattn.training.callbacks import DrawSpans as DrawSpans
     from visionattn.training.callbacks import OverlaySamples as OverlaySamples
     from visionattn.training.callbacks import TestReport as TestReport
     from visionattn.training.callbacks import WritePredictions as WritePredictions
@@ -13,5 +14,8 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__ = lazy(
     __name__,
-    {"callbacks": ("OverlaySamples", "TestReport", "WritePredictions"), "checkpoints": ("export", "load")},
+    {
+        "callbacks": ("DrawSpans", "OverlaySamples", "TestReport", "WritePredictions"),
+        "checkpoints": ("export", "load"),
+    },
 )

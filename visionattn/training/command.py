@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from visionattn.data.decode import write_bytes
 from visionattn.data.loading import ImageData
 from visionattn.errors import DataError, UsageError, nearest
-from visionattn.training.callbacks import OverlaySamples, TestReport, WritePredictions
+from visionattn.training.callbacks import DrawSpans, OverlaySamples, TestReport, WritePredictions
 from visionattn.training.checkpoints import Describe, check_against
 from visionattn.training.durable import DurableCheckpointIO
 from visionattn.training.finite import BestCheckpoint, FiniteLoss
@@ -175,7 +175,7 @@ class Command(LightningCLI):
             if path is None:
                 return
         options.weights_only = True
-        check_against(path, self._plain_config(options)["model"])
+        check_against(path, self._plain_config(options)["model"], training=verb == "fit")
 
     def _newest(self, verb: str, name: str, file: str) -> str | None:
         """The checkpoint of the newest run of a name that has one; a training without one begins anew."""
@@ -222,7 +222,7 @@ class Command(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, DurableCheckpointIO()]
-        extra: list[Callback] = [Describe(self._plain_config(options)["model"])]
+        extra: list[Callback] = [Describe(self._plain_config(options)["model"]), DrawSpans()]
         if self.config.subcommand == "predict":
             extra.append(WritePredictions())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
