@@ -113,7 +113,7 @@ def test_nothing_in_a_checkpoint_runs(hostile, quick_run, monkeypatch):
             load(path)
         assert str(path) in str(told.value)
         assert len(str(told.value)) < 600
-    assert set(sys.modules) == before
+    assert set(sys.modules) - before <= {"encodings.cp437"}  # the alphabet of old zip archives, of the standard library
     assert not (folder / "ran").exists()
 
 
