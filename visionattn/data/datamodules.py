@@ -1,101 +1,37 @@
 """Data for image classification, as LightningDataModules."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
 from visionattn.data.digits import ClutteredDigits
 from visionattn.data.folder import ImageFolder, find_classes
-from visionattn.data.order import Order
-from visionattn.data.pipeline import Transform, collate, prepare
+from visionattn.data.loading import ImageData, Split
+from visionattn.data.pipeline import Transform, prepare
 from visionattn.data.placement import Preprocess
+from visionattn.data.workers import PATIENCE, Unreadable
 from visionattn.errors import DataError, UsageError
 
-Split = Literal["train", "val", "test"]
 
-
-class ClassificationData(L.LightningDataModule, ABC):
+class ClassificationData(ImageData):
     """Images with one label each, in a train, a val and perhaps a test split.
 
     A batch is a dict: `image` (B, 3, H, W) float32, normalised; `label` (B,) int64; `path` and `placement`, lists; and
     where the place of the object is known `box` (B, 4), xyxy in pixels of the input, and `mask` (B, H, W) bool.
 
-    The order of training is a function of (seed, epoch), the augmentation of (seed, epoch, index).
-
     Args:
-        preprocess: to the model's input.
-        batch_size: images a batch and process.
-        num_workers: processes that load images; 0 loads in this one.
-        seed: of order, augmentation and split.
+        preprocess, batch_size, num_workers, seed, unreadable, patience: as `ImageData`.
     """
-
-    class_names: tuple[str, ...]
-
-    def __init__(self, *, preprocess: Preprocess, batch_size: int, num_workers: int, seed: int) -> None:
-        super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise ValueError(f"batch_size must be ≥ 1 and num_workers ≥ 0, got {batch_size} and {num_workers}")
-        self.preprocess = preprocess
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.datasets: dict[Split, Dataset[dict[str, Any]] | None] = {}
-
-    @abstractmethod
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
-        """The samples of a split, or None where there is no such split; only `train` is augmented."""
 
     @property
     def class_counts(self) -> NDArray[np.int64] | None:
         """Number of training images of each class, where it is known without reading them all."""
         return None
-
-    def setup(self, stage: str) -> None:
-        wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        self.datasets |= {split: self.dataset(split) for split in wanted.get(stage, ("test", "val"))}
-        if stage == "test" and self.datasets["test"] is None:
-            raise DataError(
-                f"{type(self).__name__} has no test split; score the validation images with `visionattn validate`"
-            )
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        dataset = self._loaded("train")
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        order = Order(dataset, seed=self.seed, rank=rank, world_size=world_size)
-        # a last batch of one image would break batch normalisation
-        return self._loader(dataset, sampler=order, drop_last=len(order) > self.batch_size)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._loaded("val"))
-
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._loaded("test"))
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._loaded("test" if self.datasets["test"] is not None else "val"))
-
-    def _loaded(self, split: Split) -> Any:
-        return self.datasets[split]
-
-    def _loader(self, dataset: Any, **options: Any) -> DataLoader[dict[str, Any]]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=collate,
-            **options,
-        )
 
 
 class ClutteredDigitsData(ClassificationData):
@@ -107,7 +43,7 @@ class ClutteredDigitsData(ClassificationData):
         test_size: number of test images.
         canvas: side of the images, pixels.
         fragments: pieces of other digits in each image.
-        batch_size, num_workers, seed: as `ClassificationData`.
+        batch_size, num_workers, seed: as `ImageData`.
     """
 
     class_names = ClutteredDigits.class_names
@@ -146,7 +82,7 @@ class ImageFolderData(ClassificationData):
         augment: changes training images at random, e.g. `visionattn.data.transforms.Augmentation`.
         val_share: where there is no val/: share of each class for validation.
         test_share: where root holds the classes themselves: the same for testing; 0 makes no test split.
-        batch_size, num_workers, seed: as `ClassificationData`.
+        batch_size, num_workers, seed, unreadable, patience: as `ImageData`; the seed is that of the split too.
 
     Raises:
         DataError: the folder is missing, has no classes, one is empty or too small to split, or the splits have
@@ -164,9 +100,16 @@ class ImageFolderData(ClassificationData):
         batch_size: int = 32,
         num_workers: int = 2,
         seed: int = 0,
+        unreadable: Unreadable = "stop",
+        patience: float = PATIENCE,
     ) -> None:
         super().__init__(
-            preprocess=preprocess or Preprocess(), batch_size=batch_size, num_workers=num_workers, seed=seed
+            preprocess=preprocess or Preprocess(),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            unreadable=unreadable,
+            patience=patience,
         )
         if not (val_share > 0 and test_share >= 0 and val_share + test_share < 1):
             raise ValueError(f"val_share and test_share must leave some to train on, got {val_share} and {test_share}")
@@ -234,7 +177,7 @@ class TorchvisionData(ClassificationData):
         preprocess: to the model's input; the images as they are, with values in [−1, 1], by default.
         augment: changes training images at random.
         val_size: images of the training split that are kept for validation, the same share of every class.
-        batch_size, num_workers, seed: as `ClassificationData`.
+        batch_size, num_workers, seed: as `ImageData`.
 
     Raises:
         DataError: the files are missing.
@@ -333,7 +276,10 @@ class _Pictures(Dataset[dict[str, Any]]):
         number = int(self.chosen[index])
         picture, label = self.source[number]
         sample = prepare(np.array(picture.convert("RGB")), self.preprocess, self.augment, seed)
-        return {**sample, "label": int(label), "path": f"{self.name}/{number:05d}.png"}
+        return {**sample, "label": int(label), "path": self.path_of(index)}
+
+    def path_of(self, index: int) -> str:
+        return f"{self.name}/{self.chosen[index]:05d}.png"
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
         """The picture, (H, W, 3) uint8 RGB, of a sample's path."""

@@ -139,8 +139,7 @@ class GlimpseClassification(NamingTask):
             logits_BRTK = self.network.rollout(images_BCHW, look=look, rollouts=rollouts).logits
             answers[name] = logits_BRTK[:, :, -1].softmax(-1).mean(1)
         for name, answer_BK in answers.items():
-            right = (answer_BK.argmax(-1) == label_B).float().mean()
-            self.log(f"test/accuracy_{name}", right, batch_size=len(label_B), on_epoch=True, sync_dist=True)
+            self.tally(f"test/accuracy_{name}", (answer_BK.argmax(-1) == label_B).float())
         return super().test_step(batch, batch_idx)
 
     def policy_terms(self, batch: dict[str, Any], rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:

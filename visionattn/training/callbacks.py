@@ -2,23 +2,30 @@
 
 import csv
 import dataclasses
+import io
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
+from torchmetrics import MeanMetric
 
 from visionattn.attention import AdaptiveSpan
 from visionattn.data import write_image
+from visionattn.data.decode import write_bytes
+from visionattn.errors import DataError
 from visionattn.maps import Maps, MapWarning, Method, default_method
 from visionattn.maps.localisation import pointing
 from visionattn.overlay.draw import Tile, blend, heat, sheet
+from visionattn.training.durable import replace
 
 
 class OverlaySamples(Callback):
@@ -86,6 +93,12 @@ class TestReport(Callback):
         self.method = method
         self._batch: dict[str, Any] | None = None
         self._maps: Maps | None = None
+        self._folder: Path | None = None
+        self._hits: dict[str, MeanMetric] = {}
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._folder = _folder(trainer)  # every process must ask
+        self._hits = {}
 
     def on_test_batch_end(
         self,
@@ -97,16 +110,23 @@ class TestReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if "box" in batch:
-            maps = _explain(self.method, pl_module, batch)
-            hits = pointing(maps.heatmaps, batch["box"], batch["image"].shape[-2:])
             figures = {"pointing": "pointing", "centre": "pointing_centre_guess", "chance": "pointing_chance"}
-            for name, logged in figures.items():
-                pl_module.log(
-                    f"test/{logged}", hits[name].mean(), batch_size=len(batch["box"]), on_epoch=True, sync_dist=True
-                )
+            for name in figures.values():
+                self._hits.setdefault(f"test/{name}", MeanMetric().to(pl_module.device))
+            if len(batch["box"]):  # none for a process of more than there are images
+                maps = _explain(self.method, pl_module, batch)
+                hits = pointing(maps.heatmaps, batch["box"], batch["image"].shape[-2:])
+                for name, logged in figures.items():
+                    self._hits[f"test/{logged}"].update(hits[name].to(pl_module.device))
         if batch_idx == 0 and trainer.is_global_zero:
             self._batch = _first(batch, self.num_images)
             self._maps = _explain(self.method, pl_module, self._batch)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name, hits in self._hits.items():
+            if not hits.update_called:
+                hits.update(0.0, weight=0.0)
+            pl_module.log(name, hits.compute(), sync_dist=True)  # the same in every process
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -117,7 +137,7 @@ class TestReport(Callback):
             if name.startswith("test/")
         }
         Console().print(_table(figures))
-        folder = _folder(trainer)
+        folder = self._folder
         if folder is None or self._batch is None or self._maps is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,10 +180,21 @@ def _span_sheet(layers: dict[str, AdaptiveSpan], title: str) -> Any:
 
 
 class WritePredictions(BasePredictionWriter):
-    """Write the most probable class of every image into the run's predictions.csv."""
+    """Write the most probable class of every image into the run's predictions.csv, each once, in the data's order.
+
+    The file appears when it is complete. Each process writes a part of it before.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
+        self._home: Path | None = None
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = _folder(trainer)  # every process must ask
+        self._home = folder and folder.parent
+        if self._home:
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._part(trainer.global_rank).write_bytes(b"")
 
     def write_on_batch_end(
         self,
@@ -175,22 +206,50 @@ class WritePredictions(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        folder = _folder(trainer)
-        if folder is None:
+        if self._home is None:
             return
-        suffix = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
         names = getattr(trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
         probabilities, classes = prediction["probability"].float().cpu().max(-1)
-        path = folder.parent / f"predictions{suffix}.csv"
-        fresh = not path.exists()
-        with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            if fresh:
-                writer.writerow(["path", "class", "probability"])
+        rows = [
+            [source, names[index] if names else index, f"{probability:.6f}"]
             for source, index, probability in zip(
                 prediction["path"], classes.tolist(), probabilities.tolist(), strict=True
-            ):
-                writer.writerow([source, names[index] if names else index, f"{probability:.6f}"])
+            )
+        ]
+        path = self._part(trainer.global_rank)
+        try:
+            with open(path, "ab") as file:
+                file.write(_csv(rows))
+        except OSError as error:
+            raise DataError(f"{self._home / 'predictions.csv'} cannot be written: {error.strerror}") from error
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.barrier()
+        if self._home is None or not trainer.is_global_zero:
+            return
+        parts = [self._part(rank) for rank in range(trainer.world_size)]
+        replace(self._home / "predictions.csv", lambda file: _interleave(parts, file))
+        for part in parts:
+            part.unlink()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._home:
+            self._part(trainer.global_rank).unlink(missing_ok=True)
+
+    def _part(self, rank: int) -> Path:
+        assert self._home is not None
+        return self._home / f".predictions.{rank}.part"
+
+
+def _interleave(parts: Sequence[Path], file: BinaryIO) -> None:
+    """Join the rows of processes of which each took every n-th image."""
+    file.write(_csv([["path", "class", "probability"]]))
+    with ExitStack() as stack:
+        texts = [
+            stack.enter_context(open(part, newline="", encoding="utf-8", errors="surrogateescape")) for part in parts
+        ]
+        for rows in itertools.zip_longest(*map(csv.reader, texts)):
+            file.write(_csv([row for row in rows if row is not None]))
 
 
 def _folder(trainer: L.Trainer) -> Path | None:
@@ -243,5 +302,10 @@ def _table(figures: dict[str, float]) -> Table:
 
 
 def _write_csv(path: Path, rows: list[list[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    write_bytes(path, _csv(rows))
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
