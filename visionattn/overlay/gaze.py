@@ -4,6 +4,7 @@ NumPy, OpenCV and Pillow, no torch. Shapes: T glimpses, S scales, h × w values 
 Boxes are xyxy in pixels of the picture, the finest scale first; they may reach out of it.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -64,7 +65,7 @@ def draw_gaze(
             shade = tuple(round(part * (0.85 if scale == 1 else 0.6)) for part in colour) if scale else colour
             outline(drawn, box, shade, round(unit if scale else 2 * unit), rim=not scale)
     points = centres(boxes_TS4)
-    _lines(drawn, [(a, b) for a, b in zip(points[:-1], points[1:], strict=True)], colours[1:], unit)
+    _lines(drawn, list(itertools.pairwise(points)), colours[1:], unit)
     return _numbered(drawn, points, colours, unit)
 
 
@@ -117,9 +118,7 @@ def gaze_animation(
     return frames
 
 
-def gaze_density(
-    maps: Mapping[str, NDArray[np.floating]], *, title: str = "", caption: str = ""
-) -> NDArray[np.uint8]:
+def gaze_density(maps: Mapping[str, NDArray[np.floating]], *, title: str = "", caption: str = "") -> NDArray[np.uint8]:
     """Draw how often each pixel of the model's input was looked at: a map beside the next, its largest value below.
 
     Args:
