@@ -58,12 +58,13 @@ def draw_gaze(
     """
     picture, boxes_TS4 = _fitted(image_HWC, boxes_TS4, side)
     drawn = np.array(picture, order="C")
-    unit = max(1.0, max(drawn.shape[:2]) / _SIDE)  # what is one pixel in a picture of 448
+    unit = _unit(drawn)
     colours = _ramp(len(boxes_TS4))
     for scale in reversed(range(boxes_TS4.shape[1])):
         for box, colour in zip(boxes_TS4[:, scale], colours, strict=True):
-            shade = tuple(round(part * (0.85 if scale == 1 else 0.6)) for part in colour) if scale else colour
-            outline(drawn, box, shade, round(unit if scale else 2 * unit), rim=not scale)
+            fainter = (1.0, 0.85, 0.5)[min(scale, 2)]
+            shade = round(fainter * colour[0]), round(fainter * colour[1]), round(fainter * colour[2])
+            outline(drawn, box, shade, round(unit * (1 if scale else 2)), rim=not scale)
     points = centres(boxes_TS4)
     _lines(drawn, list(itertools.pairwise(points)), colours[1:], unit)
     return _numbered(drawn, points, colours, unit)
@@ -101,7 +102,7 @@ def gaze_animation(
     grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
     shown = (share * grey + more).astype(np.uint8)[..., None].repeat(3, 2)
     sharpness = np.full(shown.shape[:2], boxes_TS4.shape[1])  # scale by which a pixel was seen; S for none
-    unit = max(1.0, max(picture.shape[:2]) / _SIDE)
+    unit = _unit(picture)
     colours, points = _ramp(len(boxes_TS4)), centres(boxes_TS4)
     frames = []
     for turn, boxes_S4 in enumerate(boxes_TS4):
@@ -109,7 +110,7 @@ def gaze_animation(
             _paste(shown, sharpness, patches_TShw3[turn, scale], boxes_S4[scale], scale)
         frame = shown.copy()
         for scale in reversed(range(len(boxes_S4))):
-            outline(frame, boxes_S4[scale], colours[turn], round(unit if scale else 2 * unit), rim=not scale)
+            outline(frame, boxes_S4[scale], colours[turn], round(unit * (1 if scale else 2)), rim=not scale)
         _lines(frame, [(points[k], points[k + 1]) for k in range(turn)], colours[1:], unit)
         if probabilities_TK is not None:
             panel = _belief(frame.shape[0], turn, np.asarray(probabilities_TK), class_names, truth)
@@ -138,7 +139,6 @@ def _fitted(
     image_HWC: NDArray[np.uint8], boxes_TS4: NDArray[np.floating], side: int | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Picture and boxes at the size that is drawn on."""
-    boxes_TS4 = np.asarray(boxes_TS4, np.float64)
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or not image_HWC.size:
         raise UsageError(f"a picture is (H, W, 3) uint8 RGB, got {image_HWC.shape} {image_HWC.dtype}")
     if boxes_TS4.ndim != 3 or boxes_TS4.shape[2] != 4 or not boxes_TS4.size:
@@ -147,10 +147,15 @@ def _fitted(
     scale = (side or max(_SIDE, height, width)) / max(height, width)
     if scale >= 1:  # every pixel a square
         scale = int(scale)
-        return image_HWC.repeat(scale, 0).repeat(scale, 1), boxes_TS4 * scale
+        return image_HWC.repeat(scale, 0).repeat(scale, 1), np.asarray(boxes_TS4, np.float64) * scale
     size = max(1, round(width * scale)), max(1, round(height * scale))
     small = np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA), np.uint8)
-    return small, boxes_TS4 * (np.array(size * 2) / (width, height, width, height))
+    return small, np.asarray(boxes_TS4, np.float64) * (np.array(size * 2) / (width, height, width, height))
+
+
+def _unit(picture: NDArray[np.uint8]) -> float:
+    """What is one pixel in a picture of 448; in smaller ones not much less, or its numbers could not be read."""
+    return max(0.75, max(picture.shape[:2]) / _SIDE)
 
 
 def _ramp(count: int) -> list[Colour]:
@@ -168,8 +173,9 @@ def _lines(
     """Lines with a dark rim, to a sixteenth of a pixel."""
     for (start, end), colour in zip(ends, colours, strict=False):
         a, b = (tuple(int(v) for v in np.rint(16 * (point - 0.5))) for point in (start, end))
-        for width, shade in ((round(2 * unit) + 2, PAPER), (round(2 * unit), colour)):
-            cv2.line(drawn, a, b, shade, width, cv2.LINE_AA, 4)
+        width = max(1, round(2 * unit))
+        cv2.line(drawn, a, b, PAPER, width + 2, cv2.LINE_AA, 4)
+        cv2.line(drawn, a, b, colour, width, cv2.LINE_AA, 4)
 
 
 def _numbered(
@@ -181,7 +187,7 @@ def _numbered(
     page = Image.fromarray(drawn)
     pen = ImageDraw.Draw(page)
     for number in reversed(range(len(places))):  # the first on top
-        (x, y), colour = places[number], colours[number]
+        (x, y), colour = places[number] - 0.5, colours[number]  # Pillow counts from the middle of the first pixel
         rings: list[tuple[float, Colour]] = [(radius, colour)]
         if number == 0:
             rings = [(radius + 3 * unit, INK), (radius + 1.5 * unit, PAPER), *rings]

@@ -109,7 +109,7 @@ class TestReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        method = self.method or default_method(pl_module.network, batch["image"])
+        method = self.method or default_method(pl_module.network, batch["image"].float())
         if "box" in batch or isinstance(method, Gaze):
             maps = _explain(method, pl_module, batch)
             self._density.add(maps, batch)
