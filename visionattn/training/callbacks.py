@@ -109,7 +109,7 @@ class TestReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        method = self.method or default_method(pl_module.network, batch["image"].float())
+        method = _chosen(self.method, pl_module, batch)
         if "box" in batch or isinstance(method, Gaze):
             maps = _explain(method, pl_module, batch)
             self._density.add(maps, batch)
@@ -212,7 +212,11 @@ def _explain(method: Method | None, pl_module: Any, batch: dict[str, Any]) -> Ma
     images = batch["image"].float()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MapWarning)  # maps of a network that has not learned yet are often flat
-        return (method or default_method(pl_module.network, images))(pl_module.network, images)
+        return _chosen(method, pl_module, batch)(pl_module.network, images)
+
+
+def _chosen(method: Method | None, pl_module: Any, batch: dict[str, Any]) -> Method:
+    return method or default_method(pl_module.network, batch["image"].float())
 
 
 def _sheet(batch: dict[str, Any], maps: Maps, pl_module: Any, dataset: Any, title: str) -> Any:

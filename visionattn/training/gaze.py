@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from visionattn.data import write_animation, write_image
+from visionattn.data import Preprocess, write_animation, write_image
 from visionattn.maps import Maps
 from visionattn.maps.gaze import coverage
 from visionattn.maps.localisation import inside
@@ -18,12 +21,16 @@ from visionattn.overlay.glimpses import follow_gaze
 
 
 class GazeDensity:
-    """How often each pixel of the input was seen sharply, the mean over images; and how often it lay in an object's
-    box, where these are known."""
+    """How often each pixel of the input was seen sharply, and how often it lay in an object's box where these are
+    known: means over images.
+
+    Attributes:
+        images: how many were counted.
+    """
 
     def __init__(self) -> None:
+        self.images = 0
         self._sums: dict[str, Tensor] = {}
-        self._images: Tensor | None = None
 
     def add(self, maps: Maps, batch: dict[str, Any]) -> None:
         """Count the glimpses at a batch; of maps without glimpses nothing."""
@@ -31,34 +38,38 @@ class GazeDensity:
             return
         size = batch["image"].shape[-2], batch["image"].shape[-1]
         finest_BT14 = maps.boxes[:, :, :1]
-        parts = {"first glimpse": finest_BT14[:, :1], "later glimpses": finest_BT14[:, 1:]}
-        found = {name: coverage(part_BT14, size) for name, part_BT14 in parts.items() if part_BT14.shape[1]}
+        found = {"first glimpse": coverage(finest_BT14[:, :1], size)}
+        if finest_BT14.shape[1] > 1:
+            found["later glimpses"] = coverage(finest_BT14[:, 1:], size)
         if "box" in batch:
             found["objects' boxes"] = inside(batch["box"], size).float()
         for name, map_BHW in found.items():
-            self._sums[name] = self._sums.get(name, 0) + map_BHW.sum(0)
-        self._images = map_BHW.new_tensor(len(map_BHW)) + (0 if self._images is None else self._images)
+            total_HW = map_BHW.sum(0)
+            self._sums[name] = self._sums[name] + total_HW if name in self._sums else total_HW
+        self.images += len(finest_BT14)
 
     def gather(self, trainer: L.Trainer) -> None:
         """Sum over all processes; each of them calls this."""
-        if self._images is not None:
-            self._images = trainer.strategy.reduce(self._images, reduce_op="sum")
+        if self._sums:
+            device = next(iter(self._sums.values())).device
+            self.images = int(trainer.strategy.reduce(torch.tensor(self.images, device=device), reduce_op="sum"))
             self._sums = {name: trainer.strategy.reduce(total, reduce_op="sum") for name, total in self._sums.items()}
 
-    def write(self, path: Path) -> bool:
-        """Write the picture; False where no glimpse was counted."""
-        if self._images is None:
-            return False
-        means = {name: (total / self._images).cpu().numpy() for name, total in self._sums.items()}
-        title = f"where {int(self._images):,} images were seen sharply"
-        write_image(path, gaze_density(means, title=title))
-        return True
+    def means(self) -> dict[str, NDArray[np.float32]]:
+        """Name → (H, W): the mean number of glimpses that saw a pixel sharply, first and later ones apart, and the
+        share of images in which it lay in the object's box."""
+        return {name: (total / self.images).cpu().numpy() for name, total in self._sums.items()}
+
+    def write(self, path: Path) -> None:
+        """Draw it; nothing where no glimpse was counted."""
+        if self._sums:
+            write_image(path, gaze_density(self.means(), title=f"where {self.images:,} images were seen sharply"))
 
 
-def write_gaze(path: Path, pl_module: Any, batch: dict[str, Any], dataset: Any, preprocess: Any) -> None:
+def write_gaze(path: Path, pl_module: Any, batch: dict[str, Any], dataset: Any, preprocess: Preprocess) -> None:
     """Write the glimpses at the first image of a batch, one after another, with what is believed after each."""
-    one = batch["image"][:1].float()
-    (told,) = follow_gaze(pl_module.network, one, batch["placement"][:1], preprocess)
+    images_1CHW = batch["image"][:1].float()
+    (told,) = follow_gaze(pl_module.network, images_1CHW, batch["placement"][:1], preprocess)
     frames = gaze_animation(
         dataset.read_source(batch["path"][0]),
         told["boxes"],
