@@ -1,18 +1,21 @@
 """Paths, animations and densities of glimpses: every box stands where the glimpse was, in pixels of the source."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from visionattn.attention import Gaussian, Retina
-from visionattn.data import Placement, Preprocess, write_animation
+from visionattn.data import Placement, Preprocess, read_image, write_animation, write_image
 from visionattn.errors import DataError, UsageError
-from visionattn.models import GlimpseNetwork, MLPEncoder
-from visionattn.overlay import draw_gaze, follow_gaze, gaze_animation, gaze_density
+from visionattn.models import ConvNet, GlimpseNetwork, MLPEncoder
+from visionattn.overlay import Style, View, draw_gaze, follow_gaze, gaze_animation, gaze_density
 from visionattn.overlay.draw import heat
+from visionattn.overlay.export import export
 from visionattn.overlay.gaze import boxes_in_source, centres
 
 VIOLET, YELLOW = (121, 2, 168), (243, 239, 36)
@@ -225,6 +228,34 @@ def test_an_animation_that_cannot_be_written_is_told(tmp_path):
         write_animation(tmp_path / "seen.png", film())
     with pytest.raises(DataError, match="cannot be written"):
         write_animation(tmp_path / "none" / "seen.gif", film())
+
+
+# Export -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_exported_with_its_paths(tmp_path):
+    (tmp_path / "in").mkdir()
+    source = np.random.default_rng(3).integers(0, 256, (36, 48, 3)).astype(np.uint8)
+    write_image(tmp_path / "in" / "a.png", source)
+    preprocess = Preprocess(24, fit="letterbox", mean=(0.2,) * 3, std=(0.5,) * 3)
+    model = network(preprocess)
+    kinds, quiet = ["overlay", "gaze", "array"], {"console": Console(quiet=True), "style": Style(suffix=".png")}
+    summary = export([tmp_path / "in"], tmp_path / "out", View(model, preprocess), kinds=kinds, **quiet)
+    assert summary.exit_code == 0
+    values, placement = preprocess(source)
+    (told,) = follow_gaze(model, torch.from_numpy(values)[None], [placement], preprocess)
+    drawn = read_image(tmp_path / "out" / "a.png.gaze.png")
+    np.testing.assert_array_equal(drawn, draw_gaze(source, told["boxes"]))
+    assert drawn.shape == (36 * 9, 48 * 9, 3)
+    with np.load(tmp_path / "out" / "a.png.array.npz") as arrays:
+        np.testing.assert_allclose(arrays["glimpses"], told["boxes"])
+    (entry,) = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
+    np.testing.assert_allclose(entry["fixations"], told["locations"], atol=0.051)
+    assert entry["layer"] == "glimpses of retina"
+    with pytest.raises(
+        UsageError, match="gaze shows the path of glimpses, and gradcam of this ConvNet has none; save "
+    ):
+        export([tmp_path / "in"], tmp_path / "no", View(ConvNet(3), preprocess), kinds=["gaze"], **quiet)
 
 
 # Density, and what is refused ---------------------------------------------------------------------------------------

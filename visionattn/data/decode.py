@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from visionattn.errors import DataError
+from visionattn.errors import DataError, UsageError
 
 # fmt: off
 SUFFIXES = frozenset({
@@ -86,15 +86,30 @@ def write_image(path: "str | bytes | os.PathLike[str]", image_HWC: NDArray[np.ui
     Raises:
         DataError: the folder is missing, the disk is full, or the suffix is no image's; names the file.
     """
-    name = os.fsdecode(path)
-    suffix = Path(name).suffix.lower()
+    try:
+        content = encode_image(image_HWC, Path(os.fsdecode(path)).suffix)
+    except UsageError as error:
+        raise DataError(f"{os.fsdecode(path)}: {error}") from error
+    write_bytes(path, content)
+
+
+def encode_image(image_HWC: NDArray[np.uint8] | NDArray[np.uint16], suffix: str) -> bytes:
+    """The content of an image file.
+
+    Args:
+        image_HWC: (H, W, 3) uint8 RGB, or (H, W) uint8 or uint16 grey.
+        suffix: .jpg, .jpeg, .png or .webp.
+
+    Raises:
+        UsageError: the suffix is another.
+    """
+    suffix = suffix.lower()
     if suffix not in _QUALITY:
-        raise DataError(f"{name}: an image is written as one of {', '.join(_QUALITY)}")
+        raise UsageError(f"an image is written as one of {', '.join(_QUALITY)}")
     buffer = io.BytesIO()
-    Image.fromarray(image_HWC).save(
-        buffer, {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:]), **_QUALITY[suffix]
-    )
-    write_bytes(path, buffer.getvalue())
+    form = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:])
+    Image.fromarray(image_HWC).save(buffer, form, **_QUALITY[suffix])
+    return buffer.getvalue()
 
 
 def write_animation(
@@ -149,8 +164,10 @@ def write_bytes(path: "str | bytes | os.PathLike[str]", content: bytes) -> None:
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     image.load()
-    upright = ImageOps.exif_transpose(image)
-    mode = upright.mode
+    ImageOps.exif_transpose(image, in_place=True)
+    upright, mode = image, image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return np.array(image)
     if mode in ("I", "F") or mode.startswith("I;16"):
         return _from_deep_grey(np.asarray(upright), wide=mode != "I")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from visionattn.overlay.gaze import gaze_animation as gaze_animation
     from visionattn.overlay.gaze import gaze_density as gaze_density
     from visionattn.overlay.glimpses import follow_gaze as follow_gaze
+    from visionattn.overlay.job import View as View
     from visionattn.overlay.render import Style as Style
     from visionattn.overlay.render import peak as peak
     from visionattn.overlay.report import Summary as Summary
@@ -42,6 +43,7 @@ __getattr__, __dir__ = lazy(
         ),
         "gaze": ("draw_gaze", "gaze_animation", "gaze_density"),
         "glimpses": ("follow_gaze",),
+        "job": ("View",),
         "render": ("Style", "peak"),
         "report": ("Summary",),
     },
