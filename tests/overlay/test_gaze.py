@@ -239,8 +239,8 @@ def test_a_folder_is_exported_with_its_paths(tmp_path):
     write_image(tmp_path / "in" / "a.png", source)
     preprocess = Preprocess(24, fit="letterbox", mean=(0.2,) * 3, std=(0.5,) * 3)
     model = network(preprocess)
-    kinds, quiet = ["overlay", "gaze", "array"], {"console": Console(quiet=True), "style": Style(suffix=".png")}
-    summary = export([tmp_path / "in"], tmp_path / "out", View(model, preprocess), kinds=kinds, **quiet)
+    quiet = {"console": Console(quiet=True), "style": Style(suffix=".png")}
+    summary = export([tmp_path / "in"], tmp_path / "out", View(model, preprocess), save=["gaze", "array"], **quiet)
     assert summary.exit_code == 0
     values, placement = preprocess(source)
     (told,) = follow_gaze(model, torch.from_numpy(values)[None], [placement], preprocess)
@@ -255,7 +255,7 @@ def test_a_folder_is_exported_with_its_paths(tmp_path):
     with pytest.raises(
         UsageError, match="gaze shows the path of glimpses, and gradcam of this ConvNet has none; save "
     ):
-        export([tmp_path / "in"], tmp_path / "no", View(ConvNet(3), preprocess), kinds=["gaze"], **quiet)
+        export([tmp_path / "in"], tmp_path / "no", View(ConvNet(3), preprocess), save=["gaze"], **quiet)
 
 
 # Density, and what is refused ---------------------------------------------------------------------------------------

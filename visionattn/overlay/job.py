@@ -229,8 +229,8 @@ class Job:
             maps = view.method(view.model, images_BCHW, target=target)
         if "gaze" in self.kinds and maps.boxes is None:
             raise UsageError(
-                f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; save "
-                "another kind, or take the method gaze with a network that looks through a Retina"
+                f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; "
+                "save another kind, or take the method gaze with a network that looks through a Retina"
             )
         heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
         predictions = _predictions(view, maps.output, len(batch))

@@ -34,7 +34,7 @@ class Look:
         raw_hw: before it was brought to [0, 1].
         placement: of the source in the model's input.
         boxes, labels: what a detector found, xyxy in pixels of the source.
-        glimpses_TS4: what each glimpse covered at each scale, xyxy in pixels of the model's input; None without any.
+        glimpses: (T, S, 4), what each glimpse covered at each scale, xyxy in pixels of the model's input.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Look:
     placement: Placement
     boxes: Sequence[Sequence[float]] = ()
     labels: Sequence[str] = ()
-    glimpses_TS4: NDArray[np.float32] | None = None
+    glimpses: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def mask(scene: Scene) -> NDArray[np.uint8]:
 def gaze(scene: Scene) -> NDArray[np.uint8]:
     """The path of a network that takes glimpses, numbered, with every scale's box; small pictures are enlarged."""
     (look,) = scene.looks
-    assert look.glimpses_TS4 is not None  # else the export has ended before
-    drawn = draw_gaze(_boxed(scene, scene.picture), boxes_in_source(look.glimpses_TS4, look.placement))
+    assert look.glimpses is not None  # else the export has ended before
+    drawn = draw_gaze(_boxed(scene, scene.picture), boxes_in_source(look.glimpses, look.placement))
     return draw.label(drawn, look.said) if scene.style.caption and look.said else drawn
 
 
@@ -131,8 +131,8 @@ def arrays(scene: Scene) -> Mapping[str, NDArray[np.generic]]:
     """Heatmaps as the model's grid has them, and the matrix that puts pixels of the source into the model's input.
 
     `heatmap` (h, w) in [0, 1], `raw` (h, w) before that, `matrix` (2, 3), `source_size` and `input_size`; of several,
-    `NAME/heatmap` and so on. Of a network that takes glimpses also `glimpses` (T, S, 4), the boxes of T glimpses at S
-    scales, xyxy in pixels of the source. `data.Placement(matrix, source_size, input_size).carry(heatmap)` is the heatmap in pixels.
+    `NAME/heatmap` and so on. `data.Placement(matrix, source_size, input_size).carry(heatmap)` is the heatmap in pixels.
+    Where glimpses were taken also `glimpses` (T, S, 4), the box of each at each scale, xyxy in pixels of the source.
     """
     found: dict[str, NDArray[np.generic]] = {}
     for look in scene.looks:
@@ -141,8 +141,8 @@ def arrays(scene: Scene) -> Mapping[str, NDArray[np.generic]]:
         found[f"{head}matrix"] = look.placement.matrix
         found[f"{head}source_size"] = np.array(look.placement.source_size)
         found[f"{head}input_size"] = np.array(look.placement.input_size)
-        if look.glimpses_TS4 is not None:
-            found[f"{head}glimpses"] = boxes_in_source(look.glimpses_TS4, look.placement)
+        if look.glimpses is not None:
+            found[f"{head}glimpses"] = boxes_in_source(look.glimpses, look.placement)
     return found
 
 
