@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from tests.overlay.test_explorer import facts
 from visionattn.attention import Gaussian, Retina
 from visionattn.data import Placement, Preprocess, read_image, write_animation, write_image
 from visionattn.errors import DataError, UsageError
 from visionattn.models import ConvNet, GlimpseNetwork, MLPEncoder
 from visionattn.overlay import Style, View, draw_gaze, follow_gaze, gaze_animation, gaze_density
 from visionattn.overlay.draw import heat
+from visionattn.overlay.explorer import explore
 from visionattn.overlay.export import export
 from visionattn.overlay.gaze import boxes_in_source, centres
 
@@ -256,6 +258,17 @@ def test_a_folder_is_exported_with_its_paths(tmp_path):
         UsageError, match="gaze shows the path of glimpses, and gradcam of this ConvNet has none; save "
     ):
         export([tmp_path / "in"], tmp_path / "no", View(ConvNet(3), preprocess), save=["gaze"], **quiet)
+
+
+def test_a_page_has_the_glimpses_of_a_network():
+    preprocess = Preprocess(24, fit="stretch", mean=(0.2,), std=(0.5,))
+    model, source = network(preprocess), np.random.default_rng(4).integers(0, 256, (36, 48, 3)).astype(np.uint8)
+    page = facts(explore(model, [source], preprocess=preprocess, steps=0))["pictures"][0]
+    values, placement = preprocess(source)
+    (told,) = follow_gaze(model, torch.from_numpy(values)[None], [placement], preprocess)
+    np.testing.assert_allclose(page["glimpses"]["locations"], told["locations"], atol=0.006)
+    np.testing.assert_allclose(page["glimpses"]["boxes"], told["boxes"], atol=0.006)
+    assert [one["name"] for one in page["heatmaps"]] == ["gaze"]
 
 
 # Density, and what is refused ---------------------------------------------------------------------------------------
