@@ -7,6 +7,7 @@ Shapes: B images, C channels, H × W pixels of a picture, T glimpses, S scales, 
 
 import html
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -269,12 +270,13 @@ def _fitting(shown: Sequence[Shown], model_name: str, class_names: Sequence[str]
         return None, _checked(text, limit)
     sample = shown[:: -(-len(shown) // _SAMPLE)]
     bare = len(compose((), LEVELS[0], model_name, class_names))
-    text = ""
-    for levels in LEVELS:
-        if len(sample) < len(shown) and levels != LEVELS[-1]:
-            guess = (len(compose(sample, levels, model_name, class_names)) - bare) * len(shown) / len(sample)
-            if guess > 1.15 * limit:
-                continue
+
+    def fits(levels: int) -> bool:
+        each = (len(compose(sample, levels, model_name, class_names)) - bare) / len(sample)
+        return bare + each * len(shown) <= limit
+
+    first = bisect_left(LEVELS[:-1], True, key=fits)  # pages get smaller from one to the next
+    for levels in LEVELS[first:]:
         text = compose(shown, levels, model_name, class_names)
         if len(text.encode()) <= limit:
             return levels, text

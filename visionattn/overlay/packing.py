@@ -74,21 +74,21 @@ class Rows:
             "top": pack.add(self.top),
             "base": pack.add(self.base),
         }
-        codes_RK = np.rint(self.share * np.float32((levels - 1) / 65_535)).astype(np.int32)
+        codes_RK = np.rint(self.share * np.float32((levels - 1) / 65_535)).astype(np.int16)
         if not self.left.shape[2]:
             return {**told, "codes": pack.add(_together(codes_RK, levels)), "forecast": None}
         largest = max(np.abs(part).max() for part in (self.left, self.right)) * np.sqrt(levels - 1)
         shift = max(0, int(2 * np.log2(127 / max(largest, 1e-6))))
         scale = np.sqrt((levels - 1) * 2.0**shift)
         left, right = (np.clip(np.rint(part * scale), -127, 127) for part in (self.left, self.right))
-        product_GQK = left @ right.swapaxes(1, 2)  # exact: sums of few products of whole numbers
+        product_GQK = left @ right.swapaxes(1, 2)  # exact: sums of few products of whole numbers below 2^14
         expected_RK = np.clip(np.floor(product_GQK / 2.0**shift + 0.5), 0, levels - 1).reshape(codes_RK.shape)
         forecast = {
             "left": pack.add(np.moveaxis(left, 2, 0).astype(np.int8)),
             "right": pack.add(np.moveaxis(right, 2, 0).astype(np.int8)),
             "shift": shift,
         }
-        codes = _together((codes_RK - expected_RK.astype(np.int32)) % levels, levels)
+        codes = _together((codes_RK - expected_RK.astype(np.int16)) % levels, levels)
         return {**told, "codes": pack.add(codes), "forecast": forecast}
 
 
@@ -107,11 +107,15 @@ def leading(matrix_GQK: NDArray[np.floating], components: int) -> tuple[NDArray[
     return left / balance, right * balance
 
 
-def _together(codes: NDArray[np.int32], levels: int) -> NDArray[np.uint8]:
+def _together(codes: NDArray[np.int16], levels: int) -> NDArray[np.uint8]:
     """As many codes in a byte as fit: the first is the remainder by `levels`."""
     each = together(levels)
-    flat = codes.ravel()
-    return (np.pad(flat, (0, -len(flat) % each)).reshape(-1, each) @ (levels ** np.arange(each))).astype(np.uint8)
+    flat = codes.astype(np.uint8).ravel()
+    parts = np.pad(flat, (0, -len(flat) % each)).reshape(-1, each)
+    whole = parts[:, 0].copy()
+    for turn in range(1, each):
+        whole += parts[:, turn] * np.uint8(levels**turn)
+    return whole
 
 
 def high(top: NDArray[np.uint16]) -> NDArray[np.float32]:
