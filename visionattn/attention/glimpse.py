@@ -31,11 +31,12 @@ class View(NamedTuple):
     Of an exact retina planes[s] is (B, C, H + 2F − f + 1, W + 2F − f + 1), F being the largest f: at [y + F, x + F]
     stands the sum of the f × f pixels whose upper left one is (y, x); the outermost rows and columns are nothing but
     background. Of one that looks between pixels it is (B, C, ⌈H/f⌉, ⌈W/f⌉): at [i, j] the mean of the f × f pixels
-    whose upper left one is (f·i, f·j).
+    whose upper left one is (f·i, f·j). `size` is (H, W).
     """
 
     planes: tuple[Tensor, ...]
     axes: tuple[Axis, Axis]
+    size: tuple[int, int]
 
     def of(self, which: Tensor) -> "View":
         """The view of some of the images: a mask or indices."""
@@ -114,7 +115,7 @@ class Retina(nn.Module):
         image = image_BCHW - self.background.to(image_BCHW) if self.coloured else image_BCHW
         planes = self._pyramid(image) if self.subpixel else self._sums(image)
         axes = (self._axis(image, planes, 0), self._axis(image, planes, 1))
-        return View(planes, axes)
+        return View(planes, axes, (image.shape[-2], image.shape[-1]))
 
     def _sums(self, image: Tensor) -> tuple[Tensor, ...]:
         planes = [F.pad(image, (self.fields[-1],) * 4)]

@@ -65,7 +65,7 @@ class Page:
             DataError: it cannot be written.
         """
         refuse_stranger(path)
-        write_bytes(path, self.html.encode())
+        write_bytes(os.fsdecode(path), self.html.encode())
 
     def _repr_html_(self) -> str:
         return (

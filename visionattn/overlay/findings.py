@@ -268,8 +268,8 @@ def _features(model: nn.Module, gates: Sequence[str]) -> Iterator[dict[str, Tens
 
 def _coarse(maps: Tensor) -> Tensor:
     """Average maps (N, h, w) that are finer than a page shows."""
-    size = [min(side, _MOST_CELLS) for side in maps.shape[-2:]]
-    return maps if list(maps.shape[-2:]) == size else F.adaptive_avg_pool2d(maps[None], size)[0]
+    size = min(maps.shape[-2], _MOST_CELLS), min(maps.shape[-1], _MOST_CELLS)
+    return maps if tuple(maps.shape[-2:]) == size else F.adaptive_avg_pool2d(maps[None], size)[0]
 
 
 def _heatmaps(
