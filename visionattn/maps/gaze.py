@@ -22,8 +22,9 @@ class Gaze(Method):
         raw(p) = Σ_t Σ_s |p ∩ box_ts| · area(box_t0) / area(box_ts),    area(box_t0) / area(box_ts) = f^(−2s)
 
     with |p ∩ box| the share of the pixel that a box covers: the derivative of the sum of all values seen by the pixel
-    (of a retina that looks between pixels, of the mean over the f^s × f^s pixels that it keeps together). A glimpse spreads a total of S · h · w over its boxes, sharp in the middle and faint around; what falls outside the
-    image is cut. The first fixation counts as the others do. The heatmap has the input's own resolution.
+    (of a retina that looks between pixels, the mean of it over the f^s × f^s pixels that are kept together). A glimpse
+    spreads a total of S · h · w over its boxes, sharp in the middle and faint around; what falls outside the image is
+    cut. The first fixation counts as the others do. The heatmap has the input's own resolution.
 
     It shows where the network looked and not what it made of it, so it explains no output in particular.
     """
