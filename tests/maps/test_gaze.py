@@ -181,6 +181,24 @@ def test_a_box_is_where_the_glimpse_was(row, column):
             assert seen[glimpse, scale, row - int(top), column - int(left)] == 1
 
 
+@pytest.mark.parametrize("patch_size", [3, 4, (5, 2)])
+@pytest.mark.parametrize("scales", [1, 3])
+def test_a_box_is_where_the_look_was_where_it_is_a_near_thing_which_pixel_that_is(patch_size, scales):
+    """Centres of a grid's cells often lie half way between two pixels; the patch itself tells where it was taken."""
+    retina, told = Retina(patch_size, scales=scales), 0
+    for grid, size in itertools.product(range(2, 13), range(15, 46, 3)):
+        location = Categorical(4, grid=grid).centres[None]
+        y, x = torch.meshgrid(torch.arange(size), torch.arange(size + 1), indexing="ij")
+        seen = retina(torch.stack([x, y])[None].float(), location)[0, :, :, :, 0, 0]
+        boxes = retina.boxes(location, (size, size + 1))[0]
+        for scale in range(scales):
+            inside = (boxes[:, scale, :2] >= 0).all(-1)  # the first value lies in the image
+            first = seen[inside, scale] - (2**scale - 1) / 2
+            close(boxes[inside, scale, :2], first, rtol=0, atol=0)
+            told += int(inside.sum())
+    assert told > 1000
+
+
 def test_two_retinas_are_shown_together():
     class Both(nn.Module):
         def __init__(self):
