@@ -162,6 +162,39 @@ def test_attention_is_inserted_from_yaml_and_comes_back_with_the_checkpoint(tmp_
     )
 
 
+def test_a_network_trained_with_all_tokens_is_tested_with_fewer(tmp_path, monkeypatch, capsys):
+    from visionattn.attention import tokens
+    from visionattn.training import load
+
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    small = {"img_size": 64, "patch_size": 16, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    config["model"]["init_args"]["network"] = {
+        "class_path": "visionattn.models.Classifier",
+        "init_args": {"backbone": "vit_tiny_patch16_224", "num_classes": 10, "options": small},
+    }
+    for part in ("overlays", "report"):
+        config[part]["method"] = {"class_path": "visionattn.maps.RawAttention"}
+    Path("vit.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "vit.yaml", *SMALL, "--name=dense"]) == 0
+    run = Path("runs/dense/0")
+    given = ["--config", str(run / "config.yaml"), f"--ckpt_path={run / 'best.ckpt'}"]
+    fewer = ["--model.network.tokens=visionattn.attention.TokenMerging", "--model.network.tokens.rate=3"]
+    fails(["fit", *given, *fewer], 2, "tokens.init_args.rate is 3 here and not set in it", capsys=capsys)
+    merged, plain = [], tokens.likest_pairs
+    monkeypatch.setattr(tokens, "likest_pairs", lambda *args: merged.append(args) or plain(*args))
+    monkeypatch.delenv("VISIONATTN_RUN")
+    assert main(["test", *given, *fewer, "--name=fewer"]) == 0
+    assert len(merged) >= 4  # two blocks, two batches
+    assert Path("runs/fewer/0/test.csv").exists()
+    content = torch.load(run / "best.ckpt", weights_only=True)
+    chosen = {"class_path": "visionattn.attention.TokenMerging", "init_args": {"rate": [3, 2]}}
+    content["visionattn"]["model"]["init_args"]["network"]["init_args"]["tokens"] = chosen
+    torch.save(content, "merged.ckpt")  # as a run with them in its config writes it
+    network = load("merged.ckpt").network.backbone
+    assert network.forward_features(torch.randn(2, 3, 64, 64)).shape == (2, 1 + 16 - 3 - 2, 24)
+
+
 def test_a_config_is_found_from_anywhere(tmp_path, monkeypatch):
     from visionattn.training.command import find_configs
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from visionattn.data import Preprocess
     from visionattn.maps import Method
-    from visionattn.overlay.job import View
+    from visionattn.overlay.views import View
 
 _RANDOM = "random"  # in place of a weights file
 _LIGHTNING_VERBS = {
@@ -192,7 +192,7 @@ _SAVED = """kinds to save:
 
 def _views(options: argparse.Namespace) -> "list[View]":
     """The models that `overlay` is asked to show, each with its methods."""
-    from visionattn.overlay.job import View
+    from visionattn.overlay.views import View
 
     if options.compare:
         if len(options.method or ()) > 1 or len(options.layer or ()) > 1:

@@ -26,10 +26,10 @@ from visionattn.maps.base import Maps
 from visionattn.maps.cam import GradCAM
 from visionattn.overlay import job
 from visionattn.overlay.export import _fitting, export
-from visionattn.overlay.job import View
 from visionattn.overlay.recipe import describe, weights_hash
 from visionattn.overlay.render import Style, peak, render
 from visionattn.overlay.video import Frames
+from visionattn.overlay.views import View
 
 CLASSES = ("cat", "dog", "owl")
 NOT_TEXT = os.fsdecode(b"caf\xe9.jpg")
@@ -425,7 +425,7 @@ def killed(tmp_path_factory):
         run([root / "in" / f"{number}.png" for number in range(6)], root / out, style=style)
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(root), "in_the_method,0.75", *ways],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return root
@@ -525,7 +525,7 @@ def test_no_half_of_an_overlay_stands_under_its_name_when_encoding_fails(tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", half)
-        summary = run([tmp_path / "in"], tmp_path / "out")
+        summary = run([tmp_path / "in"], tmp_path / "out", style=Style(suffix=".png"))
     assert (summary.written, summary.failed) == (0, 4)
     assert "encoder error -2" in manifest(tmp_path / "out")["0.png"]["reason"]
     assert os.listdir(tmp_path / "out") == ["manifest.jsonl"]

@@ -1,7 +1,11 @@
 """The glimpse task: its losses, its figures, resume to the bit, two processes."""
 
 import itertools
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -123,3 +127,39 @@ def test_what_a_task_cannot_be_is_said():
         make(rollouts=1)
     with pytest.raises(ValueError, match="every_glimpse must be in"):
         make(every_glimpse=2.0)
+
+
+DDP = """
+import sys
+import torch
+from tests.tasks.test_classification import trainer
+from tests.tasks.test_glimpses import Spots, make
+
+torch.set_num_threads(1)
+task = make(baseline="learned")
+run = trainer(strategy="ddp", devices=2, default_root_dir=sys.argv[1])
+run.fit(task, Spots())
+torch.save((run.global_step, task.state_dict()), f"{sys.argv[1]}/{run.global_rank}.pt")
+"""
+
+
+def test_two_processes_learn_one_network(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(DDP)
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    (steps, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert steps == 2  # 48 images, 2 processes, batches of 16, the last of 8
+    before = make(baseline="learned").state_dict()
+    for name, value in first.items():
+        if "val_scores" not in name and "test_" not in name:
+            assert torch.equal(value, second[name]), name
+    assert all(not torch.equal(first[name], before[name]) for name, _ in make(baseline="learned").named_parameters())

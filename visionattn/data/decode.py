@@ -6,8 +6,9 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,6 +26,7 @@ SUFFIXES = frozenset({
 MAX_PIXELS = 178_000_000
 """Largest image that is decoded, in pixels; a small file may claim to be far larger than memory."""
 
+_ORIENTATION = 0x0112  # of EXIF
 _QUALITY = {".jpg": {"quality": 92}, ".jpeg": {"quality": 92}, ".webp": {"quality": 90}, ".png": {"compress_level": 3}}
 
 
@@ -58,7 +60,9 @@ def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_
                     raise DataError(
                         f"{name}: {width:,} × {height:,} pixels; the limit is {max_pixels / 1e6:,.0f} MP (--max-pixels)"
                     )
-                return _to_rgb(image)
+                plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(_ORIENTATION, 1) == 1
+                picture_HWC = _plain_jpeg(file) if plain else None
+                return _to_rgb(image) if picture_HWC is None else picture_HWC
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -106,6 +110,9 @@ def encode_image(image_HWC: NDArray[np.uint8] | NDArray[np.uint16], suffix: str)
     suffix = suffix.lower()
     if suffix not in _QUALITY:
         raise UsageError(f"an image is written as one of {', '.join(_QUALITY)}")
+    if suffix in (".jpg", ".jpeg") and image_HWC.ndim == 3:  # what Pillow would write, in two thirds of the time
+        bgr_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
+        return cv2.imencode(".jpg", bgr_HWC, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY[suffix]["quality"]])[1].tobytes()
     buffer = io.BytesIO()
     form = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:])
     Image.fromarray(image_HWC).save(buffer, form, **_QUALITY[suffix])
@@ -160,6 +167,20 @@ def write_bytes(path: "str | bytes | os.PathLike[str]", content: bytes) -> None:
         if not isinstance(error, OSError):
             raise
         raise DataError(f"{os.fsdecode(path)} cannot be written: {error.strerror or error}") from error
+
+
+def _plain_jpeg(file: BinaryIO) -> NDArray[np.uint8] | None:
+    """Decode a colour JPEG by OpenCV: the values of Pillow, which unpacks them twice, in two thirds of the time.
+
+    None where the file does not end as it should, which OpenCV would hide under grey, or where it cannot be decoded.
+    """
+    file.seek(0)
+    content = file.read()
+    file.seek(0)
+    if not content.endswith(b"\xff\xd9"):
+        return None
+    bgr_HWC = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    return None if bgr_HWC is None else np.asarray(cv2.cvtColor(bgr_HWC, cv2.COLOR_BGR2RGB, dst=bgr_HWC), np.uint8)
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from visionattn.overlay.gaze import gaze_animation as gaze_animation
     from visionattn.overlay.gaze import gaze_density as gaze_density
     from visionattn.overlay.glimpses import follow_gaze as follow_gaze
-    from visionattn.overlay.job import View as View
     from visionattn.overlay.render import Style as Style
     from visionattn.overlay.render import peak as peak
     from visionattn.overlay.report import Summary as Summary
+    from visionattn.overlay.views import View as View
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -43,8 +43,8 @@ __getattr__, __dir__ = lazy(
         ),
         "gaze": ("draw_gaze", "gaze_animation", "gaze_density"),
         "glimpses": ("follow_gaze",),
-        "job": ("View",),
         "render": ("Style", "peak"),
         "report": ("Summary",),
+        "views": ("View",),
     },
 )

@@ -78,6 +78,8 @@ class Clip:
             self._facts.append(explained.facts)
             self._size = explained.looks[0].placement.source_size
             for kind, part in made.items():
+                if isinstance(part, bytes):
+                    raise DataError(f"{kind} cannot be made of a video")
                 if isinstance(part, np.ndarray):
                     self._film(kind).add(part)
                 else:

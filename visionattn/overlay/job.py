@@ -1,7 +1,6 @@
 """What an export does to one image, or to one batch of them."""
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -9,77 +8,26 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from visionattn.data.decode import encode_image, read_image
-from visionattn.data.placement import Placement, Preprocess
-from visionattn.errors import DataError, UsageError, nearest
-from visionattn.maps.base import Maps, scores_of
+from visionattn.data.placement import Placement
+from visionattn.errors import DataError, UsageError
 from visionattn.overlay.gaze import boxes_in_source, centres
 from visionattn.overlay.inputs import VIDEOS
 from visionattn.overlay.kinds import KINDS, Look, Made, Scene
 from visionattn.overlay.lists import Wish
 from visionattn.overlay.render import Style, peak, unlike
 from visionattn.overlay.text import printable
+from visionattn.overlay.views import View, boxes_of, predictions_of, said
 
 _KEPT_BYTES = 192 << 20  # decoded pictures that wait for their heatmap; beyond it they are read a second time
-
-_SURE = 0.5  # score from which on a detector's box is drawn
-
-Explain = Callable[..., Maps]
-"""A method of `visionattn.maps`, or anything that is called like one: (model, images_BCHW, target=…) → Maps."""
-
-
-@dataclass(frozen=True)
-class View:
-    """One way to look at images.
-
-    Attributes:
-        model: any vision model, on any device; images follow it there.
-        preprocess: brings a picture to the model's input.
-        method: how attention becomes a heatmap; what fits the model by default.
-        class_names: of the model's outputs.
-        model_name: for the manifest; the class of the model by default.
-        name: sets it apart from other views in sheets and arrays; the method's by default.
-    """
-
-    model: nn.Module
-    preprocess: Preprocess
-    method: Explain | None = None
-    class_names: tuple[str, ...] = ()
-    model_name: str = ""
-    name: str = ""
-
-    def chosen(self) -> "View":
-        """The same, with its method."""
-        if self.method is not None:
-            return self
-        from visionattn.maps.choose import default_method
-
-        return replace(self, method=default_method(self.model))
-
-    @functools.cached_property
-    def convolves(self) -> bool:
-        """Whether the model is made of convolutions, not one that only cuts patches by them."""
-        return sum(isinstance(module, nn.Conv2d) for module in self.model.modules()) > 4
-
-    def target(self, wanted: int | str | None) -> int | None:
-        """The number of an output, which may be given by its class name.
-
-        Raises:
-            DataError: there is no such class.
-        """
-        if wanted is None or isinstance(wanted, int):
-            return wanted
-        if wanted not in self.class_names:
-            raise DataError(f"the model has no class {wanted!r}.{nearest(wanted, self.class_names)}")
-        return self.class_names.index(wanted)
 
 
 @dataclass(eq=False)
@@ -233,7 +181,7 @@ class Job:
                 "save another kind, or take the method gaze with a network that looks through a Retina"
             )
         heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
-        predictions = _predictions(view, maps.output, len(batch))
+        predictions = predictions_of(view, maps.output, len(batch))
         seconds = round((time.perf_counter() - started) / len(batch), 6)
         targets = [None] * len(batch) if maps.target is None else maps.target.tolist()
         told = {"model": view.model_name or type(view.model).__name__, "method": maps.method, "layer": maps.source}
@@ -242,7 +190,7 @@ class Job:
             placement, prediction = image.prepared[number][1], predictions[place]
             hottest = peak(heatmaps_Bhw[place], placement)
             facts = {"target": targets[place], **prediction, "peak": _rounded(hottest), "seconds": seconds}
-            boxes, labels = _boxes(view, maps.output, place, placement)
+            boxes, labels = boxes_of(view, maps.output, place, placement)
             if boxes:
                 facts["found"] = [[*box, label] for box, label in zip(boxes, labels, strict=True)]
             name = view.name or maps.method
@@ -250,7 +198,7 @@ class Job:
             if glimpses_TS4 is not None:
                 facts["fixations"] = centres(boxes_in_source(glimpses_TS4, placement)).round(1).tolist()
             look = Look(
-                name, _said(prediction), heatmaps_Bhw[place], raw_Bhw[place], placement, boxes, labels, glimpses_TS4
+                name, said(prediction), heatmaps_Bhw[place], raw_Bhw[place], placement, boxes, labels, glimpses_TS4
             )
             looks.append((look, {**told, **facts}))
         return looks
@@ -400,57 +348,13 @@ class Written:
 
 def encoded(made: Made, suffix: str) -> bytes:
     """The content of a file of this suffix."""
+    if isinstance(made, bytes):
+        return made
     if isinstance(made, np.ndarray):
         return encode_image(made, suffix)
     file = io.BytesIO()
     np.savez_compressed(file, **{name: np.asarray(value) for name, value in made.items()})  # type: ignore[arg-type]
     return file.getvalue()
-
-
-def _predictions(view: View, output: Any, count: int) -> list[dict[str, Any]]:
-    nothing = {"prediction": None, "class": None, "probability": None}
-    if getattr(view.model, "num_classes", None) == 0:  # what a timm model without its head returns are features
-        return [nothing] * count
-    try:
-        scores_BK: Tensor = scores_of(output)
-    except UsageError:
-        return [nothing] * count
-    names = view.class_names
-    if names and len(names) != scores_BK.shape[1]:
-        raise UsageError(f"there are {len(names)} class names, and the model has {scores_BK.shape[1]} outputs")
-    if scores_BK.shape[1] < 2:
-        return [nothing] * count
-    probability_B, index_B = scores_BK.float().softmax(1).max(1)
-    return [
-        {
-            "prediction": index,
-            "class": names[index] if names else None,
-            "probability": round(probability, 6) if np.isfinite(probability) else None,
-        }
-        for index, probability in zip(index_B.tolist(), probability_B.tolist(), strict=True)
-    ]
-
-
-def _boxes(view: View, output: Any, place: int, placement: Placement) -> tuple[list[list[float]], list[str]]:
-    """What a detector is sure of in one image, in pixels of the source: it returns a dict of boxes an image."""
-    one = output[place] if isinstance(output, (list, tuple)) and place < len(output) else None
-    if not isinstance(one, dict) or not {"boxes", "scores", "labels"} <= one.keys():
-        return [], []
-    sure = (one["scores"] >= _SURE).cpu()
-    boxes_N4 = placement.boxes_to_source(one["boxes"].detach().float().cpu()[sure].numpy())
-    labels = [
-        f"{view.class_names[label] if label < len(view.class_names) else f'class {label}'} {score:.2f}"
-        for label, score in zip(one["labels"].cpu()[sure].tolist(), one["scores"].cpu()[sure].tolist(), strict=True)
-    ]
-    return [[round(edge, 1) for edge in box] for box in boxes_N4.tolist()], labels
-
-
-def _said(prediction: Mapping[str, Any]) -> str:
-    """`daisy 0.93`, or `class 3 0.93` where classes have no names."""
-    if prediction["prediction"] is None:
-        return ""
-    name = prediction["class"] or f"class {prediction['prediction']}"
-    return name if prediction["probability"] is None else f"{name} {prediction['probability']:.2f}"
 
 
 def _rounded(place: tuple[float, float] | None) -> list[float] | None:

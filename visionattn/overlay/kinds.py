@@ -1,6 +1,7 @@
 """What can be made of one image and the heatmaps found in it: pictures, and files that hold the numbers. No torch.
 
-Another kind is a function from a `Scene` to a picture or to named arrays, and a line in `KINDS`.
+Another kind is a function from a `Scene` to a picture, to named arrays or to the content of an animation, and a line in
+`KINDS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,8 @@ from visionattn.overlay.render import Style, render, render_difference, seen
 
 _TILE = 320  # pixels of the longer side of a picture in a sheet
 
-Made: TypeAlias = "NDArray[np.uint8] | NDArray[np.uint16] | Mapping[str, NDArray[np.generic]]"
-"""(H, W, 3) uint8 RGB, (H, W) grey, or arrays by name."""
+Made: TypeAlias = "NDArray[np.uint8] | NDArray[np.uint16] | Mapping[str, NDArray[np.generic]] | bytes"
+"""(H, W, 3) uint8 RGB, (H, W) grey, arrays by name, or the content of a file."""
 
 
 @dataclass(frozen=True)
