@@ -1,7 +1,9 @@
 """Glimpses are recorded from outside, and shown on the pixels that they saw."""
 
 import itertools
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,6 +107,22 @@ def test_looks_of_other_networks_and_outside_of_capture_are_not_recorded():
         raise RuntimeError("enough")
     assert Retina.look is plain
     assert "look" not in vars(model.retina)
+
+
+def test_threads_that_watch_one_network_hear_their_own_looks():
+    model, together = network(), threading.Barrier(2, timeout=60)
+
+    def watch(x):
+        with torch.no_grad(), capture(model, Nothing()) as records:
+            together.wait()
+            model(x)
+            together.wait()
+        return [record.grid for record in records]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(watch, (images(12, 15), images(9, 9)))) == [[(12, 15)], [(9, 9)]]
+    assert Retina.look.__name__ == "look"
+    assert Retina.look.__module__ == Retina.__module__
 
 
 def test_a_network_of_somebody_else_is_watched_too():

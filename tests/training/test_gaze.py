@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -134,3 +135,19 @@ def test_density_counts_images_and_not_batches():
     assert list(means) == ["first glimpse", "later glimpses"]
     assert means["first glimpse"].sum() == 4
     assert means["later glimpses"].min() == 1
+
+
+def test_processes_are_summed():
+    density = GazeDensity()
+    zeros, boxes = torch.zeros(3, 8, 8), torch.tensor([[[[2.0, 2, 4, 4]]]]).expand(3, 1, 1, 4)
+    density.add(Maps(zeros, zeros, None, None, "", Gaze.name, boxes), {"image": torch.zeros(3, 1, 8, 8)})
+    other = {(): torch.tensor(1), (8, 8): torch.full((8, 8), 5.0)}  # a process that saw one image, five times all over
+
+    def reduce(value, reduce_op):
+        assert reduce_op == "sum"
+        return value + other[tuple(value.shape)]
+
+    density.gather(SimpleNamespace(strategy=SimpleNamespace(reduce=reduce)))
+    (mean,) = density.means().values()
+    assert density.images == 4
+    assert (mean[3, 3], mean[0, 0]) == (2, 1.25)
