@@ -189,6 +189,7 @@ _SAVED = """kinds to save:
   difference  with --compare: where the second model looks more (orange) or less (blue)
   heatmap     16-bit PNG of the picture's size
   mask        PNG, 255 where the hottest pixels are
+  gaze        of a network that takes glimpses: their path, numbered, and every scale's box
   array       .npz: the heatmap as the model has it, and where it lies in the picture"""
 
 

@@ -22,14 +22,21 @@ from visionattn.attention import AdaptiveSpan
 from visionattn.data import write_image
 from visionattn.data.decode import write_bytes
 from visionattn.errors import DataError
-from visionattn.maps import Maps, MapWarning, Method, default_method
+from visionattn.maps import Gaze, Maps, MapWarning, Method, default_method
 from visionattn.maps.localisation import pointing
+from visionattn.models import GlimpseNetwork
 from visionattn.overlay.draw import Tile, blend, heat, sheet
+from visionattn.overlay.gaze import boxes_in_source, draw_gaze
 from visionattn.training.durable import replace
+from visionattn.training.gaze import GazeDensity, write_gaze
+
+_GAZE_SIDE = 240  # pixels of a picture with a path, whose numbers are to be read
 
 
 class OverlaySamples(Callback):
     """Write overlays of the same validation images every few epochs, into the run's overlays/ and TensorBoard.
+
+    Of a network that takes glimpses, their path and every scale's box stand beside the heat.
 
     Args:
         every_n_epochs: 0 writes none.
@@ -79,6 +86,10 @@ class TestReport(Callback):
     Where the data knows the objects' boxes, the pointing game is played on every image, and its score printed beside
     those of guesses.
 
+    Where the heatmaps are those of glimpses, the sheet shows their paths, and there is more in `overlays/`:
+    `gaze_density.png`, how often each pixel was seen sharply in the whole test, the first glimpse and the later ones
+    apart, and where the objects were; of a `GlimpseNetwork` `gaze.webp`, the glimpses at the first image one by one.
+
     Args:
         num_images: images on the sheet, the first of the test split.
         method: how attention becomes a heatmap; what fits the model by default.
@@ -95,10 +106,12 @@ class TestReport(Callback):
         self._maps: Maps | None = None
         self._folder: Path | None = None
         self._hits: dict[str, MeanMetric] = {}
+        self._density = GazeDensity()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._folder = _folder(trainer)  # every process must ask
         self._hits = {}
+        self._density = GazeDensity()
 
     def on_test_batch_end(
         self,
@@ -109,24 +122,30 @@ class TestReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        figures = {"pointing": "pointing", "centre": "pointing_centre_guess", "chance": "pointing_chance"}
         if "box" in batch:
-            figures = {"pointing": "pointing", "centre": "pointing_centre_guess", "chance": "pointing_chance"}
             for name in figures.values():
                 self._hits.setdefault(f"test/{name}", MeanMetric().to(pl_module.device))
-            if len(batch["box"]):  # none for a process of more than there are images
-                maps = _explain(self.method, pl_module, batch)
+        if not len(batch["image"]):  # as for a process of more than there are images
+            return
+        method = _chosen(self.method, pl_module, batch)
+        if "box" in batch or isinstance(method, Gaze):
+            maps = _explain(method, pl_module, batch)
+            self._density.add(maps, batch)
+            if "box" in batch:
                 hits = pointing(maps.heatmaps, batch["box"], batch["image"].shape[-2:])
                 for name, logged in figures.items():
                     self._hits[f"test/{logged}"].update(hits[name].to(pl_module.device))
         if batch_idx == 0 and trainer.is_global_zero:
             self._batch = _first(batch, self.num_images)
-            self._maps = _explain(self.method, pl_module, self._batch)
+            self._maps = _explain(method, pl_module, self._batch)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, hits in self._hits.items():
             if not hits.update_called:
                 hits.update(0.0, weight=0.0)
             pl_module.log(name, hits.compute(), sync_dist=True)  # the same in every process
+        self._density.gather(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -144,6 +163,11 @@ class TestReport(Callback):
         title = f"{self._maps.method}: {self._maps.source}"
         picture = _sheet(self._batch, self._maps, pl_module, _dataset(trainer.test_dataloaders), title)
         write_image(folder / "test.png", picture)
+        self._density.write(folder / "gaze_density.png")
+        preprocess = getattr(trainer.datamodule, "preprocess", None)  # type: ignore[attr-defined]
+        if isinstance(pl_module.network, GlimpseNetwork) and preprocess is not None:
+            dataset = _dataset(trainer.test_dataloaders)
+            write_gaze(folder / "gaze.webp", pl_module, self._batch, dataset, preprocess)
         run = folder.parent
         _write_csv(run / "test.csv", [["figure", "value"], *([name, value] for name, value in figures.items())])
         confusion = getattr(pl_module, "confusion", None)
@@ -272,13 +296,17 @@ def _explain(method: Method | None, pl_module: Any, batch: dict[str, Any]) -> Ma
     images = batch["image"].float()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MapWarning)  # maps of a network that has not learned yet are often flat
-        return (method or default_method(pl_module.network, images))(pl_module.network, images)
+        return _chosen(method, pl_module, batch)(pl_module.network, images)
+
+
+def _chosen(method: Method | None, pl_module: Any, batch: dict[str, Any]) -> Method:
+    return method or default_method(pl_module.network, batch["image"].float())
 
 
 def _sheet(batch: dict[str, Any], maps: Maps, pl_module: Any, dataset: Any, title: str) -> Any:
     names = getattr(pl_module, "class_names", ()) or [str(index) for index in range(maps.output.shape[-1])]
     probabilities, answers = maps.output.float().softmax(-1).cpu().max(-1)
-    tiles = []
+    tiles, width = [], 200
     for index, heatmap_hw in enumerate(maps.heatmaps.float().cpu().numpy()):
         placement = batch["placement"][index]
         picture = dataset.read_source(batch["path"][index])
@@ -289,8 +317,14 @@ def _sheet(batch: dict[str, Any], maps: Maps, pl_module: Any, dataset: Any, titl
         caption = [f"{names[answer]} {probabilities[index]:.2f}", f"is {names[truth]}"]
         overlay = blend(picture, placement.carry(heatmap_hw), seen_HW=placement.seen())
         tile = Tile(picture, caption, answer == truth, box)
-        tiles += [tile, dataclasses.replace(tile, picture=overlay, caption=[])]
-    return sheet(tiles, title=title, columns=6 if len(tiles) > 4 else len(tiles))
+        other = dataclasses.replace(tile, picture=overlay, caption=[])
+        if maps.boxes is not None:
+            drawn = draw_gaze(picture, boxes_in_source(maps.boxes[index].cpu().numpy(), placement), side=_GAZE_SIDE)
+            width = max(drawn.shape[:2]) if index == 0 else width  # at its own size, its lines stay sharp
+            scale = max(drawn.shape[:2]) / max(picture.shape[:2])
+            tile = dataclasses.replace(tile, picture=drawn, box=box and [edge * scale for edge in box])
+        tiles += [tile, other]
+    return sheet(tiles, title=title, columns=6 if len(tiles) > 4 else len(tiles), width=width)
 
 
 def _table(figures: dict[str, float]) -> Table:
