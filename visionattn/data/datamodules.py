@@ -1,101 +1,36 @@
 """Data for image classification, as LightningDataModules."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
 from visionattn.data.digits import ClutteredDigits
 from visionattn.data.folder import ImageFolder, find_classes
-from visionattn.data.order import Order
-from visionattn.data.pipeline import Transform, collate, prepare
+from visionattn.data.loading import ImageData, Split
+from visionattn.data.pipeline import Transform, prepare
 from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError, UsageError
 
-Split = Literal["train", "val", "test"]
 
-
-class ClassificationData(L.LightningDataModule, ABC):
+class ClassificationData(ImageData):
     """Images with one label each, in a train, a val and perhaps a test split.
 
     A batch is a dict: `image` (B, 3, H, W) float32, normalised; `label` (B,) int64; `path` and `placement`, lists; and
     where the place of the object is known `box` (B, 4), xyxy in pixels of the input, and `mask` (B, H, W) bool.
 
-    The order of training is a function of (seed, epoch), the augmentation of (seed, epoch, index).
-
     Args:
-        preprocess: to the model's input.
-        batch_size: images a batch and process.
-        num_workers: processes that load images; 0 loads in this one.
-        seed: of order, augmentation and split.
+        preprocess, batch_size, num_workers, seed: as `ImageData`.
     """
-
-    class_names: tuple[str, ...]
-
-    def __init__(self, *, preprocess: Preprocess, batch_size: int, num_workers: int, seed: int) -> None:
-        super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise ValueError(f"batch_size must be ≥ 1 and num_workers ≥ 0, got {batch_size} and {num_workers}")
-        self.preprocess = preprocess
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
-        self.datasets: dict[Split, Dataset[dict[str, Any]] | None] = {}
-
-    @abstractmethod
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
-        """The samples of a split, or None where there is no such split; only `train` is augmented."""
 
     @property
     def class_counts(self) -> NDArray[np.int64] | None:
         """Number of training images of each class, where it is known without reading them all."""
         return None
-
-    def setup(self, stage: str) -> None:
-        wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        self.datasets |= {split: self.dataset(split) for split in wanted.get(stage, ("test", "val"))}
-        if stage == "test" and self.datasets["test"] is None:
-            raise DataError(
-                f"{type(self).__name__} has no test split; score the validation images with `visionattn validate`"
-            )
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        dataset = self._loaded("train")
-        trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        order = Order(dataset, seed=self.seed, rank=rank, world_size=world_size)
-        # a last batch of one image would break batch normalisation
-        return self._loader(dataset, sampler=order, drop_last=len(order) > self.batch_size)
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._loaded("val"))
-
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._loaded("test"))
-
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader(self._loaded("test" if self.datasets["test"] is not None else "val"))
-
-    def _loaded(self, split: Split) -> Any:
-        return self.datasets[split]
-
-    def _loader(self, dataset: Any, **options: Any) -> DataLoader[dict[str, Any]]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=collate,
-            **options,
-        )
 
 
 class ClutteredDigitsData(ClassificationData):

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespa
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from visionattn.data.datamodules import ClassificationData
+from visionattn.data.loading import ImageData
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.training.callbacks import OverlaySamples, TestReport, WritePredictions
 from visionattn.training.checkpoints import Describe, check_against
@@ -183,7 +183,7 @@ class Command(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        if self._get(self.config, "test_after_fit") and isinstance(self.datamodule, ClassificationData):
+        if self._get(self.config, "test_after_fit") and isinstance(self.datamodule, ImageData):
             self.datamodule.prepare_data()
             self.datamodule.setup("test")  # where there is nothing to test on, that is told before the training
 
