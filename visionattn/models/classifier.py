@@ -49,14 +49,14 @@ class Classifier(nn.Module):
             backbone, num_classes=num_classes, pretrained=pretrained, weights=weights, **(options or {})
         )
         if attention is not None:
-            image = _example(options or {})
+            image = example_image(options or {})
             insert(self.backbone, attention, at=attention_at, preserve=attention_preserve, image=image)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.backbone(x_BCHW)
 
 
-def _example(options: dict[str, Any]) -> Tensor | None:
+def example_image(options: dict[str, Any]) -> Tensor | None:
     """An image as the options want it; None where they leave it to the model's own configuration."""
     if not {"img_size", "in_chans"} & options.keys():
         return None

@@ -6,5 +6,6 @@ from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
     from visionattn.tasks.classification import Classification as Classification
+    from visionattn.tasks.detection import Detection as Detection
 
-__getattr__, __dir__ = lazy(__name__, {"classification": ("Classification",)})
+__getattr__, __dir__ = lazy(__name__, {"classification": ("Classification",), "detection": ("Detection",)})

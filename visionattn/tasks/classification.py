@@ -4,13 +4,12 @@ Shapes: B batch, C channels, H rows, W columns, K classes.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import (
@@ -21,8 +20,8 @@ from torchmetrics.classification import (
 )
 from torchvision.transforms import v2
 
-from visionattn.attention import optimizer_for
 from visionattn.errors import DataError
+from visionattn.tasks.optimizing import optimizing
 
 
 class Classification(L.LightningModule):
@@ -135,19 +134,13 @@ class Classification(L.LightningModule):
         return {"path": batch["path"], "probability": self(batch["image"]).softmax(-1)}
 
     def configure_optimizers(self) -> Any:
-        make = self.optimizer or partial(torch.optim.AdamW, lr=1e-3)
-        optimizer = optimizer_for(self, make, gamma_lr_factor=self.gamma_lr_factor)
-        if self.lr_scheduler is None:
-            return optimizer
-        asked = getattr(self.lr_scheduler, "keywords", {})
-        if "total_steps" in asked and asked["total_steps"] is None and asked.get("epochs") is None:
-            steps = int(self.trainer.estimated_stepping_batches)
-            schedule = {"scheduler": self.lr_scheduler(optimizer, total_steps=steps), "interval": "step"}  # type: ignore[call-arg]
-        else:
-            schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
-        if isinstance(schedule["scheduler"], ReduceLROnPlateau):
-            schedule["monitor"] = schedule["scheduler"].monitor
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return optimizing(
+            self,
+            self.optimizer,
+            self.lr_scheduler,
+            lr_interval=self.lr_interval,
+            gamma_lr_factor=self.gamma_lr_factor,
+        )
 
     def _score(self, batch: dict[str, Any], scores: MetricCollection, loss_name: str) -> Tensor:
         logits_BK = self(batch["image"])

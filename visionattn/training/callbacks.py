@@ -1,8 +1,7 @@
 """What Lightning lacks: pictures of where the model looks while it trains, and a report when it is tested."""
 
 import csv
-import dataclasses
-import warnings
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from visionattn.data import write_image
-from visionattn.maps import Maps, MapWarning, Method, default_method
+from visionattn.data.decode import write_bytes
+from visionattn.maps import Maps, Method
+from visionattn.maps.boxes import BoxMethod
 from visionattn.maps.localisation import pointing
-from visionattn.overlay.draw import Tile, blend, sheet
+from visionattn.overlay.draw import boxes
+from visionattn.training.pictures import Explained, explain, picture_of
 
 
 class OverlaySamples(Callback):
@@ -25,10 +27,10 @@ class OverlaySamples(Callback):
     Args:
         every_n_epochs: 0 writes none.
         num_images: how many; the first of the validation split.
-        method: how attention becomes a heatmap; what fits the model by default.
+        method: how attention becomes a heatmap, of a whole image or of each box; what fits the model by default.
     """
 
-    def __init__(self, every_n_epochs: int = 1, num_images: int = 8, method: Method | None = None) -> None:
+    def __init__(self, every_n_epochs: int = 1, num_images: int = 8, method: Method | BoxMethod | None = None) -> None:
         if every_n_epochs < 0 or num_images < 1:
             raise ValueError(f"every_n_epochs must be ≥ 0 and num_images ≥ 1, got {every_n_epochs} and {num_images}")
         self.every_n_epochs = every_n_epochs
@@ -42,14 +44,14 @@ class OverlaySamples(Callback):
         if batch_idx == 0 and self._wanted(trainer):
             self._batch = _first(batch, self.num_images)
         if trainer.sanity_checking and self.every_n_epochs:  # a method that does not fit is told before the first epoch
-            _explain(self.method, pl_module, _first(batch, 1))
+            explain(self.method, pl_module, _first(batch, 1))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = _folder(trainer)
         if self._batch is None or not self._wanted(trainer) or folder is None:
             return
-        maps = _explain(self.method, pl_module, self._batch)
-        picture = _sheet(
+        maps = explain(self.method, pl_module, self._batch)
+        picture = picture_of(
             self._batch, maps, pl_module, _dataset(trainer.val_dataloaders), f"epoch {trainer.current_epoch}"
         )
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,18 +74,18 @@ class TestReport(Callback):
 
     Args:
         num_images: images on the sheet, the first of the test split.
-        method: how attention becomes a heatmap; what fits the model by default.
+        method: how attention becomes a heatmap, of a whole image or of each box; what fits the model by default.
     """
 
     __test__ = False  # a callback, whatever pytest makes of its name
 
-    def __init__(self, num_images: int = 12, method: Method | None = None) -> None:
+    def __init__(self, num_images: int = 12, method: Method | BoxMethod | None = None) -> None:
         if num_images < 1:
             raise ValueError(f"num_images must be ≥ 1, got {num_images}")
         self.num_images = num_images
         self.method = method
         self._batch: dict[str, Any] | None = None
-        self._maps: Maps | None = None
+        self._maps: Explained | None = None
 
     def on_test_batch_end(
         self,
@@ -95,7 +97,8 @@ class TestReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if "box" in batch:
-            maps = _explain(self.method, pl_module, batch)
+            maps = explain(self.method, pl_module, batch)
+            assert isinstance(maps, Maps)
             hits = pointing(maps.heatmaps, batch["box"], batch["image"].shape[-2:])
             figures = {"pointing": "pointing", "centre": "pointing_centre_guess", "chance": "pointing_chance"}
             for name, logged in figures.items():
@@ -104,7 +107,7 @@ class TestReport(Callback):
                 )
         if batch_idx == 0 and trainer.is_global_zero:
             self._batch = _first(batch, self.num_images)
-            self._maps = _explain(self.method, pl_module, self._batch)
+            self._maps = explain(self.method, pl_module, self._batch)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -119,8 +122,9 @@ class TestReport(Callback):
         if folder is None or self._batch is None or self._maps is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        title = f"{self._maps.method}: {self._maps.source}"
-        picture = _sheet(self._batch, self._maps, pl_module, _dataset(trainer.test_dataloaders), title)
+        first = self._maps[0] if isinstance(self._maps, list) else self._maps
+        title = f"{first.method}: {first.source}"
+        picture = picture_of(self._batch, self._maps, pl_module, _dataset(trainer.test_dataloaders), title)
         write_image(folder / "test.png", picture)
         run = folder.parent
         _write_csv(run / "test.csv", [["figure", "value"], *([name, value] for name, value in figures.items())])
@@ -133,10 +137,23 @@ class TestReport(Callback):
 
 
 class WritePredictions(BasePredictionWriter):
-    """Write the most probable class of every image into the run's predictions.csv."""
+    """Write what was predicted into the run.
 
-    def __init__(self) -> None:
+    Of a classifier: the most probable class of every image, into predictions.csv. Of a detector: predictions.json, in
+    COCO's form of results, boxes in pixels of the source images, with the files' own numbers of images and classes; and
+    pictures of the first images with their boxes, into predictions/.
+
+    Args:
+        pictures: how many, at most.
+        lowest: score of a box in a picture.
+    """
+
+    def __init__(self, pictures: int = 100, lowest: float = 0.3) -> None:
         super().__init__(write_interval="batch")
+        self.pictures = pictures
+        self.lowest = lowest
+        self._drawn = 0
+        self._results: list[dict[str, Any]] = []
 
     def write_on_batch_end(
         self,
@@ -151,10 +168,21 @@ class WritePredictions(BasePredictionWriter):
         folder = _folder(trainer)
         if folder is None:
             return
-        suffix = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
+        if "detections" in prediction:
+            self._collect(trainer, prediction, folder.parent)
+        else:
+            self._append(trainer, prediction, folder.parent)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = _folder(trainer)
+        if folder is not None and hasattr(trainer.datamodule, "category_ids"):  # type: ignore[attr-defined]
+            content = json.dumps(self._results).encode()
+            write_bytes(folder.parent / f"predictions{_rank(trainer)}.json", content)
+
+    def _append(self, trainer: L.Trainer, prediction: Any, run: Path) -> None:
         names = getattr(trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
         probabilities, classes = prediction["probability"].float().cpu().max(-1)
-        path = folder.parent / f"predictions{suffix}.csv"
+        path = run / f"predictions{_rank(trainer)}.csv"
         fresh = not path.exists()
         with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
@@ -164,6 +192,34 @@ class WritePredictions(BasePredictionWriter):
                 prediction["path"], classes.tolist(), probabilities.tolist(), strict=True
             ):
                 writer.writerow([source, names[index] if names else index, f"{probability:.6f}"])
+
+    def _collect(self, trainer: L.Trainer, prediction: Any, run: Path) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        dataset = _dataset(trainer.predict_dataloaders)
+        for path, image_id, found in zip(
+            prediction["path"], prediction["image_id"], prediction["detections"], strict=True
+        ):
+            edges, scores, labels = (found[name].float().cpu() for name in ("boxes", "scores", "labels"))
+            for (x1, y1, x2, y2), score, label in zip(edges.tolist(), scores.tolist(), labels.tolist(), strict=True):
+                box = [round(edge, 2) for edge in (x1, y1, x2 - x1, y2 - y1)]
+                category = data.category_ids[int(label)]
+                self._results.append(
+                    {"image_id": image_id, "category_id": category, "bbox": box, "score": round(score, 5)}
+                )
+            if self._drawn < self.pictures:
+                self._drawn += 1
+                seen = scores >= self.lowest
+                names = [
+                    f"{data.class_names[int(label)]} {score:.2f}"
+                    for label, score in zip(labels[seen].tolist(), scores[seen].tolist(), strict=True)
+                ]
+                picture = boxes(dataset.read_source(path), edges[seen].numpy(), labels=names)
+                (run / "predictions").mkdir(exist_ok=True)
+                write_image(run / "predictions" / f"{image_id:06d}_{Path(path).stem}.jpg", picture)
+
+
+def _rank(trainer: L.Trainer) -> str:
+    return f".{trainer.global_rank}" if trainer.world_size > 1 else ""
 
 
 def _folder(trainer: L.Trainer) -> Path | None:
@@ -180,31 +236,6 @@ def _dataset(loaders: Any) -> Any:
 
 def _first(batch: dict[str, Any], count: int) -> dict[str, Any]:
     return {key: value[:count] for key, value in batch.items()}
-
-
-def _explain(method: Method | None, pl_module: Any, batch: dict[str, Any]) -> Maps:
-    images = batch["image"].float()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapWarning)  # maps of a network that has not learned yet are often flat
-        return (method or default_method(pl_module.network, images))(pl_module.network, images)
-
-
-def _sheet(batch: dict[str, Any], maps: Maps, pl_module: Any, dataset: Any, title: str) -> Any:
-    names = getattr(pl_module, "class_names", ()) or [str(index) for index in range(maps.output.shape[-1])]
-    probabilities, answers = maps.output.float().softmax(-1).cpu().max(-1)
-    tiles = []
-    for index, heatmap_hw in enumerate(maps.heatmaps.float().cpu().numpy()):
-        placement = batch["placement"][index]
-        picture = dataset.read_source(batch["path"][index])
-        box = None
-        if "box" in batch:
-            box = placement.boxes_to_source(batch["box"][index].cpu().numpy())[0].tolist()
-        truth, answer = int(batch["label"][index]), int(answers[index])
-        caption = [f"{names[answer]} {probabilities[index]:.2f}", f"is {names[truth]}"]
-        overlay = blend(picture, placement.carry(heatmap_hw), seen_HW=placement.seen())
-        tile = Tile(picture, caption, answer == truth, box)
-        tiles += [tile, dataclasses.replace(tile, picture=overlay, caption=[])]
-    return sheet(tiles, title=title, columns=6 if len(tiles) > 4 else len(tiles))
 
 
 def _table(figures: dict[str, float]) -> Table:

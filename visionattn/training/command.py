@@ -2,6 +2,7 @@
 closed."""
 
 import atexit
+import importlib
 import logging
 import os
 import shutil
@@ -27,6 +28,7 @@ from visionattn.training.messages import explain
 
 RUNS = Path("runs")
 UNTRAINED = "untrained"
+ACCURACY = "val/accuracy"
 Built = TypeVar("Built")
 _SECTIONS: dict[str, Any] = {
     "trainer": L.Trainer,
@@ -115,7 +117,7 @@ class Command(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
-                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.monitor": ACCURACY,
                 "checkpoint.mode": "max",
                 "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
@@ -158,6 +160,10 @@ class Command(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.config.subcommand]
+        if options.checkpoint.monitor == ACCURACY:  # a task may name another figure
+            module, _, name = options.model.class_path.rpartition(".")
+            task = getattr(importlib.import_module(module), name)
+            options.checkpoint.monitor = getattr(task, "monitor", ACCURACY)
         if options.trainer.fast_dev_run:  # a rehearsal leaves nothing behind
             folder = tempfile.mkdtemp()
             atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -1,0 +1,76 @@
+"""Pictures of what a network sees, for the callbacks."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visionattn.maps import Maps, MapWarning, Method, default_method
+from visionattn.maps.boxes import BoxMaps, BoxMethod, SameForAll, default_box_method
+from visionattn.overlay.draw import Tile, blend, boxes, sheet
+
+Explained = Maps | list[BoxMaps]
+"""Of a classifier, and of a detector."""
+
+_TRUTH = (255, 255, 255)
+
+
+def explain(method: Method | BoxMethod | None, pl_module: Any, batch: dict[str, Any]) -> Explained:
+    """Explain a batch: of a detector its best boxes, of other networks the whole images."""
+    images, network = batch["image"].float(), pl_module.network
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MapWarning)  # maps of a network that has not learned yet are often flat
+        if "boxes" not in batch:
+            whole: Any = method or default_method(network, images)
+            return whole(network, images)
+        of_boxes = SameForAll(method) if isinstance(method, Method) else method or default_box_method(network)
+        return of_boxes(network, images)
+
+
+def picture_of(batch: dict[str, Any], found: Explained, pl_module: Any, dataset: Any, title: str) -> NDArray[np.uint8]:
+    """A sheet of the batch's images, each beside its overlay."""
+    names = getattr(pl_module, "class_names", ())
+    tiles = (
+        _box_tiles(batch, found, names, dataset) if isinstance(found, list) else _tiles(batch, found, names, dataset)
+    )
+    return sheet(tiles, title=title, columns=6 if len(tiles) > 4 else len(tiles))
+
+
+def _tiles(batch: dict[str, Any], maps: Maps, names: Any, dataset: Any) -> list[Tile]:
+    names = names or [str(index) for index in range(maps.output.shape[-1])]
+    probabilities, answers = maps.output.float().softmax(-1).cpu().max(-1)
+    tiles = []
+    for index, heatmap_hw in enumerate(maps.heatmaps.float().cpu().numpy()):
+        placement = batch["placement"][index]
+        picture = dataset.read_source(batch["path"][index])
+        box = None
+        if "box" in batch:
+            box = placement.boxes_to_source(batch["box"][index].cpu().numpy())[0].tolist()
+        truth, answer = int(batch["label"][index]), int(answers[index])
+        caption = [f"{names[answer]} {probabilities[index]:.2f}", f"is {names[truth]}"]
+        overlay = blend(picture, placement.carry(heatmap_hw), seen_HW=placement.seen())
+        tile = Tile(picture, caption, answer == truth, box)
+        tiles += [tile, dataclasses.replace(tile, picture=overlay, caption=[])]
+    return tiles
+
+
+def _box_tiles(batch: dict[str, Any], found: list[BoxMaps], names: Any, dataset: Any) -> list[Tile]:
+    """The boxes that were found, with their scores, the true ones in white; and the hottest of their heatmaps."""
+    tiles = []
+    for index, some in enumerate(found):
+        placement = batch["placement"][index]
+        picture = dataset.read_source(batch["path"][index])
+        truth = placement.boxes_to_source(batch["boxes"][index].cpu().numpy())
+        drawn = boxes(picture, truth, colours=[_TRUTH])
+        labels = [
+            f"{names[label] if names else label} {score:.2f}"
+            for label, score in zip(some.labels.tolist(), some.scores.tolist(), strict=True)
+        ]
+        drawn = boxes(drawn, placement.boxes_to_source(some.boxes.cpu().numpy()), labels=labels)
+        caption = [f"{len(labels)} found", f"{len(truth)} there"]
+        tiles.append(Tile(drawn, caption))
+        heat_hw = some.heatmaps.amax(0).cpu().numpy() if len(labels) else np.zeros((1, 1), np.float32)
+        tiles.append(Tile(blend(picture, placement.carry(heat_hw), seen_HW=placement.seen())))
+    return tiles
