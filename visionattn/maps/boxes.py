@@ -94,9 +94,9 @@ class BoxMethod(ABC):
 
 
 class ODAM(BoxMethod):
-    """Gradient of a score times activation, relu(Σ_c ∂score/∂A_c · A_c) (Zhao & Chan 2023, 2304.06354).
+    """The gradient of a score times the activation (Zhao & Chan 2023, 2304.06354): relu(Σ_c ∂score/∂A_c · A_c).
 
-    For any detector. The map of every level of the pyramid is taken, shared out over the cells of the finest, and added.
+    For any detector. Of a pyramid the map of every level is taken, shared out over the cells of the finest, and added.
     Deviations from the paper: the gradient is not smoothed, and only the class score is explained, not the edges.
 
     Args:
@@ -123,7 +123,8 @@ class ODAM(BoxMethod):
         size = max((leaf.shape[2], leaf.shape[3]) for leaf in leaves)
         raws = [leaves[0].new_zeros(len(some["scores"]), *size) for some in found]
         for rank in range(max((len(raw) for raw in raws), default=0)):
-            score = torch.stack([some["scores"][rank] for some in found if len(some["scores"]) > rank]).sum()
+            with torch.enable_grad():
+                score = torch.stack([some["scores"][rank] for some in found if len(some["scores"]) > rank]).sum()
             if not score.requires_grad:
                 raise UsageError(f"no gradient of a score reaches {name}; the detector computes without gradients")
             gradients = torch.autograd.grad(score, leaves, retain_graph=True, allow_unused=True)
