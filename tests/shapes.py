@@ -8,7 +8,7 @@ NAMES = ("disc", "square", "triangle", "cross")
 
 
 class Shapes(torch.utils.data.Dataset):
-    """Images of `side` pixels with one to five shapes; image `index` depends on (seed, index) alone."""
+    """Images of `side` pixels with one to four shapes, a fifth to nearly half of the side in size; image `index` depends on (seed, index) alone."""
 
     def __init__(self, size, *, seed=0, side=96, preload=True):
         self.size, self.seed, self.side = size, seed, side
@@ -28,9 +28,9 @@ class Shapes(torch.utils.data.Dataset):
         ground = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
         picture = np.clip(ground + random.normal(0, 15, (side, side, 3)), 0, 255)
         boxes, labels = [], []
-        for _ in range(random.integers(1, 6)):
+        for _ in range(random.integers(1, 5)):
             for _ in range(20):
-                extent = random.uniform(0.12, 0.42) * side
+                extent = random.uniform(0.2, 0.45) * side
                 width, height = extent * np.sqrt(ratio := random.uniform(0.7, 1.4)), extent / np.sqrt(ratio)
                 x1, y1 = random.uniform(0, side - width), random.uniform(0, side - height)
                 box = np.array([x1, y1, x1 + width, y1 + height])

@@ -59,6 +59,30 @@ def coco(root: Path):
     return root
 
 
+def coco_of_sixteen(root: Path):
+    """Sixteen images in COCO's layout, with its eighty classes and the gaps in their numbers."""
+    random = np.random.default_rng(0)
+    numbers = sorted(random.choice(np.arange(1, 91), 80, replace=False).tolist())
+    for split, count in (("train", 12), ("val", 4)):
+        images, annotations = [], []
+        for number in range(count):
+            name = f"{number:012d}.jpg"
+            picture(root / f"{split}2017" / name, number + count, (48, 64))
+            images.append({"id": number, "file_name": name, "height": 48, "width": 64})
+            for _ in range(random.integers(0, 4)):
+                x, y = random.uniform(0, 40, 2) * (1, 0.7)
+                box = [x, y, random.uniform(5, 24), random.uniform(5, 20)]
+                category = int(random.choice(numbers))
+                annotations.append(
+                    {"id": len(annotations), "image_id": number, "category_id": category, "bbox": box, "iscrowd": 0}
+                )
+        categories = [{"id": number, "name": f"thing {number}"} for number in numbers]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    return root
+
+
 def voc(root: Path):
     files = pictures(root, lambda root, split, name: root / "JPEGImages" / name)
     (root / "Annotations").mkdir()

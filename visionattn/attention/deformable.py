@@ -70,9 +70,10 @@ class DeformableAttention(nn.Module):
         places_BQMLK2, weights_BQMLK = self.sampling(places_BQMLK2, weights_BQMLK)
         grid = (2 * places_BQMLK2 - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, BM, Q, K, 2)
         weights = weights_BQMLK.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # (L, BM, 1, Q, K)
-        out = query_BQC.new_zeros(batch * self.heads, channels // self.heads, count)
+        out = grid.new_zeros(batch * self.heads, channels // self.heads, count)
         for x_BChw, grid_NQK2, weights_N1QK in zip(maps, grid, weights, strict=True):
             value = self.value(x_BChw).reshape(batch * self.heads, channels // self.heads, *x_BChw.shape[2:])
-            sampled = F.grid_sample(value, grid_NQK2.to(value.dtype), align_corners=False)  # (BM, C/M, Q, K)
+            # places need more than the eight bits of bfloat16
+            sampled = F.grid_sample(value.to(grid_NQK2.dtype), grid_NQK2, align_corners=False)  # (BM, C/M, Q, K)
             out = out + (sampled * weights_N1QK).sum(-1)
         return self.project(out.view(batch, channels, count).mT)

@@ -185,12 +185,7 @@ class QuerySampling(BoxMethod):
             query_N = some["index"]
             raw_Nhw = images_BCHW.new_zeros(len(query_N), *size, dtype=torch.float32)
             for places, weights in seen:
-                offset = places.shape[1] - _queries(model, places)
-                splat(
-                    raw_Nhw,
-                    places[number, offset + query_N].flatten(1, 3),
-                    weights[number, offset + query_N].flatten(1),
-                )
+                splat(raw_Nhw, places[number, query_N].flatten(1, 3), weights[number, query_N].flatten(1))
             raws.append(raw_Nhw)
         return found, raws, "sampling of the query"
 
@@ -298,11 +293,6 @@ def splat(raw_Nhw: Tensor, places_NP2: Tensor, weights_NP: Tensor) -> None:
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             index = (row * width + column).clamp(0, height * width - 1).long()
             flat_NS.scatter_add_(1, index, torch.where(inside, weights_NP * share, 0).float())
-
-
-def _queries(model: nn.Module, places: Tensor) -> int:
-    """How many of the queries are the image's own; the others come first."""
-    return min(int(getattr(model, "queries", places.shape[1])), places.shape[1])
 
 
 def _best(found: dict[str, Tensor], most: int, lowest: float) -> dict[str, Tensor]:

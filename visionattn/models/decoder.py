@@ -80,8 +80,8 @@ class Decoder(nn.Module):
             boxes_BQ4 = before_BQ4.detach()
             position_BQC = self.position(sine(boxes_BQ4, query_BQC.shape[2] // 2))
             query_BQC = layer(query_BQC, position_BQC, boxes_BQ4, maps, hidden_QQ)
-            delta_BQ4 = move(query_BQC)
-            answers.append(Answer(classify(query_BQC), (inverse_sigmoid(before_BQ4) + delta_BQ4).sigmoid()))
+            delta_BQ4 = move(query_BQC).float()
+            answers.append(Answer(classify(query_BQC).float(), (inverse_sigmoid(before_BQ4) + delta_BQ4).sigmoid()))
             before_BQ4 = (inverse_sigmoid(boxes_BQ4) + delta_BQ4).sigmoid()
         return answers
 

@@ -69,8 +69,9 @@ class DenseHead(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Dense:
         logits, sides, places = [], [], []
         for x_BChw, stride, scale in zip(maps, self.strides, self.scales, strict=True):
-            logits.append(self.classify(self.class_tower(x_BChw)).flatten(2).mT)
-            raw_BP4 = self.regress(self.box_tower(x_BChw)).flatten(2).mT * scale
+            logits.append(self.classify(self.class_tower(x_BChw)).flatten(2).mT.float())
+            # pixels need more than the eight bits of bfloat16
+            raw_BP4 = self.regress(self.box_tower(x_BChw)).flatten(2).mT.float() * scale
             sides.append(stride * raw_BP4.clamp(max=8).exp())
             places.append(_places(x_BChw, stride))
         places_P3, sides_BP4 = torch.cat(places), torch.cat(sides, 1)
@@ -94,7 +95,7 @@ class DenseHead(nn.Module):
             quality_M, box = predicted_M4.new_zeros(0), predicted_M4.sum()
         goal_BPK = torch.zeros_like(found.logits)
         if len(image):
-            goal_BPK[image, place, labels_BN[image, number]] = quality_M.to(goal_BPK.dtype)
+            goal_BPK[image, place, labels_BN[image, number]] = quality_M
         return {"class": quality_focal(found.logits, goal_BPK) / count, "box": box}
 
     def assign(self, places_P3: Tensor, boxes_BN4: Tensor, there_BN: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class DenseDetector(Detector):
     def forward(self, images_BCHW: Tensor) -> list[Detections]:
         found = self.head(self.features(images_BCHW))
         size = images_BCHW.shape[2], images_BCHW.shape[3]
-        return detections(found.logits.float().sigmoid(), found.boxes.float(), size, iou=self.nms)
+        return detections(found.logits.sigmoid(), found.boxes, size, iou=self.nms)
 
     def losses(self, images_BCHW: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
         return self.head.losses(self.head(self.features(images_BCHW)), boxes, labels)

@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H rows, W columns; h and w of a map.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,7 +111,10 @@ class FeaturePyramid(nn.Module):
         training = self.backbone.training
         maps = self.backbone.eval().forward_intermediates(image_CHW[None], intermediates_only=True)  # type: ignore[operator]
         self.backbone.train(training)
-        return {round(image_CHW.shape[1] / x.shape[2]): (place, x.shape[1]) for place, x in enumerate(maps)}
+        # the image's height may be no multiple of the coarsest stride
+        ratios = [image_CHW.shape[1] / x.shape[2] for x in maps]
+        strides = [int(ratio) if ratio.is_integer() else 2 ** round(math.log2(ratio)) for ratio in ratios]
+        return {stride: (place, x.shape[1]) for place, (stride, x) in enumerate(zip(strides, maps, strict=True))}
 
 
 def _conv3(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Module:

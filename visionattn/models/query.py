@@ -71,7 +71,7 @@ class QueryDetector(Detector):
         self.features = features
         self.dense = DenseHead(num_classes, features.strides, channels, depth=depth)
         self.start = nn.Sequential(nn.Linear(channels, channels), nn.LayerNorm(channels))
-        self.label = nn.Embedding(num_classes, channels)
+        self.label = nn.Embedding(num_classes, channels) if noised else None
         self.decoder = Decoder(
             channels,
             num_classes,
@@ -87,8 +87,8 @@ class QueryDetector(Detector):
         size = images_BCHW.shape[2], images_BCHW.shape[3]
         query_BQC, anchors_BQ4 = self.select(maps, self.dense(maps), size)
         answer = self.decoder(query_BQC, anchors_BQ4, maps)[-1]
-        boxes_BQ4 = box_convert(answer.boxes.float(), "cxcywh", "xyxy") * _scale(size, answer.boxes)
-        return detections(answer.logits.float().sigmoid(), boxes_BQ4, size, iou=None)
+        boxes_BQ4 = box_convert(answer.boxes, "cxcywh", "xyxy") * _scale(size, answer.boxes)
+        return detections(answer.logits.sigmoid(), boxes_BQ4, size, iou=None)
 
     def select(self, maps: Sequence[Tensor], found: Dense, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The best places of the dense head as queries (B, Q, C) with anchors (B, Q, 4) in shares of the image."""
@@ -106,9 +106,11 @@ class QueryDetector(Detector):
         terms = {f"dense_{name}": loss for name, loss in self.dense.losses(found, boxes, labels).items()}
         query_BQC, anchors_BQ4 = self.select(maps, found, size)
         truth = [_shares(some, size) for some in boxes]
-        noise = make_noise(truth, labels, self.noised, self.num_classes) if self.noised else None
-        hidden_QQ = None
-        if noise is not None:
+        noise, hidden_QQ = None, None
+        if self.label is not None:
+            noise = make_noise(truth, labels, self.noised, self.num_classes)
+            query_BQC = query_BQC + 0 * self.label.weight.sum()  # data parallelism wants a gradient of all weights
+        if noise is not None and self.label is not None:
             query_BQC = torch.cat([self.label(noise.labels), query_BQC], 1)
             anchors_BQ4 = torch.cat([noise.boxes, anchors_BQ4], 1)
             hidden_QQ = noise.hidden(query_BQC.shape[1])
@@ -141,9 +143,9 @@ def match(answer: Answer, truth: Sequence[Tensor], labels: Sequence[Tensor]) -> 
         labels: (N,) of each image.
     """
     counts = [len(some) for some in labels]
-    probability_BQK = answer.logits.float().sigmoid()
+    probability_BQK = answer.logits.sigmoid()
     pairs = []
-    for number, (probability_QK, boxes_Q4) in enumerate(zip(probability_BQK, answer.boxes.float(), strict=True)):
+    for number, (probability_QK, boxes_Q4) in enumerate(zip(probability_BQK, answer.boxes, strict=True)):
         if not counts[number]:
             empty = torch.zeros(0, dtype=torch.long, device=boxes_Q4.device)
             pairs.append((empty, empty))
@@ -168,7 +170,7 @@ def set_losses(answer: Answer, pairs: Pairs, truth: Sequence[Tensor], labels: Se
     boxes_M4 = answer.boxes[image, query]
     found_M4, goal_M4 = (box_convert(some, "cxcywh", "xyxy") for some in (boxes_M4, asked_M4))
     goal_BQK = torch.zeros_like(answer.logits)
-    goal_BQK[image, query, label_M] = paired_iou(found_M4.detach(), goal_M4).to(goal_BQK.dtype)
+    goal_BQK[image, query, label_M] = paired_iou(found_M4.detach(), goal_M4)
     return {
         "class": CLASS_WEIGHT * quality_focal(answer.logits, goal_BQK) / count,
         "box": BOX_WEIGHT * F.l1_loss(boxes_M4, asked_M4, reduction="sum") / count,
