@@ -8,7 +8,10 @@ NAMES = ("disc", "square", "triangle", "cross")
 
 
 class Shapes(torch.utils.data.Dataset):
-    """Images of `side` pixels with one to four shapes, a fifth to nearly half of the side in size; image `index` depends on (seed, index) alone."""
+    """Images of `side` pixels with one to four shapes, a fifth to nearly half of the side in size.
+
+    Image `index` depends on (seed, index) alone.
+    """
 
     def __init__(self, size, *, seed=0, side=96, preload=True):
         self.size, self.seed, self.side = size, seed, side
