@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from visionattn.attention.coordinate import CoordinateAttention as CoordinateAttention
     from visionattn.attention.coordinate import SimpleCoordinateAttention as SimpleCoordinateAttention
     from visionattn.attention.coordinate import StripAttention as StripAttention
+    from visionattn.attention.glimpse import Retina as Retina
     from visionattn.attention.insertion import insert as insert
     from visionattn.attention.insertion import optimizer_for as optimizer_for
     from visionattn.attention.joint import BAM as BAM
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from visionattn.attention.pairwise import DualAttention as DualAttention
     from visionattn.attention.pairwise import HaloAttention as HaloAttention
     from visionattn.attention.pairwise import NonLocal as NonLocal
+    from visionattn.attention.policies import Categorical as Categorical
+    from visionattn.attention.policies import Gaussian as Gaussian
+    from visionattn.attention.policies import TanhGaussian as TanhGaussian
+    from visionattn.attention.policies import TruncatedGaussian as TruncatedGaussian
     from visionattn.attention.pooling import AdditiveScore as AdditiveScore
     from visionattn.attention.pooling import AttentionHead as AttentionHead
     from visionattn.attention.pooling import AttentionPool as AttentionPool
@@ -81,6 +86,7 @@ __getattr__, __dir__ = lazy(
             "ELA",
             "StripAttention",
         ),
+        "glimpse": ("Retina",),
         "insertion": (
             "insert",
             "optimizer_for",
@@ -108,6 +114,7 @@ __getattr__, __dir__ = lazy(
             "HaloAttention",
             "BilinearAttention",
         ),
+        "policies": ("Categorical", "Gaussian", "TanhGaussian", "TruncatedGaussian"),
         "pooling": (
             "AttentionHead",
             "AttentionPool",

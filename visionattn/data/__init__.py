@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
+    from visionattn.data.canvas import DigitsOnCanvas as DigitsOnCanvas
+    from visionattn.data.canvas import DigitsOnCanvasData as DigitsOnCanvasData
     from visionattn.data.datamodules import ClassificationData as ClassificationData
     from visionattn.data.datamodules import ClutteredDigitsData as ClutteredDigitsData
     from visionattn.data.datamodules import ImageFolderData as ImageFolderData
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "canvas": ("DigitsOnCanvas", "DigitsOnCanvasData"),
         "datamodules": ("ClassificationData", "ClutteredDigitsData", "ImageFolderData", "TorchvisionData"),
         "decode": ("read_image", "write_image"),
         "detection": ("AnnotatedData", "DetectionData", "DigitScenesData"),

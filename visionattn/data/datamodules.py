@@ -207,6 +207,14 @@ class TorchvisionData(ClassificationData):
     def class_counts(self) -> NDArray[np.int64]:
         return np.bincount(self._labels[self._division()[0]], minlength=len(self.class_names))
 
+    def arrays(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """All pictures of a split, (n, H, W) or (n, H, W, 3), and their labels (n,)."""
+        if split == "test":
+            test = self._open(train=False)
+            return np.asarray(test.data), np.asarray(test.targets)
+        chosen = self._division()[int(split == "val")]
+        return np.asarray(self._train.data)[chosen], self._labels[chosen]
+
     def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
         if split == "test":
             test = self._open(train=False)

@@ -42,8 +42,13 @@ def prepare(
     return {**sample, "placement": placement if augment is None else placement @ moved}
 
 
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join samples into a batch: tensors and numbers are stacked; paths, placements and boxes become lists."""
+def collate(samples: Sequence[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
+    """Join samples into a batch: tensors and numbers are stacked; paths, placements and boxes become lists.
+
+    What is a batch already, from a data set that draws many samples at once, stays as it is.
+    """
+    if isinstance(samples, dict):
+        return samples
     listed = {"path", "placement", "boxes", "labels", "crowd", "area"}
     return {
         key: [sample[key] for sample in samples]

@@ -109,21 +109,24 @@ class Preprocess:
             fits and pads with the mean colour; `stretch` scales each side by its own factor.
         crop_fraction: with `crop`, the share of the scaled image's shorter side that the input covers, in (0, 1];
             timm's `crop_pct`.
-        mean: of red, green and blue in [0, 1], subtracted.
-        std: of red, green and blue, divided by.
+        mean: of red, green and blue in [0, 1], subtracted; one number for grey images, whose value is the luma
+            0.299 R + 0.587 G + 0.114 B.
+        std: of the same channels, divided by.
     """
 
     size: int | Size = 224
     fit: Literal["crop", "letterbox", "stretch"] = "crop"
     crop_fraction: float = 1.0
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         if min(self.input_size) < 1:
             raise ValueError(f"size must be at least one pixel, got {self.size}")
         if self.fit not in ("crop", "letterbox", "stretch"):
             raise ValueError(f"fit must be crop, letterbox or stretch, got {self.fit!r}")
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise ValueError(f"mean and std need three numbers each, or one for grey, got {self.mean} and {self.std}")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction}")
 
@@ -132,6 +135,11 @@ class Preprocess:
         """(height, width) of the input."""
         return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
 
+    @property
+    def channels(self) -> int:
+        """C of the input: 3, or 1 for grey images."""
+        return len(self.mean)
+
     def __call__(self, image_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Placement]:
         """Prepare one image.
 
@@ -139,15 +147,17 @@ class Preprocess:
             image_HWC: uint8 RGB.
 
         Returns:
-            (3, height, width) float32, normalised, and where the source's pixels went.
+            (3 or 1, height, width) float32, normalised, and where the source's pixels went.
         """
         source = image_HWC.shape[0], image_HWC.shape[1]
         scaled = self._scaled_size(source)
         image = _resize(image_HWC, scaled)
+        if self.channels == 1:
+            image = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)[..., None]
         top, left = ((have - want) // 2 for have, want in zip(scaled, self.input_size, strict=True))
         height, width = self.input_size
         canvas = image[max(0, top) : max(0, top) + height, max(0, left) : max(0, left) + width]
-        normal = cv2.LUT(canvas, self._lookup)
+        normal = cv2.LUT(canvas, self._lookup).reshape(canvas.shape)
         if top < 0 or left < 0:  # the padding is the mean colour: 0 once normalised
             padding = [
                 (-min(0, top), height + min(0, top) - canvas.shape[0]),
@@ -158,9 +168,9 @@ class Preprocess:
         return np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32), shift @ Placement.scaling(source, scaled)
 
     def denormalise(self, image_CHW: NDArray[np.floating]) -> NDArray[np.uint8]:
-        """Turn a prepared image (3, H, W) back into a picture (H, W, 3), uint8 RGB."""
+        """Turn a prepared image (C, H, W) back into a picture (H, W, 3), uint8 RGB."""
         values = np.asarray(image_CHW).transpose(1, 2, 0) * self._std + self._mean
-        return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
+        return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8).repeat(3 // self.channels, 2)
 
     def _scaled_size(self, source: Size) -> Size:
         ratios = [want / have for want, have in zip(self.input_size, source, strict=True)]

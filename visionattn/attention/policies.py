@@ -1,0 +1,234 @@
+"""Policies: distributions over where to look next.
+
+Shapes: N independent decisions, D features of the state, P numbers that describe the distribution.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+class Choice(NamedTuple):
+    """Where to look next, and how likely that was.
+
+    `location` (N, 2) is (x, y) in [−1, 1]; `log_prob` (N,) that of the action before it was brought into the image;
+    `entropy` (N,) of the distribution, nats; `clipped` (N,) whether the action lay outside the image; `parameters`
+    (N, P) describe the distribution, and the gradient with respect to them is that of each decision.
+    """
+
+    location: Tensor
+    log_prob: Tensor
+    entropy: Tensor
+    clipped: Tensor
+    parameters: Tensor
+
+
+class Policy(nn.Module, ABC):
+    """A distribution over locations, its parameters a small network of the state.
+
+    Args:
+        in_features: D.
+        num_parameters: P.
+        hidden_features: width of a hidden layer; 0 for a linear map, as in the paper.
+        pathwise: leave the location its gradient with respect to the parameters (a relaxed comparison; it needs a
+            retina that reads between pixels). Without it no gradient passes through a location.
+    """
+
+    def __init__(self, in_features: int, num_parameters: int, *, hidden_features: int, pathwise: bool) -> None:
+        super().__init__()
+        last = nn.Linear(hidden_features or in_features, num_parameters)
+        nn.init.normal_(last.weight, std=0.01)  # looks at the middle first, or everywhere alike
+        nn.init.zeros_(last.bias)
+        first = [nn.Linear(in_features, hidden_features), nn.ReLU()] if hidden_features else []
+        self.layers = nn.Sequential(*first, last)
+        self.pathwise = pathwise
+
+    def forward(self, state_ND: Tensor, *, greedy: bool = False) -> Choice:
+        """Choose a location for every state: by chance, or the most likely one (Gaussians: the mean)."""
+        parameters_NP = self.layers(state_ND)
+        choice = self.choose(parameters_NP, greedy=greedy)
+        return choice if self.pathwise else choice._replace(location=choice.location.detach())
+
+    @abstractmethod
+    def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
+        """Choose a location for every row of parameters."""
+
+    def progress(self, share: float) -> None:
+        """The training has come to this share of its length, in [0, 1]; for what is scheduled."""
+
+
+class _Normal(Policy, ABC):
+    """What the Gaussian policies share: a mean, and a standard deviation that is fixed, scheduled or learned."""
+
+    std: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        std: float | tuple[float, float] = 0.1,
+        learned_std: bool = False,
+        hidden_features: int = 0,
+        pathwise: bool = False,
+    ) -> None:
+        super().__init__(in_features, 4 if learned_std else 2, hidden_features=hidden_features, pathwise=pathwise)
+        first, last = std if isinstance(std, (tuple, list)) else (std, std)
+        if min(first, last) <= 0:
+            raise ValueError(f"std must be > 0, got {std}")
+        if learned_std and first != last:
+            raise ValueError(f"std is either scheduled or learned, got {std} and learned_std")
+        self.schedule = (first, last)
+        self.learned_std = learned_std
+        self.register_buffer("std", torch.tensor(float(first)))
+
+    def progress(self, share: float) -> None:
+        first, last = self.schedule
+        if first != last:
+            self.std.fill_(first * (last / first) ** share)
+
+    def _spread(self, parameters_NP: Tensor) -> tuple[Tensor, Tensor]:
+        """The first two parameters and the standard deviation, both (N, 2)."""
+        mean_N2 = parameters_NP[:, :2]
+        if not self.learned_std:
+            return mean_N2, self.std.to(mean_N2).expand_as(mean_N2)
+        return mean_N2, (self.std.log() + parameters_NP[:, 2:]).clamp(math.log(1e-3), math.log(2.0)).exp()
+
+
+def _normal_log_prob(action: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return -0.5 * ((action - mean) / std).square() - std.log() - 0.5 * _LOG_2PI
+
+
+class Gaussian(_Normal):
+    """A normal distribution about a mean, clamped to the image (Mnih et al. 2014, section 3.1 and 4).
+
+        action ~ N(tanh(mean), std²),    location = clamp(action, −1, 1)
+
+    log_prob is that of the action *before* the clamp: the density that it was drawn from. Deviation: the paper does not
+    bound the mean; outside the image all actions look alike, and a mean that strays there has no way back.
+
+    Args:
+        in_features: D.
+        std: standard deviation; or that at the beginning and at the end of the training, geometric in between.
+        learned_std: learn it, starting there, for each axis and state, within [0.001, 2].
+        hidden_features, pathwise: as `Policy`.
+    """
+
+    def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
+        mean_N2, std_N2 = self._spread(parameters_NP)
+        mean_N2 = mean_N2.tanh()
+        action_N2 = mean_N2 if greedy else mean_N2 + std_N2 * torch.randn_like(mean_N2)
+        log_prob_N = _normal_log_prob(action_N2 if self.pathwise else action_N2.detach(), mean_N2, std_N2).sum(-1)
+        entropy_N = (std_N2.log() + 0.5 * (1 + _LOG_2PI)).sum(-1)
+        clipped_N = (action_N2.abs() > 1).any(-1)
+        return Choice(action_N2.clamp(-1, 1), log_prob_N, entropy_N, clipped_N, parameters_NP)
+
+
+class TruncatedGaussian(_Normal):
+    """A normal distribution restricted to the image: no action is clipped, so none loses its gradient.
+
+        p(l) = N(l; tanh(mean), std²) / (Φ((1 − mean)/std) − Φ((−1 − mean)/std)),    l in [−1, 1]
+
+    The greedy location is the mode, tanh(mean).
+
+    Args:
+        in_features, std, learned_std, hidden_features, pathwise: as `Gaussian`.
+    """
+
+    def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
+        mean_N2, std_N2 = self._spread(parameters_NP)
+        mean_N2 = mean_N2.tanh()
+        low_N2, high_N2 = (-1 - mean_N2) / std_N2, (1 - mean_N2) / std_N2
+        below_N2, above_N2 = torch.special.ndtr(low_N2), torch.special.ndtr(high_N2)
+        mass_N2 = above_N2 - below_N2  # ≥ ½ · P(|z| < 2/std): the mean lies in the image
+        if greedy:
+            location_N2 = mean_N2
+        else:
+            chance_N2 = below_N2 + mass_N2 * torch.rand_like(mean_N2)
+            standard_N2 = torch.special.ndtri(chance_N2.clamp(1e-6, 1 - 1e-6))
+            location_N2 = (mean_N2 + std_N2 * standard_N2).clamp(-1, 1)
+        action_N2 = location_N2 if self.pathwise else location_N2.detach()
+        log_prob_N = (_normal_log_prob(action_N2, mean_N2, std_N2) - mass_N2.log()).sum(-1)
+        density_low, density_high = (torch.exp(-0.5 * edge.square() - 0.5 * _LOG_2PI) for edge in (low_N2, high_N2))
+        drift_N2 = (low_N2 * density_low - high_N2 * density_high) / (2 * mass_N2)
+        entropy_N = ((std_N2 * mass_N2).log() + 0.5 * (1 + _LOG_2PI) + drift_N2).sum(-1)
+        clipped_N = torch.zeros_like(log_prob_N, dtype=torch.bool)
+        return Choice(location_N2, log_prob_N, entropy_N, clipped_N, parameters_NP)
+
+
+class TanhGaussian(_Normal):
+    """A normal distribution pressed into the image by tanh, its density corrected for that (Haarnoja et al. 2018,
+    1801.01290, appendix C).
+
+        u ~ N(mean, std²),    l = tanh(u),    log p(l) = log N(u) − Σ log(1 − tanh²(u))
+
+    The greedy location is tanh(mean); the entropy has no closed form, and is that of u plus the correction at the drawn
+    action, an unbiased estimate.
+
+    Args:
+        in_features, std, learned_std, hidden_features, pathwise: as `Gaussian`; std is that of u.
+    """
+
+    def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
+        mean_N2, std_N2 = self._spread(parameters_NP)
+        moved_N2 = mean_N2 if greedy else mean_N2 + std_N2 * torch.randn_like(mean_N2)
+        action_N2 = moved_N2 if self.pathwise else moved_N2.detach()
+        # log(1 − tanh²(u)) = 2 (log 2 − u − softplus(−2u)), which does not overflow
+        squeeze_N = 2 * (math.log(2) - action_N2 - F.softplus(-2 * action_N2)).sum(-1)
+        log_prob_N = _normal_log_prob(action_N2, mean_N2, std_N2).sum(-1) - squeeze_N
+        entropy_N = (std_N2.log() + 0.5 * (1 + _LOG_2PI)).sum(-1) + squeeze_N
+        clipped_N = torch.zeros_like(log_prob_N, dtype=torch.bool)
+        return Choice(moved_N2.tanh(), log_prob_N, entropy_N, clipped_N, parameters_NP)
+
+
+class Categorical(Policy):
+    """One of the cells of a grid; the location is its centre.
+
+    With `pathwise`, the straight-through Gumbel-softmax (Jang et al. 2017, 1611.01144): the location is that of the
+    drawn cell, its gradient that of the mean over the softened draw.
+
+    Args:
+        in_features: D.
+        grid: (rows, columns), or one number for both.
+        temperature: of the softened draw, > 0.
+        hidden_features, pathwise: as `Policy`.
+    """
+
+    centres: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        grid: int | tuple[int, int] = 7,
+        temperature: float = 1.0,
+        hidden_features: int = 0,
+        pathwise: bool = False,
+    ) -> None:
+        rows, columns = (grid, grid) if isinstance(grid, int) else grid
+        if min(rows, columns) < 1 or temperature <= 0:
+            raise ValueError(f"grid must be ≥ 1 and temperature > 0, got {grid} and {temperature}")
+        super().__init__(in_features, rows * columns, hidden_features=hidden_features, pathwise=pathwise)
+        self.temperature = temperature
+        y, x = ((2 * torch.arange(count) + 1) / count - 1 for count in (rows, columns))
+        centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+        self.register_buffer("centres", centres, persistent=False)
+
+    def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
+        log_prob_NP = parameters_NP.log_softmax(-1)
+        noise_NP = -torch.empty_like(log_prob_NP).exponential_().log()  # of Gumbel: the largest sum is a fair draw
+        score_NP = log_prob_NP if greedy else log_prob_NP + noise_NP
+        cell_N1 = score_NP.argmax(-1, keepdim=True)
+        location_N2 = self.centres.to(log_prob_NP)[cell_N1.squeeze(-1)]
+        if self.pathwise:
+            soft_NP = (score_NP / self.temperature).softmax(-1)
+            mean_N2 = soft_NP @ self.centres.to(log_prob_NP)
+            location_N2 = location_N2 + mean_N2 - mean_N2.detach()
+        entropy_N = -(log_prob_NP.exp() * log_prob_NP).sum(-1)
+        picked_N = log_prob_NP.gather(-1, cell_N1).squeeze(-1)
+        return Choice(location_N2, picked_N, entropy_N, torch.zeros_like(picked_N, dtype=torch.bool), parameters_NP)

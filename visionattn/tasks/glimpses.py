@@ -1,0 +1,199 @@
+"""Classification by glimpses: cross-entropy for what is seen, REINFORCE for where to look.
+
+Shapes: B batch, C channels, H rows, W columns, K classes, R rollouts, T glimpses, t choices of a location.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from visionattn.models.glimpse_network import GlimpseNetwork, Look, Rollout
+from visionattn.tasks import reinforce
+from visionattn.tasks.naming import NamingTask
+
+Reward = Literal["correct", "log_likelihood", "confidence_gain"]
+Baseline = Literal["none", "moving_average", "batch_mean", "learned", "self_critical", "leave_one_out"]
+
+_REWARDS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "correct": reinforce.correct,
+    "log_likelihood": reinforce.log_likelihood,
+    "confidence_gain": reinforce.confidence_gain,
+}
+_CORNER = 0.8
+_KEPT = 0.99  # of the moving average, a step
+_AVERAGED = 10  # rollouts whose probabilities are averaged, as public results are
+
+
+class GlimpseClassification(NamingTask):
+    """Train a glimpse network to name what an image shows (Mnih et al. 2014, 1406.6247).
+
+        loss = NLL + reinforce_weight · (− Σ_t log π(l_t) · (G_t − b_t)) + (b_t − G_t)²  [learned] − entropy_weight · H
+
+    The NLL does not reach the policy, and the policy's loss reaches nothing else; a learned baseline gets its own loss
+    only. With a `pathwise` policy there is no REINFORCE term: the gradient comes through the location.
+
+    Logged while training: `train/loss`, `reward`, and of the policy `entropy` (nats, a choice), `clipped` (share of
+    actions outside the image), `corners` (share of locations with |x| and |y| > 0.8), `gradient_variance` and
+    `gradient_snr` (of the policy's outputs; see `reinforce.gradient_noise`).
+
+    Validation and test score the mean policy. The test also scores sampled locations, once (`accuracy_sampled`) and
+    with the probabilities of 10 rollouts averaged (`accuracy_sampled_10`), two controls, random locations and the
+    centre only (`accuracy_random`, `accuracy_centre`), and the mean policy after each glimpse (`accuracy_after_1` …).
+
+    Args:
+        network: a glimpse network.
+        rollouts: R, of every image in training.
+        reward: what a rollout earns; see `reinforce`.
+        baseline: what is subtracted from it: the mean over the `batch_mean`'s other rollouts, the mean over the same
+            image's others (`leave_one_out`, needs rollouts ≥ 2), a `moving_average` over steps, a linear map of the
+            state (`learned`), the reward of the mean policy (`self_critical`), or nothing.
+        reinforce_weight: of the policy's loss.
+        entropy_weight: of a bonus for entropy.
+        every_glimpse: share of the NLL that is its mean over all glimpses rather than that of the last, in [0, 1]; with
+            it the network may be stopped early.
+        label_smoothing: share of the truth that is spread over all classes, in [0, 1).
+        optimizer, lr_scheduler, lr_interval, gamma_lr_factor: as `NamingTask`.
+    """
+
+    network: GlimpseNetwork
+    average: Tensor
+
+    def __init__(
+        self,
+        network: GlimpseNetwork,
+        *,
+        rollouts: int = 2,
+        reward: Reward = "correct",
+        baseline: Baseline = "leave_one_out",
+        reinforce_weight: float = 1.0,
+        entropy_weight: float = 0.0,
+        every_glimpse: float = 0.0,
+        label_smoothing: float = 0.0,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        gamma_lr_factor: float = 10.0,
+    ) -> None:
+        super().__init__(
+            network,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr_interval=lr_interval,
+            gamma_lr_factor=gamma_lr_factor,
+        )
+        if rollouts < 1 or (baseline == "leave_one_out" and rollouts < 2):
+            raise ValueError(f"rollouts must be ≥ 1, and ≥ 2 with the baseline leave_one_out, got {rollouts}")
+        if not (0 <= every_glimpse <= 1 and 0 <= label_smoothing < 1):
+            raise ValueError(
+                f"every_glimpse must be in [0, 1] and label_smoothing in [0, 1), got {every_glimpse}, {label_smoothing}"
+            )
+        self.rollouts = rollouts
+        self.reward = reward
+        self.baseline = baseline
+        self.reinforce_weight = reinforce_weight
+        self.entropy_weight = entropy_weight
+        self.every_glimpse = every_glimpse
+        self.label_smoothing = label_smoothing
+        self.value = nn.Linear(network.hidden_size, 1) if baseline == "learned" else None
+        self.register_buffer("average", torch.zeros(()))
+
+    def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits_BK, labels, label_smoothing=self.label_smoothing)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        steps = max(1, int(self.trainer.estimated_stepping_batches) - 1)
+        self.network.policy.progress(min(1.0, self.global_step / steps))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        images_BCHW, label_B = batch["image"], batch["label"]
+        rollout = self.network.rollout(images_BCHW, rollouts=self.rollouts)
+        loss = self._seen(rollout, label_B)
+        logged = {"train/loss": loss.detach()}
+        if rollout.log_prob.shape[-1] and not self.network.policy.pathwise:
+            returns_BRt = _REWARDS[self.reward](rollout.logits.detach(), label_B, rollout.log_prob.shape[-1])
+            baseline_BRt, its_loss = self._baseline(batch, rollout, returns_BRt)
+            policy_loss = reinforce.policy_loss(rollout.log_prob, returns_BRt - baseline_BRt)
+            if self._logs_now():
+                logged |= self._noise(policy_loss, rollout)
+            loss = loss + self.reinforce_weight * policy_loss + its_loss
+            logged["train/reward"] = returns_BRt.mean()
+        if self.entropy_weight:
+            loss = loss - self.entropy_weight * rollout.entropy.sum(-1).mean()
+        if self._logs_now():
+            logged |= self._habits(rollout)
+        self.log_dict(logged, batch_size=len(label_B))
+        return loss
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        images_BCHW, label_B = batch["image"], batch["label"]
+        logits_BTK = self.network.rollout(images_BCHW, look="mean").logits[:, 0]
+        looks: tuple[tuple[str, Look, int], ...] = (
+            ("sampled", "sample", 1),
+            (f"sampled_{_AVERAGED}", "sample", _AVERAGED),
+            ("random", "random", 1),
+            ("centre", "centre", 1),
+        )
+        answers = {f"after_{turn + 1}": logits_BTK[:, turn] for turn in range(logits_BTK.shape[1])}
+        for name, look, rollouts in looks:
+            logits_BRTK = self.network.rollout(images_BCHW, look=look, rollouts=rollouts).logits
+            answers[name] = logits_BRTK[:, :, -1].softmax(-1).mean(1)
+        for name, answer_BK in answers.items():
+            right = (answer_BK.argmax(-1) == label_B).float().mean()
+            self.log(f"test/accuracy_{name}", right, batch_size=len(label_B), on_epoch=True, sync_dist=True)
+        return super().test_step(batch, batch_idx)
+
+    def _seen(self, rollout: Rollout, label_B: Tensor) -> Tensor:
+        logits_BRTK = rollout.logits
+        batch, rollouts, glimpses, _ = logits_BRTK.shape
+        label_BRT = label_B[:, None, None].expand(batch, rollouts, glimpses)
+        last = self.loss(logits_BRTK[:, :, -1].flatten(0, 1), label_BRT[:, :, -1].flatten())
+        if not self.every_glimpse:
+            return last
+        return torch.lerp(last, self.loss(logits_BRTK.flatten(0, 2), label_BRT.flatten()), self.every_glimpse)
+
+    def _baseline(self, batch: dict[str, Any], rollout: Rollout, returns_BRt: Tensor) -> tuple[Tensor, Tensor]:
+        """What is subtracted from the returns, and the loss of what is learned for it."""
+        nothing = returns_BRt.new_zeros(())
+        match self.baseline:
+            case "none":
+                return torch.zeros_like(returns_BRt), nothing
+            case "batch_mean":
+                return reinforce.batch_mean(returns_BRt), nothing
+            case "leave_one_out":
+                return reinforce.leave_one_out(returns_BRt), nothing
+            case "moving_average":
+                before = self.average.clone()  # of earlier steps only, so that it does not depend on this one
+                self.average.lerp_(returns_BRt.mean(), 1 - _KEPT)
+                return before.expand_as(returns_BRt), nothing
+            case "self_critical":
+                with torch.no_grad():
+                    logits_BRTK = self.network.rollout(batch["image"], look="mean").logits
+                earned_B1t = _REWARDS[self.reward](logits_BRTK, batch["label"], returns_BRt.shape[-1])
+                return earned_B1t.expand_as(returns_BRt), nothing
+            case "learned":
+                assert self.value is not None
+                value_BRt = self.value(rollout.state).squeeze(-1)
+                return value_BRt.detach(), F.mse_loss(value_BRt, returns_BRt)
+
+    def _logs_now(self) -> bool:
+        return self.trainer.fast_dev_run or self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+    def _noise(self, policy_loss: Tensor, rollout: Rollout) -> dict[str, Tensor]:
+        gradients = torch.autograd.grad(policy_loss, rollout.parameters, retain_graph=True)
+        # the loss is a mean over rollouts, and each one's parameters take part in its own term only
+        variance, ratio = reinforce.gradient_noise(torch.cat(gradients, 1) * len(gradients[0]))
+        return {"train/gradient_variance": variance, "train/gradient_snr": ratio}
+
+    def _habits(self, rollout: Rollout) -> dict[str, Tensor]:
+        if not rollout.log_prob.shape[-1]:
+            return {}
+        chosen = rollout.location[:, :, -rollout.log_prob.shape[-1] :]
+        return {
+            "train/entropy": rollout.entropy.mean().detach(),
+            "train/clipped": rollout.clipped.float().mean(),
+            "train/corners": (chosen.abs() > _CORNER).all(-1).float().mean(),
+        }
