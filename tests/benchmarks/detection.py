@@ -9,7 +9,10 @@
 - `map_eval_speed`: how many times as fast as pycocotools the task's mAP is, 500 images with 100 boxes each; median of
   pairs. `map_eval_difference` is the largest difference of the twelve figures.
 - `mass_ratio_dense`, `mass_ratio_query`: heat inside a box ÷ the box's share of the image, of the detectors of the rows
-  above (trained for 50 and 95 s), over boxes of score .3 that found an object; beside it the map of another box.
+  above (trained for 50 and 95 s), over boxes of score .3 that found an object; beside it the controls, a random map and
+  the map of another box. `--runs` does the same for runs of `visionattn fit`, on their test images:
+
+    python tests/benchmarks/detection.py --rows --runs runs/detection-digits/0 runs/bccd-dense/0 runs/bccd-query/0
 """
 
 import argparse
@@ -28,14 +31,16 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
-from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FCOS
 from torchvision.ops import box_iou
 
 from tests.shapes import NAMES, Shapes
+from visionattn import load
 from visionattn.maps.box_scores import mass_ratio
 from visionattn.maps.boxes import ODAM, QuerySampling
 from visionattn.models import DenseDetector, FeaturePyramid, QueryDetector, TorchvisionDetector
+from visionattn.tasks.detection import coco_scores
+from visionattn.training.data_of import data_of
 
 GOALS = {
     "dense_map50_10s": 0.93,
@@ -109,7 +114,7 @@ def train(detector, data, seconds, *, lr, batch_size=8, weight_decay=0.05, clip=
 @torch.no_grad()
 def score(detector, data):
     detector.eval()
-    scores = MeanAveragePrecision(backend="faster_coco_eval")
+    scores = coco_scores()
     for start in range(0, len(data), 50):
         some = [data[n] for n in range(start, min(len(data), start + 50))]
         found = detector(torch.stack([sample["image"] for sample in some]))
@@ -122,18 +127,34 @@ def without_index(found):
 
 
 def mass(detector, method, data, count=64):
-    """Mean mass ratio of the boxes that found an object, and of the maps of other boxes in their place."""
-    own, other = [], []
+    """Mean mass ratio of the boxes that found an object, of random maps, and of the maps of other boxes."""
+    own, random, other = [], [], []
+    count = min(count, len(data))
     for start in range(0, count, 16):
-        some = [data[n] for n in range(start, start + 16)]
+        some = [data[n] for n in range(start, min(count, start + 16))]
         images = torch.stack([sample["image"] for sample in some])
         for maps, sample in zip(method(detector, images), some, strict=True):
             right = (box_iou(maps.boxes, sample["boxes"]) >= 0.5).any(1)
-            heat, boxes = maps.heatmaps[right], maps.boxes[right]
+            heat, boxes, size = maps.heatmaps[right], maps.boxes[right], images.shape[2:]
+            if len(boxes):
+                own += mass_ratio(heat, boxes, size).tolist()
+                random += mass_ratio(torch.rand(heat.shape), boxes, size).tolist()
             if len(boxes) > 1:
-                own += mass_ratio(heat, boxes, images.shape[2:]).tolist()
-                other += mass_ratio(heat.roll(1, 0), boxes, images.shape[2:]).tolist()
-    return statistics.mean(own), statistics.mean(other)
+                other += mass_ratio(heat.roll(1, 0), boxes, size).tolist()
+    if not own or not other:
+        return math.nan, "  no box of score .3 found an object"
+    beside = f"  {len(own)} boxes; random {statistics.mean(random):.2f}, of another box {statistics.mean(other):.2f}"
+    return statistics.mean(own), beside
+
+
+def run_masses(run):
+    """(method, mass ratio, what to print beside it) of a run's best checkpoint."""
+    detector = load(run / "best.ckpt").network
+    data = data_of(str(run / "config.yaml"))
+    data.setup("predict")
+    images = data.predict_dataloader().dataset
+    methods = [ODAM(), QuerySampling()] if isinstance(detector, QueryDetector) else [ODAM()]
+    return [(method.name, *mass(detector, method, images)) for method in methods]
 
 
 def many_boxes(images=500, boxes=100):
@@ -151,8 +172,7 @@ def many_boxes(images=500, boxes=100):
 
 def evaluation(backend, found, truth):
     """CPU seconds and the twelve figures."""
-    scores = MeanAveragePrecision(backend=backend)
-    scores.warn_on_many_detections = False
+    scores = coco_scores(backend=backend)
     scores.update(found, truth)
     started = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
@@ -172,7 +192,8 @@ def eval_speed(rounds=3):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rows", nargs="+", choices=GOALS, default=list(GOALS))
+    parser.add_argument("--rows", nargs="*", choices=GOALS, default=list(GOALS))
+    parser.add_argument("--runs", nargs="+", type=Path, default=[], help="folders of runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tune", action="store_true", help="score on the images that settings are chosen with")
     options = parser.parse_args()
@@ -206,17 +227,20 @@ def main():
     if wanted & {"dense_map_50s", "mass_ratio_dense"}:
         detector, found, beside = trained(dense, 50, lr=1e-2)
         report("dense_map_50s", found["map"], beside)
-        own, other = mass(detector, ODAM(), held_out)
-        report("mass_ratio_dense", own, f"  of another box {other:.2f}")
+        report("mass_ratio_dense", *mass(detector, ODAM(), held_out))
     if wanted & {"query_map50_95s", "mass_ratio_query"}:
         detector, found, beside = trained(query, 95, lr=3e-3)
         report("query_map50_95s", found["map_50"], beside)
-        own, other = mass(detector, QuerySampling(), held_out)
-        report("mass_ratio_query", own, f"  of another box {other:.2f}")
+        report("mass_ratio_query", *mass(detector, QuerySampling(), held_out))
     if wanted & {"map_eval_speed", "map_eval_difference"}:
         ratio, difference = eval_speed()
         report("map_eval_speed", ratio)
         report("map_eval_difference", difference)
+    for run in options.runs:
+        for method, value, beside in run_masses(run):
+            name = f"mass_ratio_{run.parent.name}_{method}"
+            results.append({"name": name, "value": round(value, 4), "goal": 2, "better": "higher"})
+            print(f"{name:40s} {value:9.4f}{beside}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

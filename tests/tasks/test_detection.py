@@ -164,7 +164,7 @@ def test_terms_are_logged_apart_and_crowds_are_not_trained_on():
     oracle = Oracle()
     task = Detection(oracle)
     logged = {}
-    task.log = lambda name, value, **_: logged.update({name: float(value)})
+    task.log = lambda name, value, **_: logged.update({name: float(value.detach())})
     trainer(limit_val_batches=0).fit(task, datamodule=Samples(samples))
     assert logged == {"train/loss": 3, "train/loss_one": 1, "train/loss_two": 2}
     ((_, boxes, labels),) = oracle.seen

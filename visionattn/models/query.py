@@ -155,7 +155,8 @@ def match(answer: Answer, truth: Sequence[Tensor], labels: Sequence[Tensor]) -> 
         cost_QN += BOX_COST * torch.cdist(boxes_Q4, truth[number], p=1)
         corners = [box_convert(some, "cxcywh", "xyxy") for some in (boxes_Q4, truth[number])]
         cost_QN -= OVERLAP_COST * generalized_box_iou(*corners)
-        query, item = linear_sum_assignment(cost_QN.cpu().numpy())
+        # where the network has come to NaN the loss will say so, with the images' names
+        query, item = linear_sum_assignment(cost_QN.nan_to_num(1e6).cpu().numpy())
         pairs.append((torch.as_tensor(query, device=p_QN.device), torch.as_tensor(item, device=p_QN.device)))
     return pairs
 

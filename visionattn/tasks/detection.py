@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -80,11 +81,7 @@ class Detection(L.LightningModule):
                 f"the network has num_classes {outputs}, and the data has {count} classes ({names}); "
                 f"set model.init_args.network.init_args.num_classes: {count}"
             )
-        self.val_scores, self.test_scores = (
-            MeanAveragePrecision(backend="faster_coco_eval", class_metrics=True) for _ in range(2)
-        )
-        for scores in (self.val_scores, self.test_scores):
-            scores.warn_on_many_detections = False  # there are at most a hundred
+        self.val_scores, self.test_scores = coco_scores(), coco_scores()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images_BCHW, boxes = self._resized(batch["image"], batch["boxes"])
@@ -165,6 +162,22 @@ class Detection(L.LightningModule):
         scale = images_BCHW.new_tensor([new_w / width, new_h / height, new_w / width, new_h / height])
         smooth = {"mode": "bilinear", "antialias": True, "align_corners": False}
         return F.interpolate(images_BCHW, size=(new_h, new_w), **smooth), [some * scale for some in boxes]  # type: ignore[arg-type]
+
+
+def coco_scores(*, backend: Literal["faster_coco_eval", "pycocotools"] = "faster_coco_eval") -> MeanAveragePrecision:
+    """The metric of COCO's figures, also of each class.
+
+    torchmetrics has the thresholds in single precision, and so a recall of exactly .5 falls short of .5; here they are
+    those of pycocotools.
+    """
+    scores = MeanAveragePrecision(
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0, 1, 101).tolist(),
+        class_metrics=True,
+        backend=backend,
+    )
+    scores.warn_on_many_detections = False  # there are at most a hundred
+    return scores
 
 
 def to_source(found: Sequence[Detections], placements: Sequence[Any]) -> list[Detections]:
