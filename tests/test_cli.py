@@ -131,7 +131,7 @@ def test_detection_leaves_its_report_and_predictions(tmp_path, monkeypatch):
     config = str(CONFIGS / "detection" / "bccd_dense.yaml")
     command = ["fit", f"--config={config}", f"--data.root={root}", *sizes, "--trainer.max_epochs=1"]
     command += ["--trainer.enable_progress_bar=false", "--trainer.check_val_every_n_epoch=1"]
-    command += ["--overlays.every_n_epochs=1", "--test_after_fit=false"]
+    command += ["--overlays.every_n_epochs=1", "--test_after_fit=false", "--trainer.log_every_n_steps=1"]
     assert main(command) == 0
     run = Path("runs/bccd-dense/0")
     assert (run / "overlays" / "epoch_000.jpg").exists()

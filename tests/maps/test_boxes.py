@@ -84,7 +84,7 @@ def test_the_detector_is_left_as_it_was():
     assert all(torch.equal(value, state[name]) for name, value in detector.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["dense", "query", "vit", "torchvision", "torchvision's own"])
+@pytest.mark.parametrize("kind", ["dense", "one map", "query", "vit", "torchvision", "torchvision's own"])
 def test_odam_fits_every_detector(kind):
     torch.manual_seed(0)
     images, *_ = batch(2)
@@ -101,7 +101,12 @@ def test_odam_fits_every_detector(kind):
             weights=None, weights_backbone=None, num_classes=4, score_thresh=0.0, min_size=64, max_size=64
         )
     else:
-        detector = {"dense": dense, "query": query, "vit": lambda: dense(backbone="vit_tiny_patch16_224")}[kind]()
+        detector = {
+            "dense": dense,
+            "one map": lambda: dense(strides=(8,)),
+            "query": query,
+            "vit": lambda: dense(backbone="vit_tiny_patch16_224"),
+        }[kind]()
     maps = ODAM()(detector, images, lowest=0.0, most=3)
     assert [len(some.heatmaps) for some in maps] == [3, 3]
     for some in maps:

@@ -101,7 +101,7 @@ class ODAM(BoxMethod):
 
     Args:
         layer: name of a module that returns a map (B, C, h, w), or several in a list, tuple or dict, once a forward
-            pass; None for the first that returns several: the pyramid, or the backbone.
+            pass; None for the first that returns a list, tuple or dict of them: the pyramid, or the backbone.
     """
 
     name = "odam"
@@ -335,11 +335,11 @@ def _replaced(out: Any, leaves: Iterator[Tensor]) -> Any:
 
 
 def _first_with_maps(model: nn.Module, images_BCHW: Tensor) -> str:
-    """Name of the first module, outer ones before inner ones, that returns several maps."""
+    """Name of the first module, outer ones before inner ones, that returns maps in a list, tuple or dict."""
     several: set[nn.Module] = set()
 
     def look(module: nn.Module, _: Any, out: Any) -> None:
-        if isinstance(out, (list, tuple, dict)) and len(_maps(out)) > 1:
+        if isinstance(out, (list, tuple, dict)) and len(_maps(out)):
             several.add(module)
 
     handles = [module.register_forward_hook(look) for module in model.modules()]
@@ -351,4 +351,4 @@ def _first_with_maps(model: nn.Module, images_BCHW: Tensor) -> str:
     for name, module in model.named_modules():
         if module in several:
             return name
-    raise UsageError(f"no part of this {type(model).__name__} returns several maps; give the layer to look at")
+    raise UsageError(f"no part of this {type(model).__name__} returns a list of maps; give the layer to look at")
