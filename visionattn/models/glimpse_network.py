@@ -6,17 +6,31 @@ S scales, C channels, H × W image, h × w patch.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention.glimpse import Retina
-from visionattn.attention.policies import Policy
+from visionattn.attention.glimpse import Retina, View
+from visionattn.attention.policies import Choice, Policy
 from visionattn.errors import UsageError
 from visionattn.models.encoders import Encoder
 
 Look = Literal["sample", "mean", "random", "centre"]
+
+
+class Answer(NamedTuple):
+    """`logits` (B, K), and after how many glimpses (B,) they were given."""
+
+    logits: Tensor
+    glimpses: Tensor
+
+
+class Memory(NamedTuple):
+    """State of the core, (N, D) each; `cell` is that of an LSTM and elsewhere unused."""
+
+    hidden: Tensor
+    cell: Tensor
 
 
 @dataclass(frozen=True)
@@ -127,34 +141,22 @@ class GlimpseNetwork(nn.Module):
         """
         if look not in ("sample", "mean", "random", "centre"):
             raise UsageError(f"look must be sample, mean, random or centre, got {look!r}")
-        batch, number = len(x_BCHW), num_glimpses or self.num_glimpses
+        batch = len(x_BCHW)
         view = self.retina.view(x_BCHW)
-        hidden_ND = x_BCHW.new_zeros(batch * rollouts, self.hidden_size)
-        memory_ND = hidden_ND
-        location_N2 = x_BCHW.new_zeros(batch * rollouts, 2)
+        memory, choice = self._start(x_BCHW, rollouts, look)
         choices, asked, locations, states = [], [], [], []
-        if self.glance is not None and self.begin is not None:
-            hidden_ND = self.begin(self.glance(x_BCHW)).tanh().repeat_interleave(rollouts, 0)
-        elif look == "random" or (look == "sample" and self.start == "random"):
-            location_N2 = location_N2.uniform_(-1, 1)
-        for turn in range(number):
-            if turn or self.glance is not None:
-                asked.append(hidden_ND.detach())
+        if choice is not None:
+            choices.append(choice)
+            asked.append(memory.hidden.detach())
+        location_N2 = self._first(choice, memory, look)
+        for turn in range(num_glimpses or self.num_glimpses):
+            if turn:
+                asked.append(memory.hidden.detach())
                 choices.append(self.policy(asked[-1], greedy=look == "mean"))
-                location_N2 = choices[-1].location
-                if look == "random":
-                    location_N2 = torch.empty_like(location_N2).uniform_(-1, 1)
-                elif look == "centre":
-                    location_N2 = torch.zeros_like(location_N2)
-            patch_BRSChw = self.retina.look(view, location_N2.unflatten(0, (batch, rollouts)))
-            what_NG = self.what(self.encoder(patch_BRSChw.flatten(0, 1).flatten(1, 2)))
-            glimpse_NG = (what_NG + self.where(location_N2)).relu()
-            if isinstance(self.core, nn.LSTMCell):
-                hidden_ND, memory_ND = self.core(glimpse_NG, (hidden_ND, memory_ND))
-            else:
-                hidden_ND = self.core(glimpse_NG, hidden_ND)
+                location_N2 = _controlled(choices[-1].location, look)
+            memory = self._see(view, location_N2, memory)
             locations.append(location_N2)
-            states.append(hidden_ND)
+            states.append(memory.hidden)
 
         def apart(steps: list[Tensor], *shape: int) -> Tensor:
             if not steps:
@@ -170,3 +172,65 @@ class GlimpseNetwork(nn.Module):
             clipped=apart([choice.clipped for choice in choices]),
             parameters=tuple(choice.parameters for choice in choices),
         )
+
+    @torch.no_grad()
+    def answer(self, x_BCHW: Tensor, *, confidence: float, num_glimpses: int | None = None) -> Answer:
+        """Look at each image, by the mean policy, until the likeliest class has this probability (Wang et al. 2020,
+        2010.05300, section 3.3); images that are done cost nothing more.
+
+        Args:
+            x_BCHW: images.
+            confidence: in [0, 1]; above 1, every image gets all glimpses.
+            num_glimpses: the most glimpses of an image.
+        """
+        most = num_glimpses or self.num_glimpses
+        view = self.retina.view(x_BCHW)
+        memory, choice = self._start(x_BCHW, 1, "mean")
+        location_N2 = self._first(choice, memory, "mean")
+        logits_BK = x_BCHW.new_zeros(len(x_BCHW), self.num_classes)
+        glimpses_B = torch.full((len(x_BCHW),), most, device=x_BCHW.device)
+        open_N = torch.arange(len(x_BCHW), device=x_BCHW.device)
+        for turn in range(1, most + 1):
+            memory = self._see(view, location_N2, memory)
+            logits_NK = self.head(memory.hidden)
+            logits_BK[open_N] = logits_NK
+            goes_on_N = logits_NK.softmax(-1).amax(-1) < confidence
+            glimpses_B[open_N[~goes_on_N]] = turn
+            open_N = open_N[goes_on_N]
+            if turn == most or not len(open_N):
+                break
+            memory = Memory(*(part[goes_on_N] for part in memory))
+            view = View(tuple(plane[goes_on_N] for plane in view.planes), view.size)
+            location_N2 = self.policy(memory.hidden, greedy=True).location
+        return Answer(logits_BK, glimpses_B)
+
+    def _start(self, x_BCHW: Tensor, rollouts: int, look: Look) -> tuple[Memory, Choice | None]:
+        """What is known before the first glimpse, and where to look first if that is chosen."""
+        nothing_ND = x_BCHW.new_zeros(len(x_BCHW) * rollouts, self.hidden_size)
+        if self.glance is None or self.begin is None:
+            return Memory(nothing_ND, nothing_ND), None
+        hidden_ND = self.begin(self.glance(x_BCHW)).tanh().repeat_interleave(rollouts, 0)
+        return Memory(hidden_ND, nothing_ND), self.policy(hidden_ND.detach(), greedy=look == "mean")
+
+    def _first(self, choice: Choice | None, memory: Memory, look: Look) -> Tensor:
+        if choice is not None:
+            return _controlled(choice.location, look)
+        location_N2 = memory.hidden.new_zeros(len(memory.hidden), 2)
+        drawn = look == "random" or (look == "sample" and self.start == "random")
+        return location_N2.uniform_(-1, 1) if drawn else location_N2
+
+    def _see(self, view: View, location_N2: Tensor, memory: Memory) -> Memory:
+        batch = len(view.planes[0])
+        patch_BRSChw = self.retina.look(view, location_N2.unflatten(0, (batch, -1)))
+        what_NG = self.what(self.encoder(patch_BRSChw.flatten(0, 1).flatten(1, 2)))
+        glimpse_NG = (what_NG + self.where(location_N2)).relu()
+        if isinstance(self.core, nn.LSTMCell):
+            return Memory(*self.core(glimpse_NG, tuple(memory)))
+        return Memory(self.core(glimpse_NG, memory.hidden), memory.cell)
+
+
+def _controlled(location_N2: Tensor, look: Look) -> Tensor:
+    """The location, or what a control puts in its place."""
+    if look == "random":
+        return torch.empty_like(location_N2).uniform_(-1, 1)
+    return torch.zeros_like(location_N2) if look == "centre" else location_N2

@@ -114,13 +114,10 @@ class GlimpseClassification(NamingTask):
         loss = self._seen(rollout, label_B)
         logged = {"train/loss": loss.detach()}
         if rollout.log_prob.shape[-1] and not self.network.policy.pathwise:
-            returns_BRt = _REWARDS[self.reward](rollout.logits.detach(), label_B, rollout.log_prob.shape[-1])
-            baseline_BRt, its_loss = self._baseline(batch, rollout, returns_BRt)
-            policy_loss = reinforce.policy_loss(rollout.log_prob, returns_BRt - baseline_BRt)
+            policy_loss, value_loss, logged["train/reward"] = self.policy_terms(batch, rollout)
             if self._logs_now():
                 logged |= self._noise(policy_loss, rollout)
-            loss = loss + self.reinforce_weight * policy_loss + its_loss
-            logged["train/reward"] = returns_BRt.mean()
+            loss = loss + self.reinforce_weight * policy_loss + value_loss
         if self.entropy_weight:
             loss = loss - self.entropy_weight * rollout.entropy.sum(-1).mean()
         if self._logs_now():
@@ -145,6 +142,12 @@ class GlimpseClassification(NamingTask):
             right = (answer_BK.argmax(-1) == label_B).float().mean()
             self.log(f"test/accuracy_{name}", right, batch_size=len(label_B), on_epoch=True, sync_dist=True)
         return super().test_step(batch, batch_idx)
+
+    def policy_terms(self, batch: dict[str, Any], rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """The policy's loss, that of a learned baseline, and the mean reward, of a rollout of a batch."""
+        returns_BRt = _REWARDS[self.reward](rollout.logits.detach(), batch["label"], rollout.log_prob.shape[-1])
+        baseline_BRt, value_loss = self._baseline(batch, rollout, returns_BRt)
+        return reinforce.policy_loss(rollout.log_prob, returns_BRt - baseline_BRt), value_loss, returns_BRt.mean()
 
     def _seen(self, rollout: Rollout, label_B: Tensor) -> Tensor:
         logits_BRTK = rollout.logits

@@ -1,0 +1,267 @@
+"""The retina against loops over pixels, and the policies against torch's and SciPy's distributions."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import distributions as D
+
+from visionattn.attention import Categorical, Gaussian, Retina, TanhGaussian, TruncatedGaussian
+from visionattn.errors import UsageError
+
+GEOMETRIES = [  # H, W, C, patch, scales, factor
+    (9, 14, 2, (3, 4), 3, 2),
+    (5, 5, 1, (8, 7), 2, 3),
+    (12, 7, 3, (1, 1), 1, 2),
+    (1, 1, 1, (2, 2), 2, 2),
+]
+
+
+def by_pixels(image, location, retina, background):
+    """What a retina sees at one location of one image, pixel by pixel, interpolating where a patch starts in between."""
+    channels, *size = image.shape
+    out = torch.zeros(retina.scales, channels, *retina.patch_size, dtype=image.dtype)
+
+    def pixel(c, y, x):
+        return image[c, y, x] if 0 <= y < size[0] and 0 <= x < size[1] else background[c]
+
+    for scale in range(retina.scales):
+        f = retina.factor**scale
+        starts = []
+        for axis in (0, 1):
+            centre = (float(location[1 - axis]) + 1) / 2 * (size[axis] - 1)
+            start = centre - (f * retina.patch_size[axis] - 1) / 2
+            starts.append(start if retina.subpixel else math.floor(start + 0.5))
+        (top, down), (left, right) = ((math.floor(start), start - math.floor(start)) for start in starts)
+        for c, i, j in itertools.product(range(channels), *map(range, retina.patch_size)):
+            for dy, dx in itertools.product((0, 1), (0, 1)):
+                share = (down if dy else 1 - down) * (right if dx else 1 - right)
+                if share:
+                    block = itertools.product(range(f), range(f))
+                    seen = [pixel(c, top + f * i + a + dy, left + f * j + b + dx) for a, b in block]
+                    out[scale, c, i, j] += share * sum(seen) / f**2
+    return out
+
+
+def places(count, seed=0):
+    """Locations of two images: corners of the image, outside of it, and anywhere."""
+    locations = torch.rand(2, count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    locations[0, :3] = torch.tensor([[-1.0, 1.0], [1.0, -1.0], [1.5, -3.0]])
+    return locations
+
+
+@pytest.mark.parametrize("subpixel", [False, True])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_a_retina_sees_what_a_loop_over_pixels_sees(geometry, subpixel):
+    height, width, channels, patch, scales, factor = geometry
+    images = torch.randn(2, channels, height, width, dtype=torch.float64)
+    locations = places(5)
+    background = [0.5 - c for c in range(channels)]
+    retina = Retina(patch, scales=scales, factor=factor, background=background, subpixel=subpixel)
+    seen = retina(images, locations)
+    assert seen.shape == (2, 5, scales, channels, *patch)
+    for b, r in itertools.product(range(2), range(5)):
+        torch.testing.assert_close(seen[b, r], by_pixels(images[b], locations[b, r], retina, background))
+    torch.testing.assert_close(retina(images[1:], locations[1:]), seen[1:])  # a batch of one
+
+
+@pytest.mark.parametrize("patch", [3, 4])
+def test_plus_and_minus_one_are_the_centres_of_the_outermost_pixels(patch):
+    image = torch.zeros(1, 1, 6, 9)
+    image[0, 0, 0, 0], image[0, 0, 5, 8] = 1, 2
+    seen = Retina(patch)(image, torch.tensor([[[-1.0, -1.0], [1.0, 1.0]]]))[0, :, 0, 0]
+    middle = (patch - 1) // 2  # an even patch has no middle pixel: half a pixel is rounded up, to its lower right
+    assert seen[0, middle, middle] == 1
+    assert seen[1, middle, middle] == 2
+    assert seen.sum() == 3
+
+
+def test_between_pixels_is_exact_where_no_rounding_is_needed():
+    images = torch.randn(1, 2, 11, 11, dtype=torch.float64)
+    locations = torch.tensor([[[-1.0, 0.4], [0.0, 0.0], [1.0, -0.2]]], dtype=torch.float64)  # whole pixels
+    for patch in (1, 3, 5):
+        exact, between = (Retina(patch, scales=1, subpixel=subpixel)(images, locations) for subpixel in (False, True))
+        torch.testing.assert_close(exact, between)
+
+
+def test_looking_between_pixels_has_the_gradient_of_finite_differences():
+    images = torch.randn(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
+    locations = torch.tensor([[[0.13, -0.37], [-0.71, 0.59]]], dtype=torch.float64, requires_grad=True)
+    retina = Retina((2, 3), scales=2, subpixel=True)
+    assert torch.autograd.gradcheck(retina, (images, locations))
+    exact = Retina((2, 3), scales=2)(images, locations)
+    assert torch.autograd.grad(exact.sum(), locations, allow_unused=True)[0] is None
+
+
+def test_the_boxes_are_what_was_seen():
+    """Every patch is the box's part of the image: one bright pixel is in a patch exactly where it lies in the box."""
+    retina = Retina((3, 2), scales=3)
+    for y, x in itertools.product(range(7), range(10)):
+        image = torch.zeros(1, 1, 7, 10)
+        image[0, 0, y, x] = 1
+        locations = places(6)[:1].float()
+        boxes = retina.boxes(locations, (7, 10))[0]
+        inside = (boxes[..., 0] <= x) & (x + 1 <= boxes[..., 2]) & (boxes[..., 1] <= y) & (y + 1 <= boxes[..., 3])
+        assert torch.equal(retina(image, locations)[0].flatten(2).sum(-1) > 0, inside)
+
+
+def test_a_view_is_used_for_many_looks_and_types():
+    images, locations = torch.randn(2, 3, 8, 8), places(4).float()
+    retina = Retina(3, scales=2)
+    view = retina.view(images)
+    torch.testing.assert_close(retina.look(view, locations[:, 1:2]), retina(images, locations)[:, 1:2])
+    low = retina(images.bfloat16(), locations)
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), retina(images, locations), atol=0.05, rtol=0.02)
+    last = retina(images.contiguous(memory_format=torch.channels_last), locations)
+    torch.testing.assert_close(last, retina(images, locations))
+
+
+@pytest.mark.parametrize("subpixel", [False, True])
+def test_a_retina_compiles_and_exports_in_one_piece(subpixel):
+    images, locations = torch.randn(2, 3, 9, 8), places(4).float()
+    retina = Retina(4, scales=2, subpixel=subpixel)
+    compiled = torch.compile(retina, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images, locations), retina(images, locations))
+    exported = torch.export.export(retina, (images, locations)).module()
+    torch.testing.assert_close(exported(images, locations), retina(images, locations))
+
+
+def test_what_a_retina_cannot_be_is_said():
+    for options in ({"patch_size": 0}, {"patch_size": 3, "scales": 0}, {"patch_size": 3, "factor": 1}):
+        with pytest.raises(ValueError, match="a retina needs"):
+            Retina(**options)
+    with pytest.raises(UsageError, match="background has 2 values and the images have 3 channels"):
+        Retina(3, background=(0.0, 1.0))(torch.zeros(1, 3, 4, 4), torch.zeros(1, 1, 2))
+
+
+# Policies. A state is 3 numbers; its parameters come from the policy's own layers.
+
+STATES = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def stirred_policy(kind, **options):
+    torch.manual_seed(0)
+    policy = kind(3, **options).double()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_(0, 0.7)
+    return policy
+
+
+def moments(policy, states):
+    """Mean before the squeeze and standard deviation, as the docstrings say."""
+    parameters = policy.layers(states)
+    std = policy.std.expand(len(states), 2)
+    if policy.learned_std:
+        std = (policy.std * parameters[:, 2:].exp()).clamp(1e-3, 2)
+    return parameters[:, :2], std
+
+
+@pytest.mark.parametrize("options", [{"std": 0.3}, {"std": 0.3, "learned_std": True}, {"hidden_features": 5}], ids=str)
+def test_gaussian_log_probs_are_those_before_the_clamp(options):
+    policy = stirred_policy(Gaussian, **options)
+    mean, std = moments(policy, STATES)
+    independent = D.Independent(D.Normal(mean.tanh(), std), 1)
+    torch.manual_seed(3)
+    action = mean.tanh() + std * torch.randn_like(mean)
+    torch.manual_seed(3)
+    choice = policy(STATES)
+    torch.testing.assert_close(choice.location, action.clamp(-1, 1))
+    torch.testing.assert_close(choice.log_prob, independent.log_prob(action))
+    torch.testing.assert_close(choice.entropy, independent.entropy())
+    assert torch.equal(choice.clipped, (action.abs() > 1).any(-1))
+    assert choice.clipped.any() or options != {"std": 0.3}  # so that the clamp took part
+    torch.testing.assert_close(policy(STATES, greedy=True).location, mean.tanh())
+
+
+@pytest.mark.parametrize("options", [{"std": 0.7}, {"std": 0.05}, {"std": 0.7, "learned_std": True}], ids=str)
+def test_truncated_gaussians_are_scipys(options):
+    policy = stirred_policy(TruncatedGaussian, **options)
+    mean, std = (part.detach().numpy() for part in moments(policy, STATES))
+    mean = np.tanh(mean)
+    theirs = scipy.stats.truncnorm((-1 - mean) / std, (1 - mean) / std, loc=mean, scale=std)
+    choice = policy(STATES)
+    assert choice.location.abs().max() <= 1
+    np.testing.assert_allclose(choice.log_prob.detach(), theirs.logpdf(choice.location).sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(choice.entropy.detach(), theirs.entropy().sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(policy(STATES, greedy=True).location, mean)
+    many = policy(STATES[:1].expand(4000, 3)).location
+    for axis in (0, 1):
+        one = scipy.stats.truncnorm(
+            (-1 - mean[0, axis]) / std[0, axis], (1 - mean[0, axis]) / std[0, axis], mean[0, axis], std[0, axis]
+        )
+        assert scipy.stats.kstest(many[:, axis], one.cdf).pvalue > 1e-3
+
+
+def test_tanh_gaussians_count_the_squeeze():
+    policy = stirred_policy(TanhGaussian, std=0.6)
+    mean, std = moments(policy, STATES)
+    squeezed = D.TransformedDistribution(D.Normal(mean, std), D.TanhTransform())
+    choice = policy(STATES)
+    torch.testing.assert_close(choice.log_prob, squeezed.log_prob(choice.location).sum(-1))
+    many = policy(STATES[:1].expand(40_000, 3))
+    error = (many.log_prob + many.entropy).std() / 200  # the entropy is E[−log p], sample by sample here
+    assert abs((-many.log_prob).mean() - many.entropy.mean()) < 5 * error
+    far = TanhGaussian(3, std=0.6).double()
+    with torch.no_grad():
+        far.layers[-1].bias.fill_(60.0)
+    assert far(STATES).log_prob.isfinite().all()
+
+
+def test_categorical_cells_are_torchs_and_lie_on_the_grid():
+    policy = stirred_policy(Categorical, grid=(2, 3))
+    centres = [(x, y) for y in (-0.5, 0.5) for x in (-2 / 3, 0.0, 2 / 3)]
+    logits = policy.layers(STATES)
+    theirs = D.Categorical(logits=logits)
+    choice = policy(STATES)
+    cells = [
+        next(n for n, centre in enumerate(centres) if np.allclose(place, centre)) for place in choice.location.tolist()
+    ]
+    torch.testing.assert_close(choice.log_prob, theirs.log_prob(torch.tensor(cells)))
+    torch.testing.assert_close(choice.entropy, theirs.entropy())
+    likeliest = torch.tensor(centres, dtype=torch.float64)[logits.argmax(-1)]
+    torch.testing.assert_close(policy(STATES, greedy=True).location, likeliest)
+
+
+@pytest.mark.parametrize("pathwise", [False, True])
+def test_categorical_draws_are_fair(pathwise):
+    policy = stirred_policy(Categorical, grid=2, pathwise=pathwise)
+    locations = policy(STATES[:1].expand(8000, 3)).location.detach()
+    cells = (locations[:, 1] > 0) * 2 + (locations[:, 0] > 0)
+    expected = 8000 * policy.layers(STATES[:1]).softmax(-1)[0].detach()
+    assert scipy.stats.chisquare(torch.bincount(cells.long(), minlength=4), expected.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("kind", [Gaussian, TruncatedGaussian, TanhGaussian, Categorical])
+def test_the_location_has_a_gradient_only_where_it_is_asked_for(kind):
+    options = {} if kind is Categorical else {"std": 0.1}
+    assert not stirred_policy(kind, **options)(STATES).location.requires_grad
+    choice = stirred_policy(kind, pathwise=True, **options)(STATES)
+    gradients = torch.autograd.grad(choice.location.sum(), choice.parameters)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    policy = stirred_policy(kind, hidden_features=4, **options)
+    policy(STATES).log_prob.sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in policy.parameters())
+
+
+def test_a_scheduled_std_falls_geometrically():
+    policy = Gaussian(3, std=(0.4, 0.1))
+    for share, std in ((0.0, 0.4), (0.5, 0.2), (1.0, 0.1)):
+        policy.progress(share)
+        assert policy.std.item() == pytest.approx(std)
+    fixed = Gaussian(3, std=0.3)
+    fixed.progress(1.0)
+    assert fixed.std.item() == pytest.approx(0.3)
+
+
+def test_what_a_policy_cannot_be_is_said():
+    with pytest.raises(ValueError, match="std must be > 0"):
+        Gaussian(3, std=0.0)
+    with pytest.raises(ValueError, match="either scheduled or learned"):
+        Gaussian(3, std=(0.3, 0.1), learned_std=True)
+    with pytest.raises(ValueError, match="grid must be"):
+        Categorical(3, grid=0)

@@ -1,0 +1,172 @@
+"""The glimpse network: who learns from what, what it may be built of, and that nothing waits for the host."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from visionattn.attention import Categorical, Gaussian, Retina, TanhGaussian, TruncatedGaussian
+from visionattn.errors import UsageError
+from visionattn.models import ConvEncoder, Glance, GlimpseNetwork, MLPEncoder, TimmEncoder
+
+SMALL = {"hidden_size": 16, "glimpse_features": 12, "where_features": 8, "num_glimpses": 3}
+
+
+def make(policy=Gaussian, retina=None, **options):
+    torch.manual_seed(0)
+    return GlimpseNetwork(
+        5, retina=retina or Retina(4), policy=policy, **{"encoder": partial(MLPEncoder, features=8), **SMALL, **options}
+    )
+
+
+def images(*shape):
+    return torch.randn(*(shape or (2, 3, 12, 10)), generator=torch.Generator().manual_seed(1))
+
+
+def touched(module):
+    return {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+@pytest.mark.parametrize("glance", [None, partial(Glance, size=6)], ids=["centre", "glance"])
+def test_each_loss_teaches_its_own_part(glance):
+    network = make(glance=glance)
+    every = {name for name, _ in network.named_parameters()}
+    policy = {name for name in every if name.startswith("policy.")}
+    rollout = network.rollout(images(), rollouts=2)
+    F.cross_entropy(rollout.logits[:, :, -1].flatten(0, 1), torch.tensor([0, 0, 3, 3])).backward(retain_graph=True)
+    assert touched(network) == every - policy
+    network.zero_grad()
+    rollout.log_prob.sum().backward()
+    assert touched(network) == policy
+
+
+def test_only_locations_that_are_looked_at_are_chosen():
+    network = make()
+    asked = []
+    network.policy.register_forward_hook(lambda module, args, choice: asked.append(choice.location))
+    rollout = network.rollout(images(), rollouts=3)
+    assert len(asked) == 2  # of three glimpses, the first is the centre
+    assert rollout.log_prob.shape == rollout.entropy.shape == rollout.clipped.shape == (2, 3, 2)
+    assert torch.equal(rollout.location[:, :, 0], torch.zeros(2, 3, 2))
+    for turn, location in enumerate(asked):
+        assert torch.equal(rollout.location[:, :, turn + 1], location.unflatten(0, (2, 3)))
+    with_glance = make(glance=Glance).rollout(images(), rollouts=3)
+    assert with_glance.log_prob.shape == (2, 3, 3)
+    assert with_glance.location[:, :, 0].abs().min() > 0
+
+
+def test_the_core_follows_the_papers_equations():
+    network = make(core=nn.RNNCell)
+    x = images()
+    rollout = network.rollout(x, look="mean")
+    hidden = torch.zeros(2, 16)
+    location = torch.zeros(2, 2)
+    for turn in range(3):
+        patch = network.retina(x, location[:, None]).flatten(1)
+        what = network.what(network.encoder.layers[1:](patch))
+        hidden = network.core((what + network.where(location)).relu(), hidden)
+        torch.testing.assert_close(rollout.logits[:, 0, turn], network.head(hidden))
+        torch.testing.assert_close(rollout.location[:, 0, turn], location)
+        location = network.policy.layers(hidden).tanh()  # the mean of the Gaussian
+
+
+@pytest.mark.parametrize("policy", [Gaussian, TruncatedGaussian, TanhGaussian, Categorical])
+@pytest.mark.parametrize("core", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_the_mean_policy_is_deterministic_and_images_do_not_meet(policy, core):
+    network = make(policy, core=core).eval()
+    x = images(3, 3, 9, 14)
+    torch.manual_seed(0)
+    first = network(x)
+    torch.manual_seed(1)
+    assert torch.equal(network(x), first)
+    torch.testing.assert_close(network(x[1:2]), first[1:2])  # a batch of one
+    assert torch.equal(network.rollout(x, look="mean", rollouts=2).logits[:, 1, -1], first)
+    drawn = network.rollout(x).location
+    assert not torch.equal(network.rollout(x).location, drawn)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "retina", "chans"),
+    [
+        (ConvEncoder, Retina((5, 8), scales=2), 3),
+        (partial(ConvEncoder, widths=(4, 6, 8)), Retina(7), 1),
+        (partial(TimmEncoder, backbone="resnet10t"), Retina(32, scales=3), 3),
+    ],
+    ids=["conv", "grey", "timm"],
+)
+def test_encoders_take_any_patch(encoder, retina, chans):
+    network = make(encoder=encoder, retina=retina, in_chans=chans)
+    logits = network(images(2, chans, 40, 33))
+    assert logits.shape == (2, 5)
+    logits.sum().backward()
+    assert {name for name in touched(network) if name.startswith("encoder")}
+
+
+def test_controls_take_no_notice_of_the_policy():
+    network = make()
+    centre = network.rollout(images(), look="centre").location
+    assert torch.equal(centre, torch.zeros_like(centre))
+    far = network.rollout(images(400, 3, 6, 6), look="random").location
+    assert far.abs().max() <= 1
+    assert far.std() == pytest.approx(1 / 3**0.5, rel=0.05)  # uniform on [−1, 1]
+    start = make(start="random")
+    assert start.rollout(images(50, 3, 6, 6)).location[:, :, 0].abs().max() > 0.9
+    assert torch.equal(start.rollout(images(), look="mean").location[:, :, 0], torch.zeros(2, 1, 2))
+
+
+def test_stopping_when_sure_gives_what_was_believed_then():
+    network = make(glance=None, num_glimpses=5).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(3)  # opinions that differ
+        x = images(20, 3, 12, 10)
+        believed = network.rollout(x, look="mean").logits[:, 0]
+        sure = believed.softmax(-1).amax(-1)  # (B, T)
+        for confidence in (0.0, float(sure.median()), 1.1):
+            answer = network.answer(x, confidence=confidence)
+            for b in range(20):
+                turn = next((t for t in range(5) if sure[b, t] >= confidence), 4)
+                assert answer.glimpses[b] == turn + 1
+                torch.testing.assert_close(answer.logits[b], believed[b, turn])
+    assert len({*network.answer(x, confidence=float(sure.median())).glimpses.tolist()}) > 1
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails when the host asks for a value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func), "the host waits for a value"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", [Gaussian, TruncatedGaussian, TanhGaussian, Categorical])
+def test_nothing_in_the_loop_waits_for_the_host_and_it_compiles(policy):
+    network = make(policy, retina=Retina(4, scales=2))
+
+    def step(x):
+        rollout = network.rollout(x, rollouts=2)
+        return rollout.logits, rollout.log_prob
+
+    with NoWaiting():
+        logits, log_prob = step(images())
+        (logits.sum() + log_prob.sum()).backward()
+    with pytest.raises(AssertionError, match="the host waits"), NoWaiting():
+        logits.sum().item()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    torch.manual_seed(5)
+    expected = step(images())
+    torch.manual_seed(5)
+    for ours, theirs in zip(compiled(images()), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_a_network_cannot_be_is_said():
+    with pytest.raises(ValueError, match="num_glimpses must be"):
+        make(num_glimpses=0)
+    with pytest.raises(ValueError, match="start must be centre or random"):
+        make(start="corner")
+    with pytest.raises(UsageError, match="look must be sample"):
+        make().rollout(images(), look="greedy")
