@@ -28,8 +28,8 @@ class TorchvisionDetector(Detector):
 
     Args:
         detector: makes the detector from a backbone and a number of classes, `torchvision.models.detection.FCOS`,
-            `RetinaNet` or `FasterRCNN`, with what else it takes. Where it takes anchors and was given none, they are a
-            square of four strides, of three scales for RetinaNet, and as high as wide, half or twice.
+            `RetinaNet` or `FasterRCNN`, with what else it takes. Where its anchors are not for as many maps as there
+            are, they become four strides wide, of three scales for RetinaNet, and as high as wide, half or twice.
         features: the pyramid.
         num_classes: K, without a background.
     """
@@ -39,14 +39,14 @@ class TorchvisionDetector(Detector):
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
-        kind = getattr(detector, "func", detector)
-        asked = getattr(detector, "keywords", {})
-        # Faster R-CNN's class 0 is the background
-        self.shift = 0 if kind in (FCOS, RetinaNet) else 1
-        options = _fitted(kind, features.strides)
-        options = {name: made for name, made in options.items() if asked.get(name) is None}
-        self.detector = detector(_Named(features), num_classes + self.shift, **options)
-        self.detector.transform = _AsTheyAre()
+        backbone = _Named(features)
+        made: Any = detector(backbone, num_classes)
+        self.shift = int(not isinstance(made, (FCOS, RetinaNet)))
+        if self.shift:  # Faster R-CNN's class 0 is the background
+            made = detector(backbone, num_classes + 1)
+        _fit(made, features.strides)
+        made.transform = _AsTheyAre()
+        self.detector = made
 
     def forward(self, images_BCHW: Tensor) -> list[Detections]:
         found: list[Detections] = self.detector(list(images_BCHW))
@@ -60,18 +60,25 @@ class TorchvisionDetector(Detector):
         return self.detector(list(images_BCHW), targets)
 
 
-def _fitted(kind: Any, strides: Sequence[int]) -> dict[str, Any]:
-    """Anchors for the maps of these strides, and for Faster R-CNN which maps regions are taken from."""
+def _fit(made: Any, strides: Sequence[int]) -> None:
+    """Give a detector anchors for the maps of these strides, as many a place as it has, and regions from these maps."""
     count = len(strides)
-    if kind is FCOS:
-        return {"anchor_generator": AnchorGenerator(tuple((stride,) for stride in strides), ((1.0,),) * count)}
-    shapes = ((0.5, 1.0, 2.0),) * count
-    if kind is RetinaNet:
-        sides = tuple(tuple(round(4 * stride * 2 ** (step / 3)) for step in range(3)) for stride in strides)
-        return {"anchor_generator": AnchorGenerator(sides, shapes)}
-    sides = tuple((4 * stride,) for stride in strides)
-    pool = MultiScaleRoIAlign([str(place) for place in range(count)], output_size=7, sampling_ratio=2)
-    return {"rpn_anchor_generator": AnchorGenerator(sides, shapes), "box_roi_pool": pool}
+    holder = made.rpn if hasattr(made, "rpn") else made
+    sides: tuple[tuple[int, ...], ...]
+    shapes: tuple[float, ...] = (0.5, 1.0, 2.0)
+    if len(holder.anchor_generator.sizes) != count:
+        if isinstance(made, FCOS):
+            sides, shapes = tuple((stride,) for stride in strides), (1.0,)
+        elif isinstance(made, RetinaNet):
+            sides = tuple(tuple(round(4 * stride * 2 ** (step / 3)) for step in range(3)) for stride in strides)
+        else:
+            sides = tuple((4 * stride,) for stride in strides)
+        holder.anchor_generator = AnchorGenerator(sides, (shapes,) * count)
+    if hasattr(made, "roi_heads"):
+        pool = made.roi_heads.box_roi_pool
+        if len(pool.featmap_names) != count:
+            names = [str(place) for place in range(count)]
+            made.roi_heads.box_roi_pool = MultiScaleRoIAlign(names, pool.output_size, pool.sampling_ratio)
 
 
 class _Named(nn.Module):

@@ -91,7 +91,7 @@ class Detection(L.LightningModule):
         terms = self.network.losses(images_BCHW, boxes, labels)
         loss = torch.stack(list(terms.values())).sum()
         if not loss.isfinite():
-            bad = ", ".join(f"{name} {float(term):g}" for name, term in terms.items() if not term.isfinite())
+            bad = ", ".join(f"{name} {float(term.detach()):g}" for name, term in terms.items() if not term.isfinite())
             raise DataError(
                 f"the loss is not finite ({bad or 'their sum'}) in step {self.global_step}, images "
                 f"{', '.join(batch['path'][:3])} …; look at their boxes, lower the learning rate or clip gradients"
