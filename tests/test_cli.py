@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from PIL import Image
 
 from tests.conftest import CONFIGS, SMALL
 from tests.data.annotated import GAPS, NAMES, coco, coco_of_sixteen, voc
+from tests.overlay.test_video import film
 from visionattn.cli import main
 from visionattn.data import read_image
 
@@ -204,6 +207,39 @@ def test_attention_is_inserted_from_yaml_and_comes_back_with_the_checkpoint(tmp_
     )
 
 
+def test_a_network_trained_with_all_tokens_is_tested_with_fewer(tmp_path, monkeypatch, capsys):
+    from visionattn.attention import tokens
+    from visionattn.training import load
+
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    small = {"img_size": 64, "patch_size": 16, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    config["model"]["init_args"]["network"] = {
+        "class_path": "visionattn.models.Classifier",
+        "init_args": {"backbone": "vit_tiny_patch16_224", "num_classes": 10, "options": small},
+    }
+    for part in ("overlays", "report"):
+        config[part]["method"] = {"class_path": "visionattn.maps.RawAttention"}
+    Path("vit.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "vit.yaml", *SMALL, "--name=dense"]) == 0
+    run = Path("runs/dense/0")
+    given = ["--config", str(run / "config.yaml"), f"--ckpt_path={run / 'best.ckpt'}"]
+    fewer = ["--model.network.tokens=visionattn.attention.TokenMerging", "--model.network.tokens.rate=3"]
+    fails(["fit", *given, *fewer], 2, "tokens.init_args.rate is 3 here and not set in it", capsys=capsys)
+    merged, plain = [], tokens.likest_pairs
+    monkeypatch.setattr(tokens, "likest_pairs", lambda *args: merged.append(args) or plain(*args))
+    monkeypatch.delenv("VISIONATTN_RUN")
+    assert main(["test", *given, *fewer, "--name=fewer"]) == 0
+    assert len(merged) >= 4  # two blocks, two batches
+    assert Path("runs/fewer/0/test.csv").exists()
+    content = torch.load(run / "best.ckpt", weights_only=True)
+    chosen = {"class_path": "visionattn.attention.TokenMerging", "init_args": {"rate": [3, 2]}}
+    content["visionattn"]["model"]["init_args"]["network"]["init_args"]["tokens"] = chosen
+    torch.save(content, "merged.ckpt")  # as a run with them in its config writes it
+    network = load("merged.ckpt").network.backbone
+    assert network.forward_features(torch.randn(2, 3, 64, 64)).shape == (2, 1 + 16 - 3 - 2, 24)
+
+
 def test_a_config_is_found_from_anywhere(tmp_path, monkeypatch):
     from visionattn.training.command import find_configs
 
@@ -341,6 +377,81 @@ def test_overlays_of_a_checkpoint(quick_run, tmp_path, capsys):
     assert main(["overlay", *flags, "--method", "gate", "--layer", "blocks.0"]) == 1
     assert "gate of blocks.0" in capsys.readouterr().out
     fails(["overlay", *flags, "--method", "rollout"], 2, "Methods that fit: gate, gradcam", capsys=capsys)
+
+
+def readme_commands():
+    section = (CONFIGS.parent / "README.md").read_text().split("## Overlays of folders")[1].split("\n## ")[0]
+    return re.findall(r"^    visionattn (overlay .*)$", section, re.M)
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_commands_of_the_readme_do_what_they_say(command, quick_run, photo_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photo_folder / "class0", "holiday")
+    for number in range(2, 12):
+        Path(f"holiday/{number}.png").unlink()
+    Image.open("holiday/0.png").convert("RGB").save("holiday/x.jpg")
+    Path("list.csv").write_text("path,target,x0,y0,x1,y1,label\nholiday/0.png,3,5,5,20,20,thing\nholiday/1.png\n")
+    film(tmp_path / "film.mp4", range(0, 200, 20))
+    for name, weights in (("a", "best"), ("b", "last")):
+        Path(f"runs/{name}/0").mkdir(parents=True)
+        shutil.copy(quick_run / f"{weights}.ckpt", f"runs/{name}/0/best.ckpt")
+    words = shlex.split(command)
+    if "--model" in words:
+        words[words.index("--model") + 1] = {"resnet50": "test_resnet", "vit_small_patch16_224": "test_vit"}[
+            words[words.index("--model") + 1]
+        ]
+        words += ["--weights", "random"]
+    assert main(words) == 0
+    out = Path(words[words.index("--out") + 1])
+    lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    expected = 2 if {"list.csv", "film.mp4"} & set(words) else 3
+    assert len(lines) == expected
+    kinds = words[words.index("--save") + 1 : words.index("--weights")] if "--save" in words else ["overlay"]
+    for line in lines:
+        assert line["status"] == "done"
+        assert list(line["outputs"]) == kinds
+        assert all((out / name).is_file() for name in line["outputs"].values())
+        methods = {"--method": 3}.get("--method" if "rollout" in words else "", 2 if "--compare" in words else 1)
+        assert len(line.get("looks", [1])) == methods
+    told = capsys.readouterr().out
+    assert f"{expected} overlays" in told
+    assert main(words) == 0
+    assert f"{expected} as before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--save", "overlai"], ["no kind 'overlai' to save", "Nearest: overlay"]),
+        (["--save", "difference"], ["--compare A.ckpt B.ckpt"]),
+        (["--save", "mask", "--method", "raw", "rollout"], ["mask holds one heatmap an image and not 2"]),
+        (["--method", "raw@0", "--layer", "1"], ["not both"]),
+        (["--method", "raw", "raw"], ["needs a name of its own"]),
+        (["--colormap", "virdis"], ["no colormap 'virdis'", "viridis"]),
+        (["--alpha", "2"], ["alpha and saturation must be in [0, 1]"]),
+        (["--top", "0"], ["hottest pixels must be in (0, 1]"]),
+        (["--target", "tabby"], ["the model has no class 'tabby'"]),
+        (["--fps", "0"], ["fps must be > 0"]),
+        (["--devices", "0"], ["--devices must be ≥ 1"]),
+        (["--strategy", "dpp"], ["invalid choice: 'dpp'"]),
+        (["--images", "nothing/*.jpg"], ["nothing matches", "quote a pattern"]),
+    ],
+)
+def test_overlay_names_what_cannot_be_done(flags, parts, photo_folder, tmp_path, capsys):
+    images = [] if "--images" in flags else ["--images", str(photo_folder / "class0")]
+    command = ["overlay", *images, "--out", str(tmp_path / "out"), "--model", "test_vit", "--weights", "random", *flags]
+    fails(command, 2, *parts, capsys=capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compared_checkpoints_have_names_that_tell_them_apart(capsys):
+    from visionattn.cli import _telling
+
+    assert _telling(["runs/a.ckpt", "runs/b.ckpt"]) == ["a", "b"]
+    assert _telling(["runs/a/0/best.ckpt", "runs/b/0/best.ckpt"]) == ["a", "b"]
+    assert _telling(["runs/a/0/best.ckpt", "runs/b/1/best.ckpt"]) == ["a/0", "b/1"]
+    fails(["overlay", "--images", ".", "--out", "x", "--compare", "a.ckpt", "a.ckpt"], 2, "with itself", capsys=capsys)
 
 
 @pytest.mark.parametrize(("model", "layer"), [("test_vit", "attention of blocks"), ("test_resnet", "layer")])

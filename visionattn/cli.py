@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from visionattn.data import Preprocess
     from visionattn.maps import Method
+    from visionattn.overlay.views import View
 
 _RANDOM = "random"  # in place of a weights file
 _LIGHTNING_VERBS = {
@@ -100,34 +101,134 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _overlay(arguments: list[str]) -> int:
-    parser = _Parser(prog="visionattn overlay", description="Write overlays of where a model looked in images.")
-    parser.add_argument(
-        "--images", nargs="+", required=True, metavar="FILE_OR_FOLDER", help="images, or folders of them"
+    parser = _Parser(
+        prog="visionattn overlay",
+        description="Write overlays of where a model looked in images.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_SAVED,
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the overlays and the manifest")
-    _add_model(parser)
-    parser.add_argument("--method", metavar="NAME", help="how attention becomes a heatmap; by default what fits")
-    parser.add_argument("--layer", metavar="NAME", help="where in the model to look; the last place that fits")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at once; %(default)s")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="images, videos, folders, quoted patterns ('in/**/*.jpg'), lists (.csv, .jsonl)",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the outputs and the manifest")
+    _add_model(parser).add_argument(
+        "--compare", nargs=2, metavar="CKPT", help="two checkpoints, to see where the second looks differently"
+    )
+    parser.add_argument(
+        "--method", nargs="+", metavar="NAME[@LAYER]", help="how attention becomes a heatmap; by default what fits"
+    )
+    parser.add_argument("--layer", nargs="+", metavar="NAME", help="where in the model to look; the last that fits")
+    parser.add_argument("--target", metavar="CLASS", help="number or name of what to explain; what the model sees")
+    parser.add_argument("--save", nargs="+", metavar="KIND", default=["overlay"], help="see below; overlay")
+    look = parser.add_argument_group("looks")
+    look.add_argument("--colormap", metavar="NAME", help="inferno; any of magma, plasma, viridis, cividis, turbo, bone")
+    look.add_argument("--alpha", type=float, metavar="A", help="opacity of the hottest place, 0 to 1; 0.75")
+    look.add_argument("--contours", nargs="+", type=float, metavar="LEVEL", help="draw lines at these heats, 0 to 1")
+    look.add_argument("--top", type=float, metavar="PERCENT", help="hottest pixels of mask and spotlight; 20")
+    look.add_argument("--caption", action="store_true", help="write the prediction into overlays")
+    look.add_argument("--format", choices=("jpg", "png", "webp"), default="jpg", help="of pictures; %(default)s")
+    parser.add_argument("--fps", type=float, metavar="N", help="frames a second to take of a video; all")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; by the size of the model's input")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="processes that share the work; %(default)s"
+    )
+    parser.add_argument("--strategy", choices=("ddp",), default="ddp", help="how they share it; %(default)s")
+    parser.add_argument("--compile", action="store_true", help="compile what is not watched; the first batch is slow")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model; %(default)s")
     options = parser.parse_args(arguments[1:])
+    if options.devices < 1:
+        raise UsageError(f"--devices must be ≥ 1, got {options.devices}")
 
     from visionattn.data.decode import MAX_PIXELS
     from visionattn.overlay.export import export
+    from visionattn.overlay.render import Style
+    from visionattn.overlay.team import gather
 
-    model, preprocess, class_names = _load(options)
-    summary = export(
-        options.images,
-        options.out,
-        model=model,
-        preprocess=preprocess,
-        method=_method(options.method, options.layer, model),
-        batch_size=options.batch_size,
-        class_names=class_names,
-        model_name=options.model or options.ckpt,
-        max_pixels=options.max_pixels or MAX_PIXELS,
-    )
+    given: dict[str, Any] = {
+        "colormap": options.colormap,
+        "alpha": options.alpha,
+        "contours": options.contours and tuple(options.contours),
+        "top": None if options.top is None else options.top / 100,
+        "caption": options.caption,
+        "suffix": f".{options.format}",
+    }
+    style = Style(**{name: value for name, value in given.items() if value is not None})
+    target = options.target
+    with gather(options.devices, arguments) as team:
+        summary = export(
+            options.images,
+            options.out,
+            _views(options),
+            save=options.save,
+            compare=options.compare is not None,
+            target=int(target) if target is not None and target.isdecimal() else target,
+            batch_size=options.batch_size,
+            style=style,
+            fps=options.fps,
+            bf16=options.precision == "bf16",
+            compile=options.compile,
+            max_pixels=options.max_pixels or MAX_PIXELS,
+            team=team,
+        )
     return summary.exit_code
+
+
+_SAVED = """kinds to save:
+  overlay     the heatmap over the picture, at its size; several methods or layers in one sheet
+  contour     lines of equal heat on the picture
+  spotlight   the hottest pixels as they are, the others dark
+  side        picture, overlay and heatmap beside each other, with a colour bar
+  difference  with --compare: where the second model looks more (orange) or less (blue)
+  heatmap     16-bit PNG of the picture's size
+  mask        PNG, 255 where the hottest pixels are
+  array       .npz: the heatmap as the model has it, and where it lies in the picture"""
+
+
+def _views(options: argparse.Namespace) -> "list[View]":
+    """The models that `overlay` is asked to show, each with its methods."""
+    from visionattn.overlay.views import View
+
+    if options.compare:
+        if len(options.method or ()) > 1 or len(options.layer or ()) > 1:
+            raise UsageError("--compare shows two models by one method and layer")
+        names = _telling(options.compare)
+        models = [_load_checkpoint(path) for path in options.compare]
+    else:
+        names, models = [""], [_load(options)]
+    methods = [_split(method) for method in options.method or [None]]
+    if options.layer and any(layer for _, layer in methods):
+        raise UsageError("a layer is given by --layer or behind the method's name, not both")
+    if options.layer:
+        methods = [(method, layer) for method, _ in methods for layer in options.layer]
+    views = []
+    for name, path, (model, preprocess, class_names) in zip(
+        names, options.compare or [options.model or options.ckpt], models, strict=True
+    ):
+        for method, layer in methods:
+            view_name = "@".join(part for part in (method, layer) if part) if len(methods) > 1 else ""
+            views.append(
+                View(model, preprocess, _method(method, layer, model), tuple(class_names), path, name or view_name)
+            )
+    return views
+
+
+def _telling(paths: "Sequence[str]") -> list[str]:
+    """The shortest names that tell some files apart: the parts of their paths that differ."""
+    parts = [os.path.splitext(os.path.abspath(path))[0].split(os.sep) for path in paths]
+    if len(set(map(tuple, parts))) < len(parts):
+        raise UsageError(f"{paths[0]} is compared with itself; name two checkpoints")
+    if len({names[-1] for names in parts}) == len(parts):
+        return [names[-1] for names in parts]
+    while len({names[0] for names in parts}) == 1:
+        parts = [names[1:] for names in parts]
+    while len({names[-1] for names in parts}) == 1:
+        parts = [names[:-1] for names in parts]
+    return ["/".join(names) for names in parts]
 
 
 def _score(arguments: list[str]) -> int:
@@ -210,35 +311,31 @@ _FIGURES = """figures:
   shuffled   likeness to the map of the same model with shuffled weights"""
 
 
-def _split(name: str) -> tuple[str, str | None]:
+def _split(name: str | None) -> tuple[str | None, str | None]:
     """NAME[@LAYER]"""
-    method, _, layer = name.partition("@")
-    return method, layer or None
+    method, _, layer = (name or "").partition("@")
+    return method or None, layer or None
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser) -> Any:
+    """Returns the group of options of which one names the model."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote")
     source.add_argument("--model", metavar="TIMM_NAME", help="a timm model")
     parser.add_argument(
         "--weights", metavar="FILE", help=f"weights for --model; those of the hub by default; {_RANDOM!r} for none"
     )
+    return source
 
 
 def _load(options: argparse.Namespace) -> "tuple[nn.Module, Preprocess, Sequence[str]]":
     """The network that the options name, what its images need, and the names of its outputs."""
     if options.weights and not options.model:
         raise UsageError("--weights goes with --model; a checkpoint brings its own")
+    if options.ckpt:
+        return _load_checkpoint(options.ckpt)
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.ckpt:
-        from visionattn.training.checkpoints import load
-
-        task: Any = load(options.ckpt)
-        if task.preprocess is None:
-            raise DataError(f"{options.ckpt} does not say how its images are prepared")
-        return task.network.to(device), task.preprocess, task.class_names
     from visionattn.models.backbone import class_names_of, create_backbone, preprocess_of
 
     random = options.weights == _RANDOM
@@ -246,7 +343,23 @@ def _load(options: argparse.Namespace) -> "tuple[nn.Module, Preprocess, Sequence
     model = create_backbone(
         options.model, pretrained=not options.weights, weights=None if random else options.weights
     ).eval()
-    return model.to(device), preprocess_of(model), () if random else class_names_of(model)
+    return model.to(_device()), preprocess_of(model), () if random else class_names_of(model)
+
+
+def _load_checkpoint(path: str) -> "tuple[nn.Module, Preprocess, Sequence[str]]":
+    from visionattn.training.checkpoints import load
+
+    task: Any = load(path)
+    if task.preprocess is None:
+        raise DataError(f"{path} does not say how its images are prepared")
+    return task.network.to(_device()), task.preprocess, task.class_names
+
+
+def _device() -> str:
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if count else "cpu"
 
 
 def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method":

@@ -20,6 +20,7 @@ from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from visionattn._malloc import keep_freed_memory
 from visionattn.data.decode import read_image, write_bytes
 from visionattn.data.pipeline import collate, prepare
 from visionattn.data.placement import Preprocess
@@ -141,6 +142,7 @@ def scorecard(
     Raises:
         UsageError, DataError: as `maps.score`; or `out` has another ending, no folder, or cannot be written.
     """
+    keep_freed_memory()
     console = console or Console()
     if out is not None and os.path.splitext(out)[1] not in (".csv", ".json"):
         raise UsageError(f"--out must end in .csv or .json, got {printable(out)}")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.attention.mechanisms import image
-from visionattn.attention.arithmetic import maximum, mean, narrowed, outer, pointwise, thin
+from visionattn.attention.arithmetic import mean, narrowed, outer, pointwise, pooled, pooled_positions, thin
 
 
 def agree(ours, theirs, *inputs):
@@ -21,7 +21,6 @@ def test_it_is_that_of_torch(layout):
     x = image(2, 3, 4, 5).to(memory_format=layout).requires_grad_()
     agree(lambda x: mean(x, 2, 3), lambda x: x.mean((2, 3), keepdim=True), x)
     agree(lambda x: mean(x, 1), lambda x: x.mean(1, keepdim=True), x)
-    agree(maximum, lambda x: x.amax((2, 3), keepdim=True), x)
     agree(outer, torch.mul, image(2, 3, 4, 1).requires_grad_(), image(2, 3, 1, 5).requires_grad_())
     for bias in (True, False):
         conv = nn.Conv2d(3, 2, 1, bias=bias).double()
@@ -30,6 +29,27 @@ def test_it_is_that_of_torch(layout):
     conv = nn.Conv2d(3, 3, 3, padding=1, groups=3).double()
     agree(lambda x, *_: thin(conv, x), lambda x, *_: conv(x), x, *conv.parameters())
     assert thin(conv, x).is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dims", [1, 2, 3, (2, 3)])
+def test_what_is_pooled_and_what_it_is_pooled_from_have_one_gradient(layout, dims):
+    def ours(x):
+        return pooled_positions(x) if isinstance(dims, tuple) else pooled(x, dims)
+
+    def theirs(x):
+        return x, x.mean(dims, keepdim=True), x.amax(dims, keepdim=True)
+
+    def together(parts):
+        return sum((number * part.sin()).sum() for number, part in enumerate(parts, 1))
+
+    x = image(2, 3, 4, 5).to(memory_format=layout).requires_grad_()
+    agree(lambda x: together(ours(x)), lambda x: together(theirs(x)), x)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours(x)[0].is_contiguous(memory_format=layout)
+    assert torch.autograd.gradgradcheck(ours, x)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_a_mean_in_half_precision_may_be_of_more_than_it_can_count():

@@ -21,7 +21,7 @@ GEOMETRIES = [  # H, W, C, patch, scales, factor
 
 
 def by_pixels(image, location, retina, background):
-    """What a retina sees at one location of one image, pixel by pixel, interpolating where a patch starts in between."""
+    """What a retina sees at one location of one image, pixel by pixel; between blocks of pixels it interpolates."""
     channels, *size = image.shape
     out = torch.zeros(retina.scales, channels, *retina.patch_size, dtype=image.dtype)
 
@@ -34,15 +34,16 @@ def by_pixels(image, location, retina, background):
         for axis in (0, 1):
             centre = (float(location[1 - axis]) + 1) / 2 * (size[axis] - 1)
             start = centre - (f * retina.patch_size[axis] - 1) / 2
-            starts.append(start if retina.subpixel else math.floor(start + 0.5))
+            starts.append(start / f if retina.subpixel else math.floor(start + 0.5))
+        unit = f if retina.subpixel else 1  # pixels between the blocks that are interpolated
         (top, down), (left, right) = ((math.floor(start), start - math.floor(start)) for start in starts)
         for c, i, j in itertools.product(range(channels), *map(range, retina.patch_size)):
             for dy, dx in itertools.product((0, 1), (0, 1)):
                 share = (down if dy else 1 - down) * (right if dx else 1 - right)
                 if share:
                     block = itertools.product(range(f), range(f))
-                    seen = [pixel(c, top + f * i + a + dy, left + f * j + b + dx) for a, b in block]
-                    out[scale, c, i, j] += share * sum(seen) / f**2
+                    y, x = (unit * (start + more) + f * step for start, more, step in ((top, dy, i), (left, dx, j)))
+                    out[scale, c, i, j] += share * sum(pixel(c, y + a, x + b) for a, b in block) / f**2
     return out
 
 

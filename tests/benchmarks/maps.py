@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread that spi
 import timm
 import torch
 
+from visionattn._malloc import keep_freed_memory
 from visionattn.maps import ClassRow, GradCAM, GradientAttention, HeadMean, Rollout, capture
 
 MODELS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_384"}
@@ -105,6 +106,7 @@ ROWS = {
 
 def ratios(size, names, rounds):
     """Median ratio of each row to the plain forward passes right before and after it: (CPU time, wall time)."""
+    keep_freed_memory()  # as the command line does
     model, images = load(size)
     for name in ["forward", *names]:  # once unmeasured: memory is mapped, and the model surveyed
         spent(name, model, images)

@@ -72,7 +72,7 @@ def test_a_picture_depends_on_its_seed_alone():
 
 def test_seeds_give_uniform_unrelated_numbers():
     numbers = _uniform(np.arange(5000, dtype=np.uint64), 4)
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1
     assert np.abs(numbers.mean(0) - 0.5).max() < 5 / (12 * 5000) ** 0.5
     assert np.abs(np.corrcoef(numbers.T) - np.eye(4)).max() < 0.06

@@ -143,3 +143,41 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_half(picture, tmp_path, m
         write_image(tmp_path / "x.png", picture[::-1])
     assert (tmp_path / "x.png").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_jpeg_has_the_values_that_pillow_gives_whole_or_damaged(tmp_path, subsampling, progressive, capfd):
+    random = np.random.default_rng(subsampling)
+    rows, columns = np.mgrid[:45, :67]
+    picture = np.stack([128 + 100 * np.sin(rows / 9 + c) * np.cos(columns / 7 - c) for c in range(3)], -1)
+    path = tmp_path / "x.jpg"
+    Image.fromarray(picture.astype(np.uint8)).save(path, quality=85, subsampling=subsampling, progressive=progressive)
+    whole = path.read_bytes()
+    np.testing.assert_array_equal(read_image(path), np.array(Image.open(path).convert("RGB")))
+    for _ in range(40):  # one byte is another, anywhere
+        damaged = bytearray(whole)
+        damaged[random.integers(2, len(whole) - 2)] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            expected = np.array(Image.open(path).convert("RGB"))
+        except Exception:  # Pillow raises whatever it is led to
+            with pytest.raises(DataError):
+                read_image(path)
+        else:
+            assert read_image(path).shape == expected.shape
+    for cut in range(3, len(whole), 97):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError):
+            read_image(path)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (33, 17), (1, 1)])
+def test_a_jpeg_is_written_as_pillow_writes_it(tmp_path, size):
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    picture = np.stack([128 + 100 * np.sin(rows / 9 + c) * np.cos(columns / 7 - c) for c in range(3)], -1)
+    picture = picture.astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "theirs.jpg", quality=92)
+    write_image(tmp_path / "ours.jpg", picture[:, ::-1][:, ::-1])  # not contiguous
+    ours, theirs = (np.array(Image.open(tmp_path / f"{name}.jpg")) for name in ("ours", "theirs"))
+    np.testing.assert_array_equal(ours, theirs)

@@ -1,5 +1,6 @@
 """Whole runs: awkward images, second runs, killed runs, full disks, and the truth of the manifest."""
 
+import dataclasses
 import io
 import json
 import os
@@ -18,14 +19,17 @@ from rich.console import Console
 from torch import nn
 
 from tests.overlay.test_manifest import disk_full_after
+from tests.overlay.test_video import film
 from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError, UsageError
 from visionattn.maps.base import Maps
 from visionattn.maps.cam import GradCAM
 from visionattn.overlay import job
-from visionattn.overlay.export import export
+from visionattn.overlay.export import _fitting, export
 from visionattn.overlay.recipe import describe, weights_hash
-from visionattn.overlay.render import Style, render
+from visionattn.overlay.render import Style, peak, render
+from visionattn.overlay.video import Frames
+from visionattn.overlay.views import View
 
 CLASSES = ("cat", "dog", "owl")
 NOT_TEXT = os.fsdecode(b"caf\xe9.jpg")
@@ -50,11 +54,13 @@ def bright(model, images_BCHW, *, target=None, contrast=1):
     return Maps(heatmaps_Bhw, cells_Bhw, model(images_BCHW).detach(), None, "the input", "bright")
 
 
+VIEW = {"model", "preprocess", "method", "class_names", "model_name"}
+
+
 def run(inputs, out, **options):
-    options = {
-        "model": Tiny(), "preprocess": Preprocess(16), "method": bright, "batch_size": 3, "workers": 2,
-        "console": Console(quiet=True), **options,
-    }  # fmt: skip
+    view = {"model": Tiny(), "preprocess": Preprocess(16), "method": bright}
+    view |= {name: options.pop(name) for name in VIEW & options.keys()}
+    options = {"views": View(**view), "batch_size": 3, "workers": 2, "console": Console(quiet=True), **options}
     return export(inputs, out, **options)
 
 
@@ -389,7 +395,8 @@ def written_but_not_noted(folder):
     return {}
 
 def half_written(folder):
-    os.fsync = after(3, lambda handle: (os.ftruncate(handle, 100), die()))
+    dying = after(3, lambda handle: (os.ftruncate(handle, 100), die()))
+    os.fsync = lambda handle: ".part" in os.readlink(f"/proc/self/fd/{handle}") and dying(handle)
     return {}
 
 for name in sys.argv[2:]:  # forked, so that torch is imported once
@@ -418,7 +425,7 @@ def killed(tmp_path_factory):
         run([root / "in" / f"{number}.png" for number in range(6)], root / out, style=style)
     process = subprocess.run(
         [sys.executable, "-c", KILLED, str(root), "in_the_method,0.75", *ways],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return root
@@ -518,7 +525,7 @@ def test_no_half_of_an_overlay_stands_under_its_name_when_encoding_fails(tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", half)
-        summary = run([tmp_path / "in"], tmp_path / "out")
+        summary = run([tmp_path / "in"], tmp_path / "out", style=Style(suffix=".png"))
     assert (summary.written, summary.failed) == (0, 4)
     assert "encoder error -2" in manifest(tmp_path / "out")["0.png"]["reason"]
     assert os.listdir(tmp_path / "out") == ["manifest.jsonl"]
@@ -654,3 +661,283 @@ def test_wrong_calls_are_refused_and_write_no_overlay(tmp_path, options, words):
     with pytest.raises(UsageError, match=words):
         run([tmp_path / "in"], tmp_path / "out", **options)
     assert not overlays(tmp_path / "out")
+
+
+def test_every_kind_stands_beside_the_others_and_is_made_once(tmp_path):
+    photos(tmp_path / "in", 3)
+    first = run([tmp_path / "in"], tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    more = run([tmp_path / "in"], tmp_path / "out", save=("heatmap", "mask", "array"))
+    assert (first.written, more.written) == (3, 3)
+    entry = manifest(tmp_path / "out")["1.png"]
+    assert entry["outputs"] == {
+        "overlay": "1.png.overlay.jpg",
+        "heatmap": "1.png.heatmap.png",
+        "mask": "1.png.mask.png",
+        "array": "1.png.array.npz",
+    }
+    assert "earlier" not in entry
+    after = snapshot(tmp_path / "out")
+    assert all(after[path] == before[path] for path in before if path.suffix == ".jpg")
+    every = run([tmp_path / "in"], tmp_path / "out", save=("overlay", "heatmap", "mask", "array"))
+    assert (every.written, every.skipped) == (0, 3)
+    assert snapshot(tmp_path / "out") == after
+    (tmp_path / "out" / "2.png.mask.png").unlink()
+    assert run([tmp_path / "in"], tmp_path / "out", save=("overlay", "mask")).written == 1
+    assert set(manifest(tmp_path / "out")["2.png"]["outputs"]) == {"overlay", "heatmap", "mask", "array"}
+    run([tmp_path / "in"], tmp_path / "out", save=("mask",), style=Style(top=0.4))  # another recipe: its own outputs
+    entry = manifest(tmp_path / "out")["1.png"]
+    assert entry["outputs"] == {"mask": "1.png.mask.png"}
+    assert set(entry["earlier"]) == {"1.png.overlay.jpg", "1.png.heatmap.png", "1.png.array.npz"}
+
+
+def dark(model, images_BCHW, *, target=None):
+    maps = bright(model, images_BCHW)
+    return dataclasses.replace(maps, heatmaps=1 - maps.heatmaps, method="dark")
+
+
+def test_several_methods_are_told_of_one_by_one(tmp_path):
+    photos(tmp_path / "in", 4)
+    model = Tiny()
+    views = [
+        View(model, Preprocess(16), bright, CLASSES, "tiny", "bright"),
+        View(model, Preprocess(24), dark, CLASSES, "tiny", "dark"),
+    ]
+    run([tmp_path / "in"], tmp_path / "out", views=views, save=("overlay", "array"))
+    entry = manifest(tmp_path / "out")["0.png"]
+    first, second = entry["looks"]
+    assert (first["name"], second["name"]) == ("bright", "dark")
+    for key in ("model", "method", "layer", "prediction", "class", "probability", "peak"):
+        assert entry[key] == first[key]
+    tensor, placement = Preprocess(24)(noise(20, 30, 0))
+    heatmap = 1 - bright(model, torch.from_numpy(tensor)[None]).heatmaps[0].numpy()
+    assert second["peak"] == [round(place, 1) for place in peak(heatmap, placement)]
+    arrays = np.load(tmp_path / "out" / "0.png.array.npz")
+    np.testing.assert_allclose(arrays["dark/heatmap"], heatmap, atol=1e-6)
+    assert run([tmp_path / "in"], tmp_path / "out", views=views, save=("overlay", "array")).skipped == 4
+    assert run([tmp_path / "in"], tmp_path / "out", views=views[::-1]).written == 4
+    with pytest.raises(UsageError, match="needs a name of its own"):
+        run([tmp_path / "in"], tmp_path / "out", views=[views[0], views[0]])
+    with pytest.raises(UsageError, match="two views can be compared, not 1"):
+        run([tmp_path / "in"], tmp_path / "out", compare=True)
+
+
+def test_two_models_are_compared_where_they_differ(tmp_path):
+    photos(tmp_path / "in", 3)
+    views = [View(Tiny(), Preprocess(16), bright, name="old"), View(other_weights(), Preprocess(16), dark, name="new")]
+    run([tmp_path / "in"], tmp_path / "out", views=views, compare=True, save=("overlay", "difference"))
+    for name, entry in manifest(tmp_path / "out").items():
+        tensor, placement = Preprocess(16)(np.array(Image.open(tmp_path / "in" / name)))
+        heatmap = bright(Tiny(), torch.from_numpy(tensor)[None]).heatmaps[0].numpy()
+        apart = np.abs(1 - 2 * placement.carry(heatmap))[placement.seen()]
+        assert entry["difference"]["mean"] == pytest.approx(apart.mean(), abs=1e-4)
+        x, y = entry["difference"]["peak"]
+        assert np.abs(1 - 2 * placement.carry(heatmap)[int(y), int(x)]) == pytest.approx(apart.max(), abs=1e-4)
+        assert [look["name"] for look in entry["looks"]] == ["old", "new"]
+
+
+def test_a_list_says_what_to_explain_and_what_to_draw(tmp_path):
+    photos(tmp_path / "in", 5)
+    lines = [
+        "path,target,x0,y0,x1,y1,label",
+        "0.png,dog",
+        "1.png,0,2,2,20,15,thing",
+        "2.png",
+        "3.png,wolf",
+        "4.png,99",
+        "gone.png",
+    ]
+    (tmp_path / "in" / "list.csv").write_text("\n".join(lines))
+    options = {"method": GradCAM(), "class_names": CLASSES, "style": Style(suffix=".png")}
+    summary = run([tmp_path / "in" / "list.csv"], tmp_path / "out", **options)
+    entries = manifest(tmp_path / "out")
+    assert [entries[f"{number}.png"]["target"] for number in range(2)] == [1, 0]
+    assert entries["2.png"]["target"] == entries["2.png"]["prediction"]
+    assert "no class 'wolf'" in entries["3.png"]["reason"]
+    assert "out of range: the model has 3 outputs" in entries["4.png"]["reason"]
+    assert entries["gone.png"]["reason"].startswith("there is no")
+    assert (summary.written, summary.failed) == (3, 3)
+    run([tmp_path / "in"], tmp_path / "plain", target=0, **options)
+    with_box, without = (np.array(Image.open(tmp_path / out / "1.png.overlay.png")) for out in ("out", "plain"))
+    rows, columns = np.nonzero((with_box != without).any(2))
+    assert (rows.min(), columns.min()) == (2, 2)
+    assert (with_box != without).any(2)[14, 2:20].all()
+    assert run([tmp_path / "in" / "list.csv"], tmp_path / "out", **options).skipped == 3
+    (tmp_path / "in" / "list.csv").write_text("\n".join(lines).replace("0.png,dog", "0.png,cat"))
+    assert run([tmp_path / "in" / "list.csv"], tmp_path / "out", **options).written == 1
+
+
+def test_a_target_may_be_a_class_name_and_a_wrong_one_is_told(tmp_path):
+    photos(tmp_path / "in", 2)
+    options = {"method": GradCAM(), "class_names": CLASSES}
+    run([tmp_path / "in"], tmp_path / "out", target="owl", **options)
+    assert manifest(tmp_path / "out")["0.png"]["target"] == 2
+    with pytest.raises(UsageError, match=r"no class 'oul'\. Nearest: owl"):
+        run([tmp_path / "in"], tmp_path / "out", target="oul", **options)
+
+
+def test_a_video_becomes_a_video_that_shows_every_frame(tmp_path):
+    shades = [20 + 18 * number for number in range(9)]
+    path = film(tmp_path / "in.mp4", shades, size=(32, 64))
+    photos(tmp_path / "in", 4)
+    inputs = [tmp_path / "in", path]
+    summary = run(inputs, tmp_path / "out", save=("overlay", "array", "heatmap"), fps=5)
+    assert (summary.written, summary.failed) == (5, 0)
+    entry = manifest(tmp_path / "out")["in.mp4"]
+    assert entry["outputs"] == {
+        "overlay": "in.mp4.overlay.mp4",
+        "array": "in.mp4.array.npz",
+        "heatmap": "in.mp4.heatmap.mp4",
+    }
+    frames = entry["frames"]
+    assert frames["at"] == [0.0, 0.2, 0.4, 0.6, 0.8]
+    assert {len(column) for column in frames.values()} == {5}
+    surest = int(np.argmax(frames["probability"]))
+    for key in ("prediction", "probability", "peak"):
+        assert entry[key] == frames[key][surest]
+    model = Tiny().eval()
+    arrays = np.load(tmp_path / "out" / "in.mp4.array.npz")
+    for number, (_, picture) in enumerate(Frames(str(path), fps=5, max_pixels=10**6)):
+        tensor, _ = Preprocess(16)(picture)
+        maps = bright(model, torch.from_numpy(tensor)[None])
+        assert frames["probability"][number] == pytest.approx(float(maps.output.softmax(1).max()), abs=2e-6)
+        np.testing.assert_allclose(arrays["heatmap"][number], maps.heatmaps[0], atol=1e-6)
+    shown = [picture for _, picture in Frames(str(tmp_path / "out" / "in.mp4.overlay.mp4"), max_pixels=10**6)]
+    assert [picture.shape for picture in shown] == [(32, 64, 3)] * 5
+    dark_to_bright = [picture[:, :8].mean() for picture in shown]  # outside of the crop the frames are only darker
+    assert sorted(dark_to_bright) == dark_to_bright
+    before = snapshot(tmp_path / "out")
+    assert run(inputs, tmp_path / "out", save=("overlay", "array", "heatmap"), fps=5).skipped == 5
+    assert snapshot(tmp_path / "out") == before
+    assert run(inputs, tmp_path / "out", save=("overlay",), fps=2).written == 1  # pictures have no rate
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("way", ["no video", "no frame", "not finite", "full disk"])
+def test_a_video_that_fails_leaves_nothing_behind_and_the_others_are_made(tmp_path, way):
+    photos(tmp_path / "in", 2)
+    path = film(tmp_path / "x.mp4", [250 if number == 4 else 90 for number in range(6)], size=(320, 320))
+    method, limit = bright, 10**9
+
+    def picky(model, images_BCHW, *, target=None):
+        if (images_BCHW.mean((1, 2, 3)) > 2).any():
+            raise DataError("the images hold NaN or infinity")
+        return bright(model, images_BCHW)
+
+    if way == "no video":
+        path.write_bytes(b"nothing")
+    elif way == "no frame":
+        film(path, [])
+    elif way == "not finite":
+        method = picky
+    else:
+        limit = 3000
+    with disk_full_after(limit):
+        summary = run([tmp_path / "in", path], tmp_path / "out", method=method, save=("overlay", "array"))
+    assert (summary.written, summary.failed) == (2, 1)
+    reason = manifest(tmp_path / "out")["x.mp4"]["reason"]
+    expected = {"not finite": "NaN or infinity", "full disk": "cannot be written"}.get(way, "no video that|no frame")
+    assert re.search(expected, reason)
+    assert not [name for name in os.listdir(tmp_path / "out") if "x.mp4" in name or name.startswith(".")]
+
+
+def test_files_are_safe_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    photos(tmp_path / "in", 5)
+    synced, named = {}, []
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(handle):
+        fsync(handle)
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+
+    def naming(source, target):
+        promises = tmp_path / "out" / ".manifest.promised"
+        promised = promises.read_bytes()[: synced[promises.stat().st_ino]]  # what a power cut would leave
+        known = os.path.basename(target).encode() in promised
+        named.append((synced[os.stat(source).st_ino] == os.stat(source).st_size, known, os.path.exists(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+
+    monkeypatch.setattr(os, "replace", naming)
+    run([tmp_path / "in"], tmp_path / "out")
+    assert named == [(True, True, False)] * 5
+
+
+def test_half_precision_runs_the_model_in_bfloat16_and_is_another_recipe(tmp_path):
+    photos(tmp_path / "in", 2)
+    seen = []
+    model = Tiny()
+    model.conv.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    run([tmp_path / "in"], tmp_path / "out", model=model)
+    whole = manifest(tmp_path / "out")["0.png"]
+    assert run([tmp_path / "in"], tmp_path / "out", model=model, bf16=True).written == 2
+    half = manifest(tmp_path / "out")["0.png"]
+    assert seen == [torch.float32, torch.bfloat16]
+    assert half["probability"] == pytest.approx(whole["probability"], abs=0.02)
+
+
+def test_batches_are_smaller_the_larger_the_input_is():
+    def fitting(*sizes):
+        return _fitting([View(Tiny(), Preprocess(size)) for size in sizes])
+
+    assert [fitting(224), fitting(448), fitting((480, 640)), fitting(64), fitting(4000)] == [16, 4, 2, 196, 1]
+    assert fitting(224, 448) == 4
+
+
+@pytest.mark.parametrize("way", ["unwritable", "read-only manifest"])
+def test_a_folder_that_cannot_be_written_is_told_and_the_exit_code_says_so(tmp_path, way, monkeypatch):
+    photos(tmp_path / "in" / "a", 2)
+    photos(tmp_path / "in" / "b", 2)
+    real = os.makedirs
+
+    def refusing(path, *args, **options):
+        if os.fspath(path).endswith("a" if way == "unwritable" else "out"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, "makedirs", refusing)
+    if way == "unwritable":
+        summary = run([tmp_path / "in"], tmp_path / "out")
+        assert (summary.written, summary.failed, summary.exit_code) == (2, 2, 1)
+        assert all(
+            reason == "cannot be made: Permission denied" or "cannot be made" in reason
+            for _, reason in summary.failures
+        )
+    else:
+        with pytest.raises(DataError, match="Permission denied"):
+            run([tmp_path / "in"], tmp_path / "out")
+
+
+class Detector(nn.Module):
+    """Always finds the same in the input: one thing for sure, and one that it doubts."""
+
+    def forward(self, images_BCHW):
+        found = {
+            "boxes": torch.tensor([[2.0, 4.0, 10.0, 12.0], [0.0, 0.0, 3.0, 3.0]]),
+            "scores": torch.tensor([0.9, 0.3]),
+            "labels": torch.tensor([1, 0]),
+        }
+        return [found for _ in images_BCHW]
+
+
+def shown_by_a_detector(model, images_BCHW, *, target=None):
+    return dataclasses.replace(bright(Tiny(), images_BCHW), output=model(images_BCHW))
+
+
+def test_what_a_detector_found_is_drawn_where_it_lies_in_the_source(tmp_path):
+    save(tmp_path / "in" / "x.png", noise(40, 60))
+    options = {"method": shown_by_a_detector, "class_names": CLASSES, "style": Style(suffix=".png")}
+    run([tmp_path / "in"], tmp_path / "out", model=Detector(), **options)
+    entry = manifest(tmp_path / "out")["x.png"]
+    ((left, top, right, bottom, label),) = entry["found"]
+    # a crop of 40 × 40 from column 10 on, which the input of 16 × 16 shows
+    assert [left, top, right, bottom] == pytest.approx([10 + 2 * 2.5, 4 * 2.5, 10 + 10 * 2.5, 12 * 2.5], abs=0.2)
+    assert label == "dog 0.90"
+    assert entry["prediction"] is None
+    run([tmp_path / "in"], tmp_path / "plain", **{**options, "method": bright})
+    with_box, without = (np.array(Image.open(tmp_path / out / "x.png.overlay.png")) for out in ("out", "plain"))
+    changed = (with_box != without).any(2)
+    assert changed[10:30, 15].all()
+    assert changed[29, 15:35].all()
+    assert not changed[31:].any()

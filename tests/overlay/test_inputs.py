@@ -187,3 +187,36 @@ def test_names_do_not_depend_on_what_else_is_exported_later():
     assert name_all(["x.jpg"], "/in/deep", taken={"deep/x.jpg.overlay.jpg": "/in/deep/x.jpg"}, kept=kept) == kept
     other_format = name_all(["a.jpg"], "/in", ending=".overlay.png", taken=taken, kept=first)
     assert other_format == {"/in/a.jpg": "a.jpg.overlay.png"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jpg", ["img2.jpg", "img10.jpg"]),
+        ("**/*.jpg", ["img2.jpg", "img10.jpg", "b/c.jpg", "b/d/e.jpg"]),
+        ("b/*", ["b/c.jpg", "b/film.mp4"]),  # not the folder b/d, nor the text
+        ("?/?.*", ["b/c.jpg"]),
+        ("b/[cx].jpg", ["b/c.jpg"]),
+    ],
+)
+def test_patterns_match_images_and_videos(tmp_path, pattern, expected):
+    touch(tmp_path, "img10.jpg", "img2.jpg", "b/c.jpg", "b/d/e.jpg", "b/notes.txt", "b/film.mp4", ".hidden/x.jpg")
+    found = find([tmp_path / pattern], out=tmp_path / "out")
+    assert sorted(below(found, tmp_path)) == sorted(expected)
+    assert found.root == str(tmp_path / os.path.dirname(pattern) if pattern.startswith("b/") else tmp_path)
+
+
+def test_a_pattern_matches_no_earlier_output_and_a_name_with_its_letters_is_a_name(tmp_path):
+    touch(tmp_path, "a.jpg", "[x]*.jpg", "out/a.jpg.overlay.jpg")
+    assert below(find([tmp_path / "[x]*.jpg"], out="out"), tmp_path) == ["[x]*.jpg"]
+    assert set(below(find([tmp_path / "**" / "*.jpg"], out=tmp_path / "out"), tmp_path)) == {"a.jpg", "[x]*.jpg"}
+    written = {str(tmp_path / "out" / "a.jpg.overlay.jpg")}
+    assert len(find([tmp_path / "**" / "*.jpg"], out=tmp_path, written=written).images) == 2
+    with pytest.raises(UsageError, match=r"nothing matches .*\*\.jpeg; quote a pattern"):
+        find([tmp_path / "*.jpeg"], out="out")
+
+
+def test_a_video_is_taken_where_it_is_named_and_not_where_it_lies(tmp_path):
+    touch(tmp_path, "a.jpg", "film.MP4")
+    assert below(find([tmp_path], out="out"), tmp_path) == ["a.jpg"]
+    assert below(find([tmp_path / "film.MP4"], out="out"), tmp_path) == ["film.MP4"]

@@ -60,7 +60,7 @@ def test_what_is_added_is_read_again(tmp_path):
     manifest = Manifest(str(tmp_path))
     assert list(manifest.done) == ["/in/ảnh\n.jpg", NOT_TEXT]
     kept = manifest.done[NOT_TEXT]
-    assert (kept.output, kept.recipe, kept.stamp) == ("odd.jpg", "r1", (10, 1))
+    assert (kept.outputs, kept.recipe, kept.stamp) == ({"overlay": "odd.jpg"}, "r1", (10, 1))
     assert manifest.owners == {"ảnh\n.jpg.overlay.jpg": "/in/ảnh\n.jpg", "odd.jpg": NOT_TEXT}
     assert sorted(os.listdir(tmp_path)) == sorted([NAME, "odd.jpg", "ảnh\n.jpg.overlay.jpg"])
 
@@ -160,7 +160,7 @@ def test_an_output_that_a_killed_run_may_have_replaced_is_not_taken_for_the_earl
     killed.promise([("a.jpg.overlay.jpg", "/in/a.jpg")], "r2")
     again = Manifest(str(tmp_path))
     assert again.done["/in/a.jpg"].recipe not in ("r1", "r2")
-    assert again.done["/in/a.jpg"].output == "a.jpg.overlay.jpg"  # its name stays
+    assert again.done["/in/a.jpg"].outputs == {"overlay": "a.jpg.overlay.jpg"}  # its name stays
     assert again.done["/in/b.jpg"].recipe == "r1"
     again.promise([("c.jpg.overlay.jpg", "/in/c.jpg")], "r1")
     again.close()  # without having come so far as to make it again

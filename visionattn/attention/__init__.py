@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING
 from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
+    from visionattn.attention.adaptive_span import AdaptiveSpan as AdaptiveSpan
+    from visionattn.attention.adaptive_span import mean_span as mean_span
+    from visionattn.attention.adaptive_span import spans as spans
+    from visionattn.attention.block_sparse import BlockSparse as BlockSparse
     from visionattn.attention.branches import SelectiveKernel as SelectiveKernel
     from visionattn.attention.branches import SplitAttention as SplitAttention
     from visionattn.attention.channel import ECA as ECA
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from visionattn.attention.joint import LightCBAM as LightCBAM
     from visionattn.attention.joint import SimAM as SimAM
     from visionattn.attention.joint import TripletAttention as TripletAttention
+    from visionattn.attention.neighbourhood import Neighbourhood as Neighbourhood
     from visionattn.attention.normalisers import Entmax15 as Entmax15
     from visionattn.attention.normalisers import NormalisedSigmoid as NormalisedSigmoid
     from visionattn.attention.normalisers import Softmax as Softmax
@@ -54,13 +59,29 @@ if TYPE_CHECKING:
     from visionattn.attention.pooling import DotScore as DotScore
     from visionattn.attention.pooling import GatedScore as GatedScore
     from visionattn.attention.pooling import ScaledDotScore as ScaledDotScore
+    from visionattn.attention.self_attention import Dense as Dense
+    from visionattn.attention.self_attention import PooledKeys as PooledKeys
+    from visionattn.attention.self_attention import SelfAttention as SelfAttention
+    from visionattn.attention.self_attention import TopK as TopK
+    from visionattn.attention.self_attention import Windowed as Windowed
     from visionattn.attention.spatial import LSKA as LSKA
     from visionattn.attention.spatial import AttentionGate as AttentionGate
     from visionattn.attention.spatial import GatherExcite as GatherExcite
+    from visionattn.attention.swap import swap_attention as swap_attention
+    from visionattn.attention.tokens import TokenMerging as TokenMerging
+    from visionattn.attention.tokens import TokenPruning as TokenPruning
+    from visionattn.attention.tokens import TokenReduction as TokenReduction
+    from visionattn.attention.tokens import reduce_tokens as reduce_tokens
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
+        "adaptive_span": (
+            "AdaptiveSpan",
+            "mean_span",
+            "spans",
+        ),
+        "block_sparse": ("BlockSparse",),
         "branches": (
             "SelectiveKernel",
             "SplitAttention",
@@ -99,6 +120,7 @@ __getattr__, __dir__ = lazy(
             "TripletAttention",
             "EMA",
         ),
+        "neighbourhood": ("Neighbourhood",),
         "normalisers": (
             "Softmax",
             "Sparsemax",
@@ -125,10 +147,24 @@ __getattr__, __dir__ = lazy(
             "CosineScore",
             "GatedScore",
         ),
+        "self_attention": (
+            "SelfAttention",
+            "Dense",
+            "Windowed",
+            "PooledKeys",
+            "TopK",
+        ),
         "spatial": (
             "AttentionGate",
             "GatherExcite",
             "LSKA",
+        ),
+        "swap": ("swap_attention",),
+        "tokens": (
+            "TokenMerging",
+            "TokenPruning",
+            "TokenReduction",
+            "reduce_tokens",
         ),
     },
 )

@@ -7,6 +7,7 @@ Shapes: B batch, C channels, H rows, W columns, D channels out.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,46 @@ def mean(x: Tensor, *dims: int) -> Tensor:
     return (x.sum(dims, keepdim=True, dtype=wide) / math.prod([x.shape[dim] for dim in dims])).to(x.dtype)
 
 
-def maximum(x_BCHW: Tensor) -> Tensor:
-    """Maximum over positions, (B, C, 1, 1); its gradient costs half of that of amax, which looks for ties."""
-    return x_BCHW.flatten(2).max(2).values[..., None, None]
+def pooled(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x itself, and its mean and maximum over a dim, which is kept with size 1.
+
+    Whatever then uses this x, the gradient of all three takes one pass over it: torch's own writes one of x's size for
+    each, and adds them up.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Pooled.apply(x, dim)[:3]
+    return x, mean(x, dim), x.max(dim, keepdim=True).values
+
+
+def pooled_positions(x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same over positions, (B, C, 1, 1), in the layout that x has."""
+    if x_BCHW.is_contiguous(memory_format=torch.channels_last):
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+        x_BNC, mean_B1C, maximum_B1C = pooled(x_BHWC.flatten(1, 2), 1)
+        mean_BC11, maximum_BC11 = (part.mT[..., None] for part in (mean_B1C, maximum_B1C))
+        return x_BNC.view(x_BHWC.shape).permute(0, 3, 1, 2), mean_BC11, maximum_BC11
+    x_BCN, mean_BC1, maximum_BC1 = pooled(x_BCHW.flatten(2), 2)
+    return x_BCN.view(x_BCHW.shape), mean_BC1[..., None], maximum_BC1[..., None]
+
+
+class _Pooled(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        maximum_, index = x.max(dim, keepdim=True)
+        return x.view_as(x), mean(x, dim), maximum_, index
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.dim = inputs[1]
+        ctx.mark_non_differentiable(output[3])
+        ctx.save_for_backward(output[3])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        of_x, of_mean, of_maximum, _ = gradients
+        (index,) = ctx.saved_tensors
+        gradient = torch.add(of_x, of_mean, alpha=1 / of_x.shape[ctx.dim])
+        return gradient.scatter_add_(ctx.dim, index, of_maximum), None
 
 
 def outer(rows_BCH1: Tensor, columns_BC1W: Tensor) -> Tensor:

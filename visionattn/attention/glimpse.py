@@ -4,7 +4,7 @@ Shapes: B batch, R looks at each image, S scales, C channels, H × W image, h ×
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +13,33 @@ from torch import Tensor, nn
 from visionattn.errors import UsageError
 
 
-class View(NamedTuple):
-    """An image as a retina keeps it: `planes[s]` (B, C, H + f + 1, W + f + 1), f = factor^s.
+class Axis(NamedTuple):
+    """How a location becomes the places of a patch's values in the planes, along rows or columns.
 
-    planes[s][y + f, x + f] is the mean of the f × f pixels whose upper left one is (y, x), for y from −f to H, so that
-    the outermost rows and columns are nothing but background.
+    In plane s (S, 1) the k-th value stands at slope · location + offset + reach[s, k]: of an exact retina, rounded down
+    before the reach is added, the index there; of one that looks between pixels, the coordinate that grid_sample takes.
+    """
+
+    slope: Tensor
+    offset: Tensor
+    reach: Tensor
+
+
+class View(NamedTuple):
+    """Images as a retina keeps them, a plane a scale, f = factor^s, less the background.
+
+    Of an exact retina planes[s] is (B, C, H + 2F − f + 1, W + 2F − f + 1), F being the largest f: at [y + F, x + F]
+    stands the sum of the f × f pixels whose upper left one is (y, x); the outermost rows and columns are nothing but
+    background. Of one that looks between pixels it is (B, C, ⌈H/f⌉, ⌈W/f⌉): at [i, j] the mean of the f × f pixels
+    whose upper left one is (f·i, f·j).
     """
 
     planes: tuple[Tensor, ...]
-    size: tuple[int, int]
+    axes: tuple[Axis, Axis]
+
+    def of(self, which: Tensor) -> "View":
+        """The view of some of the images: a mask or indices."""
+        return self._replace(planes=tuple(plane[which] for plane in self.planes))
 
 
 class Retina(nn.Module):
@@ -33,12 +51,16 @@ class Retina(nn.Module):
         c = (l + 1) / 2 · (size − 1)                                        the location in pixels, along each axis
         patch_s(i, j) = mean of image[t_y + f·i + (0 … f − 1), t_x + f·j + (0 … f − 1)],   t = c − (f·h − 1) / 2
 
-    What lies outside the image is background. Exact looks round t to whole pixels (halves up). Sub-pixel looks read
-    between pixels by bilinear interpolation of those means; they agree with exact ones where t is whole, and have a
-    gradient with respect to the location.
+    What lies outside the image is background. Exact looks round t to whole pixels (halves up). Sub-pixel looks have a
+    gradient with respect to the location: they interpolate bilinearly in a pyramid,
+
+        P_s(i, j) = mean of image[f·i + (0 … f − 1), f·j + (0 … f − 1)]
+        patch_s(i, j) = P_s(t_y / f + i, t_x / f + j)
+
+    which is the exact patch where t is a multiple of f, and a little smoother elsewhere. For large images and several
+    scales it is also the faster of the two. The means are computed once an image, whatever the number of looks.
 
     Deviations from the paper: none known; it does not say how a scale is reduced, and public code averages, as here.
-    The means are computed once an image, whatever the number of looks.
 
     Args:
         patch_size: (h, w), or one number for both; odd or even.
@@ -72,7 +94,9 @@ class Retina(nn.Module):
         self.patch_size = (height, width)
         self.scales = scales
         self.factor = factor
+        self.fields = [factor**scale for scale in range(scales)]  # pixels that a value covers, along each axis
         self.subpixel = subpixel
+        self.coloured = background not in (0, (0,))
         values = (background,) if isinstance(background, (int, float)) else tuple(background)
         self.register_buffer("background", torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False)
 
@@ -87,24 +111,50 @@ class Retina(nn.Module):
                 f"background has {len(self.background)} values and the images have {image_BCHW.shape[1]} channels"
             )
         # with the background at 0 the padding needs no value of its own
-        plane = F.pad(image_BCHW - self.background.to(image_BCHW), (1, 1, 1, 1))
-        planes = [plane]
-        before = 1
-        for _ in range(1, self.scales):
-            after = before * self.factor
-            far = after - before
-            plane = _mean_of(F.pad(plane, (far, far, far, far)), self.factor, before)
-            planes.append(plane)
-            before = after
-        return View(tuple(planes), (image_BCHW.shape[-2], image_BCHW.shape[-1]))
+        image = image_BCHW - self.background.to(image_BCHW) if self.coloured else image_BCHW
+        planes = self._pyramid(image) if self.subpixel else self._sums(image)
+        axes = (self._axis(image, planes, 0), self._axis(image, planes, 1))
+        return View(planes, axes)
+
+    def _sums(self, image: Tensor) -> tuple[Tensor, ...]:
+        planes = [F.pad(image, (self.fields[-1],) * 4)]
+        for step in self.fields[:-1]:
+            planes.append(_sum_of(planes[-1], self.factor, step))
+        return tuple(planes)
+
+    def _pyramid(self, image: Tensor) -> tuple[Tensor, ...]:
+        planes = [image]
+        for _ in self.fields[1:]:
+            down, right = (-side % self.factor for side in image.shape[-2:])
+            image = _mean_of_blocks(F.pad(image, (0, right, 0, down)) if down or right else image, self.factor)
+            planes.append(image)
+        return tuple(planes)
+
+    def _axis(self, image: Tensor, planes: tuple[Tensor, ...], axis: int) -> Axis:
+        count, middle = self.patch_size[axis], (image.shape[2 + axis] - 1) / 2
+        slopes, offsets, steps = [], [], []
+        for field, plane in zip(self.fields, planes, strict=True):
+            begin = middle - (field * count - 1) / 2  # pixels, of a patch in the middle
+            if self.subpixel:
+                unit = 2 / plane.shape[2 + axis]  # of grid_sample: −1 and 1 are the edges of the plane
+                slopes.append(middle / field * unit)
+                offsets.append((begin / field + 0.5) * unit - 1)
+                steps.append(unit)
+            else:
+                slopes.append(middle)
+                offsets.append(begin + self.fields[-1] + 0.5)  # rounded down, halves go up
+                steps.append(field)
+        options: dict[str, Any] = {"device": image.device, "dtype": torch.promote_types(image.dtype, torch.float32)}
+        reaches = [[step * place for place in range(count)] for step in steps]
+        return Axis(*(torch.tensor(numbers, **options) for numbers in (slopes, offsets, reaches)))
 
     def look(self, view: View, location_BR2: Tensor) -> Tensor:
         """See the patches at locations (x, y) in [−1, 1], −1 and 1 being the centres of the outermost pixels.
 
         Shape: (B, R, 2) → (B, R, S, C, h, w). Locations outside [−1, 1] are allowed.
         """
-        see = self._between if self.subpixel else self._exact
-        return see(view, location_BR2) + self.background.to(view.planes[0])
+        seen_BRSChw = (self._between if self.subpixel else self._exact)(view, location_BR2)
+        return seen_BRSChw + self.background.to(seen_BRSChw) if self.coloured else seen_BRSChw
 
     def forward(self, image_BCHW: Tensor, location_BR2: Tensor) -> Tensor:
         return self.look(self.view(image_BCHW), location_BR2)
@@ -127,48 +177,57 @@ class Retina(nn.Module):
             starts.append(start if self.subpixel else torch.floor(start + 0.5))
         return starts[0], starts[1]
 
-    def _places(self, location_BR2: Tensor, size: tuple[int, int], scale: int) -> tuple[Tensor, Tensor]:
-        """Rows (B, R, h) and columns (B, R, w) of a plane that a patch's values stand in, inside its border."""
-        step = self.factor**scale
-        places = []
-        for start_BR, count, side in zip(self._start(location_BR2, size, scale), self.patch_size, size, strict=True):
-            steps = step * torch.arange(count, device=location_BR2.device, dtype=location_BR2.dtype)
-            # beyond the border all is background, and so is the border
-            places.append((start_BR[..., None] + step + steps).clamp(0, side + step))
-        return places[0], places[1]
+    def _places(self, location_BR2: Tensor, view: View, axis: int) -> Tensor:
+        """Where the patches' values stand along an axis: (B, R, S, h or w)."""
+        slope, offset, reach_Sk = view.axes[axis]
+        begin_BRS = torch.addcmul(offset, location_BR2[..., 1 - axis, None], slope)
+        return (begin_BRS if self.subpixel else begin_BRS.floor())[..., None] + reach_Sk
 
     def _exact(self, view: View, location_BR2: Tensor) -> Tensor:
-        height, width = self.patch_size
+        row_BRSh, column_BRSw = (self._places(location_BR2, view, axis) for axis in (0, 1))
         seen = []
         for scale, plane_BCYX in enumerate(view.planes):
-            row_BRh, column_BRw = self._places(location_BR2, view.size, scale)
-            index_BRhw = row_BRh.long()[..., None] * plane_BCYX.shape[-1] + column_BRw.long()[..., None, :]
-            channels = plane_BCYX.shape[1]
-            index_BCN = index_BRhw.flatten(1)[:, None].expand(-1, channels, -1)
-            patch = plane_BCYX.flatten(2).gather(2, index_BCN)
-            seen.append(patch.unflatten(2, (-1, height, width)).transpose(1, 2))
+            rows, columns = plane_BCYX.shape[-2:]
+            # beyond the border all is background, and so is the border
+            row_BRh = row_BRSh[:, :, scale].clamp(0, rows - 1).long()
+            column_BRw = column_BRSw[:, :, scale].clamp(0, columns - 1).long()
+            index_BRhw = (row_BRh * columns)[..., None] + column_BRw[..., None, :]
+            index_BCN = index_BRhw.flatten(1)[:, None].expand(-1, plane_BCYX.shape[1], -1)
+            total = plane_BCYX.flatten(2).gather(2, index_BCN)
+            patch = total / self.fields[scale] ** 2 if scale else total
+            seen.append(patch.unflatten(2, index_BRhw.shape[1:]).transpose(1, 2))
         return torch.stack(seen, 2)
 
     def _between(self, view: View, location_BR2: Tensor) -> Tensor:
+        y_BRSh, x_BRSw = (self._places(location_BR2, view, axis) for axis in (0, 1))
         height, width = self.patch_size
+        grid_BRShw2 = torch.stack(
+            [
+                x_BRSw[..., None, :].expand(-1, -1, -1, height, -1),
+                y_BRSh[..., None].expand(-1, -1, -1, -1, width),
+            ],
+            -1,
+        ).to(view.planes[0].dtype)
         seen = []
         for scale, plane_BCYX in enumerate(view.planes):
-            row_BRh, column_BRw = self._places(location_BR2, view.size, scale)
-            rows, columns = (side - 1 for side in plane_BCYX.shape[-2:])
-            grid_y = (row_BRh * (2 / rows) - 1)[..., None].expand(-1, -1, -1, width)
-            grid_x = (column_BRw * (2 / columns) - 1)[..., None, :].expand(-1, -1, height, -1)
-            grid_BNw2 = torch.stack([grid_x, grid_y], -1).flatten(1, 2).to(plane_BCYX.dtype)
-            patch = F.grid_sample(plane_BCYX, grid_BNw2, padding_mode="border", align_corners=True)
+            grid_BNw2 = grid_BRShw2[:, :, scale].flatten(1, 2)
+            patch = F.grid_sample(plane_BCYX, grid_BNw2, padding_mode="zeros", align_corners=False)
             seen.append(patch.unflatten(2, (-1, height)).transpose(1, 2))
         return torch.stack(seen, 2)
 
 
-def _mean_of(plane: Tensor, count: int, step: int) -> Tensor:
-    """The mean over count × count values that lie `step` apart, at every place where all of them exist."""
+def _sum_of(plane: Tensor, count: int, step: int) -> Tensor:
+    """The sum of count × count values that lie `step` apart, at every place where all of them exist."""
     for axis in (-2, -1):
         length = plane.shape[axis] - (count - 1) * step
-        total = plane.narrow(axis, 0, length)
-        for place in range(1, count):
-            total = total + plane.narrow(axis, place * step, length)
-        plane = total
-    return plane / count**2
+        parts = [plane.narrow(axis, place * step, length) for place in range(count)]
+        plane = sum(parts[1:], parts[0])
+    return plane
+
+
+def _mean_of_blocks(image: Tensor, count: int) -> Tensor:
+    """The mean over blocks of count × count values; the sides are multiples of count."""
+    for axis in (-2, -1):
+        rows = [image[..., place::count, :] if axis == -2 else image[..., place::count] for place in range(count)]
+        image = sum(rows[1:], rows[0])
+    return image / count**2

@@ -141,7 +141,7 @@ def insert(
     for host, part in zip(hosts, made.values(), strict=True):
         host.add_module(_CHILD, part)
     keys = tuple(f"{name}." for name, module in model.named_modules() if any(module is part for part in made.values()))
-    handles.append(model.register_load_state_dict_pre_hook(partial(_fill, keys)))
+    handles.append(model.register_load_state_dict_pre_hook(partial(fill_missing, keys)))
     if any(part.layout.num_prefix_tokens is not None for part in made.values()):
         handles.append(model.register_forward_pre_hook(partial(_check_shape, places.image_size)))
     return Insertion(made, handles, hosts)
@@ -201,7 +201,7 @@ def _make(mechanism: Callable[[int], nn.Module], name: str, places: Places, pres
     return part
 
 
-def _fill(prefixes: tuple[str, ...], model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def fill_missing(prefixes: tuple[str, ...], model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let weights of the plain network load: give the inserted parts their own where none of theirs is there."""
     inserted = tuple(prefix + name for name in prefixes)
     if not any(key.startswith(inserted) for key in state_dict):

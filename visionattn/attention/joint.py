@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers.cbam import CbamModule, LightCbamModule
 from torch import Tensor, nn
 
-from visionattn.attention.arithmetic import maximum, mean, narrowed, outer, pointwise, thin
+from visionattn.attention.arithmetic import mean, narrowed, outer, pointwise, pooled, pooled_positions, thin
 from visionattn.attention.channel import _BatchNorm2d, _bottleneck, _must_be_odd, _shared_out
 
 
@@ -41,11 +41,11 @@ class CBAM(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         # timm's layers in their order, with both means and maxima through the MLP at once
         channel, spatial = self.attention.channel, self.attention.spatial
-        squeezed = torch.cat([mean(x_BCHW, 2, 3), maximum(x_BCHW)])
+        x_BCHW, *both_BC11 = pooled_positions(x_BCHW)
+        squeezed = torch.cat(both_BC11)
         of_mean, of_maximum = pointwise(channel.fc2, channel.act(pointwise(channel.fc1, squeezed))).chunk(2)
-        x_BCHW = x_BCHW * channel.gate(of_mean + of_maximum)
-        planes_B2HW = torch.cat([mean(x_BCHW, 1), x_BCHW.max(1, keepdim=True).values], 1)
-        return x_BCHW * spatial.gate(thin(spatial.conv, planes_B2HW))
+        x_BCHW, *planes_B1HW = pooled(x_BCHW * channel.gate(of_mean + of_maximum), 1)
+        return x_BCHW * spatial.gate(thin(spatial.conv, torch.cat(planes_B1HW, 1)))
 
 
 class LightCBAM(nn.Module):
@@ -74,10 +74,11 @@ class LightCBAM(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         # timm's layers in their order; its own channel part passes its `gate` by, and nobody could watch it
         channel, spatial = self.attention.channel, self.attention.spatial
-        z_BC11 = 0.5 * (mean(x_BCHW, 2, 3) + maximum(x_BCHW))
+        x_BCHW, mean_BC11, maximum_BC11 = pooled_positions(x_BCHW)
+        z_BC11 = 0.5 * (mean_BC11 + maximum_BC11)
         x_BCHW = x_BCHW * channel.gate(pointwise(channel.fc2, channel.act(pointwise(channel.fc1, z_BC11))))
-        z_B1HW = 0.5 * (mean(x_BCHW, 1) + x_BCHW.max(1, keepdim=True).values)
-        return x_BCHW * spatial.gate(thin(spatial.conv, z_B1HW))
+        x_BCHW, mean_B1HW, maximum_B1HW = pooled(x_BCHW, 1)
+        return x_BCHW * spatial.gate(thin(spatial.conv, 0.5 * (mean_B1HW + maximum_B1HW)))
 
 
 class BAM(nn.Module):
@@ -177,7 +178,12 @@ class TripletAttention(nn.Module):
         self.gate = _TripletGate(kernel_size)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return x_BCHW * self.gate(x_BCHW)
+        # x passes through what pools it, so that the gradients of all of it are one
+        planes = []
+        for dim in (1, 2, 3):
+            x_BCHW, mean_, maximum = pooled(x_BCHW, dim)
+            planes.append(torch.stack([maximum.squeeze(dim), mean_.squeeze(dim)], 1))
+        return x_BCHW * self.gate(*planes)
 
 
 class _TripletGate(nn.Module):
@@ -187,14 +193,14 @@ class _TripletGate(nn.Module):
         self.over_rows = _plane_gate(kernel_size)
         self.over_columns = _plane_gate(kernel_size)
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        gates = (self.over_channels, self.over_rows, self.over_columns)
+    def forward(self, planes_B2HW: Tensor, planes_B2CW: Tensor, planes_B2CH: Tensor) -> Tensor:
+        parts = (
+            (self.over_channels, planes_B2HW),
+            (self.over_rows, planes_B2CW),
+            (self.over_columns, planes_B2CH),
+        )
         gate_B1HW, gate_BC1W, gate_BCH1 = (
-            thin(gate, torch.stack([x_BCHW.max(dim).values, mean(x_BCHW, dim).squeeze(dim)], 1))
-            .sigmoid()
-            .squeeze(1)
-            .unsqueeze(dim)
-            for dim, gate in enumerate(gates, 1)
+            thin(gate, planes).sigmoid().squeeze(1).unsqueeze(dim) for dim, (gate, planes) in enumerate(parts, 1)
         )
         return (gate_B1HW / 3 + gate_BC1W / 3) + gate_BCH1 / 3
 

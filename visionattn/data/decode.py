@@ -5,12 +5,14 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from visionattn.errors import DataError
+from visionattn.errors import DataError, UsageError
 
 # fmt: off
 SUFFIXES = frozenset({
@@ -23,6 +25,7 @@ SUFFIXES = frozenset({
 MAX_PIXELS = 178_000_000
 """Largest image that is decoded, in pixels; a small file may claim to be far larger than memory."""
 
+_ORIENTATION = 0x0112  # of EXIF
 _QUALITY = {".jpg": {"quality": 92}, ".jpeg": {"quality": 92}, ".webp": {"quality": 90}, ".png": {"compress_level": 3}}
 
 
@@ -56,7 +59,9 @@ def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_
                     raise DataError(
                         f"{name}: {width:,} × {height:,} pixels; the limit is {max_pixels / 1e6:,.0f} MP (--max-pixels)"
                     )
-                return _to_rgb(image)
+                plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(_ORIENTATION, 1) == 1
+                picture_HWC = _plain_jpeg(file) if plain else None
+                return _to_rgb(image) if picture_HWC is None else picture_HWC
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -84,15 +89,33 @@ def write_image(path: "str | bytes | os.PathLike[str]", image_HWC: NDArray[np.ui
     Raises:
         DataError: the folder is missing, the disk is full, or the suffix is no image's; names the file.
     """
-    name = os.fsdecode(path)
-    suffix = Path(name).suffix.lower()
+    try:
+        content = encode_image(image_HWC, Path(os.fsdecode(path)).suffix)
+    except UsageError as error:
+        raise DataError(f"{os.fsdecode(path)}: {error}") from error
+    write_bytes(path, content)
+
+
+def encode_image(image_HWC: NDArray[np.uint8] | NDArray[np.uint16], suffix: str) -> bytes:
+    """The content of an image file.
+
+    Args:
+        image_HWC: (H, W, 3) uint8 RGB, or (H, W) uint8 or uint16 grey.
+        suffix: .jpg, .jpeg, .png or .webp.
+
+    Raises:
+        UsageError: the suffix is another.
+    """
+    suffix = suffix.lower()
     if suffix not in _QUALITY:
-        raise DataError(f"{name}: an image is written as one of {', '.join(_QUALITY)}")
+        raise UsageError(f"an image is written as one of {', '.join(_QUALITY)}")
+    if suffix in (".jpg", ".jpeg") and image_HWC.ndim == 3:  # what Pillow would write, in two thirds of the time
+        bgr_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
+        return cv2.imencode(".jpg", bgr_HWC, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY[suffix]["quality"]])[1].tobytes()
     buffer = io.BytesIO()
-    Image.fromarray(image_HWC).save(
-        buffer, {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:]), **_QUALITY[suffix]
-    )
-    write_bytes(path, buffer.getvalue())
+    form = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:])
+    Image.fromarray(image_HWC).save(buffer, form, **_QUALITY[suffix])
+    return buffer.getvalue()
 
 
 def write_bytes(path: "str | bytes | os.PathLike[str]", content: bytes) -> None:
@@ -119,10 +142,26 @@ def write_bytes(path: "str | bytes | os.PathLike[str]", content: bytes) -> None:
         raise DataError(f"{os.fsdecode(path)} cannot be written: {error.strerror or error}") from error
 
 
+def _plain_jpeg(file: BinaryIO) -> NDArray[np.uint8] | None:
+    """Decode a colour JPEG by OpenCV: the values of Pillow, which unpacks them twice, in two thirds of the time.
+
+    None where the file does not end as it should, which OpenCV would hide under grey, or where it cannot be decoded.
+    """
+    file.seek(0)
+    content = file.read()
+    file.seek(0)
+    if not content.endswith(b"\xff\xd9"):
+        return None
+    bgr_HWC = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    return None if bgr_HWC is None else np.asarray(cv2.cvtColor(bgr_HWC, cv2.COLOR_BGR2RGB, dst=bgr_HWC), np.uint8)
+
+
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     image.load()
-    upright = ImageOps.exif_transpose(image)
-    mode = upright.mode
+    ImageOps.exif_transpose(image, in_place=True)
+    upright, mode = image, image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        return np.array(image)
     if mode in ("I", "F") or mode.startswith("I;16"):
         return _from_deep_grey(np.asarray(upright), wide=mode != "I")
     if mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:

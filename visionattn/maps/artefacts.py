@@ -19,6 +19,7 @@ from visionattn.maps.base import check_images, undisturbed, warn
 from visionattn.maps.layout import Activation
 from visionattn.maps.running import look, run
 from visionattn.maps.sites import Survey
+from visionattn.maps.watching import surveys
 
 RATIO, MOST, FEWEST = 3.0, 0.1, 64
 
@@ -119,10 +120,14 @@ def warned(model: nn.Module, found: Survey) -> Iterator[None]:
 @contextlib.contextmanager
 def _norms(model: nn.Module, activation: Activation) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
+    depth = surveys()
 
     def keep(module: nn.Module, args: Any, out: Any) -> None:
+        if surveys() != depth:  # where tokens are picked, every image is surveyed meanwhile
+            return
         value = (out[0] if isinstance(out, (tuple, list)) else out).detach()
-        norms_B1N = torch.linalg.vector_norm(value, dim=activation.channel_axis, dtype=torch.float32)
+        wide = torch.promote_types(value.dtype, torch.float32)
+        norms_B1N = torch.linalg.vector_norm(value, dim=activation.channel_axis, dtype=wide).float()
         seen.append(activation.tokens.to_grid(norms_B1N.flatten(1)[:, None]))
 
     handle = model.get_submodule(activation.name).register_forward_hook(keep)

@@ -65,7 +65,7 @@ class RawAttention(Method):
             weights_BWK = weights_BWHK[:, :, self.head]
         else:
             weights_BWK = fuse_heads(weights_BWHK, self.fuse, 2)
-        return Explanation(keys.to_grid(weights_BWK), output, None, describe(record))
+        return Explanation(keys.to_grid(weights_BWK, shared=True), output, None, describe(record))
 
 
 class ValueNorm(Method):
@@ -95,7 +95,7 @@ class ValueNorm(Method):
         with capture(model, _TimesValueNorm(), layers=[self.layer]) as records:
             output = run(model, images_BCHW)
         record, keys, weights_BWHK = records.kept()
-        return Explanation(keys.to_grid(weights_BWHK.mean(2)), output, None, describe(record))
+        return Explanation(keys.to_grid(weights_BWHK.mean(2), shared=True), output, None, describe(record))
 
 
 class _TimesValueNorm(ClassRow):
@@ -140,7 +140,7 @@ class DinoHeads(Method):
         before_BHK = largest_BHK.cumsum(-1) - largest_BHK  # so that the weight that reaches the mass is kept
         kept_BHK = before_BHK < self.mass * weights_BHK.sum(-1, keepdim=True)
         shown_BHK = torch.zeros_like(weights_BHK).scatter_(-1, order, largest_BHK * kept_BHK)
-        return Explanation(keys.to_grid(shown_BHK.mean(1)[:, None]), output, None, describe(record))
+        return Explanation(keys.to_grid(shown_BHK.mean(1)[:, None], shared=True), output, None, describe(record))
 
 
 def check_fuse(fuse: str) -> None:

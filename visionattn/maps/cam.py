@@ -5,6 +5,8 @@ Shapes: B batch, C channels of the layer, h × w its grid, K outputs.
 
 import threading
 from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +54,7 @@ class Cut:
         self.leaf.requires_grad_(True)
         torch.set_grad_enabled(True)
         after = self.leaf.clone()  # so that an in-place activation that follows neither fails nor spoils the leaf
+        vars(after).update(vars(value))  # what a model notes on its tensors
         return type(out)((after, *out[1:])) if isinstance(out, (tuple, list)) else after
 
 
@@ -79,9 +82,8 @@ class CAM(Method):
             (gradient,) = torch.autograd.grad(score_B.sum(), cut.leaf, allow_unused=True)
         if gradient is None:
             raise UsageError(_unreached(activation))
-        values_BCN, gradient_BCN = (_on_grid(x, activation) for x in (cut.leaf, gradient))
-        raw_BN = self.combine(values_BCN, gradient_BCN)
-        return Explanation(_tokens_on_grid(activation).to_grid(raw_BN[:, None]), output, target_B, activation.name)
+        raw_Bhw = _mapped(activation, self.combine, cut.leaf, gradient)
+        return Explanation(raw_Bhw, output, target_B, activation.name)
 
     @abstractmethod
     def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
@@ -152,7 +154,11 @@ class EigenCAM(Method):
         with Cut(model, activation.name, grad=False) as cut:
             output = run(model, images_BCHW)
         assert cut.leaf is not None
-        values_BNC = _on_grid(cut.leaf, activation).mT
+        return Explanation(_mapped(activation, self._project, cut.leaf), output, None, activation.name)
+
+    @staticmethod
+    def _project(values_BCN: Tensor) -> Tensor:
+        values_BNC = values_BCN.mT
         broken_B = ~values_BNC.isfinite().all(2).all(1)
         values_BNC = torch.where(broken_B[:, None, None], 0, values_BNC)
         if values_BNC.shape[1] < values_BNC.shape[2]:  # A v₁ = σ₁ u₁: of A Aᵀ and Aᵀ A, the smaller
@@ -162,8 +168,7 @@ class EigenCAM(Method):
             vector_BC = torch.linalg.eigh(values_BNC.mT @ values_BNC).eigenvectors[:, :, -1]
             raw_BN = (values_BNC @ vector_BC[:, :, None])[:, :, 0]
         raw_BN = raw_BN * torch.where(raw_BN.sum(1, keepdim=True) < 0, -1, 1)
-        raw_BN = torch.where(broken_B[:, None], torch.nan, raw_BN)
-        return Explanation(_tokens_on_grid(activation).to_grid(raw_BN[:, None]), output, None, activation.name)
+        return torch.where(broken_B[:, None], torch.nan, raw_BN)
 
 
 class ScoreCAM(Method):
@@ -191,14 +196,12 @@ class ScoreCAM(Method):
             output = run(model, images_BCHW)
         _, target_B = pick(output, target)
         assert cut.leaf is not None
-        values_BCN = _on_grid(cut.leaf, activation)
-        tokens = _tokens_on_grid(activation)
-        raw = [
-            self._explain_one(
-                model, image_CHW, values_CN, tokens.of_image(b), target if target_B is None else target_B[b]
-            )
-            for b, (image_CHW, values_CN) in enumerate(zip(images_BCHW, values_BCN, strict=True))
-        ]
+        raw = []
+        for b, image_CHW in enumerate(images_BCHW):
+            here = replace(activation, tokens=activation.tokens.of_image(b))
+            (values_CN,) = _on_grid(cut.leaf[b : b + 1], here)
+            target_b = target if target_B is None else target_B[b]
+            raw.append(self._explain_one(model, image_CHW, values_CN, _tokens_on_grid(here), target_b))
         return Explanation(torch.stack(raw), output, target_B, activation.name)
 
     def _explain_one(
@@ -250,6 +253,18 @@ def _unreached(activation: Activation) -> str:
         f"no gradient reaches {activation.name}: the score does not depend on it, or the model computes without "
         "gradients after it; choose another layer, or eigencam or scorecam"
     )
+
+
+def _mapped(activation: Activation, make: Callable[..., Tensor], *outputs: Tensor) -> Tensor:
+    """Make a value a token, (B, N), from what the layer has for those on the grid, (B, C, N) each, and put it there.
+
+    Where tokens are picked it is done image by image: in another image, other ones may have no place.
+    """
+    tokens = activation.tokens
+    if tokens.index_BWN is not None:
+        each = [replace(activation, tokens=tokens.of_image(b)) for b in range(len(tokens.index_BWN))]
+        return torch.cat([_mapped(one, make, *(out[b : b + 1] for out in outputs)) for b, one in enumerate(each)])
+    return _tokens_on_grid(activation).to_grid(make(*(_on_grid(out, activation) for out in outputs))[:, None])
 
 
 def _on_grid(value: Tensor, activation: Activation) -> Tensor:

@@ -39,20 +39,16 @@ class Row:
         return cls(prefix, grid)
 
     def read(self, tokens: Tokens | None, count: int) -> Tensor:
-        """Values of the tokens, (B, W, N); a cell met by several tokens is shared among them.
+        """Values of the tokens, (B, W, N), as `Tokens.read` has them.
 
         Padding, and a token made of those that were dropped, gets nothing.
         """
-        batch = len(self.grid_Bhw)
         if tokens is None:  # class tokens only, or learned queries
             return self._prefix(count)[:, None]
-        cells = spread(self.grid_Bhw, tokens.grid).flatten(1)
+        cells = spread(self.grid_Bhw, tokens.grid)
         if tokens.in_order:
-            return torch.cat([self._prefix(tokens.num_prefix_tokens), cells], 1)[:, None]
-        index = tokens.images(batch).to(cells.device)
-        shared = cells / tokens.counts(batch).flatten(1).clamp(min=1).to(cells.device)
-        values = shared.gather(1, index.clamp(min=0).flatten(1)).reshape(index.shape)
-        values = torch.where(index >= 0, values, 0)
+            return torch.cat([self._prefix(tokens.num_prefix_tokens), cells.flatten(1)], 1)[:, None]
+        values = tokens.read(cells)
         first = tokens.num_prefix_tokens
         if first and not tokens.windowed:
             values[:, 0, :first] = self._prefix(first)

@@ -277,7 +277,7 @@ class PatchRow(Keep):
             return None
         batch, windows, heads, _, keys = call.shape
         out = call.zeros(batch, windows, heads, keys)
-        here_BWQ = call.site.queries.images(batch) == self.row * width + self.column
+        here_BWQ = call.site.queries.of_cell(self.row * width + self.column, batch)
         for window, query in here_BWQ.any(0).nonzero().tolist() if batch else ():
             share_B = here_BWQ[:, window, query] / here_BWQ.sum((1, 2)).clamp(min=1)
             rows_BHK = call.rows(slice(query, query + 1))[:, window, :, 0]

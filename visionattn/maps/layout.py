@@ -1,6 +1,6 @@
 """Where tokens lie in the image, window by window, and how a call of attention is laid out.
 
-Shapes: B images, W windows, N tokens, Q queries, K keys, h × w grid.
+Shapes: B images, W windows, N tokens, Q queries, K keys, h × w grid of G cells.
 """
 
 import math
@@ -25,11 +25,14 @@ class Tokens:
         index_WN: (W, N) int64, the cell row · w + column of every token; −1 for class and register tokens and padding.
         index_BWN: the same of each image, where the model chooses its tokens by what the image shows; index_WN is that
             of the first image then. None where all images are alike.
+        home_BG: (B, G) int64 of each image, where tokens were merged: in which cell the token lies that the token of a
+            cell was merged into; for all others the cell itself. None where none were merged.
     """
 
     grid: tuple[int, int]
     index_WN: Tensor  # noqa: N815
     index_BWN: Tensor | None = None  # noqa: N815
+    home_BG: Tensor | None = None  # noqa: N815
 
     @cached_property
     def num_prefix_tokens(self) -> int:
@@ -52,20 +55,32 @@ class Tokens:
 
     def of_image(self, number: int) -> "Tokens":
         """Where those of one image lie."""
-        return self if self.index_BWN is None else Tokens(self.grid, self.index_BWN[number])
+        if self.index_BWN is None:
+            return self
+        home = None if self.home_BG is None else self.home_BG[number : number + 1]
+        return Tokens(self.grid, self.index_BWN[number], home_BG=home)
 
     def some(self, tokens_N: Tensor) -> "Tokens":
         """Some of the tokens, by a mask."""
         each = None if self.index_BWN is None else self.index_BWN[:, :, tokens_N]
-        return Tokens(self.grid, self.index_WN[:, tokens_N], each)
+        return Tokens(self.grid, self.index_WN[:, tokens_N], each, self.home_BG)
 
     def images(self, count: int) -> Tensor:
         """(B, W, N) of so many images, as `index_WN`."""
         index = self.index_WN[None] if self.index_BWN is None else self.index_BWN
         return index.expand(count, *self.index_WN.shape)
 
+    def of_cell(self, cell: int, count: int) -> Tensor:
+        """Which token is that of a cell, or was made of it, (B, W, N) of so many images."""
+        if self.home_BG is None:
+            return self.images(count) == cell
+        return self.images(count) == self.home_BG[:, cell, None, None]
+
     def sum_to_grid(self, values_BWN: Tensor) -> Tensor:
-        """Put one value a token on the grid, (B, h, w); cells met more than once hold the sum, cells never met 0."""
+        """Put one value a token on the grid, (B, h, w); cells met more than once hold the sum, cells never met 0.
+
+        The value of a token that others were merged into is shared out evenly among their cells and its own.
+        """
         height, width = self.grid
         if self.in_order:
             return values_BWN[:, 0, self.num_prefix_tokens :].reshape(-1, height, width)
@@ -75,19 +90,56 @@ class Tokens:
             total.index_add_(1, self._places(self.index_WN).flatten().to(values.device), values)
         else:
             total.scatter_add_(1, self._places(self.index_BWN).flatten(1).to(values.device), values)
-        return total[:, :-1].reshape(-1, height, width)
+        total = total[:, :-1]
+        if self.home_BG is not None:
+            home = self.home_BG.expand(len(total), -1).to(total.device)
+            total = (total / self._sizes.to(total.device)).gather(1, home)
+        return total.reshape(-1, height, width)
+
+    def read(self, cells_Bhw: Tensor) -> Tensor:
+        """What the cells of each token hold together, (B, W, N): the way back from `sum_to_grid`. Cells met by several
+        tokens are shared among them; a token without a place has nothing."""
+        cells = cells_Bhw.flatten(1)
+        index = self.images(len(cells)).to(cells.device)
+        if self.home_BG is not None:
+            home = self.home_BG.expand(len(cells), -1).to(cells.device)
+            cells = torch.zeros_like(cells).scatter_add(1, home, cells)
+        shared = cells / self._tokens(len(cells)).flatten(1).clamp(min=1).to(cells.device)
+        values = shared.gather(1, index.clamp(min=0).flatten(1)).reshape(index.shape)
+        return torch.where(index >= 0, values, 0)
 
     def counts(self, images: int) -> Tensor:
-        """How many tokens lie in each cell, (B, h, w), or (1, h, w) where all images are alike."""
+        """How many tokens lie in each cell, (B, h, w), or (1, h, w) where all images are alike; a fraction where the
+        cell has part in one."""
         index = self.images(1 if self.index_BWN is None else images)
         return replace(self, index_BWN=index).sum_to_grid(torch.ones(index.shape))
 
-    def to_grid(self, values_BWN: Tensor) -> Tensor:
-        """As `sum_to_grid`, cells met more than once holding the mean."""
+    def to_grid(self, values_BWN: Tensor, *, shared: bool = False) -> Tensor:
+        """As `sum_to_grid`, cells met more than once holding the mean.
+
+        Args:
+            shared: a token that others were merged into shares its value out among its cells, as its attention is;
+                otherwise each of them holds it, as its features do.
+        """
         summed_Bhw = self.sum_to_grid(values_BWN)
         if self.in_order:
             return summed_Bhw
-        return summed_Bhw / self.counts(len(summed_Bhw)).clamp(min=1).to(summed_Bhw.device)
+        held_Bhw = self._tokens(len(summed_Bhw)) if shared else self.counts(len(summed_Bhw))
+        return summed_Bhw / torch.where(held_Bhw > 0, held_Bhw, 1).to(summed_Bhw.device)
+
+    def _tokens(self, images: int) -> Tensor:
+        """How many tokens lie in each cell or in that of the token it was merged into."""
+        counts_Bhw = self.counts(images)
+        return (
+            counts_Bhw if self.home_BG is None else counts_Bhw * self._sizes.gather(1, self.home_BG).view_as(counts_Bhw)
+        )
+
+    @cached_property
+    def _sizes(self) -> Tensor:
+        """How many cells have their token in each cell, (B, G); at least 1."""
+        assert self.home_BG is not None
+        ones = torch.ones(self.home_BG.shape)
+        return torch.zeros_like(ones).scatter_add(1, self.home_BG, ones).clamp(min=1)
 
     def _places(self, index: Tensor) -> Tensor:
         """Cell of every token; those without a place go to one behind the grid, which is cut off."""
@@ -205,6 +257,9 @@ def per_window(positions_: Tensor, windows: tuple[int, ...], lead: int) -> Tenso
 Axes: TypeAlias = "tuple[Tensor, Tensor]"
 """The y of a grid's rows and the x of its columns."""
 
+Merge: TypeAlias = "tuple[Tensor, Tensor]"
+"""Positions of tokens, and of those that they were merged into."""
+
 
 def infer_axes(positions_: Tensor) -> Axes:
     """The rows and columns that occur among positions."""
@@ -214,9 +269,9 @@ def infer_axes(positions_: Tensor) -> Axes:
     return near[0], near[1]
 
 
-def infer_tokens(positions_WN: Tensor, whole: Sequence[Axes] = ()) -> Tokens | None:
+def infer_tokens(positions_WN: Tensor, whole: Sequence[Axes] = (), merges: Sequence[Merge] = ()) -> Tokens | None:
     """Infer the grid from the positions that occur; where tokens were dropped, it is the largest of the `whole` grids
-    on which those that are left lie."""
+    on which those that are left lie. Those that were merged, in that order, have a home."""
     known = ~positions_WN.isnan()
     if not known.any():
         return None
@@ -224,8 +279,24 @@ def infer_tokens(positions_WN: Tensor, whole: Sequence[Axes] = ()) -> Tokens | N
     y, x = max(fitting, key=lambda axes: len(axes[0]) * len(axes[1])) if fitting else infer_axes(positions_WN)
     if not fitting and len(y) * len(x) > 2 * int(known.sum()) + 2:
         return None
-    index = _nearest(positions_WN.real, y) * len(x) + _nearest(positions_WN.imag, x)
-    return Tokens((len(y), len(x)), torch.where(known, index, -1).cpu())
+    index = torch.where(known, _cells(positions_WN, (y, x)), -1).cpu()
+    return Tokens((len(y), len(x)), index, home_BG=_homes(index, (y, x), merges))
+
+
+def _cells(positions_: Tensor, axes: Axes) -> Tensor:
+    return _nearest(positions_.real, axes[0]) * len(axes[1]) + _nearest(positions_.imag, axes[1])
+
+
+def _homes(index_WN: Tensor, axes: Axes, merges: Sequence[Merge]) -> Tensor | None:
+    cells = torch.arange(len(axes[0]) * len(axes[1]))
+    home = cells
+    for moved, into in merges:
+        step = cells.clone()
+        step[_cells(moved, axes).cpu()] = _cells(into, axes).cpu()
+        home = step[home]
+    is_there = torch.isin(cells, index_WN)
+    home = torch.where(~is_there & is_there[home], home, cells)  # merges elsewhere in the model move nothing here
+    return None if torch.equal(home, cells) else home[None]
 
 
 def _nearest(values: Tensor, starts: Tensor) -> Tensor:
@@ -239,7 +310,9 @@ def _lie_on(positions_: Tensor, axes: Axes) -> bool:
     return all(bool(((values - starts[_nearest(values, starts)]).abs() < 2 * _NEAR).all()) for values, starts in parts)
 
 
-def infer_layout(positions_: Tensor, whole: Sequence[Axes] = ()) -> tuple[Tokens, int] | None:
+def infer_layout(
+    positions_: Tensor, whole: Sequence[Axes] = (), merges: Sequence[Merge] = ()
+) -> tuple[Tokens, int] | None:
     """Read a (1, C, h, w) or (1, h, w, C) map, or (1, N, C) tokens: where they lie, and which axis is C."""
     if positions_.ndim not in (3, 4) or len(positions_) != 1:
         return None
@@ -249,6 +322,6 @@ def infer_layout(positions_: Tensor, whole: Sequence[Axes] = ()) -> tuple[Tokens
         cells = positions_.select(axis, 0).reshape(1, -1)
         if not varies(cells, -1):
             return None
-        tokens = infer_tokens(cells, whole)
+        tokens = infer_tokens(cells, whole, merges)
         return None if tokens is None else (tokens, axis)
     return None

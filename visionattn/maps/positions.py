@@ -5,7 +5,8 @@ operations that move numbers about. So one image runs through the model beside a
 position y + ix, in [0, 1]. What moves numbers (view, permute, roll, window partition …) moves the shadow alike; what
 mixes channels (linear layers, norms) keeps it; what pools or strides averages it; what makes numbers out of nothing
 (class tokens, padding) is NaN, no position. What picks tokens by their numbers (topk, argsort, a comparison, and then
-gather or an index) picks their positions alike, and these are of that image alone. A softmax whose weights run over
+gather or an index) picks their positions alike, and these are of that image alone; what adds tokens to others (scatter)
+leaves the others' positions, and the pairs are noted. A softmax whose weights run over
 different positions is attention; the shadow of its queries and keys is the layout. This is done once for each model and
 image size (see `sites.py`), on one image; on each image where tokens are picked.
 
@@ -43,6 +44,7 @@ _MOVES = {
 }
 _JOINS = {"cat", "concat", "concatenate", "stack", "hstack", "vstack"}
 _PICKS = {"__getitem__", "gather", "index_select", "take_along_dim"}
+_ADDS = {"scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "index_add", "index_add_"}
 _SORTS = {"sort", "topk", "msort", "kthvalue"}
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "__rmatmul__"}
 _POOLS = {
@@ -94,6 +96,26 @@ def picked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if not by or (positions := shadow(source)) is None or not _vary(positions):
         return None
     return positions, any(hasattr(value, "_depends") for value in by)
+
+
+def merged(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """The positions of tokens that a function adds to others, and of these others, pair by pair; None of others."""
+    name = _name(func)
+    if name not in _ADDS:
+        return None
+    given = dict(zip(("input", "dim", "index", "source"), args, strict=False)) | kwargs
+    target, index = given["input"], given["index"]
+    into, moved = shadow(target), shadow(given.get("src", given.get("source")))
+    if into is None or moved is None or not _vary(into):
+        return None
+    dim = given["dim"] % into.ndim
+    if name.startswith("index_add"):
+        into = into.index_select(dim, index)
+    else:
+        into, moved = into.gather(dim, index), moved[tuple(map(slice, index.shape))]
+    known = ~(moved.isnan() | into.isnan())
+    pairs = torch.cat([torch.view_as_real(part[known]) for part in (moved, into)], 1).unique(dim=0)
+    return torch.view_as_complex(pairs[:, :2].contiguous()), torch.view_as_complex(pairs[:, 2:].contiguous())
 
 
 def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

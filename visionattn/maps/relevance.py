@@ -122,7 +122,7 @@ class GradientAttention(Method):
         else:
             first = site.queries.num_prefix_tokens if site.queries else 0  # registers are no patches
             rows_BWQK = weighted(call, gradient)[:, :, first:]
-        raw = site.keys.to_grid(rows_BWQK.mean(2))
+        raw = site.keys.to_grid(rows_BWQK.mean(2), shared=True)
         return Explanation(raw, output, target_B, f"attention of {site.name}")
 
 

@@ -23,6 +23,7 @@ from visionattn.maps.layout import (
     Activation,
     Axes,
     Kind,
+    Merge,
     Site,
     Tokens,
     infer_axes,
@@ -77,6 +78,7 @@ class Surveyor(Watcher):
         self._layouts: dict[int, tuple[Tensor, tuple[Tokens, int] | None]] = {}
         self._whole: list[Axes] = []  # of grids before tokens were dropped
         self._seen: list[Axes] = []  # of grids that attention ran over
+        self._merges: list[Merge] = []
         tokens = [part.cls_token for part in model.modules() if hasattr(part, "cls_token")]
         self.class_token = not tokens or any(token is not None for token in tokens)
 
@@ -107,7 +109,7 @@ class Surveyor(Watcher):
 
     def _lie(self, found: Tensor) -> "tuple[Tokens, int] | None":
         if id(found) not in self._layouts:  # outputs share their shadow until something moves
-            self._layouts[id(found)] = (found, infer_layout(found, self._whole))
+            self._layouts[id(found)] = (found, infer_layout(found, self._whole, self._merges))
         return self._layouts[id(found)][1]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -123,6 +125,8 @@ class Surveyor(Watcher):
                 self.survey.picks |= by_content
                 self._whole += [*self._seen, infer_axes(among)]
                 self._seen = []
+            if (merge := positions.merged(func, args, kwargs)) is not None:
+                self._merges.append(merge)
             positions.follow(func, args, kwargs, out)
             return out
         # what happens inside cannot be followed, so `fused` and `softmax` are told where queries and keys lie
@@ -192,10 +196,10 @@ class Surveyor(Watcher):
         for i in range(len(lead)):
             heads *= 1 if i in windows else lead[i]
         keys_WN = per_window(keys, windows, len(lead))
-        key_tokens = infer_tokens(keys_WN, self._whole)
+        key_tokens = infer_tokens(keys_WN, self._whole, self._merges)
         query_tokens = None
         if rows is not None and not rows.isnan().all():
-            query_tokens = infer_tokens(per_window(rows, windows, len(lead)), self._whole)
+            query_tokens = infer_tokens(per_window(rows, windows, len(lead)), self._whole, self._merges)
         if not self._whole:
             self._seen.append(infer_axes(keys_WN))
         if key_tokens is None:
@@ -284,9 +288,19 @@ def _together(surveys: list[Survey]) -> Survey:
 def _each(tokens: Sequence[Tokens | None]) -> Tokens | None:
     """Where those of each image lie."""
     known = [one for one in tokens if one is not None]
-    if not known or all(torch.equal(one.index_WN, known[0].index_WN) for one in known):
-        return tokens[0]
-    return Tokens(known[0].grid, known[0].index_WN, torch.stack([one.index_WN for one in known]))
+    if not known:
+        return None
+    first = known[0]
+    cells = torch.arange(first.grid[0] * first.grid[1])[None]
+    homes = [cells if one.home_BG is None else one.home_BG for one in known]
+    if all(
+        torch.equal(one.index_WN, first.index_WN) and torch.equal(home, homes[0])
+        for one, home in zip(known, homes, strict=True)
+    ):
+        return first
+    merged = any(one.home_BG is not None for one in known)
+    index_BWN = torch.stack([one.index_WN for one in known])
+    return Tokens(first.grid, first.index_WN, index_BWN, torch.cat(homes) if merged else None)
 
 
 def forget(module: nn.Module) -> None:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from visionattn.attention.self_attention import in_one_call
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -31,10 +33,15 @@ _ACTIVATIONS = frozenset({nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.
 _surveying = threading.local()
 
 
+def surveys() -> int:
+    """How many surveys are under way in this thread, one inside the other."""
+    return getattr(_surveying, "depth", 0)
+
+
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
     """Let a model run without any watcher that is on duty hearing of it, but for those that start inside."""
-    before = getattr(_surveying, "depth", 0)
+    before = surveys()
     _surveying.depth = before + 1
     try:
         yield
@@ -69,7 +76,9 @@ class _Shared:
 
 
 def _stay_in_python(undo: contextlib.ExitStack) -> None:
-    """Where attention happens inside one opaque kernel, and where code is compiled, no function of torch is called."""
+    """Where attention happens inside one opaque kernel, and where code is compiled, no function of torch is called;
+    where it happens in parts, no call has all of a row."""
+    undo.enter_context(in_one_call())
     undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
     torch.backends.mha.set_fastpath_enabled(False)
     if "torch._dynamo" in sys.modules:  # else nothing is compiled
@@ -84,7 +93,7 @@ def _hear_global_names(undo: contextlib.ExitStack) -> None:
 
 
 in_python = _Shared(_stay_in_python)
-"""Inside, nothing happens in opaque kernels or compiled code, so that every hook and function is met."""
+"""Inside, nothing happens in opaque kernels, compiled code or parts, so that every hook and function is met."""
 
 _names = _Shared(_hear_global_names)
 
@@ -156,7 +165,7 @@ class Watcher(TorchFunctionMode):
 
     @property
     def _deaf(self) -> bool:
-        return getattr(_surveying, "depth", 0) != self._depth or threading.get_ident() != self._thread
+        return surveys() != self._depth or threading.get_ident() != self._thread
 
     @property
     def where(self) -> str:
@@ -188,7 +197,7 @@ class Watcher(TorchFunctionMode):
                 _inside.watchers = before
 
     def __enter__(self) -> "Self":
-        self._depth = getattr(_surveying, "depth", 0)
+        self._depth = surveys()
         in_python.__enter__()
         for module in self.names:
             if isinstance(module, torch.jit.ScriptModule):

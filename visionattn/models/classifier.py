@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention import insert
+from visionattn.attention import SelfAttention, TokenReduction, insert, reduce_tokens, swap_attention
 from visionattn.models.backbone import create_backbone
 
 
@@ -24,9 +24,14 @@ class Classifier(nn.Module):
         attention_at: where, as `insert` takes it: `stages`, `blocks`, `branches`, or names of the backbone's modules.
         attention_preserve: behind gates that start closed, so that the weights keep their accuracy; false for the
             papers' form.
+        self_attention: makes what takes the place of a ViT's self-attention from a number of heads, with the weights
+            kept, e.g. `visionattn.attention.Windowed`; several take turns over the layers. None for the backbone's own.
+        self_attention_at: which of the ViT's modules, as `swap_attention` takes them; None for all.
+        tokens: merges or prunes tokens from block to block of a ViT, e.g. `visionattn.attention.TokenMerging`; without
+            weights, so a checkpoint that was trained without it can be tested with it, and the other way round.
 
     Raises:
-        UsageError, DataError: as `create_backbone` and `insert`.
+        UsageError, DataError: as `create_backbone`, `insert`, `swap_attention` and `reduce_tokens`.
 
     Shape: (B, 3, H, W), normalised → logits (B, K).
     """
@@ -42,15 +47,22 @@ class Classifier(nn.Module):
         attention: Callable[[int], nn.Module] | None = None,
         attention_at: str | Sequence[str] = "stages",
         attention_preserve: bool = True,
+        self_attention: Callable[[int], SelfAttention] | list[Callable[[int], SelfAttention]] | None = None,
+        self_attention_at: str | list[str] | None = None,
+        tokens: TokenReduction | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.backbone = create_backbone(
             backbone, num_classes=num_classes, pretrained=pretrained, weights=weights, **(options or {})
         )
+        if self_attention is not None:
+            swap_attention(self.backbone, self_attention, at=self_attention_at)
         if attention is not None:
             image = example_image(options or {})
             insert(self.backbone, attention, at=attention_at, preserve=attention_preserve, image=image)
+        if tokens is not None:
+            reduce_tokens(self.backbone, tokens)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.backbone(x_BCHW)

@@ -200,7 +200,7 @@ class GlimpseNetwork(nn.Module):
             if turn == most or not len(open_N):
                 break
             memory = Memory(*(part[goes_on_N] for part in memory))
-            view = View(tuple(plane[goes_on_N] for plane in view.planes), view.size)
+            view = view.of(goes_on_N)
             location_N2 = self.policy(memory.hidden, greedy=True).location
         return Answer(logits_BK, glimpses_B)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from visionattn.overlay.render import Style as Style
     from visionattn.overlay.render import peak as peak
     from visionattn.overlay.report import Summary as Summary
+    from visionattn.overlay.views import View as View
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -38,5 +39,6 @@ __getattr__, __dir__ = lazy(
         ),
         "render": ("Style", "peak"),
         "report": ("Summary",),
+        "views": ("View",),
     },
 )

@@ -21,7 +21,15 @@ COLORMAPS = {
 }
 """The first five are perceptually uniform and safe for the colour-blind; turbo and bone are for who is used to them."""
 
+DIFFERENCE = "difference"
+"""A colormap of signed values: blue below 0.5, orange above, nothing at 0.5; the colour-blind tell them apart."""
+
+_BELOW, _ABOVE = (64, 150, 255), (255, 150, 30)
+
 _PALETTE: tuple[Colour, ...] = ((80, 220, 255), (255, 176, 0), (220, 130, 255), (120, 230, 120), (255, 110, 110))
+FOUND: Colour = _PALETTE[1]
+"""Of boxes that a model found, where the true ones are drawn in the first colour."""
+
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue; ITU-R BT.601
 _UNSEEN: Colour = (58, 58, 62)  # in a heatmap without its picture
 _SHADE = 0.35  # brightness that is left of what the model never saw
@@ -46,7 +54,7 @@ def blend(
     Args:
         image_HWC: the picture.
         heatmap_HW: of the picture's size.
-        colormap: a name in `COLORMAPS`.
+        colormap: a name in `COLORMAPS`, or `DIFFERENCE`, whose opacity is alpha · |2 · heatmap − 1|^½.
         alpha: opacity where the heatmap is 1, in [0, 1].
         saturation: share of the picture's own colour that is kept, in [0, 1].
         seen_HW: False where the model saw nothing, as outside of a crop; the picture is dark and grey there.
@@ -68,8 +76,8 @@ def blend(
         base_HWC = _muted(image_HWC[rows], saturation, 1.0)
         levels_HW = _levels(heatmap_HW[rows])
         if seen_HW is not None and not seen_HW[rows].all():
-            cv2.copyTo(_muted(image_HWC[rows], 0.0, _SHADE), np.logical_not(seen_HW[rows]).view(np.uint8), base_HWC)
-            levels_HW = np.multiply(levels_HW, seen_HW[rows])
+            cv2.copyTo(shade(image_HWC[rows]), np.logical_not(seen_HW[rows]).view(np.uint8), base_HWC)
+            levels_HW = np.where(seen_HW[rows], levels_HW, np.uint8(128 if colormap == DIFFERENCE else 0))
         # fixed point: base · share / 255 + heat, where share and heat are looked up by level
         cv2.multiply(base_HWC, cv2.applyColorMap(levels_HW, share_L13), dst=out_HWC[rows], scale=1 / 255)
         cv2.add(out_HWC[rows], cv2.applyColorMap(levels_HW, heat_L13), dst=out_HWC[rows])
@@ -101,6 +109,11 @@ def contour(
     return drawn
 
 
+def shade(image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The picture dark and grey, as where a model saw nothing."""
+    return _muted(image_HWC, 0.0, _SHADE)
+
+
 def top(heatmap_HW: NDArray[np.floating], share: float) -> NDArray[np.bool_]:
     """Which pixels are the hottest `share` of all, in (0, 1]; more where several are equal, none where all are."""
     if not 0 < share <= 1:
@@ -115,7 +128,7 @@ def top_mask(
 ) -> NDArray[np.uint8]:
     """Show the hottest `share` of the pixels as they are, and the others dark and grey."""
     check_pair(image_HWC, heatmap_HW)
-    drawn = _muted(image_HWC, 0.0, _SHADE)
+    drawn = shade(image_HWC)
     cv2.copyTo(np.ascontiguousarray(image_HWC), top(heatmap_HW, share).view(np.uint8), drawn)
     return drawn
 
@@ -133,6 +146,15 @@ def draw_box(
             break
         cv2.rectangle(drawn, *corners, colour if inset < thickness else (0, 0, 0), 1)
     return drawn
+
+
+def label(
+    image_HWC: NDArray[np.uint8], text: str, *, place: tuple[int, int] = (0, 0), colour: Colour = _PALETTE[0]
+) -> NDArray[np.uint8]:
+    """Write a line on a copy of a picture, on a ground of its own; its left upper corner at (x, y)."""
+    page = Image.fromarray(image_HWC)
+    _label(page, text, place, colour, _text_size(image_HWC))
+    return np.array(page)
 
 
 def boxes(
@@ -153,26 +175,36 @@ def boxes(
     for number, box in enumerate(boxes_N4):
         drawn = draw_box(drawn, box, colour=colours[number % len(colours)])
     page = Image.fromarray(drawn)
-    size = max(10, min(40, round(min(drawn.shape[:2]) / 28)))
-    for number, label in enumerate(labels):
+    size = _text_size(drawn)
+    for number, text in enumerate(labels):
         left, upper = (round(edge) for edge in boxes_N4[number][:2])
-        font, line = fit(label, size=size, width=page.width - 8)
-        wide, high = round(font.getlength(line)) + 8, round(size * 1.35)
-        x = max(0, min(left, page.width - wide))
+        high = round(size * 1.35)
         y = upper - high if upper >= high else max(0, upper)
-        page.paste(colours[number % len(colours)], (x, y, x + wide, y + high))
-        write(page, (x + 4, y + round(size * 0.08)), line, size=size, colour=PAPER, width=wide)
+        _label(page, text, (left, y), colours[number % len(colours)], size)
     return np.array(page)
 
 
+def _label(page: Image.Image, text: str, place: tuple[int, int], colour: Colour, size: int) -> None:
+    font, line = fit(text, size=size, width=page.width - 8)
+    wide, high = round(font.getlength(line)) + 8, round(size * 1.35)
+    x, y = max(0, min(place[0], page.width - wide)), place[1]
+    page.paste(colour, (x, y, x + wide, y + high))
+    write(page, (x + 4, y + round(size * 0.08)), line, size=size, colour=PAPER, width=wide)
+
+
+def _text_size(image_HWC: NDArray[np.uint8]) -> int:
+    return max(10, min(40, round(min(image_HWC.shape[:2]) / 28)))
+
+
 def colour_bar(height: int, *, width: int | None = None, colormap: str = "inferno") -> NDArray[np.uint8]:
-    """An upright scale of the heat's colours, 1 at the top, with its ends and middle named."""
+    """An upright scale of the heat's colours, 1 at the top (of `DIFFERENCE` +1), with its ends and middle named."""
     size = max(10, min(28, height // 22))
     bar = width or max(10, round(size * 0.9))
     ramp_HW = np.repeat(np.linspace(1, 0, height, dtype=np.float32)[:, None], bar, axis=1)
     page = Image.new("RGB", (bar + 6 + round(size * 1.8), height), PAPER)
     page.paste(Image.fromarray(heat(ramp_HW, colormap=colormap)), (0, 0))
-    for text, y in (("1", 0), ("0.5", (height - size) // 2), ("0", height - round(size * 1.15))):
+    names = ("+1", "0", "−1") if colormap == DIFFERENCE else ("1", "0.5", "0")
+    for text, y in zip(names, (0, (height - size) // 2, height - round(size * 1.15)), strict=True):
         write(page, (bar + 6, y), text, size=size, colour=FAINT, width=page.width)
     return np.array(page)
 
@@ -188,29 +220,33 @@ def side_by_side(
 ) -> NDArray[np.uint8]:
     """Put the picture, its overlay and the heatmap alone beside each other, with a colour bar; as `blend` otherwise."""
     check_pair(image_HWC, heatmap_HW)
-    height, width = image_HWC.shape[:2]
-    scale = max(
-        1, -(-240 // min(height, width))
-    )  # small pictures are enlarged, so that the text below them can be read
-    image_HWC = image_HWC.repeat(scale, 0).repeat(scale, 1)
-    heatmap_HW = np.asarray(cv2.resize(np.asarray(heatmap_HW, np.float32), None, fx=scale, fy=scale))
-    if seen_HW is not None:
-        seen_HW = seen_HW.repeat(scale, 0).repeat(scale, 1)
     overlay = blend(image_HWC, heatmap_HW, colormap=colormap, alpha=alpha, seen_HW=seen_HW)
-    bar = colour_bar(len(image_HWC), colormap=colormap)
     hot = heat(heatmap_HW, colormap=colormap)
     if seen_HW is not None:
         hot[~seen_HW] = _UNSEEN
-    panels = [image_HWC, overlay, hot, bar]
-    size = max(12, min(40, len(image_HWC) // 24))
+    return row([(image_HWC, "image"), (overlay, "overlay"), (hot, "heatmap")], title=title, colormap=colormap)
+
+
+def row(
+    panels: Sequence[tuple[NDArray[np.uint8], str]], *, title: str = "", colormap: str = "inferno"
+) -> NDArray[np.uint8]:
+    """Put pictures of equal size beside each other, a line below each, and a colour bar behind the last.
+
+    Small pictures are enlarged by a whole number, so that the text below them can be read.
+    """
+    height, width = panels[0][0].shape[:2]
+    scale = max(1, -(-240 // min(height, width)))
+    shown = [(panel.repeat(scale, 0).repeat(scale, 1), name) for panel, name in panels]
+    shown.append((colour_bar(height * scale, colormap=colormap), ""))
+    size = max(12, min(40, height * scale // 24))
     gap = size
     head = size * 3 if title else gap
-    wide = sum(panel.shape[1] + gap for panel in panels)
-    page = Image.new("RGB", (wide + gap, head + len(image_HWC) + round(size * 2.2)), PAPER)
+    wide = sum(panel.shape[1] + gap for panel, _ in shown)
+    page = Image.new("RGB", (wide + gap, head + height * scale + round(size * 2.2)), PAPER)
     if title:
         write(page, (gap, round(size * 0.8)), title, size=round(size * 1.15), width=page.width - 2 * gap)
     x = gap
-    for panel, name in zip(panels, ("image", "overlay", "heatmap", ""), strict=True):
+    for panel, name in shown:
         page.paste(Image.fromarray(panel), (x, head))
         write(page, (x, head + len(panel) + size // 3), name, size=size, colour=FAINT, width=panel.shape[1])
         x += panel.shape[1] + gap
@@ -321,13 +357,20 @@ def _muted(image_HWC: NDArray[np.uint8], saturation: float, brightness: float) -
 @lru_cache(maxsize=16)
 def _premultiplied(colormap: str, alpha: float | None) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Colour · opacity and 255 · (1 − opacity) of every level, (256, 1, 3) each; where alpha is None all is opaque."""
-    if colormap not in COLORMAPS:
+    levels = np.arange(256, dtype=np.uint8)[:, None]
+    if colormap == DIFFERENCE:
+        strength = np.maximum(np.abs(levels - 127.5) - 0.5, 0)[..., None] / 127  # 127 and 128 are both zero
+        colours = np.where(levels[..., None] < 128, _BELOW, _ABOVE)
+        if alpha is None:  # without a picture, on the ground of our pages
+            colours = np.rint(PAPER + (colours - np.asarray(PAPER)) * np.sqrt(strength))
+    elif colormap in COLORMAPS:
+        strength = levels[..., None] / 255
+        colours = cv2.applyColorMap(levels, COLORMAPS[colormap])[..., ::-1]
+    else:
         raise UsageError(
             f"there is no colormap {colormap!r}; there are {', '.join(COLORMAPS)}.{nearest(colormap, COLORMAPS)}"
         )
-    levels = np.arange(256, dtype=np.uint8)[:, None]
-    colours = cv2.applyColorMap(levels, COLORMAPS[colormap])[..., ::-1]
-    opacity = np.ones((256, 1, 1)) if alpha is None else alpha * np.sqrt(levels[..., None] / 255)
+    opacity = np.ones((256, 1, 1)) if alpha is None else alpha * np.sqrt(strength)
     share = np.repeat(np.rint(255 * (1 - opacity)), 3, axis=2)
     return np.ascontiguousarray(np.rint(colours * opacity), np.uint8), np.ascontiguousarray(share, np.uint8)
 

@@ -1,5 +1,6 @@
-"""Which images a run reads, in which order, and what their outputs are called."""
+"""Which images and videos a run reads, in which order, and what their outputs are called."""
 
+import glob
 import hashlib
 import os
 import re
@@ -12,9 +13,13 @@ from typing import TypeAlias
 
 from visionattn.data.decode import SUFFIXES
 from visionattn.errors import DataError, UsageError, nearest
+from visionattn.overlay.lists import LISTS, Wish, read_list
 from visionattn.overlay.text import printable
 
 AnyPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
+
+VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv"})
+"""What a video's name ends with, in lower case."""
 
 _LONGEST_NAME = 255  # bytes, on every common file system
 
@@ -29,29 +34,34 @@ class Found:
         ignored: suffix → how many files of folders are no images.
         links: how many linked folders were not entered.
         unlisted: folders that cannot be listed, and why.
+        wishes: image → what a list says of it, where it says anything.
     """
 
     images: list[str] = field(default_factory=list)
     root: str = ""
+    wishes: dict[str, Wish] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     links: int = 0
     unlisted: list[tuple[str, str]] = field(default_factory=list)
 
 
 def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = ()) -> Found:
-    """Find the images at some paths: files as they are, folders with all below them in natural order (2 before 10).
+    """Find the images at some paths: files as they are, folders with all below them in natural order (2 before 10),
+    what matches a pattern (`holiday/**/IMG_*.jpg`), and what a list names (`lists.read_list`).
 
     In folders, hidden files and folders are passed over, linked folders are not entered, and files with another suffix
-    than an image's are left. So are earlier outputs.
+    than an image's are left. So are earlier outputs. Videos are taken where they are given, listed or matched, and
+    not where they merely lie in a folder.
 
     Args:
-        inputs: files and folders; names that are no text are welcome.
+        inputs: files, folders, patterns and lists (.csv, .jsonl); names that are no text are welcome.
         out: where outputs go; it is not searched where it lies inside a folder of `inputs`.
         written: absolute paths of earlier outputs.
 
     Raises:
-        UsageError: there are no inputs, or one does not exist (names what comes near) or is neither file nor folder.
-        DataError: there is no image in any of them.
+        UsageError: there are no inputs, or one does not exist (names what comes near), matches nothing, or is neither
+            file nor folder.
+        DataError: there is no image in any of them, or a list cannot be read.
     """
     if isinstance(inputs, (str, bytes, os.PathLike)):
         inputs = [inputs]
@@ -62,16 +72,43 @@ def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = 
     skip = os.path.realpath(os.fsdecode(out))
     real = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in written}}
     outputs = {os.path.join(real[os.path.dirname(path)], os.path.basename(path)) for path in written}
-    for path in paths:
+
+    def below(path: str) -> Iterator[str]:
+        """The images that a path stands for."""
+        if glob.has_magic(path) and not os.path.lexists(path):
+            matches = sorted(glob.glob(path, recursive=True), key=_natural)
+            if not matches:
+                raise UsageError(f"nothing matches {printable(path)}; quote a pattern, so that the shell leaves it")
+            tops.append(_before_magic(path))
+            own = os.path.join(skip, "") if not os.path.realpath(tops[-1]).startswith(skip) else "\0"
+            for match in matches:
+                if os.path.isdir(match):
+                    continue  # what it holds is matched by **
+                suffix = os.path.splitext(match)[1].lower()
+                here = os.path.join(os.path.realpath(os.path.dirname(match)), os.path.basename(match))
+                if suffix not in SUFFIXES | VIDEOS:
+                    found.ignored[printable(suffix)] += 1
+                elif here not in outputs and not here.startswith(own):
+                    yield match
+            return
         mode = _mode(path)
-        tops.append(path if stat.S_ISDIR(mode) else os.path.dirname(path))
         if stat.S_ISDIR(mode):
-            below = _walk(path, found, skip if skip != os.path.realpath(path) else "", outputs)
-        elif stat.S_ISREG(mode):
-            below = iter([path])
-        else:
+            tops.append(path)
+            yield from _walk(path, found, skip if skip != os.path.realpath(path) else "", outputs)
+        elif not stat.S_ISREG(mode):
             raise UsageError(f"{printable(path)} is neither a file nor a folder; give images or folders of them")
-        for image in below:
+        elif os.path.splitext(path)[1].lower() in LISTS:
+            for image, wish in read_list(path):
+                tops.append(os.path.dirname(image))
+                if wish is not None:
+                    found.wishes[image] = wish if image not in found.wishes else found.wishes[image] + wish
+                yield image
+        else:
+            tops.append(os.path.dirname(path))
+            yield path
+
+    for path in paths:
+        for image in below(path):
             if image not in seen:
                 seen.add(image)
                 found.images.append(image)
@@ -81,7 +118,7 @@ def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = 
         raise DataError(
             f"there is no image in {places}" + (f", only {kinds}" if kinds else "; hidden files do not count")
         )
-    found.root = _common(tops)
+    found.root = _common(set(tops))
     return found
 
 
@@ -179,6 +216,13 @@ def _is(entry: "os.DirEntry[str]", kind: Callable[[int], bool], *, broken: bool 
         return kind(os.stat(entry.path).st_mode)
     except OSError:
         return broken
+
+
+def _before_magic(pattern: str) -> str:
+    """The folder before a pattern's first part with * or ?."""
+    while glob.has_magic(pattern):
+        pattern = os.path.dirname(pattern)
+    return pattern
 
 
 def _common(folders: Collection[str]) -> str:

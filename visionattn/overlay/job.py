@@ -1,149 +1,237 @@
 """What an export does to one image, or to one batch of them."""
 
+import contextlib
+import hashlib
+import io
+import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from visionattn.data.decode import read_image, write_image
-from visionattn.data.placement import Placement, Preprocess
+from visionattn.data.decode import encode_image, read_image
+from visionattn.data.placement import Placement
 from visionattn.errors import DataError, UsageError
-from visionattn.maps.base import Maps, scores_of
-from visionattn.overlay.render import Style, peak, render
+from visionattn.overlay.inputs import VIDEOS
+from visionattn.overlay.kinds import KINDS, Look, Made, Scene
+from visionattn.overlay.lists import Wish
+from visionattn.overlay.render import Style, peak, unlike
 from visionattn.overlay.text import printable
+from visionattn.overlay.views import View, boxes_of, predictions_of, said
 
 _KEPT_BYTES = 192 << 20  # decoded pictures that wait for their heatmap; beyond it they are read a second time
 
-Explain = Callable[..., Maps]
-"""A method of `visionattn.maps`, or anything that is called like one: (model, images_BCHW, target=…) → Maps."""
 
-
-@dataclass
+@dataclass(eq=False)
 class Read:
-    """An image on its way.
+    """An image, or a frame of a video, on its way.
 
     Attributes:
         stamp: size and time of change of the file.
-        tensor: (3, height, width), what the model takes.
-        placement: of the source in it.
+        prepared: for each view, (3, height, width) and the placement of the source in it; emptied once explained.
         picture: (H, W, 3), the source itself; None where there was no room to keep it, and it must be read again.
+        clip: the video it is a frame of.
+        at: seconds from its start.
     """
 
     path: str
     stamp: tuple[int, int]
-    tensor: NDArray[np.float32] | None
-    placement: Placement
+    prepared: list[tuple[NDArray[np.float32], Placement]]
     picture: NDArray[np.uint8] | None
+    clip: Any = None
+    at: float = 0.0
 
 
 @dataclass
 class Explained:
     """What was found in an image, and what the manifest says of it."""
 
-    heatmap_hw: NDArray[np.float32]
+    looks: list[Look]
     facts: dict[str, Any]
 
 
 @dataclass(eq=False)
 class Job:
-    """What all images have in common; `read` and `write` are called by threads, `explain` by one.
+    """What all images have in common; `read`, `draw` and `write` are called by threads, `explain` by one.
 
     Attributes:
+        views: ways to look at each image.
+        compared: whether the two views are held against each other.
+        kinds: what to make, see `kinds.KINDS`.
+        target: the output to explain; every image's highest by default.
         folder: where outputs go; absolute.
-        names: image → its output, below `folder`, with / between folders.
+        names: image → kind → its output, below `folder`, with / between folders.
+        wishes: image → what a list says of it.
         recipe: see `recipe.recipe_of`.
-        The others are as `export` takes them.
+        fps: frames a second that are taken of a video; None for all.
+        bf16: whether models run under autocast to bfloat16.
+        earlier: image → outputs of the same recipe that stand already.
     """
 
-    model: nn.Module
-    preprocess: Preprocess
-    method: Explain
-    target: int | None
-    class_names: tuple[str, ...]
-    model_name: str
+    views: Sequence[View]
+    compared: bool
+    kinds: Sequence[str]
+    target: int | str | None
     style: Style
     max_pixels: int
     recipe: str
     folder: str
-    names: dict[str, str]
+    names: dict[str, dict[str, str]] = field(default_factory=dict)
+    wishes: dict[str, Wish] = field(default_factory=dict)
+    earlier: dict[str, dict[str, str]] = field(default_factory=dict)
+    fps: float | None = None
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         self._kept = 0
         self._lock = threading.Lock()
 
+    def told(self, path: str) -> dict[str, Any]:
+        """All that sets one image apart, as plain data."""
+        wish = self.wishes.get(path)
+        return {
+            "path": path,
+            "names": self.names[path],
+            "earlier": self.earlier.get(path, {}),
+            "wish": wish and [wish.target, wish.boxes, wish.labels],
+        }
+
+    def take(self, told: Mapping[str, Any]) -> str:
+        """Learn of an image what `told` says, in another process perhaps; returns its path."""
+        path = str(told["path"])
+        self.names[path], self.earlier[path] = told["names"], told["earlier"]
+        if told["wish"]:
+            target, boxes, labels = told["wish"]
+            self.wishes[path] = Wish(target, tuple(map(tuple, boxes)), tuple(labels))
+        return path
+
     def read(self, path: str) -> Read | dict[str, Any]:
         try:
             stamp = stamp_of(path)
-            picture_HWC = read_image(path, max_pixels=self.max_pixels)
-            input_CHW, placement = self.preprocess(picture_HWC)
+            for view in self.views:
+                view.target(self.wishes.get(path, Wish()).target)
+            return self.prepare(path, stamp, read_image(path, max_pixels=self.max_pixels))
         except Exception as error:  # whatever one file leads to, the others go on
-            return self.failure(path, _reason(error, path))
+            return self.failure(path, reason_of(error, path))
+
+    def prepare(self, path: str, stamp: tuple[int, int], picture_HWC: NDArray[np.uint8], **frame: Any) -> Read:
+        prepared: list[tuple[NDArray[np.float32], Placement]] = []
+        for number, view in enumerate(self.views):
+            alike = [k for k in range(number) if self.views[k].preprocess == view.preprocess]
+            prepared.append(prepared[alike[0]] if alike else view.preprocess(picture_HWC))
         with self._lock:
-            keep = self._kept + picture_HWC.nbytes <= _KEPT_BYTES
+            keep = bool(frame) or self._kept + picture_HWC.nbytes <= _KEPT_BYTES  # a video is not read twice
             self._kept += picture_HWC.nbytes if keep else 0
-        return Read(path, stamp, input_CHW, placement, picture_HWC if keep else None)
+        return Read(path, stamp, prepared, picture_HWC if keep else None, **frame)
 
     def explain(self, batch: Sequence[Read]) -> list[Explained | dict[str, Any]]:
-        """Explain a batch; where that fails for its data, one image at a time, to find whose."""
-        images_BCHW = torch.from_numpy(np.stack([image.tensor for image in batch if image.tensor is not None]))
-        like = next(self.model.parameters(), None)
-        if like is not None:
-            images_BCHW = images_BCHW.to(like.device, like.dtype)
-        started = time.perf_counter()
+        """Explain a batch; where that fails for its data, or a target of a list, one image at a time, to find whose."""
         try:
-            maps = self.method(self.model, images_BCHW, target=self.target)
-            heatmaps_Bhw = maps.heatmaps.detach().float().cpu().numpy()
-            predictions = self._predictions(maps.output, len(batch))
-        except DataError as error:
+            views = [self._explain(number, batch) for number in range(len(self.views))]
+        except (DataError, UsageError) as error:
+            listed = any(self.wishes.get(image.path, Wish()).target is not None for image in batch)
+            if isinstance(error, UsageError) and not listed:
+                raise
             if len(batch) == 1:
-                return [self.failure(batch[0].path, _reason(error, batch[0].path))]
+                return [self.failure(batch[0].path, reason_of(error, batch[0].path))]
             return [result for image in batch for result in self.explain([image])]
         except torch.OutOfMemoryError as error:
             raise UsageError(
                 f"{len(batch)} images at once do not fit the device's memory; take a smaller batch size"
             ) from error
+        for image in batch:
+            image.prepared = []
+        return [self._together(list(of_image)) for of_image in zip(*views, strict=True)]
+
+    def _explain(self, number: int, batch: Sequence[Read]) -> list[tuple[Look, dict[str, Any]]]:
+        """What one view shows of a batch; images whose target is given apart from those that take the highest."""
+        view = self.views[number]
+        wishes = [self.wishes.get(image.path, Wish()).target for image in batch]
+        targets = [view.target(self.target if wish is None else wish) for wish in wishes]
+        found: dict[int, tuple[Look, dict[str, Any]]] = {}
+        for given in (True, False):
+            some = [place for place, target in enumerate(targets) if (target is not None) == given]
+            if some:
+                target = torch.tensor([targets[place] for place in some]) if given else None
+                found.update(zip(some, self._look(number, [batch[place] for place in some], target), strict=True))
+        return [found[place] for place in range(len(batch))]
+
+    def _look(self, number: int, batch: Sequence[Read], target: Tensor | None) -> list[tuple[Look, dict[str, Any]]]:
+        view = self.views[number]
+        images_BCHW = torch.from_numpy(np.stack([image.prepared[number][0] for image in batch]))
+        like = next(view.model.parameters(), images_BCHW)
+        images_BCHW = images_BCHW.to(like.device, like.dtype)
+        if view.convolves:  # which is quickest with channels last: *measured* on a CPU, ResNet-50 by a fifth
+            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        started = time.perf_counter()
+        with torch.autocast(like.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
+            assert view.method is not None
+            maps = view.method(view.model, images_BCHW, target=target)
+        heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
+        predictions = predictions_of(view, maps.output, len(batch))
         seconds = round((time.perf_counter() - started) / len(batch), 6)
         targets = [None] * len(batch) if maps.target is None else maps.target.tolist()
-        for image in batch:
-            image.tensor = None
-        told = {"model": self.model_name, "method": maps.method, "layer": maps.source}
-        return [
-            Explained(heatmap_hw, {**told, "target": goal, **prediction, "seconds": seconds})
-            for heatmap_hw, goal, prediction in zip(heatmaps_Bhw, targets, predictions, strict=True)
-        ]
+        told = {"model": view.model_name or type(view.model).__name__, "method": maps.method, "layer": maps.source}
+        looks = []
+        for place, image in enumerate(batch):
+            placement, prediction = image.prepared[number][1], predictions[place]
+            hottest = peak(heatmaps_Bhw[place], placement)
+            facts = {"target": targets[place], **prediction, "peak": _rounded(hottest), "seconds": seconds}
+            boxes, labels = boxes_of(view, maps.output, place, placement)
+            if boxes:
+                facts["found"] = [[*box, label] for box, label in zip(boxes, labels, strict=True)]
+            name = view.name or maps.method
+            look = Look(name, said(prediction), heatmaps_Bhw[place], raw_Bhw[place], placement, boxes, labels)
+            looks.append((look, {**told, **facts}))
+        return looks
 
-    def write(self, image: Read, explained: Explained) -> dict[str, Any]:
-        name = self.names[image.path]
+    def _together(self, found: Sequence[tuple[Look, dict[str, Any]]]) -> Explained:
+        looks = [look for look, _ in found]
+        facts = dict(found[0][1])
+        if len(found) > 1:
+            facts["looks"] = [{"name": look.name, **told} for look, told in found]
+            facts["seconds"] = round(sum(told["seconds"] for _, told in found), 6)
+        if self.compared:
+            mean, place = unlike(*((look.heatmap_hw, look.placement) for look in looks))
+            facts["difference"] = {"mean": round(mean, 4), "peak": _rounded(place)}
+        return Explained(looks, facts)
+
+    def draw(self, image: Read, explained: Explained) -> dict[str, Made]:
+        """Make all kinds of one image; its picture is let go."""
         try:
             picture_HWC = image.picture
             if picture_HWC is None:
                 picture_HWC = read_image(image.path, max_pixels=self.max_pixels)
-            overlay_HWC = render(picture_HWC, explained.heatmap_hw, image.placement, self.style)
-            place = os.path.join(self.folder, *name.split("/"))
-            self._make_folder(os.path.dirname(place))
-            write_image(place, overlay_HWC)
-            hottest = peak(explained.heatmap_hw, image.placement)
-        except Exception as error:  # a full disk, a file that was changed meanwhile
-            return self.failure(image.path, _reason(error, image.path))
+            wish = self.wishes.get(image.path, Wish())
+            scene = Scene(picture_HWC, explained.looks, self.style, self.compared, wish.boxes, wish.labels)
+            return {kind: KINDS[kind].make(scene) for kind in self.kinds}
         finally:
             self.let_go(image)
-        height, width = image.placement.source_size
-        return {
-            **self._about(image.path, image.stamp),
-            "status": "done",
-            "outputs": {"overlay": name},
-            "width": width,
-            "height": height,
-            **explained.facts,
-            "peak": hottest and [round(place, 1) for place in hottest],
-        }
+
+    def write(self, image: Read, explained: Explained) -> "Written | dict[str, Any]":
+        """Make all kinds of one image and write them, each beside its place."""
+        height, width = explained.looks[0].placement.source_size
+        entry = self.done(image.path, image.stamp, {"width": width, "height": height, **explained.facts})
+        written = Written(self, entry)
+        try:
+            for kind, made in self.draw(image, explained).items():
+                name = self.names[image.path][kind]
+                written.add(name, encoded(made, os.path.splitext(name)[1]))
+        except Exception as error:  # a full disk, a file that was changed meanwhile
+            written.drop()
+            return self.failure(image.path, reason_of(error, image.path))
+        return written
+
+    def done(self, path: str, stamp: tuple[int, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+        outputs = {**self.earlier.get(path, {}), **self.names[path]}
+        return {**self._about(path, stamp), "status": "done", "outputs": outputs, **facts}
 
     def failure(self, path: str, reason: str) -> dict[str, Any]:
         try:
@@ -153,7 +241,26 @@ class Job:
         return {**self._about(path, stamp), "status": "failed", "reason": reason}
 
     def _about(self, path: str, stamp: tuple[int, int]) -> dict[str, Any]:
-        return {"source": path, "bytes": stamp[0], "modified": stamp[1], "recipe": self.recipe}
+        return {"source": path, "bytes": stamp[0], "modified": stamp[1], "recipe": self.recipe_of(path)}
+
+    def recipe_of(self, path: str) -> str:
+        """The recipe of one image, of which a list may say more, or of a video."""
+        wish = self.wishes.get(path, Wish())
+        fps = self.fps if os.path.splitext(path)[1].lower() in VIDEOS else None
+        if wish == Wish() and fps is None:
+            return self.recipe
+        text = json.dumps([self.recipe, wish.target, wish.boxes, wish.labels, fps])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def place(self, name: str) -> str:
+        """Where an output goes; its folder is made.
+
+        Raises:
+            DataError: a link leads out of the output folder, or the folder cannot be made.
+        """
+        place = os.path.join(self.folder, *name.split("/"))
+        self._make_folder(os.path.dirname(place))
+        return place
 
     def let_go(self, image: Read) -> None:
         if image.picture is not None:
@@ -170,29 +277,81 @@ class Job:
         except OSError as error:
             raise DataError(f"{printable(folder)} cannot be made: {error.strerror or error}") from error
 
-    def _predictions(self, output: Any, count: int) -> list[dict[str, Any]]:
-        nothing = {"prediction": None, "class": None, "probability": None}
-        if getattr(self.model, "num_classes", None) == 0:  # what a timm model without its head returns are features
-            return [nothing] * count
+
+class Written:
+    """Outputs of one image that lie beside their places: once they are safe on the disk, they are moved there.
+
+    Attributes:
+        entry: of the manifest.
+    """
+
+    def __init__(self, job: Job, entry: dict[str, Any]) -> None:
+        self._job, self.entry = job, entry
+        self._files: list[tuple[str, str]] = []
+
+    def beside(self, name: str) -> str:
+        """A file to write, which will become the output of this name; a killed run's is the same and is replaced."""
+        place = self._job.place(name)
+        digits = hashlib.blake2b(os.fsencode(os.path.basename(place)), digest_size=8).hexdigest()
+        temporary = os.path.join(os.path.dirname(place), f".{digits}.part{os.path.splitext(place)[1]}")
+        self._files.append((temporary, place))
+        return temporary
+
+    def add(self, name: str, content: bytes) -> None:
+        temporary = self.beside(name)
         try:
-            scores_BK: Tensor = scores_of(output)
-        except UsageError:
-            return [nothing] * count
-        if self.class_names and len(self.class_names) != scores_BK.shape[1]:
-            raise UsageError(
-                f"there are {len(self.class_names)} class names, and the model has {scores_BK.shape[1]} outputs"
-            )
-        if scores_BK.shape[1] < 2:
-            return [nothing] * count
-        probability_B, index_B = scores_BK.float().softmax(1).max(1)
-        return [
-            {
-                "prediction": index,
-                "class": self.class_names[index] if self.class_names else None,
-                "probability": round(probability, 6) if np.isfinite(probability) else None,
-            }
-            for index, probability in zip(index_B.tolist(), probability_B.tolist(), strict=True)
-        ]
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)  # it may be a link
+            with open(temporary, "xb") as file:
+                file.write(content)
+        except OSError as error:
+            raise _unwritable(self._files[-1][1], error) from error
+
+    def settle(self, secure: Callable[[], None]) -> dict[str, Any]:
+        """Wait for the disk, then give the files their names; returns the manifest's entry.
+
+        Waiting takes many times as long as writing and no time of a core, so it is done by threads of its own.
+
+        Args:
+            secure: waits until what was promised is on the disk too.
+        """
+        try:
+            secure()
+            for temporary, place in self._files:
+                try:
+                    with open(temporary, "rb+") as file:
+                        os.fsync(file.fileno())
+                    os.replace(temporary, place)
+                except OSError as error:
+                    raise _unwritable(place, error) from error
+        except DataError as error:
+            self.drop()
+            return self._job.failure(self.entry["source"], reason_of(error, self.entry["source"]))
+        return self.entry
+
+    def drop(self) -> None:
+        for temporary, _ in self._files:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def encoded(made: Made, suffix: str) -> bytes:
+    """The content of a file of this suffix."""
+    if isinstance(made, bytes):
+        return made
+    if isinstance(made, np.ndarray):
+        return encode_image(made, suffix)
+    file = io.BytesIO()
+    np.savez_compressed(file, **{name: np.asarray(value) for name, value in made.items()})  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def _rounded(place: tuple[float, float] | None) -> list[float] | None:
+    return None if place is None else [round(x, 1) for x in place]
+
+
+def _unwritable(place: str, error: OSError) -> DataError:
+    return DataError(f"{printable(place)} cannot be written: {error.strerror or error}")
 
 
 def stamp_of(path: str) -> tuple[int, int]:
@@ -200,9 +359,9 @@ def stamp_of(path: str) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-def _reason(error: Exception, path: str) -> str:
+def reason_of(error: Exception, path: str) -> str:
     """Why, without the name of the file, which stands beside it."""
-    if isinstance(error, DataError):
+    if isinstance(error, (DataError, UsageError)):
         text = str(error)
         for beginning in (f"{path}: ", f"{path} "):
             text = text.removeprefix(beginning)

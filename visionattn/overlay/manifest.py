@@ -6,22 +6,27 @@ A line is a JSON object. Of every image:
     status: "done" or "failed".
     earlier: paths of outputs that an earlier run made of it and this one did not replace; where there are any.
 Of one that failed: reason. Of one that is done:
-    outputs: kind → path below the folder.
+    outputs: kind → path below the folder; those of an earlier run with the same recipe too.
     width, height: of the source, upright.
     model, method, layer, target: what was explained, and how.
     prediction, class, probability: the highest output; null where the model has no classes.
     peak: [x, y] of the hottest place, in pixels of the source; null where the heatmap is constant.
+    found: of a detector: [x0, y0, x1, y1, class and score] of each box that it is sure of.
     seconds: its share of the model's and the method's time.
+    looks: where several methods or models look: name, model, method and so on of each; above stands the first's.
+    difference: of two models: mean, of |second − first|, and peak, where they differ most.
+    frames, fps: of a video, and `at`, the seconds from its start of each frame; prediction and peak are lists.
 
 Bytes of file names that are no text stand as lone surrogates (`"\\udcff"`), which `os.fsencode` turns back.
 """
 
 import contextlib
+import glob
 import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,13 +35,14 @@ from visionattn.overlay.text import printable
 
 NAME = "manifest.jsonl"
 _PROMISED = ".manifest.promised"
+_JOURNAL = ".manifest.journal."
 
 
 @dataclass(frozen=True)
 class Done:
     """What a manifest says of an image that was exported."""
 
-    output: str
+    outputs: dict[str, str]
     recipe: str
     stamp: tuple[int, int]
 
@@ -102,6 +108,12 @@ class Manifest:
         for output, image in outputs:
             self._promise(output, image, recipe)
 
+    def secure(self) -> None:
+        """Wait until the promises are on the disk, so that a power cut leaves no output that nobody knows of."""
+        if self._promises is not None:
+            with self._writing():
+                os.fsync(self._promises.fileno())
+
     def add(self, entry: dict[str, Any]) -> None:
         """Write the line of one image; the same failure as before is not written again.
 
@@ -123,6 +135,37 @@ class Manifest:
                 _append(self._lines, self._gap)
             _append(self._lines, _encode(entry))
         self._note(entry)
+
+    def take_in(self) -> list[dict[str, Any]]:
+        """Add what other processes have noted in journals, those of a run that was killed too, and remove those.
+
+        Returns:
+            The entries, in no particular order.
+        """
+        entries: list[dict[str, Any]] = []
+        for path in _journals(self.out):
+            promises: dict[str, tuple[str, str]] = {}
+            try:
+                noted = [json.loads(line) for line in _lines(path) if line.endswith(b"\n")]  # else it was cut by a kill
+            except (OSError, ValueError) as error:
+                raise DataError(f"{printable(path)} cannot be read: {error}; remove it to go on without it") from error
+            for value in noted:
+                if isinstance(value, list):
+                    output, image, recipe = value
+                    promises[output] = image, recipe
+                else:
+                    entries.append(value)
+                    for output in value.get("outputs", {}).values():
+                        promises.pop(output, None)
+            for output, (image, recipe) in promises.items():
+                self.promise([(output, image)], recipe)
+                self._recall(output, image, recipe)
+        for entry in entries:
+            self.add(entry)
+        for path in _journals(self.out):
+            with self._writing():
+                os.unlink(path)
+        return entries
 
     def close(self) -> None:
         """Keep the last line of every image, and only those promises that were kept and could not be noted."""
@@ -164,10 +207,10 @@ class Manifest:
         self._failures.pop(source, None)
         self.done.pop(source, None)
         if entry["status"] == "done":
-            output = entry["outputs"]["overlay"]
-            self._open.pop(output, None)
-            self.done[source] = Done(output, entry["recipe"], (entry["bytes"], entry["modified"]))
-            self._own(output, source)
+            self.done[source] = Done(dict(entry["outputs"]), entry["recipe"], (entry["bytes"], entry["modified"]))
+            for output in entry["outputs"].values():
+                self._open.pop(output, None)
+                self._own(output, source)
         else:
             self._failures[source] = _failure(entry)
         for output in entry.get("earlier", []):
@@ -180,9 +223,10 @@ class Manifest:
     def _recall(self, output: str, image: str, recipe: str) -> None:
         """Take up the promise of a run that was killed."""
         done = self.done.get(image)
-        if done is None or (done.output, done.recipe) != (output, recipe):
+        ours = done is not None and output in done.outputs.values()
+        if done is None or not ours or done.recipe != recipe:
             self._promise(output, image, recipe)
-            if done is not None and done.output == output:  # it may no longer be what the manifest says
+            if done is not None and ours:  # it may no longer be what the manifest says
                 self.done[image] = replace(done, recipe="")
 
     def _own(self, output: str, image: str) -> None:
@@ -217,13 +261,59 @@ class Manifest:
                 os.unlink(temporary)
             raise
 
-    @contextlib.contextmanager
-    def _writing(self) -> Any:
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise DataError(f"{printable(self.path)} cannot be written: {reason}; nothing more is exported") from error
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return _writing(self.path)
+
+
+class Journal:
+    """What a process that shares an export notes, until the first one takes it into the manifest.
+
+    Args:
+        out: the folder; it is made with the first line.
+        rank: of the process, > 0.
+    """
+
+    def __init__(self, out: str, rank: int) -> None:
+        self.path = os.path.join(out, f"{_JOURNAL}{rank}")
+        self._file: io.FileIO | None = None
+
+    def promise(self, outputs: Iterable[tuple[str, str]], recipe: str) -> None:
+        """As `Manifest.promise`."""
+        self._write(b"".join(_encode([*pair, recipe]) for pair in outputs))
+
+    def secure(self) -> None:
+        """As `Manifest.secure`."""
+        if self._file is not None:
+            with _writing(self.path):
+                os.fsync(self._file.fileno())
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """As `Manifest.add`."""
+        self._write(_encode(entry))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, lines: bytes) -> None:
+        with _writing(self.path):
+            if self._file is None:
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  # closed in `close`
+            _append(self._file, lines)
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise DataError(f"{printable(path)} cannot be written: {reason}; nothing more is exported") from error
+
+
+def _journals(out: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(out), f"{_JOURNAL}*")))
 
 
 def _lines(path: str) -> list[bytes]:

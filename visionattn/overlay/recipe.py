@@ -11,21 +11,20 @@ import numpy as np
 import torch
 from torch import nn
 
-VERSION = 1
+VERSION = 2
 """Raised when the drawing changes, so that earlier overlays are made again."""
 
 
-def recipe_of(
-    model: nn.Module,
-    preprocess: Any,
-    method: Any,
-    target: int | None,
-    style: Any,
-    class_names: Sequence[str],
-) -> str:
-    """Hash all that decides an output but the image itself."""
-    parts = [VERSION, weights_hash(model), *map(describe, (preprocess, method, target, style, list(class_names)))]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+def recipe_of(views: Sequence[Any], **choices: Any) -> str:
+    """Hash all that decides an output but the image itself: the views' models, methods and preparation, and choices."""
+    hashes: dict[int, str] = {}
+    for view in views:  # one model may have several methods
+        hashes.setdefault(id(view.model), weights_hash(view.model))
+    looks = [
+        [hashes[id(view.model)], *map(describe, (view.preprocess, view.method, view.class_names, view.name))]
+        for view in views
+    ]
+    return hashlib.blake2b(json.dumps([VERSION, looks, describe(choices)]).encode(), digest_size=8).hexdigest()
 
 
 def weights_hash(model: nn.Module) -> str:

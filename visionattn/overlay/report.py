@@ -13,6 +13,7 @@ from rich.text import Text
 from visionattn.overlay.text import printable
 
 _REASONS = 5  # failures that are told on the terminal; the manifest has all
+_APART = 3  # images that are told where two models differ most
 
 
 @dataclass
@@ -21,7 +22,8 @@ class Summary:
 
     Attributes:
         out: the folder, as it was given.
-        written: overlays.
+        noun: what was made of each image.
+        written: images of which all was made.
         failed: images without one.
         skipped: images whose overlay stood there already.
         blank: overlays of constant heatmaps, which show nothing.
@@ -29,10 +31,12 @@ class Summary:
         links: linked folders that were not entered.
         failures: (file, reason) of the first failures.
         source: what is shown, as `gate of layer4.1`; "" if nothing was made.
+        apart: (mean difference, file) of the images in which two compared models differ most, the farthest first.
         seconds: the whole run.
     """
 
     out: str
+    noun: str = "overlay"
     written: int = 0
     failed: int = 0
     skipped: int = 0
@@ -41,6 +45,7 @@ class Summary:
     links: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
     source: str = ""
+    apart: list[tuple[float, str]] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -58,6 +63,8 @@ class Summary:
         self.written += 1
         self.blank += entry["peak"] is None
         self.source = self.source or entry["layer"]
+        if "difference" in entry:
+            self.apart = sorted([*self.apart, (entry["difference"]["mean"], name)], reverse=True)[:_APART]
 
 
 class Bar:
@@ -85,16 +92,18 @@ class Bar:
     ) -> None:
         self._progress.stop()
 
-    def advance(self, summary: Summary) -> None:
-        done = summary.written + summary.failed
+    def advance(self, sums: dict[str, int]) -> None:
+        """Show sums of what is done, what failed of it, and how many frames of videos there are beside the images."""
+        done, failed = sums.get("done", 0), sums.get("failed", 0)
+        total = self._total + sums.get("frames", 0)
         seconds = time.perf_counter() - self._started
         rate = done / max(seconds, 1e-9)
-        state = f"{summary.written}/{self._total}  {_number(rate)} images/s"
-        if done < self._total:
-            state += f"  {_duration((self._total - done) / rate)} left"
-        if summary.failed:
-            state += f"  [red]{summary.failed} failed[/red]"
-        self._progress.update(self._task, completed=done, state=state)
+        state = f"{done - failed}/{total}  {_number(rate)} images/s"
+        if 0 < done < total:
+            state += f"  {_duration((total - done) / rate)} left"
+        if failed:
+            state += f"  [red]{failed} failed[/red]"
+        self._progress.update(self._task, completed=done, total=total, state=state)
 
 
 def print_summary(console: Console, summary: Summary) -> None:
@@ -103,13 +112,15 @@ def print_summary(console: Console, summary: Summary) -> None:
     pointing = f"pointing at: {printable(summary.source)}" if summary.source else ""
     rows: list[tuple[str, str, str, str]] = []
     if summary.written or not summary.skipped:
-        rows.append((str(summary.written), "overlays" if summary.written != 1 else "overlay", folder, pointing))
+        rows.append((str(summary.written), summary.noun + "s" * (summary.written != 1), folder, pointing))
     if summary.skipped:
         rows.append((str(summary.skipped), "as before", "" if rows else folder, ""))
     if summary.blank:
         rows.append(
             (str(summary.blank), "blank", "", "the heatmap is constant and shows nothing; try another layer or target")
         )
+    for place, (mean, name) in enumerate(summary.apart):
+        rows.append(("", "most unlike" if place == 0 else "", "", f"{mean:.2f}  {printable(name)}"))
     for place, (name, reason) in enumerate(summary.failures):
         told = f"{printable(name)}: {printable(reason)}"
         rows.append((str(summary.failed), "failed", manifest, told) if place == 0 else ("", "", "", told))

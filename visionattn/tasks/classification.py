@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from visionattn.attention import mean_span, spans
 from visionattn.errors import DataError
 from visionattn.tasks.naming import NamingTask
 
@@ -21,7 +22,8 @@ class Classification(NamingTask):
 
     Logged: `train/loss`; `val/…` and `test/…` of loss, accuracy (top-1 over all images), top5, f1 (macro) and
     calibration_error (expected, 15 bins, Guo et al. 2017, 1706.04599). The confusion matrix of the test (rows: truth)
-    stands in `confusion` afterwards.
+    stands in `confusion` afterwards. Where heads have adaptive spans: `span/mean`, and `span/MODULE.HEAD` of each, in
+    patches, after every epoch.
 
     Args:
         network: (B, C, H, W) → logits (B, K). Where it has a `num_classes`, that is held against the data.
@@ -34,6 +36,8 @@ class Classification(NamingTask):
         class_weights: a weight a class in the loss; `balanced` weighs a class by (images / K) / (its images).
         mixup: alpha of mixup (Zhang et al. 2018, 1710.09412); 0 is off.
         cutmix: alpha of CutMix (Yun et al. 2019, 1905.04899); 0 is off. With both on, each batch draws one of them.
+        span_penalty: added to the loss for each patch that heads with adaptive spans reach on average, see
+            `attention.AdaptiveSpan`.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Classification(NamingTask):
         class_weights: Sequence[float] | Literal["balanced"] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
+        span_penalty: float = 0.0,
     ) -> None:
         super().__init__(
             network,
@@ -60,10 +65,13 @@ class Classification(NamingTask):
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         if min(mixup, cutmix) < 0:
             raise ValueError(f"mixup and cutmix must be ≥ 0, got {mixup} and {cutmix}")
+        if span_penalty < 0:
+            raise ValueError(f"span_penalty must be ≥ 0, got {span_penalty}")
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.mixup = mixup
         self.cutmix = cutmix
+        self.span_penalty = span_penalty
 
     def prepare(self, data: Any, num_classes: int) -> None:
         self._mixing = self._make_mixing(num_classes)
@@ -75,7 +83,15 @@ class Classification(NamingTask):
             images_BCHW, labels = self._mixing(images_BCHW, labels)  # labels become (B, K) probabilities
         loss = self.loss(self(images_BCHW), labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images_BCHW))
-        return loss
+        span = mean_span(self.network) if self.span_penalty else None
+        return loss if span is None else loss + self.span_penalty * span
+
+    def on_train_epoch_end(self) -> None:
+        for name, spans_H in spans(self.network).items():
+            for head, span in enumerate(spans_H.tolist()):
+                self.log(f"span/{name}.{head}", span)
+        if (mean := mean_span(self.network)) is not None:
+            self.log("span/mean", mean.detach(), prog_bar=True)
 
     def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits_BK, labels, weight=self._weight_K, label_smoothing=self.label_smoothing)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
+    from visionattn.training.callbacks import DrawSpans as DrawSpans
     from visionattn.training.callbacks import OverlaySamples as OverlaySamples
     from visionattn.training.callbacks import TestReport as TestReport
     from visionattn.training.callbacks import WritePredictions as WritePredictions
@@ -12,5 +13,5 @@ if TYPE_CHECKING:
 
 __getattr__, __dir__ = lazy(
     __name__,
-    {"callbacks": ("OverlaySamples", "TestReport", "WritePredictions"), "checkpoints": ("load",)},
+    {"callbacks": ("DrawSpans", "OverlaySamples", "TestReport", "WritePredictions"), "checkpoints": ("load",)},
 )

@@ -25,6 +25,7 @@ TRUSTED = ("visionattn", "torch", "torchvision", "timm")
 """Packages whose modules, optimizers and schedulers may be built because a checkpoint names them."""
 
 _ENTRY = "visionattn"
+_TOKENS = "model.init_args.network.init_args.tokens."
 _BUILT_FROM_CHECKPOINTS = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
 
@@ -100,11 +101,17 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def check_against(path: str | os.PathLike[str], model: Mapping[str, Any]) -> None:
+def check_against(path: str | os.PathLike[str], model: Mapping[str, Any], *, training: bool = True) -> None:
     """Hold the model that a run asks for against the one that a checkpoint holds.
 
     Lightning would let one of the two win in silence: the checkpoint its hyper-parameters, the optimizer its learning
     rate.
+
+    Args:
+        path: of the checkpoint.
+        model: the `model` section of the configuration.
+        training: whether the run goes on training; where it does not, the network's `tokens`, which have no weights,
+            may differ: what was trained with all tokens is tested with fewer.
 
     Raises:
         UsageError: they differ; every difference is named.
@@ -119,7 +126,10 @@ def check_against(path: str | os.PathLike[str], model: Mapping[str, Any]) -> Non
             f"{os.fspath(path)} is a checkpoint of {saved.get('class_path')}, "
             f"and the config asks for {model.get('class_path')}"
         )
-    ours, theirs = dict(_leaves(model)), dict(_leaves(saved))
+    ours, theirs = (
+        {key: value for key, value in _leaves(tree) if training or not f"{key}.".startswith(_TOKENS)}
+        for tree in (model, saved)
+    )
     differences = [
         f"{key} is {_show(ours.get(key))} here and {_show(theirs.get(key))} in it"
         for key in sorted(ours.keys() | theirs.keys())

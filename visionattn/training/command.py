@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from visionattn.data.loading import ImageData
 from visionattn.errors import DataError, UsageError, nearest
-from visionattn.training.callbacks import OverlaySamples, TestReport, WritePredictions
+from visionattn.training.callbacks import DrawSpans, OverlaySamples, TestReport, WritePredictions
 from visionattn.training.checkpoints import Describe, check_against
 from visionattn.training.messages import explain
 
@@ -152,7 +152,7 @@ class Command(LightningCLI):
                 f"--ckpt_path {path} does not say of which run: give the file, runs/<name>/<version>/{path}.ckpt"
             )
         options.weights_only = True
-        check_against(path, self._plain_config(options)["model"])
+        check_against(path, self._plain_config(options)["model"], training=verb == "fit")
 
     def _plain_config(self, options: Namespace) -> dict[str, Any]:
         parser = self._parser(self.config.subcommand)
@@ -181,7 +181,7 @@ class Command(LightningCLI):
         if self.run_folder and options.trainer.logger in (None, True):
             place = {"name": options.name, "version": self.run_folder.name}
             kwargs["logger"] = [CSVLogger(RUNS, **place), TensorBoardLogger(RUNS, **place)]
-        extra: list[Callback] = [Describe(self._plain_config(options)["model"])]
+        extra: list[Callback] = [Describe(self._plain_config(options)["model"]), DrawSpans()]
         if self.config.subcommand == "predict":
             extra.append(WritePredictions())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}

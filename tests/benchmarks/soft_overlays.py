@@ -1,0 +1,54 @@
+"""Where networks with and without soft attention look, side by side on the same pictures.
+
+    python tests/benchmarks/soft_overlays.py --out sheet.jpg --images PICTURE … --runs runs/soft-none-0/0 …
+
+A row a picture: the picture, Grad-CAM of every run's last block, and the last gate over positions of those that have
+one. Each with the run's answer, ticked where it is the name of the picture's folder.
+"""
+
+import argparse
+from pathlib import Path
+
+from visionattn import load
+from visionattn.data import read_image, write_image
+from visionattn.data.pipeline import prepare
+from visionattn.errors import UsageError
+from visionattn.maps import Gate, GradCAM
+from visionattn.overlay.draw import Tile, blend, sheet
+
+
+def name_of(network):
+    attention = {type(block.attention).__name__ for block in network.blocks} - {"Identity"}
+    return "/".join(attention) or "no attention"
+
+
+def tiles_of(path, tasks):
+    picture, truth = read_image(path), path.parent.name
+    tiles = [Tile(picture, [truth])]
+    for method in (GradCAM("blocks"), Gate()):
+        for task in tasks:
+            sample = prepare(picture, task.preprocess)
+            try:
+                maps = method(task.network, sample["image"][None])
+            except UsageError:  # no gate over positions
+                continue
+            answer = task.class_names[int(maps.output.argmax())]
+            placement = sample["placement"]
+            overlay = blend(picture, placement.carry(maps.heatmaps[0].numpy()), seen_HW=placement.seen())
+            tiles.append(Tile(overlay, [f"{name_of(task.network)}, {method.name}", answer], answer == truth))
+    return tiles
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=Path, nargs="+", required=True)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True)
+    options = parser.parse_args()
+    tasks = [load(run / "best.ckpt") for run in options.runs]
+    rows = [tiles_of(path, tasks) for path in options.images]
+    write_image(options.out, sheet([tile for row in rows for tile in row], columns=len(rows[0])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The glimpse task: its losses, its figures, resume to the bit, two processes."""
+
+import itertools
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.tasks.test_classification import trainer
+from visionattn.attention import Categorical, Gaussian, Retina
+from visionattn.models import GlimpseNetwork, MLPEncoder
+from visionattn.tasks import GlimpseClassification
+
+BASELINES = ("none", "moving_average", "batch_mean", "learned", "self_critical", "leave_one_out")
+
+
+def make(policy=Gaussian, retina=None, **options):
+    torch.manual_seed(0)
+    network = GlimpseNetwork(
+        3,
+        retina=retina or Retina(3),
+        policy=policy,
+        encoder=partial(MLPEncoder, features=8),
+        num_glimpses=3,
+        hidden_size=16,
+        glimpse_features=12,
+        where_features=8,
+        in_chans=1,
+    )
+    return GlimpseClassification(network, **options)
+
+
+class Spots(L.LightningDataModule):
+    """A bright column whose place is the class."""
+
+    class_names = ("left", "middle", "right")
+
+    def __init__(self, count=48):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.samples = []
+        for index in range(count):
+            image = 0.1 * torch.rand(1, 9, 9, generator=generator)
+            image[:, :, index % 3 * 4] += 1
+            self.samples.append({"image": image, "label": index % 3})
+
+    def train_dataloader(self):
+        return DataLoader(self.samples, batch_size=16)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize(
+    ("baseline", "reward"), list(itertools.product(BASELINES, ("log_likelihood", "confidence_gain")))
+)
+def test_every_baseline_trains(baseline, reward):
+    task = make(baseline=baseline, reward=reward, entropy_weight=0.01, every_glimpse=0.5)
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    run = trainer(max_epochs=2, log_every_n_steps=1)
+    run.fit(task, Spots())
+    assert all(not torch.equal(p, before[name]) for name, p in task.named_parameters())
+    logged = {name.removeprefix("train/") for name in run.callback_metrics if name.startswith("train/")}
+    assert logged >= {"loss", "reward", "entropy", "clipped", "corners", "gradient_variance", "gradient_snr"}
+
+
+def test_a_learned_baseline_gets_its_own_loss_and_gives_none():
+    task = make(baseline="learned")
+    batch = {"image": torch.rand(4, 1, 9, 9), "label": torch.tensor([0, 1, 2, 0])}
+    rollout = task.network.rollout(batch["image"], rollouts=2)
+    policy_loss, value_loss, _ = task.policy_terms(batch, rollout)
+    of_value = torch.autograd.grad(value_loss, list(task.parameters()), allow_unused=True, retain_graph=True)
+    of_policy = torch.autograd.grad(policy_loss, list(task.parameters()), allow_unused=True)
+    for (name, _), value, policy in zip(task.named_parameters(), of_value, of_policy, strict=True):
+        assert (value is not None) == name.startswith("value."), name
+        assert (policy is not None) == name.startswith("network.policy."), name
+
+
+@pytest.mark.parametrize("policy", [Gaussian, partial(Categorical, grid=3)], ids=["gaussian", "gumbel"])
+def test_relaxed_policies_learn_through_the_location_alone(policy):
+    task = make(partial(policy, pathwise=True), Retina(3, subpixel=True))
+    data = Spots()
+    run = trainer(log_every_n_steps=1)
+    before = task.network.policy.layers[-1].weight.detach().clone()
+    run.fit(task, data)
+    assert not torch.equal(task.network.policy.layers[-1].weight, before)
+    assert "train/reward" not in run.callback_metrics
+
+
+def test_the_figures_of_a_test_are_those_of_its_rollouts():
+    task, data = make(), Spots(30)
+    (figures,) = trainer().test(task, data, verbose=False)
+    images, labels = (torch.stack([torch.as_tensor(s[key]) for s in data.samples]) for key in ("image", "label"))
+    believed = task.network.rollout(images, look="mean").logits[:, 0]
+    for turn in range(3):
+        right = (believed[:, turn].argmax(-1) == labels).float().mean()
+        assert figures[f"test/accuracy_after_{turn + 1}"] == pytest.approx(right.item())
+    assert figures["test/accuracy"] == figures["test/accuracy_after_3"]
+    centre = task.network.rollout(images, look="centre").logits[:, 0, -1].argmax(-1)
+    assert figures["test/accuracy_centre"] == pytest.approx((centre == labels).float().mean().item())
+    assert {"test/accuracy_sampled", "test/accuracy_sampled_10", "test/accuracy_random"} <= figures.keys()
+
+
+def test_it_learns_where_to_look():
+    """The class stands at the edge of what the first glimpse sees: centre looks can tell two of three classes."""
+    torch.manual_seed(0)
+    task = make(partial(Gaussian, std=0.3), optimizer=partial(torch.optim.Adam, lr=0.01), reward="log_likelihood")
+    trainer(max_epochs=40).fit(task, Spots())
+    (figures,) = trainer().test(task, Spots(), verbose=False)
+    assert figures["test/accuracy"] == 1
+    assert figures["test/accuracy_centre"] < 0.9
+
+
+def test_the_policy_hears_of_the_progress_of_the_training():
+    task = make(partial(Gaussian, std=(0.4, 0.1)))
+    trainer(max_epochs=4).fit(task, Spots())
+    assert task.network.policy.std.item() == pytest.approx(0.1)
+
+
+def test_what_a_task_cannot_be_is_said():
+    with pytest.raises(ValueError, match="≥ 2 with the baseline leave_one_out"):
+        make(rollouts=1)
+    with pytest.raises(ValueError, match="every_glimpse must be in"):
+        make(every_glimpse=2.0)
+
+
+DDP = """
+import sys
+import torch
+from tests.tasks.test_classification import trainer
+from tests.tasks.test_glimpses import Spots, make
+
+torch.set_num_threads(1)
+task = make(baseline="learned")
+run = trainer(strategy="ddp", devices=2, default_root_dir=sys.argv[1])
+run.fit(task, Spots())
+torch.save((run.global_step, task.state_dict()), f"{sys.argv[1]}/{run.global_rank}.pt")
+"""
+
+
+def test_two_processes_learn_one_network(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(DDP)
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    run = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    (steps, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert steps == 2  # 48 images, 2 processes, batches of 16, the last of 8
+    before = make(baseline="learned").state_dict()
+    for name, value in first.items():
+        if "val_scores" not in name and "test_" not in name:
+            assert torch.equal(value, second[name]), name
+    assert all(not torch.equal(first[name], before[name]) for name, _ in make(baseline="learned").named_parameters())

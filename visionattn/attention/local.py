@@ -1,0 +1,246 @@
+"""Attention to what lies near, on a grid: blocks of queries, each with the rectangle of keys that they reach.
+
+Rows and columns are cut alike, each into runs of equal blocks, so that a region (a run of rows by a run of columns) is
+one call of `scaled_dot_product_attention`, with one bias for all its blocks.
+
+Shapes: B batch, H heads, h × w grid, D channels of a head; G blocks of Q queries and K keys.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Reach: TypeAlias = Sequence[tuple[int, int]]
+"""Of every row (or column) the first that it reaches, and the one behind the last; neither ever falls."""
+
+BLOCKS = 4, 8, 12, 16, 24, 32
+# What blocks cost, measured in products of a query and a key in one call over all tokens, 64 channels a head: a
+# product, a key that a block reaches, a token that is copied, a call; and a product in one call with a mask.
+_PRODUCT, _KEY, _COPY, _CALL, _MASKED = 1.25, 80.0, 30.0, 10_000.0, 1.2
+_TOGETHER = 1 << 20  # weights that are computed at a time where a bias learns
+
+
+@dataclass(frozen=True)
+class Run:
+    """Equal blocks of rows (or columns), one after another.
+
+    Attributes:
+        count: blocks.
+        block: rows of queries in each.
+        start: first row of keys of the first block; the next block's is `block` further.
+        extent: rows of keys of each.
+        offset: row of the first query, less `start`.
+        reach: of the rows of queries, counted from the block's first row of keys.
+    """
+
+    count: int
+    block: int
+    start: int
+    extent: int
+    offset: int
+    reach: tuple[tuple[int, int], ...]
+
+    def allowed(self, device: torch.device) -> Tensor:
+        """(block, extent) bool"""
+        low, high = torch.tensor(self.reach, device=device).T[..., None]
+        key = torch.arange(self.extent, device=device)
+        return (low <= key) & (key < high)
+
+    def distance(self, device: torch.device) -> Tensor:
+        """(block, extent), rows from query to key."""
+        query = torch.arange(self.block, device=device) + self.offset
+        return (query[:, None] - torch.arange(self.extent, device=device)).abs()
+
+    def singles(self) -> "tuple[Run, ...]":
+        """Its blocks as runs of one."""
+        return tuple(replace(self, count=1, start=self.start + number * self.block) for number in range(self.count))
+
+    @classmethod
+    def whole(cls, size: int) -> "Run":
+        """One block, in which everything reaches everything."""
+        return cls(1, size, 0, size, 0, ((0, size),) * size)
+
+
+Runs: TypeAlias = tuple[tuple[Run, ...], tuple[Run, ...]]
+"""Of the rows and of the columns."""
+
+
+def cut(reach: Reach, block: int) -> tuple[Run, ...]:
+    """Cut rows into blocks, and blocks that look alike into runs."""
+    runs: list[Run] = []
+    for first in range(0, len(reach), block):
+        rows = reach[first : first + block]
+        start, end = rows[0][0], rows[-1][1]
+        inside = tuple((low - start, high - start) for low, high in rows)
+        run = Run(1, len(rows), start, end - start, first - start, inside)
+        if runs and (runs[-1].block, runs[-1].offset, runs[-1].reach) == (run.block, run.offset, run.reach):
+            run = Run(runs[-1].count + 1, run.block, runs[-1].start, run.extent, run.offset, run.reach)
+            runs.pop()
+        runs.append(run)
+    return tuple(runs)
+
+
+def plan(rows: Reach, columns: Reach) -> Runs | None:
+    """Cut a grid into the blocks that cost least; None where one call over all tokens costs less. Remembered."""
+    key = tuple(rows), tuple(columns)
+    if torch.compiler.is_compiling():
+        return _least(*key)
+    if key not in _plans:
+        _plans[key] = _least(*key)
+    return _plans[key]
+
+
+_plans: dict[tuple[Reach, Reach], Runs | None] = {}
+
+
+def _least(rows: Reach, columns: Reach) -> Runs | None:
+    best, least = None, _MASKED * (len(rows) * len(columns)) ** 2
+    for height, width in itertools.product(BLOCKS, (*BLOCKS, len(columns))):
+        cuts = cut(rows, height), cut(columns, width)
+        products, reached, calls = 1, 1, sum(run.count for run in cuts[0]) * len(cuts[1])
+        for runs in cuts:
+            products *= sum(run.count * run.block * run.extent for run in runs)
+            reached *= sum(run.count * run.extent for run in runs)
+        copied = len(rows) * sum(run.count * run.extent for run in cuts[1]) + len(rows) * len(columns)
+        cost = _PRODUCT * products + _KEY * reached + _COPY * copied + _CALL * calls
+        if cost < least:
+            best, least = cuts, cost
+    return best
+
+
+def attend_in_blocks(
+    parts_BhwHD: Sequence[Tensor],
+    prefix_BHPD: Sequence[Tensor],
+    runs: Runs,
+    bias: Callable[[Run, Run], Tensor | None],
+    p: float,
+) -> Tensor:
+    """Attend block by block.
+
+    Args:
+        parts_BhwHD: q, k and v.
+        prefix_BHPD: keys and values that every query reaches besides; P may be 0.
+        runs: of rows and of columns.
+        bias: of a region, what is added to its logits, (Q, K) or (H, Q, K), or bools; None for nothing.
+        p: dropout of the weights.
+
+    Shape: (B, h, w, H, D)
+    """
+    q_BhwHD, *keys_BhwHD = parts_BhwHD
+    rows, columns = tuple(single for run in runs[0] for single in run.singles()), runs[1]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in keys_BhwHD):
+        reached = [iter(_Reached.apply(x, rows, columns)) for x in keys_BhwHD]
+    else:
+        reached = [_reached(x, rows, columns) for x in keys_BhwHD]
+    stripes = []
+    for column, stripe in zip(columns, q_BhwHD.split([run.count * run.block for run in columns], 2), strict=True):
+        regions = []
+        for row, region in zip(rows, stripe.split([run.block for run in rows], 1), strict=True):
+            q_GHQD = region.unflatten(2, (column.count, column.block)).permute(0, 2, 4, 1, 3, 5)
+            q_GHQD = q_GHQD.flatten(3, 4).flatten(0, 1)
+            k_GHKD, v_GHKD = (_with(next(x), prefix) for x, prefix in zip(reached, prefix_BHPD, strict=True))
+            added = bias(row, column)
+            if added is not None:
+                added = F.pad(added, (prefix_BHPD[0].shape[2], 0), value=True if added.dtype == torch.bool else 0.0)
+            out_GHQD = attend(q_GHQD, k_GHKD, v_GHKD, added, p)
+            out = out_GHQD.transpose(1, 2).unflatten(1, (row.block, column.block)).unflatten(0, (-1, column.count))
+            regions.append(out.transpose(1, 2).flatten(2, 3))
+        stripes.append(torch.cat(regions, 1) if len(regions) > 1 else regions[0])
+    return torch.cat(stripes, 2) if len(stripes) > 1 else stripes[0]
+
+
+def _reached(x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]) -> Iterator[Tensor]:
+    """What the queries of each row of blocks reach, (B · G, H, K, D), columns outermost.
+
+    Where rows of blocks overlap, strips as wide as a block reaches are copied out of the grid once: their rows lie
+    together in memory, so that what a block reaches is a view. Elsewhere each row is copied when its turn comes.
+    """
+    overlap = any(row.extent > row.block for row in rows)
+    for run in columns:
+        strip = x_BhwHD.narrow(2, run.start, (run.count - 1) * run.block + run.extent)
+        strip = strip.unfold(2, run.extent, run.block).permute(0, 2, 3, 1, 5, 4)  # (B, strips, H, h, columns, D)
+        if overlap and run.extent < x_BhwHD.shape[2]:
+            strip = strip.contiguous()
+        for row in rows:
+            yield strip.narrow(3, row.start, row.extent).flatten(3, 4).flatten(0, 1)
+
+
+class _Reached(torch.autograd.Function):
+    """`_reached`, of which backward adds up all that overlaps at once.
+
+    The gradient of torch's `unfold` takes several times as long, and that of a slice has the size of the whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.runs = x_BhwHD.shape, (rows, columns)
+        return tuple(_reached(x_BhwHD, rows, columns))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads_GHKD: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns = ctx.runs
+        batch, height, _, heads, width = ctx.shape
+        grads = iter(grads_GHKD)
+        total_BhwHD = grads_GHKD[0].new_zeros(ctx.shape)
+        for run in columns:
+            strip = total_BhwHD.new_zeros(batch, run.count, heads, height, run.extent, width)
+            for row in rows:
+                grad = next(grads).unflatten(2, (row.extent, run.extent)).unflatten(0, (batch, run.count))
+                strip.narrow(3, row.start, row.extent).add_(grad)
+            for first in range(0, run.extent, run.block):  # pieces no wider than a block do not overlap
+                piece = strip[:, :, :, :, first : first + run.block]
+                size = piece.shape[4]
+                place = total_BhwHD.narrow(2, run.start + first, (run.count - 1) * run.block + size)
+                place.unfold(2, size, run.block).add_(piece.permute(0, 3, 1, 2, 5, 4))
+        return total_BhwHD, None, None
+
+
+def _with(x_GHKD: Tensor, prefix_BHPD: Tensor) -> Tensor:
+    if not prefix_BHPD.shape[2]:
+        return x_GHKD
+    return torch.cat([prefix_BHPD.repeat_interleave(len(x_GHKD) // len(prefix_BHPD), 0), x_GHKD], 2)
+
+
+def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, bias: Tensor | None, p: float) -> Tensor:
+    """`scaled_dot_product_attention` with a bias, (Q, K) or (H, Q, K), that may be learned.
+
+    Where a bias needs its gradient, torch computes attention without fusion and keeps all weights; here what is fused
+    stays fused, and the gradient is computed beside it, a few images at a time.
+    """
+    bias = bias if bias is None else bias.expand(1, *(1,) * (3 - bias.ndim), *bias.shape)
+    learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    if not learned or p:
+        return F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=bias, dropout_p=p)
+    assert bias is not None
+    out_BHQD = F.scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKD, attn_mask=bias.detach())
+    return _BiasGradient.apply(out_BHQD, q_BHQD.detach(), k_BHKD.detach(), v_BHKD.detach(), bias)
+
+
+class _BiasGradient(torch.autograd.Function):
+    """Passes the output on, and its gradient to the bias: ∂/∂bias = Σ_B A (dO vᵀ − rowsum(dO ⊙ O))."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(out, q, k, v, bias)
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *parts, bias = ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)  # sums of many images
+        total = torch.zeros_like(bias, dtype=wide)
+        step = max(1, _TOGETHER // bias.expand(1, grad.shape[1], -1, -1).numel())
+        for first in range(0, len(grad), step):
+            dO, out, q, k, v = (x[first : first + step].to(wide) for x in (grad, *parts))
+            weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5 + bias.to(wide), -1)
+            change = dO @ v.mT - (dO * out).sum(-1, keepdim=True)
+            total += (weights * change).sum_to_size(total.shape)
+        return grad, None, None, None, total.to(bias.dtype)
