@@ -91,13 +91,15 @@ def test_the_ramp_is_that_of_the_paper():
     close(module.spans, torch.tensor([1.0]))
 
 
-def test_spans_stay_within_their_bounds_and_come_back_from_the_edge():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_spans_stay_within_their_bounds_and_come_back_from_the_edge(compiled):
     module = attention.AdaptiveSpan(2, max_span=4)
+    run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
     optimizer = torch.optim.SGD(module.parameters(), lr=10)
     for sign in (1, -1):  # far below 0, then far beyond 1
         (sign * attention.mean_span(module)).backward()
         optimizer.step()
-        module(*qkv((2, 2), 0), grid=(2, 2))
+        run(*qkv((2, 2), 0), grid=(2, 2))
         close(module.span.data, torch.full((2,), float(sign < 0)))
         optimizer.zero_grad()
 

@@ -21,6 +21,10 @@ NETWORKS = {  # 4 × 6 patches
     "rotary, mean": ("eva02_tiny_patch14_224", {}),
     "rotary, registers": ("vit_small_patch16_dinov3", {}),
     "rotary by layer and head": ("vit_small_patch16_rope_mixed_224", {}),
+    "rotary, one key for two heads": (
+        "vit_small_patch16_dinov3",
+        {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1},
+    ),
     "norms behind": ("eva_giant_patch14_224", {"use_post_norm": True, "mlp_ratio": 2.0}),
 }
 
@@ -120,20 +124,21 @@ def attention(attn, tokens, y, *, rope):
         if getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         q, k, v = torch.nn.functional.linear(y, attn.qkv.weight, bias).chunk(3, -1)
-    q, k, v = (part.reshape(len(y), heads, width) for part in (q, k, v))
+    q, k, v = (part.reshape(len(y), -1, width) for part in (q, k, v))
+    shared = heads // k.shape[1]
     q, k = attn.q_norm(q), attn.k_norm(k)
     keys = [k[i].mean(0) for i in range(len(y))]
     sizes = torch.tensor([token.size for token in tokens], dtype=y.dtype)
     weights, out = [], []
     for h in range(heads):
         turned_q = torch.stack([turned(q[i, h], tokens[i], rope, h, attn) for i in range(len(y))])
-        turned_k = torch.stack([turned(k[i, h], tokens[i], rope, h, attn) for i in range(len(y))])
+        turned_k = torch.stack([turned(k[i, h // shared], tokens[i], rope, h, attn) for i in range(len(y))])
         rows = []
         for i in range(len(y)):
             powers = sizes * torch.exp(turned_k @ turned_q[i] / math.sqrt(width))
             rows.append(powers / powers.sum())
         weights.append(torch.stack(rows))
-        out.append(torch.stack([row @ v[:, h] for row in rows]))
+        out.append(torch.stack([row @ v[:, h // shared] for row in rows]))
     return attn.proj(attn.norm(torch.cat(out, -1))), torch.stack(weights), keys
 
 

@@ -7,6 +7,9 @@
         visionattn fit --config configs/vit/dense.yaml --config configs/vit/adaptive_span.yaml … \
             --model.span_penalty $penalty --name vit-adaptive_span_$penalty-$seed
       done
+      visionattn test --config runs/vit-dense-$seed/0/config.yaml --ckpt_path runs/vit-dense-$seed/0/best.ckpt \
+          --model.network.tokens visionattn.attention.TokenMerging --model.network.tokens.rate 16 \
+          --name vit-tome_at_test-$seed
     done
     python tests/benchmarks/vit_accuracy.py runs/vit-*-* [--json FILE] [--plot FILE]
 
@@ -27,11 +30,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn import load
-from visionattn.attention import mean_span
+from visionattn.attention import TokenMerging, mean_span, reduce_tokens
 
 IMAGES, SIZE = 256, 32
 
@@ -45,6 +49,17 @@ class Products(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.total += 2 * args[0].numel() * args[1].shape[-2]
         return func(*args, **(kwargs or {}))
+
+
+def network_of(run):
+    """The network of a run; of a test with fewer tokens, that of its checkpoint with them merged."""
+    if (run / "best.ckpt").exists():
+        return load(run / "best.ckpt").network.eval()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    network = load(config["ckpt_path"]).network.eval()
+    tokens = config["model"]["init_args"]["network"]["init_args"]["tokens"]
+    reduce_tokens(network.backbone, TokenMerging(**tokens["init_args"]))
+    return network
 
 
 @torch.no_grad()
@@ -132,7 +147,7 @@ def main():
     for folder in options.runs:
         name = folder.name.removeprefix("vit-").rpartition("-")[0]
         run = max((entry for entry in folder.iterdir() if entry.name.isdigit()), key=lambda entry: int(entry.name))
-        networks[name] = network = load(run / "best.ckpt").network.eval()
+        networks[name] = network = network_of(run)
         with open(run / "test.csv") as file:
             accuracies[name].append(100 * float(dict(csv.reader(file))["accuracy"]))
         if (span := mean_span(network)) is not None:

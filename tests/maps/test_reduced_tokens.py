@@ -151,10 +151,12 @@ def test_on_a_grid_that_is_large_enough_for_artefacts_they_are_looked_for_among_
     assert RawAttention()(model, images).raw.shape == (3, 8, 9)
 
     def lengthen(module, args, out):
+        if len(out) < 3:  # an image is surveyed
+            return None
         long = out.clone()
         long[1, 7] *= 1000
         vars(long).update(vars(out))
-        return long if len(out) == 3 else None
+        return long
 
     model.blocks[1].register_forward_hook(lengthen)
     with pytest.warns(MapWarning, match="in 1 of 3 images"):

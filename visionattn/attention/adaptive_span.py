@@ -64,10 +64,10 @@ class AdaptiveSpan(MaskedAttention):
     def sparse(
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
-        if torch.compiler.is_compiling():  # what is computed may not depend on values
-            return self.dense(q_BHND, k_BHND, v_BHND, grid, prefix, p)
         if self.training:  # as the authors' code; unseen by autograd, to which two passes may lie before one backward
             self.span.data.clamp_(0, 1)
+        if torch.compiler.is_compiling():  # what is computed may not depend on values
+            return self.dense(q_BHND, k_BHND, v_BHND, grid, prefix, p)
         outputs: dict[int, Tensor] = {}
         spans = self.spans
         for runs, heads in self._alike(grid, spans):

@@ -54,8 +54,9 @@ def run(
                 warnings.simplefilter("ignore", MapWarning)  # that a heatmap is constant is told in the manifest
                 explained = job.explain(good) if good else []
             failed = [result["reason"] for result in explained if isinstance(result, dict)]
-            if first and len(failed) == len(good) > 1 and not job.wishes:
-                raise DataError(failed[0])  # not these images: the model
+            several = len({image.path for image in good}) > 1
+            if first and several and len(failed) == len(good) and not job.wishes:
+                raise DataError(failed[0])  # not these images, nor what a list asks of them: the model
             first = first and not good
             for image in good:
                 if image.clip not in rolling:
