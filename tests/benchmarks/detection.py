@@ -119,7 +119,7 @@ def score(detector, data):
         some = [data[n] for n in range(start, min(len(data), start + 50))]
         found = detector(torch.stack([sample["image"] for sample in some]))
         scores.update([without_index(one) for one in found], [{k: s[k] for k in ("boxes", "labels")} for s in some])
-    return {name: float(value) for name, value in scores.compute().items() if name.startswith("map")}
+    return {name: float(value) for name, value in scores.compute().items() if value.numel() == 1}
 
 
 def without_index(found):
