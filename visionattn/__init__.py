@@ -9,6 +9,10 @@ from visionattn._lazy import lazy
 
 if TYPE_CHECKING:
     from visionattn.attention.insertion import insert as insert
+    from visionattn.overlay.explorer import explore as explore
     from visionattn.training.checkpoints import load as load
 
-__getattr__, __dir__ = lazy(__name__, {"attention.insertion": ("insert",), "training.checkpoints": ("load",)})
+__getattr__, __dir__ = lazy(
+    __name__,
+    {"attention.insertion": ("insert",), "overlay.explorer": ("explore",), "training.checkpoints": ("load",)},
+)

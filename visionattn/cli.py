@@ -231,6 +231,66 @@ def _telling(paths: "Sequence[str]") -> list[str]:
     return ["/".join(names) for names in parts]
 
 
+def _explore(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="visionattn explore",
+        description="Make one page to explore where a model looks: a single HTML file, which needs no network.",
+    )
+    parser.add_argument(
+        "--images", nargs="+", required=True, metavar="FILE_OR_FOLDER", help="images, or folders of them"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="the page, .html")
+    _add_model(parser)
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        metavar="NAME[@LAYER]",
+        help="whose heatmaps to show and to hold against controls; by default all that fit but scorecam, which is slow",
+    )
+    parser.add_argument("--count", type=int, default=20, metavar="N", help="images at most; taken evenly; %(default)s")
+    parser.add_argument(
+        "--steps", type=int, default=8, metavar="N", help="of deletion and insertion, 0 for none; %(default)s"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="changed images at once; %(default)s")
+    parser.add_argument(
+        "--max-mb",
+        type=float,
+        default=15,
+        metavar="N",
+        help="size of the page; numbers are rounded to fit; %(default)s",
+    )
+    options = parser.parse_args(arguments[1:])
+
+    if options.count < 1 or options.steps < 0 or options.steps == 1:
+        raise UsageError(f"--count must be ≥ 1 and --steps 0 or ≥ 2, got {options.count} and {options.steps}")
+
+    from rich.console import Console
+
+    from visionattn.overlay.explorer import explore, refuse_stranger, tell
+    from visionattn.overlay.inputs import find
+    from visionattn.scorecard import evenly
+
+    refuse_stranger(options.out)
+    images = find(options.images, out=os.devnull).images
+    model, preprocess, class_names = _load(options)
+    console = Console()
+    page = explore(
+        model,
+        [images[index] for index in evenly(len(images), options.count)],
+        preprocess=preprocess,
+        methods={name: _method(*_split(name), model) for name in options.method} if options.method else None,
+        class_names=class_names,
+        model_name=options.model or options.ckpt,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        limit=round(1e6 * options.max_mb),
+        console=console,
+    )
+    page.save(options.out)
+    tell(page, options.out, total=len(images), console=console)
+    return int(bool(page.failures))
+
+
 def _score(arguments: list[str]) -> int:
     parser = _Parser(
         prog="visionattn score",
@@ -386,6 +446,7 @@ def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method"
 _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "data": (_data, "check a data set: visionattn data check PATH"),
     "overlay": (_overlay, "write overlays of where a model looked in images"),
+    "explore": (_explore, "make a page to explore where a model looks in images"),
     "score": (_score, "measure whether to believe a method's heatmaps"),
 }
 

@@ -3,13 +3,15 @@
 Shapes: B batch, C channels, h × w the gate's grid.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from visionattn.errors import UsageError, nearest
 from visionattn.maps.base import Explanation, Method, Target
 from visionattn.maps.fitting import fitting
 from visionattn.maps.keep import Nothing
-from visionattn.maps.records import capture
+from visionattn.maps.records import Record, capture
 from visionattn.maps.running import run
 
 
@@ -50,10 +52,13 @@ class Gate(Method):
             if not inside:
                 raise UsageError(f"there is no spatial gate in {self.layer!r}.{nearest(self.layer, names)}")
             name = inside[-1]
-        weights = [record.weights for record in spatial if record.name == name and record.weights is not None]
-        height, width = (max(w.shape[axis] for w in weights) for axis in (2, 3))
-        if len({w.shape for w in weights}) > 1:  # rows and columns
-            raw = weights[-2] * weights[-1]
-        else:
-            raw = weights[-1].expand(-1, -1, height, width)
-        return Explanation(raw.mean(1), output, None, f"gate of {name.rpartition('.')[0] or name}")
+        raw_Bhw = on_grid([record for record in spatial if record.name == name])
+        return Explanation(raw_Bhw, output, None, f"gate of {name.rpartition('.')[0] or name}")
+
+
+def on_grid(calls: Sequence[Record]) -> Tensor:
+    """Show the calls of one spatial gate as one map, (B, h, w)."""
+    weights = [record.weights for record in calls if record.weights is not None]
+    if len({w.shape for w in weights}) > 1:  # rows and columns
+        return (weights[-2] * weights[-1]).mean(1)
+    return weights[-1].mean(1)

@@ -1,0 +1,156 @@
+// Parts that the page is built of. Names of files and classes only ever become text.
+
+/**
+ * @template {keyof HTMLElementTagNameMap} T
+ * @param {T} tag @param {Record<string, string | number | boolean>} attributes @param {...(Node | string)} children
+ * @returns {HTMLElementTagNameMap[T]}
+ */
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  give(element, attributes);
+  element.append(...children);
+  return element;
+}
+
+/** @param {string} tag @param {Record<string, string | number | boolean>} attributes */
+function makeSvg(tag, attributes) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  give(element, attributes);
+  return element;
+}
+
+/** @param {Element} element @param {Record<string, string | number | boolean>} attributes */
+function give(element, attributes) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === false) element.removeAttribute(name);
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+}
+
+/** @param {number} share in [0, 1] */
+function percent(share) {
+  const value = 100 * share;
+  return `${value.toFixed(value >= 99.95 || value === 0 ? 0 : value >= 10 ? 1 : value >= 0.1 ? 2 : 3)} %`;
+}
+
+/** @param {number} value */
+function brief(value) {
+  return Math.abs(value) >= 100 ? value.toFixed(0) : value.toPrecision(2);
+}
+
+/**
+ * Bars, one a class, in the order given.
+ * @param {[string, number][]} shares @param {string} title
+ */
+function bars(shares, title) {
+  const list = make("ul", { class: "bars", "aria-label": title });
+  for (const [name, share] of shares) {
+    const bar = make("span", { class: "bar", "aria-hidden": "true" });
+    bar.style.setProperty("--share", String(share));
+    list.append(make("li", {}, make("span", { class: "name", title: name }, name), bar, make("span", { class: "number" }, percent(share))));
+  }
+  return list;
+}
+
+/**
+ * Choices of which one is taken, as radio buttons.
+ * @template T
+ * @param {string} group @param {string} title @param {[T, (Node | string)[]][]} choices @param {T} taken
+ * @param {(choice: T) => void} take
+ */
+function choices(group, title, choices, taken, take) {
+  const set = make("fieldset", { class: "choices" }, make("legend", { class: "unseen" }, title));
+  for (const [choice, content] of choices) {
+    const input = make("input", { type: "radio", name: group, checked: choice === taken });
+    input.addEventListener("change", () => take(choice));
+    set.append(make("label", {}, input, ...content));
+  }
+  return set;
+}
+
+/**
+ * One tab stop for many buttons; arrow keys go from one to the next.
+ * @param {HTMLElement} container @param {() => number} columns
+ */
+function rove(container, columns) {
+  container.addEventListener("keydown", (event) => {
+    const buttons = [...container.querySelectorAll("button")];
+    const at = buttons.indexOf(/** @type {HTMLButtonElement} */ (document.activeElement));
+    const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns(), ArrowDown: columns() };
+    const step = steps[/** @type {keyof typeof steps} */ (event.key)];
+    const next = step && at >= 0 ? buttons[at + step] : undefined;
+    if (step) event.preventDefault();
+    if (!next) return;
+    next.focus();
+    next.click();
+  });
+}
+
+/** @param {HTMLElement} container @param {HTMLButtonElement} chosen */
+function stopAt(container, chosen) {
+  container.querySelectorAll("button").forEach((button) => give(button, { tabindex: button === chosen ? 0 : -1 }));
+}
+
+/**
+ * How the answer's probability follows a map, beside the controls'.
+ * @param {Heatmap} shown @param {Heatmap[]} all @param {"deletion" | "insertion"} figure
+ */
+function curve(shown, all, figure) {
+  const mine = shown.curves[figure];
+  if (!mine) return "";
+  const controls = all.filter((heatmap) => heatmap.control && heatmap !== shown && belongs(heatmap, shown));
+  const [width, height] = [150, 90];
+  const top = Math.max(...[shown, ...controls].flatMap((heatmap) => heatmap.curves[figure]?.scores ?? []), 1e-6);
+  const line = (/** @type {number[]} */ scores) =>
+    scores.map((score, i) => `${((i / (scores.length - 1)) * width).toFixed(1)},${((1 - score / top) * height).toFixed(1)}`).join(" ");
+  const better = figure === "deletion" ? "lower is better" : "higher is better";
+  const areas = controls.map((control) => `${control.name} ${brief(control.curves[figure]?.area ?? 0)}`).join(", ");
+  const svg = makeSvg("svg", {
+    viewBox: `-2 -14 ${width + 4} ${height + 16}`, role: "img",
+    "aria-label": `${figure}: area ${brief(mine.area)}, ${better}; ${areas}`,
+  });
+  svg.append(makeSvg("path", { class: "axes", d: `M0 0V${height}H${width}` }), label(percent(top), 0, -4));
+  for (const control of controls) {
+    svg.append(makeSvg("polyline", { class: "control", points: line(control.curves[figure]?.scores ?? []) }));
+  }
+  svg.append(makeSvg("polyline", { class: `line ${figure}`, points: line(mine.scores) }));
+  const caption = make("figcaption", {}, make("b", {}, figure), ` ${brief(mine.area)} `, make("small", {}, better));
+  return make("figure", { class: "curve" }, svg, caption);
+}
+
+/** @param {string} text @param {number} x @param {number} y */
+function label(text, x, y) {
+  const element = makeSvg("text", { x, y });
+  element.textContent = text;
+  return element;
+}
+
+/** Whether a control was drawn on a map's grid, or has none. @param {Heatmap} control @param {Heatmap} shown */
+function belongs(control, shown) {
+  const grid = shown.map.codes.shape.join("×");
+  return !/\d×\d/.test(control.name) || control.name.endsWith(` ${grid}`);
+}
+
+/**
+ * Can this map be believed, in this image?
+ * @param {Heatmap} shown @param {Heatmap[]} all
+ */
+function verdict(shown, all) {
+  const block = make("section", { class: "verdict", "aria-label": `Whether ${shown.name} can be believed` });
+  if (!shown.curves.deletion) return block;
+  const pair = make("div", { class: "curves" }, curve(shown, all, "deletion"), curve(shown, all, "insertion"));
+  const lost = Object.entries(shown.unbeaten);
+  const told = lost.map(([figure, names]) => `${names.join(", ")} (${figure})`).join("; ");
+  const text = shown.control
+    ? "A control: it does not look at the model."
+    : lost.length
+      ? `In this image ${shown.name} does no better than ${told}: do not believe it on sight.`
+      : `${shown.name} beats every control in this image; one image proves little (visionattn score measures many).`;
+  block.append(
+    make("h2", {}, `Does the answer follow the map of ${shown.name}?`),
+    make("p", { class: lost.length ? "warning" : "fine" }, text),
+    pair,
+    make("p", { class: "note" }, "Probability of the answer while the hottest pixels go, or come back into a blurred image; grey: controls."),
+  );
+  return block;
+}

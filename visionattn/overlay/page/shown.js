@@ -1,0 +1,151 @@
+// What each view shows, and what lies over the picture.
+
+/**
+ * @typedef {object} Shown
+ * @property {Grid | null} map
+ * @property {string} low @property {string} high ends of the scale
+ * @property {string} shows what the colours are
+ * @property {string} told the line below
+ */
+
+/** @type {Record<View, () => Shown>} */
+const SHOWN = {
+  attention: shownAttention,
+  heatmaps: () => {
+    const heatmap = chosenHeatmap();
+    return { ...scaled(heatmap?.map, "heat"), told: heatmap ? `${heatmap.name}: ${heatmap.source}` : "" };
+  },
+  gates: () => {
+    const gate = picture().gates[state.gate];
+    if (gate.kind === "spatial") return { ...scaled(gate.map, "gate"), told: `Gate over positions of ${gate.name}` };
+    const channel = gate.channels?.[state.channel];
+    const told = `Channel ${channel} of ${gate.name}, ${ordinal(state.channel)} most open of ${gate.weights?.shape[0]}`;
+    return { ...scaled(gate.features?.[state.channel], "feature"), told: gate.features ? told : `${told}; its feature map was not found` };
+  },
+  glimpses: () => {
+    const { locations, classes, probabilities } = must(picture().glimpses);
+    const [x, y] = locations[state.step];
+    const best = probabilities[state.step].indexOf(Math.max(...probabilities[state.step]));
+    const told = `Glimpse ${state.step + 1} of ${locations.length} at ${x.toFixed(0)}, ${y.toFixed(0)}; after it ${className(classes[best])} ${percent(probabilities[state.step][best])}`;
+    return { map: null, low: "", high: "", shows: "", told };
+  },
+  detections: () => {
+    const { boxes, labels, scores, maps } = must(picture().detections);
+    if (!boxes.length) return { map: null, low: "", high: "", shows: "", told: "Nothing was found in this image" };
+    return { ...scaled(maps[state.box], "attention"), told: `Box ${state.box + 1} of ${boxes.length}: ${className(labels[state.box])} ${percent(scores[state.box])}` };
+  },
+};
+
+/** @returns {Shown} */
+function shownAttention() {
+  const layer = picture().attention[state.layer];
+  const cell = state.hover ?? state.cell;
+  const asked = layers.ask(state.layer, state.heads, cell);
+  const who = cell === null ? capital(layer.asks) : `Patch ${where(cell, layer.queryGrid)}`;
+  const how = `layer ${state.layer + 1}, ${headsName(state.heads)}`;
+  if (!asked) return { map: null, low: "", high: "", shows: "", told: `${who}, ${how}: does not ask here` };
+  const { low, high } = bounds(asked.values);
+  const itself = state.heads === "rollout" ? cell : null; // has what the largest of the others has
+  const most = asked.values.findIndex((value, at) => value === high && at !== itself);
+  const rest = asked.elsewhere > 0.0005 ? `; ${percent(asked.elsewhere)} ${itself === null ? "" : "on itself and "}off the grid` : "";
+  const told = `${who}, ${how}: most on ${where(most, asked.grid)}, ${percent(high)}${rest}`;
+  return { map: asked, low: percent(low), high: percent(high), shows: "of its attention", told };
+}
+
+/** @param {Scaled | undefined} map @param {string} shows */
+function scaled(map, shows) {
+  if (!map) return { map: null, low: "", high: "", shows: "" };
+  return { map: numbers.map(map), low: brief(map.low), high: brief(map.high), shows };
+}
+
+function chosenHeatmap() {
+  return picture().heatmaps.find(({ name }) => name === state.heatmap);
+}
+
+/** @param {Heads} heads */
+function headsName(heads) {
+  if (typeof heads === "number") return `head ${heads + 1}`;
+  return { mean: "mean of its heads", max: "largest of its heads", rollout: "rolled out from the first" }[heads];
+}
+
+/** @param {number} cell @param {[number, number] | null} grid */
+function where(cell, grid) {
+  const columns = grid ? grid[1] : 1;
+  return `row ${Math.floor(cell / columns) + 1}, column ${(cell % columns) + 1}`;
+}
+
+/** @param {string} text */
+function capital(text) {
+  return text[0].toUpperCase() + text.slice(1);
+}
+
+/** @param {number} place */
+function ordinal(place) {
+  return ["", "second ", "third "][place] ?? `${place + 1}th `;
+}
+
+/** @template T @param {T | null} value @returns {T} */
+function must(value) {
+  if (value === null) throw new Error("this image has none");
+  return value;
+}
+
+/** @type {Record<View, () => Element[]>} */
+const MARKS = {
+  attention: () => {
+    const grid = picture().attention[state.layer].queryGrid;
+    const cells = [state.cell, state.hover].filter((cell) => cell !== null);
+    if (!grid) return [];
+    return [...new Set(cells)].flatMap((cell) => {
+      const points = outline(cell, grid).map((point) => point.join(",")).join(" ");
+      return [makeSvg("polygon", { class: "rim", points }), makeSvg("polygon", { class: "mark", points })];
+    });
+  },
+  heatmaps: () => [],
+  gates: () => [],
+  glimpses: () => {
+    const { locations, boxes } = must(picture().glimpses);
+    const path = locations.slice(0, state.step + 1).map((point) => point.join(",")).join(" ");
+    const radius = Math.max(...picture().size) / 110;
+    const dots = locations.slice(0, state.step + 1).flatMap(([cx, cy], at) => {
+      const dot = { cx, cy, r: at === state.step ? 1.5 * radius : radius };
+      return [makeSvg("circle", { class: at === state.step ? "dot now" : "dot", ...dot })];
+    });
+    const seen = boxes[state.step].flatMap((box) => [rectangle(box, "rim"), rectangle(box, "mark")]);
+    return [...seen, makeSvg("polyline", { class: "rim", points: path }), makeSvg("polyline", { class: "mark", points: path }), ...dots];
+  },
+  detections: () => {
+    const { boxes, labels, scores } = must(picture().detections);
+    return boxes.flatMap((box, at) => {
+      const rim = rectangle(box, "rim");
+      const mark = rectangle(box, at === state.box ? "mark box chosen" : "mark box");
+      give(mark, { tabindex: 0, role: "button", "aria-pressed": String(at === state.box), "aria-label": `${className(labels[at])} ${percent(scores[at])}` });
+      const take = () => takeBox(at);
+      mark.addEventListener("click", take);
+      mark.addEventListener("keydown", (event) => {
+        if (!["Enter", " "].includes(/** @type {KeyboardEvent} */ (event).key)) return;
+        event.preventDefault();
+        take();
+        requestAnimationFrame(() => /** @type {HTMLElement | undefined} */ (marks.querySelectorAll(".box")[at])?.focus());
+      });
+      return [rim, mark];
+    });
+  },
+};
+
+/** @param {[number, number, number, number]} box @param {string} kind */
+function rectangle([left, top, right, bottom], kind) {
+  return makeSvg("rect", { class: kind, x: left, y: top, width: right - left, height: bottom - top });
+}
+
+/** Corners of a cell in pixels of the source. @param {number} cell @param {[number, number]} grid */
+function outline(cell, [rows, columns]) {
+  const [row, column] = [Math.floor(cell / columns), cell % columns];
+  const [a, b, left, c, d, top] = picture().matrix;
+  const [width, height] = picture().input;
+  return [[column, row], [column + 1, row], [column + 1, row + 1], [column, row + 1]].map(([x, y]) => {
+    const u = (x / columns) * width - left, v = (y / rows) * height - top;
+    const area = a * d - b * c;
+    return [(d * u - b * v) / area, (a * v - c * u) / area];
+  });
+}
