@@ -47,7 +47,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path):
     result = run_python(code, tmp_path)
     assert time.perf_counter() - started < 1
     assert result.stdout.splitlines()[-1] == "set()"
-    for verb in ("fit", "validate", "test", "predict", "data", "overlay", "score"):
+    for verb in ("fit", "validate", "test", "predict", "data", "overlay", "score", "export"):
         assert f"  {verb} " in result.stdout
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visionattn.errors import DataError, UsageError, nearest
+from visionattn.signals import Stopped, watched
 
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -27,7 +28,8 @@ _LIGHTNING_VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0, 1 for data that cannot be used, 2 for a wrong call, 130 for Ctrl-C."""
+    """Run one verb; return the exit code: 0, 1 for data that cannot be used, 2 for a wrong call; 130 or 143 where
+    Ctrl-C or SIGTERM ended it."""
     # OpenMP's threads wait for each other by spinning for milliseconds. Where others share the cores that made a step
     # of the quickstart 6 times as long (214 ms for 34), and nothing faster elsewhere. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -36,14 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if debug:
         arguments.remove("--debug")
     try:
-        return _run(arguments)
+        with watched():
+            return _run(arguments)
     except (UsageError, DataError) as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        return 130
+    except Stopped as stopped:
+        return int(stopped.code or 0)
 
 
 def _run(arguments: list[str]) -> int:
@@ -186,6 +189,7 @@ _SAVED = """kinds to save:
   difference  with --compare: where the second model looks more (orange) or less (blue)
   heatmap     16-bit PNG of the picture's size
   mask        PNG, 255 where the hottest pixels are
+  gaze        of a network that takes glimpses: their path, numbered, and every scale's box
   array       .npz: the heatmap as the model has it, and where it lies in the picture"""
 
 
@@ -371,6 +375,27 @@ _FIGURES = """figures:
   shuffled   likeness to the map of the same model with shuffled weights"""
 
 
+def _export(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="visionattn export",
+        description="Make a file of a checkpoint's model for others; visionattn reads it wherever it takes --ckpt.",
+    )
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint that visionattn fit wrote")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, e.g. model.safetensors")
+    parser.add_argument(
+        "--format", choices=("safetensors",), default="safetensors", help="weights without a place for code"
+    )
+    options = parser.parse_args(arguments[1:])
+    if not options.out.endswith(f".{options.format}"):
+        raise UsageError(f"--out must end in .{options.format}, by which the file is known again, got {options.out}")
+
+    from visionattn.training.checkpoints import export
+
+    export(options.ckpt, options.out)
+    print(f"wrote {options.out}")
+    return 0
+
+
 def _split(name: str | None) -> tuple[str | None, str | None]:
     """NAME[@LAYER]"""
     method, _, layer = (name or "").partition("@")
@@ -448,6 +473,7 @@ _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "overlay": (_overlay, "write overlays of where a model looked in images"),
     "explore": (_explore, "make a page to explore where a model looks in images"),
     "score": (_score, "measure whether to believe a method's heatmaps"),
+    "export": (_export, "make a .safetensors file of a checkpoint, safe to send and to open"),
 }
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from visionattn._malloc import keep_freed_memory
 from visionattn.data.decode import read_image, write_bytes
 from visionattn.data.pipeline import collate, prepare
 from visionattn.data.placement import Preprocess
+from visionattn.data.workers import Failure
 from visionattn.errors import DataError, UsageError
 from visionattn.maps.base import MapWarning, Method
 from visionattn.maps.scoring import FEWEST, FIGURES, Estimate, Scores, score
@@ -51,7 +52,7 @@ class Images:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.loader:
-            self.failures += batch.pop("failures", ())
+            self.failures += map(str, batch.pop("failures", ()))
             if "image" in batch:
                 yield batch
 
@@ -92,7 +93,8 @@ def images_of_config(config: str, preprocess: Preprocess, *, count: int, batch_s
     dataset = loader.dataset
     if not len(dataset):
         raise DataError(f"the data of {config} has no images to score")
-    if not (isinstance(dataset[0], dict) and "image" in dataset[0]):
+    first = dataset[0]
+    if not isinstance(first, Failure) and not (isinstance(first, dict) and "image" in first):
         raise UsageError(
             f"the samples of {type(data).__name__} are no dicts with an image; see data.ClassificationData"
         )

@@ -31,11 +31,12 @@ class View(NamedTuple):
     Of an exact retina planes[s] is (B, C, H + 2F − f + 1, W + 2F − f + 1), F being the largest f: at [y + F, x + F]
     stands the sum of the f × f pixels whose upper left one is (y, x); the outermost rows and columns are nothing but
     background. Of one that looks between pixels it is (B, C, ⌈H/f⌉, ⌈W/f⌉): at [i, j] the mean of the f × f pixels
-    whose upper left one is (f·i, f·j).
+    whose upper left one is (f·i, f·j). `size` is (H, W).
     """
 
     planes: tuple[Tensor, ...]
     axes: tuple[Axis, Axis]
+    size: tuple[int, int]
 
     def of(self, which: Tensor) -> "View":
         """The view of some of the images: a mask or indices."""
@@ -114,7 +115,7 @@ class Retina(nn.Module):
         image = image_BCHW - self.background.to(image_BCHW) if self.coloured else image_BCHW
         planes = self._pyramid(image) if self.subpixel else self._sums(image)
         axes = (self._axis(image, planes, 0), self._axis(image, planes, 1))
-        return View(planes, axes)
+        return View(planes, axes, (image.shape[-2], image.shape[-1]))
 
     def _sums(self, image: Tensor) -> tuple[Tensor, ...]:
         planes = [F.pad(image, (self.fields[-1],) * 4)]
@@ -161,21 +162,20 @@ class Retina(nn.Module):
 
     def boxes(self, location: Tensor, size: tuple[int, int]) -> Tensor:
         """What each scale covers of an image of `size` (H, W): (…, 2) → (…, S, 4), edges in pixels, xyxy."""
-        corners = []
-        for scale in range(self.scales):
-            top, left = self._start(location.double(), size, scale)
-            height, width = (self.factor**scale * side for side in self.patch_size)
-            corners.append(torch.stack([left, top, left + width, top + height], -1))
-        return torch.stack(corners, -2).to(location.dtype)
+        left_xS, top_xS = (self._begin(location[..., 1 - axis, None], axis, size[axis]) for axis in (1, 0))
+        height_S, width_S = (top_xS.new_tensor([field * side for field in self.fields]) for side in self.patch_size)
+        return torch.stack([left_xS, top_xS, left_xS + width_S, top_xS + height_S], -1).to(location.dtype)
 
-    def _start(self, location: Tensor, size: tuple[int, int], scale: int) -> tuple[Tensor, Tensor]:
-        """Row and column, in pixels, of the upper left pixel of a scale's patch."""
-        starts = []
-        for axis in (1, 0):
-            centre = (location[..., axis] + 1) * ((size[1 - axis] - 1) / 2)
-            start = centre - (self.factor**scale * self.patch_size[1 - axis] - 1) / 2
-            starts.append(start if self.subpixel else torch.floor(start + 0.5))
-        return starts[0], starts[1]
+    def _begin(self, along: Tensor, axis: int, size: int) -> Tensor:
+        """Row or column, in pixels, of the first pixel of each scale's patch: (…, 1) → (…, S)."""
+        middle, far = (size - 1) / 2, self.fields[-1]
+        begins = [middle - (field * self.patch_size[axis] - 1) / 2 for field in self.fields]
+        if self.subpixel:
+            return along.double() * middle + along.new_tensor(begins, dtype=torch.float64)
+        # summed as a look sums it, or the two would round to different pixels where it is a near thing
+        dtype = torch.promote_types(along.dtype, torch.float32)
+        offset_S = along.new_tensor([begin + far + 0.5 for begin in begins], dtype=dtype)
+        return torch.addcmul(offset_S, along.to(dtype), torch.full_like(offset_S, middle)).floor() - far
 
     def _places(self, location_BR2: Tensor, view: View, axis: int) -> Tensor:
         """Where the patches' values stand along an axis: (B, R, S, h or w)."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from visionattn.data.datamodules import ImageFolderData as ImageFolderData
     from visionattn.data.datamodules import TorchvisionData as TorchvisionData
     from visionattn.data.decode import read_image as read_image
+    from visionattn.data.decode import write_animation as write_animation
     from visionattn.data.decode import write_image as write_image
     from visionattn.data.detection import AnnotatedData as AnnotatedData
     from visionattn.data.detection import DetectionData as DetectionData
@@ -29,7 +30,7 @@ __getattr__, __dir__ = lazy(
     {
         "canvas": ("DigitsOnCanvas", "DigitsOnCanvasData"),
         "datamodules": ("ClassificationData", "ClutteredDigitsData", "ImageFolderData", "TorchvisionData"),
-        "decode": ("read_image", "write_image"),
+        "decode": ("read_image", "write_animation", "write_image"),
         "detection": ("AnnotatedData", "DetectionData", "DigitScenesData"),
         "digit_scenes": ("DigitScenes",),
         "digits": ("ClutteredDigits",),

@@ -14,6 +14,7 @@ from visionattn.data.folder import ImageFolder, find_classes
 from visionattn.data.loading import ImageData, Split
 from visionattn.data.pipeline import Transform, prepare
 from visionattn.data.placement import Preprocess
+from visionattn.data.workers import PATIENCE, Unreadable
 from visionattn.errors import DataError, UsageError
 
 
@@ -24,7 +25,7 @@ class ClassificationData(ImageData):
     where the place of the object is known `box` (B, 4), xyxy in pixels of the input, and `mask` (B, H, W) bool.
 
     Args:
-        preprocess, batch_size, num_workers, seed: as `ImageData`.
+        preprocess, batch_size, num_workers, seed, unreadable, patience: as `ImageData`.
     """
 
     @property
@@ -42,7 +43,7 @@ class ClutteredDigitsData(ClassificationData):
         test_size: number of test images.
         canvas: side of the images, pixels.
         fragments: pieces of other digits in each image.
-        batch_size, num_workers, seed: as `ClassificationData`.
+        batch_size, num_workers, seed: as `ImageData`.
     """
 
     class_names = ClutteredDigits.class_names
@@ -81,7 +82,7 @@ class ImageFolderData(ClassificationData):
         augment: changes training images at random, e.g. `visionattn.data.transforms.Augmentation`.
         val_share: where there is no val/: share of each class for validation.
         test_share: where root holds the classes themselves: the same for testing; 0 makes no test split.
-        batch_size, num_workers, seed: as `ClassificationData`.
+        batch_size, num_workers, seed, unreadable, patience: as `ImageData`; the seed is that of the split too.
 
     Raises:
         DataError: the folder is missing, has no classes, one is empty or too small to split, or the splits have
@@ -99,9 +100,16 @@ class ImageFolderData(ClassificationData):
         batch_size: int = 32,
         num_workers: int = 2,
         seed: int = 0,
+        unreadable: Unreadable = "stop",
+        patience: float = PATIENCE,
     ) -> None:
         super().__init__(
-            preprocess=preprocess or Preprocess(), batch_size=batch_size, num_workers=num_workers, seed=seed
+            preprocess=preprocess or Preprocess(),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            unreadable=unreadable,
+            patience=patience,
         )
         if not (val_share > 0 and test_share >= 0 and val_share + test_share < 1):
             raise ValueError(f"val_share and test_share must leave some to train on, got {val_share} and {test_share}")
@@ -169,7 +177,7 @@ class TorchvisionData(ClassificationData):
         preprocess: to the model's input; the images as they are, with values in [−1, 1], by default.
         augment: changes training images at random.
         val_size: images of the training split that are kept for validation, the same share of every class.
-        batch_size, num_workers, seed: as `ClassificationData`.
+        batch_size, num_workers, seed: as `ImageData`.
 
     Raises:
         DataError: the files are missing.
@@ -268,7 +276,10 @@ class _Pictures(Dataset[dict[str, Any]]):
         number = int(self.chosen[index])
         picture, label = self.source[number]
         sample = prepare(np.array(picture.convert("RGB")), self.preprocess, self.augment, seed)
-        return {**sample, "label": int(label), "path": f"{self.name}/{number:05d}.png"}
+        return {**sample, "label": int(label), "path": self.path_of(index)}
+
+    def path_of(self, index: int) -> str:
+        return f"{self.name}/{self.chosen[index]:05d}.png"
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
         """The picture, (H, W, 3) uint8 RGB, of a sample's path."""

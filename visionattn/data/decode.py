@@ -4,8 +4,9 @@ import io
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -116,6 +117,32 @@ def encode_image(image_HWC: NDArray[np.uint8] | NDArray[np.uint16], suffix: str)
     form = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:])
     Image.fromarray(image_HWC).save(buffer, form, **_QUALITY[suffix])
     return buffer.getvalue()
+
+
+def write_animation(
+    path: "str | bytes | os.PathLike[str]", frames: Sequence[NDArray[np.uint8]], *, seconds: float = 0.8
+) -> None:
+    """Write an animation that runs for ever, so that no half of it ever stands under its name.
+
+    Args:
+        path: .webp, without loss, or .gif, of 256 colours a frame; the folder must exist.
+        frames: at least one, (H, W, 3) uint8 RGB, all of one size.
+        seconds: of a frame; the last stays three times as long.
+
+    Raises:
+        DataError: as `write_image`.
+    """
+    name = os.fsdecode(path)
+    suffix = Path(name).suffix.lower()
+    if suffix not in (".webp", ".gif"):
+        raise DataError(f"{name}: an animation is written as .webp or .gif")
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    milliseconds = round(1000 * seconds)
+    durations = [milliseconds] * len(others) + [3 * milliseconds]
+    how: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
+    buffer = io.BytesIO()
+    first.save(buffer, suffix[1:], save_all=True, append_images=others, duration=durations, loop=0, **how)
+    write_bytes(path, buffer.getvalue())
 
 
 def write_bytes(path: "str | bytes | os.PathLike[str]", content: bytes) -> None:

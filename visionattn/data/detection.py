@@ -18,6 +18,7 @@ from visionattn.data.digit_scenes import DigitScenes
 from visionattn.data.loading import ImageData, Split
 from visionattn.data.pipeline import Transform, prepare
 from visionattn.data.placement import Preprocess
+from visionattn.data.workers import PATIENCE, Unreadable
 from visionattn.errors import DataError, UsageError
 
 
@@ -30,7 +31,7 @@ class DetectionData(ImageData):
 
     Args:
         preprocess: to the model's input. All of an image must be seen: `letterbox` or `stretch`.
-        batch_size, num_workers, seed: as `ImageData`.
+        batch_size, num_workers, seed, unreadable, patience: as `ImageData`.
 
     Raises:
         UsageError: `preprocess` crops.
@@ -39,10 +40,26 @@ class DetectionData(ImageData):
     category_ids: tuple[int, ...]
     """The files' own number of each class, which COCO's json of predictions is written with."""
 
-    def __init__(self, *, preprocess: Preprocess, batch_size: int, num_workers: int, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        preprocess: Preprocess,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        unreadable: Unreadable = "stop",
+        patience: float = PATIENCE,
+    ) -> None:
         if preprocess.fit == "crop":
             raise UsageError("preprocess with fit: crop would cut objects off; detection needs letterbox or stretch")
-        super().__init__(preprocess=preprocess, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(
+            preprocess=preprocess,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            unreadable=unreadable,
+            patience=patience,
+        )
 
 
 class DigitScenesData(DetectionData):
@@ -96,7 +113,7 @@ class AnnotatedData(DetectionData):
         min_visible: a training box that the augmentation leaves less of than this share is left out, in [0, 1].
         val_share: where there is no val split: share of the training images for validation.
         test_share: where the files name no splits at all: the same for testing; 0 makes no test split.
-        batch_size, num_workers, seed: as `ImageData`.
+        batch_size, num_workers, seed, unreadable, patience: as `ImageData`.
 
     Attributes:
         problems: all that was found wrong with the annotations.
@@ -122,12 +139,16 @@ class AnnotatedData(DetectionData):
         batch_size: int = 16,
         num_workers: int = 2,
         seed: int = 0,
+        unreadable: Unreadable = "stop",
+        patience: float = PATIENCE,
     ) -> None:
         super().__init__(
             preprocess=preprocess or Preprocess(320, fit="letterbox"),
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
+            unreadable=unreadable,
+            patience=patience,
         )
         if not 0 <= min_visible <= 1:
             raise ValueError(f"min_visible must be in [0, 1], got {min_visible}")
@@ -207,8 +228,11 @@ class AnnotatedImages(Dataset[dict[str, Any]]):
             "crowd": torch.from_numpy(source.crowd[keep_N]),
             "area": torch.from_numpy(source.area[keep_N]).float(),
             "image_id": source.image_id,
-            "path": str(source.path),
+            "path": self.path_of(index),
         }
+
+    def path_of(self, index: int) -> str:
+        return str(self.images[index].path)
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
         """The picture, (H, W, 3) uint8 RGB, of a sample's path."""

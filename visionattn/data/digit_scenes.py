@@ -80,9 +80,12 @@ class DigitScenes(Dataset[dict[str, Any]]):
             "crowd": torch.zeros(len(boxes), dtype=torch.bool),
             "area": torch.from_numpy((boxes_N4[:, 2:] - boxes_N4[:, :2]).prod(1)).float(),
             "image_id": index,
-            "path": f"digits/{self.split}/{index:06d}.png",
+            "path": self.path_of(index),
             "placement": placement,
         }
+
+    def path_of(self, index: int) -> str:
+        return f"digits/{self.split}/{index:06d}.png"
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
         """The picture, (H, W, 3) uint8 RGB, of a sample's path."""

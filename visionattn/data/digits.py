@@ -92,11 +92,14 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         return {
             "image": torch.from_numpy(image_CHW),
             "label": label,
-            "path": f"digits/{self.split}/{index:06d}.png",
+            "path": self.path_of(index),
             "placement": placement,
             "box": torch.from_numpy(placement.boxes_to_input(np.array(box, float))[0]).float(),
             "mask": torch.from_numpy(mask_HW.copy()),
         }
+
+    def path_of(self, index: int) -> str:
+        return f"digits/{self.split}/{index:06d}.png"
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
         """The picture, (H, W, 3) uint8 RGB, of a sample's path."""

@@ -42,6 +42,9 @@ class ImageFolder(Dataset[dict[str, Any]]):
         path, label = self.files[index]
         return {**prepare(read_image(path), self.preprocess, self.augment, seed), "label": label, "path": str(path)}
 
+    def path_of(self, index: int) -> str:
+        return str(self.files[index][0])
+
     def read_source(self, path: str) -> NDArray[np.uint8]:
         """The picture, (H, W, 3) uint8 RGB, of a sample's path."""
         return read_image(path)

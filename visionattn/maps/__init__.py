@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from visionattn.maps.faithfulness import deletion as deletion
     from visionattn.maps.faithfulness import insertion as insertion
     from visionattn.maps.gates import Gate as Gate
+    from visionattn.maps.gaze import Gaze as Gaze
     from visionattn.maps.keep import ClassRow as ClassRow
     from visionattn.maps.keep import Full as Full
     from visionattn.maps.keep import HeadMean as HeadMean
@@ -84,6 +85,7 @@ __getattr__, __dir__ = lazy(
             "insertion",
         ),
         "gates": ("Gate",),
+        "gaze": ("Gaze",),
         "keep": (
             "ClassRow",
             "Full",

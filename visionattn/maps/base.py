@@ -34,6 +34,8 @@ class Maps:
         target: (B,) int64, the output that is explained; None where the method explains no output in particular.
         source: what is shown, e.g. `"gate of layer4.1"`.
         method: name of the method.
+        boxes: (B, T, S, 4), what T glimpses covered at S scales, in order: xyxy in pixels of the model's input; None
+            where the model takes none, or the method is another.
     """
 
     heatmaps: Tensor
@@ -42,15 +44,17 @@ class Maps:
     target: Tensor | None
     source: str
     method: str
+    boxes: Tensor | None = None
 
 
 class Explanation(NamedTuple):
-    """What a method found: raw (B, h, w), the model's output, the target, and what is shown."""
+    """What a method found: raw (B, h, w), the model's output, the target, what is shown, and the boxes of glimpses."""
 
     raw_Bhw: Tensor  # noqa: N815
     output: Any
     target_B: Tensor | None  # noqa: N815
     source: str
+    boxes_BTS4: Tensor | None = None  # noqa: N815
 
 
 class Method(ABC):
@@ -79,12 +83,12 @@ class Method(ABC):
         check_images(images_BCHW)
         with undisturbed(model) as bare:
             images_BCHW = images_BCHW.clone() if images_BCHW.is_inference() else images_BCHW.detach()
-            raw, output, target_B, source = self.explain(bare, images_BCHW, target)
+            raw, output, target_B, source, boxes_BTS4 = self.explain(bare, images_BCHW, target)
             output = detach(output)
         raw = raw.detach().float()
         if not raw.isfinite().all():
             raise DataError(f"the {self.name} heatmap of {source} is not finite; {culprit(bare)}")
-        return Maps(stretch(raw, self.name, source), raw, output, target_B, source, self.name)
+        return Maps(stretch(raw, self.name, source), raw, output, target_B, source, self.name, boxes_BTS4)
 
     @abstractmethod
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from visionattn.attention.glimpse import Retina
 from visionattn.attention.places import image_shape
 from visionattn.maps.attention_methods import DinoHeads, RawAttention, ValueNorm
 from visionattn.maps.base import Method, undisturbed
 from visionattn.maps.cam import EigenCAM, GradCAM, GradCAMPlusPlus, LayerCAM, ScoreCAM
 from visionattn.maps.fitting import names_that_fit
 from visionattn.maps.gates import Gate
+from visionattn.maps.gaze import Gaze
 from visionattn.maps.relevance import Chefer, GradientAttention, GradientRollout
 from visionattn.maps.rollout import Rollout
 from visionattn.maps.running import look
@@ -24,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
         GradientRollout,
         Chefer,
         Gate,
+        Gaze,
         GradCAM,
         GradCAMPlusPlus,
         LayerCAM,
@@ -35,13 +38,16 @@ METHODS: dict[str, type[Method]] = {
 
 
 def default_method(model: nn.Module, images_BCHW: Tensor | None = None) -> Method:
-    """Choose a method: raw attention where class tokens or learned queries read the grid last, else Grad-CAM.
+    """Choose a method: gaze where a retina looks, raw attention where class tokens or learned queries read the grid
+    last, else Grad-CAM.
 
     Args:
         model: any vision model.
         images_BCHW: an example of its input; without one, an image of the size the model was configured for.
     """
     with undisturbed(model) as bare:
+        if any(isinstance(module, Retina) for module in bare.modules()):
+            return Gaze()
         sites = look(bare, example(bare) if images_BCHW is None else images_BCHW[:1]).attention
     if sites and sites[-1].class_query is not None and not sites[-1].context and not sites[-1].windowed:
         return RawAttention()

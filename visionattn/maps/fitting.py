@@ -8,7 +8,7 @@ from visionattn.maps.sites import Survey
 
 def names_that_fit(found: Survey) -> list[str]:
     """Names of the methods that fit, the plainest first."""
-    names = []
+    names = ["gaze"] if found.glimpses else []
     sites = found.attention
     if sites:
         names.append("raw")

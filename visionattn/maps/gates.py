@@ -41,7 +41,8 @@ class Gate(Method):
                 )
         spatial = [r for r in records.gates if r.kind == "spatial_gate" and r.grid != (1, 1)]
         if not spatial:
-            has = "gates over channels only" if records.gates else "attention and no gates"
+            others = "attention" if records.attention else "glimpses"
+            has = "gates over channels only" if records.gates else f"{others} and no gates"
             raise UsageError(
                 f"gate needs gates over positions; this {type(model).__name__} has {has}.{fitting(model, images_BCHW)}"
             )

@@ -1,16 +1,17 @@
 """Watch a model attend: `with capture(model) as records: model(images)`.
 
-Shapes: B images, W windows, H heads, Q queries, K keys, C channels, h × w grid.
+Shapes: B images, W windows, H heads, Q queries, K keys, C channels, h × w grid; R looks at once, T glimpses, S scales.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from visionattn.attention.glimpse import Retina, View
 from visionattn.errors import UsageError, nearest
 from visionattn.maps.base import unwrap
 from visionattn.maps.keep import Call, ClassRow, Keep
@@ -23,18 +24,20 @@ Kind = Literal["self", "cross", "channel_gate", "spatial_gate", "glimpse", "acti
 
 @dataclass(frozen=True)
 class Record:
-    """One call of attention.
+    """One call of attention; of glimpses, all that a retina looked at in a call of the model.
 
     Attributes:
         name: dotted name of the module that attends.
         kind: what attends to what.
-        grid: (h, w) of the keys, or of the gate.
+        grid: (h, w) of the keys, or of the gate; of glimpses, the images' rows and columns.
         num_prefix_tokens: class and register tokens before the grid.
         heads: number of heads; 1 for gates.
         queries, keys: where tokens lie on the grid, window by window; None where they have no place, and for gates.
         weights: what was kept, float32; None where nothing was. See `keep.py`; gates: (B, C, 1, 1), (B, 1, h, w) or
             (B, C, h, w).
         call: how many calls of the model lay before, inside the same capture.
+        locations: of glimpses, (B, R, T, 2), where it looked, in order: (x, y) in [−1, 1].
+        boxes: of glimpses, (B, R, T, S, 4), what each scale covered: xyxy in pixels of the model's input.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Record:
     keys: Tokens | None
     weights: Tensor | None
     call: int
+    locations: Tensor | None = None
+    boxes: Tensor | None = None
 
     @property
     def windowed(self) -> bool:
@@ -86,6 +91,10 @@ class Records(Sequence[Record]):
     def gates(self) -> list[Record]:
         return [record for record in self._records if record.kind in ("channel_gate", "spatial_gate")]
 
+    @property
+    def glimpses(self) -> list[Record]:
+        return [record for record in self._records if record.kind == "glimpse"]
+
     def kept(self) -> tuple[Record, Tokens, Tensor]:
         """The last call of attention whose weights were kept, where its keys lie, and the weights.
 
@@ -103,7 +112,10 @@ class Records(Sequence[Record]):
         for record in self._records:
             shape = "×".join(map(str, record.grid))
             windows = f", {len(record.keys.index_WN)} windows" if record.keys is not None and record.windowed else ""
-            lines.append(f"  {record.name}: {record.kind}, grid {shape}, {record.heads} heads{windows}")
+            many = f"grid {shape}, {record.heads} heads{windows}"
+            if record.boxes is not None:
+                many = f"{record.boxes.shape[2]} at {record.boxes.shape[3]} scales in {shape} pixels"
+            lines.append(f"  {record.name}: {record.kind}, {many}")
         for title, found in (("not understood", self.unlabelled), ("not over positions", self.other)):
             if found:
                 lines += [f"{len(found)} {title}", *(f"  {name}: {why}" for name, why in found.items())]
@@ -250,6 +262,7 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         self.layers = layers
         self.records = Records()
         self._wanted: set[int] | None = None
+        self._looking: dict[Retina, tuple[View, int, int]] = {}  # the view, the call, the place of the record
 
     def __enter__(self) -> Records:  # type: ignore[override]
         super().__enter__()
@@ -301,6 +314,30 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
                 self.records.calls,
             )
         )
+
+    def looked(
+        self, retina: Retina, look: Callable[[View, Tensor], Tensor], view: View, location_BR2: Tensor
+    ) -> Tensor:
+        seen = look(view, location_BR2)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            location_BR12 = location_BR2.detach().float().clone()[:, :, None]
+            boxes_BR1S4 = retina.boxes(location_BR12, view.size)
+            records, call = self.records._records, self.records.calls
+            before = self._looking.get(retina)
+            # the same call, or the same view where the model is not called but a method of it
+            if before is not None and (before[0] is view or (self.stack and before[1] == call)):
+                record = records[before[2]]
+                assert record.locations is not None
+                assert record.boxes is not None
+                if record.grid == view.size and record.locations.shape[:2] == location_BR2.shape[:2]:
+                    locations = torch.cat([record.locations, location_BR12], 2)
+                    boxes = torch.cat([record.boxes, boxes_BR1S4], 2)
+                    records[before[2]] = replace(record, locations=locations, boxes=boxes)
+                    return seen
+            self._looking[retina] = view, call, len(records)
+            name = self.names[retina]
+            records.append(Record(name, "glimpse", view.size, 0, 1, None, None, None, call, location_BR12, boxes_BR1S4))
+        return seen
 
     def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         gate = gate_of(name, module, out, along_row=name in self._gates_on_grid)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.attention.glimpse import Retina, View
 from visionattn.maps import positions
 from visionattn.maps.layout import (
     Activation,
@@ -47,6 +48,7 @@ class Survey:
         other: module → what else its softmax runs over: channels, branches, classes.
         missed: modules that look like attention and were not seen to attend.
         gates: names of the gates, and whether they lie on a grid.
+        glimpses: names of the retinas that looked.
         picks: the model picks tokens by what the image shows, so that they lie elsewhere in every image.
     """
 
@@ -57,6 +59,7 @@ class Survey:
     other: dict[str, str] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
     gates: dict[str, bool] = field(default_factory=dict)
+    glimpses: list[str] = field(default_factory=list)
     picks: bool = False
 
     @property
@@ -138,6 +141,14 @@ class Surveyor(Watcher):
         if (rows := positions.shadow(_argument(args, kwargs, 0, "query"))) is not None:
             positions.cast(out[0], rows)
         return out
+
+    def looked(
+        self, retina: Retina, look: Callable[[View, Tensor], Tensor], view: View, location_BR2: Tensor
+    ) -> Tensor:
+        if self.names[retina] not in self.survey.glimpses:
+            self.survey.glimpses.append(self.names[retina])
+        with torch._C.DisableTorchFunction():  # each image is seen elsewhere: what follows has no place in the survey
+            return look(view, location_BR2)
 
     def fused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         out = func(*args, **kwargs)

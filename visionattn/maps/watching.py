@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from visionattn.attention.glimpse import Retina, View
 from visionattn.attention.self_attention import in_one_call
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ def unheard() -> Iterator[None]:
 
 _inside = threading.local()
 """`.watchers`: those of this thread inside whose `F.multi_head_attention_forward` it is, outermost last."""
+
+
+_duty = threading.local()
+"""`.watchers`: those of this thread that hear of looks, outermost last."""
 
 
 class _Shared:
@@ -92,10 +97,27 @@ def _hear_global_names(undo: contextlib.ExitStack) -> None:
         setattr(F, name, functools.partial(_heard, original, event))
 
 
+def _hear_looks(undo: contextlib.ExitStack) -> None:
+    original = Retina.look
+
+    def look(retina: Retina, view: View, location_BR2: Tensor) -> Tensor:
+        """`Retina.look`, told to the watchers of this thread."""
+        call: Callable[[View, Tensor], Tensor] = functools.partial(original, retina)
+        for watcher in getattr(_duty, "watchers", ()):
+            if watcher.hears(retina):
+                call = functools.partial(watcher.looked, retina, call)
+        return call(view, location_BR2)
+
+    undo.callback(setattr, Retina, "look", original)
+    setattr(Retina, "look", look)  # noqa: B010 - mypy takes no assignment to a method
+
+
 in_python = _Shared(_stay_in_python)
 """Inside, nothing happens in opaque kernels, compiled code or parts, so that every hook and function is met."""
 
 _names = _Shared(_hear_global_names)
+
+_looks = _Shared(_hear_looks)  # a look is a method of the retina and no call of a module, which a hook would meet
 
 
 def _heard(original: Callable[..., Any], event: str, *args: Any, **kwargs: Any) -> Any:
@@ -155,6 +177,12 @@ class Watcher(TorchFunctionMode):
         """Another function of torch is called; heard of only where `follows`."""
         return func(*args, **kwargs)
 
+    def looked(
+        self, retina: Retina, look: Callable[[View, Tensor], Tensor], view: View, location_BR2: Tensor
+    ) -> Tensor:
+        """A retina of the model looks at places of the images."""
+        return look(view, location_BR2)
+
     def watched(self, module: nn.Module) -> bool:
         """Whether to hear of this module's start and end, which costs time; leaves of torch.nn do not attend."""
         if type(module) in _ACTIVATIONS:
@@ -166,6 +194,10 @@ class Watcher(TorchFunctionMode):
     @property
     def _deaf(self) -> bool:
         return surveys() != self._depth or threading.get_ident() != self._thread
+
+    def hears(self, retina: Retina) -> bool:
+        """Whether this retina is the model's, and now to be heard."""
+        return retina in self.names and not self._deaf
 
     @property
     def where(self) -> str:
@@ -207,11 +239,15 @@ class Watcher(TorchFunctionMode):
                     module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
                     module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
                 ]
+        _looks.__enter__()
+        _duty.watchers = (*getattr(_duty, "watchers", ()), self)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        _duty.watchers = tuple(watcher for watcher in _duty.watchers if watcher is not self)
+        _looks.__exit__()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

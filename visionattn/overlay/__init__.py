@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from visionattn.overlay.draw import sheet as sheet
     from visionattn.overlay.draw import side_by_side as side_by_side
     from visionattn.overlay.draw import top_mask as top_mask
+    from visionattn.overlay.gaze import draw_gaze as draw_gaze
+    from visionattn.overlay.gaze import gaze_animation as gaze_animation
+    from visionattn.overlay.gaze import gaze_density as gaze_density
+    from visionattn.overlay.glimpses import follow_gaze as follow_gaze
     from visionattn.overlay.render import Style as Style
     from visionattn.overlay.render import peak as peak
     from visionattn.overlay.report import Summary as Summary
@@ -37,6 +41,8 @@ __getattr__, __dir__ = lazy(
             "side_by_side",
             "top_mask",
         ),
+        "gaze": ("draw_gaze", "gaze_animation", "gaze_density"),
+        "glimpses": ("follow_gaze",),
         "render": ("Style", "peak"),
         "report": ("Summary",),
         "views": ("View",),

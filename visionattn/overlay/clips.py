@@ -16,7 +16,7 @@ from visionattn.overlay.kinds import Made
 from visionattn.overlay.text import printable
 from visionattn.overlay.video import Film, Frames
 
-_OF_FRAMES = ("heatmap", "raw")  # arrays that differ from frame to frame
+_OF_FRAMES = ("heatmap", "raw", "glimpses")  # arrays that differ from frame to frame
 _COLUMNS = ("prediction", "probability", "peak")
 
 

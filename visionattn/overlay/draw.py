@@ -137,15 +137,26 @@ def draw_box(
     image_HWC: NDArray[np.uint8], box: Sequence[float], *, colour: Colour = _PALETTE[0], thickness: int | None = None
 ) -> NDArray[np.uint8]:
     """Draw a box (xyxy) on a copy of a picture: its outer edge on the box's edge, a dark rim inside."""
-    thickness = thickness or line_width(image_HWC)
     drawn = np.array(image_HWC, order="C")
+    outline(drawn, box, colour, thickness or line_width(image_HWC))
+    return drawn
+
+
+def outline(
+    drawn: NDArray[np.uint8],
+    box: Sequence[float] | NDArray[np.floating],
+    colour: Colour,
+    thickness: int,
+    *,
+    rim: bool = True,
+) -> None:
+    """Draw a box as `draw_box` does, in place; what lies outside of the picture is not seen."""
     left, upper, right, lower = (round(float(edge)) for edge in box)
-    for inset in range(thickness + 1):
+    for inset in range(thickness + rim):
         corners = (left + inset, upper + inset), (right - 1 - inset, lower - 1 - inset)
         if corners[1][0] < corners[0][0] or corners[1][1] < corners[0][1]:
             break
         cv2.rectangle(drawn, *corners, colour if inset < thickness else (0, 0, 0), 1)
-    return drawn
 
 
 def label(

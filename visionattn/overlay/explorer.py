@@ -26,8 +26,10 @@ from visionattn.data.placement import Placement, Preprocess
 from visionattn.errors import DataError, UsageError
 from visionattn.maps.base import Method, unwrap
 from visionattn.maps.choose import methods_that_fit
+from visionattn.models.glimpse_network import GlimpseNetwork
 from visionattn.overlay.compose import GENERATOR, Shown, compose, data_uri
 from visionattn.overlay.findings import Findings, find_out
+from visionattn.overlay.glimpses import follow_gaze
 from visionattn.overlay.inputs import AnyPath
 from visionattn.overlay.packing import LEVELS
 from visionattn.overlay.text import printable
@@ -65,7 +67,7 @@ class Page:
             DataError: it cannot be written.
         """
         refuse_stranger(path)
-        write_bytes(path, self.html.encode())
+        write_bytes(os.fsdecode(path), self.html.encode())
 
     def _repr_html_(self) -> str:
         return (
@@ -140,7 +142,7 @@ def explore(
         batch_size: changed images in one forward pass.
         limit: bytes of the page.
         glimpses: of each image: `locations` (T, 2) xy and `boxes` (T, S, 4) xyxy in pixels of the source, `patches`
-            (T, S, h, w, 3) uint8, `probabilities` (T, K) after each glimpse.
+            (T, S, h, w, 3) uint8, `probabilities` (T, K) after each glimpse; those of a `GlimpseNetwork` are found.
         detections: of each image: `boxes` (N, 4) xyxy in pixels of the source, `labels` and `scores` (N,), `maps`
             (N, h, w) in [0, 1], each spanning the model's input.
         max_pixels: larger images fail.
@@ -186,6 +188,9 @@ def explore(
                     raise UsageError(
                         f"there are {len(class_names)} class names, and the model has {len(findings.scores)} outputs"
                     )
+            gaze = glimpses[number] if glimpses else None
+            if gaze is None and isinstance(model, GlimpseNetwork):
+                (gaze,) = follow_gaze(model, image_1CHW, [placement], loaded.preprocess or Preprocess())
             small = _shrunk(picture)
             seen = Shown(
                 name,
@@ -193,7 +198,7 @@ def explore(
                 (small.shape[1], small.shape[0]),
                 placement,
                 findings,
-                glimpses[number] if glimpses else None,
+                gaze,
                 detections[number] if detections else None,
             )
             _refuse_nothing(seen, model_name)

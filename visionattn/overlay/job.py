@@ -19,6 +19,7 @@ from torch import Tensor
 from visionattn.data.decode import encode_image, read_image
 from visionattn.data.placement import Placement
 from visionattn.errors import DataError, UsageError
+from visionattn.overlay.gaze import boxes_in_source, centres
 from visionattn.overlay.inputs import VIDEOS
 from visionattn.overlay.kinds import KINDS, Look, Made, Scene
 from visionattn.overlay.lists import Wish
@@ -174,6 +175,11 @@ class Job:
         with torch.autocast(like.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             assert view.method is not None
             maps = view.method(view.model, images_BCHW, target=target)
+        if "gaze" in self.kinds and maps.boxes is None:
+            raise UsageError(
+                f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; "
+                "save another kind, or take the method gaze with a network that looks through a Retina"
+            )
         heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
         predictions = predictions_of(view, maps.output, len(batch))
         seconds = round((time.perf_counter() - started) / len(batch), 6)
@@ -188,7 +194,12 @@ class Job:
             if boxes:
                 facts["found"] = [[*box, label] for box, label in zip(boxes, labels, strict=True)]
             name = view.name or maps.method
-            look = Look(name, said(prediction), heatmaps_Bhw[place], raw_Bhw[place], placement, boxes, labels)
+            glimpses_TS4 = None if maps.boxes is None else maps.boxes[place].cpu().numpy()
+            if glimpses_TS4 is not None:
+                facts["fixations"] = centres(boxes_in_source(glimpses_TS4, placement)).round(1).tolist()
+            look = Look(
+                name, said(prediction), heatmaps_Bhw[place], raw_Bhw[place], placement, boxes, labels, glimpses_TS4
+            )
             looks.append((look, {**told, **facts}))
         return looks
 

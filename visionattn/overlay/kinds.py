@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from visionattn.data.placement import Placement
 from visionattn.errors import UsageError, nearest
 from visionattn.overlay import draw
+from visionattn.overlay.gaze import boxes_in_source, draw_gaze
 from visionattn.overlay.render import Style, render, render_difference, seen
 
 _TILE = 320  # pixels of the longer side of a picture in a sheet
@@ -34,6 +35,7 @@ class Look:
         raw_hw: before it was brought to [0, 1].
         placement: of the source in the model's input.
         boxes, labels: what a detector found, xyxy in pixels of the source.
+        glimpses: (T, S, 4), what each glimpse covered at each scale, xyxy in pixels of the model's input.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Look:
     placement: Placement
     boxes: Sequence[Sequence[float]] = ()
     labels: Sequence[str] = ()
+    glimpses: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,20 @@ def mask(scene: Scene) -> NDArray[np.uint8]:
     return draw.top(look.placement.carry(look.heatmap_hw), scene.style.top).astype(np.uint8) * 255
 
 
+def gaze(scene: Scene) -> NDArray[np.uint8]:
+    """The path of a network that takes glimpses, numbered, with every scale's box; small pictures are enlarged."""
+    (look,) = scene.looks
+    assert look.glimpses is not None  # else the export has ended before
+    drawn = draw_gaze(_boxed(scene, scene.picture), boxes_in_source(look.glimpses, look.placement))
+    return draw.label(drawn, look.said) if scene.style.caption and look.said else drawn
+
+
 def arrays(scene: Scene) -> Mapping[str, NDArray[np.generic]]:
     """Heatmaps as the model's grid has them, and the matrix that puts pixels of the source into the model's input.
 
     `heatmap` (h, w) in [0, 1], `raw` (h, w) before that, `matrix` (2, 3), `source_size` and `input_size`; of several,
     `NAME/heatmap` and so on. `data.Placement(matrix, source_size, input_size).carry(heatmap)` is the heatmap in pixels.
+    Where glimpses were taken also `glimpses` (T, S, 4), the box of each at each scale, xyxy in pixels of the source.
     """
     found: dict[str, NDArray[np.generic]] = {}
     for look in scene.looks:
@@ -130,6 +142,8 @@ def arrays(scene: Scene) -> Mapping[str, NDArray[np.generic]]:
         found[f"{head}matrix"] = look.placement.matrix
         found[f"{head}source_size"] = np.array(look.placement.source_size)
         found[f"{head}input_size"] = np.array(look.placement.input_size)
+        if look.glimpses is not None:
+            found[f"{head}glimpses"] = boxes_in_source(look.glimpses, look.placement)
     return found
 
 
@@ -149,6 +163,7 @@ KINDS = {
     "difference": Kind(difference),
     "heatmap": Kind(heatmap, ".png", most=1),
     "mask": Kind(mask, ".png", most=1),
+    "gaze": Kind(gaze, most=1),
     "array": Kind(arrays, ".npz"),
 }
 """Name on the command line and in the manifest → kind."""

@@ -43,6 +43,8 @@ class GlimpseClassification(NamingTask):
     Validation and test score the mean policy. The test also scores sampled locations, once (`accuracy_sampled`) and
     with the probabilities of 10 rollouts averaged (`accuracy_sampled_10`), two controls, random locations and the
     centre only (`accuracy_random`, `accuracy_centre`), and the mean policy after each glimpse (`accuracy_after_1` …).
+    Where the data knows the objects' boxes, `fixations_on_object` is the share of the locations that the mean policy
+    chose that lie in them, and `fixations_random` that of random ones.
 
     Args:
         network: a glimpse network.
@@ -127,7 +129,8 @@ class GlimpseClassification(NamingTask):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images_BCHW, label_B = batch["image"], batch["label"]
-        logits_BTK = self.network.rollout(images_BCHW, look="mean").logits[:, 0]
+        mean = self.network.rollout(images_BCHW, look="mean")
+        logits_BTK = mean.logits[:, 0]
         looks: tuple[tuple[str, Look, int], ...] = (
             ("sampled", "sample", 1),
             (f"sampled_{_AVERAGED}", "sample", _AVERAGED),
@@ -136,11 +139,14 @@ class GlimpseClassification(NamingTask):
         )
         answers = {f"after_{turn + 1}": logits_BTK[:, turn] for turn in range(logits_BTK.shape[1])}
         for name, look, rollouts in looks:
-            logits_BRTK = self.network.rollout(images_BCHW, look=look, rollouts=rollouts).logits
-            answers[name] = logits_BRTK[:, :, -1].softmax(-1).mean(1)
+            rollout = self.network.rollout(images_BCHW, look=look, rollouts=rollouts)
+            answers[name] = rollout.logits[:, :, -1].softmax(-1).mean(1)
+            if look == "random" and "box" in batch and rollout.log_prob.shape[-1]:
+                for figure, one in (("on_object", mean), ("random", rollout)):
+                    share = on_object(one, batch["box"], (images_BCHW.shape[-2], images_BCHW.shape[-1])).mean()
+                    self.log(f"test/fixations_{figure}", share, batch_size=len(label_B), on_epoch=True, sync_dist=True)
         for name, answer_BK in answers.items():
-            right = (answer_BK.argmax(-1) == label_B).float().mean()
-            self.log(f"test/accuracy_{name}", right, batch_size=len(label_B), on_epoch=True, sync_dist=True)
+            self.tally(f"test/accuracy_{name}", (answer_BK.argmax(-1) == label_B).float())
         return super().test_step(batch, batch_idx)
 
     def policy_terms(self, batch: dict[str, Any], rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,3 +206,13 @@ class GlimpseClassification(NamingTask):
             "train/clipped": rollout.clipped.float().mean(),
             "train/corners": (chosen.abs() > _CORNER).all(-1).float().mean(),
         }
+
+
+def on_object(rollout: Rollout, box_B4: Tensor, size: tuple[int, int]) -> Tensor:
+    """Share of the locations that were chosen (B,) that lie in each image's box, xyxy in pixels of images (H, W)."""
+    chosen_BRt2 = rollout.location[:, :, -rollout.log_prob.shape[-1] :]
+    # −1 and 1 are the centres of the outermost pixels, and pixel 0 begins at 0
+    sides_2 = chosen_BRt2.new_tensor([size[1], size[0]])
+    place_BRt2 = (chosen_BRt2 + 1) / 2 * (sides_2 - 1) + 0.5
+    low_B112, high_B112 = box_B4[:, None, None, :2], box_B4[:, None, None, 2:]
+    return ((place_BRt2 >= low_B112) & (place_BRt2 <= high_B112)).all(-1).float().mean((1, 2))

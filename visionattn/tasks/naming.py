@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassCalibrationError,
@@ -56,6 +57,7 @@ class NamingTask(L.LightningModule, ABC):
         self.lr_interval = lr_interval
         self.gamma_lr_factor = gamma_lr_factor
         self.class_names: tuple[str, ...] = ()
+        self._tallies: dict[str, MeanMetric] = {}
 
     @abstractmethod
     def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
@@ -92,20 +94,30 @@ class NamingTask(L.LightningModule, ABC):
         )
         self.val_scores = scores.clone(prefix="val/")
         self.test_scores = scores.clone(prefix="test/")
+        # sums over all processes; Lightning's own mean drops halves where an odd number of images falls to two of them
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.test_confusion = MulticlassConfusionMatrix(num_classes)
 
     def prepare(self, data: Any, num_classes: int) -> None:
         """Called before anything runs, with the data module and K."""
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score(batch, self.val_scores, "val/loss")
+        self._score(batch, self.val_scores, self.val_loss, "val/loss")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        logits_BK = self._score(batch, self.test_scores, "test/loss")
-        self.test_confusion.update(logits_BK, batch["label"])
+        logits_BK = self._score(batch, self.test_scores, self.test_loss, "test/loss")
+        _count(self.test_confusion, logits_BK, batch["label"])
         return logits_BK
 
+    def tally(self, name: str, value_B: Tensor) -> None:
+        """Log the mean of a figure over all test images, whichever batches and processes they fall to."""
+        mean = self._tallies.setdefault(name, MeanMetric().to(self.device))
+        mean.update(value_B.sum() / max(1, len(value_B)), weight=len(value_B))
+
     def on_test_epoch_end(self) -> None:
+        for name, mean in self._tallies.items():
+            self.log(name, mean.compute(), sync_dist=True)  # the same in every process
+        self._tallies = {}
         self.confusion = self.test_confusion.compute()
         self.test_confusion.reset()
 
@@ -121,11 +133,22 @@ class NamingTask(L.LightningModule, ABC):
             gamma_lr_factor=self.gamma_lr_factor,
         )
 
-    def _score(self, batch: dict[str, Any], scores: MetricCollection, loss_name: str) -> Tensor:
+    def _score(self, batch: dict[str, Any], scores: MetricCollection, loss: MeanMetric, loss_name: str) -> Tensor:
         logits_BK = self(batch["image"])
         labels_B = batch["label"]
-        self.log(loss_name, self.loss(logits_BK, labels_B), batch_size=len(labels_B), sync_dist=True)
-        scores.update(logits_BK, labels_B)
+        loss.update(self.loss(logits_BK, labels_B) if len(labels_B) else 0.0, weight=len(labels_B))
+        self.log(loss_name, loss, batch_size=len(labels_B))
         for name, score in scores.items():
+            _count(score, logits_BK, labels_B)
             self.log(name, score, batch_size=len(labels_B), prog_bar=name == "val/accuracy")
         return logits_BK
+
+
+def _count(score: Metric, logits_BK: Tensor, labels_B: Tensor) -> None:
+    """Update a score; where B is 0, in a process of more than there are images, such that it adds nothing."""
+    if len(labels_B):
+        score.update(logits_BK, labels_B)
+        return
+    score.update(logits_BK.new_zeros(1, logits_BK.shape[1]), labels_B.new_zeros(1))
+    for name, state in score.metric_state.items():
+        setattr(score, name, [part[:0] for part in state] if isinstance(state, list) else torch.zeros_like(state))

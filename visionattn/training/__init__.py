@@ -9,9 +9,13 @@ if TYPE_CHECKING:
     from visionattn.training.callbacks import OverlaySamples as OverlaySamples
     from visionattn.training.callbacks import TestReport as TestReport
     from visionattn.training.callbacks import WritePredictions as WritePredictions
+    from visionattn.training.checkpoints import export as export
     from visionattn.training.checkpoints import load as load
 
 __getattr__, __dir__ = lazy(
     __name__,
-    {"callbacks": ("DrawSpans", "OverlaySamples", "TestReport", "WritePredictions"), "checkpoints": ("load",)},
+    {
+        "callbacks": ("DrawSpans", "OverlaySamples", "TestReport", "WritePredictions"),
+        "checkpoints": ("export", "load"),
+    },
 )

@@ -1,30 +1,40 @@
 """What Lightning lacks: pictures of where the model looks while it trains, and a report when it is tested."""
 
 import csv
+import io
+import itertools
 import json
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
+from torchmetrics import MeanMetric
 
 from visionattn.attention import AdaptiveSpan
 from visionattn.data import write_image
 from visionattn.data.decode import write_bytes
-from visionattn.maps import Maps, Method
+from visionattn.errors import DataError
+from visionattn.maps import Gaze, Maps, Method
 from visionattn.maps.boxes import BoxMethod
 from visionattn.maps.localisation import pointing
+from visionattn.models import GlimpseNetwork
 from visionattn.overlay.draw import Tile, boxes, heat, sheet
-from visionattn.training.pictures import Explained, explain, picture_of
+from visionattn.training.durable import replace
+from visionattn.training.gaze import GazeDensity, write_gaze
+from visionattn.training.pictures import Explained, chosen, explain, picture_of
 
 
 class OverlaySamples(Callback):
     """Write overlays of the same validation images every few epochs, into the run's overlays/ and TensorBoard.
+
+    Of a network that takes glimpses, their path and every scale's box stand beside the heat.
 
     Args:
         every_n_epochs: 0 writes none.
@@ -74,6 +84,10 @@ class TestReport(Callback):
     Where the data knows the objects' boxes, the pointing game is played on every image, and its score printed beside
     those of guesses.
 
+    Where the heatmaps are those of glimpses, the sheet shows their paths, and there is more in `overlays/`:
+    `gaze_density.png`, how often each pixel was seen sharply in the whole test, the first glimpse and the later ones
+    apart, and where the objects were; of a `GlimpseNetwork` `gaze.webp`, the glimpses at the first image one by one.
+
     Args:
         num_images: images on the sheet, the first of the test split.
         method: how attention becomes a heatmap, of a whole image or of each box; what fits the model by default.
@@ -88,6 +102,14 @@ class TestReport(Callback):
         self.method = method
         self._batch: dict[str, Any] | None = None
         self._maps: Explained | None = None
+        self._folder: Path | None = None
+        self._hits: dict[str, MeanMetric] = {}
+        self._density = GazeDensity()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._folder = _folder(trainer)  # every process must ask
+        self._hits = {}
+        self._density = GazeDensity()
 
     def on_test_batch_end(
         self,
@@ -98,18 +120,31 @@ class TestReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        figures = {"pointing": "pointing", "centre": "pointing_centre_guess", "chance": "pointing_chance"}
         if "box" in batch:
-            maps = explain(self.method, pl_module, batch)
+            for name in figures.values():
+                self._hits.setdefault(f"test/{name}", MeanMetric().to(pl_module.device))
+        if not len(batch["image"]):  # as for a process of more than there are images
+            return
+        method = self.method if "boxes" in batch else chosen(self.method, pl_module, batch)
+        if "box" in batch or isinstance(method, Gaze):
+            maps = explain(method, pl_module, batch)
             assert isinstance(maps, Maps)
-            hits = pointing(maps.heatmaps, batch["box"], batch["image"].shape[-2:])
-            figures = {"pointing": "pointing", "centre": "pointing_centre_guess", "chance": "pointing_chance"}
-            for name, logged in figures.items():
-                pl_module.log(
-                    f"test/{logged}", hits[name].mean(), batch_size=len(batch["box"]), on_epoch=True, sync_dist=True
-                )
+            self._density.add(maps, batch)
+            if "box" in batch:
+                hits = pointing(maps.heatmaps, batch["box"], batch["image"].shape[-2:])
+                for name, logged in figures.items():
+                    self._hits[f"test/{logged}"].update(hits[name].to(pl_module.device))
         if batch_idx == 0 and trainer.is_global_zero:
             self._batch = _first(batch, self.num_images)
-            self._maps = explain(self.method, pl_module, self._batch)
+            self._maps = explain(method, pl_module, self._batch)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name, hits in self._hits.items():
+            if not hits.update_called:
+                hits.update(0.0, weight=0.0)
+            pl_module.log(name, hits.compute(), sync_dist=True)  # the same in every process
+        self._density.gather(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -120,7 +155,7 @@ class TestReport(Callback):
             if name.startswith("test/")
         }
         Console().print(_table(figures))
-        folder = _folder(trainer)
+        folder = self._folder
         if folder is None or self._batch is None or self._maps is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +163,11 @@ class TestReport(Callback):
         title = f"{first.method}: {first.source}"
         picture = picture_of(self._batch, self._maps, pl_module, _dataset(trainer.test_dataloaders), title)
         write_image(folder / "test.png", picture)
+        self._density.write(folder / "gaze_density.png")
+        preprocess = getattr(trainer.datamodule, "preprocess", None)  # type: ignore[attr-defined]
+        if isinstance(pl_module.network, GlimpseNetwork) and preprocess is not None:
+            dataset = _dataset(trainer.test_dataloaders)
+            write_gaze(folder / "gaze.webp", pl_module, self._batch, dataset, preprocess)
         run = folder.parent
         _write_csv(run / "test.csv", [["figure", "value"], *([name, value] for name, value in figures.items())])
         confusion = getattr(pl_module, "confusion", None)
@@ -164,11 +204,13 @@ def _span_sheet(layers: dict[str, AdaptiveSpan], title: str) -> Any:
 
 
 class WritePredictions(BasePredictionWriter):
-    """Write what was predicted into the run.
+    """Write what was predicted into the run, each image once, in the data's order.
 
     Of a classifier: the most probable class of every image, into predictions.csv. Of a detector: predictions.json, in
     COCO's form of results, boxes in pixels of the source images, with the files' own numbers of images and classes; and
     pictures of the first images with their boxes, into predictions/.
+
+    The file appears when it is complete. Each process writes a part of it before.
 
     Args:
         pictures: how many, at most.
@@ -179,8 +221,19 @@ class WritePredictions(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.pictures = pictures
         self.lowest = lowest
-        self._drawn = 0
-        self._results: list[dict[str, Any]] = []
+        self._home: Path | None = None
+        self._name = "predictions.csv"
+        self._done = 0
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = _folder(trainer)  # every process must ask
+        self._home = folder and folder.parent
+        finds = hasattr(trainer.datamodule, "category_ids")  # type: ignore[attr-defined]
+        self._name = "predictions.json" if finds else "predictions.csv"
+        self._done = 0
+        if self._home:
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._part(trainer.global_rank).write_bytes(b"")
 
     def write_on_batch_end(
         self,
@@ -192,61 +245,110 @@ class WritePredictions(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        folder = _folder(trainer)
-        if folder is None:
+        if self._home is None:
             return
-        if "detections" in prediction:
-            self._collect(trainer, prediction, folder.parent)
-        else:
-            self._append(trainer, prediction, folder.parent)
+        rows = _classes if self._name == "predictions.csv" else _boxes
+        content = rows(prediction, trainer.datamodule)  # type: ignore[attr-defined]
+        try:
+            with open(self._part(trainer.global_rank), "ab") as file:
+                file.write(content)
+        except OSError as error:
+            raise DataError(f"{self._home / self._name} cannot be written: {error.strerror}") from error
+        if self._name == "predictions.json":
+            self._draw(trainer, prediction, self._home / "predictions")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = _folder(trainer)
-        if folder is not None and hasattr(trainer.datamodule, "category_ids"):  # type: ignore[attr-defined]
-            content = json.dumps(self._results).encode()
-            write_bytes(folder.parent / f"predictions{_rank(trainer)}.json", content)
+        trainer.strategy.barrier()
+        if self._home is None or not trainer.is_global_zero:
+            return
+        parts = [self._part(rank) for rank in range(trainer.world_size)]
+        join = _interleave if self._name == "predictions.csv" else _interleave_json
+        replace(self._home / self._name, lambda file: join(parts, file))
+        for part in parts:
+            part.unlink()
 
-    def _append(self, trainer: L.Trainer, prediction: Any, run: Path) -> None:
-        names = getattr(trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
-        probabilities, classes = prediction["probability"].float().cpu().max(-1)
-        path = run / f"predictions{_rank(trainer)}.csv"
-        fresh = not path.exists()
-        with open(path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            if fresh:
-                writer.writerow(["path", "class", "probability"])
-            for source, index, probability in zip(
-                prediction["path"], classes.tolist(), probabilities.tolist(), strict=True
-            ):
-                writer.writerow([source, names[index] if names else index, f"{probability:.6f}"])
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._home:
+            self._part(trainer.global_rank).unlink(missing_ok=True)
 
-    def _collect(self, trainer: L.Trainer, prediction: Any, run: Path) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+    def _draw(self, trainer: L.Trainer, prediction: Any, folder: Path) -> None:
         dataset = _dataset(trainer.predict_dataloaders)
+        class_names = trainer.datamodule.class_names  # type: ignore[attr-defined]
         for path, image_id, found in zip(
             prediction["path"], prediction["image_id"], prediction["detections"], strict=True
         ):
+            place = self._done * trainer.world_size + trainer.global_rank  # among the images of all processes
+            self._done += 1
+            if place >= self.pictures:
+                return
             edges, scores, labels = (found[name].float().cpu() for name in ("boxes", "scores", "labels"))
-            for (x1, y1, x2, y2), score, label in zip(edges.tolist(), scores.tolist(), labels.tolist(), strict=True):
-                box = [round(edge, 2) for edge in (x1, y1, x2 - x1, y2 - y1)]
-                category = data.category_ids[int(label)]
-                self._results.append(
-                    {"image_id": image_id, "category_id": category, "bbox": box, "score": round(score, 5)}
-                )
-            if self._drawn < self.pictures:
-                self._drawn += 1
-                seen = scores >= self.lowest
-                names = [
-                    f"{data.class_names[int(label)]} {score:.2f}"
-                    for label, score in zip(labels[seen].tolist(), scores[seen].tolist(), strict=True)
-                ]
-                picture = boxes(dataset.read_source(path), edges[seen].numpy(), labels=names)
-                (run / "predictions").mkdir(exist_ok=True)
-                write_image(run / "predictions" / f"{image_id:06d}_{Path(path).stem}.jpg", picture)
+            seen = scores >= self.lowest
+            names = [
+                f"{class_names[int(label)]} {score:.2f}"
+                for label, score in zip(labels[seen].tolist(), scores[seen].tolist(), strict=True)
+            ]
+            folder.mkdir(exist_ok=True)
+            picture = boxes(dataset.read_source(path), edges[seen].numpy(), labels=names)
+            write_image(folder / f"{image_id:06d}_{Path(path).stem}.jpg", picture)
+
+    def _part(self, rank: int) -> Path:
+        assert self._home is not None
+        return self._home / f".predictions.{rank}.part"
 
 
-def _rank(trainer: L.Trainer) -> str:
-    return f".{trainer.global_rank}" if trainer.world_size > 1 else ""
+def _classes(prediction: Any, data: Any) -> bytes:
+    """A row an image: its path, its most probable class, and how probable."""
+    names = getattr(data, "class_names", ())
+    probabilities, classes = prediction["probability"].float().cpu().max(-1)
+    return _csv(
+        [
+            [source, names[index] if names else index, f"{probability:.6f}"]
+            for source, index, probability in zip(
+                prediction["path"], classes.tolist(), probabilities.tolist(), strict=True
+            )
+        ]
+    )
+
+
+def _boxes(prediction: Any, data: Any) -> bytes:
+    """A line an image: the list of its results, as COCO's json has them."""
+    lines = []
+    for image_id, found in zip(prediction["image_id"], prediction["detections"], strict=True):
+        edges, scores, labels = (found[name].float().cpu().tolist() for name in ("boxes", "scores", "labels"))
+        results = [
+            {
+                "image_id": image_id,
+                "category_id": data.category_ids[int(label)],
+                "bbox": [round(edge, 2) for edge in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(score, 5),
+            }
+            for (x1, y1, x2, y2), score, label in zip(edges, scores, labels, strict=True)
+        ]
+        lines.append(json.dumps(results) + "\n")
+    return "".join(lines).encode()
+
+
+def _interleave(parts: Sequence[Path], file: BinaryIO) -> None:
+    """Join the rows of processes of which each took every n-th image."""
+    file.write(_csv([["path", "class", "probability"]]))
+    with ExitStack() as stack:
+        texts = [
+            stack.enter_context(open(part, newline="", encoding="utf-8", errors="surrogateescape")) for part in parts
+        ]
+        for rows in itertools.zip_longest(*map(csv.reader, texts)):
+            file.write(_csv([row for row in rows if row is not None]))
+
+
+def _interleave_json(parts: Sequence[Path], file: BinaryIO) -> None:
+    """Join the lists of processes of which each took every n-th image, into one."""
+    with ExitStack() as stack:
+        texts = [stack.enter_context(open(part, "rb")) for part in parts]
+        lines = (line for some in itertools.zip_longest(*texts) for line in some if line)
+        lists = (line.strip()[1:-1] for line in lines)  # without their brackets
+        file.write(b"[")
+        for number, results in enumerate(results for results in lists if results):
+            file.write(b",\n" * bool(number) + results)
+        file.write(b"]\n")
 
 
 def _folder(trainer: L.Trainer) -> Path | None:
@@ -274,5 +376,10 @@ def _table(figures: dict[str, float]) -> Table:
 
 
 def _write_csv(path: Path, rows: list[list[Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+    write_bytes(path, _csv(rows))
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")

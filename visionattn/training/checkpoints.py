@@ -2,13 +2,16 @@
 
 A checkpoint of ours is Lightning's, with one more entry: `visionattn`, plain data that says how to build the task, how
 images are prepared, and what the classes are called. Whoever sends you one may have written anything there, so only
-classes of the packages in `TRUSTED` are built from it.
+classes of the packages in `TRUSTED` are built from it. To send one, export it: a .safetensors file holds the weights
+and that entry, and its format has no place for code.
 """
 
 import dataclasses
 import importlib
 import inspect
+import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,9 +22,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from visionattn.data import Preprocess
+from visionattn.data.decode import write_bytes
 from visionattn.errors import DataError, UsageError
 
-TRUSTED = ("visionattn", "torch", "torchvision", "timm")
+TRUSTED = ("visionattn", "torch.nn", "torch.optim", "torchvision", "timm")
 """Packages whose modules, optimizers and schedulers may be built because a checkpoint names them."""
 
 _ENTRY = "visionattn"
@@ -55,7 +59,7 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
     The task carries `class_names` and `preprocess`, the `Preprocess` that its images need.
 
     Args:
-        path: a .ckpt that `visionattn fit` wrote.
+        path: a .ckpt that `visionattn fit` wrote, or a .safetensors that `visionattn export` made of it.
         trust: packages of yours whose classes the checkpoint may name, beside `TRUSTED`.
 
     Raises:
@@ -74,8 +78,29 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
     except RuntimeError as error:
         raise DataError(f"the weights in {os.fspath(path)} do not fit the model it describes: {error}") from error
     task.class_names = tuple(entry["class_names"])  # type: ignore[assignment]
-    task.preprocess = Preprocess(**entry["preprocess"]) if entry["preprocess"] else None  # type: ignore[assignment]
+    task.preprocess = _preprocess(entry["preprocess"])  # type: ignore[assignment]
     return task.eval()
+
+
+def _preprocess(entry: Mapping[str, Any] | None) -> Preprocess | None:
+    if not entry:
+        return None
+    options: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Preprocess(**options)  # what was a tuple is a list in JSON
+
+
+def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
+    """Make a .safetensors file of a checkpoint, to send to others; `load` takes it too.
+
+    Raises:
+        DataError: as `load`, or `out` cannot be written.
+    """
+    from safetensors.torch import save
+
+    content = read(path)
+    # tensors that share memory, as tied weights do, are written once each: the format knows no sharing
+    state = {name: value.detach().clone().contiguous() for name, value in content["state_dict"].items()}
+    write_bytes(out, save(state, metadata={"format": "pt", _ENTRY: json.dumps(content[_ENTRY])}))
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -88,7 +113,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise DataError(f"there is no checkpoint {name}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_safetensors(path) if name.endswith(".safetensors") else _read_archive(path)
+    except DataError:
+        raise
     except Exception as error:  # a pickle that names code, a truncated archive, or another kind of file
         reason = (
             "it would run code" if "weights_only" in str(error).lower() else "it is cut short or another kind of file"
@@ -99,6 +126,23 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{name} was not written by visionattn; to use plain weights give them as network weights instead"
         )
     return content
+
+
+def _read_archive(path: str | os.PathLike[str]) -> Any:
+    with zipfile.ZipFile(path) as archive:  # torch's older formats are pickles all through; Lightning never wrote them
+        # torch stores its records as they are: what unpacks to more was made to fill the memory
+        if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
+            raise DataError(f"{os.fspath(path)} cannot be read as a checkpoint: it unpacks to more than it is")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        entry = (file.metadata() or {}).get(_ENTRY)
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
+    return {"state_dict": state, **({} if entry is None else {_ENTRY: json.loads(entry)})}
 
 
 def check_against(path: str | os.PathLike[str], model: Mapping[str, Any], *, training: bool = True) -> None:
@@ -183,7 +227,7 @@ def _trusted_class(class_path: str, path: str | os.PathLike[str], trusted: tuple
         f"if the class is yours, load the checkpoint with trust=[{class_path.split('.')[0]!r}]"
     )
     module, _, name = class_path.rpartition(".")
-    if module.split(".")[0] not in trusted:
+    if not _is_below(module, trusted):
         raise refusal
     try:
         found = getattr(importlib.import_module(module), name)
@@ -193,6 +237,10 @@ def _trusted_class(class_path: str, path: str | os.PathLike[str], trusted: tuple
     # package
     if not (inspect.isclass(found) and issubclass(found, _BUILT_FROM_CHECKPOINTS)):
         raise refusal
-    if found.__module__.split(".")[0] not in trusted:
+    if not _is_below(found.__module__, trusted):
         raise refusal
     return found
+
+
+def _is_below(module: str, packages: Sequence[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)

@@ -2,10 +2,12 @@
 closed."""
 
 import atexit
+import errno
 import importlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,29 +17,40 @@ from typing import Any, TypeVar
 import lightning as L
 import yaml
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from visionattn.data.decode import write_bytes
 from visionattn.data.loading import ImageData
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.training.callbacks import DrawSpans, OverlaySamples, TestReport, WritePredictions
 from visionattn.training.checkpoints import Describe, check_against
+from visionattn.training.durable import DurableCheckpointIO
+from visionattn.training.finite import BestCheckpoint, FiniteLoss
 from visionattn.training.messages import explain
+from visionattn.training.metrics import MetricsFile
+from visionattn.training.resume import Resume
 
 RUNS = Path("runs")
 UNTRAINED = "untrained"
 ACCURACY = "val/accuracy"
 Built = TypeVar("Built")
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_HELD: list[Any] = []  # the locked file of the run
 _SECTIONS: dict[str, Any] = {
     "trainer": L.Trainer,
-    "checkpoint": ModelCheckpoint,
+    "checkpoint": BestCheckpoint,
+    "resume": Resume,
+    "finite_loss": FiniteLoss,
     "overlays": OverlaySamples,
     "report": TestReport,
     **dict.fromkeys(("model", "data", "name", "seed_everything", "test_after_fit", "ckpt_path", "config"), dict),
 }
 _RUN = "VISIONATTN_RUN"  # tells the processes that a DDP run starts which folder is theirs
+_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where torchrun, SLURM and Lightning say which process this is
 
 
 def run(verb: str, arguments: Sequence[str]) -> None:
@@ -63,6 +76,13 @@ def run(verb: str, arguments: Sequence[str]) -> None:
         )
     except ArgumentError as error:
         raise UsageError(explain(str(error), _SECTIONS)) from error
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise DataError(f"{error.filename or 'the run'} cannot be written: {error.strerror}") from error
+    finally:
+        while _HELD:
+            _HELD.pop().close()
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
@@ -113,16 +133,17 @@ class Command(LightningCLI):
             default=False,
             help="After fit, test the best checkpoint and write its report.",
         )
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
                 "checkpoint.monitor": ACCURACY,
                 "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
                 "checkpoint.enable_version_counter": False,
             }
         )
+        parser.add_lightning_class_args(Resume, "resume")
+        parser.add_lightning_class_args(FiniteLoss, "finite_loss")
         parser.add_lightning_class_args(OverlaySamples, "overlays")
         parser.add_lightning_class_args(TestReport, "report")
 
@@ -131,6 +152,8 @@ class Command(LightningCLI):
         verb = self.config.subcommand
         options = self.config[verb]
         options.name = options.name or _name_of(options.get("config"))
+        if verb == "predict" and options.return_predictions is None:
+            options.return_predictions = False  # they are written, and millions need not be kept
         self._check_checkpoint(verb, options)
 
     def _check_checkpoint(self, verb: str, options: Namespace) -> None:
@@ -147,12 +170,27 @@ class Command(LightningCLI):
             return
         if "://" in str(path):
             raise UsageError(f"--ckpt_path takes a file on this machine, not an address: download {path} first")
-        if path in ("last", "best", "hpc", "registry"):
-            raise UsageError(
-                f"--ckpt_path {path} does not say of which run: give the file, runs/<name>/<version>/{path}.ckpt"
-            )
+        if path in ("hpc", "registry") or (verb, path) == ("fit", "best"):
+            raise UsageError(f"{verb} takes --ckpt_path FILE or --ckpt_path last, not {path}")
+        if path in ("last", "best"):
+            path = options.ckpt_path = self._newest(verb, options.name, f"{path}.ckpt")
+            if path is None:
+                return
         options.weights_only = True
         check_against(path, self._plain_config(options)["model"], training=verb == "fit")
+
+    def _newest(self, verb: str, name: str, file: str) -> str | None:
+        """The checkpoint of the newest run of a name that has one; a training without one begins anew."""
+        folders = [Path(os.environ[_RUN])] if _RUN in os.environ else reversed(_versions(name))
+        found = next((folder / file for folder in folders if (folder / file).is_file()), None)
+        if found is None and verb != "fit":
+            raise UsageError(f"no run in {RUNS / name}/ has a {file}; give the file: --ckpt_path FILE")
+        if _rank() == 0:
+            say = "begins anew: no run of this name has a checkpoint" if found is None else str(found)
+            print(f"--ckpt_path {file.removesuffix('.ckpt')}: {say}", file=sys.stderr)
+        if found is not None and verb == "fit":
+            self.run_folder = found.parent
+        return None if found is None else str(found)
 
     def _plain_config(self, options: Namespace) -> dict[str, Any]:
         parser = self._parser(self.config.subcommand)
@@ -168,8 +206,10 @@ class Command(LightningCLI):
             folder = tempfile.mkdtemp()
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
         else:
-            self.run_folder = _new_run(options.name)
-            folder = str(self.run_folder)
+            self.run_folder = self.run_folder or _new_run(options.name)
+            os.environ[_RUN] = folder = str(self.run_folder)
+            if self.config.subcommand == "fit" and _rank() == 0:
+                _lock(self.run_folder)
         options.trainer.default_root_dir = options.trainer.default_root_dir or folder
         options.checkpoint.dirpath = options.checkpoint.dirpath or folder
 
@@ -178,9 +218,16 @@ class Command(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         options = self.config[self.config.subcommand]
+        resume = self._get(self.config_init, "resume")
+        resume.folder = options.checkpoint.dirpath
+        resume.seed = None if options.seed_everything is False else options.seed_everything
         if self.run_folder and options.trainer.logger in (None, True):
             place = {"name": options.name, "version": self.run_folder.name}
-            kwargs["logger"] = [CSVLogger(RUNS, **place), TensorBoardLogger(RUNS, **place)]
+            kwargs["logger"] = [MetricsFile(self.run_folder), TensorBoardLogger(RUNS, **place)]
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, DurableCheckpointIO()]
         extra: list[Callback] = [Describe(self._plain_config(options)["model"]), DrawSpans()]
         if self.config.subcommand == "predict":
             extra.append(WritePredictions())
@@ -195,8 +242,9 @@ class Command(LightningCLI):
 
     def after_fit(self) -> None:
         if self._get(self.config, "test_after_fit"):
-            best = None if self.trainer.fast_dev_run else "best"  # type: ignore[attr-defined]
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+            checkpoint = self._get(self.config_init, "checkpoint")
+            best = None if self.trainer.fast_dev_run else checkpoint.best_model_path  # type: ignore[attr-defined]
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
         self._say_where()
 
     def after_test(self) -> None:
@@ -210,6 +258,8 @@ class Command(LightningCLI):
 
     @rank_zero_only
     def _say_where(self) -> None:
+        if left_out := len(getattr(self.datamodule, "skipped", ())):
+            print(f"{left_out} image{'s were' if left_out > 1 else ' was'} left out", file=sys.stderr)
         if self.run_folder:
             print(f"run: {self.run_folder}/")
 
@@ -223,7 +273,8 @@ class _SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.folder:
-            self.parser.save(self.config, self.folder / "config.yaml", skip_none=False, overwrite=True)
+            text = self.parser.dump(self.config, skip_none=False)
+            write_bytes(self.folder / "config.yaml", text.encode())
 
 
 def built(build: Callable[[], Built]) -> Built:
@@ -241,22 +292,49 @@ def _name_of(configs: Sequence[Any] | None) -> str:
     return Path(str(configs[-1])).stem if configs else "unnamed"
 
 
+def _versions(name: str) -> list[Path]:
+    """The runs of a name, oldest first."""
+    home = RUNS / name
+    entries = [entry for entry in home.iterdir() if entry.name.isdigit()] if home.is_dir() else []
+    return sorted(entries, key=lambda entry: int(entry.name))
+
+
 def _new_run(name: str) -> Path:
     """Make runs/<name>/<the next number>; the other processes of the same run use the same."""
     if _RUN in os.environ:
         return Path(os.environ[_RUN])
     home = RUNS / name
+    if _rank():  # the first process makes the folder, and Lightning tells this one of it
+        return home / "other"
     home.mkdir(parents=True, exist_ok=True)
-    versions = [int(entry.name) for entry in home.iterdir() if entry.name.isdigit()]
-    version = max(versions, default=-1) + 1
+    versions = _versions(name)
+    version = int(versions[-1].name) + 1 if versions else 0
     while True:
         try:
             (home / str(version)).mkdir()
-            break
+            return home / str(version)
         except FileExistsError:  # another run took the number meanwhile
             version += 1
-    os.environ[_RUN] = str(home / str(version))
-    return home / str(version)
+
+
+def _rank() -> int:
+    return int(next((os.environ[name] for name in _RANKS if name in os.environ), 0))
+
+
+def _lock(folder: Path) -> None:
+    """Keep others from continuing a run that is running; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        return
+    file = open(folder / ".lock", "a")  # noqa: SIM115  # open as long as the process lives
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: worker processes would inherit it
+    except BlockingIOError as error:
+        raise UsageError(f"{folder} is being trained by another process; wait for it, or start another run") from error
+    except OSError:  # a file system without locks
+        return
+    _HELD.append(file)
 
 
 def quieten() -> None:

@@ -1,0 +1,184 @@
+"""A small training that takes a second, and children to spoil it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Child:
+    """A command line that runs."""
+
+    server: "Server"
+    pid: int
+    out: Path
+
+    def wait(self, seconds: float = 120) -> "Ended":
+        status = self.server.ask({"wait": self.pid, "seconds": seconds})
+        if status is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise TimeoutError(f"still running after {seconds} s:\n{self.told}")
+        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        return Ended(code, self.told)
+
+    def kill(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    @property
+    def told(self) -> str:
+        return self.out.read_text(errors="replace") if self.out.exists() else ""
+
+
+@dataclass
+class Ended:
+    code: int
+    told: str
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.server"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, request):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, argv, cwd, *, fault: str = "", env: dict[str, str] | None = None) -> Child:
+        self.count += 1
+        out = self.folder / f"{self.count}.txt"
+        fault = f"from tests.faults.injections import *\n{fault}"
+        request = {"argv": list(map(str, argv)), "cwd": str(cwd), "env": env or {}, "fault": fault, "out": str(out)}
+        return Child(self, self.ask(request), out)
+
+    def run(self, argv, cwd, *, seconds: float = 120, **options) -> Ended:
+        return self.start(argv, cwd, **options).wait(seconds)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait(200)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("children"))
+    yield server
+    server.close()
+
+
+GLIMPSES = {
+    "class_path": "visionattn.tasks.GlimpseClassification",
+    "init_args": {
+        "network": {
+            "class_path": "visionattn.models.GlimpseNetwork",
+            "init_args": {
+                "num_classes": 10,
+                "num_glimpses": 3,
+                "hidden_size": 16,
+                "retina": {"class_path": "visionattn.attention.Retina", "init_args": {"patch_size": 8}},
+                "encoder": {"class_path": "visionattn.models.ConvEncoder", "init_args": {"widths": [4]}},
+                "policy": {"class_path": "visionattn.attention.Gaussian", "init_args": {"std": [0.3, 0.1]}},
+            },
+        },
+        "baseline": "moving_average",
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+    },
+}
+"""A task whose steps draw random numbers, and whose policy and baseline change as the training goes on."""
+
+
+def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, model=None, **trainer) -> Path:
+    """Write the config of a training of two epochs, with all that a resumed one must restore."""
+    config = {
+        "name": "tiny",
+        "seed_everything": 3,
+        "trainer": {
+            "max_epochs": 2,
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+            "callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}},
+            ],
+            **trainer,
+        },
+        "model": {
+            "class_path": "visionattn.tasks.Classification",
+            "init_args": {
+                "network": {
+                    "class_path": "visionattn.models.ConvNet",
+                    "init_args": {
+                        "num_classes": 10,
+                        "widths": [4, 8],
+                        "attention": {"class_path": "visionattn.attention.CBAM", "init_args": {"reduction": 2}},
+                    },
+                },
+                "mixup": 0.4,
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+                "lr_scheduler": {
+                    "class_path": "torch.optim.lr_scheduler.OneCycleLR",
+                    "init_args": {"max_lr": 0.01},
+                },
+            },
+        },
+        "data": {
+            "class_path": "visionattn.data.ClutteredDigitsData",
+            "init_args": {
+                "train_size": train,
+                "val_size": 10,
+                "test_size": 10,
+                "canvas": 40,
+                "batch_size": batch,
+                "num_workers": workers,
+            },
+        },
+        "overlays": {"every_n_epochs": 0},
+    }
+    if model is not None:
+        config["model"] = model
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def steps(path: Path) -> list[list]:
+    """What `record` noted."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def start_all(server, count, argv, home, fault=""):
+    """Start the processes of one run, as a cluster would: told by the environment who they are."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
+    flags = ["--trainer.accelerator=cpu", f"--trainer.devices={count}", "--trainer.strategy=ddp"]
+    return [
+        server.start([*argv, *flags], home, fault=fault, env={**place, "LOCAL_RANK": str(rank), "RANK": str(rank)})
+        for rank in range(count)
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

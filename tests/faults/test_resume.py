@@ -1,0 +1,191 @@
+"""A training that was killed, told to stop, or ran out of disk, and then continued, is the training that was not."""
+
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils import _pytree
+
+from tests.faults.conftest import GLIMPSES, ROOT, free_port, start_all, steps, tiny
+
+RESTORED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
+
+
+def state(path):
+    content = torch.load(path, weights_only=True)
+    return [_pytree.tree_flatten(content[key])[0] for key in RESTORED if content[key]]
+
+
+def assert_equal_to_the_bit(first, second):
+    for left, right in zip(state(first), state(second), strict=True):
+        assert len(left) == len(right) > 0
+        for one, other in zip(left, right, strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.fixture(scope="session")
+def undisturbed(server, tmp_path_factory):
+    """The same training with nothing happening to it: its run, and what it was shown at every step."""
+    return whole(server, tmp_path_factory.mktemp("undisturbed"))
+
+
+def whole(server, home, **options):
+    ended = server.run(["fit", "--config", tiny(home, **options)], home, fault=f"record({str(home / 'steps')!r})")
+    assert ended.code == 0, ended.told
+    return home / "runs" / "tiny" / "0", {tuple(line[:2]): line for line in steps(home / "steps")}
+
+
+def disturb(server, home, undisturbed, faults, *, flags=(), code=-9, **options):
+    """Run with one fault after the other, then to the end; compare everything; tell how many steps were done twice."""
+    run, expected = undisturbed
+    config = tiny(home, **options)
+    command = ["fit", "--config", config, *flags, "--ckpt_path=last"]  # the first finds none, says so, and begins
+    note = f"record({str(home / 'steps')!r})"
+    for fault in faults:
+        ended = server.run(command, home, fault=f"{note}; {fault}")
+        assert ended.code == code, ended.told
+    ended = server.run(command, home, fault=note)
+    assert ended.code == 0, ended.told
+    done = steps(home / "steps")
+    assert [line for line in done if expected[tuple(line[:2])] != line] == []  # no wrong batch
+    assert {tuple(line[:2]) for line in done} == expected.keys()  # and none left out
+    (again,) = (home / "runs" / "tiny").iterdir()  # in the same folder
+    for name in ("last.ckpt", "best.ckpt"):
+        assert_equal_to_the_bit(run / name, again / name)
+    assert (again / "metrics.csv").read_text() == (run / "metrics.csv").read_text()
+    assert not list(again.glob(".*.part"))
+    return len(done) - len(expected)
+
+
+@pytest.mark.parametrize(
+    ("fault", "workers", "flags", "code", "twice"),
+    [
+        ("at_step(9)", 2, ["--resume.every_n_steps=1"], -9, 0),  # mid-epoch, in the second one
+        ("at_validation_step(2)", 0, [], -9, 0),
+        ("at_save(2, 'half')", 0, ["--resume.every_n_steps=2"], -9, 2),
+        ("at_step(4, terminate)", 0, [], 143, 0),
+    ],
+)
+def test_a_training_goes_on_as_if_nothing_had_happened(
+    fault, workers, flags, code, twice, server, undisturbed, tmp_path
+):
+    assert disturb(server, tmp_path, undisturbed, [fault], workers=workers, flags=flags, code=code) == twice
+
+
+def test_so_does_one_that_learns_by_trying(server, tmp_path):
+    expected = whole(server, tmp_path / "whole", model=GLIMPSES)
+    flags = ["--resume.every_n_steps=1"]
+    assert disturb(server, tmp_path / "killed", expected, ["at_step(9)"], flags=flags, model=GLIMPSES) == 0
+
+
+def test_only_one_process_trains_a_run_and_the_checkpoint_in_use_is_told(server, undisturbed, tmp_path):
+    config = tiny(tmp_path)
+    command = ["fit", "--config", config, "--ckpt_path=last"]
+    sleeping = server.start(command, tmp_path, fault="at_step(8, hang)")
+    try:
+        while not (tmp_path / "runs" / "tiny" / "0" / "last.ckpt").exists():
+            assert sleeping.told == "" or "begins anew" in sleeping.told
+        ended = server.run(command, tmp_path)
+        assert ended.code == 2, ended.told
+        assert "runs/tiny/0 is being trained by another process" in ended.told
+        assert "runs/tiny/0/last.ckpt" in ended.told
+    finally:
+        sleeping.kill(9)
+        sleeping.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_kills_and_no_wrong_batch(server, undisturbed, tmp_path):
+    """Ten trainings of ten kills each, at steps and in validations drawn at random; half with worker processes."""
+    draw = random.Random(0)
+    kills = 0
+    for number in range(10):
+        # each life reaches a little further than it resumed, else the training would end before its kills do
+        faults = [
+            draw.choice(["at_step(2)", "at_step(1, after=True)", "at_step(2, after=True)", "at_validation_step(1)"])
+            for _ in range(10)
+        ]
+        home = tmp_path / str(number)
+        disturb_until_done(server, home, undisturbed, faults, workers=2 * (number % 2))
+        kills += len(faults)
+    print(f"{kills} kills, 0 wrong batches")
+
+
+def disturb_until_done(server, home, undisturbed, faults, *, workers):
+    """As `disturb`, where a fault that is not reached any more becomes a kill in the last validation."""
+    run, expected = undisturbed
+    config = tiny(home, workers=workers)
+    command = ["fit", "--config", config, "--resume.every_n_steps=1", "--ckpt_path=last"]
+    note = f"record({str(home / 'steps')!r})"
+    for fault in faults:
+        ended = server.run(command, home, fault=f"{note}; {fault}")
+        if ended.code == 0:  # it was at its end: a last validation remains
+            ended = server.run(command, home, fault=f"{note}; at_validation_step(1)")
+        assert ended.code == -9, ended.told
+    ended = server.run(command, home, fault=note)
+    assert ended.code == 0, ended.told
+    done = steps(home / "steps")
+    assert [line for line in done if expected[tuple(line[:2])] != line] == []
+    assert {tuple(line[:2]) for line in done} == expected.keys()
+    again = home / "runs" / "tiny" / "0"
+    for name in ("last.ckpt", "best.ckpt"):
+        assert_equal_to_the_bit(run / name, again / name)
+
+
+# several processes ----------------------------------------------------------------------------------------------------
+
+
+def global_order(lines, together):
+    """Epoch, batch → the set of images that all processes saw in it."""
+    seen = {}
+    for epoch, batch, _, paths, _ in lines:
+        seen.setdefault((epoch, batch), set()).update(paths)
+    assert all(len(paths) == together for paths in seen.values())
+    return seen
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
+def test_processes_may_become_fewer_or_more_and_the_order_stays(before, after, server, undisturbed, tmp_path):
+    _, expected = undisturbed
+    order = global_order(expected.values(), 4)
+    note = f"record({str(tmp_path / 'steps')!r})"
+
+    def run(count, fault):
+        config = tiny(tmp_path, batch=4 // count)
+        argv = ["fit", "--config", config, "--resume.every_n_steps=1", "--ckpt_path=last"]
+        if count == 1:
+            return [server.start(argv, tmp_path, fault=fault)]
+        return start_all(server, count, argv, tmp_path, fault)
+
+    first, *others = run(before, f"{note}; at_step(9)")  # all die in it
+    assert [child.wait().code for child in (first, *others)] == [-9] * before
+    for child in (ended := [child.wait() for child in run(after, note)]):
+        assert child.code == 0, child.told
+    assert ended
+    assert global_order(steps(tmp_path / "steps"), 4) == order
+    assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1
+
+
+def test_torchrun_starts_two_processes_that_share_one_run(undisturbed, tmp_path):
+    """The command of README, as a user types it."""
+    _, expected = undisturbed
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command += ["-m", "visionattn.cli", "fit", f"--config={tiny(tmp_path, batch=2)}", "--ckpt_path=last"]
+    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    ended = subprocess.run(
+        [sys.executable, *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == ["0"]
+    run = tmp_path / "runs" / "tiny" / "0"
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == len(expected)
+    assert ended.stderr.count("begins anew") == 1

@@ -1,0 +1,316 @@
+"""Glimpses are recorded from outside, and shown on the pixels that they saw."""
+
+import itertools
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+from tests.maps import models
+from visionattn.attention import Categorical, Gaussian, Retina
+from visionattn.errors import UsageError
+from visionattn.maps import (
+    METHODS,
+    Gaze,
+    GradCAM,
+    MapWarning,
+    Nothing,
+    RawAttention,
+    capture,
+    default_method,
+    methods_that_fit,
+    score,
+)
+from visionattn.maps.gaze import coverage
+from visionattn.models import ConvEncoder, GlimpseNetwork, MLPEncoder
+
+close = torch.testing.assert_close
+
+
+def network(patch_size=4, *, scales=2, subpixel=False, channels=1, **options):
+    """Untrained, but it looks about: the policy's weights are large."""
+    torch.manual_seed(0)
+    options = {"num_glimpses": 4, "policy": Gaussian, "encoder": MLPEncoder} | options
+    model = GlimpseNetwork(
+        5, retina=Retina(patch_size, scales=scales, subpixel=subpixel), in_chans=channels, hidden_size=16, **options
+    )
+    with torch.no_grad():
+        model.policy.layers[-1].weight.mul_(300)
+    return model.eval()
+
+
+def images(height=12, width=15, batch=3, channels=1):
+    return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+class Reader(nn.Module):
+    """A network of somebody else's that looks at two places at once, twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.eye = Retina(3, scales=2)
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x):
+        first = torch.tensor([[-1.0, 1.0], [0.5, 0.0]]).expand(len(x), 2, 2)
+        seen = self.eye(x, first).mean((1, 2, 3)) + self.eye(x, -first).mean((1, 2, 3))
+        return self.head(seen.flatten(1))
+
+
+# Records ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_holds_where_the_network_looked_and_what_each_scale_covered():
+    model, x = network(), images()
+    with torch.no_grad(), capture(model) as records:
+        out = model(x)
+        assert len(records) == 1  # told while the model is still watched
+    with torch.no_grad():
+        rollout = model.rollout(x, look="mean")
+        close(out, model(x), rtol=0, atol=0)
+    (record,) = records
+    assert (record.name, record.kind, record.grid, record.call) == ("retina", "glimpse", (12, 15), 0)
+    close(record.locations, rollout.location, rtol=0, atol=0)
+    close(record.boxes, model.retina.boxes(rollout.location, (12, 15)), rtol=0, atol=0)
+    assert records.report() == "1 seen in 1 call of the model\n  retina: glimpse, 4 at 2 scales in 12×15 pixels"
+
+
+def test_calls_of_the_model_and_rollouts_are_kept_apart():
+    model, x = network(), images()
+    with torch.no_grad(), capture(model, Nothing()) as records:
+        model(x)
+        model(images(9, 9))
+        again = model.rollout(x, rollouts=3, num_glimpses=2)
+        other = model.rollout(x, rollouts=3, num_glimpses=2)
+    assert [record.grid for record in records] == [(12, 15), (9, 9), (12, 15), (12, 15)]
+    assert [record.call for record in records[:2]] == [0, 1]
+    close(records[2].locations, again.location)
+    close(records[3].locations, other.location)
+
+
+def test_looks_of_other_networks_and_outside_of_capture_are_not_recorded():
+    model, other, x = network(), network(), images()
+    plain = Retina.look
+    with torch.no_grad(), capture(model, Nothing()) as records:
+        other(x)
+        with capture(other, Nothing()) as inner:
+            model(x)
+            other(x)
+        other(x)
+    model(x)
+    assert (len(records), len(inner)) == (1, 1)
+    assert Retina.look is plain
+    with pytest.raises(RuntimeError, match="enough"), capture(model, Nothing()):
+        raise RuntimeError("enough")
+    assert Retina.look is plain
+    assert "look" not in vars(model.retina)
+
+
+def test_threads_that_watch_one_network_hear_their_own_looks():
+    model, together = network(), threading.Barrier(2, timeout=60)
+
+    def watch(x):
+        with torch.no_grad(), capture(model, Nothing()) as records:
+            together.wait()
+            model(x)
+            together.wait()
+        return [record.grid for record in records]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(watch, (images(12, 15), images(9, 9)))) == [[(12, 15)], [(9, 9)]]
+    assert Retina.look.__name__ == "look"
+    assert Retina.look.__module__ == Retina.__module__
+
+
+def test_a_network_of_somebody_else_is_watched_too():
+    model, x = Reader(), images()
+    with torch.no_grad(), capture(model, Nothing()) as records:
+        model(x)
+    (record,) = records
+    assert record.name == "eye"
+    assert record.locations.shape == (3, 2, 2, 2)  # two at once, twice
+    maps = Gaze()(model, x)
+    assert maps.boxes.shape == (3, 4, 2, 4)
+    centre = (maps.boxes[0, :, 0, :2] + maps.boxes[0, :, 0, 2:]) / 2
+    # the corner, a place, and then what lies opposite: in the order of looking
+    close(centre, torch.tensor([[0.5, 11.5], [11.5, 6.5], [14.5, 0.5], [4.5, 6.5]]))
+
+
+def test_gradients_reach_the_network_through_what_is_watched():
+    model, x = network(subpixel=True, policy=lambda size: Gaussian(size, pathwise=True)), images()
+    with capture(model, Nothing()) as records:
+        model(x).square().sum().backward()
+    assert model.policy.layers[-1].weight.grad.abs().sum() > 0
+    assert not records[0].locations.requires_grad
+
+
+# Heatmaps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("subpixel", [False, True])
+@pytest.mark.parametrize("patch_size", [4, (3, 5)])
+@pytest.mark.parametrize(("height", "width"), [(12, 16), (32, 8)])
+def test_a_heatmap_counts_the_values_that_come_from_each_pixel(patch_size, subpixel, height, width):
+    """The derivative of the sum of all that was seen by the pixels, which the retina alone decides."""
+    model, x = network(patch_size, scales=3, subpixel=subpixel), images(height, width)
+    maps = Gaze()(model, x)
+    location = model.rollout(x, look="mean").location.detach()
+    assert location[:, 0].std() > 0.2  # or it would look at one place only
+    pixels = x.clone().requires_grad_()
+    model.retina(pixels, location[:, 0]).sum().backward()
+    derivative = pixels.grad[:, 0]
+    if subpixel:  # its widest scale keeps the mean of 4 × 4 pixels, and not which of them it came from
+        close(nn.functional.avg_pool2d(maps.raw, 4), nn.functional.avg_pool2d(derivative, 4), rtol=1e-4, atol=1e-4)
+    else:
+        close(maps.raw, derivative, rtol=1e-4, atol=1e-4)
+    assert maps.heatmaps.amin() == 0
+    assert maps.heatmaps.amax() == 1
+    assert maps.source == "glimpses of retina"
+
+
+def test_coverage_is_its_equation():
+    generator = torch.Generator().manual_seed(2)
+    corner = 12 * torch.rand(2, 3, 1, 2, generator=generator) - 3
+    boxes = torch.cat([torch.cat([corner - grow, corner + 2.5 + grow], -1) for grow in (0.0, 1.25)], 2)
+    expected = torch.zeros(2, 8, 6)
+    for b, t, s, y, x in itertools.product(range(2), range(3), range(2), range(8), range(6)):
+        left, top, right, bottom = boxes[b, t, s].tolist()
+        inside = max(0, min(right, x + 1) - max(left, x)) * max(0, min(bottom, y + 1) - max(top, y))
+        expected[b, y, x] += inside * (1.0, 0.25)[s]
+    close(coverage(boxes, (8, 6)), expected)
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (11, 14), (4, 9), (0, 14)])
+def test_a_box_is_where_the_glimpse_was(row, column):
+    """One bright pixel: the scales whose boxes hold it have seen it, each for its share, and no others."""
+    model, x = network(3, scales=2, num_glimpses=6), torch.zeros(1, 1, 12, 15)
+    x[0, 0, row, column] = 1
+    maps = Gaze()(model, x)
+    location = model.rollout(x, look="mean").location
+    seen = model.retina(x, location[:, 0])[0, :, :, 0]
+    for glimpse, scale in itertools.product(range(6), range(2)):
+        left, top, right, bottom = maps.boxes[0, glimpse, scale].tolist()
+        holds = left <= column < right and top <= row < bottom
+        assert float(seen[glimpse, scale].sum()) == holds * 0.25**scale, (glimpse, scale)
+        if holds and scale == 0:  # and inside the patch, in its place
+            assert seen[glimpse, scale, row - int(top), column - int(left)] == 1
+
+
+@pytest.mark.parametrize("patch_size", [3, 4, (5, 2)])
+@pytest.mark.parametrize("scales", [1, 3])
+def test_a_box_is_where_the_look_was_where_it_is_a_near_thing_which_pixel_that_is(patch_size, scales):
+    """Centres of a grid's cells often lie half way between two pixels; the patch itself tells where it was taken."""
+    retina, told = Retina(patch_size, scales=scales), 0
+    for grid, size in itertools.product(range(2, 13), range(15, 46, 3)):
+        location = Categorical(4, grid=grid).centres[None]
+        y, x = torch.meshgrid(torch.arange(size), torch.arange(size + 1), indexing="ij")
+        seen = retina(torch.stack([x, y])[None].float(), location)[0, :, :, :, 0, 0]
+        boxes = retina.boxes(location, (size, size + 1))[0]
+        for scale in range(scales):
+            inside = (boxes[:, scale, :2] >= 0).all(-1)  # the first value lies in the image
+            first = seen[inside, scale] - (2**scale - 1) / 2
+            close(boxes[inside, scale, :2], first, rtol=0, atol=0)
+            told += int(inside.sum())
+    assert told > 1000
+
+
+def test_two_retinas_are_shown_together():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.near, self.far = Retina(2), Retina(3, scales=3)
+
+        def forward(self, x):
+            here = torch.zeros(len(x), 1, 2)
+            return self.near(x, here).mean((1, 2, 3))[:, :, 0] + self.far(x, here + 0.3).mean((1, 2, 3))[:, :, 0].sum()
+
+    x = images()
+    maps = Gaze()(Both(), x)
+    assert maps.source == "glimpses of near, far"
+    assert maps.boxes.shape == (3, 2, 3, 4)
+    pixels = x.clone().requires_grad_()
+    model, here = Both(), torch.zeros(3, 1, 2)
+    (model.near(pixels, here).sum() + model.far(pixels, here + 0.3).sum()).backward()
+    close(maps.raw, pixels.grad[:, 0])
+
+
+# Choice and refusal ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gaze_is_what_a_glimpse_network_is_shown_by(channels):
+    model = network(channels=channels)
+    assert isinstance(default_method(model), Gaze)  # without an example, whatever its channels
+    assert list(methods_that_fit(model, images(channels=channels))) == ["gaze"]
+    assert not isinstance(default_method(models.vit()), Gaze)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (GradCAM, "no output of this GlimpseNetwork lies on a grid, so no class activation map fits"),
+        (RawAttention, "raw needs attention over positions; this GlimpseNetwork has none"),
+        (METHODS["gate"], "gate needs gates over positions; this GlimpseNetwork has glimpses and no gates"),
+        (METHODS["chefer"], "chefer needs attention over positions; this GlimpseNetwork has none"),
+    ],
+)
+@pytest.mark.parametrize("policy", [Gaussian, Categorical])
+def test_other_methods_refuse_in_a_sentence(method, message, policy):
+    """A patch's features are no map of the image, however much they look like one."""
+    model = network(8, encoder=ConvEncoder, policy=policy)
+    with pytest.raises(UsageError) as caught:
+        method()(model, images())
+    assert str(caught.value) == f"{message}. Methods that fit: gaze."
+
+
+def test_gaze_of_a_network_without_a_retina_is_refused():
+    with pytest.raises(UsageError, match=r"gaze needs a network that looks through a Retina; this ResNet does not\. M"):
+        Gaze()(models.resnet("seresnet18"), models.pictures())
+
+
+def test_what_looks_at_another_image_than_it_was_given_is_refused():
+    class Shrinks(Reader):
+        def forward(self, x):
+            return super().forward(x[..., ::2, ::2])
+
+    with pytest.raises(UsageError, match=r"eye looks at 3 images of \(6, 8\), and the model was given 3 of \(12, 15\)"):
+        Gaze()(Shrinks(), images())
+
+
+def test_a_glance_at_the_whole_image_keeps_its_gradient_methods():
+    model = network(channels=3, glance=lambda channels: Glance(channels))
+    fitting = methods_that_fit(model, images(channels=3))
+    assert list(fitting) == ["gaze", "gradcam", "gradcam++", "layercam", "eigencam"]
+    maps = GradCAM()(model, images(32, 32, channels=3))
+    assert maps.raw.shape == (3, 16, 16)
+    assert maps.source == "glance.layers"
+
+
+class Glance(nn.Module):
+    out_features = 4
+
+    def __init__(self, channels):
+        super().__init__()
+        self.layers = nn.Conv2d(channels, 4, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.layers(x).relu().mean((2, 3))
+
+
+def test_a_network_that_sees_all_alike_is_told_to_show_nothing():
+    with pytest.warns(MapWarning, match="gaze heatmaps of glimpses of retina are constant"):
+        Gaze()(network(64, scales=1, num_glimpses=1), images())
+
+
+def test_gaze_is_scored():
+    model = network(6, num_glimpses=2)
+    batch = {"image": images(24, 24, batch=12), "box": torch.tensor([[4.0, 4, 12, 12]] * 12)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MapWarning)
+        scores = score(model, [batch], steps=4, copies=1)
+    assert list(scores.controls) == ["gaze"]
+    assert not scores.failed
+    assert scores.figures == ["deletion", "insertion", "pointing", "energy", "iou", "shuffled"]
