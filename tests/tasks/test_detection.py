@@ -22,6 +22,7 @@ from visionattn.errors import DataError
 from visionattn.models import Detector
 from visionattn.tasks import Detection
 from visionattn.tasks.detection import FIGURES
+from visionattn.training.finite import FiniteLoss
 
 
 class Samples(L.LightningDataModule):
@@ -173,9 +174,19 @@ def test_terms_are_logged_apart_and_crowds_are_not_trained_on():
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_names_the_images():
+    """And the term, which the task logs apart."""
     task = Detection(Oracle(terms={"good": 1.0, "box": float("nan")}))
-    with pytest.raises(DataError, match=r"not finite \(box nan\) in step 0, images 0\.png, 1\.png"):
-        trainer(limit_val_batches=0).fit(task, datamodule=Samples([sample(0, [], []), sample(1, [], [])]))
+    data = Samples([sample(0, [], []), sample(1, [], [])])
+    with pytest.raises(DataError, match=r"step 0 .* is nan \(train/loss_box nan\); its images: 0\.png, 1\.png;"):
+        trainer(limit_val_batches=0, callbacks=[FiniteLoss()]).fit(task, datamodule=data)
+
+
+def test_or_its_step_is_left_out():
+    oracle = Oracle(terms={"box": float("nan")})
+    skip = FiniteLoss(otherwise="skip")
+    trainer(limit_val_batches=0, callbacks=[skip]).fit(Detection(oracle), datamodule=Samples([sample(0, [], [])]))
+    assert skip.skipped == 1
+    assert oracle.weight.item() == 1
 
 
 def test_training_sizes_are_drawn_and_boxes_follow():

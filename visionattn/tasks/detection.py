@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H rows, W columns, N boxes of an image, K classes; boxes xyxy in pixels.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -25,13 +26,15 @@ FIGURES = (
 """COCO's twelve: average precision over IoU .5 to .95, at .5 and .75, by the size of objects; average recall with 1, 10
 and 100 boxes an image, and by size. −1 where there is no such object."""
 
+Seen = list[tuple[Detections, dict[str, Tensor]]]
+"""Of each image what was found and what is there, in pixels of its source."""
+
 
 class Detection(L.LightningModule):
     """Train a detector to find objects.
 
     Logged: `train/loss`, and each of its terms as `train/loss_…`; `val/…` and `test/…` of COCO's twelve figures (see
     `FIGURES`), measured in pixels of the source images, and `val/map/<class>`, the average precision of each class.
-    A loss that is not finite ends the training, and names the images.
 
     Args:
         network: a `Detector`. Its `num_classes` is held against the data.
@@ -67,6 +70,7 @@ class Detection(L.LightningModule):
         self.sizes = sizes
         self.seed = seed
         self.class_names: tuple[str, ...] = ()
+        self._seen: Seen = []
 
     def forward(self, images_BCHW: Tensor) -> list[Detections]:
         return self.network(images_BCHW)
@@ -81,7 +85,7 @@ class Detection(L.LightningModule):
                 f"the network has num_classes {outputs}, and the data has {count} classes ({names}); "
                 f"set model.init_args.network.init_args.num_classes: {count}"
             )
-        self.val_scores, self.test_scores = coco_scores(), coco_scores()
+        self._seen = []
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images_BCHW, boxes = self._resized(batch["image"], batch["boxes"])
@@ -90,31 +94,25 @@ class Detection(L.LightningModule):
         labels = [some[keep] for some, keep in zip(batch["labels"], wanted, strict=True)]
         terms = self.network.losses(images_BCHW, boxes, labels)
         loss = torch.stack(list(terms.values())).sum()
-        if not loss.isfinite():
-            bad = ", ".join(f"{name} {float(term.detach()):g}" for name, term in terms.items() if not term.isfinite())
-            raise DataError(
-                f"the loss is not finite ({bad or 'their sum'}) in step {self.global_step}, images "
-                f"{', '.join(batch['path'][:3])} …; look at their boxes, lower the learning rate or clip gradients"
-            )
         for name, term in terms.items():
             self.log(f"train/loss_{name}", term, batch_size=len(images_BCHW))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images_BCHW))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score(batch, self.val_scores)
+        self._look(batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._score(batch, self.test_scores)
+        self._look(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._log("val", self.val_scores)
+        self._log("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log("test", self.test_scores)
+        self._log("test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        found = to_source(self(batch["image"]), batch["placement"])
+        found = self._find(batch)
         return {"path": batch["path"], "image_id": batch["image_id"].tolist(), "detections": found}
 
     def configure_optimizers(self) -> Any:
@@ -126,8 +124,11 @@ class Detection(L.LightningModule):
             gamma_lr_factor=self.gamma_lr_factor,
         )
 
-    def _score(self, batch: dict[str, Any], scores: MeanAveragePrecision) -> None:
-        found = to_source(self(batch["image"]), batch["placement"])
+    def _find(self, batch: dict[str, Any]) -> list[Detections]:
+        """Detect, in pixels of the sources; of a batch without an image, as a process may get, nothing."""
+        return to_source(self(batch["image"]), batch["placement"]) if len(batch["image"]) else []
+
+    def _look(self, batch: dict[str, Any]) -> None:
         truth = [
             {
                 "boxes": boxes_to_source(boxes, placement),
@@ -139,18 +140,24 @@ class Detection(L.LightningModule):
                 batch["boxes"], batch["labels"], batch["crowd"], batch["area"], batch["placement"], strict=True
             )
         ]
-        scores.update([{name: some[name] for name in ("boxes", "scores", "labels")} for some in found], truth)
+        found = [{name: some[name] for name in ("boxes", "scores", "labels")} for some in self._find(batch)]
+        self._seen += zip(*([_on_cpu(some) for some in side] for side in (found, truth)), strict=True)
 
-    def _log(self, split: str, scores: MeanAveragePrecision) -> None:
+    def _log(self, split: str) -> None:
+        scores = coco_scores()
+        seen = gathered(self._seen, self.trainer.world_size)
+        self._seen = []
+        scores.update([found for found, _ in seen], [truth for _, truth in seen])
         found = scores.compute()
-        scores.reset()
+        everywhere: dict[str, Any] = {"sync_dist": True}  # the same in every process
         for name in FIGURES:
-            self.log(f"{split}/{name}", found[name].float().to(self.device), prog_bar=name == "map" and split == "val")
+            shown = name == "map" and split == "val"
+            self.log(f"{split}/{name}", found[name].float().to(self.device), prog_bar=shown, **everywhere)
         names = self.class_names or tuple(map(str, range(self.network.num_classes)))
         classes = found["classes"].reshape(-1).tolist()
         for label, value in zip(classes, found["map_per_class"].reshape(-1), strict=True):
             if label in range(len(names)):  # −1 where there was nothing at all
-                self.log(f"{split}/map/{names[label]}", value.float().to(self.device))
+                self.log(f"{split}/map/{names[label]}", value.float().to(self.device), **everywhere)
 
     def _resized(self, images_BCHW: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         if self.sizes is None:
@@ -175,9 +182,19 @@ def coco_scores(*, backend: Literal["faster_coco_eval", "pycocotools"] = "faster
         rec_thresholds=np.linspace(0, 1, 101).tolist(),
         class_metrics=True,
         backend=backend,
+        sync_on_compute=False,  # it hangs where processes have seen unlike numbers of images; see `gathered`
     )
     scores.warn_on_many_detections = False  # there are at most a hundred
     return scores
+
+
+def gathered(seen: Seen, world_size: int) -> Seen:
+    """Join what processes have seen of which each took every n-th image, in the data's order; the same in each."""
+    if world_size == 1:
+        return seen
+    parts: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(parts, seen)
+    return [one for some in itertools.zip_longest(*parts) for one in some if one is not None]
 
 
 def to_source(found: Sequence[Detections], placements: Sequence[Any]) -> list[Detections]:
@@ -192,3 +209,7 @@ def boxes_to_source(boxes_N4: Tensor, placement: Any) -> Tensor:
     """Carry boxes of an input to the pixels of its source."""
     carried = placement.boxes_to_source(boxes_N4.detach().cpu().double().numpy())
     return torch.from_numpy(carried).to(boxes_N4.device, torch.float32)
+
+
+def _on_cpu(some: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in some.items()}
