@@ -161,3 +161,21 @@ def test_digit_scenes_come_as_batches():
     batch = next(iter(data.train_dataloader()))
     assert batch["image"].shape == (4, 3, 96, 96)
     assert all(boxes.shape == (len(labels), 4) for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True))
+
+
+@pytest.mark.parametrize("unreadable", ["stop", "skip"])
+def test_an_image_that_breaks_off_later_is_named(unreadable, tmp_path):
+    root = blocks(tmp_path, [(10, 20, 60, 70)])
+    data = AnnotatedData(root, unreadable=unreadable, num_workers=0)
+    broken = tmp_path / "JPEGImages" / "train_0.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    data.setup("fit")
+    data.batch_size = len(data.datasets["train"])
+    if unreadable == "stop":
+        with pytest.raises(DataError, match=r"train_0\.png"):
+            list(data.train_dataloader())
+        return
+    seen = [path for batch in data.train_dataloader() for path in batch["path"]]
+    assert seen
+    assert str(broken) not in seen
+    assert list(data.skipped) == [str(broken)]

@@ -126,8 +126,9 @@ class TestReport(Callback):
                 self._hits.setdefault(f"test/{name}", MeanMetric().to(pl_module.device))
         if not len(batch["image"]):  # as for a process of more than there are images
             return
-        method = self.method if "boxes" in batch else chosen(self.method, pl_module, batch)
-        if "box" in batch or isinstance(method, Gaze):
+        whole = "boxes" not in batch  # of images, not of their boxes
+        method = chosen(self.method, pl_module, batch) if whole else self.method
+        if whole and ("box" in batch or isinstance(method, Gaze)):
             maps = explain(method, pl_module, batch)
             assert isinstance(maps, Maps)
             self._density.add(maps, batch)
