@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from tests.conftest import CONFIGS, SMALL
+from tests.data.annotated import GAPS, NAMES, coco, coco_of_sixteen, voc
 from tests.overlay.test_video import film
 from visionattn.cli import main
 from visionattn.data import read_image
@@ -46,7 +47,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path):
     result = run_python(code, tmp_path)
     assert time.perf_counter() - started < 1
     assert result.stdout.splitlines()[-1] == "set()"
-    for verb in ("fit", "validate", "test", "predict", "overlay", "score", "export"):
+    for verb in ("fit", "validate", "test", "predict", "data", "overlay", "score", "export"):
         assert f"  {verb} " in result.stdout
 
 
@@ -56,7 +57,7 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path):
     assert result.stdout.strip() == "set()", result.stderr
 
 
-@pytest.mark.parametrize("verb", ["fit", "overlay", "score"])
+@pytest.mark.parametrize("verb", ["fit", "data", "overlay", "score"])
 def test_every_verb_has_its_help(verb, capsys):
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
@@ -80,7 +81,7 @@ def test_quickstart_leaves_everything_in_its_run(quick_run):
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_runs(config, photo_folder, tmp_path, monkeypatch):
+def test_every_config_runs(config, photo_folder, tmp_path, tmp_path_factory, monkeypatch):
     """By the command in its header, with flags that make it short and point it at other data."""
     monkeypatch.chdir(tmp_path)
     names = re.findall(r"--config configs/(\S+)", re.search(r"^# +visionattn fit .*", config.read_text(), re.M)[0])
@@ -91,8 +92,17 @@ def test_every_config_runs(config, photo_folder, tmp_path, monkeypatch):
     if "ImageFolderData" in text:
         command += [f"--data.root={photo_folder}", "--data.num_workers=0", "--data.batch_size=4"]
         command += ["--model.network.num_classes=5"]
+    if "AnnotatedData" in text:
+        root = (coco_of_sixteen if "root: coco" in text else voc)(tmp_path_factory.mktemp("annotated"))
+        command += [f"--data.root={root}", "--data.num_workers=0", "--data.batch_size=2", "--data.preprocess.size=64"]
+        command += ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--test_after_fit=false"]
+    if "sizes: [" in text:
+        command += ["--model.sizes=[64]" if "vit_" not in text else "--model.sizes=null"]
+    if "img_size: 640" in text:
+        command += ['--model.network.features.options={"img_size": 64}']
     if "pretrained: true" in text:
-        command += ["--model.network.pretrained=false"]
+        inside = "features." if "FeaturePyramid" in text else ""
+        command += [f"--model.network.{inside}pretrained=false"]
     if "torchvision.datasets.MNIST" in text:
         monkeypatch.setattr(torchvision.datasets, "MNIST", FakeMNIST)
         command += ["--data.num_workers=0"]
@@ -114,6 +124,41 @@ class FakeMNIST(torchvision.datasets.VisionDataset):
 
     def __getitem__(self, index):
         return Image.fromarray(self.data[index]), int(self.targets[index])
+
+
+def test_detection_leaves_its_report_and_predictions(tmp_path, monkeypatch):
+    """From training to COCO's json, by the command line, on data in COCO's layout."""
+    monkeypatch.chdir(tmp_path)
+    root = coco(tmp_path / "coco")
+    sizes = ["--data.num_workers=0", "--data.preprocess.size=64", "--data.batch_size=2", "--trainer.accelerator=cpu"]
+    config = str(CONFIGS / "detection" / "bccd_dense.yaml")
+    command = ["fit", f"--config={config}", f"--data.root={root}", *sizes, "--trainer.max_epochs=1"]
+    command += ["--trainer.enable_progress_bar=false", "--trainer.check_val_every_n_epoch=1"]
+    command += ["--overlays.every_n_epochs=1", "--test_after_fit=false", "--trainer.log_every_n_steps=1"]
+    assert main(command) == 0
+    run = Path("runs/bccd-dense/0")
+    assert (run / "overlays" / "epoch_000.jpg").exists()
+    with open(run / "metrics.csv") as file:
+        logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
+    assert {"train/loss", "train/loss_class", "train/loss_box", "val/map", "val/map_50", "val/map/cat"} <= logged
+    from visionattn.training import load
+
+    assert load(run / "best.ckpt").class_names == NAMES
+    import os
+
+    os.environ.pop("VISIONATTN_RUN")
+    command = ["predict", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'best.ckpt'}"]
+    assert main(command) == 0
+    results = json.loads(Path("runs/bccd-dense/1/predictions.json").read_text())
+    assert {result["category_id"] for result in results} <= set(GAPS)
+    assert {result["image_id"] for result in results} <= {1, 11}
+    for result in results:
+        x, y, width, height = result["bbox"]
+        assert x >= 0
+        assert y >= 0
+        assert x + width <= 80.01
+        assert y + height <= 60.01
+    assert len(list(Path("runs/bccd-dense/1/predictions").iterdir())) == 2
 
 
 def test_print_config_and_several_configs(tmp_path, capsys):

@@ -349,6 +349,23 @@ def _score(arguments: list[str]) -> int:
     return int(bool(scores.failed or images.failures))
 
 
+def _data(arguments: list[str]) -> int:
+    parser = _Parser(prog="visionattn data", description="Look at a folder of annotated images.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    check_parser = verbs.add_parser("check", help="list all that is wrong with the annotations of a data set")
+    check_parser.add_argument("path", metavar="PATH", help="a folder in COCO's, Pascal VOC's or YOLO's layout")
+    check_parser.add_argument("--images", metavar="DIR", help="the images, where they are in none of the usual places")
+    check_parser.add_argument("--box-format", choices=("xyxy", "xywh", "cxcywh"), help="of the numbers in the files")
+    check_parser.add_argument("--limit", type=int, metavar="N", help="list at most so many problems of a kind")
+    options = parser.parse_args(arguments[1:])
+
+    from visionattn.data.checking import check
+
+    report = check(options.path, images=options.images, box_format=options.box_format)
+    print("\n".join(report.lines(options.limit)))
+    return int(bool(report.problems))
+
+
 _FIGURES = """figures:
   deletion   how likely the model's answer stays while the hottest pixels go
   insertion  how likely it gets while they come back into a blurred image
@@ -452,6 +469,7 @@ def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method"
 
 
 _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "data": (_data, "check a data set: visionattn data check PATH"),
     "overlay": (_overlay, "write overlays of where a model looked in images"),
     "explore": (_explore, "make a page to explore where a model looks in images"),
     "score": (_score, "measure whether to believe a method's heatmaps"),

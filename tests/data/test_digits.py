@@ -33,7 +33,7 @@ def test_no_handwritten_instance_is_in_two_splits():
     from sklearn.datasets import load_digits
 
     whole = {image.tobytes() for image in load_digits().images}
-    splits = [ClutteredDigits(split, size=1)._instances[0] for split in ("train", "val", "test")]
+    splits = [ClutteredDigits(split, size=1).instances[0] for split in ("train", "val", "test")]
     found = [{image.tobytes() for image in images} for images in splits]
     assert sum(map(len, splits)) == 1797
     assert sum(map(len, found)) == len(found[0] | found[1] | found[2]) == len(whole)
@@ -56,7 +56,7 @@ def test_box_and_mask_are_those_of_the_digit():
 def test_labels_are_those_of_the_handwriting():
     """A nearest neighbour among the training instances names nearly every uncluttered digit as its label does."""
     data = ClutteredDigits("test", size=100, fragments=0, scale=(32, 32), distort=0)
-    images, labels = ClutteredDigits("train", size=1)._instances
+    images, labels = ClutteredDigits("train", size=1).instances
     images = images.reshape(-1, 8, 4, 8, 4).mean((2, 4))
     right = 0
     for index in range(100):

@@ -107,6 +107,31 @@ GLIMPSES = {
 }
 """A task whose steps draw random numbers, and whose policy and baseline change as the training goes on."""
 
+DETECTION = {
+    "class_path": "visionattn.tasks.Detection",
+    "init_args": {
+        "network": {
+            "class_path": "visionattn.models.DenseDetector",
+            "init_args": {
+                "num_classes": 10,
+                "depth": 1,
+                "features": {
+                    "class_path": "visionattn.models.FeaturePyramid",
+                    "init_args": {
+                        "backbone": "resnet10t",
+                        "options": {"channels": [8, 8, 16, 16], "stem_width": 4},
+                        "strides": [8],
+                        "channels": 16,
+                    },
+                },
+            },
+        },
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        "sizes": [48, 64, 80],
+    },
+}
+"""A task on `DigitScenesData`, whose steps draw a size each."""
+
 
 def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, model=None, **trainer) -> Path:
     """Write the config of a training of two epochs, with all that a resumed one must restore."""
@@ -157,6 +182,9 @@ def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, mod
     }
     if model is not None:
         config["model"] = model
+    if model is DETECTION:
+        config["data"]["class_path"] = "visionattn.data.DigitScenesData"
+        config["data"]["init_args"] |= {"canvas": 64}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))

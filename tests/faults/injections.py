@@ -32,7 +32,7 @@ def on_call(owner: object, name: str, number: int, act, *, after: bool = False) 
 
 def record(path: str) -> None:
     """Note the images of every training step, with a hash of what the network is given."""
-    from visionattn.tasks import Classification, GlimpseClassification
+    from visionattn.tasks import Classification, Detection, GlimpseClassification
 
     def recorded(real):
         def step(self, batch, batch_idx):
@@ -44,15 +44,15 @@ def record(path: str) -> None:
 
         return step
 
-    for task in (Classification, GlimpseClassification):
+    for task in (Classification, Detection, GlimpseClassification):
         task.training_step = recorded(task.training_step)
 
 
 def at_step(number: int, act=die, *, after: bool = False) -> None:
     """In the `number`-th training step of this process."""
-    from visionattn.tasks import Classification, GlimpseClassification
+    from visionattn.tasks import Classification, Detection, GlimpseClassification
 
-    for task in (Classification, GlimpseClassification):
+    for task in (Classification, Detection, GlimpseClassification):
         on_call(task, "training_step", number, act, after=after)
 
 

@@ -1,10 +1,11 @@
 """Every image exactly once, by however many processes; and the same figures."""
 
 import csv
+import json
 
 import pytest
 
-from tests.faults.conftest import start_all, tiny
+from tests.faults.conftest import DETECTION, start_all, tiny
 
 QUICK = [(1, 2), (13, 2)]
 ALL = [(images, processes) for images in (1, 2, 3, 13, 17) for processes in (2, 3)]
@@ -45,3 +46,38 @@ def test_every_image_counts_once(verb, images, processes, server, trained, tmp_p
     one, many = ({name: float(value) for name, value in rows[1:]} for rows in (found[1], found[processes]))
     assert one.keys() == many.keys() >= {"loss", "accuracy", "top5", "f1", "calibration_error", "pointing"}
     assert many == pytest.approx(one, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "processes"),
+    [(1, 2), (5, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 3), (13, 3), (17, 2)))],
+)
+@pytest.mark.parametrize("verb", ["test", "predict"])
+def test_so_does_every_image_with_boxes(verb, images, processes, server, tmp_path):
+    """And the boxes stand in the order of the images."""
+    command = [verb, "--config", tiny(tmp_path, model=DETECTION), "--ckpt_path=untrained"]
+    command += [f"--data.test_size={images}"]
+    found = {}
+    for count in (1, processes):
+        home = tmp_path / str(count)
+        home.mkdir()
+        children = start_all(server, count, command, home) if count > 1 else [server.start(command, home)]
+        for ended in [child.wait() for child in children]:
+            assert ended.code == 0, ended.told
+        (run,) = (home / "runs" / "tiny").iterdir()
+        assert not list(run.glob(".*.part"))
+        if verb == "test":
+            with open(run / "test.csv") as file:
+                found[count] = {name: float(value) for name, value in list(csv.reader(file))[1:]}
+        else:
+            found[count] = json.loads((run / "predictions.json").read_text())
+            assert len(list((run / "predictions").iterdir())) == images
+    one, many = found[1], found[processes]
+    if verb == "test":
+        assert images == 1 or one["mar_100"] > 0
+        assert many == pytest.approx(one, abs=1e-6)
+        return
+    assert list(dict.fromkeys(result["image_id"] for result in one)) == list(range(images))
+    assert [result["image_id"] for result in many] == [result["image_id"] for result in one]
+    for left, right in zip(one, many, strict=True):
+        assert left["bbox"] == pytest.approx(right["bbox"], abs=0.011)

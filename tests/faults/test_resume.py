@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils import _pytree
 
-from tests.faults.conftest import GLIMPSES, ROOT, free_port, start_all, steps, tiny
+from tests.faults.conftest import DETECTION, GLIMPSES, ROOT, free_port, start_all, steps, tiny
 
 RESTORED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
 
@@ -73,6 +73,12 @@ def test_a_training_goes_on_as_if_nothing_had_happened(
     fault, workers, flags, code, twice, server, undisturbed, tmp_path
 ):
     assert disturb(server, tmp_path, undisturbed, [fault], workers=workers, flags=flags, code=code) == twice
+
+
+def test_so_does_a_detector_that_draws_its_sizes(server, tmp_path):
+    expected = whole(server, tmp_path / "whole", model=DETECTION)
+    flags = ["--resume.every_n_steps=1"]
+    assert disturb(server, tmp_path / "again", expected, ["at_step(9)"], model=DETECTION, flags=flags) == 0
 
 
 def test_so_does_one_that_learns_by_trying(server, tmp_path):

@@ -121,7 +121,7 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         random = np.random.Generator(
             np.random.Philox(key=[self.seed, SPLITS.index(self.split)], counter=[0, 0, 0, index])
         )
-        images, labels = self._instances
+        images, labels = self.instances
         # a row a piece, the digit last: which instance, its side, where it is cut, where it lies, how it is distorted
         draws = random.random((self.fragments + 1, 10))
         instances = (draws[:, 0] * len(images)).astype(int).tolist()
@@ -136,7 +136,7 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         for instance, side, matrix, piece, cut, (top, left) in zip(
             instances, sides.tolist(), matrices, pieces.tolist(), cuts, places, strict=True
         ):
-            digit_hw = _enlarged(images[instance], side, matrix)
+            digit_hw = enlarged(images[instance], side, matrix)
             region = canvas_HW[top : top + piece, left : left + piece]
             np.maximum(region, digit_hw[cut[0] : cut[0] + piece, cut[1] : cut[1] + piece], out=region)
         ink_HW = np.zeros((self.canvas, self.canvas), bool)
@@ -145,7 +145,7 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         return canvas_HW, int(labels[instances[-1]]), ink_HW
 
     @cached_property
-    def _instances(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def instances(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
@@ -161,7 +161,7 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         return np.stack(smooth), digits.target[chosen]
 
 
-def _enlarged(image_hw: NDArray[np.uint8], side: int, matrix: NDArray[np.float64]) -> NDArray[np.uint8]:
+def enlarged(image_hw: NDArray[np.uint8], side: int, matrix: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Bring a square image to `side` pixels, and distort it about its centre by a (2, 2) matrix."""
     turn = matrix * (side / len(image_hw))
     # OpenCV counts from the centres of pixels

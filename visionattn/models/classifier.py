@@ -59,7 +59,7 @@ class Classifier(nn.Module):
         if self_attention is not None:
             swap_attention(self.backbone, self_attention, at=self_attention_at)
         if attention is not None:
-            image = _example(options or {})
+            image = example_image(options or {})
             insert(self.backbone, attention, at=attention_at, preserve=attention_preserve, image=image)
         if tokens is not None:
             reduce_tokens(self.backbone, tokens)
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         return self.backbone(x_BCHW)
 
 
-def _example(options: dict[str, Any]) -> Tensor | None:
+def example_image(options: dict[str, Any]) -> Tensor | None:
     """An image as the options want it; None where they leave it to the model's own configuration."""
     if not {"img_size", "in_chans"} & options.keys():
         return None

@@ -4,12 +4,11 @@ Shapes: B batch, C channels, H rows, W columns, K classes.
 """
 
 from abc import ABC, abstractmethod
-from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
@@ -19,8 +18,8 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
-from visionattn.attention import optimizer_for
 from visionattn.errors import DataError
+from visionattn.tasks.optimizing import optimizing
 
 
 class NamingTask(L.LightningModule, ABC):
@@ -126,19 +125,13 @@ class NamingTask(L.LightningModule, ABC):
         return {"path": batch["path"], "probability": self(batch["image"]).softmax(-1)}
 
     def configure_optimizers(self) -> Any:
-        make = self.optimizer or partial(torch.optim.AdamW, lr=1e-3)
-        optimizer = optimizer_for(self, make, gamma_lr_factor=self.gamma_lr_factor)
-        if self.lr_scheduler is None:
-            return optimizer
-        asked = getattr(self.lr_scheduler, "keywords", {})
-        if "total_steps" in asked and asked["total_steps"] is None and asked.get("epochs") is None:
-            steps = int(self.trainer.estimated_stepping_batches)
-            schedule = {"scheduler": self.lr_scheduler(optimizer, total_steps=steps), "interval": "step"}  # type: ignore[call-arg]
-        else:
-            schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
-        if isinstance(schedule["scheduler"], ReduceLROnPlateau):
-            schedule["monitor"] = schedule["scheduler"].monitor
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return optimizing(
+            self,
+            self.optimizer,
+            self.lr_scheduler,
+            lr_interval=self.lr_interval,
+            gamma_lr_factor=self.gamma_lr_factor,
+        )
 
     def _score(self, batch: dict[str, Any], scores: MetricCollection, loss: MeanMetric, loss_name: str) -> Tensor:
         logits_BK = self(batch["image"])

@@ -1,11 +1,10 @@
 """What Lightning lacks: pictures of where the model looks while it trains, and a report when it is tested."""
 
 import csv
-import dataclasses
 import io
 import itertools
+import json
 import math
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,15 +21,14 @@ from visionattn.attention import AdaptiveSpan
 from visionattn.data import write_image
 from visionattn.data.decode import write_bytes
 from visionattn.errors import DataError
-from visionattn.maps import Gaze, Maps, MapWarning, Method, default_method
+from visionattn.maps import Gaze, Maps, Method
+from visionattn.maps.boxes import BoxMethod
 from visionattn.maps.localisation import pointing
 from visionattn.models import GlimpseNetwork
-from visionattn.overlay.draw import Tile, blend, heat, sheet
-from visionattn.overlay.gaze import boxes_in_source, draw_gaze
+from visionattn.overlay.draw import Tile, boxes, heat, sheet
 from visionattn.training.durable import replace
 from visionattn.training.gaze import GazeDensity, write_gaze
-
-_GAZE_SIDE = 240  # pixels of a picture with a path, whose numbers are to be read
+from visionattn.training.pictures import Explained, chosen, explain, picture_of
 
 
 class OverlaySamples(Callback):
@@ -41,10 +39,10 @@ class OverlaySamples(Callback):
     Args:
         every_n_epochs: 0 writes none.
         num_images: how many; the first of the validation split.
-        method: how attention becomes a heatmap; what fits the model by default.
+        method: how attention becomes a heatmap, of a whole image or of each box; what fits the model by default.
     """
 
-    def __init__(self, every_n_epochs: int = 1, num_images: int = 8, method: Method | None = None) -> None:
+    def __init__(self, every_n_epochs: int = 1, num_images: int = 8, method: Method | BoxMethod | None = None) -> None:
         if every_n_epochs < 0 or num_images < 1:
             raise ValueError(f"every_n_epochs must be ≥ 0 and num_images ≥ 1, got {every_n_epochs} and {num_images}")
         self.every_n_epochs = every_n_epochs
@@ -58,14 +56,14 @@ class OverlaySamples(Callback):
         if batch_idx == 0 and self._wanted(trainer):
             self._batch = _first(batch, self.num_images)
         if trainer.sanity_checking and self.every_n_epochs:  # a method that does not fit is told before the first epoch
-            _explain(self.method, pl_module, _first(batch, 1))
+            explain(self.method, pl_module, _first(batch, 1))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = _folder(trainer)
         if self._batch is None or not self._wanted(trainer) or folder is None:
             return
-        maps = _explain(self.method, pl_module, self._batch)
-        picture = _sheet(
+        maps = explain(self.method, pl_module, self._batch)
+        picture = picture_of(
             self._batch, maps, pl_module, _dataset(trainer.val_dataloaders), f"epoch {trainer.current_epoch}"
         )
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,18 +90,18 @@ class TestReport(Callback):
 
     Args:
         num_images: images on the sheet, the first of the test split.
-        method: how attention becomes a heatmap; what fits the model by default.
+        method: how attention becomes a heatmap, of a whole image or of each box; what fits the model by default.
     """
 
     __test__ = False  # a callback, whatever pytest makes of its name
 
-    def __init__(self, num_images: int = 12, method: Method | None = None) -> None:
+    def __init__(self, num_images: int = 12, method: Method | BoxMethod | None = None) -> None:
         if num_images < 1:
             raise ValueError(f"num_images must be ≥ 1, got {num_images}")
         self.num_images = num_images
         self.method = method
         self._batch: dict[str, Any] | None = None
-        self._maps: Maps | None = None
+        self._maps: Explained | None = None
         self._folder: Path | None = None
         self._hits: dict[str, MeanMetric] = {}
         self._density = GazeDensity()
@@ -128,9 +126,11 @@ class TestReport(Callback):
                 self._hits.setdefault(f"test/{name}", MeanMetric().to(pl_module.device))
         if not len(batch["image"]):  # as for a process of more than there are images
             return
-        method = _chosen(self.method, pl_module, batch)
-        if "box" in batch or isinstance(method, Gaze):
-            maps = _explain(method, pl_module, batch)
+        whole = "boxes" not in batch  # of images, not of their boxes
+        method = chosen(self.method, pl_module, batch) if whole else self.method
+        if whole and ("box" in batch or isinstance(method, Gaze)):
+            maps = explain(method, pl_module, batch)
+            assert isinstance(maps, Maps)
             self._density.add(maps, batch)
             if "box" in batch:
                 hits = pointing(maps.heatmaps, batch["box"], batch["image"].shape[-2:])
@@ -138,7 +138,7 @@ class TestReport(Callback):
                     self._hits[f"test/{logged}"].update(hits[name].to(pl_module.device))
         if batch_idx == 0 and trainer.is_global_zero:
             self._batch = _first(batch, self.num_images)
-            self._maps = _explain(method, pl_module, self._batch)
+            self._maps = explain(method, pl_module, self._batch)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, hits in self._hits.items():
@@ -160,8 +160,9 @@ class TestReport(Callback):
         if folder is None or self._batch is None or self._maps is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        title = f"{self._maps.method}: {self._maps.source}"
-        picture = _sheet(self._batch, self._maps, pl_module, _dataset(trainer.test_dataloaders), title)
+        first = self._maps[0] if isinstance(self._maps, list) else self._maps
+        title = f"{first.method}: {first.source}"
+        picture = picture_of(self._batch, self._maps, pl_module, _dataset(trainer.test_dataloaders), title)
         write_image(folder / "test.png", picture)
         self._density.write(folder / "gaze_density.png")
         preprocess = getattr(trainer.datamodule, "preprocess", None)  # type: ignore[attr-defined]
@@ -204,18 +205,33 @@ def _span_sheet(layers: dict[str, AdaptiveSpan], title: str) -> Any:
 
 
 class WritePredictions(BasePredictionWriter):
-    """Write the most probable class of every image into the run's predictions.csv, each once, in the data's order.
+    """Write what was predicted into the run, each image once, in the data's order.
+
+    Of a classifier: the most probable class of every image, into predictions.csv. Of a detector: predictions.json, in
+    COCO's form of results, boxes in pixels of the source images, with the files' own numbers of images and classes; and
+    pictures of the first images with their boxes, into predictions/.
 
     The file appears when it is complete. Each process writes a part of it before.
+
+    Args:
+        pictures: how many, at most.
+        lowest: score of a box in a picture.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pictures: int = 100, lowest: float = 0.3) -> None:
         super().__init__(write_interval="batch")
+        self.pictures = pictures
+        self.lowest = lowest
         self._home: Path | None = None
+        self._name = "predictions.csv"
+        self._done = 0
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = _folder(trainer)  # every process must ask
         self._home = folder and folder.parent
+        finds = hasattr(trainer.datamodule, "category_ids")  # type: ignore[attr-defined]
+        self._name = "predictions.json" if finds else "predictions.csv"
+        self._done = 0
         if self._home:
             self._home.mkdir(parents=True, exist_ok=True)
             self._part(trainer.global_rank).write_bytes(b"")
@@ -232,27 +248,23 @@ class WritePredictions(BasePredictionWriter):
     ) -> None:
         if self._home is None:
             return
-        names = getattr(trainer.datamodule, "class_names", ())  # type: ignore[attr-defined]
-        probabilities, classes = prediction["probability"].float().cpu().max(-1)
-        rows = [
-            [source, names[index] if names else index, f"{probability:.6f}"]
-            for source, index, probability in zip(
-                prediction["path"], classes.tolist(), probabilities.tolist(), strict=True
-            )
-        ]
-        path = self._part(trainer.global_rank)
+        rows = _classes if self._name == "predictions.csv" else _boxes
+        content = rows(prediction, trainer.datamodule)  # type: ignore[attr-defined]
         try:
-            with open(path, "ab") as file:
-                file.write(_csv(rows))
+            with open(self._part(trainer.global_rank), "ab") as file:
+                file.write(content)
         except OSError as error:
-            raise DataError(f"{self._home / 'predictions.csv'} cannot be written: {error.strerror}") from error
+            raise DataError(f"{self._home / self._name} cannot be written: {error.strerror}") from error
+        if self._name == "predictions.json":
+            self._draw(trainer, prediction, self._home / "predictions")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.barrier()
         if self._home is None or not trainer.is_global_zero:
             return
         parts = [self._part(rank) for rank in range(trainer.world_size)]
-        replace(self._home / "predictions.csv", lambda file: _interleave(parts, file))
+        join = _interleave if self._name == "predictions.csv" else _interleave_json
+        replace(self._home / self._name, lambda file: join(parts, file))
         for part in parts:
             part.unlink()
 
@@ -260,9 +272,61 @@ class WritePredictions(BasePredictionWriter):
         if self._home:
             self._part(trainer.global_rank).unlink(missing_ok=True)
 
+    def _draw(self, trainer: L.Trainer, prediction: Any, folder: Path) -> None:
+        dataset = _dataset(trainer.predict_dataloaders)
+        class_names = trainer.datamodule.class_names  # type: ignore[attr-defined]
+        for path, image_id, found in zip(
+            prediction["path"], prediction["image_id"], prediction["detections"], strict=True
+        ):
+            place = self._done * trainer.world_size + trainer.global_rank  # among the images of all processes
+            self._done += 1
+            if place >= self.pictures:
+                return
+            edges, scores, labels = (found[name].float().cpu() for name in ("boxes", "scores", "labels"))
+            seen = scores >= self.lowest
+            names = [
+                f"{class_names[int(label)]} {score:.2f}"
+                for label, score in zip(labels[seen].tolist(), scores[seen].tolist(), strict=True)
+            ]
+            folder.mkdir(exist_ok=True)
+            picture = boxes(dataset.read_source(path), edges[seen].numpy(), labels=names)
+            write_image(folder / f"{image_id:06d}_{Path(path).stem}.jpg", picture)
+
     def _part(self, rank: int) -> Path:
         assert self._home is not None
         return self._home / f".predictions.{rank}.part"
+
+
+def _classes(prediction: Any, data: Any) -> bytes:
+    """A row an image: its path, its most probable class, and how probable."""
+    names = getattr(data, "class_names", ())
+    probabilities, classes = prediction["probability"].float().cpu().max(-1)
+    return _csv(
+        [
+            [source, names[index] if names else index, f"{probability:.6f}"]
+            for source, index, probability in zip(
+                prediction["path"], classes.tolist(), probabilities.tolist(), strict=True
+            )
+        ]
+    )
+
+
+def _boxes(prediction: Any, data: Any) -> bytes:
+    """A line an image: the list of its results, as COCO's json has them."""
+    lines = []
+    for image_id, found in zip(prediction["image_id"], prediction["detections"], strict=True):
+        edges, scores, labels = (found[name].float().cpu().tolist() for name in ("boxes", "scores", "labels"))
+        results = [
+            {
+                "image_id": image_id,
+                "category_id": data.category_ids[int(label)],
+                "bbox": [round(edge, 2) for edge in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(score, 5),
+            }
+            for (x1, y1, x2, y2), score, label in zip(edges, scores, labels, strict=True)
+        ]
+        lines.append(json.dumps(results) + "\n")
+    return "".join(lines).encode()
 
 
 def _interleave(parts: Sequence[Path], file: BinaryIO) -> None:
@@ -274,6 +338,18 @@ def _interleave(parts: Sequence[Path], file: BinaryIO) -> None:
         ]
         for rows in itertools.zip_longest(*map(csv.reader, texts)):
             file.write(_csv([row for row in rows if row is not None]))
+
+
+def _interleave_json(parts: Sequence[Path], file: BinaryIO) -> None:
+    """Join the lists of processes of which each took every n-th image, into one."""
+    with ExitStack() as stack:
+        texts = [stack.enter_context(open(part, "rb")) for part in parts]
+        lines = (line for some in itertools.zip_longest(*texts) for line in some if line)
+        lists = (line.strip()[1:-1] for line in lines)  # without their brackets
+        file.write(b"[")
+        for number, results in enumerate(results for results in lists if results):
+            file.write(b",\n" * bool(number) + results)
+        file.write(b"]\n")
 
 
 def _folder(trainer: L.Trainer) -> Path | None:
@@ -290,41 +366,6 @@ def _dataset(loaders: Any) -> Any:
 
 def _first(batch: dict[str, Any], count: int) -> dict[str, Any]:
     return {key: value[:count] for key, value in batch.items()}
-
-
-def _explain(method: Method | None, pl_module: Any, batch: dict[str, Any]) -> Maps:
-    images = batch["image"].float()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapWarning)  # maps of a network that has not learned yet are often flat
-        return _chosen(method, pl_module, batch)(pl_module.network, images)
-
-
-def _chosen(method: Method | None, pl_module: Any, batch: dict[str, Any]) -> Method:
-    return method or default_method(pl_module.network, batch["image"].float())
-
-
-def _sheet(batch: dict[str, Any], maps: Maps, pl_module: Any, dataset: Any, title: str) -> Any:
-    names = getattr(pl_module, "class_names", ()) or [str(index) for index in range(maps.output.shape[-1])]
-    probabilities, answers = maps.output.float().softmax(-1).cpu().max(-1)
-    tiles, width = [], 200
-    for index, heatmap_hw in enumerate(maps.heatmaps.float().cpu().numpy()):
-        placement = batch["placement"][index]
-        picture = dataset.read_source(batch["path"][index])
-        box = None
-        if "box" in batch:
-            box = placement.boxes_to_source(batch["box"][index].cpu().numpy())[0].tolist()
-        truth, answer = int(batch["label"][index]), int(answers[index])
-        caption = [f"{names[answer]} {probabilities[index]:.2f}", f"is {names[truth]}"]
-        overlay = blend(picture, placement.carry(heatmap_hw), seen_HW=placement.seen())
-        tile = Tile(picture, caption, answer == truth, box)
-        other = dataclasses.replace(tile, picture=overlay, caption=[])
-        if maps.boxes is not None:
-            drawn = draw_gaze(picture, boxes_in_source(maps.boxes[index].cpu().numpy(), placement), side=_GAZE_SIDE)
-            width = max(drawn.shape[:2]) if index == 0 else width  # at its own size, its lines stay sharp
-            scale = max(drawn.shape[:2]) / max(picture.shape[:2])
-            tile = dataclasses.replace(tile, picture=drawn, box=box and [edge * scale for edge in box])
-        tiles += [tile, other]
-    return sheet(tiles, title=title, columns=6 if len(tiles) > 4 else len(tiles), width=width)
 
 
 def _table(figures: dict[str, float]) -> Table:

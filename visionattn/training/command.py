@@ -3,6 +3,7 @@ closed."""
 
 import atexit
 import errno
+import importlib
 import logging
 import os
 import shutil
@@ -35,6 +36,7 @@ from visionattn.training.resume import Resume
 
 RUNS = Path("runs")
 UNTRAINED = "untrained"
+ACCURACY = "val/accuracy"
 Built = TypeVar("Built")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _HELD: list[Any] = []  # the locked file of the run
@@ -135,7 +137,7 @@ class Command(LightningCLI):
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
-                "checkpoint.monitor": "val/accuracy",
+                "checkpoint.monitor": ACCURACY,
                 "checkpoint.mode": "max",
                 "checkpoint.enable_version_counter": False,
             }
@@ -196,6 +198,10 @@ class Command(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.config.subcommand]
+        if options.checkpoint.monitor == ACCURACY:  # a task may name another figure
+            module, _, name = options.model.class_path.rpartition(".")
+            task = getattr(importlib.import_module(module), name)
+            options.checkpoint.monitor = getattr(task, "monitor", ACCURACY)
         if options.trainer.fast_dev_run:  # a rehearsal leaves nothing behind
             folder = tempfile.mkdtemp()
             atexit.register(shutil.rmtree, folder, ignore_errors=True)

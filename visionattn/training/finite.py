@@ -43,9 +43,11 @@ class FiniteLoss(Callback):
             return
         self._bad = True
         if self.otherwise == "stop":
+            terms = [f" ({name} {value})" for name, value in _terms(trainer).items() if not math.isfinite(value)]
             raise DataError(
                 f"the loss of step {trainer.global_step} (epoch {trainer.current_epoch}, batch "
-                f"{trainer.fit_loop.batch_idx}) is {float(loss.detach().sum())}; its images: {_files(self._batch)}; "
+                f"{trainer.fit_loop.batch_idx}) is {float(loss.detach().sum())}{''.join(terms)}; "
+                f"its images: {_files(self._batch)}; "
                 "lower the learning rate, look at these images, or skip such steps: --finite_loss.otherwise skip"
             )
 
@@ -85,6 +87,11 @@ class BestCheckpoint(ModelCheckpoint):
 def _losses(trainer: L.Trainer) -> dict[str, float]:
     """The losses of the validation."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/loss")}
+
+
+def _terms(trainer: L.Trainer) -> dict[str, float]:
+    """The terms of the training loss, where the task logs them apart."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/loss_")}
 
 
 def _files(batch: Any) -> str:

@@ -1,0 +1,181 @@
+"""Detection data: boxes follow their pixels through augmentation and preparation, and bad ones never get there."""
+
+import json
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.annotated import GAPS, NAMES, SCENES, coco, voc
+from tests.data.test_annotations import spoiled
+from visionattn.data import AnnotatedData, DigitScenes, DigitScenesData, Preprocess
+from visionattn.data.transforms import Augmentation
+from visionattn.errors import DataError, UsageError
+
+
+def blocks(root, boxes):
+    """One white block a box on black, in VOC's layout, as train and val."""
+    picture = np.zeros((90, 120, 3), np.uint8)
+    for x1, y1, x2, y2 in boxes:
+        picture[y1:y2, x1:x2] = 255
+    voc(root)
+    Image.fromarray(picture).save(root / "JPEGImages" / "train_0.png")
+    items = "".join(
+        f"<object><name>cat</name><bndbox><xmin>{a}</xmin><ymin>{b}</ymin><xmax>{c}</xmax><ymax>{d}</ymax></bndbox></object>"
+        for a, b, c, d in boxes
+    )
+    (root / "Annotations" / "train_0.xml").write_text(f"<annotation>{items}</annotation>")
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        [],
+        [A.HorizontalFlip(p=1)],
+        [A.RandomResizedCrop((80, 100), scale=(0.4, 0.9), p=1)],
+        [A.Affine(scale=(0.6, 1.3), translate_percent=(-0.2, 0.2), p=1), A.RandomRotate90(p=1)],
+    ],
+    ids=["none", "flip", "crop", "affine"],
+)
+def test_boxes_lie_where_the_pixels_are(transforms, tmp_path):
+    root = blocks(tmp_path, [(10, 20, 60, 70)])
+    augment = Augmentation(transforms) if transforms else None
+    data = AnnotatedData(root, augment=augment, preprocess=Preprocess(96, fit="letterbox"), num_workers=0)
+    data.setup("fit")
+    seen = 0
+    for seed in range(12):
+        sample = data.datasets["train"][0, seed]
+        bright = sample["image"][0].numpy() > 0
+        mean_fill = sample["image"][0].numpy() == 0  # the letterbox's padding
+        rows, columns = np.nonzero(bright & ~mean_fill)
+        for box in sample["boxes"].tolist():
+            assert 0 <= box[0] < box[2] <= 96
+            assert 0 <= box[1] < box[3] <= 96
+            hull = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            np.testing.assert_allclose(box, hull, atol=1.6)
+            seen += 1
+    assert seen >= 8
+
+
+def test_what_a_crop_leaves_little_of_is_not_trained_on(tmp_path):
+    root = blocks(tmp_path, [(0, 0, 20, 20), (60, 40, 110, 80)])
+    crop = Augmentation([A.Crop(x_min=18, y_min=0, x_max=120, y_max=90, p=1)])
+    data = AnnotatedData(root, augment=crop, num_workers=0, preprocess=Preprocess((90, 102), fit="stretch"))
+    data.setup("fit")
+    sample = data.datasets["train"][0, 1]
+    np.testing.assert_allclose(sample["boxes"].numpy(), [[42, 40, 92, 80]])
+    data.min_visible = 0.05
+    np.testing.assert_allclose(data.dataset("train")[0, 1]["boxes"][0].numpy(), [0, 0, 2, 20])
+
+
+def test_validation_keeps_every_box_however_small(tmp_path):
+    data = AnnotatedData(str(coco(tmp_path)), preprocess=Preprocess(4, fit="letterbox"), num_workers=0, batch_size=8)
+    data.setup("fit")
+    (batch,) = data.val_dataloader()
+    assert [len(boxes) for boxes in batch["boxes"]] == [2, 1]
+    assert batch["image_id"].tolist() == [1, 11]
+    assert data.category_ids == GAPS
+
+
+def test_a_batch_holds_lists_of_boxes(tmp_path):
+    data = AnnotatedData(str(voc(tmp_path)), preprocess=Preprocess(40, fit="letterbox"), num_workers=0, batch_size=8)
+    data.setup("fit")
+    (batch,) = data.val_dataloader()
+    assert batch["image"].shape == (2, 3, 40, 40)
+    assert data.class_names == NAMES
+    for boxes, placement, scene in zip(batch["boxes"], batch["placement"], SCENES["val"], strict=True):
+        np.testing.assert_allclose(placement.boxes_to_source(boxes.numpy()), [row[1:] for row in scene], atol=1e-4)
+
+
+def test_bad_boxes_are_refused_or_dropped_with_their_count(tmp_path):
+    root = str(spoiled(coco(tmp_path)))
+    with pytest.raises(DataError, match=r"4 not finite, 1 inverted, 2 empty, .*bad_boxes: drop"):
+        AnnotatedData(root)
+    with pytest.warns(UserWarning, match="without 4 not finite, 1 inverted"):
+        data = AnnotatedData(root, bad_boxes="drop", num_workers=0, preprocess=Preprocess(64, fit="letterbox"))
+    data.setup("fit")
+    for index in range(len(data.datasets["train"])):
+        boxes = data.datasets["train"][index]["boxes"]
+        assert boxes.isfinite().all()
+        assert (boxes[:, 2:] - boxes[:, :2] >= 0.5).all()
+
+
+def test_the_wrong_format_is_refused_whatever_is_asked(tmp_path):
+    root = coco(tmp_path)
+    for split in SCENES:
+        file = root / "annotations" / f"instances_{split}2017.json"
+        content = json.loads(file.read_text())
+        for annotation in content["annotations"]:
+            x, y, width, height = annotation["bbox"]
+            annotation["bbox"] = [x, y, x + width, y + height]
+        file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="read as xywh, and 100% make sense as xyxy only; set box_format: xyxy"):
+        AnnotatedData(str(root), bad_boxes="drop")
+    data = AnnotatedData(str(root), box_format="xyxy")
+    assert not data.problems
+
+
+def test_what_the_files_do_not_split_is_drawn_without_leaks(tmp_path):
+    root = voc(tmp_path)
+    for file in (root / "ImageSets" / "Main").iterdir():
+        file.unlink()
+    for number in range(8):  # twins of one image
+        (root / "JPEGImages" / f"t{number}.png").write_bytes((root / "JPEGImages" / "train_0.png").read_bytes())
+        (root / "Annotations" / f"t{number}.xml").write_text((root / "Annotations" / "train_0.xml").read_text())
+    data = AnnotatedData(str(root), val_share=0.3, test_share=0.2, num_workers=0)
+    content = {split: {image.path.read_bytes() for image in images} for split, images in data._images.items()}
+    assert len(data._images["val"]) == 4
+    assert not content["train"] & (content["val"] | content["test"])
+
+
+def test_a_crop_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="letterbox or stretch"):
+        AnnotatedData(str(voc(tmp_path)), preprocess=Preprocess(64))
+
+
+def test_digit_scenes_have_their_boxes_around_the_ink():
+    scenes = DigitScenes("val", size=40, fragments=0, count=(0, 4))
+    counts = set()
+    for index in range(40):
+        sample = scenes[index]
+        ink = sample["image"][0].numpy() > -1 + 2 * 64.5 / 255
+        counts.add(len(sample["boxes"]))
+        covered = np.zeros_like(ink)
+        for x1, y1, x2, y2 in sample["boxes"].int().tolist():
+            assert ink[y1:y2, x1:x2].any(1).all() or len(sample["boxes"]) > 1
+            assert ink[y1, x1:x2].any()
+            assert ink[y1:y2, x1].any()
+            assert ink[y2 - 1, x1:x2].any()
+            covered[y1:y2, x1:x2] = True
+        assert not (ink & ~covered).any()
+    assert counts >= {0, 1, 2, 3}
+    assert torch.equal(scenes[7]["image"], DigitScenes("val", size=40, fragments=0, count=(0, 4))[7]["image"])
+
+
+def test_digit_scenes_come_as_batches():
+    data = DigitScenesData(train_size=8, val_size=4, test_size=4, batch_size=4)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].shape == (4, 3, 96, 96)
+    assert all(boxes.shape == (len(labels), 4) for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True))
+
+
+@pytest.mark.parametrize("unreadable", ["stop", "skip"])
+def test_an_image_that_breaks_off_later_is_named(unreadable, tmp_path):
+    root = blocks(tmp_path, [(10, 20, 60, 70)])
+    data = AnnotatedData(root, unreadable=unreadable, num_workers=0)
+    broken = tmp_path / "JPEGImages" / "train_0.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    data.setup("fit")
+    data.batch_size = len(data.datasets["train"])
+    if unreadable == "stop":
+        with pytest.raises(DataError, match=r"train_0\.png"):
+            list(data.train_dataloader())
+        return
+    seen = [path for batch in data.train_dataloader() for path in batch["path"]]
+    assert seen
+    assert str(broken) not in seen
+    assert list(data.skipped) == [str(broken)]

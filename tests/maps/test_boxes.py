@@ -1,0 +1,235 @@
+"""A map for every box: against gradients by hand, sampled places one by one, and rows of attention."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torchvision.ops import box_iou
+
+from tests.models.detectors import batch, dense, pyramid, query
+from visionattn.attention import CBAM
+from visionattn.errors import UsageError
+from visionattn.maps import Gate, RawAttention
+from visionattn.maps.box_scores import box_pointing, mass_ratio, score_drop
+from visionattn.maps.boxes import ODAM, BoxAttention, QuerySampling, SameForAll, default_box_method
+from visionattn.models import TorchvisionDetector
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*heatmaps of:visionattn.maps.MapWarning")
+
+
+class Two(nn.Module):
+    def forward(self, images):
+        return [images * 2, nn.functional.avg_pool2d(images, 2)]
+
+
+class Toy(nn.Module):
+    """Two boxes an image, whose scores are sums over places of two maps that are known."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Identity()
+        self.features = Two()
+
+    def forward(self, images):
+        fine, coarse = self.features(self.first(images))
+        score = [
+            (fine[:, 0, 1, 2] + 2 * fine[:, 1, 1, 3]).sigmoid(),
+            (coarse[:, 2, 0, 1] - coarse[:, 0, 0, 1]).sigmoid(),
+        ]
+        boxes = torch.tensor([[2.0, 1, 4, 2], [2, 0, 4, 2]])
+        return [
+            {"boxes": boxes, "scores": torch.stack([score[0][n], score[1][n]]), "labels": torch.tensor([0, 1])}
+            for n in range(len(images))
+        ]
+
+
+def test_odam_is_gradient_times_activation_shared_over_the_finest_map():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 4, 6)
+    images[:, 2] += 1  # so that the second score rises with its activation
+    maps, earlier = ODAM()(Toy(), images, lowest=0.0), ODAM("first")(Toy(), images, lowest=0.0)
+    for n in range(2):
+        fine, coarse = images[n] * 2, nn.functional.avg_pool2d(images[n], 2)
+        s = (fine[0, 1, 2] + 2 * fine[1, 1, 3]).sigmoid()
+        first = torch.zeros(4, 6)
+        first[1, 2], first[1, 3] = s * (1 - s) * fine[0, 1, 2], s * (1 - s) * 2 * fine[1, 1, 3]
+        torch.testing.assert_close(maps[n].raw[0], first)
+        torch.testing.assert_close(earlier[n].raw[0], first)  # ½ of the activation, twice the gradient
+        s = (coarse[2, 0, 1] - coarse[0, 0, 1]).sigmoid()
+        second = torch.zeros(1, 1, 2, 3)
+        second[0, 0, 0, 1] = s * (1 - s) * (coarse[2, 0, 1] - coarse[0, 0, 1])
+        fine_second = nn.functional.interpolate(second, size=(4, 6), mode="bilinear", align_corners=False)[0, 0] / 4
+        torch.testing.assert_close(maps[n].raw[1], fine_second)
+    assert maps[0].method == "odam"
+    assert maps[0].source == "score by features"
+
+
+def test_boxes_below_the_lowest_score_have_no_map():
+    some = ODAM()(Toy(), torch.zeros(1, 3, 4, 6), lowest=0.6)[0]
+    assert some.heatmaps.shape == (0, 4, 6)
+    assert len(some.boxes) == len(some.scores) == 0
+    assert len(ODAM()(Toy(), torch.zeros(1, 3, 4, 6), most=1)[0].scores) == 1
+
+
+def test_the_detector_is_left_as_it_was():
+    detector = dense().train()
+    images, *_ = batch(2)
+    with torch.inference_mode():
+        ODAM()(detector, images, lowest=0.0, most=2)
+    assert detector.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in detector.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in detector.features.modules())
+    state = {name: value.clone() for name, value in detector.state_dict().items()}
+    ODAM()(detector, images, lowest=0.0, most=2)
+    assert all(torch.equal(value, state[name]) for name, value in detector.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["dense", "one map", "query", "vit", "torchvision", "torchvision's own"])
+def test_odam_fits_every_detector(kind):
+    torch.manual_seed(0)
+    images, *_ = batch(2)
+    if kind == "torchvision":
+        from functools import partial
+
+        from torchvision.models.detection import FCOS
+
+        detector = TorchvisionDetector(partial(FCOS, score_thresh=0.0), pyramid(), 4)
+    elif kind == "torchvision's own":
+        from torchvision.models.detection import fcos_resnet50_fpn
+
+        detector = fcos_resnet50_fpn(
+            weights=None, weights_backbone=None, num_classes=4, score_thresh=0.0, min_size=64, max_size=64
+        )
+    else:
+        detector = {
+            "dense": dense,
+            "one map": lambda: dense(strides=(8,)),
+            "query": query,
+            "vit": lambda: dense(backbone="vit_tiny_patch16_224"),
+        }[kind]()
+    maps = ODAM()(detector, images, lowest=0.0, most=3)
+    assert [len(some.heatmaps) for some in maps] == [3, 3]
+    for some in maps:
+        assert some.heatmaps.amax((1, 2)).max() == 1
+
+
+def test_sampling_shows_the_places_of_the_boxes_own_query():
+    torch.manual_seed(0)
+    detector = query().eval()
+    for layer in detector.decoder.layers:
+        nn.init.normal_(layer.look.offsets.weight)
+        nn.init.normal_(layer.look.weigh.weight)
+    images, *_ = batch(2)
+    seen = [[], []]
+    for number, layer in enumerate(detector.decoder.layers):
+        layer.look.sampling.register_forward_hook(lambda _, args, out, n=number: seen[n].append(out))
+    maps = QuerySampling()(detector, images, lowest=0.0, most=4)
+    with torch.no_grad():
+        found = detector(images)
+    for n in range(2):
+        for rank in range(4):
+            expected = torch.zeros(8, 8)
+            for layer in seen:
+                places, weights = (x[n, found[n]["index"][rank]].flatten(0, 2) for x in layer[0])
+                for (x, y), weight in zip((places * 8 - 0.5).tolist(), weights.tolist(), strict=True):
+                    for row in (math.floor(y), math.floor(y) + 1):
+                        for column in (math.floor(x), math.floor(x) + 1):
+                            if 0 <= row < 8 and 0 <= column < 8:
+                                expected[row, column] += (1 - abs(x - column)) * (1 - abs(y - row)) * weight
+            torch.testing.assert_close(maps[n].raw[rank], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_of_a_box_is_the_mean_of_its_tokens_rows():
+    torch.manual_seed(0)
+    detector = dense(backbone="vit_tiny_patch16_224").eval()
+    images, *_ = batch(1)
+    (some,) = BoxAttention()(detector, images, lowest=0.0, most=5)
+    backbone = detector.features.backbone
+    attention = backbone.blocks[-1].attn
+    attention.fused_attn = False
+    rows = []
+    attention.attn_drop.register_forward_hook(lambda _, args, out: rows.append(out))
+    with torch.no_grad():
+        backbone(images)
+    for box, raw in zip(some.boxes.tolist(), some.raw, strict=True):
+        tokens = [
+            1 + 4 * row + column
+            for row in range(4)
+            for column in range(4)
+            if box[0] <= 16 * column + 8 <= box[2] and box[1] <= 16 * row + 8 <= box[3]
+        ]
+        if tokens:
+            expected = rows[0][0].mean(0)[tokens].mean(0)[1:].view(4, 4)
+            torch.testing.assert_close(raw, expected)
+    assert isinstance(backbone, timm.models.VisionTransformer)
+
+
+def test_a_gate_is_the_same_for_all_boxes():
+    detector = dense(attention=CBAM, attention_preserve=False)
+    images, *_ = batch(1)
+    (some,) = SameForAll(Gate())(detector, images, lowest=0.0, most=3)
+    gate = Gate()(detector, images)
+    for raw in some.raw:
+        torch.testing.assert_close(raw, gate.raw[0])
+    assert some.source.startswith("gate of features.backbone")
+
+
+def test_what_does_not_fit_is_told():
+    images, *_ = batch(1)
+    assert isinstance(default_box_method(dense()), ODAM)
+    assert isinstance(default_box_method(query()), QuerySampling)
+    with pytest.raises(UsageError, match="this DenseDetector has none; odam fits"):
+        QuerySampling()(dense(), images)
+    with pytest.raises(UsageError, match="is no detector"):
+        ODAM()(nn.Flatten(), images)
+    with pytest.raises(UsageError, match=r"no layer 'featuers'\. Nearest: features"):
+        ODAM("featuers")(dense(), images)
+    with pytest.raises(UsageError, match="runs more than once"):
+        ODAM("head.class_tower")(dense(), images)
+    with pytest.raises(UsageError, match="BoxAttention"):
+        SameForAll(RawAttention())
+    with pytest.raises(UsageError, match="no part 'backbone'"):
+        BoxAttention("backbone")(dense(), images)
+
+
+def test_mass_ratio_is_one_for_maps_that_know_nothing():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [8, 4, 24, 20], [3, 3, 4, 4]])
+    torch.testing.assert_close(mass_ratio(torch.ones(3, 8, 8), boxes, (32, 32)), torch.ones(3))
+    heat = torch.zeros(3, 32, 32)
+    heat[0, :10, :10] = 1
+    heat[1, 4:12, 8:24] = 1
+    heat[1, 20:28, 8:24] = 1  # half of it below the box
+    heat[2, 20, 20] = 1
+    expected = torch.tensor([1024 / 100, 0.5 * 1024 / 256, 0.0])
+    torch.testing.assert_close(mass_ratio(heat, boxes, (32, 32)), expected)
+    assert box_pointing(heat, boxes, (32, 32)).tolist() == [1, 0.5, 0]
+
+
+class Bright(nn.Module):
+    """Finds a bright square of class 0 by its mean, whatever else there is."""
+
+    def forward(self, images):
+        found = []
+        for image in images:
+            score = image[:, 2:6, 2:6].mean().clamp(0, 1)
+            boxes = torch.tensor([[2.0, 2, 6, 6], [2, 2, 6, 6]])
+            found.append({"boxes": boxes, "scores": torch.stack([score, score / 2]), "labels": torch.tensor([0, 1])})
+        return found
+
+
+def test_the_score_goes_with_its_evidence():
+    images = torch.zeros(1, 3, 16, 16)
+    images[:, :, 2:6, 2:6] = 0.9
+    heat = torch.zeros(2, 16, 16)
+    heat[0, 2:6, 2:6] = 1
+    heat[1, 10:14, 10:14] = 1
+    from visionattn.maps.boxes import BoxMaps
+
+    (found,) = Bright()(images)
+    maps = [BoxMaps(found["boxes"], found["scores"], found["labels"], heat, heat, "", "")]
+    (drop,) = score_drop(Bright(), images, maps, share=1 / 16)
+    mean = 0.9 / 16
+    torch.testing.assert_close(drop, torch.tensor([1 - mean / 0.9, 0.0]))
+    assert box_iou(found["boxes"], found["boxes"]).min() == 1

@@ -1,0 +1,215 @@
+"""Object detection.
+
+Shapes: B batch, C channels, H rows, W columns, N boxes of an image, K classes; boxes xyxy in pixels.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torchmetrics.detection import MeanAveragePrecision
+
+from visionattn.errors import DataError
+from visionattn.models.detector import Detections, Detector
+from visionattn.tasks.optimizing import optimizing
+
+FIGURES = (
+    "map", "map_50", "map_75", "map_small", "map_medium", "map_large",
+    "mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large",
+)  # fmt: skip
+"""COCO's twelve: average precision over IoU .5 to .95, at .5 and .75, by the size of objects; average recall with 1, 10
+and 100 boxes an image, and by size. −1 where there is no such object."""
+
+Seen = list[tuple[Detections, dict[str, Tensor]]]
+"""Of each image what was found and what is there, in pixels of its source."""
+
+
+class Detection(L.LightningModule):
+    """Train a detector to find objects.
+
+    Logged: `train/loss`, and each of its terms as `train/loss_…`; `val/…` and `test/…` of COCO's twelve figures (see
+    `FIGURES`), measured in pixels of the source images, and `val/map/<class>`, the average precision of each class.
+
+    Args:
+        network: a `Detector`. Its `num_classes` is held against the data.
+        optimizer: makes an optimizer from parameters; None is AdamW with a learning rate of 1e-3.
+        lr_scheduler, lr_interval, gamma_lr_factor: as `Classification`.
+        sizes: train at these sizes of the longer side, in pixels, one drawn a batch from (seed, step); None trains at
+            the size of the data. Multiples of the coarsest stride, 32, are best.
+        seed: of the sizes.
+    """
+
+    monitor = "val/map"
+    """What the best checkpoint is best in."""
+
+    def __init__(
+        self,
+        network: Detector,
+        *,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "epoch",
+        gamma_lr_factor: float = 10.0,
+        sizes: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if sizes is not None and (not sizes or min(sizes) < 32):
+            raise ValueError(f"sizes must be at least 32 pixels each, got {sizes}")
+        self.network = network
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.gamma_lr_factor = gamma_lr_factor
+        self.sizes = sizes
+        self.seed = seed
+        self.class_names: tuple[str, ...] = ()
+        self._seen: Seen = []
+
+    def forward(self, images_BCHW: Tensor) -> list[Detections]:
+        return self.network(images_BCHW)
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on every Trainer
+        self.class_names = tuple(getattr(data, "class_names", ())) or self.class_names
+        outputs, count = self.network.num_classes, len(self.class_names)
+        if count and outputs != count:
+            names = ", ".join(self.class_names[:5]) + (", …" if count > 5 else "")
+            raise DataError(
+                f"the network has num_classes {outputs}, and the data has {count} classes ({names}); "
+                f"set model.init_args.network.init_args.num_classes: {count}"
+            )
+        self._seen = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        images_BCHW, boxes = self._resized(batch["image"], batch["boxes"])
+        wanted = [~crowd for crowd in batch["crowd"]]
+        boxes = [some[keep] for some, keep in zip(boxes, wanted, strict=True)]
+        labels = [some[keep] for some, keep in zip(batch["labels"], wanted, strict=True)]
+        terms = self.network.losses(images_BCHW, boxes, labels)
+        loss = torch.stack(list(terms.values())).sum()
+        for name, term in terms.items():
+            self.log(f"train/loss_{name}", term, batch_size=len(images_BCHW))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images_BCHW))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._look(batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._look(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log("test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        found = self._find(batch)
+        return {"path": batch["path"], "image_id": batch["image_id"].tolist(), "detections": found}
+
+    def configure_optimizers(self) -> Any:
+        return optimizing(
+            self,
+            self.optimizer,
+            self.lr_scheduler,
+            lr_interval=self.lr_interval,
+            gamma_lr_factor=self.gamma_lr_factor,
+        )
+
+    def _find(self, batch: dict[str, Any]) -> list[Detections]:
+        """Detect, in pixels of the sources; of a batch without an image, as a process may get, nothing."""
+        return to_source(self(batch["image"]), batch["placement"]) if len(batch["image"]) else []
+
+    def _look(self, batch: dict[str, Any]) -> None:
+        truth = [
+            {
+                "boxes": boxes_to_source(boxes, placement),
+                "labels": labels,
+                "iscrowd": crowd.int(),
+                "area": area,
+            }
+            for boxes, labels, crowd, area, placement in zip(
+                batch["boxes"], batch["labels"], batch["crowd"], batch["area"], batch["placement"], strict=True
+            )
+        ]
+        found = [{name: some[name] for name in ("boxes", "scores", "labels")} for some in self._find(batch)]
+        self._seen += zip(*([_on_cpu(some) for some in side] for side in (found, truth)), strict=True)
+
+    def _log(self, split: str) -> None:
+        scores = coco_scores()
+        seen = gathered(self._seen, self.trainer.world_size)
+        self._seen = []
+        scores.update([found for found, _ in seen], [truth for _, truth in seen])
+        found = scores.compute()
+        everywhere: dict[str, Any] = {"sync_dist": True}  # the same in every process
+        for name in FIGURES:
+            shown = name == "map" and split == "val"
+            self.log(f"{split}/{name}", found[name].float().to(self.device), prog_bar=shown, **everywhere)
+        names = self.class_names or tuple(map(str, range(self.network.num_classes)))
+        classes = found["classes"].reshape(-1).tolist()
+        for label, value in zip(classes, found["map_per_class"].reshape(-1), strict=True):
+            if label in range(len(names)):  # −1 where there was nothing at all
+                self.log(f"{split}/map/{names[label]}", value.float().to(self.device), **everywhere)
+
+    def _resized(self, images_BCHW: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        if self.sizes is None:
+            return images_BCHW, boxes
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.global_step)
+        longer = self.sizes[int(torch.randint(len(self.sizes), (1,), generator=generator))]
+        height, width = images_BCHW.shape[2:]
+        new_h, new_w = (max(32, round(side * longer / max(height, width))) for side in (height, width))
+        scale = images_BCHW.new_tensor([new_w / width, new_h / height, new_w / width, new_h / height])
+        smooth = {"mode": "bilinear", "antialias": True, "align_corners": False}
+        return F.interpolate(images_BCHW, size=(new_h, new_w), **smooth), [some * scale for some in boxes]  # type: ignore[arg-type]
+
+
+def coco_scores(*, backend: Literal["faster_coco_eval", "pycocotools"] = "faster_coco_eval") -> MeanAveragePrecision:
+    """The metric of COCO's figures, also of each class.
+
+    torchmetrics has the thresholds in single precision, and so a recall of exactly .5 falls short of .5; here they are
+    those of pycocotools.
+    """
+    scores = MeanAveragePrecision(
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0, 1, 101).tolist(),
+        class_metrics=True,
+        backend=backend,
+        sync_on_compute=False,  # it hangs where processes have seen unlike numbers of images; see `gathered`
+    )
+    scores.warn_on_many_detections = False  # there are at most a hundred
+    return scores
+
+
+def gathered(seen: Seen, world_size: int) -> Seen:
+    """Join what processes have seen of which each took every n-th image, in the data's order; the same in each."""
+    if world_size == 1:
+        return seen
+    parts: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(parts, seen)
+    return [one for some in itertools.zip_longest(*parts) for one in some if one is not None]
+
+
+def to_source(found: Sequence[Detections], placements: Sequence[Any]) -> list[Detections]:
+    """Carry detections to the pixels of their source images."""
+    return [
+        {**some, "boxes": boxes_to_source(some["boxes"], placement)}
+        for some, placement in zip(found, placements, strict=True)
+    ]
+
+
+def boxes_to_source(boxes_N4: Tensor, placement: Any) -> Tensor:
+    """Carry boxes of an input to the pixels of its source."""
+    carried = placement.boxes_to_source(boxes_N4.detach().cpu().double().numpy())
+    return torch.from_numpy(carried).to(boxes_N4.device, torch.float32)
+
+
+def _on_cpu(some: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in some.items()}

@@ -1,0 +1,33 @@
+"""Optimizer and schedule of a task, from what its config chose."""
+
+from functools import partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+
+from visionattn.attention import optimizer_for
+
+
+def optimizing(
+    task: L.LightningModule,
+    optimizer: OptimizerCallable | None,
+    lr_scheduler: LRSchedulerCallable | None,
+    *,
+    lr_interval: Literal["epoch", "step"],
+    gamma_lr_factor: float,
+) -> Any:
+    """Make what `configure_optimizers` returns; the arguments are those of `Classification`."""
+    made = optimizer_for(task, optimizer or partial(torch.optim.AdamW, lr=1e-3), gamma_lr_factor=gamma_lr_factor)
+    if lr_scheduler is None:
+        return made
+    asked = getattr(lr_scheduler, "keywords", {})
+    if "total_steps" in asked and asked["total_steps"] is None and asked.get("epochs") is None:
+        steps = int(task.trainer.estimated_stepping_batches)
+        schedule = {"scheduler": lr_scheduler(made, total_steps=steps), "interval": "step"}  # type: ignore[call-arg]
+    else:
+        schedule = {"scheduler": lr_scheduler(made), "interval": lr_interval}
+    if isinstance(schedule["scheduler"], ReduceLROnPlateau):
+        schedule["monitor"] = schedule["scheduler"].monitor
+    return {"optimizer": made, "lr_scheduler": schedule}
