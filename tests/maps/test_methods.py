@@ -6,21 +6,38 @@ import pytest
 import torch
 
 from tests.maps import models
+from visionattn.attention import Gaussian, Retina
 from visionattn.errors import UsageError
 from visionattn.maps import METHODS, Maps, default_method
+from visionattn.models import GlimpseNetwork, MLPEncoder
 
 close = torch.testing.assert_close
 WITH_TARGET = ["grad_attention", "grad_rollout", "chefer", "gradcam", "gradcam++", "layercam", "scorecam"]
-WITHOUT_TARGET = ["raw", "dino", "value_norm", "rollout", "eigencam", "gate"]
+WITHOUT_TARGET = ["raw", "dino", "value_norm", "rollout", "eigencam", "gate", "gaze"]
 
 
 def small_cbam():
     return models.resnet("resnet10t", block_args={"attn_layer": "cbam"})
 
 
+class Normed(MLPEncoder):
+    def __init__(self, *args):
+        super().__init__(*args, features=16)
+        self.layers.append(torch.nn.LayerNorm(16))
+
+
+def small_glimpses():
+    torch.manual_seed(0)
+    network = GlimpseNetwork(10, retina=Retina(16), policy=Gaussian, encoder=Normed, num_glimpses=4, hidden_size=16)
+    with torch.no_grad():
+        network.policy.layers[-1].weight.mul_(40)  # untrained, but it looks about
+    return network.eval()
+
+
 def setting(name, batch=3):
     """A method and a small model that it fits."""
-    return METHODS[name](), small_cbam() if name == "gate" else models.vit(), models.pictures(batch=batch)
+    make = {"gate": small_cbam, "gaze": small_glimpses}.get(name, models.vit)
+    return METHODS[name](), make(), models.pictures(batch=batch)
 
 
 def test_every_method_is_tested_here():
