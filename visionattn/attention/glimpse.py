@@ -196,7 +196,7 @@ class Retina(nn.Module):
             total = plane_BCYX.flatten(2).gather(2, index_BCN)
             patch = total / self.fields[scale] ** 2 if scale else total
             seen.append(patch.unflatten(2, index_BRhw.shape[1:]).transpose(1, 2))
-        return torch.stack(seen, 2)
+        return torch.stack(seen, 2) if len(seen) > 1 else seen[0].unsqueeze(2)
 
     def _between(self, view: View, location_BR2: Tensor) -> Tensor:
         y_BRSh, x_BRSw = (self._places(location_BR2, view, axis) for axis in (0, 1))
