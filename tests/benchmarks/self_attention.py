@@ -27,16 +27,19 @@ import multiprocessing
 import os
 import resource
 import statistics
-import time
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread that spins would count as work
 
 import timm
 import torch
 
+from tests.benchmarks.timing import ratio, spent
 from visionattn import attention
 from visionattn.attention.self_attention import in_one_call
 
@@ -47,24 +50,6 @@ FORMS = {
     "neighbourhood": partial(attention.Neighbourhood, size=17),
     "full": attention.Dense,
 }
-
-
-def ratio(job, other, rounds, repeats=1):
-    """Median of the time of one job over that of the other right before and after it."""
-    spent(job, 1), spent(other, 1)  # once unmeasured: memory is mapped
-    found, before = [], spent(other, repeats)
-    for _ in range(rounds):
-        own, after = spent(job, repeats), spent(other, repeats)
-        found.append(2 * own / (before + after))
-        before = after
-    return statistics.median(found)
-
-
-def spent(job, repeats):  # of the second thread the system counts ticks of some milliseconds: not too little at once
-    start = time.process_time()
-    for _ in range(repeats):
-        job()
-    return time.process_time() - start
 
 
 def passes(mechanism, tokens, backward):

@@ -25,11 +25,12 @@ Rows of training that stay above their goal, and what is in them by their equati
 import argparse
 import json
 import os
-import statistics
-import time
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread that spins would count as work
 
@@ -37,6 +38,7 @@ import timm
 import torch
 from timm.layers import create_attn
 
+from tests.benchmarks.timing import ratio
 from visionattn import attention
 
 BATCH = 8
@@ -76,24 +78,6 @@ IN_TIMM = {  # ours, timm's at the same widths, and where
 }
 OURS = {"GatherExcite": partial(attention.GatherExcite, learned=False)}  # timm's cannot be built with weights
 TRAIN_GOAL, TIMM_GOAL = 1.10, 1.05
-
-
-def ratio(job, other, rounds, repeats=1):
-    """Median of the CPU time of one job over that of the other right before and after it."""
-    spent(job, 1), spent(other, 1)  # once unmeasured: memory is mapped
-    found, before = [], spent(other, repeats)
-    for _ in range(rounds):
-        own, after = spent(job, repeats), spent(other, repeats)
-        found.append(2 * own / (before + after))
-        before = after
-    return statistics.median(found)
-
-
-def spent(job, repeats):  # of the second thread the system counts ticks of some milliseconds: not too little at once
-    start = time.process_time()
-    for _ in range(repeats):
-        job()
-    return time.process_time() - start
 
 
 def training_step(mechanism):

@@ -90,7 +90,7 @@ def test_what_makes_no_sense_is_refused():
 
 
 def test_what_is_remembered_is_what_was_drawn(monkeypatch):
-    monkeypatch.setattr("visionattn.data.digits._REMEMBERED", 2)
+    monkeypatch.setattr("visionattn.data.digits.REMEMBERED", 2)
     data, again = ClutteredDigits("train", size=4), ClutteredDigits("train", size=4)
     for index in (0, 1, 2, 3, 2, 1):
         sample = data[index]

@@ -20,6 +20,17 @@ def trained(server, tmp_path_factory):
     return config, home / "runs" / "tiny" / "0" / "best.ckpt"
 
 
+def run_of(server, count, command, home):
+    """The folder of a run by so many processes, which left no parts of files."""
+    home.mkdir()
+    children = start_all(server, count, command, home) if count > 1 else [server.start(command, home)]
+    for ended in [child.wait() for child in children]:
+        assert ended.code == 0, ended.told
+    (run,) = (home / "runs" / "tiny").iterdir()
+    assert not list(run.glob(".*.part"))
+    return run
+
+
 @pytest.mark.parametrize(
     ("images", "processes"),
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)],
@@ -30,15 +41,9 @@ def test_every_image_counts_once(verb, images, processes, server, trained, tmp_p
     command = [verb, "--config", config, f"--ckpt_path={checkpoint}", f"--data.test_size={images}"]
     found = {}
     for count in (1, processes):
-        home = tmp_path / str(count)
-        home.mkdir()
-        children = start_all(server, count, command, home) if count > 1 else [server.start(command, home)]
-        for ended in [child.wait() for child in children]:
-            assert ended.code == 0, ended.told
-        (run,) = (home / "runs" / "tiny").iterdir()
+        run = run_of(server, count, command, tmp_path / str(count))
         with open(run / ("test.csv" if verb == "test" else "predictions.csv")) as file:
             found[count] = list(csv.reader(file))
-        assert not list(run.glob(".*.part"))
     if verb == "predict":
         assert [row[0] for row in found[1][1:]] == [f"digits/test/{index:06d}.png" for index in range(images)]
         assert [row[:2] for row in found[processes]] == [row[:2] for row in found[1]]
@@ -59,13 +64,7 @@ def test_so_does_every_image_with_boxes(verb, images, processes, server, tmp_pat
     command += [f"--data.test_size={images}"]
     found = {}
     for count in (1, processes):
-        home = tmp_path / str(count)
-        home.mkdir()
-        children = start_all(server, count, command, home) if count > 1 else [server.start(command, home)]
-        for ended in [child.wait() for child in children]:
-            assert ended.code == 0, ended.told
-        (run,) = (home / "runs" / "tiny").iterdir()
-        assert not list(run.glob(".*.part"))
+        run = run_of(server, count, command, tmp_path / str(count))
         if verb == "test":
             with open(run / "test.csv") as file:
                 found[count] = {name: float(value) for name, value in list(csv.reader(file))[1:]}

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import MNIST, VisionDataset
 
 from visionattn.data.datamodules import ClassificationData, Split, TorchvisionData
+from visionattn.data.order import scramble
 from visionattn.data.placement import Placement, Preprocess
 
 
@@ -127,8 +128,8 @@ class DigitsOnCanvas(Dataset[dict[str, Any]]):
         index = np.array(keys, np.int64)
         if len(index) and not (index.min() >= 0 and index.max() < len(self)):
             raise IndexError(f"index {index.max()} is out of range: the split has {len(self)} images")
-        return torch.from_numpy(index), _hash(
-            _hash(np.full(len(index), self.seed, np.uint64)) + index.astype(np.uint64)
+        return torch.from_numpy(index), scramble(
+            scramble(np.full(len(index), self.seed, np.uint64)) + index.astype(np.uint64)
         )
 
 
@@ -214,15 +215,7 @@ def _box(digit_Bhw: Tensor, place_B2: Tensor) -> Tensor:
     return torch.stack([left, top, right, bottom], 1).float()
 
 
-def _hash(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's finaliser, so that neighbours give unrelated numbers."""
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
-
-
 def _uniform(seed_B: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
     """(B, count) numbers in [0, 1) that depend on nothing but the seeds."""
     steps_N = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return (_hash(_hash(seed_B)[:, None] + steps_N) >> np.uint64(11)).astype(np.float64) / 2**53
+    return (scramble(scramble(seed_B)[:, None] + steps_N) >> np.uint64(11)).astype(np.float64) / 2**53

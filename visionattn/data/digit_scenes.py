@@ -7,10 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from visionattn.data.digits import SPLITS, ClutteredDigits, enlarged
+from visionattn.data.digits import REMEMBERED, SPLITS, ClutteredDigits, enlarged
 from visionattn.data.placement import Preprocess
 
-_REMEMBERED = 16_384
 _TRIES = 20  # at a place for a digit
 
 
@@ -98,7 +97,7 @@ class DigitScenes(Dataset[dict[str, Any]]):
             raise IndexError(f"index {index} is out of range: the split has {self.size} images")
         if index not in self._drawn:
             drawn = self._draw(index)
-            if len(self._drawn) >= _REMEMBERED:
+            if len(self._drawn) >= REMEMBERED:
                 return drawn
             self._drawn[index] = drawn
         return self._drawn[index]

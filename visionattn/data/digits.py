@@ -14,7 +14,7 @@ from visionattn.data.placement import Preprocess
 SPLITS = ("train", "val", "test")
 _SHARES = (0.7, 0.1, 0.2)  # of the handwritten instances
 _SMOOTH = 32  # side to which the 8 × 8 pixels are interpolated once, by cubics
-_REMEMBERED = 16_384  # images a data set, at 8 kB, so that the next epoch does not draw them anew
+REMEMBERED = 16_384  # images a data set, at 8 kB, so that the next epoch does not draw them anew
 
 
 class ClutteredDigits(Dataset[dict[str, Any]]):
@@ -112,7 +112,7 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
             raise IndexError(f"index {index} is out of range: the split has {self.size} images")
         if index not in self._drawn:
             drawn = self._draw(index)
-            if len(self._drawn) >= _REMEMBERED:
+            if len(self._drawn) >= REMEMBERED:
                 return drawn
             self._drawn[index] = drawn
         return self._drawn[index]

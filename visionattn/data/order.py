@@ -1,9 +1,15 @@
 """Which sample when: in training from nothing but (seed, epoch), in evaluation every one exactly once."""
 
 from collections.abc import Callable, Iterator, Sized
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
+
+Bits = TypeVar("Bits", int, NDArray[np.uint64])
+_ALL = 0xFFFFFFFFFFFFFFFF  # bits that are kept; arrays wrap by themselves
 
 
 class Order(DistributedSampler[tuple[int, int]]):
@@ -74,11 +80,17 @@ class Share(DistributedSampler[int]):
 
 
 def mix(*numbers: int) -> int:
-    """Hash whole numbers to 63 bits (splitmix64's finaliser), so that neighbours give unrelated streams."""
+    """Hash whole numbers to 63 bits, so that neighbours give unrelated streams."""
     state = 0
     for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
+        state = scramble(state + number)
     return state >> 1
+
+
+def scramble(state: Bits) -> Bits:
+    """One step of splitmix64: 64 bits to 64 others, of one number or of many at once."""
+    bits: Any = state  # NumPy's types tell of Python's numbers what they do not do
+    bits = (bits + 0x9E3779B97F4A7C15) & _ALL
+    bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
+    bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _ALL
+    return bits ^ (bits >> 31)
