@@ -415,6 +415,24 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
+def _push(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="visionattn push",
+        description="Put a model on the Hugging Face hub: safetensors, JSON, and a card with results and an overlay. "
+        "Every verb takes it from there as --ckpt hf://OWNER/NAME.",
+    )
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint that visionattn fit wrote")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="on the hub; made if there is none")
+    parser.add_argument("--picture", metavar="FILE", help="whose overlay the card shows; the run's overlays/test.png")
+    parser.add_argument("--public", action="store_true", help="a repository that is made here is public")
+    options = parser.parse_args(arguments[1:])
+
+    from visionattn.training.hub import push
+
+    print(push(options.ckpt, options.repo, picture=options.picture, private=not options.public))
+    return 0
+
+
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2"}
 
 _FORMATS = """formats:
@@ -432,7 +450,7 @@ def _split(name: str | None) -> tuple[str | None, str | None]:
 def _add_model(parser: argparse.ArgumentParser) -> Any:
     """Returns the group of options of which one names the model."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote")
+    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote, or hf://OWNER/NAME")
     source.add_argument("--model", metavar="TIMM_NAME", help="a timm model")
     parser.add_argument(
         "--weights", metavar="FILE", help=f"weights for --model; those of the hub by default; {_RANDOM!r} for none"
@@ -479,6 +497,7 @@ _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "overlay": (_overlay, "write overlays of where a model looked in images"),
     "explore": (_explore, "make a page to explore where a model looks in images"),
     "score": (_score, "measure whether to believe a method's heatmaps"),
+    "push": (_push, "put a model on the Hugging Face hub"),
     "export": (_export, "make one file of a model: weights, or a graph with its heatmap"),
 }
 
