@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from visionattn.data import Preprocess
-    from visionattn.maps import Method
     from visionattn.overlay.views import View
 
 _RANDOM = "random"  # in place of a weights file
@@ -195,6 +194,7 @@ _SAVED = """kinds to save:
 
 def _views(options: argparse.Namespace) -> "list[View]":
     """The models that `overlay` is asked to show, each with its methods."""
+    from visionattn.maps.choose import method_of
     from visionattn.overlay.views import View
 
     if options.compare:
@@ -216,7 +216,7 @@ def _views(options: argparse.Namespace) -> "list[View]":
         for method, layer in methods:
             view_name = "@".join(part for part in (method, layer) if part) if len(methods) > 1 else ""
             views.append(
-                View(model, preprocess, _method(method, layer, model), tuple(class_names), path, name or view_name)
+                View(model, preprocess, method_of(method, layer, model), tuple(class_names), path, name or view_name)
             )
     return views
 
@@ -270,6 +270,7 @@ def _explore(arguments: list[str]) -> int:
 
     from rich.console import Console
 
+    from visionattn.maps.choose import method_of
     from visionattn.overlay.explorer import explore, refuse_stranger, tell
     from visionattn.overlay.inputs import find
     from visionattn.scorecard import evenly
@@ -282,7 +283,7 @@ def _explore(arguments: list[str]) -> int:
         model,
         [images[index] for index in evenly(len(images), options.count)],
         preprocess=preprocess,
-        methods={name: _method(*_split(name), model) for name in options.method} if options.method else None,
+        methods={name: method_of(*_split(name), model) for name in options.method} if options.method else None,
         class_names=class_names,
         model_name=options.model or options.ckpt,
         steps=options.steps,
@@ -326,12 +327,13 @@ def _score(arguments: list[str]) -> int:
         if getattr(options, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be ≥ 1, got {getattr(options, flag)}")
 
+    from visionattn.maps.choose import method_of
     from visionattn.scorecard import images_of_config, images_of_files, scorecard
 
     model, preprocess, _ = _load(options)
     methods = None
     if options.method:
-        methods = {name: _method(*_split(name), model) for name in options.method}
+        methods = {name: method_of(*_split(name), model) for name in options.method}
     some: Any = {"count": options.images, "batch_size": options.batch_size}
     if len(options.data) == 1 and options.data[0].endswith((".yaml", ".yml")):
         images = images_of_config(options.data[0], preprocess, **some)
@@ -445,27 +447,6 @@ def _device() -> str:
 
     count = torch.cuda.device_count()
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if count else "cpu"
-
-
-def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method":
-    """The method of a name; layers are names of modules, or their place in the order."""
-    import inspect
-    import re
-
-    from visionattn.maps.choose import METHODS, default_method
-
-    if name is not None and name not in METHODS:
-        raise UsageError(f"there is no method {name!r}.{nearest(name, METHODS)} All: {', '.join(METHODS)}.")
-    if name is None and layer is None:
-        return default_method(model)
-    kind = METHODS[name] if name else type(default_method(model))
-    if layer is None:
-        return kind()
-    if "layer" not in inspect.signature(kind).parameters:
-        raise UsageError(f"{kind.name} combines all layers and takes no layer")
-    by_place = "int" in str(inspect.signature(kind).parameters["layer"].annotation)
-    place: Any = int(layer) if by_place and re.fullmatch(r"-?\d+", layer) else layer
-    return kind(layer=place)  # type: ignore[call-arg]
 
 
 _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {

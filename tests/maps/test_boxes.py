@@ -139,6 +139,7 @@ def test_sampling_shows_the_places_of_the_boxes_own_query():
                             if 0 <= row < 8 and 0 <= column < 8:
                                 expected[row, column] += (1 - abs(x - column)) * (1 - abs(y - row)) * weight
             torch.testing.assert_close(maps[n].raw[rank], expected, atol=1e-5, rtol=1e-4)
+    assert [some.heatmaps.shape[0] for some in QuerySampling()(detector, images, lowest=1.1)] == [0, 0]
 
 
 def test_attention_of_a_box_is_the_mean_of_its_tokens_rows():
@@ -233,3 +234,11 @@ def test_the_score_goes_with_its_evidence():
     mean = 0.9 / 16
     torch.testing.assert_close(drop, torch.tensor([1 - mean / 0.9, 0.0]))
     assert box_iou(found["boxes"], found["boxes"]).min() == 1
+
+
+@pytest.mark.parametrize("kind", [dense, query])
+def test_a_detector_that_finds_nothing_has_no_map(kind):
+    """As before its first step, when a training asks for pictures."""
+    detector, method = kind(), default_box_method(kind())
+    some = method(detector, batch(1)[0], lowest=0.99)[0]
+    assert some.heatmaps.shape[0] == len(some.boxes) == 0

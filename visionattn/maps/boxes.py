@@ -284,7 +284,7 @@ def detect(model: nn.Module, images_BCHW: Tensor) -> list[dict[str, Tensor]]:
 def splat(raw_Nhw: Tensor, places_NP2: Tensor, weights_NP: Tensor) -> None:
     """Add weights to the four cells around their places, x and y as shares of the map, in place; outside is lost."""
     count, height, width = raw_Nhw.shape
-    flat_NS = raw_Nhw.view(count, -1)
+    flat_NS = raw_Nhw.view(count, height * width)
     x_NP, y_NP = places_NP2[..., 0] * width - 0.5, places_NP2[..., 1] * height - 0.5
     for step_x in (0, 1):
         for step_y in (0, 1):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from visionattn.data.decode import MAX_PIXELS, read_image, write_bytes
 from visionattn.data.placement import Placement, Preprocess
 from visionattn.errors import DataError, UsageError
-from visionattn.maps.base import Method, unwrap
+from visionattn.maps.base import Method
 from visionattn.maps.choose import methods_that_fit
 from visionattn.models.glimpse_network import GlimpseNetwork
 from visionattn.overlay.compose import GENERATOR, Shown, compose, data_uri
@@ -33,6 +33,7 @@ from visionattn.overlay.glimpses import follow_gaze
 from visionattn.overlay.inputs import AnyPath
 from visionattn.overlay.packing import LEVELS
 from visionattn.overlay.text import printable
+from visionattn.overlay.views import known_of
 
 LIMIT = 15_000_000
 STEPS = 8
@@ -130,13 +131,19 @@ def explore(
     keep the page below `limit`, 256 at most and 3 at least, so that each is off by at most 3 / 4 (levels − 1) of what
     its row spans; the page says how many. The class token's rows, gates and heatmaps always have 256.
 
+        >>> import timm, torch
+        >>> vit = timm.create_model("test_vit", img_size=64, num_classes=3)
+        >>> page = explore(vit, torch.rand(1, 3, 64, 64), steps=2)  # a notebook shows it
+        >>> page.save("seen.html")
+
     Args:
-        model: any vision model, on any device; None to show only the `glimpses` or `detections`.
+        model: any vision model, on any device, or a task that `visionattn.load` returned; None to show only the
+            `glimpses` or `detections`.
         images: files, pictures (H, W, 3) uint8 RGB, or a batch (B, C, H, W) as the model takes it.
-        preprocess: brings a picture to the model's input; a timm model says its own. Of a batch, only its mean and std
-            matter, by which the pictures are shown; ImageNet's by default.
+        preprocess: brings a picture to the model's input; models of timm and torchvision and tasks say their own. Of a
+            batch, only its mean and std matter, by which the pictures are shown; ImageNet's by default.
         methods: name → method; by default all that fit the model but Score-CAM, which takes a forward pass a channel.
-        class_names: of the model's outputs.
+        class_names: of the model's outputs; timm's models and tasks know theirs.
         model_name: for the title; the class of the model by default.
         steps: of deletion and insertion, which follow every method's and control's heatmap; 0 for none.
         batch_size: changed images in one forward pass.
@@ -155,9 +162,10 @@ def explore(
     """
     _check(images, steps, batch_size, limit, glimpses, detections)
     if model is not None:
-        model = unwrap(model)
+        model, own, own_names = known_of(model)
+        preprocess, class_names = preprocess or own, tuple(class_names) or own_names
         model_name = model_name or type(model).__name__
-    loaded = _Images(preprocess or _own_preprocess(model), max_pixels, _root(images))
+    loaded = _Images(preprocess, max_pixels, _root(images))
     like = next(model.parameters(), torch.zeros(())) if model is not None else torch.zeros(())
     shown: list[Shown] = []
     columns = (
@@ -243,15 +251,6 @@ def _below(path: Any, root: str) -> str:
 
 def _is_path(image: Any) -> bool:
     return isinstance(image, (str, bytes, os.PathLike))
-
-
-def _own_preprocess(model: nn.Module | None) -> Preprocess | None:
-    if not hasattr(model, "pretrained_cfg"):
-        return None
-    from visionattn.models.backbone import preprocess_of
-
-    assert model is not None
-    return preprocess_of(model)
 
 
 def _refuse_nothing(seen: Shown, model_name: str) -> None:
