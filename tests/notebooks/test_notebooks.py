@@ -112,6 +112,11 @@ def test_links_and_files_of_the_text_exist(path):
         assert (HOME / name).is_file(), name
 
 
+def test_ten_lines_are_ten():
+    (cell,) = tagged(read(NOTEBOOKS[5]), "ten-lines")
+    assert len(cell.source.splitlines()) <= 10
+
+
 def test_readme_names_them_all():
     readme = (HOME / "README.md").read_text()
     for path in NOTEBOOKS:
