@@ -4,12 +4,10 @@ closed."""
 import atexit
 import errno
 import importlib
-import logging
 import os
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +30,7 @@ from visionattn.training.durable import DurableCheckpointIO
 from visionattn.training.finite import BestCheckpoint, FiniteLoss
 from visionattn.training.messages import explain
 from visionattn.training.metrics import MetricsFile
+from visionattn.training.quiet import quieten
 from visionattn.training.resume import Resume
 
 RUNS = Path("runs")
@@ -335,12 +334,3 @@ def _lock(folder: Path) -> None:
     except OSError:  # a file system without locks
         return
     _HELD.append(file)
-
-
-def quieten() -> None:
-    """Keep what a user cannot act on off the screen."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for library in ("lightning", "torch", "torchmetrics", "timm", "albumentations", "jsonargparse"):
-        warnings.filterwarnings("ignore", module=library)
