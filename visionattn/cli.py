@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from visionattn.data import Preprocess
-    from visionattn.maps import Method
     from visionattn.overlay.views import View
 
 _RANDOM = "random"  # in place of a weights file
@@ -190,11 +189,13 @@ _SAVED = """kinds to save:
   heatmap     16-bit PNG of the picture's size
   mask        PNG, 255 where the hottest pixels are
   gaze        of a network that takes glimpses: their path, numbered, and every scale's box
+  boxes       of a detector: each box that it found with its own heat, in a sheet
   array       .npz: the heatmap as the model has it, and where it lies in the picture"""
 
 
 def _views(options: argparse.Namespace) -> "list[View]":
     """The models that `overlay` is asked to show, each with its methods."""
+    from visionattn.maps.boxes import AllBoxes, BoxMethod
     from visionattn.overlay.views import View
 
     if options.compare:
@@ -215,9 +216,10 @@ def _views(options: argparse.Namespace) -> "list[View]":
     ):
         for method, layer in methods:
             view_name = "@".join(part for part in (method, layer) if part) if len(methods) > 1 else ""
-            views.append(
-                View(model, preprocess, _method(method, layer, model), tuple(class_names), path, name or view_name)
-            )
+            explain = _method(method, layer, model)
+            if isinstance(explain, BoxMethod):
+                explain = AllBoxes(explain)
+            views.append(View(model, preprocess, explain, tuple(class_names), path, name or view_name))
     return views
 
 
@@ -326,9 +328,14 @@ def _score(arguments: list[str]) -> int:
         if getattr(options, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be ≥ 1, got {getattr(options, flag)}")
 
+    from visionattn.overlay.views import detects
     from visionattn.scorecard import images_of_config, images_of_files, scorecard
 
     model, preprocess, _ = _load(options)
+    if detects(model):
+        raise UsageError(
+            "score measures heatmaps of whole images; for a detector's boxes see visionattn.maps.box_scores"
+        )
     methods = None
     if options.method:
         methods = {name: _method(*_split(name), model) for name in options.method}
@@ -447,25 +454,29 @@ def _device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if count else "cpu"
 
 
-def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method":
+def _method(name: str | None, layer: str | None, model: "nn.Module") -> Any:
     """The method of a name; layers are names of modules, or their place in the order."""
     import inspect
     import re
 
+    from visionattn.maps.boxes import BOX_METHODS, default_box_method
     from visionattn.maps.choose import METHODS, default_method
+    from visionattn.overlay.views import detects
 
-    if name is not None and name not in METHODS:
-        raise UsageError(f"there is no method {name!r}.{nearest(name, METHODS)} All: {', '.join(METHODS)}.")
+    known: dict[str, Any] = {**METHODS, **BOX_METHODS}
+    if name is not None and name not in known:
+        raise UsageError(f"there is no method {name!r}.{nearest(name, known)} All: {', '.join(known)}.")
+    default: Callable[[Any], Any] = default_box_method if detects(model) else default_method
     if name is None and layer is None:
-        return default_method(model)
-    kind = METHODS[name] if name else type(default_method(model))
+        return default(model)
+    kind = known[name] if name else type(default(model))
     if layer is None:
         return kind()
     if "layer" not in inspect.signature(kind).parameters:
         raise UsageError(f"{kind.name} combines all layers and takes no layer")
     by_place = "int" in str(inspect.signature(kind).parameters["layer"].annotation)
     place: Any = int(layer) if by_place and re.fullmatch(r"-?\d+", layer) else layer
-    return kind(layer=place)  # type: ignore[call-arg]
+    return kind(layer=place)
 
 
 _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
