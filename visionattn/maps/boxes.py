@@ -281,7 +281,9 @@ class AllBoxes:
 
     def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Tensor | None = None) -> Maps:
         found = self.method(model, images_BCHW, most=self.most, lowest=self.lowest)
-        output, heatmaps, raws = [], [], []
+        output: list[dict[str, Tensor]] = []
+        heatmaps: list[Tensor] = []
+        raws: list[Tensor] = []
         for number, some in enumerate(found):
             kept_N = torch.ones_like(some.labels, dtype=torch.bool) if target is None else some.labels == target[number]
             output.append(

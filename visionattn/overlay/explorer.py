@@ -199,7 +199,7 @@ def explore(
             if gaze is None and isinstance(model, GlimpseNetwork):
                 (gaze,) = follow_gaze(model, image_1CHW, [placement], loaded.preprocess or Preprocess())
             boxes = detections[number] if detections else None
-            if boxes is None and by_box is not None:
+            if boxes is None and by_box is not None and model is not None:
                 (found,) = by_box(model, image_1CHW, most=_MOST_BOXES)
                 boxes = told_of_boxes(found, placement)
             small = _shrunk(picture)
