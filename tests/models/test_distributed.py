@@ -49,7 +49,9 @@ def one_of_two(rank, meeting_place):
             expected = [gradients(network, other, step) for other, network in enumerate(alone)]
             for name, found in gradients(together, rank, step).items():
                 mean = (expected[0][name] + expected[1][name]) / 2
-                torch.testing.assert_close(found, mean, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+                torch.testing.assert_close(
+                    found, mean, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+                )
     torch.distributed.destroy_process_group()
 
 

@@ -8,15 +8,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+import visionattn
 from tests.models.detectors import dense, query
 from tests.overlay.explored import needs_browser, opened, photo, settle
 from tests.overlay.test_explorer_page import values
 from visionattn.data import Preprocess
 from visionattn.errors import UsageError
 from visionattn.maps import EigenCAM
-from visionattn.maps.boxes import ODAM, SURE, AllBoxes, QuerySampling, default_box_method
+from visionattn.maps.boxes import ODAM, SURE, AllBoxes, default_box_method
 from visionattn.overlay.explorer import explore
 from visionattn.overlay.export import export
+from visionattn.overlay.render import Style, render
 from visionattn.overlay.views import View
 
 NAMES = ("disc", "square", "triangle", "cross")
@@ -91,15 +93,23 @@ def test_a_class_leaves_only_its_boxes(detector):
     assert every.output[0]["scores"].min() >= SURE
 
 
+def test_one_call_draws_the_boxes_in_a_picture(detector):
+    maps, placement = explained(detector, 0, most=20)
+    found = visionattn.heatmap(detector, photo(), preprocess=PREPROCESS, class_names=NAMES)
+    np.testing.assert_allclose(found.look.heatmap_hw, maps.heatmaps.numpy().max(0), atol=1e-5)
+    np.testing.assert_allclose(found.look.boxes, placement.boxes_to_source(maps.boxes.numpy()), atol=0.06)
+    drawn = np.asarray(visionattn.overlay(detector, photo(), preprocess=PREPROCESS, class_names=NAMES))
+    bare = render(photo(), found.look.heatmap_hw, placement, Style())
+    x1, y1, x2, y2 = (round(edge) for edge in found.look.boxes[-1])
+    assert (drawn != bare)[y1:y2, x1].any(1).all()
+
+
 def test_boxes_are_asked_of_detectors_only(files, tmp_path):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with pytest.raises(UsageError, match="boxes shows the heat of each box, and eigencam of this Sequential has none"):
         export([files], tmp_path, View(plain, PREPROCESS, EigenCAM()), save=["boxes"])
     with pytest.raises(UsageError, match="boxes of a detector, and this model is none"):
         explore(plain, [photo()], preprocess=PREPROCESS, methods={"odam": ODAM()})
-    methods = {"odam": ODAM(), "sampling": QuerySampling()}
-    with pytest.raises(UsageError, match="by one method, and 2"):
-        explore(query(), [photo()], preprocess=PREPROCESS, methods=methods)
 
 
 @needs_browser

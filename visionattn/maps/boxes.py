@@ -279,6 +279,10 @@ class AllBoxes:
     most: int = 20
     lowest: float = SURE
 
+    @property
+    def name(self) -> str:
+        return self.method.name
+
     def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Tensor | None = None) -> Maps:
         found = self.method(model, images_BCHW, most=self.most, lowest=self.lowest)
         output: list[dict[str, Tensor]] = []

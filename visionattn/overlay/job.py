@@ -19,6 +19,7 @@ from torch import Tensor
 from visionattn.data.decode import encode_image, read_image
 from visionattn.data.placement import Placement
 from visionattn.errors import DataError, UsageError
+from visionattn.maps.base import unwrap
 from visionattn.overlay.gaze import boxes_in_source, centres
 from visionattn.overlay.inputs import VIDEOS
 from visionattn.overlay.kinds import KINDS, Look, Made, Scene
@@ -166,15 +167,14 @@ class Job:
 
     def _look(self, number: int, batch: Sequence[Read], target: Tensor | None) -> list[tuple[Look, dict[str, Any]]]:
         view = self.views[number]
-        images_BCHW = torch.from_numpy(np.stack([image.prepared[number][0] for image in batch]))
-        like = next(view.model.parameters(), images_BCHW)
-        images_BCHW = images_BCHW.to(like.device, like.dtype)
-        if view.convolves:  # which is quickest with channels last: *measured* on a CPU, ResNet-50 by a fifth
-            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        images_BCHW = view.batch(torch.from_numpy(np.stack([image.prepared[number][0] for image in batch])))
         started = time.perf_counter()
-        with torch.autocast(like.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
+        with torch.autocast(images_BCHW.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             assert view.method is not None
             maps = view.method(view.model, images_BCHW, target=target)
+            films: Sequence[Mapping[str, NDArray[Any]] | None] = [None] * len(batch)
+            if "animation" in self.kinds:
+                films = _follow(view, images_BCHW, [image.prepared[number][1] for image in batch])
         if "gaze" in self.kinds and maps.boxes is None:
             raise UsageError(
                 f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; "
@@ -211,6 +211,8 @@ class Job:
                 boxes,
                 labels,
                 glimpses_TS4,
+                films[place],
+                view.class_names,
                 maps_of(maps.output, place),
             )
             looks.append((look, {**told, **facts}))
@@ -357,6 +359,19 @@ class Written:
         for temporary, _ in self._files:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _follow(view: View, images_BCHW: Tensor, placements: Sequence[Placement]) -> Sequence[Mapping[str, NDArray[Any]]]:
+    """What a glimpse network saw and believed; it looks a second time, along the same path."""
+    from visionattn.overlay.glimpses import GlimpseNetwork, follow_gaze
+
+    network = unwrap(view.model)
+    if not isinstance(network, GlimpseNetwork):
+        raise UsageError(
+            f"animation shows what a GlimpseNetwork saw and believed, and this is a {type(network).__name__}; save "
+            "another kind"
+        )
+    return follow_gaze(network, images_BCHW, placements, view.preprocess)
 
 
 def encoded(made: Made, suffix: str) -> bytes:

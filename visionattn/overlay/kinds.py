@@ -6,16 +6,17 @@ Another kind is a function from a `Scene` to a picture, to named arrays or to th
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from visionattn.data.decode import encode_animation
 from visionattn.data.placement import Placement
 from visionattn.errors import UsageError, nearest
 from visionattn.overlay import draw
-from visionattn.overlay.gaze import boxes_in_source, draw_gaze
+from visionattn.overlay.gaze import boxes_in_source, draw_gaze, gaze_animation
 from visionattn.overlay.render import Style, render, render_difference, seen
 
 _TILE = 320  # pixels of the longer side of a picture in a sheet
@@ -36,6 +37,8 @@ class Look:
         placement: of the source in the model's input.
         boxes, labels: what a detector found, xyxy in pixels of the source.
         glimpses: (T, S, 4), what each glimpse covered at each scale, xyxy in pixels of the model's input.
+        film: what a glimpse network saw and believed, as `glimpses.follow_gaze` tells it; for an animation only.
+        class_names: of its outputs.
         maps: (N, h, w) in [0, 1], the heatmap of each box, spanning the model's input.
     """
 
@@ -47,6 +50,8 @@ class Look:
     boxes: Sequence[Sequence[float]] = ()
     labels: Sequence[str] = ()
     glimpses: NDArray[np.float32] | None = None
+    film: Mapping[str, NDArray[Any]] | None = None
+    class_names: Sequence[str] = ()
     maps: NDArray[np.float32] | None = None
 
 
@@ -130,6 +135,21 @@ def gaze(scene: Scene) -> NDArray[np.uint8]:
     return draw.label(drawn, look.said) if scene.style.caption and look.said else drawn
 
 
+def animation(scene: Scene) -> bytes:
+    """Glimpse after glimpse what has been seen, as sharply as it was seen, and what is believed after it; see
+    `gaze.gaze_animation`."""
+    (look,) = scene.looks
+    assert look.film is not None  # else the export has ended before
+    frames = gaze_animation(
+        scene.picture,
+        look.film["boxes"],
+        look.film["patches"],
+        probabilities_TK=look.film["probabilities"],
+        class_names=look.class_names,
+    )
+    return encode_animation(frames, ".webp")
+
+
 def boxes(scene: Scene) -> NDArray[np.uint8]:
     """A sheet: the picture with all boxes that a detector found, then each box with its own heat."""
     small = _shrunk(scene)
@@ -183,6 +203,7 @@ KINDS = {
     "mask": Kind(mask, ".png", most=1),
     "gaze": Kind(gaze, most=1),
     "boxes": Kind(boxes, most=1),
+    "animation": Kind(animation, ".webp", most=1),
     "array": Kind(arrays, ".npz"),
 }
 """Name on the command line and in the manifest → kind."""
