@@ -100,7 +100,7 @@ def test_one_call_draws_the_boxes_in_a_picture(detector):
     np.testing.assert_allclose(found.look.boxes, placement.boxes_to_source(maps.boxes.numpy()), atol=0.06)
     drawn = np.asarray(visionattn.overlay(detector, photo(), preprocess=PREPROCESS, class_names=NAMES))
     bare = render(photo(), found.look.heatmap_hw, placement, Style())
-    x1, y1, x2, y2 = (round(edge) for edge in found.look.boxes[-1])
+    x1, y1, _, y2 = (round(edge) for edge in found.look.boxes[-1])
     assert (drawn != bare)[y1:y2, x1].any(1).all()
 
 
