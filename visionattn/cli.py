@@ -204,13 +204,13 @@ _SAVED = """kinds to save:
   mask        PNG, 255 where the hottest pixels are
   gaze        of a network that takes glimpses: their path, numbered, and every scale's box
   animation   of a GlimpseNetwork: .webp, glimpse after glimpse what it has seen and believes
+  boxes       of a detector: each box that it found with its own heat, in a sheet
   array       .npz: the heatmap as the model has it, and where it lies in the picture"""
 
 
 def _views(options: argparse.Namespace) -> "list[View]":
     """The models that `overlay` is asked to show, each with its methods."""
-    from visionattn.maps.choose import method_of
-    from visionattn.overlay.views import View
+    from visionattn.overlay.views import View, method_for
 
     if options.compare:
         if len(options.method or ()) > 1 or len(options.layer or ()) > 1:
@@ -231,7 +231,7 @@ def _views(options: argparse.Namespace) -> "list[View]":
         for method, layer in methods:
             view_name = "@".join(part for part in (method, layer) if part) if len(methods) > 1 else ""
             views.append(
-                View(model, preprocess, method_of(method, layer, model), tuple(class_names), path, name or view_name)
+                View(model, preprocess, method_for(method, layer, model), tuple(class_names), path, name or view_name)
             )
     return views
 
@@ -283,15 +283,14 @@ def _explore(arguments: list[str]) -> int:
     if options.count < 1 or options.steps < 0 or options.steps == 1:
         raise UsageError(f"--count must be ≥ 1 and --steps 0 or ≥ 2, got {options.count} and {options.steps}")
 
-    from visionattn.maps.choose import method_of
     from visionattn.overlay.explorer import refuse_stranger
     from visionattn.overlay.inputs import find
-    from visionattn.overlay.views import View
+    from visionattn.overlay.views import View, method_for
 
     refuse_stranger(options.out)
     images = find(options.images, out=os.devnull).images
     model, preprocess, class_names = _load(options)
-    methods = {name: method_of(*_split(name), model) for name in options.method} if options.method else None
+    methods = {name: method_for(*_split(name), model) for name in options.method} if options.method else None
     failures = _write_page(
         options.out,
         View(model, preprocess, None, tuple(class_names), options.model or options.ckpt),
@@ -368,9 +367,14 @@ def _score(arguments: list[str]) -> int:
             raise UsageError(f"--{flag.replace('_', '-')} must be ≥ 1, got {getattr(options, flag)}")
 
     from visionattn.maps.choose import method_of
+    from visionattn.overlay.views import detects
     from visionattn.scorecard import images_of_config, images_of_files, scorecard
 
     model, preprocess, _ = _load(options)
+    if detects(model):
+        raise UsageError(
+            "score measures heatmaps of whole images; for a detector's boxes see visionattn.maps.box_scores"
+        )
     methods = None
     if options.method:
         methods = {name: method_of(*_split(name), model) for name in options.method}

@@ -26,7 +26,7 @@ from visionattn.overlay.kinds import KINDS, Look, Made, Scene
 from visionattn.overlay.lists import Wish
 from visionattn.overlay.render import Style, peak, unlike
 from visionattn.overlay.text import printable
-from visionattn.overlay.views import View, boxes_of, predictions_of, said
+from visionattn.overlay.views import View, boxes_of, maps_of, predictions_of, said
 
 _KEPT_BYTES = 192 << 20  # decoded pictures that wait for their heatmap; beyond it they are read a second time
 
@@ -180,6 +180,11 @@ class Job:
                 f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; "
                 "save another kind, or take the method gaze with a network that looks through a Retina"
             )
+        if "boxes" in self.kinds and maps_of(maps.output, 0) is None:
+            raise UsageError(
+                f"boxes shows the heat of each box, and {maps.method} of this {type(view.model).__name__} has none; "
+                "save another kind, or take odam, sampling or attention with a detector"
+            )
         heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
         predictions = predictions_of(view, maps.output, len(batch))
         seconds = round((time.perf_counter() - started) / len(batch), 6)
@@ -208,6 +213,7 @@ class Job:
                 glimpses_TS4,
                 films[place],
                 view.class_names,
+                maps_of(maps.output, place),
             )
             looks.append((look, {**told, **facts}))
         return looks
