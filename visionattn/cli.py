@@ -153,9 +153,9 @@ def _overlay(arguments: list[str]) -> int:
         raise UsageError("--page shows one model, and --compare has two; take --ckpt")
 
     from visionattn.data.decode import MAX_PIXELS
+    from visionattn.overlay.explorer import refuse_stranger
     from visionattn.overlay.export import export
     from visionattn.overlay.render import Style
-    from visionattn.overlay.explorer import refuse_stranger
     from visionattn.overlay.team import gather
 
     page = os.path.join(options.out, "index.html") if options.page else ""
@@ -305,7 +305,13 @@ def _explore(arguments: list[str]) -> int:
 
 
 def _write_page(
-    path: str, view: "View", methods: "Mapping[str, Any] | None", images: "Sequence[str]", *, count: int = 20, **how: Any
+    path: str,
+    view: "View",
+    methods: "Mapping[str, Any] | None",
+    images: "Sequence[str]",
+    *,
+    count: int = 20,
+    **how: Any,
 ) -> "Sequence[tuple[str, str]]":
     """Write a page of some of the images and tell of it; returns those that could not be read, and why."""
     from rich.console import Console

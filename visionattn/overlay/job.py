@@ -135,6 +135,8 @@ class Job:
 
     def explain(self, batch: Sequence[Read]) -> list[Explained | dict[str, Any]]:
         """Explain a batch; where that fails for its data, or a target of a list, one image at a time, to find whose."""
+        if not batch:
+            return []
         try:
             views = [self._explain(number, batch) for number in range(len(self.views))]
         except (DataError, UsageError) as error:
@@ -359,9 +361,7 @@ class Written:
                 os.unlink(temporary)
 
 
-def _follow(
-    view: View, images_BCHW: Tensor, placements: Sequence[Placement]
-) -> Sequence[Mapping[str, NDArray[Any]]]:
+def _follow(view: View, images_BCHW: Tensor, placements: Sequence[Placement]) -> Sequence[Mapping[str, NDArray[Any]]]:
     """What a glimpse network saw and believed; it looks a second time, along the same path."""
     from visionattn.overlay.glimpses import GlimpseNetwork, follow_gaze
 
