@@ -242,7 +242,8 @@ class Command(LightningCLI):
     def after_fit(self) -> None:
         if self._get(self.config, "test_after_fit"):
             checkpoint = self._get(self.config_init, "checkpoint")
-            best = None if self.trainer.fast_dev_run else checkpoint.best_model_path  # type: ignore[attr-defined]
+            # a training that ended before its first validation has no best weights, and those that it has are tested
+            best = (not self.trainer.fast_dev_run and checkpoint.best_model_path) or None  # type: ignore[attr-defined]
             # Lightning's would put back the weights that were averaged, not their average, for it goes on training
             callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
             self.trainer.callbacks = [one for one in callbacks if not isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
