@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visionattn.errors import DataError, UsageError, nearest
@@ -138,6 +138,9 @@ def _overlay(arguments: list[str]) -> int:
     look.add_argument("--top", type=float, metavar="PERCENT", help="hottest pixels of mask and spotlight; 20")
     look.add_argument("--caption", action="store_true", help="write the prediction into overlays")
     look.add_argument("--format", choices=("jpg", "png", "webp"), default="jpg", help="of pictures; %(default)s")
+    parser.add_argument(
+        "--page", action="store_true", help="write DIR/index.html too, to explore 20 of the images, as explore does"
+    )
     parser.add_argument("--fps", type=float, metavar="N", help="frames a second to take of a video; all")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; by the size of the model's input")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
@@ -150,12 +153,18 @@ def _overlay(arguments: list[str]) -> int:
     options = parser.parse_args(arguments[1:])
     if options.devices < 1:
         raise UsageError(f"--devices must be ≥ 1, got {options.devices}")
+    if options.page and options.compare:
+        raise UsageError("--page shows one model, and --compare has two; take --ckpt")
 
     from visionattn.data.decode import MAX_PIXELS
+    from visionattn.overlay.explorer import refuse_stranger
     from visionattn.overlay.export import export
     from visionattn.overlay.render import Style
     from visionattn.overlay.team import gather
 
+    page = os.path.join(options.out, "index.html") if options.page else ""
+    if page:
+        refuse_stranger(page)
     given: dict[str, Any] = {
         "colormap": options.colormap,
         "alpha": options.alpha,
@@ -167,10 +176,11 @@ def _overlay(arguments: list[str]) -> int:
     style = Style(**{name: value for name, value in given.items() if value is not None})
     target = options.target
     with gather(options.devices, arguments) as team:
+        views = _views(options)
         summary = export(
             options.images,
             options.out,
-            _views(options),
+            views,
             save=options.save,
             compare=options.compare is not None,
             target=int(target) if target is not None and target.isdecimal() else target,
@@ -182,6 +192,10 @@ def _overlay(arguments: list[str]) -> int:
             max_pixels=options.max_pixels or MAX_PIXELS,
             team=team,
         )
+    if page and summary.images and team.rank == 0:
+        anew = summary.written or not os.path.exists(page)  # a run that is repeated changes nothing
+        methods = {view.name or getattr(view.method, "name", ""): view.method for view in views}
+        _write_page(page, views[0], methods, summary.images) if anew else print(f"  {page}   as before")
     return summary.exit_code
 
 
@@ -194,13 +208,14 @@ _SAVED = """kinds to save:
   heatmap     16-bit PNG of the picture's size
   mask        PNG, 255 where the hottest pixels are
   gaze        of a network that takes glimpses: their path, numbered, and every scale's box
+  animation   of a GlimpseNetwork: .webp, glimpse after glimpse what it has seen and believes
+  boxes       of a detector: each box that it found with its own heat, in a sheet
   array       .npz: the heatmap as the model has it, and where it lies in the picture"""
 
 
 def _views(options: argparse.Namespace) -> "list[View]":
     """The models that `overlay` is asked to show, each with its methods."""
-    from visionattn.maps.choose import method_of
-    from visionattn.overlay.views import View
+    from visionattn.overlay.views import View, method_for
 
     if options.compare:
         if len(options.method or ()) > 1 or len(options.layer or ()) > 1:
@@ -221,7 +236,7 @@ def _views(options: argparse.Namespace) -> "list[View]":
         for method, layer in methods:
             view_name = "@".join(part for part in (method, layer) if part) if len(methods) > 1 else ""
             views.append(
-                View(model, preprocess, method_of(method, layer, model), tuple(class_names), path, name or view_name)
+                View(model, preprocess, method_for(method, layer, model), tuple(class_names), path, name or view_name)
             )
     return views
 
@@ -273,32 +288,56 @@ def _explore(arguments: list[str]) -> int:
     if options.count < 1 or options.steps < 0 or options.steps == 1:
         raise UsageError(f"--count must be ≥ 1 and --steps 0 or ≥ 2, got {options.count} and {options.steps}")
 
-    from rich.console import Console
-
-    from visionattn.maps.choose import method_of
-    from visionattn.overlay.explorer import explore, refuse_stranger, tell
+    from visionattn.overlay.explorer import refuse_stranger
     from visionattn.overlay.inputs import find
-    from visionattn.scorecard import evenly
+    from visionattn.overlay.views import View, method_for
 
     refuse_stranger(options.out)
     images = find(options.images, out=os.devnull).images
     model, preprocess, class_names = _load(options)
-    console = Console()
-    page = explore(
-        model,
-        [images[index] for index in evenly(len(images), options.count)],
-        preprocess=preprocess,
-        methods={name: method_of(*_split(name), model) for name in options.method} if options.method else None,
-        class_names=class_names,
-        model_name=options.model or options.ckpt,
+    methods = {name: method_for(*_split(name), model) for name in options.method} if options.method else None
+    failures = _write_page(
+        options.out,
+        View(model, preprocess, None, tuple(class_names), options.model or options.ckpt),
+        methods,
+        images,
+        count=options.count,
         steps=options.steps,
         batch_size=options.batch_size,
         limit=round(1e6 * options.max_mb),
-        console=console,
     )
-    page.save(options.out)
-    tell(page, options.out, total=len(images), console=console)
-    return int(bool(page.failures))
+    return int(bool(failures))
+
+
+def _write_page(
+    path: str,
+    view: "View",
+    methods: "Mapping[str, Any] | None",
+    images: "Sequence[str]",
+    *,
+    count: int = 20,
+    **how: Any,
+) -> "Sequence[tuple[str, str]]":
+    """Write a page of some of the images and tell of it; returns those that could not be read, and why."""
+    from rich.console import Console
+
+    from visionattn.overlay.explorer import explore, tell
+    from visionattn.scorecard import evenly
+
+    console = Console()
+    page = explore(
+        view.model,
+        [images[index] for index in evenly(len(images), count)],
+        preprocess=view.preprocess,
+        methods=methods,
+        class_names=view.class_names,
+        model_name=view.model_name,
+        console=console,
+        **how,
+    )
+    page.save(path)
+    tell(page, path, total=len(images), console=console)
+    return page.failures
 
 
 def _score(arguments: list[str]) -> int:
@@ -333,9 +372,14 @@ def _score(arguments: list[str]) -> int:
             raise UsageError(f"--{flag.replace('_', '-')} must be ≥ 1, got {getattr(options, flag)}")
 
     from visionattn.maps.choose import method_of
+    from visionattn.overlay.views import detects
     from visionattn.scorecard import images_of_config, images_of_files, scorecard
 
     model, preprocess, _ = _load(options)
+    if detects(model):
+        raise UsageError(
+            "score measures heatmaps of whole images; for a detector's boxes see visionattn.maps.box_scores"
+        )
     methods = None
     if options.method:
         methods = {name: method_of(*_split(name), model) for name in options.method}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from visionattn.training.checkpoints import export as export
     from visionattn.training.checkpoints import load as load
     from visionattn.training.hub import push as push
+    from visionattn.training.quiet import quieten as quieten
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -19,5 +20,6 @@ __getattr__, __dir__ = lazy(
         "callbacks": ("DrawSpans", "OverlaySamples", "TestReport", "WritePredictions"),
         "checkpoints": ("export", "load"),
         "hub": ("push",),
+        "quiet": ("quieten",),
     },
 )

@@ -4,12 +4,10 @@ closed."""
 import atexit
 import errno
 import importlib
-import logging
 import os
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +16,7 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -32,6 +30,7 @@ from visionattn.training.durable import DurableCheckpointIO
 from visionattn.training.finite import BestCheckpoint, FiniteLoss
 from visionattn.training.messages import explain
 from visionattn.training.metrics import MetricsFile
+from visionattn.training.quiet import quieten
 from visionattn.training.resume import Resume
 
 RUNS = Path("runs")
@@ -256,6 +255,9 @@ class Command(LightningCLI):
         if self._get(self.config, "test_after_fit"):
             checkpoint = self._get(self.config_init, "checkpoint")
             best = None if self.trainer.fast_dev_run else checkpoint.best_model_path  # type: ignore[attr-defined]
+            # Lightning's would put back the weights that were averaged, not their average, for it goes on training
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            self.trainer.callbacks = [one for one in callbacks if not isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
         self._say_where()
 
@@ -347,12 +349,3 @@ def _lock(folder: Path) -> None:
     except OSError:  # a file system without locks
         return
     _HELD.append(file)
-
-
-def quieten() -> None:
-    """Keep what a user cannot act on off the screen."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for library in ("lightning", "torch", "torchmetrics", "timm", "albumentations", "jsonargparse"):
-        warnings.filterwarnings("ignore", module=library)
