@@ -60,6 +60,7 @@ def test_it_runs_and_leaves_nothing_behind(path, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @every_notebook
 def test_what_it_claims_is_so_in_full(path, tmp_path):
     found = tidy(execute(read(path), tmp_path))
