@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
@@ -94,6 +95,7 @@ def test_every_config_runs(config, photo_folder, tmp_path, tmp_path_factory, mon
         command += ["--model.network.num_classes=5"]
     if "AnnotatedData" in text:
         root = (coco_of_sixteen if "root: coco" in text else voc)(tmp_path_factory.mktemp("annotated"))
+        command += [] if "root: coco" in text else ["--model.network.num_classes=3"]
         command += [f"--data.root={root}", "--data.num_workers=0", "--data.batch_size=2", "--data.preprocess.size=64"]
         command += ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--test_after_fit=false"]
     if "sizes: [" in text:
@@ -144,7 +146,6 @@ def test_detection_leaves_its_report_and_predictions(tmp_path, monkeypatch):
     from visionattn.training import load
 
     assert load(run / "best.ckpt").class_names == NAMES
-    import os
 
     os.environ.pop("VISIONATTN_RUN")
     command = ["predict", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'best.ckpt'}"]
@@ -159,6 +160,16 @@ def test_detection_leaves_its_report_and_predictions(tmp_path, monkeypatch):
         assert x + width <= 80.01
         assert y + height <= 60.01
     assert len(list(Path("runs/bccd-dense/1/predictions").iterdir())) == 2
+
+
+def test_the_test_after_fit_is_of_the_averaged_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    average = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.99}}"
+    assert main(["fit", f"--config={QUICKSTART}", *SMALL, f"--trainer.callbacks=[{average}]"]) == 0
+    os.environ.pop("VISIONATTN_RUN")
+    run = Path("runs/quickstart/0")
+    assert main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'best.ckpt'}"]) == 0
+    assert (run / "test.csv").read_text() == (Path("runs/quickstart/1") / "test.csv").read_text()
 
 
 def test_print_config_and_several_configs(tmp_path, capsys):
@@ -317,7 +328,6 @@ def test_a_checkpoint_is_tested_and_predicts(quick_run, tmp_path, monkeypatch):
     assert main(["test", "--config", config, f"--ckpt_path={quick_run / 'best.ckpt'}"]) == 0
     again = tmp_path / "runs" / "quickstart" / "0" / "test.csv"
     assert again.read_text() == (quick_run / "test.csv").read_text()
-    import os
 
     os.environ.pop("VISIONATTN_RUN")
     assert main(["predict", "--config", config, f"--ckpt_path={quick_run / 'best.ckpt'}"]) == 0
@@ -443,6 +453,25 @@ def test_overlay_names_what_cannot_be_done(flags, parts, photo_folder, tmp_path,
     command = ["overlay", *images, "--out", str(tmp_path / "out"), "--model", "test_vit", "--weights", "random", *flags]
     fails(command, 2, *parts, capsys=capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_overlay_ends_with_its_page(photo_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["overlay", "--images", str(photo_folder / "class0"), "--out", str(out), "--model", "test_vit"]
+    command += ["--weights", "random", "--method", "raw", "rollout", "--page"]
+    assert main(command) == 0
+    assert re.search(rf"\n  {out}/index.html   \d\.\d MB   (\d+) images\n$", capsys.readouterr().out)
+    page = out / "index.html"
+    pictures = json.loads(re.search(r'id="facts">(.*?)</script>', page.read_text(), re.S)[1])["pictures"]
+    assert {one["name"] for one in pictures} == {path.name for path in (photo_folder / "class0").iterdir()}
+    assert {one["name"] for one in pictures[0]["heatmaps"] if not one["control"]} == {"raw", "rollout"}
+    before = page.stat().st_mtime_ns
+    assert main(command) == 0
+    assert capsys.readouterr().out.endswith(f"  {page}   as before\n")
+    assert page.stat().st_mtime_ns == before
+    page.write_text("mine")
+    fails(command, 2, "index.html exists and is no page of explore's", capsys=capsys)
+    fails([*command[:5], "--compare", "a", "b", "--page"], 2, "--page shows one model", capsys=capsys)
 
 
 def test_compared_checkpoints_have_names_that_tell_them_apart(capsys):

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visionattn.errors import DataError, UsageError, nearest
@@ -133,6 +133,9 @@ def _overlay(arguments: list[str]) -> int:
     look.add_argument("--top", type=float, metavar="PERCENT", help="hottest pixels of mask and spotlight; 20")
     look.add_argument("--caption", action="store_true", help="write the prediction into overlays")
     look.add_argument("--format", choices=("jpg", "png", "webp"), default="jpg", help="of pictures; %(default)s")
+    parser.add_argument(
+        "--page", action="store_true", help="write DIR/index.html too, to explore 20 of the images, as explore does"
+    )
     parser.add_argument("--fps", type=float, metavar="N", help="frames a second to take of a video; all")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images at once; by the size of the model's input")
     parser.add_argument("--max-pixels", type=int, metavar="N", help="refuse larger images")
@@ -145,12 +148,18 @@ def _overlay(arguments: list[str]) -> int:
     options = parser.parse_args(arguments[1:])
     if options.devices < 1:
         raise UsageError(f"--devices must be ≥ 1, got {options.devices}")
+    if options.page and options.compare:
+        raise UsageError("--page shows one model, and --compare has two; take --ckpt")
 
     from visionattn.data.decode import MAX_PIXELS
+    from visionattn.overlay.explorer import refuse_stranger
     from visionattn.overlay.export import export
     from visionattn.overlay.render import Style
     from visionattn.overlay.team import gather
 
+    page = os.path.join(options.out, "index.html") if options.page else ""
+    if page:
+        refuse_stranger(page)
     given: dict[str, Any] = {
         "colormap": options.colormap,
         "alpha": options.alpha,
@@ -162,10 +171,11 @@ def _overlay(arguments: list[str]) -> int:
     style = Style(**{name: value for name, value in given.items() if value is not None})
     target = options.target
     with gather(options.devices, arguments) as team:
+        views = _views(options)
         summary = export(
             options.images,
             options.out,
-            _views(options),
+            views,
             save=options.save,
             compare=options.compare is not None,
             target=int(target) if target is not None and target.isdecimal() else target,
@@ -177,6 +187,10 @@ def _overlay(arguments: list[str]) -> int:
             max_pixels=options.max_pixels or MAX_PIXELS,
             team=team,
         )
+    if page and summary.images and team.rank == 0:
+        anew = summary.written or not os.path.exists(page)  # a run that is repeated changes nothing
+        methods = {view.name or getattr(view.method, "name", ""): view.method for view in views}
+        _write_page(page, views[0], methods, summary.images) if anew else print(f"  {page}   as before")
     return summary.exit_code
 
 
@@ -189,13 +203,14 @@ _SAVED = """kinds to save:
   heatmap     16-bit PNG of the picture's size
   mask        PNG, 255 where the hottest pixels are
   gaze        of a network that takes glimpses: their path, numbered, and every scale's box
+  animation   of a GlimpseNetwork: .webp, glimpse after glimpse what it has seen and believes
+  boxes       of a detector: each box that it found with its own heat, in a sheet
   array       .npz: the heatmap as the model has it, and where it lies in the picture"""
 
 
 def _views(options: argparse.Namespace) -> "list[View]":
     """The models that `overlay` is asked to show, each with its methods."""
-    from visionattn.maps.choose import method_of
-    from visionattn.overlay.views import View
+    from visionattn.overlay.views import View, method_for
 
     if options.compare:
         if len(options.method or ()) > 1 or len(options.layer or ()) > 1:
@@ -216,7 +231,7 @@ def _views(options: argparse.Namespace) -> "list[View]":
         for method, layer in methods:
             view_name = "@".join(part for part in (method, layer) if part) if len(methods) > 1 else ""
             views.append(
-                View(model, preprocess, method_of(method, layer, model), tuple(class_names), path, name or view_name)
+                View(model, preprocess, method_for(method, layer, model), tuple(class_names), path, name or view_name)
             )
     return views
 
@@ -268,32 +283,56 @@ def _explore(arguments: list[str]) -> int:
     if options.count < 1 or options.steps < 0 or options.steps == 1:
         raise UsageError(f"--count must be ≥ 1 and --steps 0 or ≥ 2, got {options.count} and {options.steps}")
 
-    from rich.console import Console
-
-    from visionattn.maps.choose import method_of
-    from visionattn.overlay.explorer import explore, refuse_stranger, tell
+    from visionattn.overlay.explorer import refuse_stranger
     from visionattn.overlay.inputs import find
-    from visionattn.scorecard import evenly
+    from visionattn.overlay.views import View, method_for
 
     refuse_stranger(options.out)
     images = find(options.images, out=os.devnull).images
     model, preprocess, class_names = _load(options)
-    console = Console()
-    page = explore(
-        model,
-        [images[index] for index in evenly(len(images), options.count)],
-        preprocess=preprocess,
-        methods={name: method_of(*_split(name), model) for name in options.method} if options.method else None,
-        class_names=class_names,
-        model_name=options.model or options.ckpt,
+    methods = {name: method_for(*_split(name), model) for name in options.method} if options.method else None
+    failures = _write_page(
+        options.out,
+        View(model, preprocess, None, tuple(class_names), options.model or options.ckpt),
+        methods,
+        images,
+        count=options.count,
         steps=options.steps,
         batch_size=options.batch_size,
         limit=round(1e6 * options.max_mb),
-        console=console,
     )
-    page.save(options.out)
-    tell(page, options.out, total=len(images), console=console)
-    return int(bool(page.failures))
+    return int(bool(failures))
+
+
+def _write_page(
+    path: str,
+    view: "View",
+    methods: "Mapping[str, Any] | None",
+    images: "Sequence[str]",
+    *,
+    count: int = 20,
+    **how: Any,
+) -> "Sequence[tuple[str, str]]":
+    """Write a page of some of the images and tell of it; returns those that could not be read, and why."""
+    from rich.console import Console
+
+    from visionattn.overlay.explorer import explore, tell
+    from visionattn.scorecard import evenly
+
+    console = Console()
+    page = explore(
+        view.model,
+        [images[index] for index in evenly(len(images), count)],
+        preprocess=view.preprocess,
+        methods=methods,
+        class_names=view.class_names,
+        model_name=view.model_name,
+        console=console,
+        **how,
+    )
+    page.save(path)
+    tell(page, path, total=len(images), console=console)
+    return page.failures
 
 
 def _score(arguments: list[str]) -> int:
@@ -328,9 +367,14 @@ def _score(arguments: list[str]) -> int:
             raise UsageError(f"--{flag.replace('_', '-')} must be ≥ 1, got {getattr(options, flag)}")
 
     from visionattn.maps.choose import method_of
+    from visionattn.overlay.views import detects
     from visionattn.scorecard import images_of_config, images_of_files, scorecard
 
     model, preprocess, _ = _load(options)
+    if detects(model):
+        raise UsageError(
+            "score measures heatmaps of whole images; for a detector's boxes see visionattn.maps.box_scores"
+        )
     methods = None
     if options.method:
         methods = {name: method_of(*_split(name), model) for name in options.method}
@@ -380,22 +424,65 @@ _FIGURES = """figures:
 def _export(arguments: list[str]) -> int:
     parser = _Parser(
         prog="visionattn export",
-        description="Make a file of a checkpoint's model for others; visionattn reads it wherever it takes --ckpt.",
+        description="Make one file of a model for others to run or to load.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_FORMATS,
+    )
+    _add_model(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write: .safetensors, .onnx or .pt2")
+    parser.add_argument("--format", choices=tuple(_SUFFIXES), help="see below; by the ending of FILE")
+    parser.add_argument("--method", metavar="NAME", help="of the heatmap in a graph: raw, rollout, gate or gradcam")
+    options = parser.parse_args(arguments[1:])
+    suffix = os.path.splitext(options.out)[1]
+    wanted = _SUFFIXES.get(options.format, suffix)
+    if wanted != suffix or suffix not in _SUFFIXES.values():
+        ends = wanted if options.format else "one of " + ", ".join(_SUFFIXES.values())
+        raise UsageError(f"--out must end in {ends}, by which the file is known again, got {options.out}")
+    if suffix == ".safetensors":
+        if options.method or not options.ckpt:
+            raise UsageError("a .safetensors file holds the weights of a --ckpt, and no method")
+        from visionattn.training.checkpoints import export
+
+        export(options.ckpt, options.out)
+        print(f"wrote {options.out}")
+        return 0
+    from visionattn.exporting import export_graph
+
+    model, preprocess, class_names = _load(options)
+    told = export_graph(model.cpu(), options.out, method=options.method, preprocess=preprocess, class_names=class_names)
+    size = " × ".join(map(str, told.input_size))
+    print(f"wrote {options.out}   images (B, {size}) → scores, heatmap by {told.method}")
+    if told.difference is None:
+        print("not compared with the model, since onnxruntime is not installed")
+    else:
+        print(f"differs from the model by at most {told.difference:.1g} on noise")
+    return 0
+
+
+def _push(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="visionattn push",
+        description="Put a model on the Hugging Face hub: safetensors, JSON, and a card with results and an overlay. "
+        "Every verb takes it from there as --ckpt hf://OWNER/NAME.",
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint that visionattn fit wrote")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, e.g. model.safetensors")
-    parser.add_argument(
-        "--format", choices=("safetensors",), default="safetensors", help="weights without a place for code"
-    )
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="on the hub; made if there is none")
+    parser.add_argument("--picture", metavar="FILE", help="whose overlay the card shows; the run's overlays/test.png")
+    parser.add_argument("--public", action="store_true", help="a repository that is made here is public")
     options = parser.parse_args(arguments[1:])
-    if not options.out.endswith(f".{options.format}"):
-        raise UsageError(f"--out must end in .{options.format}, by which the file is known again, got {options.out}")
 
-    from visionattn.training.checkpoints import export
+    from visionattn.training.hub import push
 
-    export(options.ckpt, options.out)
-    print(f"wrote {options.out}")
+    print(push(options.ckpt, options.repo, picture=options.picture, private=not options.public))
     return 0
+
+
+_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2"}
+
+_FORMATS = """formats:
+  safetensors    .safetensors  weights of a checkpoint without a place for code; every verb takes it as --ckpt
+  onnx           .onnx         a graph: images → scores and heatmap, for any runtime of ONNX
+  torch_export   .pt2          the same graph for torch.export.load"""
 
 
 def _split(name: str | None) -> tuple[str | None, str | None]:
@@ -407,7 +494,7 @@ def _split(name: str | None) -> tuple[str | None, str | None]:
 def _add_model(parser: argparse.ArgumentParser) -> Any:
     """Returns the group of options of which one names the model."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote")
+    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote, or hf://OWNER/NAME")
     source.add_argument("--model", metavar="TIMM_NAME", help="a timm model")
     parser.add_argument(
         "--weights", metavar="FILE", help=f"weights for --model; those of the hub by default; {_RANDOM!r} for none"
@@ -454,7 +541,8 @@ _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "overlay": (_overlay, "write overlays of where a model looked in images"),
     "explore": (_explore, "make a page to explore where a model looks in images"),
     "score": (_score, "measure whether to believe a method's heatmaps"),
-    "export": (_export, "make a .safetensors file of a checkpoint, safe to send and to open"),
+    "push": (_push, "put a model on the Hugging Face hub"),
+    "export": (_export, "make one file of a model: weights, or a graph with its heatmap"),
 }
 
 if __name__ == "__main__":

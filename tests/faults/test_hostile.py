@@ -20,7 +20,7 @@ from visionattn.errors import DataError
 from visionattn.training import export, load
 
 LIGHTNING = ("fit", "validate", "test", "predict")
-OWN = ("overlay", "score", "export")  # a verb that takes --ckpt belongs here
+OWN = ("overlay", "explore", "score", "export")  # a verb that takes --ckpt belongs here
 
 
 # checkpoints ----------------------------------------------------------------------------------------------------------
@@ -122,6 +122,8 @@ def commands(verb, path, quick_run, folder):
         return [verb, "--config", str(quick_run / "config.yaml"), "--ckpt_path", str(path)]
     if verb == "overlay":
         return [verb, "--images", str(folder), "--out", str(folder / "out"), "--ckpt", str(path)]
+    if verb == "explore":
+        return [verb, "--images", str(folder), "--out", str(folder / "page.html"), "--ckpt", str(path)]
     if verb == "score":
         return [verb, "--data", str(folder), "--ckpt", str(path)]
     return [verb, "--ckpt", str(path), "--out", str(folder / "x.safetensors")]
@@ -134,7 +136,7 @@ def test_nor_through_any_verb(verb, some, hostile, quick_run, server, tmp_path):
     Image.new("RGB", (8, 8)).save(folder / "image.png")
     names = ["open_in_state", "names_evil_module.Net", "bomb"] if some < len(files) else list(files)
     calls = {name: commands(verb, files[name], quick_run, folder) for name in names}
-    if verb in ("overlay", "score", "export"):
+    if verb in OWN:
         calls.pop("hyper_parameters", None)  # they do not look at them, as `load`
     if verb == "export":  # it builds nothing from what it copies
         calls = {name: call for name, call in calls.items() if not name.startswith(("names_", "task_of"))}

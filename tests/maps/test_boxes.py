@@ -234,11 +234,3 @@ def test_the_score_goes_with_its_evidence():
     mean = 0.9 / 16
     torch.testing.assert_close(drop, torch.tensor([1 - mean / 0.9, 0.0]))
     assert box_iou(found["boxes"], found["boxes"]).min() == 1
-
-
-@pytest.mark.parametrize("kind", [dense, query])
-def test_a_detector_that_finds_nothing_has_no_map(kind):
-    """As before its first step, when a training asks for pictures."""
-    detector, method = kind(), default_box_method(kind())
-    some = method(detector, batch(1)[0], lowest=0.99)[0]
-    assert some.heatmaps.shape[0] == len(some.boxes) == 0

@@ -260,6 +260,27 @@ def test_a_folder_is_exported_with_its_paths(tmp_path):
         export([tmp_path / "in"], tmp_path / "no", View(ConvNet(3), preprocess), save=["gaze"], **quiet)
 
 
+def test_a_folder_is_exported_as_animations(tmp_path):
+    source = np.random.default_rng(3).integers(0, 256, (36, 48, 3)).astype(np.uint8)
+    write_image(tmp_path / "a.png", source)
+    preprocess, names = Preprocess(24, mean=(0.2,) * 3, std=(0.5,) * 3), tuple("abcdefg")
+    model, quiet = network(preprocess), {"console": Console(quiet=True), "save": ["animation"]}
+    summary = export([tmp_path / "a.png"], tmp_path / "out", View(model, preprocess, class_names=names), **quiet)
+    assert summary.exit_code == 0
+    values, placement = preprocess(source)
+    (told,) = follow_gaze(model, torch.from_numpy(values)[None], [placement], preprocess)
+    expected = gaze_animation(
+        source, told["boxes"], told["patches"], probabilities_TK=told["probabilities"], class_names=names
+    )
+    with Image.open(tmp_path / "out" / "a.png.animation.webp") as film:
+        assert film.n_frames == 5
+        for number, frame in enumerate(expected):
+            film.seek(number)
+            np.testing.assert_array_equal(np.array(film.convert("RGB")), frame)
+    with pytest.raises(UsageError, match="animation shows what a GlimpseNetwork saw and believed, and this is a ConvN"):
+        export([tmp_path / "a.png"], tmp_path / "no", View(ConvNet(3), preprocess), **quiet)
+
+
 def test_a_page_has_the_glimpses_of_a_network():
     preprocess = Preprocess(24, fit="stretch", mean=(0.2,), std=(0.5,))
     model, source = network(preprocess), np.random.default_rng(4).integers(0, 256, (36, 48, 3)).astype(np.uint8)

@@ -130,24 +130,41 @@ def write_animation(
     """Write an animation that runs for ever, so that no half of it ever stands under its name.
 
     Args:
-        path: .webp, without loss, or .gif, of 256 colours a frame; the folder must exist.
+        path: .webp or .gif, see `encode_animation`; the folder must exist.
         frames: at least one, (H, W, 3) uint8 RGB, all of one size.
         seconds: of a frame; the last stays three times as long.
 
     Raises:
         DataError: as `write_image`.
     """
-    name = os.fsdecode(path)
-    suffix = Path(name).suffix.lower()
+    try:
+        content = encode_animation(frames, Path(os.fsdecode(path)).suffix, seconds=seconds)
+    except UsageError as error:
+        raise DataError(f"{os.fsdecode(path)}: {error}") from error
+    write_bytes(path, content)
+
+
+def encode_animation(frames: Sequence[NDArray[np.uint8]], suffix: str, *, seconds: float = 0.8) -> bytes:
+    """The content of a file with an animation that runs for ever.
+
+    Args:
+        frames: at least one, (H, W, 3) uint8 RGB, all of one size.
+        suffix: .webp, without loss, or .gif, of 256 colours a frame.
+        seconds: of a frame; the last stays three times as long.
+
+    Raises:
+        UsageError: the suffix is another.
+    """
+    suffix = suffix.lower()
     if suffix not in (".webp", ".gif"):
-        raise DataError(f"{name}: an animation is written as .webp or .gif")
+        raise UsageError("an animation is written as .webp or .gif")
     first, *others = [Image.fromarray(frame) for frame in frames]
     milliseconds = round(1000 * seconds)
     durations = [milliseconds] * len(others) + [3 * milliseconds]
     how: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
     buffer = io.BytesIO()
     first.save(buffer, suffix[1:], save_all=True, append_images=others, duration=durations, loop=0, **how)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def write_bytes(path: "str | bytes | os.PathLike[str]", content: bytes) -> None:

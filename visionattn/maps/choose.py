@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,11 @@ def method_of(name: str | None, layer: int | str | None, model: nn.Module, image
     if name is None and layer is None:
         return default_method(model, images_BCHW)
     kind = METHODS[name] if name else type(default_method(model, images_BCHW))
+    return at_layer(kind, layer)
+
+
+def at_layer(kind: Any, layer: int | str | None) -> Any:
+    """A method of some kind at a layer, as `method_of` takes it."""
     if layer is None:
         return kind()
     parameters = inspect.signature(kind).parameters
@@ -84,7 +90,7 @@ def method_of(name: str | None, layer: int | str | None, model: nn.Module, image
         layer = int(layer) if re.fullmatch(r"-?\d+", str(layer)) else layer
     elif isinstance(layer, int):
         raise UsageError(f"{kind.name} takes the name of a layer, not its place {layer}")
-    return kind(layer=layer)  # type: ignore[call-arg]
+    return kind(layer=layer)
 
 
 def methods_that_fit(model: nn.Module, images_BCHW: Tensor) -> dict[str, Method]:

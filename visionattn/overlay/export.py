@@ -124,6 +124,7 @@ def _lead(
             skipped=len(found.images) - len(todo),
             ignored=found.ignored,
             links=found.links,
+            images=[image for image in found.images if not is_video(image)],
         )
 
         def count(entry: Entry) -> None:

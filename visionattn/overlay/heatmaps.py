@@ -21,11 +21,10 @@ from visionattn.data.decode import encode_image, read_image, upright, write_imag
 from visionattn.data.placement import Placement, Preprocess
 from visionattn.errors import UsageError
 from visionattn.maps.base import Method
-from visionattn.maps.choose import default_method, method_of
 from visionattn.overlay import kinds
 from visionattn.overlay.kinds import Look, Scene
 from visionattn.overlay.render import Style, peak
-from visionattn.overlay.views import View, boxes_of, known_of, predictions_of, said
+from visionattn.overlay.views import Explain, View, boxes_of, known_of, maps_of, method_for, predictions_of, said
 
 Picture: TypeAlias = str | bytes | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 """A file, a PIL image, (H, W, 3) uint8 RGB, or (C, H, W) as the model takes it."""
@@ -261,11 +260,9 @@ def _look(
     if isinstance(method, Method):
         if layer is not None:
             raise UsageError("a method has its own layer; give layer with the name of a method")
-        chosen: Method = method
-    elif method is None and layer is None:
-        chosen = default_method(network, images_BCHW)
+        chosen: Explain = method
     else:
-        chosen = method_of(method, layer, network, images_BCHW)
+        chosen = method_for(method, layer, network, images_BCHW)
     maps = chosen(network, images_BCHW, target=_wanted(view, target))
     heatmaps_Bhw, raw_Bhw = (x.cpu().numpy() for x in (maps.heatmaps, maps.raw))
     targets = [None] * len(prepared) if maps.target is None else maps.target.tolist()
@@ -283,6 +280,7 @@ def _look(
             boxes,
             labels,
             glimpses_TS4,
+            maps=maps_of(maps.output, place),
         )
         answer = prediction["prediction"], prediction["class"], prediction["probability"]
         found.append(Heatmap(source, maps.method, maps.source, targets[place], *answer, look))

@@ -19,13 +19,14 @@ from torch import Tensor
 from visionattn.data.decode import encode_image, read_image
 from visionattn.data.placement import Placement
 from visionattn.errors import DataError, UsageError
+from visionattn.maps.base import unwrap
 from visionattn.overlay.gaze import boxes_in_source, centres
 from visionattn.overlay.inputs import VIDEOS
 from visionattn.overlay.kinds import KINDS, Look, Made, Scene
 from visionattn.overlay.lists import Wish
 from visionattn.overlay.render import Style, peak, unlike
 from visionattn.overlay.text import printable
-from visionattn.overlay.views import View, boxes_of, predictions_of, said
+from visionattn.overlay.views import View, boxes_of, maps_of, predictions_of, said
 
 _KEPT_BYTES = 192 << 20  # decoded pictures that wait for their heatmap; beyond it they are read a second time
 
@@ -134,6 +135,8 @@ class Job:
 
     def explain(self, batch: Sequence[Read]) -> list[Explained | dict[str, Any]]:
         """Explain a batch; where that fails for its data, or a target of a list, one image at a time, to find whose."""
+        if not batch:
+            return []
         try:
             views = [self._explain(number, batch) for number in range(len(self.views))]
         except (DataError, UsageError) as error:
@@ -171,10 +174,18 @@ class Job:
         with torch.autocast(images_BCHW.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             assert view.method is not None
             maps = view.method(view.model, images_BCHW, target=target)
+            films: Sequence[Mapping[str, NDArray[Any]] | None] = [None] * len(batch)
+            if "animation" in self.kinds:
+                films = _follow(view, images_BCHW, [image.prepared[number][1] for image in batch])
         if "gaze" in self.kinds and maps.boxes is None:
             raise UsageError(
                 f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; "
                 "save another kind, or take the method gaze with a network that looks through a Retina"
+            )
+        if "boxes" in self.kinds and maps_of(maps.output, 0) is None:
+            raise UsageError(
+                f"boxes shows the heat of each box, and {maps.method} of this {type(view.model).__name__} has none; "
+                "save another kind, or take odam, sampling or attention with a detector"
             )
         heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
         predictions = predictions_of(view, maps.output, len(batch))
@@ -194,7 +205,17 @@ class Job:
             if glimpses_TS4 is not None:
                 facts["fixations"] = centres(boxes_in_source(glimpses_TS4, placement)).round(1).tolist()
             look = Look(
-                name, said(prediction), heatmaps_Bhw[place], raw_Bhw[place], placement, boxes, labels, glimpses_TS4
+                name,
+                said(prediction),
+                heatmaps_Bhw[place],
+                raw_Bhw[place],
+                placement,
+                boxes,
+                labels,
+                glimpses_TS4,
+                films[place],
+                view.class_names,
+                maps_of(maps.output, place),
             )
             looks.append((look, {**told, **facts}))
         return looks
@@ -340,6 +361,19 @@ class Written:
         for temporary, _ in self._files:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _follow(view: View, images_BCHW: Tensor, placements: Sequence[Placement]) -> Sequence[Mapping[str, NDArray[Any]]]:
+    """What a glimpse network saw and believed; it looks a second time, along the same path."""
+    from visionattn.overlay.glimpses import GlimpseNetwork, follow_gaze
+
+    network = unwrap(view.model)
+    if not isinstance(network, GlimpseNetwork):
+        raise UsageError(
+            f"animation shows what a GlimpseNetwork saw and believed, and this is a {type(network).__name__}; save "
+            "another kind"
+        )
+    return follow_gaze(network, images_BCHW, placements, view.preprocess)
 
 
 def encoded(made: Made, suffix: str) -> bytes:

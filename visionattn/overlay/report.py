@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -32,6 +33,7 @@ class Summary:
         failures: (file, reason) of the first failures.
         source: what is shown, as `gate of layer4.1`; "" if nothing was made.
         apart: (mean difference, file) of the images in which two compared models differ most, the farthest first.
+        images: those that were found, videos apart.
         seconds: the whole run.
     """
 
@@ -46,6 +48,7 @@ class Summary:
     failures: list[tuple[str, str]] = field(default_factory=list)
     source: str = ""
     apart: list[tuple[float, str]] = field(default_factory=list)
+    images: Sequence[str] = ()
     seconds: float = 0.0
 
     @property

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from visionattn.attention.places import image_shape
 from visionattn.data.placement import Placement, Preprocess
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.maps.base import Maps, scores_of, unwrap
-
-_SURE = 0.5  # score from which on a detector's box is drawn
+from visionattn.maps.boxes import BOX_METHODS, SURE, AllBoxes, default_box_method
+from visionattn.maps.choose import METHODS, at_layer, method_of
+from visionattn.models.detector import Detector
 
 Explain = Callable[..., Maps]
 """A method of `visionattn.maps`, or anything that is called like one: (model, images_BCHW, target=…) → Maps."""
@@ -27,7 +29,7 @@ class View:
     Attributes:
         model: any vision model, on any device; images follow it there.
         preprocess: brings a picture to the model's input.
-        method: how attention becomes a heatmap; what fits the model by default.
+        method: how attention becomes a heatmap, for a detector's boxes as `AllBoxes`; what fits the model by default.
         class_names: of the model's outputs.
         model_name: for the manifest; the class of the model by default.
         name: sets it apart from other views in sheets and arrays; the method's by default.
@@ -42,11 +44,7 @@ class View:
 
     def chosen(self) -> "View":
         """The same, with its method."""
-        if self.method is not None:
-            return self
-        from visionattn.maps.choose import default_method
-
-        return replace(self, method=default_method(self.model))
+        return self if self.method is not None else replace(self, method=method_for(None, None, self.model))
 
     @functools.cached_property
     def convolves(self) -> bool:
@@ -72,6 +70,23 @@ class View:
         if wanted not in self.class_names:
             raise DataError(f"the model has no class {wanted!r}.{nearest(wanted, self.class_names)}")
         return self.class_names.index(wanted)
+
+
+def detects(model: nn.Module) -> bool:
+    """Whether a model is a detector, of ours or of torchvision."""
+    return isinstance(model, Detector) or type(model).__module__.startswith("torchvision.models.detection")
+
+
+def method_for(
+    name: str | None, layer: int | str | None, model: nn.Module, images_BCHW: Tensor | None = None
+) -> Explain:
+    """The method of a name at a layer, as `method_of`, or one for the boxes of a detector, which is its default."""
+    known: dict[str, Any] = {**METHODS, **BOX_METHODS}
+    if name is not None and name not in known:
+        raise UsageError(f"there is no method {name!r}.{nearest(name, known)} All: {', '.join(known)}.")
+    if name in BOX_METHODS or (name is None and detects(model)):
+        return AllBoxes(at_layer(BOX_METHODS[name] if name else type(default_box_method(model)), layer))
+    return method_of(name, layer, model, images_BCHW)
 
 
 def known_of(model: nn.Module) -> tuple[nn.Module, Preprocess | None, tuple[str, ...]]:
@@ -125,13 +140,19 @@ def boxes_of(view: View, output: Any, place: int, placement: Placement) -> tuple
     one = output[place] if isinstance(output, (list, tuple)) and place < len(output) else None
     if not isinstance(one, dict) or not {"boxes", "scores", "labels"} <= one.keys():
         return [], []
-    sure = (one["scores"] >= _SURE).cpu()
+    sure = (one["scores"] >= SURE).cpu()
     boxes_N4 = placement.boxes_to_source(one["boxes"].detach().float().cpu()[sure].numpy())
     labels = [
         f"{view.class_names[label] if label < len(view.class_names) else f'class {label}'} {score:.2f}"
         for label, score in zip(one["labels"].cpu()[sure].tolist(), one["scores"].cpu()[sure].tolist(), strict=True)
     ]
     return [[round(edge, 1) for edge in box] for box in boxes_N4.tolist()], labels
+
+
+def maps_of(output: Any, place: int) -> NDArray[np.float32] | None:
+    """The heatmaps of the boxes of one image, (N, h, w), in their order; None where there are none of boxes."""
+    one = output[place] if isinstance(output, list) else None
+    return one["maps"].float().cpu().numpy() if isinstance(one, dict) and "maps" in one else None
 
 
 def said(prediction: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from visionattn.training.callbacks import WritePredictions as WritePredictions
     from visionattn.training.checkpoints import export as export
     from visionattn.training.checkpoints import load as load
+    from visionattn.training.hub import push as push
     from visionattn.training.quiet import quieten as quieten
 
 __getattr__, __dir__ = lazy(
@@ -18,6 +19,7 @@ __getattr__, __dir__ = lazy(
     {
         "callbacks": ("DrawSpans", "OverlaySamples", "TestReport", "WritePredictions"),
         "checkpoints": ("export", "load"),
+        "hub": ("push",),
         "quiet": ("quieten",),
     },
 )

@@ -16,7 +16,7 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -243,6 +243,9 @@ class Command(LightningCLI):
         if self._get(self.config, "test_after_fit"):
             checkpoint = self._get(self.config_init, "checkpoint")
             best = None if self.trainer.fast_dev_run else checkpoint.best_model_path  # type: ignore[attr-defined]
+            # Lightning's would put back the weights that were averaged, not their average, for it goes on training
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            self.trainer.callbacks = [one for one in callbacks if not isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
         self._say_where()
 
