@@ -91,7 +91,7 @@ def test_its_pictures_fit_a_page(path):
     assert len(pictures) >= 3
     for data in pictures:
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
-            assert 200 <= picture.width <= 1100
+            assert 150 <= picture.width <= 1100
 
 
 @every_notebook
