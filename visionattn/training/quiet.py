@@ -7,7 +7,7 @@ import warnings
 
 def quieten() -> None:
     """Keep what a user cannot act on off the screen: Lightning's lines about the machine, libraries' warnings of each
-    other. The command line does it; in a notebook call it first."""
+    other, matplotlib's of its fonts. The command line does it; in a notebook call it first."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for library in ("lightning", "torch", "torchmetrics", "timm", "albumentations", "jsonargparse", "tqdm"):
         warnings.filterwarnings("ignore", module=library)
@@ -15,3 +15,4 @@ def quieten() -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # in a fresh environment it counts them
