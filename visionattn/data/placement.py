@@ -89,10 +89,10 @@ class Placement:
         to_cells = np.diag([heatmap_hw.shape[1] / self.input_size[1], heatmap_hw.shape[0] / self.input_size[0], 1.0])
         matrix = to_cells @ _square(self.matrix)
         height, width = self.source_size
-        if matrix[0, 1] == matrix[1, 0] == 0:  # nothing is turned: exact, as two products
-            rows_Hh = _linear_weights(matrix[1, 1] * (np.arange(height) + 0.5) + matrix[1, 2], heatmap_hw.shape[0])
-            columns_Ww = _linear_weights(matrix[0, 0] * (np.arange(width) + 0.5) + matrix[0, 2], heatmap_hw.shape[1])
-            return (rows_Hh @ heatmap_hw) @ columns_Ww.T
+        if matrix[0, 1] == matrix[1, 0] == 0:  # nothing is turned: exact, one axis after the other
+            columns_W = matrix[0, 0] * (np.arange(width) + 0.5) + matrix[0, 2]
+            rows_H = matrix[1, 1] * (np.arange(height) + 0.5) + matrix[1, 2]
+            return _between(np.ascontiguousarray(_between(heatmap_hw.T, columns_W).T), rows_H)
         matrix[:2, 2] += matrix[:2, :2] @ (0.5, 0.5) - 0.5  # OpenCV counts from the centres of pixels
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         carried = cv2.warpAffine(heatmap_hw, matrix[:2], (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
@@ -205,18 +205,23 @@ def _resize(image_HWC: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
     return np.asarray(cv2.resize(image_HWC, (size[1], size[0]), interpolation=interpolation), np.uint8)
 
 
-def _linear_weights(cells: NDArray[np.float64], count: int) -> NDArray[np.float32]:
-    """(n, count) weights of linear interpolation at n places, counted in cells; 0 outside [0, count]."""
-    place = np.clip(cells - 0.5, 0, count - 1)
-    below = np.minimum(place.astype(int), max(0, count - 2))
-    share = place - below
-    weights = np.zeros((len(cells), count), np.float32)
-    row = np.arange(len(cells))
-    weights[row, below] = 1 - share
-    if count > 1:
-        weights[row, below + 1] = share
-    weights[(cells < 0) | (cells > count)] = 0
-    return weights
+def _between(values_nK: NDArray[np.float32], places_N: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Rows at some places, counted in rows: linear between the middles of two, 0 outside of all.
+
+    No product of matrices: the library that numpy has for those starts threads, which wait for each other by spinning.
+    """
+    place_N = np.clip(places_N - 0.5, 0, len(values_nK) - 1)
+    below_N = np.minimum(place_N.astype(int), max(0, len(values_nK) - 2))
+    inside_N = (places_N >= 0) & (places_N <= len(values_nK))
+    share_N1 = np.where(inside_N, place_N - below_N, 0).astype(np.float32)[:, None]
+    rest_N1 = np.where(inside_N, 1 - share_N1[:, 0], 0).astype(np.float32)[:, None]
+    found_NK = values_nK.take(below_N, axis=0)
+    found_NK *= rest_N1
+    if len(values_nK) > 1:
+        upper_NK = values_nK.take(below_N + 1, axis=0)
+        upper_NK *= share_N1
+        found_NK += upper_NK
+    return found_NK
 
 
 def _square(matrix_23: NDArray[np.float64]) -> NDArray[np.float64]:

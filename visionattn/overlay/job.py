@@ -135,6 +135,8 @@ class Job:
 
     def explain(self, batch: Sequence[Read]) -> list[Explained | dict[str, Any]]:
         """Explain a batch; where that fails for its data, or a target of a list, one image at a time, to find whose."""
+        if not batch:
+            return []
         try:
             views = [self._explain(number, batch) for number in range(len(self.views))]
         except (DataError, UsageError) as error:

@@ -1,7 +1,7 @@
 """The way of images through an export: read, explain, draw and write at the same time.
 
-Threads read images and draw overlays while the model works on the batch between, and others wait for the disk; OpenCV
-and Pillow let go of the interpreter's lock for all that takes long.
+Threads read images and draw overlays while models work on the batches between, and others wait for the disk; OpenCV and
+Pillow let go of the interpreter's lock for all that takes long.
 """
 
 import warnings
@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from visionattn.errors import DataError
 from visionattn.maps.base import MapWarning
 from visionattn.overlay.clips import Clip, is_video
+from visionattn.overlay.explainers import Explain, explainers
 from visionattn.overlay.job import Explained, Job, Read, Written
 from visionattn.overlay.manifest import Journal, Manifest
 from visionattn.overlay.team import Team
@@ -48,35 +49,35 @@ def run(
     paths = map(job.take, team.share())
     todo = (Clip(job, path, lambda count: team.tally(frames=count)) if is_video(path) else path for path in paths)
     try:
-        for batch in _batches(_read_ahead(threads, job, todo, 2 * batch_size), batch_size):
-            good = [image for image in batch if isinstance(image, Read)]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", MapWarning)  # that a heatmap is constant is told in the manifest
-                explained = job.explain(good) if good else []
-            failed = [result["reason"] for result in explained if isinstance(result, dict)]
-            several = len({image.path for image in good}) > 1
-            if first and several and len(failed) == len(good) and not job.wishes:
-                raise DataError(failed[0])  # not these images, nor what a list asks of them: the model
-            first = first and not good
-            for image in good:
-                if image.clip not in rolling:
-                    manifest.promise(
-                        [(name, image.path) for name in job.names[image.path].values()], job.recipe_of(image.path)
-                    )
-                    rolling |= {image.clip} - {None}
-            results = iter(explained)
-            for one in batch:
-                if isinstance(one, Read):
-                    behind.append(_hand_over(job, threads, manifest.secure, one, next(results)))
-                elif isinstance(one, Clip):
-                    behind.append(threads.film.submit(one.finish, manifest.secure))
-                    rolling.discard(one)
-                else:
-                    behind.append(one)
-            while len(behind) > 2 * batch_size:
+        with explainers(job) as (count, explain), warnings.catch_warnings():
+            warnings.simplefilter("ignore", MapWarning)  # that a heatmap is constant is told in the manifest
+            read = _batches(_read_ahead(threads, job, todo, 2 * batch_size), -(-batch_size // count))
+            for batch, explained in _explained(read, count, explain):
+                good = [image for image in batch if isinstance(image, Read)]
+                failed = [result["reason"] for result in explained if isinstance(result, dict)]
+                several = len({image.path for image in good}) > 1
+                if first and several and len(failed) == len(good) and not job.wishes:
+                    raise DataError(failed[0])  # not these images, nor what a list asks of them: the model
+                first = first and not good
+                for image in good:
+                    if image.clip not in rolling:
+                        manifest.promise(
+                            [(name, image.path) for name in job.names[image.path].values()], job.recipe_of(image.path)
+                        )
+                        rolling |= {image.clip} - {None}
+                results = iter(explained)
+                for one in batch:
+                    if isinstance(one, Read):
+                        behind.append(_hand_over(job, threads, manifest.secure, one, next(results)))
+                    elif isinstance(one, Clip):
+                        behind.append(threads.film.submit(one.finish, manifest.secure))
+                        rolling.discard(one)
+                    else:
+                        behind.append(one)
+                while len(behind) > 2 * batch_size:
+                    settled(behind.popleft())
+            while behind:
                 settled(behind.popleft())
-        while behind:
-            settled(behind.popleft())
     finally:
         threads.end()
         for clip in rolling:
@@ -143,6 +144,20 @@ def _read(one: "Future[Read | Entry] | Future[Read | None] | Clip") -> Iterator[
     found = one if isinstance(one, Clip) else one.result()
     if found is not None:
         yield found
+
+
+def _explained(
+    batches: Iterator[list[Read | Entry | Clip]], count: int, explain: Explain
+) -> Iterator[tuple[list[Read | Entry | Clip], list[Explained | Entry]]]:
+    """Yield batches in their order, with what was found in their readable images; so many are explained at once."""
+    waiting: deque[tuple[list[Read | Entry | Clip], Future[list[Explained | Entry]]]] = deque()
+    for batch in batches:
+        waiting.append((batch, explain([image for image in batch if isinstance(image, Read)])))
+        if len(waiting) > count or count == 1:  # one more waits, so that no thread does
+            batch, found = waiting.popleft()
+            yield batch, found.result()
+    for batch, found in waiting:
+        yield batch, found.result()
 
 
 def _batches(read: Iterator[Read | Entry | Clip], batch_size: int) -> Iterator[list[Read | Entry | Clip]]:

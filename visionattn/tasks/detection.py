@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError
 from visionattn.models.detector import Detections, Detector
 from visionattn.tasks.coco_figures import coco_figures
@@ -62,6 +63,7 @@ class Detection(L.LightningModule):
         self.sizes = sizes
         self.seed = seed
         self.class_names: tuple[str, ...] = ()
+        self.preprocess: Preprocess | None = None
         self._seen: Seen = []
 
     def forward(self, images_BCHW: Tensor) -> list[Detections]:
@@ -70,6 +72,7 @@ class Detection(L.LightningModule):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on every Trainer
         self.class_names = tuple(getattr(data, "class_names", ())) or self.class_names
+        self.preprocess = getattr(data, "preprocess", None) or self.preprocess
         outputs, count = self.network.num_classes, len(self.class_names)
         if count and outputs != count:
             names = ", ".join(self.class_names[:5]) + (", …" if count > 5 else "")
