@@ -87,7 +87,7 @@ def served(shards):
         def __init__(self, *args):
             super().__init__(*args, directory=str(shards[0]))
 
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             asked.append(self.path)
             super().do_GET()
 

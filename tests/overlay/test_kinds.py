@@ -167,7 +167,9 @@ def test_a_comparison_shows_both_and_their_difference():
 def test_every_kind_can_be_written_and_read_again(tmp_path):
     from visionattn.overlay.job import encoded
 
-    for kind, ending in endings([kind for kind in KINDS if kind not in ("difference", "gaze", "animation")], ".png").items():
+    for kind, ending in endings(
+        [kind for kind in KINDS if kind not in ("difference", "gaze", "animation")], ".png"
+    ).items():
         made = KINDS[kind].make(scene())
         content = io.BytesIO(encoded(made, "." + ending.rpartition(".")[2]))
         if ending.endswith(".npz"):
