@@ -160,6 +160,11 @@ def test_detection_leaves_its_report_and_predictions(tmp_path, monkeypatch):
         assert x + width <= 80.01
         assert y + height <= 60.01
     assert len(list(Path("runs/bccd-dense/1/predictions").iterdir())) == 2
+    model, images = ["--ckpt", str(run / "best.ckpt")], ["--images", str(root / "val2017")]
+    assert main(["overlay", *model, *images, "--out", "seen", "--method", "odam", "--save", "overlay", "boxes"]) == 0
+    assert len(list(Path("seen").rglob("*.boxes.jpg"))) == 2
+    assert main(["explore", *model, *images, "--out", "seen.html"]) == 0
+    assert main(["score", *model, "--data", str(run / "config.yaml")]) == 2
 
 
 def test_the_test_after_fit_is_of_the_averaged_weights(tmp_path, monkeypatch):

@@ -65,8 +65,13 @@ def _run(arguments: list[str]) -> int:
     return verbs[arguments[0]](arguments)
 
 
+def _verbs() -> dict[str, str]:
+    """Verb → what it does."""
+    return {**_LIGHTNING_VERBS, **{name: text for name, (_, text) in _OWN_VERBS.items()}}
+
+
 def _help() -> str:
-    verbs = {**_LIGHTNING_VERBS, **{name: text for name, (_, text) in _OWN_VERBS.items()}}
+    verbs = _verbs()
     width = max(map(len, verbs))
     return "\n".join(
         [
@@ -459,6 +464,43 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
+def _bench(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="visionattn bench",
+        description="Measure on this machine what mechanisms, heatmaps and overlays cost, as ratios; about a minute.",
+    )
+    parser.add_argument(
+        "--model", default="vit_small_patch16_224", metavar="TIMM_NAME", help="with random weights; %(default)s"
+    )
+    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="images at once; %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of which the median counts; %(default)s")
+    options = parser.parse_args(arguments[1:])
+
+    from visionattn.bench import bench
+
+    bench(options.model, batch_size=options.batch_size, rounds=options.rounds)
+    return 0
+
+
+def _completion(arguments: list[str]) -> int:
+    parser = _Parser(prog="visionattn completion", description=_COMPLETION, formatter_class=_Raw)
+    parser.add_argument("shell", metavar="SHELL", help="bash, zsh or fish")
+    options = parser.parse_args(arguments[1:])
+
+    from visionattn.completion import script
+
+    print(script(options.shell, _verbs(), main), end="")
+    return 0
+
+
+_Raw = argparse.RawDescriptionHelpFormatter
+_COMPLETION = """Print what a shell needs to complete verbs, options and values:
+
+  bash   visionattn completion bash > ~/.local/share/bash-completion/completions/visionattn
+  zsh    visionattn completion zsh > ~/.visionattn.zsh && echo 'source ~/.visionattn.zsh' >> ~/.zshrc
+  fish   visionattn completion fish > ~/.config/fish/completions/visionattn.fish"""
+
+
 def _push(arguments: list[str]) -> int:
     parser = _Parser(
         prog="visionattn push",
@@ -541,7 +583,9 @@ _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "overlay": (_overlay, "write overlays of where a model looked in images"),
     "explore": (_explore, "make a page to explore where a model looks in images"),
     "score": (_score, "measure whether to believe a method's heatmaps"),
+    "bench": (_bench, "measure what attention costs on this machine"),
     "push": (_push, "put a model on the Hugging Face hub"),
+    "completion": (_completion, "print what a shell needs to complete verbs and options"),
     "export": (_export, "make one file of a model: weights, or a graph with its heatmap"),
 }
 

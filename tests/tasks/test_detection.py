@@ -21,7 +21,7 @@ from visionattn.data.placement import Placement, Preprocess
 from visionattn.errors import DataError
 from visionattn.models import Detector
 from visionattn.tasks import Detection
-from visionattn.tasks.detection import FIGURES
+from visionattn.tasks.coco_figures import FIGURES
 from visionattn.training.finite import FiniteLoss
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from visionattn.data.loading import ImageData as ImageData
     from visionattn.data.placement import Placement as Placement
     from visionattn.data.placement import Preprocess as Preprocess
+    from visionattn.data.shards import ShardData as ShardData
     from visionattn.data.transforms import Augmentation as Augmentation
 
 __getattr__, __dir__ = lazy(
@@ -37,6 +38,7 @@ __getattr__, __dir__ = lazy(
         "folder": ("ImageFolder",),
         "loading": ("ImageData",),
         "placement": ("Placement", "Preprocess"),
+        "shards": ("ShardData",),
         "transforms": ("Augmentation",),
     },
 )

@@ -47,12 +47,29 @@ def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_
         DataError: there is no such file, it is no image, it is cut short or damaged, or too large; names the file.
     """
     name = os.fsdecode(path)
-    if max_pixels > MAX_PIXELS:  # a wish for more goes past Pillow's own limit, which is this one
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     if os.path.isdir(path):
         raise DataError(f"{name} is a folder, not an image")
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
+        with open(path, "rb") as file:
+            return _decode(file, name, max_pixels)
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(f"there is no image {name}") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """As `read_image`, of a file's content; `name` is what errors call it."""
+    return _decode(io.BytesIO(content), name, max_pixels)
+
+
+def _decode(file: BinaryIO, name: str, max_pixels: int) -> NDArray[np.uint8]:
+    if max_pixels > MAX_PIXELS:  # a wish for more goes past Pillow's own limit, which is this one
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+    try:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own limit and remarks on metadata; ours is below
             with Image.open(file) as image:
                 width, height = image.size
@@ -65,12 +82,10 @@ def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_
                 return _to_rgb(image) if picture_HWC is None else picture_HWC
     except DataError:
         raise
-    except FileNotFoundError as error:
-        raise DataError(f"there is no image {name}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: more than {max_pixels / 1e6:,.0f} MP, which is the limit (--max-pixels)") from error
     except UnidentifiedImageError as error:
-        reason = "is empty" if os.path.getsize(path) == 0 else "is no image that can be read"
+        reason = "is empty" if file.seek(0, os.SEEK_END) == 0 else "is no image that can be read"
         raise DataError(f"{name} {reason}") from error
     except MemoryError as error:
         raise DataError(f"{name}: no memory to decode it") from error

@@ -68,7 +68,8 @@ class ImageData(L.LightningDataModule, ABC):
     def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
         """The samples of a split, or None where there is no such split; only `train` is augmented.
 
-        A data set that can fail tells by `path_of(index)` which file a sample comes from.
+        A data set that can fail tells by `path_of(index)` which file a sample comes from, and one whose samples are not
+        to be taken from anywhere at any time by `shuffled(seed)` in which order they are.
         """
 
     def setup(self, stage: str) -> None:
@@ -89,6 +90,7 @@ class ImageData(L.LightningDataModule, ABC):
             rank=rank,
             world_size=world_size,
             start=self._behind,  # Lightning may ask for the loader before it has read the checkpoint
+            shuffled=getattr(dataset, "shuffled", None),
         )
         return self._loader(dataset, sampler=self._order, fill=True)
 

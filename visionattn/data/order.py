@@ -30,6 +30,7 @@ class Order(DistributedSampler[tuple[int, int]]):
         rank: which process this is.
         world_size: n, how many there are.
         start: called when an epoch begins: how many samples of all processes lie behind in it.
+        shuffled: seed → all indices, in the order of an epoch; any order is as likely by default.
     """
 
     def __init__(
@@ -41,23 +42,28 @@ class Order(DistributedSampler[tuple[int, int]]):
         rank: int = 0,
         world_size: int = 1,
         start: Callable[[], int] = int,
+        shuffled: Callable[[int], list[int]] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
         length, together = len(dataset), batch_size * world_size
         self.total_size = length // together * together or -(-length // world_size) * world_size
         self.num_samples = self.total_size // world_size
         self._ask = start
+        self._shuffled = shuffled or self._uniform
         self._begun, self._start = -1, 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
         if epoch != self._begun:
             self._begun, self._start = epoch, self._ask()
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        order = torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
+        order = self._shuffled(mix(self.seed, epoch))
         order = (order * self.num_replicas)[: self.total_size]
         for index in order[self._start + self.rank :: self.num_replicas]:
             yield index, mix(self.seed, epoch, index)
+
+    def _uniform(self, seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
 
 
 class Share(DistributedSampler[int]):

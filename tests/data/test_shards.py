@@ -1,0 +1,203 @@
+"""Shards as webdataset writes and reads them, fetched into little room; and shards that are none."""
+
+import http.server
+import io
+import json
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+from webdataset import TarWriter, WebDataset
+
+from visionattn.data.decode import read_image
+from visionattn.data.order import Order
+from visionattn.data.placement import Preprocess
+from visionattn.data.shards import ShardData, Shards, Store, find_shards
+from visionattn.errors import DataError, UsageError
+
+NAMES = [f"class{number}" for number in range(5)]
+SMALL = Preprocess((40, 48))
+
+
+def write_shards(photos, folder, shards=6, each=10):
+    """All pictures, those of a class not together; their index; which picture and class each key stands for."""
+    folder.mkdir(parents=True)
+    pictures = sorted(photos.rglob("*.png"), key=lambda path: (path.stem, path.parent.name))
+    truth, listed = {}, []
+    for shard in range(shards):
+        name = f"train-{shard:03}.tar"
+        with TarWriter(str(folder / name)) as writer:
+            for place in range(shard * each, (shard + 1) * each):
+                path = pictures[place]
+                label = NAMES.index(path.parent.name)
+                writer.write({"__key__": f"{place:04}", "png": path.read_bytes(), "cls": label, "json": {"a": 1}})
+                truth[f"{folder / name}/{place:04}.png"] = path, label
+        listed.append({"url": name, "nsamples": each})
+    (folder / "train.json").write_text(json.dumps({"__kind__": "wids-shard-index-v1", "shardlist": listed}))
+    return truth
+
+
+@pytest.fixture(scope="module")
+def shards(photo_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards") / "some"
+    return folder, write_shards(photo_folder, folder)
+
+
+def dataset(where, store=None, **options):
+    return Shards(find_shards(str(where)), NAMES, preprocess=SMALL, store=store or Store("", 0), **options)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset closes no file
+def test_samples_are_those_that_webdataset_reads(shards):
+    folder, truth = shards
+    ours = dataset(folder / "train-*.tar")
+    theirs = list(WebDataset([url for url, _ in ours.shards], shardshuffle=False).decode("rgb8").to_tuple("png", "cls"))
+    assert len(ours) == len(theirs) == 60
+    for index, (picture, label) in enumerate(theirs):
+        sample = ours[index]
+        np.testing.assert_array_equal(sample["image"].numpy(), SMALL(picture)[0])
+        assert sample["label"] == label
+        path, expected = truth[sample["path"]]
+        assert expected == label
+        np.testing.assert_array_equal(ours.read_source(sample["path"]), read_image(path))
+
+
+def test_an_epoch_has_every_sample_once_and_few_shards_at_a_time(shards):
+    some = dataset(shards[0] / "train.json", mixed=2)
+    order, again = some.shuffled(1), some.shuffled(2)
+    assert sorted(order) == sorted(again) == list(range(60))
+    assert order != again
+    assert order == some.shuffled(1)
+    for start in range(0, 60, 20):
+        assert len({index // 10 for index in order[start : start + 20]}) == 2
+        assert order[start : start + 20] != sorted(order[start : start + 20])
+    shares = [list(Order(some, seed=3, rank=rank, world_size=2, shuffled=some.shuffled)) for rank in range(2)]
+    alone = list(Order(some, seed=3, shuffled=some.shuffled))
+    assert [one for pair in zip(*shares, strict=True) for one in pair] == alone
+    assert [index for index, _ in alone] != list(Order(some, seed=3))
+
+
+@pytest.fixture
+def served(shards):
+    """The folder by HTTP, and what was asked for."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(shards[0]))
+
+        def do_GET(self):
+            asked.append(self.path)
+            super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_shards_of_another_machine_are_fetched_once_an_epoch_into_little_room(served, shards, tmp_path):
+    address, asked = served
+    size = (shards[0] / "train-000.tar").stat().st_size
+    store = Store(str(tmp_path / "cache"), 3 * size)
+    far, near = dataset(f"{address}/train.json", store, mixed=2), dataset(shards[0] / "train.json")
+    for index in far.shuffled(0):
+        np.testing.assert_array_equal(far[index]["image"], near[index]["image"])
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= 3 * size
+    assert sorted(name for name in asked if name.endswith(".tar")) == [f"/train-{n:03}.tar" for n in range(6)]
+    assert not list((tmp_path / "cache").glob("*.part"))
+    with pytest.raises(DataError, match=r"train-9\.tar cannot be fetched"):
+        store.open(f"{address}/train-9.tar")
+
+
+def tar(path, *members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def picture(photo_folder):
+    return (photo_folder / "class0" / "0.png").read_bytes()
+
+
+def test_a_label_is_a_number_or_a_name(picture, tmp_path):
+    tar(tmp_path / "a.tar", ("a/1.x.png", picture), ("a/1.cls", b" 3\n"), ("b/1.png", picture), ("b/1.cls", b"class2"))
+    assert [sample["label"] for sample in map(dataset(tmp_path / "a.tar").__getitem__, range(2))] == [3, 2]
+    tar(tmp_path / "b.tar", ("1.png", picture), ("1.cls", b"clas2"))
+    with pytest.raises(DataError, match=r"b\.tar/1\.png: there is no class 'clas2'\. Nearest: class2"):
+        dataset(tmp_path / "b.tar")[0]
+    tar(tmp_path / "c.tar", ("1.png", picture), ("1.cls", b"5"))
+    with pytest.raises(DataError, match="no class '5'"):
+        dataset(tmp_path / "c.tar")[0]
+
+
+def test_shards_that_are_none_are_told(picture, tmp_path):
+    whole = tar(tmp_path / "a.tar", ("1.png", picture), ("1.cls", b"1"))
+    (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:700])
+    (tmp_path / "text.tar").write_bytes(b"no tar file" * 100)
+    tar(tmp_path / "bare.tar", ("1.png", picture))
+    tar(tmp_path / "two.tar", ("1.png", picture), ("1.jpg", picture), ("1.cls", b"1"))
+    for name, words in [
+        ("cut", "is cut short"), ("text", "is no tar file"), ("bare", "needs one image and a .cls, and has png"),
+        ("two", "has png, jpg, cls"), ("none", "no file matches"),
+    ]:  # fmt: skip
+        with pytest.raises(DataError, match=words):
+            find_shards(str(tmp_path / f"{name}.tar"))
+    tar(tmp_path / "no_image.tar", ("1.png", b"text"), ("1.cls", b"1"))
+    with pytest.raises(DataError, match=r"no_image\.tar/1\.png is no image that can be read"):
+        dataset(tmp_path / "no_image.tar")[0]
+    index = tmp_path / "index.json"
+    for url, count in [
+        ("/etc/passwd", 1), ("../a.tar", 1), ("file:///a.tar", 1), ("x::y.tar", 1), ("~/a.tar", 1), ("a.tar", 0),
+    ]:  # fmt: skip
+        index.write_text(json.dumps({"shardlist": [{"url": url, "nsamples": count}]}))
+        with pytest.raises(DataError, match="does not lie beside the index"):
+            find_shards(str(index))
+    index.write_text(json.dumps({"shardlist": [{"url": "a.tar", "nsamples": 2}]}))
+    with pytest.raises(DataError, match="holds 1 samples, and 2 were announced"):
+        dataset(index)[0]
+    index.write_text("{}")
+    with pytest.raises(DataError, match="is no index of shards"):
+        find_shards(str(index))
+    with pytest.raises(UsageError, match="named by an index"):
+        find_shards("http://x/train-*.tar")
+
+
+def test_nothing_in_a_shard_leaves_it(picture, tmp_path):
+    """Names, links and holes are names and not followed; nothing is unpacked."""
+    place = tmp_path / "in" / "a.tar"
+    place.parent.mkdir()
+    with tarfile.open(place, "w") as archive:
+        for name, kind in (("1.png", tarfile.SYMTYPE), ("2.png", tarfile.LNKTYPE), ("3.png", tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/hostname"
+            archive.addfile(info)
+        for name, content in (("../../4.png", picture), ("../../4.cls", b"0")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    some = dataset(place)
+    assert len(some) == 1
+    assert some[0]["path"] == f"{place}/../../4.png"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar", "in"]
+
+
+def test_class_names_may_stand_in_a_file(shards, tmp_path):
+    (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
+    where = str(shards[0] / "train.json")
+    data = ShardData(where, where, class_names=str(tmp_path / "names.txt"), num_workers=0)
+    assert data.class_names == tuple(NAMES)
+    assert data.dataset("test") is None
+    with pytest.raises(DataError, match="holds no class names"):
+        ShardData(where, where, class_names=str(tmp_path / "nothing.txt"))

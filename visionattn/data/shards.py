@@ -1,0 +1,371 @@
+"""Images in tar files, as WebDataset has them: for data that is larger than a disk.
+
+A sample is the members of a shard that follow each other and share their name up to its first dot: KEY.jpg, or another
+image, and KEY.cls with the number of its class, or its name. Shards are read where they lie, or fetched whole into a
+folder that is kept below a size. A sample is known by its place, so that a training finds the next one again without
+any state: the same resume as of a folder.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from visionattn.data.datamodules import ClassificationData
+from visionattn.data.decode import SUFFIXES, decode_image
+from visionattn.data.loading import Split
+from visionattn.data.pipeline import Transform, prepare
+from visionattn.data.placement import Preprocess
+from visionattn.data.workers import Unreadable
+from visionattn.errors import DataError, UsageError, nearest
+
+_OPEN = 32  # shards that a process holds open
+_FETCH = 600.0  # seconds that a sample may take, with the shard it lies in
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar file: its name, and where its content lies."""
+
+    name: str
+    at: int
+    size: int
+
+
+class Shard:
+    """A tar file that is open.
+
+    Args:
+        handle: of the file; closed with the shard.
+        url: what errors call it.
+
+    Raises:
+        DataError: it is no tar file, is cut short, or a sample has no image or no class.
+    """
+
+    def __init__(self, handle: int, url: str) -> None:
+        self.url = url
+        self._handle = handle
+        size = os.fstat(handle).st_size
+        self.samples: list[tuple[Member, Member]] = []
+        sample: dict[str, Member] = {}
+        key = None
+        with os.fdopen(os.dup(handle), "rb") as file:
+            file.seek(0)
+            for member in _members(file, size, url):
+                folder, base = os.path.split(member.name)
+                stem, _, extension = base.partition(".")
+                if (folder, stem) != key:
+                    self._add(sample)
+                    key, sample = (folder, stem), {}
+                sample[extension.lower()] = member
+            self._add(sample)
+
+    def __del__(self) -> None:
+        os.close(self._handle)
+
+    def content(self, member: Member) -> bytes:
+        return os.pread(self._handle, member.size, member.at)  # processes that share the handle share its place too
+
+    def _add(self, sample: dict[str, Member]) -> None:
+        if not sample:
+            return
+        images = [member for extension, member in sample.items() if os.path.splitext(f"x.{extension}")[1] in SUFFIXES]
+        some = next(iter(sample.values())).name
+        if len(images) != 1 or "cls" not in sample:
+            raise DataError(f"{self.url}: the sample of {some} needs one image and a .cls, and has {', '.join(sample)}")
+        self.samples.append((images[0], sample["cls"]))
+
+
+def _members(file: Any, size: int, url: str) -> "list[Member]":
+    found = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for info in archive:
+                if info.offset_data + info.size > size:
+                    raise DataError(f"{url} is cut short")
+                if info.isreg() and not info.issparse():
+                    found.append(Member(info.name, info.offset_data, info.size))
+    except tarfile.TarError as error:
+        raise DataError(f"{url} is no tar file, or is damaged: {error}") from error
+    return found
+
+
+class Shards(Dataset[dict[str, Any]]):
+    """The samples of many shards, one shard after the other.
+
+    Args:
+        shards: (path or URL, number of samples) of each.
+        class_names: that the numbers stand for.
+        preprocess: to the model's input.
+        augment: changes each picture first.
+        store: where shards of other machines are kept.
+        mixed: shards whose samples are shuffled together.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[tuple[str, int]],
+        class_names: Sequence[str],
+        *,
+        preprocess: Preprocess,
+        store: "Store",
+        augment: Transform | None = None,
+        mixed: int = 8,
+    ) -> None:
+        self.shards = list(shards)
+        self.class_names = tuple(class_names)
+        self.preprocess = preprocess
+        self.augment = augment
+        self.mixed = mixed
+        self.store = store
+        self._ends = np.cumsum([count for _, count in self.shards])
+        self._held: OrderedDict[int, Shard] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": OrderedDict()}  # handles are of this process
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, seed = key if isinstance(key, tuple) else (key, key)
+        number, place = self._locate(index)
+        shard = self._opened(number)
+        image, label = shard.samples[place]
+        name = f"{shard.url}/{image.name}"
+        sample = prepare(decode_image(shard.content(image), name), self.preprocess, self.augment, seed)
+        return {**sample, "label": self._label(shard.content(label), name), "path": name}
+
+    def path_of(self, index: int) -> str:
+        number, place = self._locate(index)
+        if number not in self._held:
+            return f"sample {place} of {self.shards[number][0]}"
+        return f"{self.shards[number][0]}/{self._held[number].samples[place][0].name}"
+
+    def read_source(self, path: str) -> NDArray[np.uint8]:
+        """The picture, (H, W, 3) uint8 RGB, of a sample's path."""
+        for number, (url, _) in enumerate(self.shards):
+            if path.startswith(f"{url}/"):
+                shard = self._opened(number)
+                for image, _ in shard.samples:
+                    if path == f"{url}/{image.name}":
+                        return decode_image(shard.content(image), path)
+        raise DataError(f"no shard holds {path}")
+
+    def shuffled(self, seed: int) -> list[int]:
+        """All indices: the shards in a random order, and those of each `mixed` that follow each other shuffled."""
+        generator = torch.Generator().manual_seed(seed)
+        begins = self._ends - [count for _, count in self.shards]
+        order: list[int] = []
+        for some in torch.randperm(len(self.shards), generator=generator).split(self.mixed):
+            together = torch.cat([torch.arange(int(begins[n]), int(self._ends[n])) for n in some.tolist()])
+            order += together[torch.randperm(len(together), generator=generator)].tolist()
+        return order
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - int(self._ends[number]) + self.shards[number][1]
+
+    def _opened(self, number: int) -> Shard:
+        if number not in self._held:
+            url, count = self.shards[number]
+            shard = Shard(self.store.open(url), url)
+            if len(shard.samples) != count:
+                raise DataError(f"{url} holds {len(shard.samples)} samples, and {count} were announced")
+            self._held[number] = shard
+            while len(self._held) > _OPEN:
+                self._held.popitem(last=False)
+        self._held.move_to_end(number)
+        return self._held[number]
+
+    def _label(self, content: bytes, name: str) -> int:
+        text = content.decode("utf-8", "replace").strip()
+        label = int(text) if text.isdecimal() and len(text) < 10 else -1
+        if text in self.class_names:
+            return self.class_names.index(text)
+        if not 0 <= label < len(self.class_names):
+            raise DataError(f"{name}: there is no class {text[:40]!r}.{nearest(text[:40], self.class_names)}")
+        return label
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder for shards that were fetched, shared by all processes of a machine.
+
+    Attributes:
+        folder: of its own.
+        limit: bytes; the shards that were used the longest ago go first.
+    """
+
+    folder: str
+    limit: int
+
+    def open(self, url: str) -> int:
+        """Open a shard, which is fetched where it is another machine's and not there yet; what is open stays readable,
+        whatever goes."""
+        if "://" not in url:
+            return _open(url)
+        os.makedirs(self.folder, exist_ok=True)
+        digits = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+        place = os.path.join(self.folder, f"{digits}.tar")
+        with open(os.path.join(self.folder, f".{digits}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait, and find it there
+            try:
+                handle = os.open(place, os.O_RDONLY)
+                os.utime(place)
+                return handle
+            except FileNotFoundError:
+                return self._fetch(url, place)
+
+    def _fetch(self, url: str, place: str) -> int:
+        import fsspec
+
+        part = f"{place}.part"
+        try:
+            with fsspec.open(url, "rb") as source, open(part, "wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+            handle = os.open(part, os.O_RDONLY)
+            os.replace(part, place)
+        except Exception as error:  # each file system has its own
+            raise DataError(f"{url} cannot be fetched: {error or type(error).__name__}") from error
+        self._make_room(place)
+        return handle
+
+    def _make_room(self, kept: str) -> None:
+        with os.scandir(self.folder) as entries:
+            found = sorted((e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in entries if e.name.endswith(".tar"))
+        size = sum(each for _, each, _ in found)
+        for _, each, path in found:
+            if size > self.limit and path != kept:
+                Path(path).unlink(missing_ok=True)
+                size -= each
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def find_shards(where: str) -> list[tuple[str, int]]:
+    """The shards of a split and how many samples each has.
+
+    Args:
+        where: a pattern of tar files on this machine, which are counted; or an index, the path or URL of a .json:
+            `{"shardlist": [{"url": "train-000.tar", "nsamples": 1000}, …]}`, with names that lie beside it.
+
+    Raises:
+        DataError: there are none, or the index is none.
+    """
+    if not where.endswith(".json"):
+        if "://" in where:
+            raise UsageError(f"shards of another machine are named by an index, a .json, and not by {where}")
+        paths = sorted(glob(where, recursive=True))
+        if not paths:
+            raise DataError(f"no file matches {where}")
+        return [(path, len(Shard(_open(path), path).samples)) for path in paths]
+    import fsspec
+
+    home = where.rpartition("/")[0]
+    try:
+        with fsspec.open(where, "rb") as file:
+            listed = [(str(entry["url"]), int(entry["nsamples"])) for entry in json.load(file)["shardlist"]]
+    except Exception as error:
+        raise DataError(f"{where} is no index of shards: {error or type(error).__name__}") from error
+    shards = []
+    for url, count in listed:
+        name = url.removeprefix(f"{home}/")
+        if "::" in name or "://" in name or name.startswith(("/", "~")) or ".." in name.split("/") or count < 1:
+            raise DataError(f"{where}: {url!r} with {count} samples does not lie beside the index")
+        shards.append((f"{home}/{name}" if home else name, count))
+    if not shards:
+        raise DataError(f"{where} names no shards")
+    return shards
+
+
+class ShardData(ClassificationData):
+    """Images in WebDataset's shards, on this machine or another; see `shards`.
+
+    Args:
+        train, val, test: the shards of each split, see `find_shards`.
+        class_names: a list, or a text file with a name a line; the numbers in .cls count them from 0.
+        cache: folder for shards of other machines; one for temporary files by default.
+        cache_gb: what it may hold, and at least `mixed` shards.
+        mixed: shards whose samples are shuffled together, in training.
+        preprocess, augment, batch_size, num_workers, seed, unreadable: as `ImageFolderData`.
+        patience: seconds that a process may take for one image, and to fetch its shard.
+
+    Raises:
+        DataError: there are no shards, or no names.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str,
+        *,
+        class_names: list[str] | str,
+        test: str | None = None,
+        cache: str | None = None,
+        cache_gb: float = 50.0,
+        mixed: int = 8,
+        preprocess: Preprocess | None = None,
+        augment: Transform | None = None,
+        batch_size: int = 32,
+        num_workers: int = 2,
+        seed: int = 0,
+        unreadable: Unreadable = "stop",
+        patience: float = _FETCH,
+    ) -> None:
+        super().__init__(
+            preprocess=preprocess or Preprocess(),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            unreadable=unreadable,
+            patience=patience,
+        )
+        if mixed < 1 or cache_gb <= 0:
+            raise ValueError(f"mixed must be ≥ 1 and cache_gb > 0, got {mixed} and {cache_gb}")
+        self.class_names = tuple(_lines(class_names) if isinstance(class_names, str) else class_names)
+        self.augment = augment
+        self.mixed = mixed
+        folder = cache or os.path.join(tempfile.gettempdir(), "visionattn-shards")
+        self.store = Store(folder, round(1e9 * cache_gb))
+        self._where: dict[Split, str | None] = {"train": train, "val": val, "test": test}
+
+    def dataset(self, split: Split) -> Shards | None:
+        where = self._where[split]
+        if where is None:
+            return None
+        return Shards(
+            find_shards(where),
+            self.class_names,
+            preprocess=self.preprocess,
+            augment=self.augment if split == "train" else None,
+            mixed=self.mixed,
+            store=self.store,
+        )
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} holds no class names: {error}") from error
