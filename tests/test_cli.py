@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
@@ -94,6 +95,7 @@ def test_every_config_runs(config, photo_folder, tmp_path, tmp_path_factory, mon
         command += ["--model.network.num_classes=5"]
     if "AnnotatedData" in text:
         root = (coco_of_sixteen if "root: coco" in text else voc)(tmp_path_factory.mktemp("annotated"))
+        command += [] if "root: coco" in text else ["--model.network.num_classes=3"]
         command += [f"--data.root={root}", "--data.num_workers=0", "--data.batch_size=2", "--data.preprocess.size=64"]
         command += ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--test_after_fit=false"]
     if "sizes: [" in text:
@@ -144,7 +146,6 @@ def test_detection_leaves_its_report_and_predictions(tmp_path, monkeypatch):
     from visionattn.training import load
 
     assert load(run / "best.ckpt").class_names == NAMES
-    import os
 
     os.environ.pop("VISIONATTN_RUN")
     command = ["predict", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'best.ckpt'}"]
@@ -159,6 +160,21 @@ def test_detection_leaves_its_report_and_predictions(tmp_path, monkeypatch):
         assert x + width <= 80.01
         assert y + height <= 60.01
     assert len(list(Path("runs/bccd-dense/1/predictions").iterdir())) == 2
+    model, images = ["--ckpt", str(run / "best.ckpt")], ["--images", str(root / "val2017")]
+    assert main(["overlay", *model, *images, "--out", "seen", "--method", "odam", "--save", "overlay", "boxes"]) == 0
+    assert len(list(Path("seen").rglob("*.boxes.jpg"))) == 2
+    assert main(["explore", *model, *images, "--out", "seen.html"]) == 0
+    assert main(["score", *model, "--data", str(run / "config.yaml")]) == 2
+
+
+def test_the_test_after_fit_is_of_the_averaged_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    average = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.99}}"
+    assert main(["fit", f"--config={QUICKSTART}", *SMALL, f"--trainer.callbacks=[{average}]"]) == 0
+    os.environ.pop("VISIONATTN_RUN")
+    run = Path("runs/quickstart/0")
+    assert main(["test", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'best.ckpt'}"]) == 0
+    assert (run / "test.csv").read_text() == (Path("runs/quickstart/1") / "test.csv").read_text()
 
 
 def test_print_config_and_several_configs(tmp_path, capsys):
@@ -317,7 +333,6 @@ def test_a_checkpoint_is_tested_and_predicts(quick_run, tmp_path, monkeypatch):
     assert main(["test", "--config", config, f"--ckpt_path={quick_run / 'best.ckpt'}"]) == 0
     again = tmp_path / "runs" / "quickstart" / "0" / "test.csv"
     assert again.read_text() == (quick_run / "test.csv").read_text()
-    import os
 
     os.environ.pop("VISIONATTN_RUN")
     assert main(["predict", "--config", config, f"--ckpt_path={quick_run / 'best.ckpt'}"]) == 0

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from visionattn.data import Preprocess
-    from visionattn.maps import Method
     from visionattn.overlay.views import View
 
 _RANDOM = "random"  # in place of a weights file
@@ -66,8 +65,13 @@ def _run(arguments: list[str]) -> int:
     return verbs[arguments[0]](arguments)
 
 
+def _verbs() -> dict[str, str]:
+    """Verb → what it does."""
+    return {**_LIGHTNING_VERBS, **{name: text for name, (_, text) in _OWN_VERBS.items()}}
+
+
 def _help() -> str:
-    verbs = {**_LIGHTNING_VERBS, **{name: text for name, (_, text) in _OWN_VERBS.items()}}
+    verbs = _verbs()
     width = max(map(len, verbs))
     return "\n".join(
         [
@@ -205,12 +209,13 @@ _SAVED = """kinds to save:
   mask        PNG, 255 where the hottest pixels are
   gaze        of a network that takes glimpses: their path, numbered, and every scale's box
   animation   of a GlimpseNetwork: .webp, glimpse after glimpse what it has seen and believes
+  boxes       of a detector: each box that it found with its own heat, in a sheet
   array       .npz: the heatmap as the model has it, and where it lies in the picture"""
 
 
 def _views(options: argparse.Namespace) -> "list[View]":
     """The models that `overlay` is asked to show, each with its methods."""
-    from visionattn.overlay.views import View
+    from visionattn.overlay.views import View, method_for
 
     if options.compare:
         if len(options.method or ()) > 1 or len(options.layer or ()) > 1:
@@ -231,7 +236,7 @@ def _views(options: argparse.Namespace) -> "list[View]":
         for method, layer in methods:
             view_name = "@".join(part for part in (method, layer) if part) if len(methods) > 1 else ""
             views.append(
-                View(model, preprocess, _method(method, layer, model), tuple(class_names), path, name or view_name)
+                View(model, preprocess, method_for(method, layer, model), tuple(class_names), path, name or view_name)
             )
     return views
 
@@ -285,12 +290,12 @@ def _explore(arguments: list[str]) -> int:
 
     from visionattn.overlay.explorer import refuse_stranger
     from visionattn.overlay.inputs import find
-    from visionattn.overlay.views import View
+    from visionattn.overlay.views import View, method_for
 
     refuse_stranger(options.out)
     images = find(options.images, out=os.devnull).images
     model, preprocess, class_names = _load(options)
-    methods = {name: _method(*_split(name), model) for name in options.method} if options.method else None
+    methods = {name: method_for(*_split(name), model) for name in options.method} if options.method else None
     failures = _write_page(
         options.out,
         View(model, preprocess, None, tuple(class_names), options.model or options.ckpt),
@@ -366,12 +371,18 @@ def _score(arguments: list[str]) -> int:
         if getattr(options, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be ≥ 1, got {getattr(options, flag)}")
 
+    from visionattn.maps.choose import method_of
+    from visionattn.overlay.views import detects
     from visionattn.scorecard import images_of_config, images_of_files, scorecard
 
     model, preprocess, _ = _load(options)
+    if detects(model):
+        raise UsageError(
+            "score measures heatmaps of whole images; for a detector's boxes see visionattn.maps.box_scores"
+        )
     methods = None
     if options.method:
-        methods = {name: _method(*_split(name), model) for name in options.method}
+        methods = {name: method_of(*_split(name), model) for name in options.method}
     some: Any = {"count": options.images, "batch_size": options.batch_size}
     if len(options.data) == 1 and options.data[0].endswith((".yaml", ".yml")):
         images = images_of_config(options.data[0], preprocess, **some)
@@ -418,22 +429,102 @@ _FIGURES = """figures:
 def _export(arguments: list[str]) -> int:
     parser = _Parser(
         prog="visionattn export",
-        description="Make a file of a checkpoint's model for others; visionattn reads it wherever it takes --ckpt.",
+        description="Make one file of a model for others to run or to load.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_FORMATS,
+    )
+    _add_model(parser)
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write: .safetensors, .onnx or .pt2")
+    parser.add_argument("--format", choices=tuple(_SUFFIXES), help="see below; by the ending of FILE")
+    parser.add_argument("--method", metavar="NAME", help="of the heatmap in a graph: raw, rollout, gate or gradcam")
+    options = parser.parse_args(arguments[1:])
+    suffix = os.path.splitext(options.out)[1]
+    wanted = _SUFFIXES.get(options.format, suffix)
+    if wanted != suffix or suffix not in _SUFFIXES.values():
+        ends = wanted if options.format else "one of " + ", ".join(_SUFFIXES.values())
+        raise UsageError(f"--out must end in {ends}, by which the file is known again, got {options.out}")
+    if suffix == ".safetensors":
+        if options.method or not options.ckpt:
+            raise UsageError("a .safetensors file holds the weights of a --ckpt, and no method")
+        from visionattn.training.checkpoints import export
+
+        export(options.ckpt, options.out)
+        print(f"wrote {options.out}")
+        return 0
+    from visionattn.exporting import export_graph
+
+    model, preprocess, class_names = _load(options)
+    told = export_graph(model.cpu(), options.out, method=options.method, preprocess=preprocess, class_names=class_names)
+    size = " × ".join(map(str, told.input_size))
+    print(f"wrote {options.out}   images (B, {size}) → scores, heatmap by {told.method}")
+    if told.difference is None:
+        print("not compared with the model, since onnxruntime is not installed")
+    else:
+        print(f"differs from the model by at most {told.difference:.1g} on noise")
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="visionattn bench",
+        description="Measure on this machine what mechanisms, heatmaps and overlays cost, as ratios; about a minute.",
+    )
+    parser.add_argument(
+        "--model", default="vit_small_patch16_224", metavar="TIMM_NAME", help="with random weights; %(default)s"
+    )
+    parser.add_argument("--batch-size", type=int, default=2, metavar="N", help="images at once; %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of which the median counts; %(default)s")
+    options = parser.parse_args(arguments[1:])
+
+    from visionattn.bench import bench
+
+    bench(options.model, batch_size=options.batch_size, rounds=options.rounds)
+    return 0
+
+
+def _completion(arguments: list[str]) -> int:
+    parser = _Parser(prog="visionattn completion", description=_COMPLETION, formatter_class=_Raw)
+    parser.add_argument("shell", metavar="SHELL", help="bash, zsh or fish")
+    options = parser.parse_args(arguments[1:])
+
+    from visionattn.completion import script
+
+    print(script(options.shell, _verbs(), main), end="")
+    return 0
+
+
+_Raw = argparse.RawDescriptionHelpFormatter
+_COMPLETION = """Print what a shell needs to complete verbs, options and values:
+
+  bash   visionattn completion bash > ~/.local/share/bash-completion/completions/visionattn
+  zsh    visionattn completion zsh > ~/.visionattn.zsh && echo 'source ~/.visionattn.zsh' >> ~/.zshrc
+  fish   visionattn completion fish > ~/.config/fish/completions/visionattn.fish"""
+
+
+def _push(arguments: list[str]) -> int:
+    parser = _Parser(
+        prog="visionattn push",
+        description="Put a model on the Hugging Face hub: safetensors, JSON, and a card with results and an overlay. "
+        "Every verb takes it from there as --ckpt hf://OWNER/NAME.",
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint that visionattn fit wrote")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, e.g. model.safetensors")
-    parser.add_argument(
-        "--format", choices=("safetensors",), default="safetensors", help="weights without a place for code"
-    )
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="on the hub; made if there is none")
+    parser.add_argument("--picture", metavar="FILE", help="whose overlay the card shows; the run's overlays/test.png")
+    parser.add_argument("--public", action="store_true", help="a repository that is made here is public")
     options = parser.parse_args(arguments[1:])
-    if not options.out.endswith(f".{options.format}"):
-        raise UsageError(f"--out must end in .{options.format}, by which the file is known again, got {options.out}")
 
-    from visionattn.training.checkpoints import export
+    from visionattn.training.hub import push
 
-    export(options.ckpt, options.out)
-    print(f"wrote {options.out}")
+    print(push(options.ckpt, options.repo, picture=options.picture, private=not options.public))
     return 0
+
+
+_SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2"}
+
+_FORMATS = """formats:
+  safetensors    .safetensors  weights of a checkpoint without a place for code; every verb takes it as --ckpt
+  onnx           .onnx         a graph: images → scores and heatmap, for any runtime of ONNX
+  torch_export   .pt2          the same graph for torch.export.load"""
 
 
 def _split(name: str | None) -> tuple[str | None, str | None]:
@@ -445,7 +536,7 @@ def _split(name: str | None) -> tuple[str | None, str | None]:
 def _add_model(parser: argparse.ArgumentParser) -> Any:
     """Returns the group of options of which one names the model."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote")
+    source.add_argument("--ckpt", metavar="FILE", help="a checkpoint that visionattn fit wrote, or hf://OWNER/NAME")
     source.add_argument("--model", metavar="TIMM_NAME", help="a timm model")
     parser.add_argument(
         "--weights", metavar="FILE", help=f"weights for --model; those of the hub by default; {_RANDOM!r} for none"
@@ -487,33 +578,15 @@ def _device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}" if count else "cpu"
 
 
-def _method(name: str | None, layer: str | None, model: "nn.Module") -> "Method":
-    """The method of a name; layers are names of modules, or their place in the order."""
-    import inspect
-    import re
-
-    from visionattn.maps.choose import METHODS, default_method
-
-    if name is not None and name not in METHODS:
-        raise UsageError(f"there is no method {name!r}.{nearest(name, METHODS)} All: {', '.join(METHODS)}.")
-    if name is None and layer is None:
-        return default_method(model)
-    kind = METHODS[name] if name else type(default_method(model))
-    if layer is None:
-        return kind()
-    if "layer" not in inspect.signature(kind).parameters:
-        raise UsageError(f"{kind.name} combines all layers and takes no layer")
-    by_place = "int" in str(inspect.signature(kind).parameters["layer"].annotation)
-    place: Any = int(layer) if by_place and re.fullmatch(r"-?\d+", layer) else layer
-    return kind(layer=place)  # type: ignore[call-arg]
-
-
 _OWN_VERBS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "data": (_data, "check a data set: visionattn data check PATH"),
     "overlay": (_overlay, "write overlays of where a model looked in images"),
     "explore": (_explore, "make a page to explore where a model looks in images"),
     "score": (_score, "measure whether to believe a method's heatmaps"),
-    "export": (_export, "make a .safetensors file of a checkpoint, safe to send and to open"),
+    "bench": (_bench, "measure what attention costs on this machine"),
+    "push": (_push, "put a model on the Hugging Face hub"),
+    "completion": (_completion, "print what a shell needs to complete verbs and options"),
+    "export": (_export, "make one file of a model: weights, or a graph with its heatmap"),
 }
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from visionattn.data.placement import Preprocess
 from visionattn.data.workers import Failure
 from visionattn.errors import DataError, UsageError
 from visionattn.maps.base import MapWarning, Method
-from visionattn.maps.scoring import FEWEST, FIGURES, Estimate, Scores, score
+from visionattn.maps.scoring import FEWEST, FIGURES, Scores, score
 from visionattn.overlay.inputs import find
 from visionattn.overlay.text import printable
 
@@ -195,13 +195,11 @@ def table(scores: Scores) -> Table:
     for name in scores.controls:
         lost = scores.unbeaten(name) if scores.decided else []
         mark = (_LOST if lost else _WON) if scores.decided else " "
-        cells = [
-            _brief(scores.estimate(name, figure)) + (_LOST if figure in lost else " ") for figure in scores.figures
-        ]
+        cells = [str(scores.estimate(name, figure)) + (_LOST if figure in lost else " ") for figure in scores.figures]
         table.add_row(Text(f"{mark} {name}"), *cells)
     table.add_section()
     for name in [name for name in scores.values if name not in scores.controls]:
-        table.add_row(Text(f"  {name}"), *(_brief(scores.estimate(name, figure)) + " " for figure in scores.figures))
+        table.add_row(Text(f"  {name}"), *(f"{scores.estimate(name, figure)} " for figure in scores.figures))
     return table
 
 
@@ -270,16 +268,6 @@ def _collate_readable(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     good = [sample for sample in samples if "image" in sample]
     failures = [sample["failure"] for sample in samples if "failure" in sample]
     return {**(collate(good) if good else {}), "failures": failures}
-
-
-def _brief(estimate: Estimate) -> str:
-    """`.91±.02`"""
-    value = _short(estimate.value)
-    return value if math.isnan(estimate.low) else f"{value}±{_short((estimate.high - estimate.low) / 2)}"
-
-
-def _short(number: float) -> str:
-    return f"{number:.2f}".removeprefix("0")
 
 
 def _legend(scores: Scores) -> list[str]:

@@ -152,11 +152,14 @@ def test_all_compile_with_inductor():
 
 @every
 def test_it_exports(mechanism):
+    """For any number of images."""
     module = make(mechanism, 8).eval()
-    x = torch.randn(2, 8, 6, 5)
-    exported = torch.export.export(module, (x,)).module()
-    with torch.no_grad():
-        torch.testing.assert_close(exported(x), module(x), atol=1e-5, rtol=1e-4)
+    shapes = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(module, (torch.randn(2, 8, 6, 5),), dynamic_shapes=shapes).module()
+    for count in (1, 2, 5):
+        x = torch.randn(count, 8, 6, 5)
+        with torch.no_grad():
+            torch.testing.assert_close(exported(x), module(x), atol=1e-5, rtol=1e-4)
 
 
 class Beside(nn.Module):

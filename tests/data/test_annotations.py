@@ -12,6 +12,7 @@ from visionattn.cli import main
 from visionattn.data.annotations import layout_of, read_annotations
 from visionattn.data.boxes import settle
 from visionattn.data.checking import check, size_of
+from visionattn.data.decode import read_image
 from visionattn.errors import DataError
 
 
@@ -163,6 +164,26 @@ def test_a_turned_photograph_has_the_size_that_it_is_seen_with(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (80, 60)).save(tmp_path / "x.jpg", exif=exif)
     assert size_of(tmp_path / "x.jpg") == (80, 60)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_so_does_a_turned_png_whose_pixels_are_not_decoded(behind, tmp_path):
+    file = tmp_path / "x.png"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (80, 60)).save(file, exif=turned)
+    content = file.read_bytes()
+    start = content.index(b"eXIf") - 4
+    exif = content[start : start + 12 + int.from_bytes(content[start : start + 4], "big")]
+    bare = content.replace(exif, b"")
+    at = bare.index(b"IEND" if behind else b"IDAT") - 4
+    file.write_bytes(bare[:at] + exif + bare[at:])
+    assert size_of(file) == (80, 60)
+    pixels = bare.index(b"IDAT") + 4
+    file.write_bytes(bare[:pixels] + bytes(10) + bare[pixels + 10 :])
+    assert size_of(file) == (60, 80)
+    with pytest.raises(DataError):
+        read_image(file)
 
 
 def test_split_files_replace_the_splits(tmp_path):

@@ -1,5 +1,7 @@
 """Methods and controls on a model whose evidence is known; the bootstrap against SciPy's and against a loop."""
 
+import re
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -69,6 +71,31 @@ def test_the_table_has_methods_first_then_controls(scores):
     assert rows[0]["unbeaten"] == []
     assert rows[1]["energy"] == scores.estimate("wrong", "energy")
     assert "unbeaten" not in rows[-1]
+
+
+def test_a_notebook_shows_the_table_with_what_is_not_beaten_marked(scores):
+    page = scores._repr_html_()
+    rows = {re.sub("[✓✗ ]|<[^>]+>", "", row.split("</th>")[0]): row for row in page.split("<tr>")[2:]}
+    assert list(rows) == [row["name"].replace(" ", "") for row in scores.table()]
+    assert rows["true"].startswith("<th>✓ ")
+    assert rows["true"].count("✗") == 0
+    assert rows["wrong"].startswith("<th>✗ ")
+    assert rows["wrong"].count("✗") == 1 + len(FIGURES)
+    assert "<td>control</td>" in rows["centre"]
+    for name in scores.values:
+        for figure in FIGURES:
+            value, low, high = scores.estimate(name, figure)
+            mean, half = (f"{number:.2f}".removeprefix("0") for number in (value, (high - low) / 2))
+            assert f"<td>{mean}±{half}" in rows[name.replace(" ", "")]
+    assert "over 24 images" in page
+    assert repr(scores).startswith("Scores(true, wrong, flat, random 12×16, ")
+
+
+def test_names_are_no_markup():
+    shown = scores_of({"<b>": {"energy": np.ones(3, np.float32)}}, {"<b>": ()})._repr_html_()
+    assert "<b>" not in shown
+    assert "3 of 10 images" in shown
+    assert "✓" not in shown
 
 
 def test_figures_are_those_of_the_plain_functions(scores):

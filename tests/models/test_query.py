@@ -135,19 +135,28 @@ def test_positions_are_sines_of_the_box():
     torch.testing.assert_close(found, torch.tensor(expected))
 
 
-def test_the_best_places_become_queries():
+@pytest.mark.parametrize("near", [True, False])
+def test_the_best_places_become_queries_and_those_that_propose_the_same_come_last(near):
     torch.manual_seed(0)
     detector = query().eval()
-    images, *_ = batch(1)
+    images, *_ = batch(2)
+    if near:  # wide boxes, so that most places propose nearly the same
+        torch.nn.init.constant_(detector.dense.regress.bias, 2.5)
     with torch.no_grad():
         maps = detector.features(images)
         found = detector.dense(maps)
         content, anchors = detector.select(maps, found, (64, 64))
-    order = found.logits[0].amax(1).argsort(descending=True)[:20]
-    expected = box_convert(found.boxes[0, order], "xyxy", "cxcywh") / 64
-    torch.testing.assert_close(anchors[0], expected.clamp(0, 1))
-    tokens = torch.cat([x.flatten(2) for x in maps], 2)[0].T
-    torch.testing.assert_close(content[0], detector.start(tokens[order]))
+    for n in range(2):
+        distinct, others = [], []
+        for place in found.logits[n].amax(1).argsort(descending=True).tolist():
+            overlap = box_iou(found.boxes[n, place][None], found.boxes[n, distinct])
+            (others if (overlap > 0.7).any() else distinct).append(place)
+        assert (len(distinct) < 20) == near
+        order = (distinct + others)[:20]
+        expected = box_convert(found.boxes[n, order], "xyxy", "cxcywh") / 64
+        torch.testing.assert_close(anchors[n], expected.clamp(0, 1))
+        tokens = torch.cat([x.flatten(2) for x in maps], 2)[n].T
+        torch.testing.assert_close(content[n], detector.start(tokens[order]))
 
 
 def test_images_without_boxes_are_learned_from():

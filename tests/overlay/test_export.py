@@ -915,7 +915,7 @@ class Detector(nn.Module):
     def forward(self, images_BCHW):
         found = {
             "boxes": torch.tensor([[2.0, 4.0, 10.0, 12.0], [0.0, 0.0, 3.0, 3.0]]),
-            "scores": torch.tensor([0.9, 0.3]),
+            "scores": torch.tensor([0.9, 0.2]),
             "labels": torch.tensor([1, 0]),
         }
         return [found for _ in images_BCHW]

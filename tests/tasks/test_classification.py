@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from visionattn.attention import SE, insert
+from visionattn.data import Preprocess
 from visionattn.errors import DataError
 from visionattn.models import ConvNet
 from visionattn.tasks import Classification
@@ -119,6 +120,17 @@ def test_mixing_changes_training_batches_only(mix):
     assert torch.equal(torch.cat([x for training, x in seen if not training]), images)
 
 
+def test_a_trained_task_knows_how_its_images_are_prepared():
+    data = Points(*points())
+    data.preprocess = Preprocess(6)
+    task = Classification(Flat())
+    assert task.preprocess is None
+    trainer(fast_dev_run=True).fit(task, datamodule=data)
+    assert task.preprocess == Preprocess(6)
+    trainer(fast_dev_run=True).test(task, datamodule=Points(*points()), verbose=False)
+    assert task.preprocess == Preprocess(6)  # data that do not say change nothing
+
+
 def test_schedulers_step_when_they_should():
     images, labels = points()
 
@@ -131,9 +143,13 @@ def test_schedulers_step_when_they_should():
 
     halved = rates(lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5))
     assert halved == [1, 1, 1, 0.5, 0.5, 0.5]
-    cycle = rates(partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=None))
-    assert len(set(cycle)) == 6  # with every batch, over the whole training
-    assert cycle[-1] == min(cycle)
+    for unsaid in ({}, {"total_steps": None}):  # as Python leaves it out, and as YAML's parser does
+        cycle = rates(partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, **unsaid))
+        assert len(set(cycle)) == 6  # with every batch, over the whole training
+        assert cycle[-1] == min(cycle)
+    with pytest.warns(match="Are you sure you didn't mean 'interval': 'step'"):
+        said = rates(partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=100))
+    assert len(set(said)) == 2  # with every epoch, as of a scheduler that knows its length
     plateau = rates(lambda o: L.pytorch.cli.ReduceLROnPlateau(o, monitor="val/loss", patience=0, threshold=100.0), 3)
     assert plateau[-1] < 1
 

@@ -75,7 +75,7 @@ def pointwise(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
 
 def narrowed(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
     """A 1 × 1 convolution of many positions to few channels, (B, D, H, W); torch's is slow there too."""
-    weight_BDC = conv.weight.flatten(1).expand(len(x_BCHW), -1, -1)
+    weight_BDC = conv.weight.flatten(1).expand(x_BCHW.shape[0], -1, -1)
     y_BDHW = (weight_BDC @ x_BCHW.flatten(2)).unflatten(2, x_BCHW.shape[2:])
     return y_BDHW if conv.bias is None else y_BDHW + conv.bias[:, None, None]
 

@@ -50,7 +50,7 @@ class _BranchGate(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x).reshape(len(x), -1, 1, 1)
+        return self.attention(x).reshape(x.shape[0], -1, 1, 1)
 
 
 class SplitAttention(nn.Module):

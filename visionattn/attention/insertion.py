@@ -104,6 +104,11 @@ def insert(
     the inserted parts may be missing, all together, and no others. No module changes its name; what is inserted is a
     child `inserted` of the module it follows (of its last item, where that is a Sequential).
 
+        >>> import timm, visionattn as va
+        >>> model = timm.create_model("resnet18")
+        >>> va.insert(model, va.attention.CBAM, at=["layer3", "layer4"])
+        Insertion(layer3: CBAM, γ = 0; layer4: CBAM, γ = 0)
+
     Args:
         model: a network of timm, of torchvision or your own, or a part of one.
         mechanism: makes a mechanism for maps (B, C, h, w) from C, e.g. `visionattn.attention.CBAM`. Channels-last maps

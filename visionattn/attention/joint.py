@@ -43,7 +43,8 @@ class CBAM(nn.Module):
         channel, spatial = self.attention.channel, self.attention.spatial
         x_BCHW, *both_BC11 = pooled_positions(x_BCHW)
         squeezed = torch.cat(both_BC11)
-        of_mean, of_maximum = pointwise(channel.fc2, channel.act(pointwise(channel.fc1, squeezed))).chunk(2)
+        both = pointwise(channel.fc2, channel.act(pointwise(channel.fc1, squeezed)))
+        of_mean, of_maximum = both.unflatten(0, (2, x_BCHW.shape[0])).unbind()  # chunk would tie a graph to this batch
         x_BCHW, *planes_B1HW = pooled(x_BCHW * channel.gate(of_mean + of_maximum), 1)
         return x_BCHW * spatial.gate(thin(spatial.conv, torch.cat(planes_B1HW, 1)))
 

@@ -205,7 +205,7 @@ class _Reached(torch.autograd.Function):
 def _with(x_GHKD: Tensor, prefix_BHPD: Tensor) -> Tensor:
     if not prefix_BHPD.shape[2]:
         return x_GHKD
-    return torch.cat([prefix_BHPD.repeat_interleave(len(x_GHKD) // len(prefix_BHPD), 0), x_GHKD], 2)
+    return torch.cat([prefix_BHPD.repeat_interleave(x_GHKD.shape[0] // prefix_BHPD.shape[0], 0), x_GHKD], 2)
 
 
 def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, bias: Tensor | None, p: float) -> Tensor:

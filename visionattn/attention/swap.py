@@ -163,6 +163,15 @@ def swap_attention(
     dropout. Weights of the plain ViT still load strictly, and no module or parameter changes its name; what a mechanism
     learns is a child `mechanism` of the attention. The grid is found anew for each image size.
 
+        >>> import timm, torch
+        >>> from functools import partial
+        >>> from visionattn.attention import Windowed
+        >>> vit = timm.create_model("test_vit", img_size=160)
+        >>> swap = swap_attention(vit, partial(Windowed, window=5))
+        >>> vit(torch.zeros(1, 3, 160, 160)).shape
+        torch.Size([1, 1000])
+        >>> swap.remove()
+
     Args:
         vit: a ViT of timm with class, register or no prefix tokens, rotary embeddings or not: ViT, DeiT, DINOv2,
             DINOv3, EVA, EVA-02, CLIP, SigLIP …

@@ -271,6 +271,13 @@ def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
     Weights, their names and the network's calls stay as they are. What a network returns beside logits has fewer tokens
     (`forward_features`), or cannot be made (feature maps of `forward_intermediates`).
 
+        >>> import timm, torch
+        >>> vit = timm.create_model("test_vit", img_size=160)
+        >>> reduced = reduce_tokens(vit, TokenMerging(10))
+        >>> vit.forward_features(torch.zeros(1, 3, 160, 160)).shape[1]  # of 101
+        41
+        >>> reduced.remove()
+
     Args:
         model: a VisionTransformer or Eva of timm: plain, with registers, with rotary positions, DeiT, DINOv2 and v3,
             EVA and EVA02.

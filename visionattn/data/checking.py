@@ -85,9 +85,25 @@ def size_of(path: Path) -> Size:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            return (width, height) if image.getexif().get(_ORIENTATION) in _TURNED else (height, width)
+            # Pillow decodes all of a PNG to see what stands behind its pixels
+            header = image.format == "PNG" and not _says_more(path)
+            exif = Image.Image.getexif(image) if header else image.getexif()
+            return (width, height) if exif.get(_ORIENTATION) in _TURNED else (height, width)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise DataError(f"{path} is no image that can be read") from error
+
+
+def _says_more(path: Path) -> bool:
+    """Whether a PNG has metadata behind its pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        behind = False
+        while len(head := file.read(8)) == 8:
+            behind |= head[4:] == b"IDAT"
+            if behind and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    return False
 
 
 def same_content(paths: Sequence[Path]) -> list[int]:

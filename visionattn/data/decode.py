@@ -95,6 +95,11 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> NDArray[np.uint8]:
         raise DataError(f"{name}: {'cut short' if cut else 'damaged'} ({reason})") from error
 
 
+def upright(image: Image.Image) -> NDArray[np.uint8]:
+    """Make (H, W, 3) uint8 RGB of an open PIL image, as `read_image` would of its file; the image stays as it is."""
+    return _to_rgb(image.copy())
+
+
 def write_image(path: "str | bytes | os.PathLike[str]", image_HWC: NDArray[np.uint8]) -> None:
     """Write an image so that no half of it ever stands under its name.
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from visionattn.maps.keep import Keep as Keep
     from visionattn.maps.keep import Nothing as Nothing
     from visionattn.maps.keep import PatchRow as PatchRow
+    from visionattn.maps.localisation import pointing as pointing
     from visionattn.maps.records import Record as Record
     from visionattn.maps.records import Records as Records
     from visionattn.maps.records import capture as capture
@@ -94,6 +95,7 @@ __getattr__, __dir__ = lazy(
             "Nothing",
             "PatchRow",
         ),
+        "localisation": ("pointing",),
         "records": (
             "Record",
             "Records",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.errors import DataError, UsageError
+from visionattn.maps import pictures
 
 Target: TypeAlias = "int | Tensor | Callable[[Any], Tensor] | None"
 
@@ -22,7 +23,7 @@ class MapWarning(UserWarning):
     """A heatmap was made, but there is a reason to doubt it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Maps:
     """Heatmaps of a batch of images, at the resolution of the model's grid.
 
@@ -45,6 +46,13 @@ class Maps:
     source: str
     method: str
     boxes: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"Maps({self.method} of {self.source}, heatmaps {tuple(self.heatmaps.shape)})"
+
+    def _repr_png_(self) -> bytes | None:
+        """A notebook shows the heatmaps."""
+        return pictures.png(pictures.of_heatmaps(self.heatmaps, f"{self.method} of {self.source}"))
 
 
 class Explanation(NamedTuple):

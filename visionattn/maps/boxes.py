@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from visionattn.attention.deformable import DeformableAttention
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.maps.attention_methods import RawAttention
-from visionattn.maps.base import Method, check_images, culprit, detach, stretch, undisturbed
+from visionattn.maps.base import Maps, Method, check_images, culprit, detach, stretch, undisturbed
 from visionattn.maps.keep import Full
 from visionattn.maps.records import capture, place
+
+SURE = 0.3
+"""Score from which on a box is shown."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class BoxMethod(ABC):
     name: ClassVar[str]
 
     def __call__(
-        self, detector: nn.Module, images_BCHW: Tensor, *, most: int = 10, lowest: float = 0.3
+        self, detector: nn.Module, images_BCHW: Tensor, *, most: int = 10, lowest: float = SURE
     ) -> list[BoxMaps]:
         """Explain the best boxes of each image.
 
@@ -260,6 +263,50 @@ class SameForAll(BoxMethod):
         return found, raws, maps.source
 
 
+@dataclass(frozen=True)
+class AllBoxes:
+    """A method for boxes, called as one for whole images: a place is as hot as for the box that it is hottest for.
+
+    The `output` of what it returns is a dict an image: `boxes`, `scores` and `labels` of the boxes that were explained,
+    as `BoxMaps`, and their heatmaps as `maps` (N, h, w). A target, (B,) int64, leaves only the boxes of that class.
+
+    Args:
+        method: e.g. `ODAM`.
+        most, lowest: as `BoxMethod` takes them.
+    """
+
+    method: BoxMethod
+    most: int = 20
+    lowest: float = SURE
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+    def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Tensor | None = None) -> Maps:
+        found = self.method(model, images_BCHW, most=self.most, lowest=self.lowest)
+        output: list[dict[str, Tensor]] = []
+        heatmaps: list[Tensor] = []
+        raws: list[Tensor] = []
+        for number, some in enumerate(found):
+            kept_N = torch.ones_like(some.labels, dtype=torch.bool) if target is None else some.labels == target[number]
+            output.append(
+                {
+                    "boxes": some.boxes[kept_N],
+                    "scores": some.scores[kept_N],
+                    "labels": some.labels[kept_N],
+                    "maps": some.heatmaps[kept_N],
+                }
+            )
+            for hottest, maps_Nhw in ((heatmaps, some.heatmaps[kept_N]), (raws, some.raw[kept_N])):
+                hottest.append(maps_Nhw.amax(0) if len(maps_Nhw) else maps_Nhw.new_zeros(maps_Nhw.shape[1:]))
+        return Maps(torch.stack(heatmaps), torch.stack(raws), output, target, found[0].source, self.method.name)
+
+
+BOX_METHODS: dict[str, type[BoxMethod]] = {method.name: method for method in (ODAM, QuerySampling, BoxAttention)}
+"""Name on the command line → class."""
+
+
 def default_box_method(detector: nn.Module) -> BoxMethod:
     """The method that says most of a detector: where its queries sampled, or the gradient of a box's score."""
     return QuerySampling() if any(isinstance(part, DeformableAttention) for part in detector.modules()) else ODAM()
@@ -284,7 +331,7 @@ def detect(model: nn.Module, images_BCHW: Tensor) -> list[dict[str, Tensor]]:
 def splat(raw_Nhw: Tensor, places_NP2: Tensor, weights_NP: Tensor) -> None:
     """Add weights to the four cells around their places, x and y as shares of the map, in place; outside is lost."""
     count, height, width = raw_Nhw.shape
-    flat_NS = raw_Nhw.view(count, -1)
+    flat_NS = raw_Nhw.view(count, height * width)
     x_NP, y_NP = places_NP2[..., 0] * width - 0.5, places_NP2[..., 1] * height - 0.5
     for step_x in (0, 1):
         for step_y in (0, 1):

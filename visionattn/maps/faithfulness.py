@@ -54,6 +54,12 @@ def deletion(
     photographs that were normalised by their data set's mean, but a glaring grey on white paper or in the dark; equal
     pixels come in random order and not by position, so that a constant map scores as a random order does.
 
+        >>> import timm, torch
+        >>> from visionattn.maps import GradCAM
+        >>> model, images = timm.create_model("test_resnet"), torch.rand(2, 3, 96, 96)
+        >>> deletion(model, images, GradCAM()(model, images).heatmaps, steps=4).auc.shape
+        torch.Size([2])
+
     Args:
         model: any vision model; it is left as it was.
         images_BCHW: normalised as the model wants it.

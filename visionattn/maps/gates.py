@@ -11,7 +11,7 @@ from visionattn.errors import UsageError, nearest
 from visionattn.maps.base import Explanation, Method, Target
 from visionattn.maps.fitting import fitting
 from visionattn.maps.keep import Nothing
-from visionattn.maps.records import Record, capture
+from visionattn.maps.records import Record, Records, capture
 from visionattn.maps.running import run
 
 
@@ -39,7 +39,7 @@ class Gate(Method):
                     f"gate needs gates over positions; this {type(model).__name__} has none."
                     f"{fitting(model, images_BCHW)}"
                 )
-        spatial = [r for r in records.gates if r.kind == "spatial_gate" and r.grid != (1, 1)]
+        spatial = spatial_gates(records)
         if not spatial:
             others = "attention" if records.attention else "glimpses"
             has = "gates over channels only" if records.gates else f"{others} and no gates"
@@ -57,9 +57,14 @@ class Gate(Method):
         return Explanation(raw_Bhw, output, None, f"gate of {name.rpartition('.')[0] or name}")
 
 
+def spatial_gates(records: Records) -> list[Record]:
+    """The gates over more than one position, in order."""
+    return [r for r in records.gates if r.kind == "spatial_gate" and r.grid != (1, 1)]
+
+
 def on_grid(calls: Sequence[Record]) -> Tensor:
     """Show the calls of one spatial gate as one map, (B, h, w)."""
     weights = [record.weights for record in calls if record.weights is not None]
-    if len({w.shape for w in weights}) > 1:  # rows and columns
+    if len({w.shape[1:] for w in weights}) > 1:  # rows and columns
         return (weights[-2] * weights[-1]).mean(1)
     return weights[-1].mean(1)

@@ -183,7 +183,10 @@ def _softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(logits + bias) over keys, in place; 0 for a query that may attend to none, as the fused call has it."""
     if bias is not None:
         logits += bias
-    torch.softmax(logits, -1, out=logits)
+    if torch.compiler.is_compiling():  # `out=` would tie a graph to this number of images
+        logits = torch.softmax(logits, -1)
+    else:
+        torch.softmax(logits, -1, out=logits)
     return logits if bias is None else logits.masked_fill_(bias.isneginf().all(-1, keepdim=True), 0)
 
 

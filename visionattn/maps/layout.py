@@ -84,15 +84,15 @@ class Tokens:
         height, width = self.grid
         if self.in_order:
             return values_BWN[:, 0, self.num_prefix_tokens :].reshape(-1, height, width)
-        total = values_BWN.new_zeros(len(values_BWN), height * width + 1)
-        values = values_BWN.expand(-1, len(self.index_WN), -1).reshape(len(values_BWN), -1)
+        total = values_BWN.new_zeros(values_BWN.shape[0], height * width + 1)
+        values = values_BWN.expand(-1, len(self.index_WN), -1).reshape(values_BWN.shape[0], -1)
         if self.index_BWN is None:
             total.index_add_(1, self._places(self.index_WN).flatten().to(values.device), values)
         else:
             total.scatter_add_(1, self._places(self.index_BWN).flatten(1).to(values.device), values)
         total = total[:, :-1]
         if self.home_BG is not None:
-            home = self.home_BG.expand(len(total), -1).to(total.device)
+            home = self.home_BG.expand(total.shape[0], -1).to(total.device)
             total = (total / self._sizes.to(total.device)).gather(1, home)
         return total.reshape(-1, height, width)
 
@@ -100,11 +100,11 @@ class Tokens:
         """What the cells of each token hold together, (B, W, N): the way back from `sum_to_grid`. Cells met by several
         tokens are shared among them; a token without a place has nothing."""
         cells = cells_Bhw.flatten(1)
-        index = self.images(len(cells)).to(cells.device)
+        index = self.images(cells.shape[0]).to(cells.device)
         if self.home_BG is not None:
-            home = self.home_BG.expand(len(cells), -1).to(cells.device)
+            home = self.home_BG.expand(cells.shape[0], -1).to(cells.device)
             cells = torch.zeros_like(cells).scatter_add(1, home, cells)
-        shared = cells / self._tokens(len(cells)).flatten(1).clamp(min=1).to(cells.device)
+        shared = cells / self._tokens(cells.shape[0]).flatten(1).clamp(min=1).to(cells.device)
         values = shared.gather(1, index.clamp(min=0).flatten(1)).reshape(index.shape)
         return torch.where(index >= 0, values, 0)
 
@@ -124,7 +124,7 @@ class Tokens:
         summed_Bhw = self.sum_to_grid(values_BWN)
         if self.in_order:
             return summed_Bhw
-        held_Bhw = self._tokens(len(summed_Bhw)) if shared else self.counts(len(summed_Bhw))
+        held_Bhw = self._tokens(summed_Bhw.shape[0]) if shared else self.counts(summed_Bhw.shape[0])
         return summed_Bhw / torch.where(held_Bhw > 0, held_Bhw, 1).to(summed_Bhw.device)
 
     def _tokens(self, images: int) -> Tensor:
@@ -201,8 +201,8 @@ class Site:
             raise LayoutError(f"{self.name} now has the shape {tuple(values.shape)}, and had (B · {self.lead}, …)")
         if len(self.lead) == 2 and self.lead[0] == 1 and not self.windows:
             return values[:, None]
-        batch, rest = divmod(values.shape[0], self.lead[0])
-        if rest:
+        batch = values.shape[0] // self.lead[0]
+        if values.shape[0] % self.lead[0]:
             raise LayoutError(f"{self.name} now has {values.shape[0]} windows, no multiple of {self.lead[0]}")
         values = values.unflatten(0, (batch, self.lead[0]))
         windows = [axis + 1 for axis in self.windows]

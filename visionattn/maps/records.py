@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from visionattn.attention.glimpse import Retina, View
 from visionattn.errors import UsageError, nearest
+from visionattn.maps import pictures
 from visionattn.maps.base import unwrap
 from visionattn.maps.keep import Call, ClassRow, Keep
 from visionattn.maps.layout import LayoutError, Site, Tokens
@@ -22,7 +23,7 @@ from visionattn.maps.watching import Watcher
 Kind = Literal["self", "cross", "channel_gate", "spatial_gate", "glimpse", "activation"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Record:
     """One call of attention; of glimpses, all that a retina looked at in a call of the model.
 
@@ -55,6 +56,16 @@ class Record:
     @property
     def windowed(self) -> bool:
         return self.keys is not None and self.keys.windowed
+
+    def __repr__(self) -> str:
+        kept = "nothing kept" if self.weights is None else f"weights {tuple(self.weights.shape)}"
+        if self.boxes is not None:
+            kept = f"boxes {tuple(self.boxes.shape)}"
+        return f"Record({self.name}: {self.kind}, grid {self.grid[0]}×{self.grid[1]}, {self.heads} heads, {kept})"
+
+    def _repr_png_(self) -> bytes | None:
+        """A notebook shows the record as a picture."""
+        return pictures.png(pictures.of_record(self))
 
 
 class Records(Sequence[Record]):
@@ -127,6 +138,10 @@ class Records(Sequence[Record]):
         return "\n".join(lines)
 
     __repr__ = report
+
+    def _repr_png_(self) -> bytes | None:
+        """A notebook shows what each attended to in the first image."""
+        return pictures.png(pictures.of_records(self))
 
 
 class Interception(Watcher):
@@ -234,8 +249,12 @@ def _plain(like: Any) -> contextlib.AbstractContextManager[Any]:
 class capture(Interception):  # noqa: N801 - used as `with capture(model) as records`
     """Record where a model attends, while it runs as it always does.
 
-        with capture(model) as records:
-            model(images)
+        >>> import timm, torch
+        >>> vit = timm.create_model("test_vit", img_size=160)
+        >>> with torch.no_grad(), capture(vit) as records:
+        ...     logits = vit(torch.rand(2, 3, 160, 160))
+        >>> records[-1]
+        Record(blocks.5.attn: self, grid 10×10, 2 heads, weights (2, 1, 2, 101))
 
     The model's outputs are those it gives without: attention stays fused, and what is kept is computed beside it from
     queries and keys. Several calls of the model add up; `Record.call` tells them apart.

@@ -30,6 +30,11 @@ class Rollout(Method):
     Deviations from the paper: heads fused by max or min are brought back to rows that sum to one. With a discard ratio,
     each row's smallest weights are dropped and the row again sums to one; the idea is not in the paper.
 
+        >>> import timm, torch
+        >>> vit = timm.create_model("test_vit", img_size=160)
+        >>> Rollout()(vit, torch.rand(2, 3, 160, 160)).heatmaps.shape
+        torch.Size([2, 10, 10])
+
     Args:
         fuse: how heads are fused.
         discard: fraction of each row, the smallest weights of patches, that is dropped; in [0, 1).

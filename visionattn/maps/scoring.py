@@ -3,6 +3,8 @@
 Shapes: N images in all, B of a batch, C channels, H × W pixels, R resamples, T thresholds.
 """
 
+import html
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,8 +45,13 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """`.91±.02`, half of the interval after the mean"""
+        value = _short(self.value)
+        return value if math.isnan(self.low) else f"{value}±{_short((self.high - self.low) / 2)}"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Scores:
     """Figures of every image, by every method and control.
 
@@ -122,6 +129,24 @@ class Scores:
         ]
         return methods + controls
 
+    def __repr__(self) -> str:
+        return f"Scores({', '.join(self.values)}: {', '.join(self.figures)} of {self.images} images)"
+
+    def _repr_html_(self) -> str:
+        """A notebook shows the table."""
+        heads = "".join(f"<th>{figure} {'↑' if FIGURES[figure] > 0 else '↓'}</th>" for figure in self.figures)
+        rows = []
+        for row in self.table():
+            unbeaten = row.get("unbeaten", ()) if self.decided else ()
+            mark = ("✗ " if unbeaten else "✓ ") if self.decided and row["kind"] == "method" else ""
+            cells = "".join(f"<td>{row[figure]}{' ✗' if figure in unbeaten else ''}</td>" for figure in self.figures)
+            rows.append(f"<tr><th>{mark}{html.escape(row['name'])}</th><td>{row['kind']}</td>{cells}</tr>")
+        note = f"± half of the 95 % interval over {self.images} images; ✗ does not beat each of its controls"
+        if not self.decided:
+            note = f"{self.images} of {FEWEST} images that an interval takes, so nothing can be said to beat a control"
+        right = "" if self.accuracy is None else f"; the model is right on {self.accuracy:.3f}"
+        return f"<table><tr><th></th><th></th>{heads}</tr>{''.join(rows)}</table><p>{note}{right}</p>"
+
     def _estimates(self, name: str) -> dict[str, Estimate]:
         return {figure: self.estimate(name, figure) for figure in self.figures}
 
@@ -144,6 +169,10 @@ class Scores:
     def _interval(self, means: NDArray[np.floating]) -> Estimate:
         low, high = np.percentile(means[1:], [2.5, 97.5]) if self.decided else (np.nan, np.nan)
         return Estimate(float(means[0]), float(low), float(high))
+
+
+def _short(number: float) -> str:
+    return f"{number:.2f}".removeprefix("0")
 
 
 def score(

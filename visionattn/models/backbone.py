@@ -7,6 +7,7 @@ import timm
 import timm.models
 from torch import Tensor, nn
 
+from visionattn.attention.places import image_shape
 from visionattn.data import Preprocess
 from visionattn.errors import DataError, UsageError, nearest
 
@@ -67,7 +68,7 @@ def preprocess_of(model: nn.Module) -> Preprocess:
     """Tell how a timm model wants its images: size, crop, mean and standard deviation, from its own configuration."""
     config = timm.data.resolve_model_data_config(model)
     return Preprocess(
-        size=config["input_size"][1:],
+        size=image_shape(model)[1:],  # a ViT may have been made for another size than its weights were
         fit="crop",
         crop_fraction=config["crop_pct"],
         mean=config["mean"],

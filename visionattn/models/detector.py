@@ -66,8 +66,7 @@ def detections(
         place_M, best_M = place_M[best_M >= lowest], best_M[best_M >= lowest]
         index_M, label_M = place_M // num_classes, place_M % num_classes
         boxes_M4 = boxes_P4[index_M]
-        keep = batched_nms(boxes_M4, best_M, label_M, iou) if iou is not None else torch.arange(len(best_M))
-        keep = keep[:most]
+        keep = slice(most) if iou is None else batched_nms(boxes_M4, best_M, label_M, iou)[:most]
         found.append({"boxes": boxes_M4[keep], "scores": best_M[keep], "labels": label_M[keep], "index": index_M[keep]})
     return found
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
+from torchvision.ops import batched_nms, box_convert, generalized_box_iou, generalized_box_iou_loss
 
 from visionattn.models.decoder import Answer, Decoder
 from visionattn.models.dense import Dense, DenseHead, paired_iou, quality_focal
@@ -19,6 +19,8 @@ from visionattn.models.detector import Detections, Detector, detections, padded
 from visionattn.models.pyramid import FeaturePyramid
 
 CLASS_COST, BOX_COST, OVERLAP_COST = 2.0, 5.0, 2.0  # of Deformable DETR, in matching and as weights of the losses
+_DISTINCT = 0.7  # IoU, of 2303.12776
+_CANDIDATES = 8  # places a query that are looked at
 CLASS_WEIGHT, BOX_WEIGHT, OVERLAP_WEIGHT = 1.0, 5.0, 2.0
 
 
@@ -28,7 +30,9 @@ class QueryDetector(Detector):
     - A dense head on the pyramid, trained one-to-many by its own loss, proposes boxes; the best `queries` places give
       the decoder its queries: their feature, and their box as the anchor (query selection, Deformable DETR, Zhu et al.
       2020, 2010.04159, section 4.3; DINO, Zhang et al. 2022, 2203.03605, section 3.4). Deviation: the papers train that
-      head one-to-one, as the decoder; one-to-many it learns in a fraction of the time.
+      head one-to-one, as the decoder; one-to-many it learns in a fraction of the time. Several of its places then
+      propose the same object, so that of those that overlap by an IoU above .7 the best goes first (dense distinct
+      queries, DDQ, Zhang et al. 2023, 2303.12776, section 3.2); the others only fill up what is left.
     - The `decoder` refines them, and each layer's answers are matched one-to-one with the objects (Hungarian).
     - While it trains, noised true boxes are queries as well, which the decoder must undo, and others noised further,
       which it must reject (denoising, DN-DETR, Li et al. 2022, 2203.01305; contrastive, 2203.03605, section 3.3).
@@ -93,10 +97,16 @@ class QueryDetector(Detector):
     def select(self, maps: Sequence[Tensor], found: Dense, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The best places of the dense head as queries (B, Q, C) with anchors (B, Q, 4) in shares of the image."""
         scores_BP = found.logits.detach().amax(-1)
-        place_BQ = scores_BP.topk(min(self.queries, scores_BP.shape[1]), dim=1).indices
+        score_BM, place_BM = scores_BP.topk(min(_CANDIDATES * self.queries, scores_BP.shape[1]), dim=1)
+        boxes_BM4 = found.boxes.detach().gather(1, place_BM[..., None].expand(-1, -1, 4))
+        image_BM = torch.arange(len(place_BM), device=place_BM.device)[:, None].expand_as(place_BM)
+        later_BM = torch.ones_like(place_BM)
+        later_BM.view(-1)[batched_nms(boxes_BM4.flatten(0, 1), score_BM.flatten(), image_BM.flatten(), _DISTINCT)] = 0
+        rank_BQ = later_BM.argsort(dim=1, stable=True)[:, : self.queries]
+        boxes_BQ4 = boxes_BM4.gather(1, rank_BQ[..., None].expand(-1, -1, 4))
         tokens_BPC = torch.cat([x.flatten(2) for x in maps], 2).mT
-        query_BQC = self.start(tokens_BPC.gather(1, place_BQ[..., None].expand(-1, -1, tokens_BPC.shape[2])))
-        boxes_BQ4 = found.boxes.detach().gather(1, place_BQ[..., None].expand(-1, -1, 4))
+        place_BQ1 = place_BM.gather(1, rank_BQ)[..., None]
+        query_BQC = self.start(tokens_BPC.gather(1, place_BQ1.expand(-1, -1, tokens_BPC.shape[2])))
         return query_BQC, _shares(boxes_BQ4, size)
 
     def losses(self, images_BCHW: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:

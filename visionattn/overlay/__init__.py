@@ -1,6 +1,11 @@
-"""Heatmaps as pictures; `visionattn.overlay.export.export` writes those of whole folders."""
+"""Heatmaps as pictures; `visionattn.overlay.export.export` writes those of whole folders.
 
-from typing import TYPE_CHECKING
+The package itself is called like a function, as `visionattn.overlay(model, "cat.jpg")`: see `heatmaps.overlay`.
+"""
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from visionattn._lazy import lazy
 
@@ -20,6 +25,8 @@ if TYPE_CHECKING:
     from visionattn.overlay.gaze import gaze_animation as gaze_animation
     from visionattn.overlay.gaze import gaze_density as gaze_density
     from visionattn.overlay.glimpses import follow_gaze as follow_gaze
+    from visionattn.overlay.heatmaps import Heatmap as Heatmap
+    from visionattn.overlay.heatmaps import heatmap as heatmap
     from visionattn.overlay.render import Style as Style
     from visionattn.overlay.render import peak as peak
     from visionattn.overlay.report import Summary as Summary
@@ -43,8 +50,29 @@ __getattr__, __dir__ = lazy(
         ),
         "gaze": ("draw_gaze", "gaze_animation", "gaze_density"),
         "glimpses": ("follow_gaze",),
+        "heatmaps": ("Heatmap", "heatmap"),
         "render": ("Style", "peak"),
         "report": ("Summary",),
         "views": ("View",),
     },
 )
+
+
+class _Callable(ModuleType):
+    """A package has the name that the function should have, too; so the package is what is called."""
+
+    def __call__(self, model: Any, image: Any, **options: Any) -> Any:
+        from visionattn.overlay.heatmaps import overlay
+
+        return overlay(model, image, **options)
+
+    @property
+    def __signature__(self) -> Any:
+        import inspect
+
+        from visionattn.overlay.heatmaps import overlay
+
+        return inspect.signature(overlay)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -177,6 +177,7 @@ def _detections(given: Mapping[str, Any], pack: Pack) -> dict[str, Any]:
         "labels": [label if isinstance(label, str) else int(label) for label in labels],
         "scores": [round(score, 5) for score in scores],
         "maps": [_scaled(map_hw, pack) for map_hw in maps_Nhw],
+        "shows": str(given.get("shows", "")),
     }
 
 

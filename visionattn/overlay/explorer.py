@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from visionattn.data.decode import MAX_PIXELS, read_image, write_bytes
 from visionattn.data.placement import Placement, Preprocess
 from visionattn.errors import DataError, UsageError
-from visionattn.maps.base import Method, unwrap
+from visionattn.maps.base import Method
+from visionattn.maps.boxes import AllBoxes, BoxMethod, default_box_method
 from visionattn.maps.choose import methods_that_fit
 from visionattn.models.glimpse_network import GlimpseNetwork
 from visionattn.overlay.compose import GENERATOR, Shown, compose, data_uri
@@ -32,13 +33,16 @@ from visionattn.overlay.findings import Findings, find_out
 from visionattn.overlay.glimpses import follow_gaze
 from visionattn.overlay.inputs import AnyPath
 from visionattn.overlay.packing import LEVELS
+from visionattn.overlay.per_box import told_of_boxes
 from visionattn.overlay.text import printable
+from visionattn.overlay.views import detects, known_of
 
 LIMIT = 15_000_000
 STEPS = 8
 
 _SIDE = 512  # pixels of a shown picture's longer side
 _SAMPLE = 4  # images by which the levels are chosen
+_MOST_BOXES = 30
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def explore(
     images: "Tensor | Sequence[AnyPath | NDArray[np.uint8]]",
     *,
     preprocess: Preprocess | None = None,
-    methods: Mapping[str, Method] | None = None,
+    methods: Mapping[str, Method | BoxMethod | AllBoxes] | None = None,
     class_names: Sequence[str] = (),
     model_name: str = "",
     steps: int = STEPS,
@@ -130,13 +134,20 @@ def explore(
     keep the page below `limit`, 256 at most and 3 at least, so that each is off by at most 3 / 4 (levels − 1) of what
     its row spans; the page says how many. The class token's rows, gates and heatmaps always have 256.
 
+        >>> import timm, torch
+        >>> vit = timm.create_model("test_vit", img_size=64, num_classes=3)
+        >>> page = explore(vit, torch.rand(1, 3, 64, 64), steps=2)  # a notebook shows it
+        >>> page.save("seen.html")
+
     Args:
-        model: any vision model, on any device; None to show only the `glimpses` or `detections`.
+        model: any vision model, on any device, or a task that `visionattn.load` returned; None to show only the
+            `glimpses` or `detections`.
         images: files, pictures (H, W, 3) uint8 RGB, or a batch (B, C, H, W) as the model takes it.
-        preprocess: brings a picture to the model's input; a timm model says its own. Of a batch, only its mean and std
-            matter, by which the pictures are shown; ImageNet's by default.
+        preprocess: brings a picture to the model's input; models of timm and torchvision and tasks say their own. Of a
+            batch, only its mean and std matter, by which the pictures are shown; ImageNet's by default.
         methods: name → method; by default all that fit the model but Score-CAM, which takes a forward pass a channel.
-        class_names: of the model's outputs.
+            Of a detector, the first one for its boxes, and those for whole images that are given.
+        class_names: of the model's outputs; timm's models and tasks know theirs.
         model_name: for the title; the class of the model by default.
         steps: of deletion and insertion, which follow every method's and control's heatmap; 0 for none.
         batch_size: changed images in one forward pass.
@@ -144,7 +155,8 @@ def explore(
         glimpses: of each image: `locations` (T, 2) xy and `boxes` (T, S, 4) xyxy in pixels of the source, `patches`
             (T, S, h, w, 3) uint8, `probabilities` (T, K) after each glimpse; those of a `GlimpseNetwork` are found.
         detections: of each image: `boxes` (N, 4) xyxy in pixels of the source, `labels` and `scores` (N,), `maps`
-            (N, h, w) in [0, 1], each spanning the model's input.
+            (N, h, w) in [0, 1], each spanning the model's input, and if you like `shows`, what they show; those of a
+            detector are found.
         max_pixels: larger images fail.
         console: where a bar goes; none by default.
 
@@ -155,10 +167,12 @@ def explore(
     """
     _check(images, steps, batch_size, limit, glimpses, detections)
     if model is not None:
-        model = unwrap(model)
+        model, own, own_names = known_of(model)
+        preprocess, class_names = preprocess or own, tuple(class_names) or own_names
         model_name = model_name or type(model).__name__
-    loaded = _Images(preprocess or _own_preprocess(model), max_pixels, _root(images))
+    loaded = _Images(preprocess, max_pixels, _root(images))
     like = next(model.parameters(), torch.zeros(())) if model is not None else torch.zeros(())
+    by_box, methods = _apart(model, methods)
     shown: list[Shown] = []
     columns = (
         TextColumn("  exploring"),
@@ -191,6 +205,10 @@ def explore(
             gaze = glimpses[number] if glimpses else None
             if gaze is None and isinstance(model, GlimpseNetwork):
                 (gaze,) = follow_gaze(model, image_1CHW, [placement], loaded.preprocess or Preprocess())
+            boxes = detections[number] if detections else None
+            if boxes is None and by_box is not None and model is not None:
+                (found,) = by_box(model, image_1CHW, most=_MOST_BOXES)
+                boxes = told_of_boxes(found, placement)
             small = _shrunk(picture)
             seen = Shown(
                 name,
@@ -199,7 +217,7 @@ def explore(
                 placement,
                 findings,
                 gaze,
-                detections[number] if detections else None,
+                boxes,
             )
             _refuse_nothing(seen, model_name)
             shown.append(seen)
@@ -209,6 +227,25 @@ def explore(
     levels, text = _fitting(shown, model_name, class_names, limit)
     left_out = {name: why for one in shown for name, why in one.findings.failed.items()}
     return Page(text, len(shown), levels, tuple(loaded.failures), left_out)
+
+
+def _apart(
+    model: nn.Module | None, methods: Mapping[str, Method | BoxMethod | AllBoxes] | None
+) -> tuple[BoxMethod | None, dict[str, Method] | None]:
+    """The method for a detector's boxes, and those for whole images; None for all that fit."""
+    whole: dict[str, Method] = {}
+    of_boxes: list[BoxMethod] = []
+    for name, method in (methods or {}).items():
+        method = method.method if isinstance(method, AllBoxes) else method
+        if isinstance(method, BoxMethod):
+            of_boxes.append(method)
+        else:
+            whole[name] = method
+    if model is None or not detects(model):
+        if of_boxes:
+            raise UsageError(f"{of_boxes[0].name} shows the boxes of a detector, and this model is none")
+        return None, None if methods is None else whole
+    return of_boxes[0] if of_boxes else default_box_method(model), whole
 
 
 def _check(
@@ -243,15 +280,6 @@ def _below(path: Any, root: str) -> str:
 
 def _is_path(image: Any) -> bool:
     return isinstance(image, (str, bytes, os.PathLike))
-
-
-def _own_preprocess(model: nn.Module | None) -> Preprocess | None:
-    if not hasattr(model, "pretrained_cfg"):
-        return None
-    from visionattn.models.backbone import preprocess_of
-
-    assert model is not None
-    return preprocess_of(model)
 
 
 def _refuse_nothing(seen: Shown, model_name: str) -> None:

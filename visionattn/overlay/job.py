@@ -26,7 +26,7 @@ from visionattn.overlay.kinds import KINDS, Look, Made, Scene
 from visionattn.overlay.lists import Wish
 from visionattn.overlay.render import Style, peak, unlike
 from visionattn.overlay.text import printable
-from visionattn.overlay.views import View, boxes_of, predictions_of, said
+from visionattn.overlay.views import View, boxes_of, maps_of, predictions_of, said
 
 _KEPT_BYTES = 192 << 20  # decoded pictures that wait for their heatmap; beyond it they are read a second time
 
@@ -169,13 +169,9 @@ class Job:
 
     def _look(self, number: int, batch: Sequence[Read], target: Tensor | None) -> list[tuple[Look, dict[str, Any]]]:
         view = self.views[number]
-        images_BCHW = torch.from_numpy(np.stack([image.prepared[number][0] for image in batch]))
-        like = next(view.model.parameters(), images_BCHW)
-        images_BCHW = images_BCHW.to(like.device, like.dtype)
-        if view.convolves:  # which is quickest with channels last: *measured* on a CPU, ResNet-50 by a fifth
-            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
+        images_BCHW = view.batch(torch.from_numpy(np.stack([image.prepared[number][0] for image in batch])))
         started = time.perf_counter()
-        with torch.autocast(like.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
+        with torch.autocast(images_BCHW.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             assert view.method is not None
             maps = view.method(view.model, images_BCHW, target=target)
             films: Sequence[Mapping[str, NDArray[Any]] | None] = [None] * len(batch)
@@ -185,6 +181,11 @@ class Job:
             raise UsageError(
                 f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; "
                 "save another kind, or take the method gaze with a network that looks through a Retina"
+            )
+        if "boxes" in self.kinds and maps_of(maps.output, 0) is None:
+            raise UsageError(
+                f"boxes shows the heat of each box, and {maps.method} of this {type(view.model).__name__} has none; "
+                "save another kind, or take odam, sampling or attention with a detector"
             )
         heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
         predictions = predictions_of(view, maps.output, len(batch))
@@ -214,6 +215,7 @@ class Job:
                 glimpses_TS4,
                 films[place],
                 view.class_names,
+                maps_of(maps.output, place),
             )
             looks.append((look, {**told, **facts}))
         return looks

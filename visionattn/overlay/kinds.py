@@ -39,6 +39,7 @@ class Look:
         glimpses: (T, S, 4), what each glimpse covered at each scale, xyxy in pixels of the model's input.
         film: what a glimpse network saw and believed, as `glimpses.follow_gaze` tells it; for an animation only.
         class_names: of its outputs.
+        maps: (N, h, w) in [0, 1], the heatmap of each box, spanning the model's input.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Look:
     glimpses: NDArray[np.float32] | None = None
     film: Mapping[str, NDArray[Any]] | None = None
     class_names: Sequence[str] = ()
+    maps: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,25 @@ def animation(scene: Scene) -> bytes:
     return encode_animation(frames, ".webp")
 
 
+def boxes(scene: Scene) -> NDArray[np.uint8]:
+    """A sheet: the picture with all boxes that a detector found, then each box with its own heat."""
+    small = _shrunk(scene)
+    (look,), picture = small.looks, small.picture
+    assert look.maps is not None  # else the export has ended before
+    tiles = [draw.Tile(_boxed(small, picture, replace(look, labels=())), [f"{len(look.boxes)} found"])]
+    for box, text, map_hw in zip(look.boxes, look.labels, look.maps, strict=True):
+        painted = render(picture, map_hw, look.placement, scene.style)
+        tiles.append(draw.Tile(draw.boxes(painted, [box], colours=[draw.FOUND]), [text]))
+    return draw.sheet(tiles, columns=4, width=max(picture.shape[:2]))
+
+
 def arrays(scene: Scene) -> Mapping[str, NDArray[np.generic]]:
     """Heatmaps as the model's grid has them, and the matrix that puts pixels of the source into the model's input.
 
     `heatmap` (h, w) in [0, 1], `raw` (h, w) before that, `matrix` (2, 3), `source_size` and `input_size`; of several,
     `NAME/heatmap` and so on. `data.Placement(matrix, source_size, input_size).carry(heatmap)` is the heatmap in pixels.
-    Where glimpses were taken also `glimpses` (T, S, 4), the box of each at each scale, xyxy in pixels of the source.
+    Where glimpses were taken also `glimpses` (T, S, 4), the box of each at each scale, xyxy in pixels of the source. Of
+    a detector also `boxes` (N, 4), xyxy in pixels of the source, and `maps` (N, h, w), the heatmap of each.
     """
     found: dict[str, NDArray[np.generic]] = {}
     for look in scene.looks:
@@ -164,6 +179,9 @@ def arrays(scene: Scene) -> Mapping[str, NDArray[np.generic]]:
         found[f"{head}input_size"] = np.array(look.placement.input_size)
         if look.glimpses is not None:
             found[f"{head}glimpses"] = boxes_in_source(look.glimpses, look.placement)
+        if look.maps is not None:
+            found[f"{head}boxes"] = np.array(look.boxes, np.float64).reshape(-1, 4)
+            found[f"{head}maps"] = look.maps
     return found
 
 
@@ -184,6 +202,7 @@ KINDS = {
     "heatmap": Kind(heatmap, ".png", most=1),
     "mask": Kind(mask, ".png", most=1),
     "gaze": Kind(gaze, most=1),
+    "boxes": Kind(boxes, most=1),
     "animation": Kind(animation, ".webp", most=1),
     "array": Kind(arrays, ".npz"),
 }

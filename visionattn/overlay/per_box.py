@@ -1,11 +1,13 @@
 """The heatmap of each box over its picture."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visionattn.data.placement import Placement
+from visionattn.maps.boxes import BoxMaps
 from visionattn.overlay.draw import blend, boxes
 
 
@@ -38,3 +40,14 @@ def overlays_of_boxes(
         overlay = blend(image_HWC, placement.carry(heatmap_hw), colormap=colormap, alpha=alpha, seen_HW=seen_HW)
         pictures.append(boxes(overlay, [box_4], labels=labels[number : number + 1]))
     return pictures
+
+
+def told_of_boxes(maps: BoxMaps, placement: Placement) -> dict[str, Any]:
+    """The boxes of an image as a page takes them: in pixels of the source, with their heatmaps and what these show."""
+    return {
+        "boxes": placement.boxes_to_source(maps.boxes.float().cpu().numpy()),
+        "labels": maps.labels.tolist(),
+        "scores": maps.scores.tolist(),
+        "maps": maps.heatmaps.cpu().numpy(),
+        "shows": maps.source,
+    }

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics.detection import MeanAveragePrecision
 
+from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError
 from visionattn.models.detector import Detections, Detector
 from visionattn.tasks.optimizing import optimizing
@@ -70,6 +71,7 @@ class Detection(L.LightningModule):
         self.sizes = sizes
         self.seed = seed
         self.class_names: tuple[str, ...] = ()
+        self.preprocess: Preprocess | None = None
         self._seen: Seen = []
 
     def forward(self, images_BCHW: Tensor) -> list[Detections]:
@@ -78,6 +80,7 @@ class Detection(L.LightningModule):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on every Trainer
         self.class_names = tuple(getattr(data, "class_names", ())) or self.class_names
+        self.preprocess = getattr(data, "preprocess", None) or self.preprocess
         outputs, count = self.network.num_classes, len(self.class_names)
         if count and outputs != count:
             names = ", ".join(self.class_names[:5]) + (", …" if count > 5 else "")

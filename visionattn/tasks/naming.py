@@ -18,6 +18,7 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
+from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError
 from visionattn.tasks.optimizing import optimizing
 
@@ -57,6 +58,7 @@ class NamingTask(L.LightningModule, ABC):
         self.lr_interval = lr_interval
         self.gamma_lr_factor = gamma_lr_factor
         self.class_names: tuple[str, ...] = ()
+        self.preprocess: Preprocess | None = None
         self._tallies: dict[str, MeanMetric] = {}
 
     @abstractmethod
@@ -69,6 +71,7 @@ class NamingTask(L.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on every Trainer
         self.class_names = tuple(getattr(data, "class_names", ())) or self.class_names
+        self.preprocess = getattr(data, "preprocess", None) or self.preprocess
         outputs = getattr(self.network, "num_classes", None)
         num_classes = len(self.class_names) or outputs
         if num_classes is None:

@@ -1,5 +1,6 @@
 """Optimizer and schedule of a task, from what its config chose."""
 
+import inspect
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ def optimizing(
     made = optimizer_for(task, optimizer or partial(torch.optim.AdamW, lr=1e-3), gamma_lr_factor=gamma_lr_factor)
     if lr_scheduler is None:
         return made
-    asked = getattr(lr_scheduler, "keywords", {})
+    asked = {name: parameter.default for name, parameter in inspect.signature(lr_scheduler).parameters.items()}
+    asked |= getattr(lr_scheduler, "keywords", {})  # the command line's have no signature of their own
     if "total_steps" in asked and asked["total_steps"] is None and asked.get("epochs") is None:
         steps = int(task.trainer.estimated_stepping_batches)
         schedule = {"scheduler": lr_scheduler(made, total_steps=steps), "interval": "step"}  # type: ignore[call-arg]

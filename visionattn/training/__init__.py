@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from visionattn.training.callbacks import WritePredictions as WritePredictions
     from visionattn.training.checkpoints import export as export
     from visionattn.training.checkpoints import load as load
+    from visionattn.training.hub import push as push
+    from visionattn.training.quiet import quieten as quieten
 
 __getattr__, __dir__ = lazy(
     __name__,
     {
         "callbacks": ("DrawSpans", "OverlaySamples", "TestReport", "WritePredictions"),
         "checkpoints": ("export", "load"),
+        "hub": ("push",),
+        "quiet": ("quieten",),
     },
 )

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torchmetrics import MeanMetric
@@ -32,7 +34,8 @@ from visionattn.training.pictures import Explained, chosen, explain, picture_of
 
 
 class OverlaySamples(Callback):
-    """Write overlays of the same validation images every few epochs, into the run's overlays/ and TensorBoard.
+    """Write overlays of the same validation images every few epochs, into the run's overlays/, TensorBoard and
+    W&B.
 
     Of a network that takes glimpses, their path and every scale's box stand beside the heat.
 
@@ -68,9 +71,7 @@ class OverlaySamples(Callback):
         )
         folder.mkdir(parents=True, exist_ok=True)
         write_image(folder / f"epoch_{trainer.current_epoch:03d}.jpg", picture)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("overlays", picture, trainer.global_step, dataformats="HWC")
+        _show(trainer, "overlays", picture)
 
     def _wanted(self, trainer: L.Trainer) -> bool:
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -164,6 +165,7 @@ class TestReport(Callback):
         title = f"{first.method}: {first.source}"
         picture = picture_of(self._batch, self._maps, pl_module, _dataset(trainer.test_dataloaders), title)
         write_image(folder / "test.png", picture)
+        _show(trainer, "test/overlays", picture)
         self._density.write(folder / "gaze_density.png")
         preprocess = getattr(trainer.datamodule, "preprocess", None)  # type: ignore[attr-defined]
         if isinstance(pl_module.network, GlimpseNetwork) and preprocess is not None:
@@ -357,6 +359,15 @@ def _folder(trainer: L.Trainer) -> Path | None:
     if trainer.fast_dev_run or trainer.log_dir is None:  # type: ignore[attr-defined]
         return None
     return Path(trainer.log_dir) / "overlays"
+
+
+def _show(trainer: L.Trainer, name: str, picture_HWC: NDArray[np.uint8]) -> None:
+    """Give a picture to the loggers that take any: TensorBoard and W&B."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, picture_HWC, trainer.global_step, dataformats="HWC")
+        elif isinstance(logger, WandbLogger):
+            logger.log_image(name, [picture_HWC], step=trainer.global_step)
 
 
 def _dataset(loaders: Any) -> Any:

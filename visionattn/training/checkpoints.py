@@ -24,11 +24,14 @@ from torch import nn
 from visionattn.data import Preprocess
 from visionattn.data.decode import write_bytes
 from visionattn.errors import DataError, UsageError
+from visionattn.training.hub import PREFIX, fetch
 
 TRUSTED = ("visionattn", "torch.nn", "torch.optim", "torchvision", "timm")
 """Packages whose modules, optimizers and schedulers may be built because a checkpoint names them."""
 
-_ENTRY = "visionattn"
+ENTRY = "visionattn"
+"""Under which a checkpoint says what it is."""
+
 _TOKENS = "model.init_args.network.init_args.tokens."
 _BUILT_FROM_CHECKPOINTS = (nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
 
@@ -46,7 +49,7 @@ class Describe(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         preprocess = getattr(data, "preprocess", None)
-        checkpoint[_ENTRY] = {
+        checkpoint[ENTRY] = {
             "model": self.model,
             "class_names": list(getattr(pl_module, "class_names", ())),
             "preprocess": dataclasses.asdict(preprocess) if preprocess else None,
@@ -59,7 +62,8 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
     The task carries `class_names` and `preprocess`, the `Preprocess` that its images need.
 
     Args:
-        path: a .ckpt that `visionattn fit` wrote, or a .safetensors that `visionattn export` made of it.
+        path: a .ckpt that `visionattn fit` wrote, a .safetensors that `visionattn export` made of it, or a model on the
+            Hugging Face hub, `hf://owner/name`.
         trust: packages of yours whose classes the checkpoint may name, beside `TRUSTED`.
 
     Raises:
@@ -67,7 +71,7 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
             not written by visionattn.
     """
     content = read(path)
-    entry = content[_ENTRY]
+    entry = content[ENTRY]
     model = entry["model"]
     args = {**model.get("init_args", {}), "optimizer": None, "lr_scheduler": None}
     task = _build({**model, "init_args": args}, path, (*TRUSTED, *trust))
@@ -100,7 +104,7 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     content = read(path)
     # tensors that share memory, as tied weights do, are written once each: the format knows no sharing
     state = {name: value.detach().clone().contiguous() for name, value in content["state_dict"].items()}
-    write_bytes(out, save(state, metadata={"format": "pt", _ENTRY: json.dumps(content[_ENTRY])}))
+    write_bytes(out, save(state, metadata={"format": "pt", ENTRY: json.dumps(content[ENTRY])}))
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -110,6 +114,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         DataError: as `load`.
     """
     name = os.fspath(path)
+    if name.startswith(PREFIX):
+        path = name = fetch(name)
     if not os.path.isfile(path):
         raise DataError(f"there is no checkpoint {name}")
     try:
@@ -121,7 +127,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             "it would run code" if "weights_only" in str(error).lower() else "it is cut short or another kind of file"
         )
         raise DataError(f"{name} cannot be read as a checkpoint: {reason}") from error
-    if not isinstance(content, dict) or "state_dict" not in content or not isinstance(content.get(_ENTRY), dict):
+    if not isinstance(content, dict) or "state_dict" not in content or not isinstance(content.get(ENTRY), dict):
         raise DataError(
             f"{name} was not written by visionattn; to use plain weights give them as network weights instead"
         )
@@ -140,9 +146,9 @@ def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        entry = (file.metadata() or {}).get(_ENTRY)
+        entry = (file.metadata() or {}).get(ENTRY)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-    return {"state_dict": state, **({} if entry is None else {_ENTRY: json.loads(entry)})}
+    return {"state_dict": state, **({} if entry is None else {ENTRY: json.loads(entry)})}
 
 
 def check_against(path: str | os.PathLike[str], model: Mapping[str, Any], *, training: bool = True) -> None:
@@ -164,7 +170,7 @@ def check_against(path: str | os.PathLike[str], model: Mapping[str, Any], *, tra
     content = read(path)
     if content.get("hyper_parameters"):
         raise DataError(f"{os.fspath(path)} holds hyper-parameters that would replace yours; visionattn writes none")
-    saved = content[_ENTRY]["model"]
+    saved = content[ENTRY]["model"]
     if saved.get("class_path") != model.get("class_path"):
         raise DataError(
             f"{os.fspath(path)} is a checkpoint of {saved.get('class_path')}, "

@@ -4,12 +4,10 @@ closed."""
 import atexit
 import errno
 import importlib
-import logging
 import os
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +16,7 @@ import lightning as L
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -32,6 +30,7 @@ from visionattn.training.durable import DurableCheckpointIO
 from visionattn.training.finite import BestCheckpoint, FiniteLoss
 from visionattn.training.messages import explain
 from visionattn.training.metrics import MetricsFile
+from visionattn.training.quiet import quieten
 from visionattn.training.resume import Resume
 
 RUNS = Path("runs")
@@ -210,20 +209,32 @@ class Command(LightningCLI):
             os.environ[_RUN] = folder = str(self.run_folder)
             if self.config.subcommand == "fit" and _rank() == 0:
                 _lock(self.run_folder)
+        given = options.trainer.logger
+        self.at_home = [  # W&B would write into the current folder
+            logger.init_args
+            for logger in (given if isinstance(given, list) else [given])
+            if str(getattr(logger, "class_path", "")).endswith(".WandbLogger") and logger.init_args.save_dir == "."
+        ]
+        for arguments in self.at_home:
+            arguments.save_dir = folder
         options.trainer.default_root_dir = options.trainer.default_root_dir or folder
         options.checkpoint.dirpath = options.checkpoint.dirpath or folder
 
     def instantiate_classes(self) -> None:
         built(super().instantiate_classes)
+        for arguments in self.at_home:
+            arguments.save_dir = "."  # as the config said: of another run of it, the folder is another
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         options = self.config[self.config.subcommand]
         resume = self._get(self.config_init, "resume")
         resume.folder = options.checkpoint.dirpath
         resume.seed = None if options.seed_everything is False else options.seed_everything
-        if self.run_folder and options.trainer.logger in (None, True):
+        logger = self._get(self.config_init, "trainer").logger
+        if self.run_folder and logger is not False:
             place = {"name": options.name, "version": self.run_folder.name}
-            kwargs["logger"] = [MetricsFile(self.run_folder), TensorBoardLogger(RUNS, **place)]
+            own = [TensorBoardLogger(RUNS, **place)] if logger in (None, True) else logger
+            kwargs["logger"] = [MetricsFile(self.run_folder), *(own if isinstance(own, list) else [own])]
         plugins = self._get(self.config_init, "trainer").plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -243,7 +254,11 @@ class Command(LightningCLI):
     def after_fit(self) -> None:
         if self._get(self.config, "test_after_fit"):
             checkpoint = self._get(self.config_init, "checkpoint")
-            best = None if self.trainer.fast_dev_run else checkpoint.best_model_path  # type: ignore[attr-defined]
+            # a training that ended before its first validation has no best weights, and those that it has are tested
+            best = (not self.trainer.fast_dev_run and checkpoint.best_model_path) or None  # type: ignore[attr-defined]
+            # Lightning's would put back the weights that were averaged, not their average, for it goes on training
+            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+            self.trainer.callbacks = [one for one in callbacks if not isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
         self._say_where()
 
@@ -335,12 +350,3 @@ def _lock(folder: Path) -> None:
     except OSError:  # a file system without locks
         return
     _HELD.append(file)
-
-
-def quieten() -> None:
-    """Keep what a user cannot act on off the screen."""
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for library in ("lightning", "torch", "torchmetrics", "timm", "albumentations", "jsonargparse"):
-        warnings.filterwarnings("ignore", module=library)

@@ -8,8 +8,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from visionattn.errors import UsageError
-from visionattn.training.command import built, find_configs, quieten
+from visionattn.training.command import built, find_configs
 from visionattn.training.messages import explain
+from visionattn.training.quiet import quieten
 
 
 def data_of(config: str) -> L.LightningDataModule:

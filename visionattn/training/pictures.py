@@ -84,7 +84,7 @@ def _box_tiles(batch: dict[str, Any], found: list[BoxMaps], names: Any, dataset:
             for label, score in zip(some.labels.tolist(), some.scores.tolist(), strict=True)
         ]
         drawn = boxes(drawn, placement.boxes_to_source(some.boxes.cpu().numpy()), labels=labels)
-        caption = [f"{len(labels)} found", f"{len(truth)} there"]
+        caption = [f"surest {len(labels)}", f"{len(truth)} there"]
         tiles.append(Tile(drawn, caption))
         heat_hw = some.heatmaps.amax(0).cpu().numpy() if len(labels) else np.zeros((1, 1), np.float32)
         tiles.append(Tile(blend(picture, placement.carry(heat_hw), seen_HW=placement.seen())))

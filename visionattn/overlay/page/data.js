@@ -51,6 +51,7 @@
  * @property {(string | number)[]} labels
  * @property {number[]} scores
  * @property {Scaled[]} maps
+ * @property {string} shows what the maps show; "" where nobody says
  */
 /**
  * @typedef {object} Picture

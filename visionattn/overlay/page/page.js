@@ -254,6 +254,7 @@ function build() {
   marks.addEventListener("keydown", (event) => {
     if (pressed(/** @type {KeyboardEvent} */ (event).key)) event.preventDefault();
   });
+  if (picture().detections && !picture().glimpses) state.view = "detections";
   turnTo(0);
 }
 

@@ -30,9 +30,10 @@ const SHOWN = {
     return { map: null, low: "", high: "", shows: "", told };
   },
   detections: () => {
-    const { boxes, labels, scores, maps } = must(picture().detections);
+    const { boxes, labels, scores, maps, shows } = must(picture().detections);
     if (!boxes.length) return { map: null, low: "", high: "", shows: "", told: "Nothing was found in this image" };
-    return { ...scaled(maps[state.box], "attention"), told: `Box ${state.box + 1} of ${boxes.length}: ${className(labels[state.box])} ${percent(scores[state.box])}` };
+    const told = `Box ${state.box + 1} of ${boxes.length}: ${className(labels[state.box])} ${percent(scores[state.box])}`;
+    return { ...scaled(maps[state.box], "attention"), told: shows ? `${told}; ${shows}` : told };
   },
 };
 

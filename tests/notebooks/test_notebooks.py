@@ -1,0 +1,136 @@
+"""The notebooks: executed with small settings, and as they are committed."""
+
+import base64
+import io
+import re
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+from PIL import Image
+
+from tests.notebooks.execute import HOME, NOTEBOOKS, code, digest, execute, read, tagged, tidy
+
+SMALL = {
+    "01_soft_attention": {"train_size": 96, "test_size": 16, "epochs": 1, "look_every": 2},
+    "02_glimpses": {"train_size": 128, "test_size": 16, "epochs": 1, "look_every": 1},
+    "03_vision_transformers": {"train_size": 64, "test_size": 16, "epochs": 1, "look_every": 1},
+    "04_detection": {"train_size": 32, "test_size": 8, "epochs": 1, "explained": 4, "lowest": 0.0},
+    "05_can_i_believe_this_map": {"train_size": 64, "test_size": 12, "epochs": 1, "steps": 2, "copies": 1},
+    "06_your_images_your_model": {"count": 12, "epochs": 1, "steps": 0},
+}
+"""Settings that make each a matter of seconds."""
+
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+
+
+def outputs(notebook):
+    return [output for cell in code(notebook) for output in cell.outputs]
+
+
+def words(notebook):
+    """All that outputs say, pictures left out."""
+    said = []
+    for output in outputs(notebook):
+        said += [output.get("text", ""), *output.get("traceback", ())]
+        said += [text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")]
+    return "\n".join(map(str, said))
+
+
+def complaints(notebook):
+    """What no reader should see in the outputs."""
+    found = [f"a {output.output_type}" for output in outputs(notebook) if output.output_type == "error"]
+    found += [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
+    said = words(notebook)
+    found += re.findall(r"(?:/home|/root|/tmp|/usr|/opt|/work|/Users|[A-Z]:\\)[/\\]?\S*", said)
+    found += re.findall(r"\bat 0x[0-9a-f]+|\S*Warning\b.*|it/s\]", said)
+    return found
+
+
+def test_there_are_six():
+    assert [path.stem for path in NOTEBOOKS] == list(SMALL)
+
+
+@every_notebook
+def test_it_runs_and_leaves_nothing_behind(path, tmp_path):
+    found = execute(read(path), tmp_path, SMALL[path.stem])
+    assert complaints(found) == []
+    assert list(tmp_path.iterdir()) == []
+    assert any("image/png" in output.get("data", {}) for output in outputs(found))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@every_notebook
+def test_what_it_claims_is_so_in_full(path, tmp_path):
+    found = tidy(execute(read(path), tmp_path))
+    assert complaints(found) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@every_notebook
+def test_what_is_committed_was_executed_as_it_stands(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+    message = f"its code has changed since it ran: python -m tests.notebooks.execute {path.stem}"
+    assert notebook.metadata.get("executed") == digest(notebook), message
+    assert complaints(notebook) == []
+    assert notebook == tidy(read(path))
+    (claims,) = tagged(notebook, "claims")  # they ran, and raised nothing
+    assert claims.source.count("assert ") >= 3
+    assert claims.outputs == []
+
+
+@every_notebook
+def test_its_pictures_fit_a_page(path):
+    assert path.stat().st_size < 1_000_000
+    pictures = [
+        data for output in outputs(read(path)) for kind, data in output.get("data", {}).items() if "image" in kind
+    ]
+    assert len(pictures) >= 3
+    for data in pictures:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            assert 150 <= picture.width <= 1100
+
+
+@every_notebook
+def test_it_tells_its_story_by_public_names(path):
+    notebook = read(path)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert text.startswith(f"# {int(path.name[:2])} · ")
+    assert "$$" in text or path.name.startswith("06")
+    assert "**Try next**" in text
+    source = "\n".join(cell.source for cell in code(notebook))
+    assert not re.findall(r"(?:\bva|visionattn)(?:\.\w+)*\._\w+|import _\w+", source)
+    assert not re.search(r"urlopen|requests|pretrained=True|shared/", source)
+
+
+@every_notebook
+def test_links_and_files_of_the_text_exist(path):
+    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+    for name in re.findall(r"--config (\S+?\.yaml)", text):
+        assert (HOME / name).is_file(), name
+
+
+def test_ten_lines_are_ten():
+    (cell,) = tagged(read(NOTEBOOKS[5]), "ten-lines")
+    assert len(cell.source.splitlines()) <= 10
+
+
+def test_readme_names_them_all():
+    readme = (HOME / "README.md").read_text()
+    for path in NOTEBOOKS:
+        assert f"(notebooks/{path.name})" in readme
+
+
+def test_a_failing_cell_and_an_unknown_setting_are_told(tmp_path):
+    cells = [
+        nbformat.v4.new_code_cell("size = 3", metadata={"tags": ["settings"]}),
+        nbformat.v4.new_code_cell("1 / size"),
+    ]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    with pytest.raises(ValueError, match=r"no setting \['count'\]; it has \['size'\]"):
+        execute(notebook, tmp_path, {"count": 1})
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError"):
+        execute(notebook, tmp_path, {"size": 0})

@@ -1,0 +1,79 @@
+"""Completion, asked of the shells themselves."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from visionattn.cli import main
+from visionattn.completion import options_of
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """The files that `visionattn completion` prints."""
+    import contextlib
+    import io
+
+    folder = tmp_path_factory.mktemp("completion")
+    for shell in ("bash", "zsh", "fish"):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main(["completion", shell]) == 0
+        (folder / shell).write_text(out.getvalue())
+    return folder
+
+
+def by_bash(scripts, *words):
+    line = " ".join(f"'{word}'" for word in words)
+    code = f"source {scripts / 'bash'}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _visionattn"
+    done = subprocess.run(
+        ["bash", "-c", f'{code}; printf "%s\\n" "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def by_fish(scripts, *words):
+    code = f"source {scripts / 'fish'}; complete -C '{' '.join(words)}'"
+    done = subprocess.run(["fish", "-c", code], capture_output=True, text=True, check=True)
+    return [line.split("\t")[0] for line in done.stdout.splitlines()]
+
+
+ASK = {"bash": by_bash, "fish": by_fish}
+
+
+@pytest.mark.parametrize("shell", [shell for shell in ASK if shutil.which(shell)])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["visionattn", "ex"], ["explore", "export"]),
+        (["visionattn", "overlay", "--col"], ["--colormap"]),
+        (["visionattn", "overlay", "--format", "p"], ["png"]),
+        (["visionattn", "export", "--format", ""], ["safetensors", "onnx", "torch_export"]),
+        (["visionattn", "fit", "--trainer.max_e"], ["--trainer.max_epochs"]),
+    ],
+)
+def test_a_shell_completes(shell, words, expected, scripts):
+    assert sorted(ASK[shell](scripts, *words)) == sorted(expected)
+
+
+def test_zsh_takes_the_script(scripts):
+    text = (scripts / "zsh").read_text()
+    assert "bashcompinit" in text
+    assert text.endswith((scripts / "bash").read_text())
+    if shutil.which("zsh"):
+        subprocess.run(["zsh", "-n", scripts / "zsh"], check=True, capture_output=True)
+
+
+def test_options_are_those_of_the_help():
+    text = "usage: x [-h] [--out DIR] [--format {jpg,png}] [--a.b-c {true,false}]\n  --out DIR  no --such-thing... \n"
+    assert options_of(text) == {
+        "--a.b-c": ("true", "false"),
+        "--format": ("jpg", "png"),
+        "--out": (),
+        "--such-thing": (),
+    }
+
+
+def test_another_shell_is_refused(capsys):
+    assert main(["completion", "bsh"]) == 2
+    assert "no completion for 'bsh'; there is for bash, zsh, fish. Nearest: bash" in capsys.readouterr().err

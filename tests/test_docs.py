@@ -1,0 +1,34 @@
+"""The examples in docstrings run, and give what they say."""
+
+import doctest
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import visionattn
+
+SHOWN = {
+    name
+    for _, name, _ in pkgutil.walk_packages(visionattn.__path__, "visionattn.")
+    if ">>> " in Path(importlib.util.find_spec(name).origin).read_text("utf-8")
+}
+
+
+def test_the_public_calls_have_examples():
+    assert {
+        "visionattn.attention.insertion",
+        "visionattn.maps.records",
+        "visionattn.maps.rollout",
+        "visionattn.overlay.explorer",
+        "visionattn.overlay.heatmaps",
+    } <= SHOWN
+
+
+@pytest.mark.parametrize("name", sorted(SHOWN))
+def test_examples_of(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted
+    assert not result.failed

@@ -1,0 +1,148 @@
+"""README's commands and code, run from top to bottom in one folder as a reader would, with flags to make them short."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torchvision
+from PIL import Image
+
+from tests.conftest import CONFIGS, SMALL
+from tests.data.annotated import voc
+from tests.test_cli import FakeMNIST
+from visionattn.cli import main
+
+README = (CONFIGS.parent / "README.md").read_text()
+SECTIONS = {section.split("\n")[0]: section for section in README.split("\n## ")}
+ELSEWHERE = {
+    "python -m pip install": ".ci/run installs it, and test_package.py builds the wheel",
+    "--devices 2": "tests/test_cli.py: all of 'Overlays of folders'",
+    "torchrun": "tests/faults/test_resume.py",
+    "srun": "tests/faults/test_resume.py, without SLURM: its environment",
+    "hf://": "tests/training/test_hub.py",
+}
+"""What is run by another test, by a part of the command."""
+SHORT = [
+    *("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"),
+    *("--trainer.limit_test_batches=1", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
+    *("--trainer.check_val_every_n_epoch=1", "--data.num_workers=0", "--data.batch_size=4"),
+]
+FOLDER = ["--data.root=my_images", "--model.network.num_classes=5"]
+BOXES = [
+    "--data.root=my_boxes",
+    "--data.preprocess.size=64",
+    "--test_after_fit=false",
+    "--trainer.check_val_every_n_epoch=1",
+]
+SMALLER = {"vit_small_patch16_224": "test_vit", "resnet50": "test_resnet"}
+
+
+def commands():
+    """Every command of an indented block, in order; its lines joined and its comment taken off."""
+    for title, section in SECTIONS.items():
+        if title == "Overlays of folders":
+            continue
+        block = "\n".join(line[4:] for line in section.split("\n") if line.startswith("    "))
+        for line in block.replace("\\\n", "").split("\n"):
+            if re.match(r"(visionattn|python|torchrun|srun|pipx) ", line):
+                yield shlex.join(shlex.split(line, comments=True))
+
+
+def code():
+    return re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """What README's commands name: images, boxes, and runs that none of them makes."""
+    home = tmp_path_factory.mktemp("reader")
+    shutil.copytree(CONFIGS, home / "configs")
+    random = np.random.default_rng(0)
+    for name in [f"my_images/kind{kind}/{number}.jpg" for kind in range(5) for number in range(5)] + [
+        *(f"holiday/{number}.jpg" for number in range(2)),
+        *("cat.jpg", "dog.jpg", "digit.png"),
+    ]:
+        path = home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(path)
+    voc(home / "my_boxes")
+    return home
+
+
+@pytest.fixture
+def reader(home, monkeypatch):
+    """In that folder, without a network: published weights are random ones of smaller models of the same kind."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(torchvision.datasets, "MNIST", FakeMNIST)
+    create = timm.create_model
+
+    def create_small(name, pretrained=False, **options):
+        return create(SMALLER.get(name, name), **options)
+
+    monkeypatch.setattr(timm, "create_model", create_small)
+    monkeypatch.setattr("visionattn.models.backbone.timm.create_model", create_small)
+    return home
+
+
+def fit(*arguments):
+    assert main(["fit", *arguments, *SHORT]) == 0
+
+
+def prepare(words):
+    """Make the runs that a command goes on from, where none before it has."""
+    for name, configs in {
+        "vit-dense": ["vit/dense.yaml"],
+        "bccd-dense": ["detection/bccd_dense.yaml"],
+        "cluttered_60": ["glimpse/cluttered_60.yaml"],
+        "detection-digits": ["detection/digits.yaml"],
+    }.items():
+        if f"runs/{name}/" in words and not Path(f"runs/{name}/0/best.ckpt").exists():
+            text = "".join(Path("configs", config).read_text() for config in configs)
+            root = {"ImageFolderData": FOLDER, "AnnotatedData": BOXES}
+            root = [flag for data, flags in root.items() if data in text for flag in flags]
+            fit(*(f"--config=configs/{config}" for config in configs), *root)
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_a_command_does_what_it_says(command, reader, capfd):
+    reason = [where for part, where in ELSEWHERE.items() if part in command]
+    if reason:
+        for place in re.findall(r"[\w./]+\.py", reason[0]):
+            name = CONFIGS.parent / ("tests/" + place if "/" not in place else place)
+            assert name.exists(), reason[0]
+        return
+    prepare(command)
+    verb, *words = shlex.split(command)[1:]
+    before = set(reader.rglob("*"))
+    if verb in ("fit", "test", "predict", "validate"):
+        text = "".join(Path(name).read_text() for name in re.findall(r"--config (\S+)", command))
+        words += [
+            flag for flag in SHORT if verb == "fit" or not flag.startswith(("--trainer.max", "--trainer.limit_t"))
+        ]
+        words += FOLDER if "ImageFolderData" in text else []
+        words += BOXES if "AnnotatedData" in text and verb == "fit" else []
+        words += SMALL[2:] if "quickstart" in command else []
+    if "--model" in words:
+        words += ["--weights", "random"]
+    if verb == "score":
+        words += ["--images", "4", "--steps", "2"]
+    assert main([verb, *words]) == 0, capfd.readouterr().err
+    made = set(reader.rglob("*")) - before
+    said = capfd.readouterr().out
+    assert made or said
+    if "--out" in words:
+        assert Path(words[words.index("--out") + 1]).exists()
+
+
+def test_the_code_runs(reader):
+    """All blocks one after the other, names carried over as in a notebook."""
+    prepare("runs/cluttered_60/ runs/detection-digits/")
+    names = {}
+    for block in code():
+        exec(compile(block, "README.md", "exec"), names)
+    assert len(names["maps"].boxes) == len(names["maps"].heatmaps)
+    assert all(Path(name).exists() for name in ("seen.html", "path.png", "gaze.webp"))
