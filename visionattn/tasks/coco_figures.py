@@ -35,7 +35,7 @@ def coco_figures(
     """
     classes = torch.cat([one["labels"] for one in (*found, *truth)]).unique().tolist() if found else []
     sides = [_side(some, classes) for some in (truth, found)]
-    if not all(side.anns for side in sides):
+    if not sides[0].anns:
         return dict.fromkeys(FIGURES, -1.0), dict.fromkeys(classes, -1.0)
     evaluation: Any = COCOeval_faster(*sides, iouType="bbox")
     evaluation.evaluate()
@@ -48,7 +48,6 @@ def coco_figures(
 
 def _side(some: Sequence[dict[str, Tensor]], classes: Sequence[int]) -> COCO:
     """What was found, or what is there, as COCO's annotations."""
-
     images = np.repeat(np.arange(1, len(some) + 1), [len(one["labels"]) for one in some]).tolist()
     first = some[0] if some else {}
 
