@@ -1,5 +1,6 @@
 """README's commands and code, run from top to bottom in one folder as a reader would, with flags to make them short."""
 
+import os
 import re
 import shlex
 import shutil
@@ -90,6 +91,7 @@ def reader(home, monkeypatch):
 
 
 def fit(*arguments):
+    os.environ.pop("VISIONATTN_RUN", None)  # a second run of this process, not a second process of that run
     assert main(["fit", *arguments, *SHORT]) == 0
 
 

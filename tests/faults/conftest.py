@@ -133,7 +133,7 @@ DETECTION = {
 """A task on `DigitScenesData`, whose steps draw a size each."""
 
 
-def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, model=None, **trainer) -> Path:
+def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, model=None, data=None, **trainer) -> Path:
     """Write the config of a training of two epochs, with all that a resumed one must restore."""
     config = {
         "name": "tiny",
@@ -185,6 +185,9 @@ def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, mod
     if model is DETECTION:
         config["data"]["class_path"] = "visionattn.data.DigitScenesData"
         config["data"]["init_args"] |= {"canvas": 64}
+    if data is not None:
+        config["data"] = {**data, "init_args": {**data["init_args"], "batch_size": batch, "num_workers": workers}}
+        config["model"]["init_args"]["network"]["init_args"]["num_classes"] = len(data["init_args"]["class_names"])
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -196,17 +199,47 @@ def steps(path: Path) -> list[list]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def start_all(server, count, argv, home, fault=""):
-    """Start the processes of one run, as a cluster would: told by the environment who they are."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), "NODE_RANK": "0"}
+def start_all(server, count, argv, home, fault="", *, faults=None, slurm=False):
+    """Start the processes of one run, as a cluster would: told by the environment who they are.
+
+    `faults` are those of each process; with `slurm` they are told as `srun` tells them.
+    """
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     flags = ["--trainer.accelerator=cpu", f"--trainer.devices={count}", "--trainer.strategy=ddp"]
     return [
-        server.start([*argv, *flags], home, fault=fault, env={**place, "LOCAL_RANK": str(rank), "RANK": str(rank)})
+        server.start(
+            [*argv, *flags],
+            home,
+            fault=faults[rank] if faults else fault,
+            env={**place, **(_slurm if slurm else _torchrun)(rank, count)},
+        )
         for rank in range(count)
     ]
+
+
+def _torchrun(rank: int, count: int) -> dict[str, str]:
+    return {"WORLD_SIZE": str(count), "NODE_RANK": "0", "LOCAL_RANK": str(rank), "RANK": str(rank)}
+
+
+def _slurm(rank: int, count: int) -> dict[str, str]:
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0"}
+    counts = {"SLURM_NTASKS": str(count), "SLURM_NTASKS_PER_NODE": str(count), "SLURM_NNODES": "1"}
+    return {**job, **counts, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
 
 
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(server, tmp_path_factory):
+    """The same training with nothing happening to it: its run, and what it was shown at every step."""
+    return whole(server, tmp_path_factory.mktemp("undisturbed"))
+
+
+def whole(server, home, **options):
+    ended = server.run(["fit", "--config", tiny(home, **options)], home, fault=f"record({str(home / 'steps')!r})")
+    assert ended.code == 0, ended.told
+    return home / "runs" / "tiny" / "0", {tuple(line[:2]): line for line in steps(home / "steps")}

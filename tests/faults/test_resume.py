@@ -1,15 +1,13 @@
 """A training that was killed, told to stop, or ran out of disk, and then continued, is the training that was not."""
 
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.utils import _pytree
 
-from tests.faults.conftest import DETECTION, GLIMPSES, ROOT, free_port, start_all, steps, tiny
+from tests.data.test_shards import NAMES, write_shards
+from tests.faults.conftest import DETECTION, GLIMPSES, steps, tiny, whole
 
 RESTORED = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
 
@@ -24,18 +22,6 @@ def assert_equal_to_the_bit(first, second):
         assert len(left) == len(right) > 0
         for one, other in zip(left, right, strict=True):
             assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
-@pytest.fixture(scope="session")
-def undisturbed(server, tmp_path_factory):
-    """The same training with nothing happening to it: its run, and what it was shown at every step."""
-    return whole(server, tmp_path_factory.mktemp("undisturbed"))
-
-
-def whole(server, home, **options):
-    ended = server.run(["fit", "--config", tiny(home, **options)], home, fault=f"record({str(home / 'steps')!r})")
-    assert ended.code == 0, ended.told
-    return home / "runs" / "tiny" / "0", {tuple(line[:2]): line for line in steps(home / "steps")}
 
 
 def disturb(server, home, undisturbed, faults, *, flags=(), code=-9, **options):
@@ -85,6 +71,19 @@ def test_so_does_one_that_learns_by_trying(server, tmp_path):
     expected = whole(server, tmp_path / "whole", model=GLIMPSES)
     flags = ["--resume.every_n_steps=1"]
     assert disturb(server, tmp_path / "killed", expected, ["at_step(9)"], flags=flags, model=GLIMPSES) == 0
+
+
+def test_so_does_one_that_reads_shards(server, photo_folder, tmp_path):
+    write_shards(photo_folder, tmp_path / "shards")
+    where = str(tmp_path / "shards" / "train.json")
+    options = {"train": where, "val": where, "class_names": NAMES, "preprocess": {"size": 40}, "mixed": 2}
+    flip = {"transforms": [{"class_path": "albumentations.HorizontalFlip"}]}
+    options["augment"] = {"class_path": "visionattn.data.transforms.Augmentation", "init_args": flip}
+    data = {"class_path": "visionattn.data.ShardData", "init_args": options}
+    expected = whole(server, tmp_path / "whole", batch=12, data=data)
+    flags = ["--resume.every_n_steps=1"]
+    again = {"flags": flags, "data": data, "batch": 12, "workers": 2}
+    assert disturb(server, tmp_path / "again", expected, ["at_step(3)", "at_step(4)"], **again) == 0
 
 
 def test_only_one_process_trains_a_run_and_the_checkpoint_in_use_is_told(server, undisturbed, tmp_path):
@@ -140,58 +139,3 @@ def disturb_until_done(server, home, undisturbed, faults, *, workers):
     *_, again = sorted((home / "runs" / "tiny").iterdir())  # one that died before its first checkpoint began anew
     for name in ("last.ckpt", "best.ckpt"):
         assert_equal_to_the_bit(run / name, again / name)
-
-
-# several processes ----------------------------------------------------------------------------------------------------
-
-
-def global_order(lines, together):
-    """Epoch, batch → the set of images that all processes saw in it."""
-    seen = {}
-    for epoch, batch, _, paths, _ in lines:
-        seen.setdefault((epoch, batch), set()).update(paths)
-    assert all(len(paths) == together for paths in seen.values())
-    return seen
-
-
-@pytest.mark.parametrize(("before", "after"), [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
-def test_processes_may_become_fewer_or_more_and_the_order_stays(before, after, server, undisturbed, tmp_path):
-    _, expected = undisturbed
-    order = global_order(expected.values(), 4)
-    note = f"record({str(tmp_path / 'steps')!r})"
-
-    def run(count, fault):
-        config = tiny(tmp_path, batch=4 // count)
-        argv = ["fit", "--config", config, "--resume.every_n_steps=1", "--ckpt_path=last"]
-        if count == 1:
-            return [server.start(argv, tmp_path, fault=fault)]
-        return start_all(server, count, argv, tmp_path, fault)
-
-    first, *others = run(before, f"{note}; at_step(9)")  # all die in it
-    assert [child.wait().code for child in (first, *others)] == [-9] * before
-    for child in (ended := [child.wait() for child in run(after, note)]):
-        assert child.code == 0, child.told
-    assert ended
-    assert global_order(steps(tmp_path / "steps"), 4) == order
-    assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1
-
-
-def test_torchrun_starts_two_processes_that_share_one_run(undisturbed, tmp_path):
-    """The command of README, as a user types it."""
-    _, expected = undisturbed
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    command += ["-m", "visionattn.cli", "fit", f"--config={tiny(tmp_path, batch=2)}", "--ckpt_path=last"]
-    command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
-    ended = subprocess.run(
-        [sys.executable, *command],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == ["0"]
-    run = tmp_path / "runs" / "tiny" / "0"
-    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == len(expected)
-    assert ended.stderr.count("begins anew") == 1

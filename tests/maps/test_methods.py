@@ -106,7 +106,6 @@ def test_methods_of_no_class_do_not_depend_on_the_target(name):
         (lambda out: out, r"a target function must return \(B,\) scores"),
         (lambda out: 1.0, r"a target function must return \(B,\) scores, got 1.0"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("name", ["gradcam", "chefer", "scorecam"])
 def test_a_wrong_target_is_a_clear_error(name, target, message):

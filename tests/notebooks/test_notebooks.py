@@ -120,6 +120,8 @@ def test_ten_lines_are_ten():
 
 def test_readme_names_them_all():
     readme = (HOME / "README.md").read_text()
+    assert "'.[notebooks]'" in readme
+    assert "\nnotebooks = [" in (HOME / "pyproject.toml").read_text()
     for path in NOTEBOOKS:
         assert f"(notebooks/{path.name})" in readme
 

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from tests.overlay.explored import CLASSES, HOSTILE, PREPROCESS, needs_browser, opened, photo, settle, vit, weights_of
 from visionattn import insert
@@ -370,11 +371,12 @@ def test_a_warning_where_the_map_does_not_beat_the_controls(browser, html, tmp_p
 def test_twenty_photographs_of_a_vit_small_take_15_mb_and_answer_within_two_seconds(browser, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch16_224").eval()
-    random = np.random.default_rng(0)
+    photographs, draw = load_sample_images().images, np.random.default_rng(0)
     pictures = []
-    for _ in range(20):  # blotches of many sizes, as photographs have
-        layers = [random.normal(size=(2**n, 2**n, 3)).repeat(512 >> n, 0).repeat(512 >> n, 1) / n for n in range(1, 10)]
-        pictures.append(np.clip(128 + 60 * sum(layers), 0, 255).astype(np.uint8))
+    for number in range(20):  # parts of two
+        side, whole = int(draw.integers(224, 400)), photographs[number % 2]
+        y, x = (int(draw.integers(0, length - side)) for length in whole.shape[:2])
+        pictures.append(np.ascontiguousarray(whole[y : y + side, x : x + side]))
     page = explore(model, pictures, steps=0, methods={"raw": RawAttention()})
     assert len(page.html.encode()) <= 15_000_000
     assert page.levels >= 4

@@ -21,7 +21,7 @@ from visionattn.data.placement import Placement, Preprocess
 from visionattn.errors import DataError
 from visionattn.models import Detector
 from visionattn.tasks import Detection
-from visionattn.tasks.detection import FIGURES
+from visionattn.tasks.coco_figures import FIGURES, coco_figures
 from visionattn.training.finite import FiniteLoss
 
 
@@ -158,6 +158,23 @@ def test_figures_are_those_of_pycocotools_in_source_pixels():
     for label, name in enumerate("abc"):
         assert found[f"test/map/{name}"] == pytest.approx(precision[:, :, label].mean(), abs=1e-5)
     assert 0.1 < found["test/map"] < 0.9
+
+
+def test_nothing_found_is_zero_and_nothing_there_is_not_known():
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    small = {"boxes": torch.tensor([[3.0, 4, 9, 9]]), "labels": torch.tensor([2])}
+    scored = {
+        name: {**some, "scores": torch.ones(len(some["labels"]))} for name, some in {"0": nothing, "1": small}.items()
+    }
+    figures, by_class = coco_figures([scored["0"]], [small])
+    absent = {"map_medium", "map_large", "mar_medium", "mar_large"}
+    assert figures == {name: -1 if name in absent else 0 for name in FIGURES}
+    assert by_class == {2: 0}
+    assert coco_figures([scored["1"]], [nothing]) == (dict.fromkeys(FIGURES, -1), {2: -1})
+    assert coco_figures([], []) == (dict.fromkeys(FIGURES, -1), {})
+    figures, by_class = coco_figures([scored["1"]], [small])
+    assert figures == {name: pytest.approx(-1 if name in absent else 1) for name in FIGURES}
+    assert by_class == {2: pytest.approx(1)}
 
 
 def test_terms_are_logged_apart_and_crowds_are_not_trained_on():

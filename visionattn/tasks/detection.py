@@ -8,24 +8,16 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
-from torchmetrics.detection import MeanAveragePrecision
 
 from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError
 from visionattn.models.detector import Detections, Detector
+from visionattn.tasks.coco_figures import coco_figures
 from visionattn.tasks.optimizing import optimizing
-
-FIGURES = (
-    "map", "map_50", "map_75", "map_small", "map_medium", "map_large",
-    "mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large",
-)  # fmt: skip
-"""COCO's twelve: average precision over IoU .5 to .95, at .5 and .75, by the size of objects; average recall with 1, 10
-and 100 boxes an image, and by size. −1 where there is no such object."""
 
 Seen = list[tuple[Detections, dict[str, Tensor]]]
 """Of each image what was found and what is there, in pixels of its source."""
@@ -147,20 +139,19 @@ class Detection(L.LightningModule):
         self._seen += zip(*([_on_cpu(some) for some in side] for side in (found, truth)), strict=True)
 
     def _log(self, split: str) -> None:
-        scores = coco_scores()
         seen = gathered(self._seen, self.trainer.world_size)
         self._seen = []
-        scores.update([found for found, _ in seen], [truth for _, truth in seen])
-        found = scores.compute()
+        figures, by_class = coco_figures([found for found, _ in seen], [truth for _, truth in seen])
         everywhere: dict[str, Any] = {"sync_dist": True}  # the same in every process
-        for name in FIGURES:
+        for name, value in figures.items():
             shown = name == "map" and split == "val"
-            self.log(f"{split}/{name}", found[name].float().to(self.device), prog_bar=shown, **everywhere)
+            self.log(f"{split}/{name}", self._number(value), prog_bar=shown, **everywhere)
         names = self.class_names or tuple(map(str, range(self.network.num_classes)))
-        classes = found["classes"].reshape(-1).tolist()
-        for label, value in zip(classes, found["map_per_class"].reshape(-1), strict=True):
-            if label in range(len(names)):  # −1 where there was nothing at all
-                self.log(f"{split}/map/{names[label]}", value.float().to(self.device), **everywhere)
+        for label, value in by_class.items():
+            self.log(f"{split}/map/{names[label]}", self._number(value), **everywhere)
+
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float32, device=self.device)
 
     def _resized(self, images_BCHW: Tensor, boxes: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         if self.sizes is None:
@@ -172,23 +163,6 @@ class Detection(L.LightningModule):
         scale = images_BCHW.new_tensor([new_w / width, new_h / height, new_w / width, new_h / height])
         smooth = {"mode": "bilinear", "antialias": True, "align_corners": False}
         return F.interpolate(images_BCHW, size=(new_h, new_w), **smooth), [some * scale for some in boxes]  # type: ignore[arg-type]
-
-
-def coco_scores(*, backend: Literal["faster_coco_eval", "pycocotools"] = "faster_coco_eval") -> MeanAveragePrecision:
-    """The metric of COCO's figures, also of each class.
-
-    torchmetrics has the thresholds in single precision, and so a recall of exactly .5 falls short of .5; here they are
-    those of pycocotools.
-    """
-    scores = MeanAveragePrecision(
-        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-        rec_thresholds=np.linspace(0, 1, 101).tolist(),
-        class_metrics=True,
-        backend=backend,
-        sync_on_compute=False,  # it hangs where processes have seen unlike numbers of images; see `gathered`
-    )
-    scores.warn_on_many_detections = False  # there are at most a hundred
-    return scores
 
 
 def gathered(seen: Seen, world_size: int) -> Seen:

@@ -28,7 +28,7 @@ class NamingTask(L.LightningModule, ABC):
 
     Logged: `val/…` and `test/…` of loss, accuracy (top-1 over all images), top5, f1 (macro) and calibration_error
     (expected, 15 bins, Guo et al. 2017, 1706.04599). The confusion matrix of the test (rows: truth) stands in
-    `confusion` afterwards.
+    `confusion` afterwards. Once it has run, `class_names` and `preprocess` are those of the data.
 
     Args:
         network: (B, C, H, W) → logits (B, K). Where it has a `num_classes`, that is held against the data.

@@ -24,7 +24,7 @@ def optimizing(
     if lr_scheduler is None:
         return made
     asked = {name: parameter.default for name, parameter in inspect.signature(lr_scheduler).parameters.items()}
-    asked |= getattr(lr_scheduler, "keywords", {})  # the command line's have no signature of their own
+    asked |= getattr(lr_scheduler, "keywords", {})  # all that YAML's parser shows of what it made
     if "total_steps" in asked and asked["total_steps"] is None and asked.get("epochs") is None:
         steps = int(task.trainer.estimated_stepping_batches)
         schedule = {"scheduler": lr_scheduler(made, total_steps=steps), "interval": "step"}  # type: ignore[call-arg]
