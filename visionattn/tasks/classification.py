@@ -77,6 +77,16 @@ class Classification(NamingTask):
         self._mixing = self._make_mixing(num_classes)
         self.register_buffer("_weight_K", self._make_weights(data, num_classes), persistent=False)
 
+    def configure_model(self) -> None:
+        """Spread weights, gradients and moments over processes, where Lightning's ModelParallelStrategy asks for it (Zhao
+        et al. 2023, 2304.11277, as torch's `fully_shard` does it)."""
+        if self.device_mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(self.network, FSDPModule):  # Lightning asks again
+            fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images_BCHW, labels = batch["image"], batch["label"]
         if self._mixing is not None:
