@@ -6,6 +6,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,3 +34,24 @@ def test_the_wheel_runs_the_shipped_configs_without_a_checkout(tmp_path):
     )
     assert run.stdout.startswith(str(tmp_path / "site"))
     assert "visionattn.data.ClutteredDigitsData" in run.stdout
+    (metadata,) = (tmp_path / "site").glob("*.dist-info")
+    assert "visionattn = visionattn.cli:main" in (metadata / "entry_points.txt").read_text()
+    told = (metadata / "METADATA").read_text()
+    for needed in (
+        "Requires-Python: >=3.10",
+        "License-Expression: Apache-2.0",
+        "Typing :: Typed",
+        ":: 3.13",
+        "# visionattn",
+    ):
+        assert needed in told
+    photo = np.zeros((40, 60, 3), np.uint8)
+    photo[10:20, 20:30] = 255
+    Image.fromarray(photo).save(tmp_path / "work" / "photo.png")
+    arguments = ["overlay", "--images", "photo.png", "--out", "seen", "--model", "test_vit", "--weights", "random"]
+    code = f"import sys; from visionattn import cli; sys.exit(cli.main({arguments}))"
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "work", env=environment, capture_output=True, text=True, check=True
+    )
+    with Image.open(tmp_path / "work" / "seen" / "photo.png.overlay.jpg") as overlay:
+        assert overlay.size == (60, 40)

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "torchrun": "tests/faults/test_resume.py",
     "srun": "tests/faults/test_resume.py, without SLURM: its environment",
     "hf://": "tests/training/test_hub.py",
+    "visionattn push": "tests/training/test_hub.py",
 }
 """What is run by another test, by a part of the command."""
 SHORT = [

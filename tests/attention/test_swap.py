@@ -214,7 +214,7 @@ def test_a_classifier_swaps_after_its_weights_are_loaded(tmp_path):
         Classifier, "vit_tiny_patch16_224", num_classes=5, weights=str(tmp_path / "vit.pth"), options=options
     )
     images = models.pictures()
-    close(make(self_attention=partial(Windowed, window=4)).eval()(images), plain(images), atol=1e-5, rtol=1e-4)
+    close(make(self_attention=[partial(Windowed, window=4)]).eval()(images), plain(images), atol=1e-5, rtol=1e-4)
     swapped = make(self_attention=[partial(Windowed, window=2)], self_attention_at="blocks.0.attn").eval()
     assert not torch.allclose(swapped(images), plain(images), atol=1e-3)
     assert type(swapped.backbone.blocks[1].attn) is timm.layers.Attention

@@ -1,10 +1,13 @@
 """Checkpoints: complete, and safe to read from anyone."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import CONFIGS
+from visionattn.cli import main
 from visionattn.errors import DataError
 from visionattn.training import load
 
@@ -27,6 +30,19 @@ def test_a_loaded_task_answers_as_the_trained_one_did(quick_run):
     accuracy = (answers == torch.tensor([sample["label"] for sample in samples])).float().mean()
     figures = dict(line.split(",") for line in (quick_run / "test.csv").read_text().split())
     assert float(figures["accuracy"]) == pytest.approx(float(accuracy))
+
+
+def test_forms_of_attention_that_take_turns_are_written_down_and_built_again(photo_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configs = [f"--config={CONFIGS / 'vit' / name}.yaml" for name in ("dense", "windowed")]
+    few = [f"--trainer.limit_{split}_batches=1" for split in ("train", "val")]
+    flags = [*few, "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--test_after_fit=false"]
+    data = [f"--data.root={photo_folder}", "--data.num_workers=0", "--data.batch_size=4"]
+    assert main(["fit", *configs, *flags, *data, "--model.network.num_classes=5"]) == 0
+    run = Path("runs/vit-windowed/0")
+    blocks = load(run / "best.ckpt").network.backbone.blocks
+    assert [block.attn.mechanism.shift for block in blocks] == [0, 2, 0, 2]
+    assert main(["validate", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'best.ckpt'}"]) == 0
 
 
 def _fragments():

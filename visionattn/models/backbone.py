@@ -1,5 +1,6 @@
 """Any timm model by its name, with weights from the hub or from a file."""
 
+import logging
 import os
 from typing import Any
 
@@ -40,7 +41,11 @@ def create_backbone(
     if weights is None and not pretrained:
         return _create(name, num_classes=num_classes, **options)
     if weights is None:
+        # offline, the hub's client tells of eleven tries; what it comes to is told once, below
+        client = logging.getLogger("huggingface_hub")
+        level = client.level
         try:
+            client.setLevel(logging.ERROR)
             return _create(name, pretrained=True, num_classes=num_classes, **options)
         except UsageError:
             raise
@@ -49,6 +54,8 @@ def create_backbone(
                 f"the weights of {name!r} could not be had from the hub ({_first_line(error)}); "
                 "give a local file instead: weights: FILE, a state dict as .safetensors or .pth"
             ) from error
+        finally:
+            client.setLevel(level)
 
     state = _read_state(weights)
     rows = _head_rows(name, state)

@@ -24,8 +24,9 @@ class Classifier(nn.Module):
         attention_at: where, as `insert` takes it: `stages`, `blocks`, `branches`, or names of the backbone's modules.
         attention_preserve: behind gates that start closed, so that the weights keep their accuracy; false for the
             papers' form.
-        self_attention: makes what takes the place of a ViT's self-attention from a number of heads, with the weights
-            kept, e.g. `visionattn.attention.Windowed`; several take turns over the layers. None for the backbone's own.
+        self_attention: make what takes the place of a ViT's self-attention from a number of heads, with the weights
+            kept, e.g. `visionattn.attention.Windowed`; they take turns over the layers. None for the backbone's own.
+            Always a list: a parser of types cannot write down what may be one or several.
         self_attention_at: which of the ViT's modules, as `swap_attention` takes them; None for all.
         tokens: merges or prunes tokens from block to block of a ViT, e.g. `visionattn.attention.TokenMerging`; without
             weights, so a checkpoint that was trained without it can be tested with it, and the other way round.
@@ -47,7 +48,7 @@ class Classifier(nn.Module):
         attention: Callable[[int], nn.Module] | None = None,
         attention_at: str | Sequence[str] = "stages",
         attention_preserve: bool = True,
-        self_attention: Callable[[int], SelfAttention] | list[Callable[[int], SelfAttention]] | None = None,
+        self_attention: list[Callable[[int], SelfAttention]] | None = None,
         self_attention_at: str | list[str] | None = None,
         tokens: TokenReduction | None = None,
     ) -> None:

