@@ -80,6 +80,7 @@ def test_windows_that_are_shifted_are_put_together_in_a_program(tmp_path):
     close(torch.export.load(tmp_path / "x.pt2").module()(images(5, 32)), model, "rollout", images(5, 32))
 
 
+@pytest.mark.onnx
 @pytest.mark.parametrize(
     ("model", "method"), [(vit, "rollout"), pytest.param(gated, "gradcam", marks=pytest.mark.slow)]
 )

@@ -96,7 +96,7 @@ def export_graph(
             "class_names": list(class_names or own_names),
         }
         try:
-            batch = torch.export.Dim("batch")
+            batch = torch.export.Dim("batch", max=1 << 24)  # a bound, or torch 2.6 asks whether it is 2⁶³ − 1
             program = torch.export.export(graph, (noise[:2],), dynamic_shapes=({0: batch},), strict=False)
             content = _WRITERS[suffix](program, json.dumps(about))
         except UsageError:
