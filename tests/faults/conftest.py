@@ -199,13 +199,15 @@ def steps(path: Path) -> list[list]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def start_all(server, count, argv, home, fault="", *, faults=None, slurm=False):
+def start_all(server, count, argv, home, fault="", *, faults=None, slurm=False, strategy=("ddp",)):
     """Start the processes of one run, as a cluster would: told by the environment who they are.
 
-    `faults` are those of each process; with `slurm` they are told as `srun` tells them.
+    `faults` are those of each process; with `slurm` they are told as `srun` tells them; `strategy` is its name, and its
+    options.
     """
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    flags = ["--trainer.accelerator=cpu", f"--trainer.devices={count}", "--trainer.strategy=ddp"]
+    flags = ["--trainer.accelerator=cpu", f"--trainer.devices={count}"]
+    flags += [f"--trainer.strategy={strategy[0]}", *(f"--trainer.strategy.{option}" for option in strategy[1:])]
     return [
         server.start(
             [*argv, *flags],

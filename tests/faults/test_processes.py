@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.faults.conftest import ROOT, free_port, start_all, steps, tiny
+from visionattn.training import load
 
 
 def global_order(lines, together):
@@ -95,3 +96,29 @@ def test_slurm_starts_two_processes_that_share_one_run_and_stops_both(server, un
     assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == ["0"]
     assert global_order(steps(tmp_path / "steps"), 4) == global_order(expected.values(), 4)
     assert len(steps(tmp_path / "steps")) == 2 * len(expected)  # no step was done twice
+
+
+SHARDED = (
+    "ModelParallelStrategy",
+    "data_parallel_size=2",
+    "tensor_parallel_size=1",
+    "save_distributed_checkpoint=false",
+)
+
+
+def test_weights_that_are_spread_over_processes_learn_the_same_and_go_on_too(server, tmp_path):
+    """FSDP2 of torch, against DDP, which keeps all of them everywhere."""
+    states = []
+    for name, strategy, faults in (("all", ("ddp",), [""]), ("spread", SHARDED, ["; at_step(9)", ""])):
+        home = tmp_path / name
+        config, note = tiny(home, batch=2, callbacks=[]), f"record({str(home / 'steps')!r})"
+        argv = ["fit", "--config", config, "--resume.every_n_steps=1", "--ckpt_path=last"]
+        for fault in faults:
+            children = start_all(server, 2, argv, home, note + fault, strategy=strategy)
+            for ended in [child.wait() for child in children]:
+                assert ended.code == (-9 if fault else 0), ended.told
+        states.append(load(home / "runs" / "tiny" / "0" / "last.ckpt").state_dict())
+    orders = [global_order(steps(tmp_path / name / "steps"), 4) for name in ("all", "spread")]
+    assert orders[0] == orders[1]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=1e-5, rtol=1e-4)

@@ -83,11 +83,18 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        outputs: list[NotebookNode] = []
         for output in cell.get("outputs", ()):
+            if outputs and output.get("name") and output.get("name") == outputs[-1].get("name"):
+                outputs[-1].text += output.text  # what was printed comes in as many parts as the machine was slow
+                continue
             data = output.get("data", {})
             if "image/png" in data:  # Pillow offers every picture twice
                 data.pop("image/jpeg", None)
             output.pop("transient", None)
+            outputs.append(output)
+        if cell.cell_type == "code":
+            cell.outputs = outputs
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

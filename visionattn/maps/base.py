@@ -123,7 +123,8 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the bare model in evaluation mode, frozen, without gradients or inference mode; then put all back."""
     bare = unwrap(model)
     training = [module for module in bare.modules() if module.training]
-    trainable = [parameter for parameter in bare.parameters() if parameter.requires_grad]
+    # what is spread over processes is left alone: torch makes whole weights of it once, which would stay frozen
+    trainable = [one for one in bare.parameters() if one.requires_grad and not hasattr(one, "device_mesh")]
     with torch.inference_mode(False), torch.no_grad():
         try:
             for module in training:

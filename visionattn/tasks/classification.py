@@ -77,6 +77,22 @@ class Classification(NamingTask):
         self._mixing = self._make_mixing(num_classes)
         self.register_buffer("_weight_K", self._make_weights(data, num_classes), persistent=False)
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.device_mesh is not None:  # no method for all: EMAWeightAveraging warns of whoever has one
+            setattr(self, "configure_model", self._spread)  # noqa: B010 - mypy takes no assignment to a method
+
+    def _spread(self) -> None:
+        """Spread weights, gradients and moments over processes, as Lightning's ModelParallelStrategy asks for it.
+
+        By torch's `fully_shard` (Zhao et al. 2023, 2304.11277).
+        """
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        assert self.device_mesh is not None
+        if not isinstance(self.network, FSDPModule):  # Lightning asks again
+            fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images_BCHW, labels = batch["image"], batch["label"]
         if self._mixing is not None:
