@@ -42,8 +42,8 @@ class Exported:
     Attributes:
         method: by which the heatmap is made.
         input_size: (C, H, W) of the images; any number of them.
-        difference: between the file's outputs and the model's, the largest on noise; None where nothing here can run
-            the file.
+        difference: between the file's outputs and the model's, the largest on noise, as a share of the largest output
+            where that is above 1; None where nothing here can run the file.
     """
 
     method: str
@@ -86,7 +86,7 @@ def export_graph(
     network, own, own_names = known_of(model)
     preprocess = preprocess or own
     size = image_shape(network) if preprocess is None else (preprocess.channels, *preprocess.input_size)
-    with undisturbed(network) as bare, _quiet():
+    with undisturbed(network) as bare:
         like = next(bare.parameters(), torch.zeros(()))
         noise = torch.randn(max(_BATCHES), *size, generator=torch.Generator().manual_seed(0)).to(like)
         graph = _graph(bare, method, noise[:1])
@@ -95,16 +95,17 @@ def export_graph(
             "preprocess": None if preprocess is None else dataclasses.asdict(preprocess),
             "class_names": list(class_names or own_names),
         }
-        try:
-            batch = torch.export.Dim("batch", max=1 << 24)  # a bound, or torch 2.6 asks whether it is 2⁶³ − 1
-            program = torch.export.export(graph, (noise[:2],), dynamic_shapes=({0: batch},), strict=False)
-            content = _WRITERS[suffix](program, json.dumps(about))
-        except UsageError:
-            raise
-        except Exception as error:  # whatever a model does that no graph can hold
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(f"this {type(bare).__name__} with {graph.method} cannot be traced: {reason}") from error
-        difference = _difference(graph, noise, content, suffix)
+        with _quiet():
+            try:
+                batch = torch.export.Dim("batch", max=1 << 24)  # a bound, or torch 2.6 asks whether it is 2⁶³ − 1
+                program = torch.export.export(graph, (noise[:2],), dynamic_shapes=({0: batch},), strict=False)
+                content = _WRITERS[suffix](program, json.dumps(about))
+            except UsageError:
+                raise
+            except Exception as error:  # whatever a model does that no graph can hold
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise DataError(f"this {type(bare).__name__} with {graph.method} cannot be traced: {reason}") from error
+            difference = _difference(graph, noise, content, suffix)
     if difference is not None and not difference <= _TOLERANCE:
         raise DataError(f"{os.fspath(out)} is not written: it gives other values than the model, by {difference:.2g}")
     write_bytes(out, content)
@@ -142,7 +143,8 @@ def _difference(graph: Graph, noise: Tensor, content: bytes, suffix: str) -> flo
     for count in _BATCHES:
         images = noise[-count:].contiguous()
         for ours, theirs in zip(graph(images), run(images), strict=True):
-            largest = max(largest, float((ours.cpu().float() - theirs.cpu().float()).abs().max()))
+            apart = (ours.cpu().float() - theirs.cpu().float()).abs().max() / ours.abs().max().cpu().clamp(min=1)
+            largest = max(largest, float(apart))
     return largest
 
 

@@ -140,6 +140,22 @@ def test_a_checkpoint_brings_its_preparation_and_names(quick_run):
     assert page.images == 1
 
 
+def test_a_model_of_ones_own_is_called_itself_and_not_its_network():
+    class Flipped(nn.Module):
+        """Holds its network under the name that tasks use, and shows it pictures upside down."""
+
+        def __init__(self):
+            super().__init__()
+            self.network = Bright()
+
+        def forward(self, x_BCHW):
+            return 5 - self.network(x_BCHW.flip(2))
+
+    seen = va.heatmap(Flipped(), lit(50, 20, height=100, width=100), method="layercam", target=1, preprocess=PLAIN)
+    assert seen.probability == pytest.approx(1 / (1 + np.exp(-2 * 0.04)), abs=0.005)
+    assert seen.prediction == 1
+
+
 def test_every_picture_has_its_target():
     model, pictures = vit(), [photo(seed=0), photo(seed=1)]
     both = va.heatmap(model, pictures, method="gradcam", target=[1, 4])

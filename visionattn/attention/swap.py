@@ -78,8 +78,8 @@ class SwappedAttention(nn.Module):
             dropout_p=own.attn_drop.p if self.training else 0.0,
         )
         out_BNX = own.norm(out_BHND.transpose(1, 2).flatten(2))
-        if own.gate is not None:
-            out_BNX = out_BNX * own.gate(x_BNC).sigmoid()
+        if (gate := getattr(own, "gate", None)) is not None:  # timm 1.0.23 knows none
+            out_BNX = out_BNX * gate(x_BNC).sigmoid()
         return own.proj_drop(own.proj(out_BNX))
 
     def _project(self, x_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,9 +96,9 @@ def known_of(model: nn.Module) -> tuple[nn.Module, Preprocess | None, tuple[str,
 
     model = unwrap(model)
     network = getattr(model, "network", None)
-    if isinstance(network, nn.Module):
-        preprocess, names = getattr(model, "preprocess", None), tuple(getattr(model, "class_names", ()))
-        return network, preprocess or known_of(network)[1], names
+    task: Any = model
+    if isinstance(network, nn.Module) and hasattr(task, "preprocess") and hasattr(task, "class_names"):
+        return network, task.preprocess or known_of(network)[1], tuple(task.class_names)
     if hasattr(model, "pretrained_cfg"):
         return model, preprocess_of(model), class_names_of(model)
     backbone = getattr(model, "backbone", None)
