@@ -98,41 +98,19 @@ def spread(values, digits=2):
 
 
 def plot(rows, path):
-    """Accuracy against multiply-adds, a mark a form with its deviation."""
-    import cv2
-    import numpy as np
+    """Accuracy against multiply-adds, a mark a form with its deviation; forms of one cost beside each other."""
+    import matplotlib
 
-    from visionattn.data import write_image
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
-    width, height, edge = 900, 560, 90
-    page = np.full((height, width, 3), 255, np.uint8)
-    x_of = [row["compute"] / 1e6 for row in rows]
-    spreads = [(row["accuracy"] - row["std"], row["accuracy"] + row["std"]) for row in rows]
-    x_low, x_high = 0.9 * min(x_of), 1.05 * max(x_of)
-    y_low, y_high = min(low for low, _ in spreads) - 1, max(high for _, high in spreads) + 1
-
-    def place(x, y):
-        return (
-            round(edge + (x - x_low) / (x_high - x_low) * (width - 2 * edge)),
-            round(height - edge - (y - y_low) / (y_high - y_low) * (height - 2 * edge)),
-        )
-
-    def text(words, xy, scale=0.5):
-        cv2.putText(page, words, xy, cv2.FONT_HERSHEY_SIMPLEX, scale, (40, 40, 40), 1, cv2.LINE_AA)
-
-    cv2.rectangle(page, place(x_low, y_high), place(x_high, y_low), (150, 150, 150), 1)
-    for step in range(5):
-        x, y = (low + step / 4 * (high - low) for low, high in ((x_low, x_high), (y_low, y_high)))
-        text(f"{x:.1f}", (place(x, y_low)[0] - 14, height - edge + 24))
-        text(f"{y:.1f}", (edge - 52, place(x_low, y)[1] + 5))
-    text("million multiply-adds of one forward pass", (width // 2 - 170, height - 28))
-    text("test accuracy on CIFAR-10-JPEG, %, mean and deviation over seeds", (edge, edge - 24))
-    for row, (low, high) in zip(rows, spreads, strict=True):
-        x, y = row["compute"] / 1e6, row["accuracy"]
-        cv2.line(page, place(x, low), place(x, high), (200, 120, 40), 2, cv2.LINE_AA)
-        cv2.circle(page, place(x, y), 5, (200, 120, 40), -1, cv2.LINE_AA)
-        text(row["name"], (place(x, y)[0] + 9, place(x, y)[1] - 7), 0.45)
-    write_image(path, page)
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for number, (row, mark) in enumerate(zip(rows, "os^vDPX*ph", strict=False)):
+        cost = row["compute"] / 1e6 + 0.4 * (number - len(rows) / 2)
+        axes.errorbar(cost, row["accuracy"], yerr=row["std"], fmt=mark, capsize=3, label=row["name"])
+    axes.set(xlabel="million multiply-adds of a forward pass", ylabel="test accuracy, %", title="CIFAR-10-JPEG")
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
 
 
 def main():
