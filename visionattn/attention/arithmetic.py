@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 def mean(x: Tensor, *dims: int) -> Tensor:
     """Mean over dims, which are kept with size 1; torch's own writes its gradient out at the size of x."""
-    wide = torch.promote_types(x.dtype, torch.float32)  # a sum may be beyond half precision
+    wide = torch.float32 if x.dtype.itemsize < 4 else x.dtype  # a sum may be beyond half precision
     return (x.sum(dims, keepdim=True, dtype=wide) / math.prod([x.shape[dim] for dim in dims])).to(x.dtype)
 
 
