@@ -152,6 +152,8 @@ class Windowed(MaskedAttention):
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
         rows, columns = (self._runs(size) for size in grid)
+        if all(len(runs) == 1 and runs[0].count == 1 for runs in (rows, columns)):  # one window holds the whole grid
+            return attend(q_BHND, k_BHND, v_BHND, None, p)
         return in_blocks(q_BHND, k_BHND, v_BHND, grid, prefix, (rows, columns), lambda row, column: None, p)
 
     def _runs(self, size: int) -> tuple[Run, ...]:
