@@ -110,7 +110,7 @@ def plot(rows, path):
         axes.errorbar(cost, row["accuracy"], yerr=row["std"], fmt=mark, capsize=3, label=row["name"])
     axes.set(xlabel="million multiply-adds of a forward pass", ylabel="test accuracy, %", title="CIFAR-10-JPEG")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
 
 
 def main():
