@@ -41,6 +41,7 @@ KINDS = {
     "duplicate box": "boxes that an image has twice, with the same class",
     "unknown class": "boxes of a class that is not among the names",
     "unknown image": "boxes of an image that is not listed",
+    "shared id": "images that have their id together, so that nobody knows which boxes are whose",
     "unreadable annotation": "files or lines that cannot be parsed",
     "missing image": "annotations without their image",
     "unreadable image": "images that cannot be opened",
@@ -130,11 +131,13 @@ def settle(found: Annotations, size_of: Callable[[Path], Size], *, doubt: bool =
         size_of: the (height, width) of an image as it is decoded; raises DataError.
         doubt: ask whether the boxes look like another format.
     """
-    sizes = {id(entry): _size(entry, size_of, found.problems) for some in found.splits.values() for entry in some}
+    distinct = {id(entry): entry for some in found.splits.values() for entry in some}  # a leak stands in two splits
+    sizes = {key: _size(entry, size_of, found.problems) for key, entry in distinct.items()}
     if doubt:
         for some in found.splits.values():
             pairs = [(entry, sizes[id(entry)]) for entry in some]
             found.problems += _doubts([(entry, size) for entry, size in pairs if size], found.box_format)
+    known: dict[int, Annotated] = {}
     settled: dict[str, list[Annotated]] = {}
     for split, entries in found.splits.items():
         seen: set[Path] = set()
@@ -147,7 +150,9 @@ def settle(found: Annotations, size_of: Callable[[Path], Size], *, doubt: bool =
                 found.problems.append(Problem("listed twice", entry.where, f"{entry.path.name} in {split or 'it'}"))
                 continue
             seen.add(entry.path)
-            settled[split].append(_settled(entry, entry.path, size, found))
+            if id(entry) not in known:
+                known[id(entry)] = _settled(entry, entry.path, size, found)
+            settled[split].append(known[id(entry)])
     return settled
 
 
@@ -179,7 +184,11 @@ def to_xyxy(boxes_N4: NDArray[np.float64], box_format: BoxFormat) -> NDArray[np.
 
 def _size(entry: Entry, size_of: Callable[[Path], Size], problems: list[Problem]) -> Size | None:
     if entry.path is None:
-        problems.append(Problem("missing image", entry.where, "its image is not there"))
+        problems.append(
+            Problem(
+                "missing image", entry.where, "its image is in none of the usual folders; images: DIR names another"
+            )
+        )
         return None
     try:
         size = size_of(entry.path)
