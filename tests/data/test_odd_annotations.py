@@ -1,7 +1,10 @@
 """Files as other tools write them, and files that contradict themselves: read right, counted, or refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import albumentations as A
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.data.annotated import GAPS, LAYOUTS, SCENES, coco, picture, voc, yolo
+from visionattn.cli import main
 from visionattn.data import AnnotatedData, Preprocess
 from visionattn.data.annotations import layout_of, read_annotations
 from visionattn.data.checking import check
@@ -191,6 +195,31 @@ def test_split_files_take_names_with_blanks_and_tell_folders_apart(tmp_path):
         check(root, splits={"train": str(root / "a.txt")})
     with pytest.raises(UsageError, match=r"splits are train, val and test, not 'trian'\. Nearest: train"):
         check(root, splits={"trian": str(root / "a.txt")})
+
+
+def test_names_that_no_terminal_can_show_are_told(tmp_path):
+    root = yolo(tmp_path / "data")
+    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [çat, dog, eel]\n", encoding="utf-8")
+    (root / "images" / "train" / "train_2.png").rename(root / "images" / "train" / os.fsdecode(b"caf\xe9.png"))
+    (root / "labels" / "train" / os.fsdecode(b"caf\xe9.txt")).write_text("0 nan .5 .1 .1\n")
+    command = [sys.executable, "-m", "visionattn.cli", "data", "check", str(root)]
+    for encoding, told in (("ascii", b"\\xe7at 3"), ("utf-8", "çat 3".encode())):
+        done = subprocess.run(
+            command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding + ":strict"}
+        )
+        assert done.returncode == 1, done.stderr
+        assert told in done.stdout
+        assert b"caf\\udce9.txt: box 1 (nan" in done.stdout
+
+
+def test_wrong_calls_of_the_check_are_told(tmp_path, capsys):
+    root = str(yolo(tmp_path))
+    assert main(["data", "check", root, "--limit", "0"]) == 2
+    assert main(["data", "check", root, "--images", "nothing"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: --limit must be at least 1, got 0",
+        "error: there is no folder of images nothing",
+    ]
 
 
 def test_a_bad_box_in_two_splits_is_counted_once(tmp_path):

@@ -177,6 +177,19 @@ def test_nothing_found_is_zero_and_nothing_there_is_not_known():
     assert by_class == {2: pytest.approx(1)}
 
 
+def test_what_is_found_in_the_padding_alone_is_left_out():
+    """Of an image 20 pixels high in an input of 64 × 64, the rows 22 to 42 are its own."""
+    _, placement = Preprocess(64, fit="letterbox")(np.zeros((40, 128, 3), np.uint8))
+    boxes = torch.tensor([[3.0, 2, 30, 20], [3, 10, 30, 30], [3, 22, 30, 42], [3, 41.8, 30, 60]])
+    answer = {"boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]), "labels": torch.tensor([0, 1, 2, 3])}
+    task = Detection(Oracle([answer]))
+    ((predicted,),) = [trainer().predict(task, datamodule=Samples([sample(0, [], [], placement)]))]
+    (found,) = predicted["detections"]
+    assert found["labels"].tolist() == [1, 2]
+    torch.testing.assert_close(found["scores"], torch.tensor([0.8, 0.7]))
+    torch.testing.assert_close(found["boxes"], torch.tensor([[6.0, 0, 60, 16], [6, 0, 60, 40]]))
+
+
 def test_terms_are_logged_apart_and_crowds_are_not_trained_on():
     samples = [sample(0, [[0, 0, 9, 9], [5, 5, 20, 30]], [1, 2], crowd=[False, True]), sample(1, [], [])]
     oracle = Oracle()

@@ -67,6 +67,8 @@ def read_annotations(
     if not root.exists():
         siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
         raise DataError(f"there is no folder {root}.{nearest(root.name, siblings)}")
+    if images and not Path(images).exists():
+        raise DataError(f"there is no folder of images {images}")
     readers = {"coco": _read_coco, "voc": _read_voc, "yolo": read_yolo}
     found = readers[layout_of(root)](root, Path(images) if images else None, class_names)
     found.box_format = box_format or found.box_format

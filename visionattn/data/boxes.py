@@ -182,6 +182,11 @@ def to_xyxy(boxes_N4: NDArray[np.float64], box_format: BoxFormat) -> NDArray[np.
     return boxes_N4
 
 
+def visible(boxes_N4: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """(N,): which boxes, cut at the edges of their image, are at least a pixel wide and high."""
+    return np.asarray((boxes_N4[:, 2:] - boxes_N4[:, :2] >= 1).all(1))
+
+
 def _size(entry: Entry, size_of: Callable[[Path], Size], problems: list[Problem]) -> Size | None:
     if entry.path is None:
         problems.append(

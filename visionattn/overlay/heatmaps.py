@@ -24,7 +24,7 @@ from visionattn.maps.base import Method
 from visionattn.overlay import kinds
 from visionattn.overlay.kinds import Look, Scene
 from visionattn.overlay.render import Style, peak
-from visionattn.overlay.views import Explain, View, boxes_of, known_of, maps_of, method_for, predictions_of, said
+from visionattn.overlay.views import Explain, View, found_of, known_of, method_for, predictions_of, said
 
 Picture: TypeAlias = str | bytes | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 """A file, a PIL image, (H, W, 3) uint8 RGB, or (C, H, W) as the model takes it."""
@@ -269,7 +269,7 @@ def _look(
     found = []
     for place, prediction in enumerate(predictions_of(view, maps.output, len(prepared))):
         source, placement, _ = prepared[place]
-        boxes, labels = boxes_of(view, maps.output, place, placement)
+        boxes, labels, maps_Nhw = found_of(view, maps.output, place, placement)
         glimpses_TS4 = None if maps.boxes is None else maps.boxes[place].cpu().numpy()
         look = Look(
             maps.method,
@@ -280,7 +280,7 @@ def _look(
             boxes,
             labels,
             glimpses_TS4,
-            maps=maps_of(maps.output, place),
+            maps=maps_Nhw,
         )
         answer = prediction["prediction"], prediction["class"], prediction["probability"]
         found.append(Heatmap(source, maps.method, maps.source, targets[place], *answer, look))

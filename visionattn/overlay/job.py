@@ -26,7 +26,7 @@ from visionattn.overlay.kinds import KINDS, Look, Made, Scene
 from visionattn.overlay.lists import Wish
 from visionattn.overlay.render import Style, peak, unlike
 from visionattn.overlay.text import printable
-from visionattn.overlay.views import View, boxes_of, maps_of, predictions_of, said
+from visionattn.overlay.views import View, found_of, has_maps, predictions_of, said
 
 _KEPT_BYTES = 192 << 20  # decoded pictures that wait for their heatmap; beyond it they are read a second time
 
@@ -182,7 +182,7 @@ class Job:
                 f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; "
                 "save another kind, or take the method gaze with a network that looks through a Retina"
             )
-        if "boxes" in self.kinds and maps_of(maps.output, 0) is None:
+        if "boxes" in self.kinds and not has_maps(maps.output):
             raise UsageError(
                 f"boxes shows the heat of each box, and {maps.method} of this {type(view.model).__name__} has none; "
                 "save another kind, or take odam, sampling or attention with a detector"
@@ -197,7 +197,7 @@ class Job:
             placement, prediction = image.prepared[number][1], predictions[place]
             hottest = peak(heatmaps_Bhw[place], placement)
             facts = {"target": targets[place], **prediction, "peak": _rounded(hottest), "seconds": seconds}
-            boxes, labels = boxes_of(view, maps.output, place, placement)
+            boxes, labels, maps_Nhw = found_of(view, maps.output, place, placement)
             if boxes:
                 facts["found"] = [[*box, label] for box, label in zip(boxes, labels, strict=True)]
             name = view.name or maps.method
@@ -215,7 +215,7 @@ class Job:
                 glimpses_TS4,
                 films[place],
                 view.class_names,
-                maps_of(maps.output, place),
+                maps_Nhw,
             )
             looks.append((look, {**told, **facts}))
         return looks
