@@ -66,6 +66,42 @@ def test_odam_is_gradient_times_activation_shared_over_the_finest_map():
     assert maps[0].source == "score by features"
 
 
+class Behind(nn.Module):
+    """Two maps of an image of 6 × 10 pixels: that of stride 4 ends at 8 × 12."""
+
+    strides = (2, 4)
+
+    def forward(self, images):
+        return [nn.functional.avg_pool2d(images, stride, ceil_mode=True) for stride in self.strides]
+
+
+class Corner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = Behind()
+
+    def forward(self, images):
+        _, coarse = self.features(images)
+        box = torch.tensor([[2.0, 2, 10, 6]])
+        return [{"boxes": box, "scores": x[0, 1, 2][None], "labels": torch.tensor([0])} for x in coarse]
+
+
+def test_odam_puts_a_level_that_ends_behind_the_image_where_its_pixels_are():
+    (maps,) = ODAM()(Corner(), torch.ones(1, 3, 6, 10), lowest=0.0)
+    coarse = torch.zeros(2, 3)
+    coarse[1, 2] = 1
+    expected = torch.zeros(3, 5)  # a cell of it covers four of these
+    for row in range(3):
+        for column in range(5):
+            y, x = (2 * row + 1) / 4 - 0.5, (2 * column + 1) / 4 - 0.5  # in cells, from the first one's centre
+            for r in (math.floor(y), math.floor(y) + 1):
+                for c in (math.floor(x), math.floor(x) + 1):
+                    weight = (1 - abs(y - r)) * (1 - abs(x - c)) / 4
+                    expected[row, column] += weight * coarse[min(max(r, 0), 1), min(max(c, 0), 2)]
+    torch.testing.assert_close(maps.raw[0], expected)
+    assert maps.raw[0, 2, 4] == maps.raw.max()
+
+
 def test_boxes_below_the_lowest_score_have_no_map():
     some = ODAM()(Toy(), torch.zeros(1, 3, 4, 6), lowest=0.6)[0]
     assert some.heatmaps.shape == (0, 4, 6)

@@ -125,6 +125,20 @@ def test_boxes_are_refined_layer_by_layer():
     assert nothing is None  # what a layer looks at carries no gradient back
 
 
+def test_maps_that_end_behind_the_image_are_told_to_the_decoder():
+    detector = query().eval()
+    seen = []
+    for layer in detector.decoder.layers:
+        layer.look.register_forward_pre_hook(lambda _, args: seen.append(args[3]))
+    images, boxes, labels = batch(1)
+    with torch.no_grad():
+        detector(images[..., :40, :])
+        detector.losses(images[..., :40, :], [some[:0] for some in boxes], [some[:0] for some in labels])
+    assert len(seen) == 4
+    for spans in seen:
+        torch.testing.assert_close(spans, torch.tensor([[1, 1], [1, 48 / 40], [1, 64 / 40]]))
+
+
 def test_positions_are_sines_of_the_box():
     box = torch.tensor([[[0.1, 0.4, 0.6, 0.9]]])
     (found,) = sine(box, 4)[0]

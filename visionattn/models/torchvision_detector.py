@@ -88,6 +88,7 @@ class _Named(nn.Module):
         super().__init__()
         self.features = features
         self.out_channels = features.channels
+        self.strides = features.strides
 
     def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
         return {str(place): x for place, x in enumerate(self.features(x_BCHW))}
