@@ -14,11 +14,11 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.models.detectors import dense
+from tests.models.detectors import dense, query
 from tests.shapes import NAMES, Shapes
 from visionattn.data.pipeline import collate
 from visionattn.data.placement import Placement, Preprocess
-from visionattn.errors import DataError
+from visionattn.errors import DataError, UsageError
 from visionattn.models import Detector
 from visionattn.tasks import Detection
 from visionattn.tasks.coco_figures import FIGURES, coco_figures
@@ -256,6 +256,18 @@ def test_it_trains_clips_averages_and_predicts():
     (predicted, *_) = trainer().predict(task, datamodule=data)
     assert predicted["image_id"] == [0, 1, 2, 3]
     assert len(predicted["detections"]) == 4
+
+
+@pytest.mark.parametrize("make", [dense, query])
+def test_it_trains_and_scores_in_mixed_precision(make):
+    torch.manual_seed(0)
+    task = Detection(make(), optimizer=partial(torch.optim.AdamW, lr=1e-3))
+    runs = trainer(precision="bf16-mixed", gradient_clip_val=1.0, callbacks=[FiniteLoss()])
+    runs.fit(task, datamodule=Samples(shapes()))
+    assert -1 <= runs.callback_metrics["val/map"] <= 1
+    fused = Detection(dense(), optimizer=partial(torch.optim.AdamW, fused=True))
+    with pytest.raises(UsageError, match="fused optimizer cannot be clipped in bf16-mixed; set fused: false"):
+        trainer(precision="bf16-mixed", gradient_clip_val=1.0).fit(fused, datamodule=Samples(shapes()))
 
 
 def test_nothing_anywhere_has_figures_too():
