@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 from tests.models.detectors import batch, dense, pyramid, query
 from visionattn.attention import CBAM
 from visionattn.errors import UsageError
-from visionattn.maps import Gate, RawAttention
+from visionattn.maps import Gate, GradCAM, RawAttention
 from visionattn.maps.box_scores import box_pointing, mass_ratio, score_drop
 from visionattn.maps.boxes import ODAM, BoxAttention, QuerySampling, SameForAll, default_box_method
 from visionattn.models import TorchvisionDetector
@@ -223,6 +223,10 @@ def test_what_does_not_fit_is_told():
         ODAM()(nn.Flatten(), images)
     with pytest.raises(UsageError, match=r"no layer 'featuers'\. Nearest: features"):
         ODAM("featuers")(dense(), images)
+    with pytest.raises(UsageError, match=r"needs self-attention in features\.backbone: .*attends 0 times; odam fits"):
+        BoxAttention()(dense(), images)
+    with pytest.raises(UsageError, match="no scores of the whole image; odam shows"):
+        GradCAM()(dense(), images)
     with pytest.raises(UsageError, match="runs more than once"):
         ODAM("head.class_tower")(dense(), images)
     with pytest.raises(UsageError, match="BoxAttention"):

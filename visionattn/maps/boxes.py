@@ -217,9 +217,12 @@ class BoxAttention(BoxMethod):
         if self.backbone not in parts:
             raise UsageError(f"the detector has no part {self.backbone!r}.{nearest(self.backbone, parts)}")
         found = [_best(some, most, lowest) for some in detect(model, images_BCHW)]
-        with capture(parts[self.backbone], Full(), layers=[self.layer]) as records:
-            parts[self.backbone](images_BCHW)
-        record, keys, weights = records.kept()
+        try:
+            with capture(parts[self.backbone], Full(), layers=[self.layer]) as records:
+                parts[self.backbone](images_BCHW)
+            record, keys, weights = records.kept()
+        except UsageError as error:
+            raise UsageError(f"{self.name} needs self-attention in {self.backbone}: {error}; odam fits") from error
         queries = record.queries
         if queries is None or record.windowed or queries.grid != keys.grid:
             raise UsageError(f"{record.name} does not attend from the whole grid to the whole grid; odam fits")
