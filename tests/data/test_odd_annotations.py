@@ -150,6 +150,33 @@ def test_classes_of_yolo_are_those_that_are_asked_for(tmp_path):
     assert [problem.kind for problem in bare.problems] == ["unreadable annotation"]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layouts_that_roboflow_writes(layout, tmp_path):
+    """train/ and valid/, each with its images and annotations; YOLO's .yaml stands beside them and says ../."""
+    expected = boxes_of(check(LAYOUTS[layout](tmp_path / "plain")))
+    root = LAYOUTS[layout](tmp_path / "odd")
+    for split, name in (("train", "train"), ("val", "valid")):
+        (root / name).mkdir()
+        if layout == "yolo":
+            for part in ("images", "labels"):
+                (root / part / split).rename(root / name / part)
+            continue
+        for file in [*root.rglob(f"{split}_*.png"), *root.rglob(f"{split}_*.xml")]:
+            file.rename(root / name / file.name)
+        for file in root.glob(f"annotations/*{split}*"):
+            file.rename(root / name / "_annotations.coco.json")
+    if layout == "yolo":
+        text = (
+            "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnc: 3\nnames: ['cat', 'dog', 'eel']\n"
+        )
+        (root / "data.yaml").write_text(text)
+    for part in ("images", "labels", "annotations", "Annotations", "JPEGImages", "ImageSets"):
+        shutil.rmtree(root / part, ignore_errors=True)
+    report = check(root)
+    assert not report.problems
+    assert boxes_of(report) == expected
+
+
 def test_labels_without_images_are_told_wherever_they_lie(tmp_path):
     root = yolo(tmp_path)
     for place in ("train/deep", "test"):

@@ -96,9 +96,10 @@ def _yolo_images(home: Path, content: Mapping[str, Any], images: Path | None) ->
             # exporters write ../train/images for what lies beside the file
             places = [base / item, base / str(item).removeprefix("../")]
             found.setdefault(split, []).extend(next((pictures_in(place) for place in places if place.exists()), []))
-        if not content.get(name):
+    for name, split in SPLITS.items():
+        if not found.get(split):  # else the file has named it, perhaps a folder valid/ as val
             places = [base / "images" / name, base / name / "images"]
-            found.setdefault(split, []).extend(next((pictures_in(place) for place in places if place.is_dir()), []))
+            found[split] = next((pictures_in(place) for place in places if place.is_dir()), [])
     return found if any(found.values()) else {"": pictures_in(base / "images")}
 
 
