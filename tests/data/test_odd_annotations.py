@@ -294,6 +294,16 @@ def test_nothing_to_train_on_is_refused_in_training_only(tmp_path):
     data(root).setup("validate")
 
 
+def test_images_that_nobody_annotated_can_be_looked_at(tmp_path):
+    picture(tmp_path / "images" / "test" / "one.png", 1)
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\n")
+    found = data(tmp_path)
+    found.setup("predict")
+    (batch,) = found.predict_dataloader()
+    assert batch["path"] == [str(tmp_path / "images" / "test" / "one.png")]
+    assert found.class_names == ("cat", "dog")
+
+
 def test_a_box_that_is_cut_off_is_never_trained_on_however_little_may_be_left(tmp_path):
     root = voc(tmp_path)
     crop = Augmentation([A.Crop(x_min=26, y_min=0, x_max=80, y_max=60, p=1)])

@@ -260,10 +260,11 @@ def _doubts(pairs: Sequence[tuple[Entry, Size]], box_format: BoxFormat) -> list[
     relative = pairs[0][0].relative
     shares = bool((boxes_N4 <= 1.5).all(1).mean() > _PLAUSIBLE)
     if shares != relative and (shares or (boxes_N4 > 1.5).any(1).mean() > 0.5):
-        read, look = (
-            ("pixels", "shares of the image's width and height") if shares else ("shares of the image", "pixels")
+        read, look, mend = (
+            ("pixels", "shares of the image", "multiply") if shares else ("shares of the image", "pixels", "divide")
         )
-        return [Problem("wrong format", pairs[0][0].where, f"coordinates are read as {read}, and look like {look}")]
+        detail = f"coordinates are read as {read}, and look like {look}; {mend} them by its width and height"
+        return [Problem("wrong format", pairs[0][0].where, detail)]
 
     def sensible(some: BoxFormat) -> float:
         edges_N4 = to_xyxy(boxes_N4, some) * (scale_N4 if relative else 1)

@@ -51,7 +51,8 @@ class Report:
         by_kind: dict[str, list[Problem]] = defaultdict(list)
         for problem in self.problems:
             by_kind[problem.kind].append(problem)
-        text.append(f"{len(self.problems):,} problems" if self.problems else "no problems")
+        count = len(self.problems)
+        text.append(f"{count:,} problem{'s' * (count > 1)}" if count else "no problems")
         for kind in KINDS:
             if some := by_kind[kind]:
                 text.append(f"  {len(some):,} {kind}: {KINDS[kind]}")

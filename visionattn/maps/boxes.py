@@ -126,7 +126,7 @@ class ODAM(BoxMethod):
             raise UsageError(f"{name!r} did not run; name a layer that does")
         size = max((leaf.shape[2], leaf.shape[3]) for leaf in leaves)
         seen = _cells(names[name], leaves, (images_BCHW.shape[2], images_BCHW.shape[3]))
-        raws = [leaves[0].new_zeros(len(some["scores"]), *size) for some in found]
+        raws = [leaves[0].new_zeros(len(some["scores"]), *size, dtype=torch.float32) for some in found]
         for rank in range(max((len(raw) for raw in raws), default=0)):
             with torch.enable_grad():
                 score = torch.stack([some["scores"][rank] for some in found if len(some["scores"]) > rank]).sum()
@@ -137,7 +137,7 @@ class ODAM(BoxMethod):
                 if gradient is None:
                     continue
                 share = cells[0] * cells[1] / (size[0] * size[1])
-                fine_Bhw = _enlarged((gradient * leaf).sum(1).relu(), size, cells)
+                fine_Bhw = _enlarged((gradient * leaf).sum(1).relu().float(), size, cells)
                 for raw_Nhw, fine_hw in zip(raws, fine_Bhw, strict=True):
                     if len(raw_Nhw) > rank:
                         raw_Nhw[rank] += share * fine_hw.detach()
