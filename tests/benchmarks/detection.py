@@ -83,31 +83,39 @@ def fcos():
     return TorchvisionDetector(partial(FCOS, score_thresh=0.01, head=head), pyramid(64), len(NAMES))
 
 
-def batches(data, size, generator):
-    """Batches for ever, each image mirrored or not."""
+def batches(data, size, generator, shift=0):
+    """Batches for ever, each image mirrored or not and moved by up to `shift` pixels."""
     while True:
         order = torch.randperm(len(data), generator=generator).tolist()
         for start in range(0, len(order) - size + 1, size):
-            some = [
-                mirrored(data[n], bool(torch.rand((), generator=generator) < 0.5)) for n in order[start : start + size]
-            ]
+            some = [moved(data[n], generator, shift) for n in order[start : start + size]]
             yield torch.stack([image for image, *_ in some]), [boxes for _, boxes, _ in some], [n for *_, n in some]
 
 
-def mirrored(sample, turned):
+def moved(sample, generator, shift):
+    """A sample mirrored half of the time, and moved by up to `shift` pixels where that cuts none of its boxes.
+
+    What leaves the image at one side comes in at the other: it is ground.
+    """
     image, boxes, labels = sample["image"], sample["boxes"], sample["labels"]
-    if not turned:
-        return image, boxes, labels
-    width = image.shape[2]
-    return image.flip(2), torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1), labels
+    height, width = image.shape[1:]
+    if torch.rand((), generator=generator) < 0.5:
+        image = image.flip(2)
+        boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+    if shift:
+        x, y = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
+        there = boxes + torch.tensor([x, y, x, y])
+        if there.ge(0).all() and there.le(torch.tensor([width, height, width, height])).all():
+            image, boxes = image.roll((y, x), (1, 2)), there
+    return image, boxes, labels
 
 
-def train(detector, data, seconds, *, lr, batch_size=8, weight_decay=0.05, clip=1.0, warm=0.1, seed=0):
+def train(detector, data, seconds, *, lr, shift=0, batch_size=8, weight_decay=0.05, clip=1.0, warm=0.1, seed=0):
     """Train for so many CPU seconds; returns the number of steps."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     started, steps = time.process_time(), 0
-    for images, boxes, labels in batches(data, batch_size, generator):
+    for images, boxes, labels in batches(data, batch_size, generator, shift):
         gone = (time.process_time() - started) / seconds
         if gone >= 1:
             return steps

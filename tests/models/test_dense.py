@@ -23,27 +23,25 @@ def places():
     ]
 
 
-def assigned(boxes, radius=1.5):
-    """Rule by rule, place by place."""
-    reach = {8: (0, 64), 16: (64, 128), 32: (128, math.inf)}
-    fits = {}
+def assigned(logits, found, boxes, labels, radius=1.5, topk=10, beta=2.0):
+    """{place: (box, quality)} of an image, rule by rule, place by place."""
+    wanted = {}
     for number, (x1, y1, x2, y2) in enumerate(boxes):
-        inside = []
+        aligned = []
         for place, (x, y, s) in enumerate(places()):
             near = abs(x - (x1 + x2) / 2) < radius * s and abs(y - (y1 + y2) / 2) < radius * s
-            sides = x - x1, y - y1, x2 - x, y2 - y
-            if near and min(sides) > 0:
-                low, high = reach[s]
-                far = max(sides)
-                octaves = max(0, math.log2(low / far) if low else 0, math.log2(far / high) if high < math.inf else 0)
-                inside.append((octaves, place))
-        best = min((octaves for octaves, _ in inside), default=0)
-        fits[number] = {place for octaves, place in inside if octaves <= best + 1e-9}
-    out = []
-    for place in range(len(places())):
-        those = [number for number in fits if place in fits[number]]
-        area = {n: (boxes[n][2] - boxes[n][0]) * (boxes[n][3] - boxes[n][1]) for n in those}
-        out.append(min(those, key=area.get) if those else -1)
+            if near and min(x - x1, y - y1, x2 - x, y2 - y) > 0:
+                overlap = float(box_iou(found[place][None], torch.tensor([[x1, y1, x2, y2]])))
+                aligned.append((float(logits[place, labels[number]].sigmoid()) * overlap**beta, overlap, place))
+        for aligned_with, overlap, place in sorted(aligned, reverse=True)[:topk]:
+            wanted.setdefault(place, []).append((overlap, number, aligned_with))
+    taken = {place: max(those) for place, those in wanted.items()}
+    out = {}
+    for number in range(len(boxes)):
+        those = {place: (t, overlap) for place, (overlap, n, t) in taken.items() if n == number}
+        for place, (t, _) in those.items():
+            best = max(t for t, _ in those.values()), max(overlap for _, overlap in those.values())
+            out[place] = number, t / best[0] * best[1]
     return out
 
 
@@ -53,42 +51,54 @@ BOXES = [
 ]
 
 
-def test_places_are_assigned_by_the_rules():
-    head = DenseHead(4, STRIDES, 16)
-    found = head(maps())
-    assert found.places.tolist() == [list(place) for place in places()]
-    boxes = torch.tensor(BOXES)
-    there = torch.ones(2, 3, dtype=torch.bool)
-    there[1, 2] = False
-    result = head.assign(found.places, boxes, there)
-    assert result[0].tolist() == assigned(BOXES[0])
-    assert result[1].tolist() == assigned(BOXES[1][:2])
-    assert set(result[0].tolist()) == {-1, 0, 1, 2}
+LABELS = [torch.tensor([1, 3, 0]), torch.tensor([2, 2, 0])]
 
 
-def test_losses_are_the_sums_of_the_equation():
+def head_that_answers():
+    """A head whose answers differ from place to place, and what it says of two images."""
     torch.manual_seed(0)
     head = DenseHead(4, STRIDES, 16)
     with torch.no_grad():
         head.classify.weight.mul_(30)
-        found = head(maps())
-    labels = [torch.tensor([1, 3, 0]), torch.tensor([2, 2])]
-    boxes = [torch.tensor(BOXES[0]), torch.tensor(BOXES[1][:2])]
+        head.regress.weight.mul_(10)
+        return head, head(maps())
+
+
+def test_places_are_assigned_by_the_rules():
+    head, found = head_that_answers()
+    assert found.places.tolist() == [list(place) for place in places()]
+    there = torch.ones(2, 3, dtype=torch.bool)
+    there[1, 2] = False
+    number, quality = head.assign(found, torch.tensor(BOXES), torch.stack(LABELS), there)
+    for image, count in enumerate([3, 2]):
+        slow = assigned(found.logits[image], found.boxes[image], BOXES[image][:count], LABELS[image])
+        assert [slow.get(place, (-1, 0))[0] for place in range(len(places()))] == number[image].tolist()
+        assert [slow.get(place, (-1, 0))[1] for place in range(len(places()))] == pytest.approx(quality[image].tolist())
+    assert set(number[0].tolist()) == {-1, 0, 1, 2}
+    assert (number[0] == 2).sum() == head.topk  # of 21 places
+
+
+def test_losses_are_the_sums_of_the_equation():
+    head, found = head_that_answers()
+    boxes, labels = [torch.tensor(BOXES[0]), torch.tensor(BOXES[1][:2])], [LABELS[0], LABELS[1][:2]]
     losses = head.losses(found, boxes, labels)
-    class_sum, box_sum, positives = 0.0, 0.0, 0
+    class_sum, box_sum, total = 0.0, 0.0, 0.0
     for image in range(2):
-        for place, number in enumerate(assigned(boxes[image].tolist())):
+        chosen = assigned(found.logits[image], found.boxes[image], boxes[image].tolist(), labels[image])
+        for place in range(len(places())):
             goal = torch.zeros(4)
-            if number >= 0:
+            if place in chosen:
+                number, quality = chosen[place]
+                goal[labels[image][number]] = quality
                 pair = found.boxes[image, place][None], boxes[image][number][None]
-                goal[labels[image][number]] = box_iou(*pair)
-                box_sum += 2 * (1 - float(generalized_box_iou(*pair)))
-                positives += 1
+                box_sum += 2 * quality * (1 - float(generalized_box_iou(*pair)))
+                total += quality
             p = found.logits[image, place].sigmoid()
             bce = -(goal * p.log() + (1 - goal) * (1 - p).log())
             class_sum += float(((goal - p) ** 2 * bce).sum())
-    assert float(losses["class"]) == pytest.approx(class_sum / positives, rel=1e-4)
-    assert float(losses["box"]) == pytest.approx(box_sum / positives, rel=1e-4)
+    assert total > 1
+    assert float(losses["class"]) == pytest.approx(class_sum / total, rel=1e-4)
+    assert float(losses["box"]) == pytest.approx(box_sum / total, rel=1e-4)
 
 
 def test_boxes_reach_as_far_as_the_sides_say():

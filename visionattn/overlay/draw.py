@@ -195,6 +195,23 @@ def boxes(
     return np.array(page)
 
 
+def fitted(
+    image_HWC: NDArray[np.uint8], boxes: NDArray[np.floating], side: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Bring a picture and its boxes (…, 4) to the size that is to be drawn on, so that lines and text are sharp.
+
+    The longer side becomes `side`; a small picture is enlarged by a whole number, as far as `side` allows.
+    """
+    height, width = image_HWC.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        scale = int(scale)
+        return image_HWC.repeat(scale, 0).repeat(scale, 1), np.asarray(boxes, np.float64) * scale
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    small = np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA), np.uint8)
+    return small, np.asarray(boxes, np.float64) * (np.array(size * 2) / (width, height, width, height))
+
+
 def _label(page: Image.Image, text: str, place: tuple[int, int], colour: Colour, size: int) -> None:
     font, line = fit(text, size=size, width=page.width - 8)
     wide, high = round(font.getlength(line)) + 8, round(size * 1.35)

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from visionattn.data.placement import Placement
 from visionattn.errors import UsageError
-from visionattn.overlay.draw import Tile, heat, outline, sheet
+from visionattn.overlay.draw import Tile, fitted, heat, outline, sheet
 from visionattn.overlay.text import FAINT, INK, PAPER, Colour, fit, write
 
 _SIDE = 448  # pixels that the longer side of a picture needs for its numbers to be read
@@ -143,14 +143,7 @@ def _fitted(
         raise UsageError(f"a picture is (H, W, 3) uint8 RGB, got {image_HWC.shape} {image_HWC.dtype}")
     if boxes_TS4.ndim != 3 or boxes_TS4.shape[2] != 4 or not boxes_TS4.size:
         raise UsageError(f"boxes of glimpses are (T, S, 4), got {boxes_TS4.shape}")
-    height, width = image_HWC.shape[:2]
-    scale = (side or max(_SIDE, height, width)) / max(height, width)
-    if scale >= 1:  # every pixel a square
-        scale = int(scale)
-        return image_HWC.repeat(scale, 0).repeat(scale, 1), np.asarray(boxes_TS4, np.float64) * scale
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    small = np.asarray(cv2.resize(image_HWC, size, interpolation=cv2.INTER_AREA), np.uint8)
-    return small, np.asarray(boxes_TS4, np.float64) * (np.array(size * 2) / (width, height, width, height))
+    return fitted(image_HWC, boxes_TS4, side or max(_SIDE, *image_HWC.shape[:2]))
 
 
 def _unit(picture: NDArray[np.uint8]) -> float:

@@ -24,7 +24,7 @@ from visionattn.maps.base import Method
 from visionattn.overlay import kinds
 from visionattn.overlay.kinds import Look, Scene
 from visionattn.overlay.render import Style, peak
-from visionattn.overlay.views import Explain, View, found_of, known_of, method_for, predictions_of, said
+from visionattn.overlay.views import Explain, View, known_of, looks_of, method_for, predictions_of
 
 Picture: TypeAlias = str | bytes | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
 """A file, a PIL image, (H, W, 3) uint8 RGB, or (C, H, W) as the model takes it."""
@@ -264,27 +264,13 @@ def _look(
     else:
         chosen = method_for(method, layer, network, images_BCHW)
     maps = chosen(network, images_BCHW, target=_wanted(view, target))
-    heatmaps_Bhw, raw_Bhw = (x.cpu().numpy() for x in (maps.heatmaps, maps.raw))
     targets = [None] * len(prepared) if maps.target is None else maps.target.tolist()
-    found = []
-    for place, prediction in enumerate(predictions_of(view, maps.output, len(prepared))):
-        source, placement, _ = prepared[place]
-        boxes, labels, maps_Nhw = found_of(view, maps.output, place, placement)
-        glimpses_TS4 = None if maps.boxes is None else maps.boxes[place].cpu().numpy()
-        look = Look(
-            maps.method,
-            said(prediction),
-            heatmaps_Bhw[place],
-            raw_Bhw[place],
-            placement,
-            boxes,
-            labels,
-            glimpses_TS4,
-            maps=maps_Nhw,
-        )
-        answer = prediction["prediction"], prediction["class"], prediction["probability"]
-        found.append(Heatmap(source, maps.method, maps.source, targets[place], *answer, look))
-    return found
+    predictions = predictions_of(view, maps.output, len(prepared))
+    looks = looks_of(view, maps, [placement for _, placement, _ in prepared], predictions, [None] * len(prepared))
+    return [
+        Heatmap(source, maps.method, maps.source, goal, told["prediction"], told["class"], told["probability"], look)
+        for (source, _, _), goal, told, look in zip(prepared, targets, predictions, looks, strict=True)
+    ]
 
 
 def _listed(image: Any) -> Sequence[Picture]:

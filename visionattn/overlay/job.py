@@ -26,7 +26,7 @@ from visionattn.overlay.kinds import KINDS, Look, Made, Scene
 from visionattn.overlay.lists import Wish
 from visionattn.overlay.render import Style, peak, unlike
 from visionattn.overlay.text import printable
-from visionattn.overlay.views import View, found_of, has_maps, predictions_of, said
+from visionattn.overlay.views import View, has_maps, looks_of, predictions_of
 
 _KEPT_BYTES = 192 << 20  # decoded pictures that wait for their heatmap; beyond it they are read a second time
 
@@ -169,6 +169,7 @@ class Job:
 
     def _look(self, number: int, batch: Sequence[Read], target: Tensor | None) -> list[tuple[Look, dict[str, Any]]]:
         view = self.views[number]
+        placements = [image.prepared[number][1] for image in batch]
         images_BCHW = view.batch(torch.from_numpy(np.stack([image.prepared[number][0] for image in batch])))
         started = time.perf_counter()
         with torch.autocast(images_BCHW.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
@@ -176,7 +177,7 @@ class Job:
             maps = view.method(view.model, images_BCHW, target=target)
             films: Sequence[Mapping[str, NDArray[Any]] | None] = [None] * len(batch)
             if "animation" in self.kinds:
-                films = _follow(view, images_BCHW, [image.prepared[number][1] for image in batch])
+                films = _follow(view, images_BCHW, placements)
         if "gaze" in self.kinds and maps.boxes is None:
             raise UsageError(
                 f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; "
@@ -187,38 +188,21 @@ class Job:
                 f"boxes shows the heat of each box, and {maps.method} of this {type(view.model).__name__} has none; "
                 "save another kind, or take odam, sampling or attention with a detector"
             )
-        heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
         predictions = predictions_of(view, maps.output, len(batch))
+        looks = looks_of(view, maps, placements, predictions, films)
         seconds = round((time.perf_counter() - started) / len(batch), 6)
         targets = [None] * len(batch) if maps.target is None else maps.target.tolist()
         told = {"model": view.model_name or type(view.model).__name__, "method": maps.method, "layer": maps.source}
-        looks = []
-        for place, image in enumerate(batch):
-            placement, prediction = image.prepared[number][1], predictions[place]
-            hottest = peak(heatmaps_Bhw[place], placement)
-            facts = {"target": targets[place], **prediction, "peak": _rounded(hottest), "seconds": seconds}
-            boxes, labels, maps_Nhw = found_of(view, maps.output, place, placement)
-            if boxes:
-                facts["found"] = [[*box, label] for box, label in zip(boxes, labels, strict=True)]
-            name = view.name or maps.method
-            glimpses_TS4 = None if maps.boxes is None else maps.boxes[place].cpu().numpy()
-            if glimpses_TS4 is not None:
-                facts["fixations"] = centres(boxes_in_source(glimpses_TS4, placement)).round(1).tolist()
-            look = Look(
-                name,
-                said(prediction),
-                heatmaps_Bhw[place],
-                raw_Bhw[place],
-                placement,
-                boxes,
-                labels,
-                glimpses_TS4,
-                films[place],
-                view.class_names,
-                maps_Nhw,
-            )
-            looks.append((look, {**told, **facts}))
-        return looks
+        found = []
+        for look, prediction, goal in zip(looks, predictions, targets, strict=True):
+            hottest = peak(look.heatmap_hw, look.placement)
+            facts = {"target": goal, **prediction, "peak": _rounded(hottest), "seconds": seconds}
+            if look.boxes:
+                facts["found"] = [[*box, label] for box, label in zip(look.boxes, look.labels, strict=True)]
+            if look.glimpses is not None:
+                facts["fixations"] = centres(boxes_in_source(look.glimpses, look.placement)).round(1).tolist()
+            found.append((look, {**told, **facts}))
+        return found
 
     def _together(self, found: Sequence[tuple[Look, dict[str, Any]]]) -> Explained:
         looks = [look for look, _ in found]

@@ -1,7 +1,7 @@
 """One way to look at images: a model, its method, and what the model's answers are called."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from visionattn.maps.base import Maps, scores_of, unwrap
 from visionattn.maps.boxes import BOX_METHODS, SURE, AllBoxes, default_box_method
 from visionattn.maps.choose import METHODS, at_layer, method_of
 from visionattn.models.detector import Detector
+from visionattn.overlay.kinds import Look
 
 Explain = Callable[..., Maps]
 """A method of `visionattn.maps`, or anything that is called like one: (model, images_BCHW, target=…) → Maps."""
@@ -134,6 +135,44 @@ def predictions_of(view: View, output: Any, count: int) -> list[dict[str, Any]]:
         }
         for index, probability in zip(index_B.tolist(), probability_B.tolist(), strict=True)
     ]
+
+
+def looks_of(
+    view: View,
+    maps: Maps,
+    placements: Sequence[Placement],
+    predictions: Sequence[Mapping[str, Any]],
+    films: Sequence[Mapping[str, NDArray[Any]] | None],
+) -> list[Look]:
+    """What is to be drawn of each image of a batch.
+
+    Args:
+        view: that made the maps.
+        maps: of the batch.
+        placements: of its images.
+        predictions: of its images, as `predictions_of`.
+        films: of its images, see `Look`.
+    """
+    heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
+    glimpses = [None] * len(placements) if maps.boxes is None else maps.boxes.cpu().numpy()
+    looks = []
+    for place, placement in enumerate(placements):
+        boxes, labels, maps_Nhw = found_of(view, maps.output, place, placement)
+        look = Look(
+            view.name or maps.method,
+            said(predictions[place]),
+            heatmaps_Bhw[place],
+            raw_Bhw[place],
+            placement,
+            boxes,
+            labels,
+            glimpses[place],
+            films[place],
+            view.class_names,
+            maps_Nhw,
+        )
+        looks.append(look)
+    return looks
 
 
 def found_of(

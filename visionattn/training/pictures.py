@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from visionattn.maps import Maps, MapWarning, Method, default_method
 from visionattn.maps.boxes import BoxMaps, BoxMethod, SameForAll, default_box_method
-from visionattn.overlay.draw import Tile, blend, boxes, sheet
+from visionattn.overlay.draw import Tile, blend, boxes, fitted, sheet
 from visionattn.overlay.gaze import boxes_in_source, draw_gaze
 
 Explained = Maps | list[BoxMaps]
@@ -18,6 +18,7 @@ Explained = Maps | list[BoxMaps]
 _TRUTH = (255, 255, 255)
 _WIDTH = 200  # pixels of a picture
 _GAZE_SIDE = 240  # pixels of one with a path, whose numbers are to be read
+_BOXES_SIDE = 320  # pixels of one with boxes, whose labels must not hide each other
 
 
 def explain(method: Method | BoxMethod | None, pl_module: Any, batch: dict[str, Any]) -> Explained:
@@ -40,9 +41,8 @@ def picture_of(batch: dict[str, Any], found: Explained, pl_module: Any, dataset:
     """A sheet of the batch's images, each beside its overlay."""
     names = getattr(pl_module, "class_names", ())
     if isinstance(found, list):
-        tiles, width = _box_tiles(batch, found, names, dataset), _WIDTH
-    else:
-        tiles, width = _tiles(batch, found, names, dataset)
+        return sheet(_box_tiles(batch, found, names, dataset), title=title, columns=4, width=_BOXES_SIDE)
+    tiles, width = _tiles(batch, found, names, dataset)
     return sheet(tiles, title=title, columns=6 if len(tiles) > 4 else len(tiles), width=width)
 
 
@@ -77,13 +77,16 @@ def _box_tiles(batch: dict[str, Any], found: list[BoxMaps], names: Any, dataset:
     for index, some in enumerate(found):
         placement = batch["placement"][index]
         picture = dataset.read_source(batch["path"][index])
-        truth = placement.boxes_to_source(batch["boxes"][index].cpu().numpy())
-        drawn = boxes(picture, truth, colours=[_TRUTH])
+        truth, answers = (
+            placement.boxes_to_source(edges.cpu().numpy()) for edges in (batch["boxes"][index], some.boxes)
+        )
+        drawn, edges = fitted(picture, np.concatenate([truth, answers]), _BOXES_SIDE)
+        drawn = boxes(drawn, edges[: len(truth)], colours=[_TRUTH])
         labels = [
             f"{names[label] if names else label} {score:.2f}"
             for label, score in zip(some.labels.tolist(), some.scores.tolist(), strict=True)
         ]
-        drawn = boxes(drawn, placement.boxes_to_source(some.boxes.cpu().numpy()), labels=labels)
+        drawn = boxes(drawn, edges[len(truth) :], labels=labels)
         caption = [f"surest {len(labels)}", f"{len(truth)} there"]
         tiles.append(Tile(drawn, caption))
         heat_hw = some.heatmaps.amax(0).cpu().numpy() if len(labels) else np.zeros((1, 1), np.float32)
