@@ -42,6 +42,7 @@ def chosen_names(class_names: Sequence[str] | None, by_name: Mapping[str, int], 
 
 
 def split_of(name: str) -> str | None:
+    """The split that the name of a file or folder tells, as `instances_train2017`."""
     for part in name.lower().replace("-", "_").split("_"):
         for alias, split in SPLITS.items():
             if part.rstrip("0123456789") == alias:
@@ -65,6 +66,7 @@ def stated_size(height: Any, width: Any) -> Size | None:
 
 
 def to_number(value: Any) -> float:
+    """The number that a value is or writes; NaN for what is none."""
     try:
         return float(value)
     except (TypeError, ValueError):

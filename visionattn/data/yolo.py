@@ -14,6 +14,7 @@ from visionattn.errors import DataError
 
 
 def yaml_of(root: Path) -> dict[str, Any] | None:
+    """The content of a data.yaml, or of the first .yaml of a folder that has `names`."""
     for file in [root] if root.is_file() else [*files_ending(root, ".yaml"), *files_ending(root, ".yml")]:
         try:
             content = yaml.safe_load(file.read_bytes())
@@ -25,6 +26,11 @@ def yaml_of(root: Path) -> dict[str, Any] | None:
 
 
 def read_yolo(root: Path, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
+    """Read a folder or a .yaml file in YOLO's layout; see `read_annotations`.
+
+    Raises:
+        DataError: it is none, its names are no names, or there are no images.
+    """
     content = yaml_of(root)
     if content is None and root.is_file():
         raise DataError(f"{root} is no data set of YOLO's: a .yaml file with names")
