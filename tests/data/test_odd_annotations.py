@@ -138,6 +138,10 @@ def test_classes_of_yolo_are_those_that_are_asked_for(tmp_path):
     assert found.splits["train"][0].labels.tolist() == [1, 0]
     with pytest.raises(DataError, match=r"has no class 'cta'\. Nearest: cat"):
         read_annotations(root, class_names=["cta"])
+    (root / "data.yaml").write_text("names: [cat, cat, eel]")
+    twice = read_annotations(root)
+    assert twice.class_names == ("cat", "eel")
+    assert twice.splits["train"][3].labels.tolist() == [0, 0, 0]  # two cats and a dog
     (root / "data.yaml").write_text("names: cat")
     with pytest.raises(DataError, match="names must be a list, or numbers with a name each, not 'cat'"):
         read_annotations(root)

@@ -50,12 +50,14 @@ def read_yolo(root: Path, images: Path | None, class_names: Sequence[str] | None
         by_name = {name: number for number, name in sorted(known.items())}
         names = chosen_names(class_names, by_name, root)
         ids = [by_name[name] for name in names]
+        numbers = {number: names.index(name) for number, name in known.items() if name in names}
     elif class_names:
         names, ids = tuple(class_names), list(range(len(class_names)))
+        numbers = dict(zip(ids, ids, strict=True))
     else:  # nobody names the classes: the numbers that there are
         ids = sorted({line[0] for some in labels.values() for *_, lines in some for line in lines} - {-1})
         names = tuple(f"class {number}" for number in ids)
-    numbers = {category: number for number, category in enumerate(ids)}
+        numbers = {category: number for number, category in enumerate(ids)}
     found = Annotations({}, names, tuple(ids), "cxcywh", problems)
     for split, some in labels.items():
         for path, file, lines in some:
