@@ -176,6 +176,9 @@ def test_sampling_shows_the_places_of_the_boxes_own_query():
                                 expected[row, column] += (1 - abs(x - column)) * (1 - abs(y - row)) * weight
             torch.testing.assert_close(maps[n].raw[rank], expected, atol=1e-5, rtol=1e-4)
     assert [some.heatmaps.shape[0] for some in QuerySampling()(detector, images, lowest=1.1)] == [0, 0]
+    each = [QuerySampling(layer)(detector, images, lowest=0.0, most=4)[0].raw for layer in (0, -1)]
+    torch.testing.assert_close(each[0] + each[1], maps[0].raw)
+    assert not torch.allclose(each[0], each[1])
 
 
 def test_attention_of_a_box_is_the_mean_of_its_tokens_rows():

@@ -65,6 +65,15 @@ def test_inserted_attention_starts_closed_and_then_matters(backbone, at):
     assert len(gammas) >= 2
 
 
+def test_a_plain_backbones_last_map_is_pooled_by_its_largest():
+    features = pyramid("vit_tiny_patch16_224", strides=(16, 32, 64)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        (x,) = features.backbone.forward_intermediates(images, intermediates_only=True, indices=features.places)
+        for scale, found, factor in zip(features.scales, features(images), (1, 2, 4), strict=True):
+            torch.testing.assert_close(found, scale[-2:](nn.functional.max_pool2d(x, factor)))
+
+
 def test_swapped_attention_takes_the_weights_and_sees_what_it_may():
     torch.manual_seed(0)
     plain = pyramid("vit_tiny_patch16_224").eval()

@@ -9,7 +9,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from tests.models.detectors import batch, learn, query
 from visionattn.models.decoder import Answer, Decoder, sine
-from visionattn.models.query import make_noise, match, set_losses
+from visionattn.models.query import QueryDetector, make_noise, match, set_losses
 
 TRUTH = [torch.tensor([[0.3, 0.3, 0.2, 0.4], [0.7, 0.6, 0.3, 0.2], [0.5, 0.5, 0.9, 0.9]]), torch.zeros(0, 4)]
 LABELS = [torch.tensor([2, 0, 1]), torch.zeros(0, dtype=torch.long)]
@@ -171,6 +171,26 @@ def test_the_best_places_become_queries_and_those_that_propose_the_same_come_las
         torch.testing.assert_close(anchors[n], expected.clamp(0, 1))
         tokens = torch.cat([x.flatten(2) for x in maps], 2)[n].T
         torch.testing.assert_close(content[n], detector.start(tokens[order]))
+
+
+def test_the_hundred_best_answers_are_given_and_none_suppresses_another():
+    torch.manual_seed(0)
+    detector = query().eval()
+    torch.nn.init.normal_(detector.decoder.classify[-1].weight)
+    images, *_ = batch(1)
+    answers = []
+    detector.decoder.register_forward_hook(lambda _, args, out: answers.append(out[-1]))
+    with torch.no_grad():
+        (found,) = detector(torch.cat([images] * 2, 2))
+        (wide,) = QueryDetector(detector.features, 30, queries=20, layers=1, hidden=16).eval()(images)
+    scores = answers[0].logits[0].sigmoid().flatten()
+    best = scores.argsort(descending=True)[: int((scores >= 0.01).sum())]
+    torch.testing.assert_close(found["scores"], scores[best])
+    assert found["index"].tolist() == (best // 4).tolist()
+    assert found["labels"].tolist() == (best % 4).tolist()
+    corners = box_convert(answers[0].boxes[0, best // 4], "cxcywh", "xyxy") * torch.tensor([64, 128, 64, 128])
+    torch.testing.assert_close(found["boxes"], corners.clamp(min=0).minimum(torch.tensor([64.0, 128, 64, 128])))
+    assert len(wide["scores"]) == 100  # of 600 answers
 
 
 def test_images_without_boxes_are_learned_from():
