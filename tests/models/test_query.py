@@ -8,7 +8,7 @@ import torch
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from tests.models.detectors import batch, learn, query
-from visionattn.models.decoder import Answer, Decoder, sine
+from visionattn.models.decoder import Answer, Decoder, DecoderLayer, sine
 from visionattn.models.query import QueryDetector, make_noise, match, set_losses
 
 TRUTH = [torch.tensor([[0.3, 0.3, 0.2, 0.4], [0.7, 0.6, 0.3, 0.2], [0.5, 0.5, 0.9, 0.9]]), torch.zeros(0, 4)]
@@ -137,6 +137,25 @@ def test_maps_that_end_behind_the_image_are_told_to_the_decoder():
     assert len(seen) == 4
     for spans in seen:
         torch.testing.assert_close(spans, torch.tensor([[1, 1], [1, 48 / 40], [1, 64 / 40]]))
+
+
+def test_a_layer_is_attention_among_queries_then_to_the_image_then_feed_forward():
+    torch.manual_seed(0)
+    layer = DecoderLayer(8, levels=1, heads=2, points=2, hidden=16).eval()
+    query_BQC, position, boxes = torch.randn(1, 5, 8), torch.randn(1, 5, 8), 0.2 + 0.6 * torch.rand(1, 5, 4)
+    maps, hidden = [torch.randn(1, 8, 6, 6)], torch.rand(5, 5) < 0.3
+    hidden.fill_diagonal_(False)
+    with torch.no_grad():
+        placed = query_BQC + position
+        weights, biases = layer.among.in_proj_weight.chunk(3), layer.among.in_proj_bias.chunk(3)
+        inputs = (placed, placed, query_BQC)
+        q, k, v = ((x @ w.T + b).view(5, 2, 4).transpose(0, 1) for x, w, b in zip(inputs, weights, biases, strict=True))
+        logits = (q @ k.mT / 2).masked_fill(hidden, -math.inf)
+        among = layer.among.out_proj((logits.softmax(-1) @ v).transpose(0, 1).reshape(1, 5, 8))
+        first = layer.norms[0](query_BQC + among)
+        second = layer.norms[1](first + layer.look(first + position, boxes, maps))
+        expected = layer.norms[2](second + layer.feed(second))
+        torch.testing.assert_close(layer(query_BQC, position, boxes, maps, hidden, None), expected)
 
 
 def test_positions_are_sines_of_the_box():
