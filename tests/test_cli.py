@@ -295,6 +295,20 @@ def test_typos_in_a_file_are_named(tmp_path, monkeypatch, capsys):
     fails(["fti"], 2, "no verb 'fti'", "Nearest: fit", capsys=capsys)
 
 
+def test_wrong_choices_of_a_detector_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    root = voc(tmp_path / "voc")
+    command = ["fit", "--config", str(CONFIGS / "detection" / "bccd_dense.yaml"), f"--data.root={root}"]
+    for flag, told in {
+        "--data.bad_boxes=refus": "error: data.bad_boxes must be one of 'drop', 'refuse', got refus",
+        "--data.box_format=xyz": "error: data.box_format must be one of 'xyxy', 'xywh', 'cxcywh', got xyz",
+        "--data.preprocess.fit=crop": "detection needs letterbox or stretch",
+        "--data.splits.trian=x.txt": "splits are train, val and test, not 'trian'. Nearest: train.",
+        "--model.sizes=[16]": "sizes must be at least 32 pixels each",
+    }.items():
+        fails([*command, flag], 2, told, capsys=capsys)
+
+
 def test_classes_that_differ_from_the_data_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = ["--model.network.num_classes=7", "--trainer.fast_dev_run=true"]

@@ -13,6 +13,7 @@ from torch import nn
 
 import visionattn as va
 from tests.maps.models import swin, torchvision_vit, vit
+from tests.models.detectors import query
 from visionattn.attention import CBAM, TokenMerging, reduce_tokens
 from visionattn.cli import main
 from visionattn.data import Preprocess
@@ -145,6 +146,7 @@ def merged():
         (lambda: timm.create_model("test_convnext"), None, "a linear head.*no other method can be exported$"),
         (lambda: ConvNet(3, pool=3), None, "a linear head.*no other method"),
         (merged, "raw", "picks its tokens"),
+        (query, None, r"QueryDetector finds boxes; its weights can be exported, as \.safetensors"),
         (vit, "rolout", "no method 'rolout'. Nearest: rollout"),
     ],
 )

@@ -409,11 +409,14 @@ def _data(arguments: list[str]) -> int:
     check_parser.add_argument("--box-format", choices=("xyxy", "xywh", "cxcywh"), help="of the numbers in the files")
     check_parser.add_argument("--limit", type=int, metavar="N", help="list at most so many problems of a kind")
     options = parser.parse_args(arguments[1:])
+    if options.limit is not None and options.limit < 1:
+        raise UsageError(f"--limit must be at least 1, got {options.limit}")
 
     from visionattn.data.checking import check
 
     report = check(options.path, images=options.images, box_format=options.box_format)
-    print("\n".join(report.lines(options.limit)))
+    encoding = sys.stdout.encoding or "utf-8"  # names may hold what it has no character for
+    print("\n".join(report.lines(options.limit)).encode(encoding, "backslashreplace").decode(encoding))
     return int(bool(report.problems))
 
 

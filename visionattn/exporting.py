@@ -26,7 +26,7 @@ from visionattn.errors import DataError, UsageError, nearest
 from visionattn.maps.base import undisturbed
 from visionattn.maps.choose import METHODS, default_method
 from visionattn.maps.in_graph import GRAPHS, Graph
-from visionattn.overlay.views import known_of
+from visionattn.overlay.views import detects, known_of
 
 ENTRY = "visionattn"
 """Under which a file says how its images are prepared."""
@@ -84,6 +84,11 @@ def export_graph(
     if suffix not in _WRITERS:
         raise UsageError(f"a graph is written as {' or '.join(_WRITERS)}, got {os.fspath(out)}")
     network, own, own_names = known_of(model)
+    if detects(network):
+        raise UsageError(
+            f"a graph holds scores and the heatmap of whole images, and this {type(network).__name__} finds boxes; its "
+            "weights can be exported, as .safetensors"
+        )
     preprocess = preprocess or own
     size = image_shape(network) if preprocess is None else (preprocess.channels, *preprocess.input_size)
     with undisturbed(network) as bare:

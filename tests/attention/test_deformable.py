@@ -56,6 +56,26 @@ def test_it_is_its_equation(heads, points, levels):
         torch.testing.assert_close(attention(queries, boxes, maps), by_the_equation(attention, queries, boxes, maps))
 
 
+def test_a_map_that_ends_behind_the_image_is_sampled_at_the_images_places():
+    """Of maps that hold the places of their own cells, in pixels of an image of 44 × 60."""
+    attention = DeformableAttention(8, levels=3, heads=1, points=1).requires_grad_(False)
+    attention.offsets.bias.zero_()
+    attention.value.weight.copy_(torch.eye(8)[:, :, None, None])
+    attention.project.weight.copy_(torch.eye(8))
+    for bias in (attention.value.bias, attention.project.bias):
+        bias.zero_()
+    maps, spans = [], []
+    for stride in (4, 8, 16):
+        rows, columns = -(-44 // stride), -(-60 // stride)
+        maps.append(torch.zeros(1, 8, rows, columns))
+        maps[-1][0, 0] = (torch.arange(columns) + 0.5) * stride
+        maps[-1][0, 1] = ((torch.arange(rows) + 0.5) * stride)[:, None]
+        spans.append([columns * stride / 60, rows * stride / 44])
+    boxes = torch.tensor([[[0.5, 0.5, 0.1, 0.1], [0.7, 0.75, 0.1, 0.1]]])
+    found = attention(torch.zeros(1, 2, 8), boxes, maps, torch.tensor(spans))
+    torch.testing.assert_close(found[0, :, :2], boxes[0, :, :2] * torch.tensor([60.0, 44.0]))
+
+
 def test_it_starts_around_the_box_with_equal_weights():
     attention = DeformableAttention(8, levels=1, heads=4, points=2)
     seen = []

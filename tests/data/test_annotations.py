@@ -159,11 +159,14 @@ def test_shares_and_pixels_are_told_apart(tmp_path):
     assert any("look like pixels" in problem.detail for problem in check(root).problems)
 
 
-def test_a_turned_photograph_has_the_size_that_it_is_seen_with(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (80, 60)).save(tmp_path / "x.jpg", exif=exif)
-    assert size_of(tmp_path / "x.jpg") == (80, 60)
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tiff", ".webp"])
+def test_a_turned_photograph_has_the_size_that_it_is_seen_with(suffix, tmp_path):
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = tmp_path / f"{orientation}{suffix}"
+        Image.new("RGB", (80, 60)).save(file, exif=exif)
+        assert size_of(file) == read_image(file).shape[:2] == ((80, 60) if orientation > 4 else (60, 80))
 
 
 @pytest.mark.parametrize("behind", [False, True])

@@ -155,6 +155,20 @@ def test_digit_scenes_have_their_boxes_around_the_ink():
     assert torch.equal(scenes[7]["image"], DigitScenes("val", size=40, fragments=0, count=(0, 4))[7]["image"])
 
 
+def test_digits_of_a_scene_hide_little_of_each_other():
+    scenes = DigitScenes("train", size=60, count=(5, 5))
+    pairs = 0
+    for index in range(60):
+        boxes = scenes[index]["boxes"].numpy()
+        for n, one in enumerate(boxes):
+            for other in boxes[:n]:
+                sides = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])
+                smaller = min((box[2:] - box[:2]).prod() for box in (one, other))
+                assert sides.clip(0).prod() <= 0.2 * smaller + 1e-6
+                pairs += (sides > 0).all()
+    assert pairs > 50
+
+
 def test_digit_scenes_come_as_batches():
     data = DigitScenesData(train_size=8, val_size=4, test_size=4, batch_size=4)
     data.setup("fit")

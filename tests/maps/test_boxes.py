@@ -11,7 +11,7 @@ from torchvision.ops import box_iou
 from tests.models.detectors import batch, dense, pyramid, query
 from visionattn.attention import CBAM
 from visionattn.errors import UsageError
-from visionattn.maps import Gate, RawAttention
+from visionattn.maps import Gate, GradCAM, RawAttention
 from visionattn.maps.box_scores import box_pointing, mass_ratio, score_drop
 from visionattn.maps.boxes import ODAM, BoxAttention, QuerySampling, SameForAll, default_box_method
 from visionattn.models import TorchvisionDetector
@@ -64,6 +64,42 @@ def test_odam_is_gradient_times_activation_shared_over_the_finest_map():
         torch.testing.assert_close(maps[n].raw[1], fine_second)
     assert maps[0].method == "odam"
     assert maps[0].source == "score by features"
+
+
+class Behind(nn.Module):
+    """Two maps of an image of 6 × 10 pixels: that of stride 4 ends at 8 × 12."""
+
+    strides = (2, 4)
+
+    def forward(self, images):
+        return [nn.functional.avg_pool2d(images, stride, ceil_mode=True) for stride in self.strides]
+
+
+class Corner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = Behind()
+
+    def forward(self, images):
+        _, coarse = self.features(images)
+        box = torch.tensor([[2.0, 2, 10, 6]])
+        return [{"boxes": box, "scores": x[0, 1, 2][None], "labels": torch.tensor([0])} for x in coarse]
+
+
+def test_odam_puts_a_level_that_ends_behind_the_image_where_its_pixels_are():
+    (maps,) = ODAM()(Corner(), torch.ones(1, 3, 6, 10), lowest=0.0)
+    coarse = torch.zeros(2, 3)
+    coarse[1, 2] = 1
+    expected = torch.zeros(3, 5)  # a cell of it covers four of these
+    for row in range(3):
+        for column in range(5):
+            y, x = (2 * row + 1) / 4 - 0.5, (2 * column + 1) / 4 - 0.5  # in cells, from the first one's centre
+            for r in (math.floor(y), math.floor(y) + 1):
+                for c in (math.floor(x), math.floor(x) + 1):
+                    weight = (1 - abs(y - r)) * (1 - abs(x - c)) / 4
+                    expected[row, column] += weight * coarse[min(max(r, 0), 1), min(max(c, 0), 2)]
+    torch.testing.assert_close(maps.raw[0], expected)
+    assert maps.raw[0, 2, 4] == maps.raw.max()
 
 
 def test_boxes_below_the_lowest_score_have_no_map():
@@ -140,6 +176,9 @@ def test_sampling_shows_the_places_of_the_boxes_own_query():
                                 expected[row, column] += (1 - abs(x - column)) * (1 - abs(y - row)) * weight
             torch.testing.assert_close(maps[n].raw[rank], expected, atol=1e-5, rtol=1e-4)
     assert [some.heatmaps.shape[0] for some in QuerySampling()(detector, images, lowest=1.1)] == [0, 0]
+    each = [QuerySampling(layer)(detector, images, lowest=0.0, most=4)[0].raw for layer in (0, -1)]
+    torch.testing.assert_close(each[0] + each[1], maps[0].raw)
+    assert not torch.allclose(each[0], each[1])
 
 
 def test_attention_of_a_box_is_the_mean_of_its_tokens_rows():
@@ -187,6 +226,10 @@ def test_what_does_not_fit_is_told():
         ODAM()(nn.Flatten(), images)
     with pytest.raises(UsageError, match=r"no layer 'featuers'\. Nearest: features"):
         ODAM("featuers")(dense(), images)
+    with pytest.raises(UsageError, match=r"needs self-attention in features\.backbone: .*attends 0 times; odam fits"):
+        BoxAttention()(dense(), images)
+    with pytest.raises(UsageError, match="no scores of the whole image; odam shows"):
+        GradCAM()(dense(), images)
     with pytest.raises(UsageError, match="runs more than once"):
         ODAM("head.class_tower")(dense(), images)
     with pytest.raises(UsageError, match="BoxAttention"):
@@ -215,22 +258,23 @@ class Bright(nn.Module):
         found = []
         for image in images:
             score = image[:, 2:6, 2:6].mean().clamp(0, 1)
-            boxes = torch.tensor([[2.0, 2, 6, 6], [2, 2, 6, 6]])
-            found.append({"boxes": boxes, "scores": torch.stack([score, score / 2]), "labels": torch.tensor([0, 1])})
+            boxes = torch.tensor([[2.0, 2, 6, 6], [2, 2, 6, 6], [4, 2, 8, 6]])  # the last overlaps by a third
+            scores = torch.stack([score, score / 2, torch.tensor(0.2)])
+            found.append({"boxes": boxes, "scores": scores, "labels": torch.tensor([0, 1, 0])})
         return found
 
 
 def test_the_score_goes_with_its_evidence():
     images = torch.zeros(1, 3, 16, 16)
     images[:, :, 2:6, 2:6] = 0.9
-    heat = torch.zeros(2, 16, 16)
+    heat = torch.zeros(3, 16, 16)
     heat[0, 2:6, 2:6] = 1
-    heat[1, 10:14, 10:14] = 1
+    heat[1:, 10:14, 10:14] = 1
     from visionattn.maps.boxes import BoxMaps
 
     (found,) = Bright()(images)
     maps = [BoxMaps(found["boxes"], found["scores"], found["labels"], heat, heat, "", "")]
     (drop,) = score_drop(Bright(), images, maps, share=1 / 16)
     mean = 0.9 / 16
-    torch.testing.assert_close(drop, torch.tensor([1 - mean / 0.9, 0.0]))
-    assert box_iou(found["boxes"], found["boxes"]).min() == 1
+    torch.testing.assert_close(drop, torch.tensor([1 - mean / 0.9, 0.0, 0.0]))
+    torch.testing.assert_close(box_iou(found["boxes"][:1], found["boxes"]), torch.tensor([[1, 1, 1 / 3]]))

@@ -1,6 +1,7 @@
 """The pyramid against torchvision's, and on every kind of backbone."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from tests.models.detectors import VIT, pyramid
-from visionattn.attention import CBAM
+from visionattn.attention import CBAM, Windowed
 from visionattn.errors import UsageError
 
 
@@ -64,10 +65,42 @@ def test_inserted_attention_starts_closed_and_then_matters(backbone, at):
     assert len(gammas) >= 2
 
 
+def test_a_plain_backbones_last_map_is_pooled_by_its_largest():
+    features = pyramid("vit_tiny_patch16_224", strides=(16, 32, 64)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        (x,) = features.backbone.forward_intermediates(images, intermediates_only=True, indices=features.places)
+        for scale, found, factor in zip(features.scales, features(images), (1, 2, 4), strict=True):
+            torch.testing.assert_close(found, scale[-2:](nn.functional.max_pool2d(x, factor)))
+
+
+def test_swapped_attention_takes_the_weights_and_sees_what_it_may():
+    torch.manual_seed(0)
+    plain = pyramid("vit_tiny_patch16_224").eval()
+    whole, narrow = (
+        pyramid("vit_tiny_patch16_224", self_attention=[partial(Windowed, window=window)]).eval() for window in (4, 2)
+    )
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for swapped in (whole, narrow):
+            swapped.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(whole(images), plain(images))  # one window holds all 4 × 4 tokens
+        assert not torch.allclose(narrow(images)[0], plain(images)[0])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_size_that_a_vit_does_not_take_is_told(dynamic):
+    features = pyramid("vit_tiny_patch16_224", options={**VIT, "dynamic_img_size": dynamic})
+    with pytest.raises(UsageError, match=r"takes no images of 72×96 pixels: .*img_size"):
+        features(torch.randn(1, 3, 72, 96))
+
+
 def test_strides_that_cannot_be_had_are_named():
     with pytest.raises(UsageError, match=r"strides 2, 4, 8, 16, 32, and none of 1"):
         pyramid(strides=(1, 2))
     with pytest.raises(UsageError, match="must double"):
         pyramid(strides=(8, 32))
+    with pytest.raises(UsageError, match="stride 12 cannot be made from patches 16 pixels wide"):
+        pyramid("vit_tiny_patch16_224", strides=(12, 24))
     with pytest.raises(UsageError, match="multiple of 8"):
         pyramid(channels=30)

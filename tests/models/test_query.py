@@ -8,8 +8,8 @@ import torch
 from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from tests.models.detectors import batch, learn, query
-from visionattn.models.decoder import Answer, Decoder, sine
-from visionattn.models.query import make_noise, match, set_losses
+from visionattn.models.decoder import Answer, Decoder, DecoderLayer, sine
+from visionattn.models.query import QueryDetector, make_noise, match, set_losses
 
 TRUTH = [torch.tensor([[0.3, 0.3, 0.2, 0.4], [0.7, 0.6, 0.3, 0.2], [0.5, 0.5, 0.9, 0.9]]), torch.zeros(0, 4)]
 LABELS = [torch.tensor([2, 0, 1]), torch.zeros(0, dtype=torch.long)]
@@ -125,6 +125,39 @@ def test_boxes_are_refined_layer_by_layer():
     assert nothing is None  # what a layer looks at carries no gradient back
 
 
+def test_maps_that_end_behind_the_image_are_told_to_the_decoder():
+    detector = query().eval()
+    seen = []
+    for layer in detector.decoder.layers:
+        layer.look.register_forward_pre_hook(lambda _, args: seen.append(args[3]))
+    images, boxes, labels = batch(1)
+    with torch.no_grad():
+        detector(images[..., :40, :])
+        detector.losses(images[..., :40, :], [some[:0] for some in boxes], [some[:0] for some in labels])
+    assert len(seen) == 4
+    for spans in seen:
+        torch.testing.assert_close(spans, torch.tensor([[1, 1], [1, 48 / 40], [1, 64 / 40]]))
+
+
+def test_a_layer_is_attention_among_queries_then_to_the_image_then_feed_forward():
+    torch.manual_seed(0)
+    layer = DecoderLayer(8, levels=1, heads=2, points=2, hidden=16).eval()
+    query_BQC, position, boxes = torch.randn(1, 5, 8), torch.randn(1, 5, 8), 0.2 + 0.6 * torch.rand(1, 5, 4)
+    maps, hidden = [torch.randn(1, 8, 6, 6)], torch.rand(5, 5) < 0.3
+    hidden.fill_diagonal_(False)
+    with torch.no_grad():
+        placed = query_BQC + position
+        weights, biases = layer.among.in_proj_weight.chunk(3), layer.among.in_proj_bias.chunk(3)
+        inputs = (placed, placed, query_BQC)
+        q, k, v = ((x @ w.T + b).view(5, 2, 4).transpose(0, 1) for x, w, b in zip(inputs, weights, biases, strict=True))
+        logits = (q @ k.mT / 2).masked_fill(hidden, -math.inf)
+        among = layer.among.out_proj((logits.softmax(-1) @ v).transpose(0, 1).reshape(1, 5, 8))
+        first = layer.norms[0](query_BQC + among)
+        second = layer.norms[1](first + layer.look(first + position, boxes, maps))
+        expected = layer.norms[2](second + layer.feed(second))
+        torch.testing.assert_close(layer(query_BQC, position, boxes, maps, hidden, None), expected)
+
+
 def test_positions_are_sines_of_the_box():
     box = torch.tensor([[[0.1, 0.4, 0.6, 0.9]]])
     (found,) = sine(box, 4)[0]
@@ -157,6 +190,26 @@ def test_the_best_places_become_queries_and_those_that_propose_the_same_come_las
         torch.testing.assert_close(anchors[n], expected.clamp(0, 1))
         tokens = torch.cat([x.flatten(2) for x in maps], 2)[n].T
         torch.testing.assert_close(content[n], detector.start(tokens[order]))
+
+
+def test_the_hundred_best_answers_are_given_and_none_suppresses_another():
+    torch.manual_seed(0)
+    detector = query().eval()
+    torch.nn.init.normal_(detector.decoder.classify[-1].weight)
+    images, *_ = batch(1)
+    answers = []
+    detector.decoder.register_forward_hook(lambda _, args, out: answers.append(out[-1]))
+    with torch.no_grad():
+        (found,) = detector(torch.cat([images] * 2, 2))
+        (wide,) = QueryDetector(detector.features, 30, queries=20, layers=1, hidden=16).eval()(images)
+    scores = answers[0].logits[0].sigmoid().flatten()
+    best = scores.argsort(descending=True)[: int((scores >= 0.01).sum())]
+    torch.testing.assert_close(found["scores"], scores[best])
+    assert found["index"].tolist() == (best // 4).tolist()
+    assert found["labels"].tolist() == (best % 4).tolist()
+    corners = box_convert(answers[0].boxes[0, best // 4], "cxcywh", "xyxy") * torch.tensor([64, 128, 64, 128])
+    torch.testing.assert_close(found["boxes"], corners.clamp(min=0).minimum(torch.tensor([64.0, 128, 64, 128])))
+    assert len(wide["scores"]) == 100  # of 600 answers
 
 
 def test_images_without_boxes_are_learned_from():

@@ -17,6 +17,21 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_boxes_are_not_rounded_to_bfloat16(kind):
+    """Whose eight bits know pixels beyond 256 by the pair only."""
+    torch.manual_seed(0)
+    detector = TorchvisionDetector(KINDS[kind], pyramid(), 4).eval()
+    images, boxes, labels = batch(2, side=96)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = detector(images)[0]
+        losses = detector.train().losses(images, boxes, labels)
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    inner = found["boxes"][(found["boxes"] > 0) & (found["boxes"] < 96)]
+    assert not torch.equal(inner, inner.bfloat16().float())
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_boxes_are_torchvisions(kind):
     torch.manual_seed(0)
     detector = TorchvisionDetector(KINDS[kind], pyramid(), 4)

@@ -16,8 +16,10 @@ from visionattn.data import Preprocess
 from visionattn.errors import UsageError
 from visionattn.maps import EigenCAM
 from visionattn.maps.boxes import ODAM, SURE, AllBoxes, default_box_method
+from visionattn.models import Detector
 from visionattn.overlay.explorer import explore
 from visionattn.overlay.export import export
+from visionattn.overlay.per_box import told_of_boxes
 from visionattn.overlay.render import Style, render
 from visionattn.overlay.views import View
 
@@ -102,6 +104,43 @@ def test_one_call_draws_the_boxes_in_a_picture(detector):
     bare = render(photo(), found.look.heatmap_hw, placement, Style())
     x1, y1, _, y2 = (round(edge) for edge in found.look.boxes[-1])
     assert (drawn != bare)[y1:y2, x1].any(1).all()
+
+
+class Thrice(Detector):
+    """Finds three things in a wide picture that lies between two bars of padding: above it, in it, and less surely."""
+
+    num_classes = 4
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Conv2d(3, 1, 1)
+
+    def forward(self, images):
+        heat = self.features(images).mean((1, 2, 3)).sigmoid() * 0
+        boxes = torch.tensor([[2.0, 2, 30, 14], [8, 20, 40, 44], [30, 22, 62, 40]])
+        scores = torch.tensor([0.9, 0.8, 0.1])
+        return [{"boxes": boxes, "scores": scores + one, "labels": torch.tensor([0, 1, 2])} for one in heat]
+
+    def losses(self, images_BCHW, boxes, labels):
+        raise NotImplementedError
+
+
+def test_what_is_found_in_the_padding_alone_is_not_shown(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.fromarray(photo()[:32, :64]).save(folder / "wide.png")
+    method = AllBoxes(ODAM("features"), lowest=0.05)  # as it chooses, so they are shown
+    view = View(Thrice(), PREPROCESS, method, class_names=NAMES)
+    assert export([folder], tmp_path / "out", view, save=["boxes", "array"]).exit_code == 0
+    entries = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
+    (entry,) = [one for one in entries if "source" in one]
+    assert entry["found"] == [[8, 4, 40, 28, "square 0.80"], [30, 6, 62, 24, "triangle 0.10"]]
+    with np.load(tmp_path / "out" / "wide.png.array.npz") as arrays:
+        assert len(arrays["maps"]) == len(arrays["boxes"]) == 2
+    found = told_of_boxes(ODAM("features")(Thrice(), torch.zeros(1, 3, 64, 64))[0], PREPROCESS(photo()[:32, :64])[1])
+    assert {name: len(found[name]) for name in ("boxes", "labels", "scores", "maps")} == dict.fromkeys(
+        ("boxes", "labels", "scores", "maps"), 1
+    )
 
 
 def test_boxes_are_asked_of_detectors_only(files, tmp_path):

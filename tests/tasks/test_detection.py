@@ -14,11 +14,11 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.models.detectors import dense
+from tests.models.detectors import dense, query
 from tests.shapes import NAMES, Shapes
 from visionattn.data.pipeline import collate
 from visionattn.data.placement import Placement, Preprocess
-from visionattn.errors import DataError
+from visionattn.errors import DataError, UsageError
 from visionattn.models import Detector
 from visionattn.tasks import Detection
 from visionattn.tasks.coco_figures import FIGURES, coco_figures
@@ -177,6 +177,19 @@ def test_nothing_found_is_zero_and_nothing_there_is_not_known():
     assert by_class == {2: pytest.approx(1)}
 
 
+def test_what_is_found_in_the_padding_alone_is_left_out():
+    """Of an image 20 pixels high in an input of 64 × 64, the rows 22 to 42 are its own."""
+    _, placement = Preprocess(64, fit="letterbox")(np.zeros((40, 128, 3), np.uint8))
+    boxes = torch.tensor([[3.0, 2, 30, 20], [3, 10, 30, 30], [3, 22, 30, 42], [3, 41.8, 30, 60]])
+    answer = {"boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]), "labels": torch.tensor([0, 1, 2, 3])}
+    task = Detection(Oracle([answer]))
+    ((predicted,),) = [trainer().predict(task, datamodule=Samples([sample(0, [], [], placement)]))]
+    (found,) = predicted["detections"]
+    assert found["labels"].tolist() == [1, 2]
+    torch.testing.assert_close(found["scores"], torch.tensor([0.8, 0.7]))
+    torch.testing.assert_close(found["boxes"], torch.tensor([[6.0, 0, 60, 16], [6, 0, 60, 40]]))
+
+
 def test_terms_are_logged_apart_and_crowds_are_not_trained_on():
     samples = [sample(0, [[0, 0, 9, 9], [5, 5, 20, 30]], [1, 2], crowd=[False, True]), sample(1, [], [])]
     oracle = Oracle()
@@ -243,6 +256,18 @@ def test_it_trains_clips_averages_and_predicts():
     (predicted, *_) = trainer().predict(task, datamodule=data)
     assert predicted["image_id"] == [0, 1, 2, 3]
     assert len(predicted["detections"]) == 4
+
+
+@pytest.mark.parametrize("make", [dense, query])
+def test_it_trains_and_scores_in_mixed_precision(make):
+    torch.manual_seed(0)
+    task = Detection(make(), optimizer=partial(torch.optim.AdamW, lr=1e-3))
+    runs = trainer(precision="bf16-mixed", gradient_clip_val=1.0, callbacks=[FiniteLoss()])
+    runs.fit(task, datamodule=Samples(shapes()))
+    assert -1 <= runs.callback_metrics["val/map"] <= 1
+    fused = Detection(dense(), optimizer=partial(torch.optim.AdamW, fused=True))
+    with pytest.raises(UsageError, match="fused optimizer cannot be clipped in bf16-mixed; set fused: false"):
+        trainer(precision="bf16-mixed", gradient_clip_val=1.0).fit(fused, datamodule=Samples(shapes()))
 
 
 def test_nothing_anywhere_has_figures_too():

@@ -28,7 +28,8 @@ class DeformableAttention(nn.Module):
         out(z, box) = Σ_m W_m Σ_l Σ_k A_mlk(z) · W'_m x_l(centre + Δ_mlk(z) · size / 2K),    Σ_lk A_mlk = 1
 
     around a box rather than a point, with offsets that are measured in the box's size (their appendix A.4). Places
-    outside of a map give 0. Δ starts as K steps in M directions, A as uniform.
+    outside of a map give 0. Where an image is no multiple of a map's stride, the map ends behind it, which `spans` tell
+    (their valid ratios). Δ starts as K steps in M directions, A as uniform.
 
     Args:
         channels: C, a multiple of `heads`.
@@ -36,8 +37,8 @@ class DeformableAttention(nn.Module):
         heads: M.
         points: K.
 
-    Shape: queries (B, Q, C), boxes (B, Q, 4) as centre, width and height in shares of the image, and L maps
-    (B, C, h, w) → (B, Q, C).
+    Shape: queries (B, Q, C), boxes (B, Q, 4) as centre, width and height in shares of the image, L maps (B, C, h, w),
+    and perhaps their spans (L, 2), width and height in shares of the image → (B, Q, C).
     """
 
     def __init__(self, channels: int, *, levels: int, heads: int = 8, points: int = 4) -> None:
@@ -60,7 +61,9 @@ class DeformableAttention(nn.Module):
         nn.init.zeros_(self.weigh.bias)
         self.offsets.bias = nn.Parameter(start.flatten().clone())
 
-    def forward(self, query_BQC: Tensor, boxes_BQ4: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, query_BQC: Tensor, boxes_BQ4: Tensor, maps: Sequence[Tensor], spans_L2: Tensor | None = None
+    ) -> Tensor:
         batch, count, channels = query_BQC.shape
         shape = batch, count, self.heads, self.levels, self.points
         weights_BQMLK = self.weigh(query_BQC).view(batch, count, self.heads, -1).softmax(-1).view(shape)
@@ -68,6 +71,8 @@ class DeformableAttention(nn.Module):
         offsets_BQMLK2 = self.offsets(query_BQC).view(*shape, 2) * reach_BQ2[:, :, None, None, None]
         places_BQMLK2 = boxes_BQ4[:, :, None, None, None, :2] + offsets_BQMLK2
         places_BQMLK2, weights_BQMLK = self.sampling(places_BQMLK2, weights_BQMLK)
+        if spans_L2 is not None:
+            places_BQMLK2 = places_BQMLK2 / spans_L2[:, None]
         grid = (2 * places_BQMLK2 - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, BM, Q, K, 2)
         weights = weights_BQMLK.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # (L, BM, 1, Q, K)
         out = grid.new_zeros(batch * self.heads, channels // self.heads, count)

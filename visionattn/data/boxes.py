@@ -41,6 +41,7 @@ KINDS = {
     "duplicate box": "boxes that an image has twice, with the same class",
     "unknown class": "boxes of a class that is not among the names",
     "unknown image": "boxes of an image that is not listed",
+    "shared id": "images that have their id together, so that nobody knows which boxes are whose",
     "unreadable annotation": "files or lines that cannot be parsed",
     "missing image": "annotations without their image",
     "unreadable image": "images that cannot be opened",
@@ -130,11 +131,13 @@ def settle(found: Annotations, size_of: Callable[[Path], Size], *, doubt: bool =
         size_of: the (height, width) of an image as it is decoded; raises DataError.
         doubt: ask whether the boxes look like another format.
     """
-    sizes = {id(entry): _size(entry, size_of, found.problems) for some in found.splits.values() for entry in some}
+    distinct = {id(entry): entry for some in found.splits.values() for entry in some}  # a leak stands in two splits
+    sizes = {key: _size(entry, size_of, found.problems) for key, entry in distinct.items()}
     if doubt:
         for some in found.splits.values():
             pairs = [(entry, sizes[id(entry)]) for entry in some]
             found.problems += _doubts([(entry, size) for entry, size in pairs if size], found.box_format)
+    known: dict[int, Annotated] = {}
     settled: dict[str, list[Annotated]] = {}
     for split, entries in found.splits.items():
         seen: set[Path] = set()
@@ -147,7 +150,9 @@ def settle(found: Annotations, size_of: Callable[[Path], Size], *, doubt: bool =
                 found.problems.append(Problem("listed twice", entry.where, f"{entry.path.name} in {split or 'it'}"))
                 continue
             seen.add(entry.path)
-            settled[split].append(_settled(entry, entry.path, size, found))
+            if id(entry) not in known:
+                known[id(entry)] = _settled(entry, entry.path, size, found)
+            settled[split].append(known[id(entry)])
     return settled
 
 
@@ -177,9 +182,18 @@ def to_xyxy(boxes_N4: NDArray[np.float64], box_format: BoxFormat) -> NDArray[np.
     return boxes_N4
 
 
+def visible(boxes_N4: NDArray[np.floating]) -> NDArray[np.bool_]:
+    """(N,): which boxes, cut at the edges of their image, are at least a pixel wide and high."""
+    return np.asarray((boxes_N4[:, 2:] - boxes_N4[:, :2] >= 1).all(1))
+
+
 def _size(entry: Entry, size_of: Callable[[Path], Size], problems: list[Problem]) -> Size | None:
     if entry.path is None:
-        problems.append(Problem("missing image", entry.where, "its image is not there"))
+        problems.append(
+            Problem(
+                "missing image", entry.where, "its image is in none of the usual folders; images: DIR names another"
+            )
+        )
         return None
     try:
         size = size_of(entry.path)
@@ -246,10 +260,11 @@ def _doubts(pairs: Sequence[tuple[Entry, Size]], box_format: BoxFormat) -> list[
     relative = pairs[0][0].relative
     shares = bool((boxes_N4 <= 1.5).all(1).mean() > _PLAUSIBLE)
     if shares != relative and (shares or (boxes_N4 > 1.5).any(1).mean() > 0.5):
-        read, look = (
-            ("pixels", "shares of the image's width and height") if shares else ("shares of the image", "pixels")
+        read, look, mend = (
+            ("pixels", "shares of the image", "multiply") if shares else ("shares of the image", "pixels", "divide")
         )
-        return [Problem("wrong format", pairs[0][0].where, f"coordinates are read as {read}, and look like {look}")]
+        detail = f"coordinates are read as {read}, and look like {look}; {mend} them by its width and height"
+        return [Problem("wrong format", pairs[0][0].where, detail)]
 
     def sensible(some: BoxFormat) -> float:
         edges_N4 = to_xyxy(boxes_N4, some) * (scale_N4 if relative else 1)

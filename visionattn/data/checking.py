@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from visionattn.data.annotations import layout_of, read_annotations
 from visionattn.data.boxes import KINDS, Annotated, Problem, settle
 from visionattn.data.placement import Size
 from visionattn.errors import DataError
 
-_ORIENTATION = 0x0112
+_WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
 _TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
@@ -50,7 +51,8 @@ class Report:
         by_kind: dict[str, list[Problem]] = defaultdict(list)
         for problem in self.problems:
             by_kind[problem.kind].append(problem)
-        text.append(f"{len(self.problems):,} problems" if self.problems else "no problems")
+        count = len(self.problems)
+        text.append(f"{count:,} problem{'s' * (count > 1)}" if count else "no problems")
         for kind in KINDS:
             if some := by_kind[kind]:
                 text.append(f"  {len(some):,} {kind}: {KINDS[kind]}")
@@ -84,7 +86,9 @@ def size_of(path: Path) -> Size:
     """
     try:
         with Image.open(path) as image:
-            width, height = image.size
+            # newer releases of Pillow turn the size of a TIFF themselves
+            tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+            width, height = tags.get(_WIDTH, image.size[0]), tags.get(_HEIGHT, image.size[1])
             # Pillow decodes all of a PNG to see what stands behind its pixels
             header = image.format == "PNG" and not _says_more(path)
             exif = Image.Image.getexif(image) if header else image.getexif()

@@ -110,7 +110,8 @@ class AnnotatedData(DetectionData):
         images, class_names, splits, box_format: as `read_annotations`.
         bad_boxes: of boxes and images that cannot be trained on (see `boxes.KINDS`): `drop` leaves them out, with a
             warning that counts them; `refuse` raises. Boxes in another format than they are read as are refused always.
-        min_visible: a training box that the augmentation leaves less of than this share is left out, in [0, 1].
+        min_visible: a training box that the augmentation leaves less of than this share, or less than a pixel wide or
+            high, is left out; in [0, 1].
         val_share: where there is no val split: share of the training images for validation.
         test_share: where the files name no splits at all: the same for testing; 0 makes no test split.
         batch_size, num_workers, seed, unreadable, patience: as `ImageData`.
@@ -169,28 +170,33 @@ class AnnotatedData(DetectionData):
         elif self.problems:
             warnings.warn(f"{root}: without {told(self.problems)}; `visionattn data check {root}`", stacklevel=2)
         self._images = _divided(settled, val_share, test_share, seed)
-        if not self._images.get("train") and not self._images.get("val"):
-            raise DataError(f"{root} has no images that can be trained on; `visionattn data check {root}` says why")
+        if not any(self._images.values()):
+            raise DataError(f"{root} has no image that can be used; `visionattn data check {root}` says why")
 
     def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
-        if not self._images.get(split):
-            return None
-        augment = self.augment if split == "train" else None
-        options: dict[str, Any] = {"min_visible": self.min_visible if split == "train" else 0.0}
-        return AnnotatedImages(self._images[split], preprocess=self.preprocess, augment=augment, **options)
+        images = self._images.get(split)
+        if split == "train":
+            if not any(len(image.boxes) for image in images or ()):
+                what = "training images without any box" if images else "no training images"
+                raise DataError(f"{self.root} has {what}; `visionattn data check {self.root}` says why")
+            assert images
+            return AnnotatedImages(
+                images, preprocess=self.preprocess, augment=self.augment, min_visible=self.min_visible
+            )
+        return AnnotatedImages(images, preprocess=self.preprocess) if images else None
 
 
 class AnnotatedImages(Dataset[dict[str, Any]]):
     """Images with their boxes; a sample is asked for by its index, or by (index, seed of the augmentation).
 
-    The boxes go where the augmentation and `preprocess` take the pixels. With `min_visible` > 0 those that are left out
-    of it with less than that share, or less than a pixel wide or high, are dropped; so none is degenerate.
+    The boxes go where the augmentation and `preprocess` take the pixels. With a `min_visible` those that are left less
+    than that share of, or less than a pixel wide or high, are dropped; so none is degenerate.
 
     Args:
         images: what `settle` returns.
         preprocess: to the model's input.
         augment: changes each picture first.
-        min_visible: see above; 0 keeps every box, as a test must.
+        min_visible: see above; None keeps every box, as a test must.
     """
 
     def __init__(
@@ -199,7 +205,7 @@ class AnnotatedImages(Dataset[dict[str, Any]]):
         *,
         preprocess: Preprocess,
         augment: Transform | None = None,
-        min_visible: float = 0.0,
+        min_visible: float | None = None,
     ) -> None:
         self.images = images
         self.preprocess = preprocess
@@ -215,7 +221,7 @@ class AnnotatedImages(Dataset[dict[str, Any]]):
         sample = prepare(read_image(source.path), self.preprocess, self.augment, seed, boxes=source.boxes)
         boxes_N4 = sample["boxes"].numpy()
         keep_N = np.ones(len(boxes_N4), bool)
-        if self.min_visible:
+        if self.min_visible is not None:
             sides_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
             # an affine map scales every area by its determinant
             scale = abs(np.linalg.det(sample["placement"].matrix[:, :2]))
@@ -243,15 +249,14 @@ def _divided(
     settled: Mapping[str, list[Annotated]], val_share: float, test_share: float, seed: int
 ) -> dict[str, list[Annotated]]:
     """Splits by the files' own names; what they leave open is drawn."""
-    splits = {split: images for split, images in settled.items() if split}
-    pool = settled.get("", [])
-    shares = {"val": val_share, "test": test_share}
-    if splits.get("train"):
-        pool, shares = splits["train"], {"val": val_share, "test": 0.0}
-    elif not pool:
+    splits = {split: images for split, images in settled.items() if split and images}
+    held_out = {image.path for split in ("val", "test") for image in splits.get(split, ())}
+    pool = splits.get("train") or [image for image in settled.get("", ()) if image.path not in held_out]
+    if not pool:
         return splits
-    if splits.get("val"):
-        return splits
+    if "val" in splits:
+        return {**splits, "train": pool}
+    shares = {"val": val_share, "test": 0.0 if splits else test_share}
     counts = [max(1, round(share * len(pool))) if share else 0 for share in shares.values()]
     if sum(counts) >= len(pool):
         raise DataError(f"{len(pool)} images are too few to split; add some, or a val split")

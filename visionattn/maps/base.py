@@ -168,6 +168,8 @@ def scores_of(output: Any) -> Tensor:
     for candidate in candidates:
         if isinstance(candidate, Tensor) and candidate.ndim == 2:
             return candidate
+    if isinstance(output, list) and output and isinstance(output[0], dict) and "boxes" in output[0]:
+        raise UsageError("a detector has no scores of the whole image; odam shows the evidence of each box")
     shapes = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     raise UsageError(
         f"the model's output ({shapes}) has no (B, K) scores to choose a class from; "

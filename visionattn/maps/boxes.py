@@ -99,7 +99,8 @@ class BoxMethod(ABC):
 class ODAM(BoxMethod):
     """The gradient of a score times the activation (Zhao & Chan 2023, 2304.06354): relu(Σ_c ∂score/∂A_c · A_c).
 
-    For any detector. Of a pyramid the map of every level is taken, shared out over the cells of the finest, and added.
+    For any detector. Of a pyramid the map of every level is taken, shared out over the cells of the finest, and added;
+    where a level ends behind the image, which is no multiple of its stride, the pyramid's `strides` tell it.
     Deviations from the paper: the gradient is not smoothed, and only the class score is explained, not the edges.
 
     Args:
@@ -124,19 +125,19 @@ class ODAM(BoxMethod):
         if not leaves:
             raise UsageError(f"{name!r} did not run; name a layer that does")
         size = max((leaf.shape[2], leaf.shape[3]) for leaf in leaves)
-        raws = [leaves[0].new_zeros(len(some["scores"]), *size) for some in found]
+        seen = _cells(names[name], leaves, (images_BCHW.shape[2], images_BCHW.shape[3]))
+        raws = [leaves[0].new_zeros(len(some["scores"]), *size, dtype=torch.float32) for some in found]
         for rank in range(max((len(raw) for raw in raws), default=0)):
             with torch.enable_grad():
                 score = torch.stack([some["scores"][rank] for some in found if len(some["scores"]) > rank]).sum()
             if not score.requires_grad:
                 raise UsageError(f"no gradient of a score reaches {name}; the detector computes without gradients")
             gradients = torch.autograd.grad(score, leaves, retain_graph=True, allow_unused=True)
-            for leaf, gradient in zip(leaves, gradients, strict=True):
+            for leaf, gradient, cells in zip(leaves, gradients, seen, strict=True):
                 if gradient is None:
                     continue
-                map_Bhw = (gradient * leaf).sum(1).relu()
-                share = map_Bhw.shape[1] * map_Bhw.shape[2] / (size[0] * size[1])
-                fine_Bhw = F.interpolate(map_Bhw[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+                share = cells[0] * cells[1] / (size[0] * size[1])
+                fine_Bhw = _enlarged((gradient * leaf).sum(1).relu().float(), size, cells)
                 for raw_Nhw, fine_hw in zip(raws, fine_Bhw, strict=True):
                     if len(raw_Nhw) > rank:
                         raw_Nhw[rank] += share * fine_hw.detach()
@@ -216,9 +217,12 @@ class BoxAttention(BoxMethod):
         if self.backbone not in parts:
             raise UsageError(f"the detector has no part {self.backbone!r}.{nearest(self.backbone, parts)}")
         found = [_best(some, most, lowest) for some in detect(model, images_BCHW)]
-        with capture(parts[self.backbone], Full(), layers=[self.layer]) as records:
-            parts[self.backbone](images_BCHW)
-        record, keys, weights = records.kept()
+        try:
+            with capture(parts[self.backbone], Full(), layers=[self.layer]) as records:
+                parts[self.backbone](images_BCHW)
+            record, keys, weights = records.kept()
+        except UsageError as error:
+            raise UsageError(f"{self.name} needs self-attention in {self.backbone}: {error}; odam fits") from error
         queries = record.queries
         if queries is None or record.windowed or queries.grid != keys.grid:
             raise UsageError(f"{record.name} does not attend from the whole grid to the whole grid; odam fits")
@@ -367,6 +371,22 @@ def _cut(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
         yield leaves
     finally:
         handle.remove()
+
+
+def _cells(module: nn.Module, leaves: Sequence[Tensor], size: tuple[int, int]) -> list[tuple[float, float]]:
+    """Rows and columns of each map that the image has."""
+    strides = getattr(module, "strides", ())
+    if len(strides) != len(leaves):
+        return [(leaf.shape[2], leaf.shape[3]) for leaf in leaves]
+    return [(size[0] / stride, size[1] / stride) for stride in strides]
+
+
+def _enlarged(map_Bhw: Tensor, size: tuple[int, int], cells: tuple[float, float]) -> Tensor:
+    """The first `cells` rows and columns of a map at another size, bilinear between the centres of cells."""
+    ratio_y, ratio_x = cells[0] / map_Bhw.shape[1], cells[1] / map_Bhw.shape[2]
+    to_map = map_Bhw.new_tensor([[ratio_x, 0, ratio_x - 1], [0, ratio_y, ratio_y - 1]]).expand(len(map_Bhw), 2, 3)
+    grid = F.affine_grid(to_map, [len(map_Bhw), 1, *size], align_corners=False)
+    return F.grid_sample(map_Bhw[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
 
 
 def _maps(out: Any) -> Sequence[Tensor]:

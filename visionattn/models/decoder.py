@@ -64,7 +64,12 @@ class Decoder(nn.Module):
             nn.init.zeros_(move[-1].bias)  # type: ignore[index]
 
     def forward(
-        self, query_BQC: Tensor, boxes_BQ4: Tensor, maps: Sequence[Tensor], hidden_QQ: Tensor | None = None
+        self,
+        query_BQC: Tensor,
+        boxes_BQ4: Tensor,
+        maps: Sequence[Tensor],
+        hidden_QQ: Tensor | None = None,
+        spans_L2: Tensor | None = None,
     ) -> list[Answer]:
         """Run the layers.
 
@@ -73,13 +78,14 @@ class Decoder(nn.Module):
             boxes_BQ4: where they start.
             maps: L maps (B, C, h, w).
             hidden_QQ: true where a query (row) may not look at another (column).
+            spans_L2: of the maps, as `DeformableAttention` takes them.
         """
         answers = []
         before_BQ4 = boxes_BQ4
         for layer, classify, move in zip(self.layers, self.classify, self.move, strict=True):
             boxes_BQ4 = before_BQ4.detach()
             position_BQC = self.position(sine(boxes_BQ4, query_BQC.shape[2] // 2))
-            query_BQC = layer(query_BQC, position_BQC, boxes_BQ4, maps, hidden_QQ)
+            query_BQC = layer(query_BQC, position_BQC, boxes_BQ4, maps, hidden_QQ, spans_L2)
             delta_BQ4 = move(query_BQC).float()
             answers.append(Answer(classify(query_BQC).float(), (inverse_sigmoid(before_BQ4) + delta_BQ4).sigmoid()))
             before_BQ4 = (inverse_sigmoid(boxes_BQ4) + delta_BQ4).sigmoid()
@@ -103,11 +109,12 @@ class DecoderLayer(nn.Module):
         boxes_BQ4: Tensor,
         maps: Sequence[Tensor],
         hidden_QQ: Tensor | None,
+        spans_L2: Tensor | None,
     ) -> Tensor:
         placed_BQC = query_BQC + position_BQC
         others_BQC, _ = self.among(placed_BQC, placed_BQC, query_BQC, attn_mask=hidden_QQ, need_weights=False)
         query_BQC = self.norms[0](query_BQC + others_BQC)
-        query_BQC = self.norms[1](query_BQC + self.look(query_BQC + position_BQC, boxes_BQ4, maps))
+        query_BQC = self.norms[1](query_BQC + self.look(query_BQC + position_BQC, boxes_BQ4, maps, spans_L2))
         return self.norms[2](query_BQC + self.feed(query_BQC))
 
 

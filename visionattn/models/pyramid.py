@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.attention import insert
+from visionattn.attention import SelfAttention, insert, swap_attention
 from visionattn.errors import UsageError
 from visionattn.models.backbone import create_backbone
 from visionattn.models.classifier import example_image
@@ -36,10 +36,12 @@ class FeaturePyramid(nn.Module):
         backbone: name of a timm model.
         strides: of the maps, each twice the one before.
         channels: C, a multiple of 8.
-        pretrained, weights, options, attention, attention_at, attention_preserve: of the backbone, as `Classifier`.
+        pretrained, weights, options, attention, attention_at, attention_preserve, self_attention, self_attention_at: of
+            the backbone, as `Classifier`.
 
     Raises:
-        UsageError, DataError: as `create_backbone` and `insert`; the backbone has no map of such a stride.
+        UsageError, DataError: as `create_backbone`, `insert` and `swap_attention`; the backbone has no map of such a
+            stride, or takes no images of such a size.
 
     Shape: (B, 3, H, W) → a list of (B, C, ⌈H/s⌉, ⌈W/s⌉).
     """
@@ -56,6 +58,8 @@ class FeaturePyramid(nn.Module):
         attention: Callable[[int], nn.Module] | None = None,
         attention_at: str | Sequence[str] = "stages",
         attention_preserve: bool = True,
+        self_attention: list[Callable[[int], SelfAttention]] | None = None,
+        self_attention_at: str | list[str] | None = None,
     ) -> None:
         super().__init__()
         if not strides or any(b != 2 * a for a, b in itertools.pairwise(strides)):
@@ -79,6 +83,8 @@ class FeaturePyramid(nn.Module):
             )
         self.places = [place for stride, (place, _) in found.items() if self.plain or stride in own]
         self.backbone.prune_intermediate_layers(self.places, prune_norm=True)  # type: ignore[operator]
+        if self_attention is not None:
+            swap_attention(self.backbone, self_attention, at=self_attention_at)
         if attention is not None:
             insert(self.backbone, attention, at=attention_at, preserve=attention_preserve, image=image)
         if self.plain:
@@ -91,7 +97,13 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> list[Tensor]:
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)  # a third faster on CPUs
-        maps = self.backbone.forward_intermediates(x_BCHW, indices=self.places, intermediates_only=True)  # type: ignore[operator]
+        try:
+            maps = self.backbone.forward_intermediates(x_BCHW, indices=self.places, intermediates_only=True)  # type: ignore[operator]
+        except AssertionError as error:  # as of a ViT, which is made for one size
+            raise UsageError(
+                f"the {type(self.backbone).__name__} takes no images of {x_BCHW.shape[2]}×{x_BCHW.shape[3]} pixels: "
+                f"{error} Give the size of the data in its options, img_size: …, or dynamic_img_size: true"
+            ) from error
         if self.plain:
             return [scale(maps[-1]) for scale in self.scales]
         merged: list[Tensor] = []
@@ -128,6 +140,7 @@ def _conv3(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Module:
 def _rescaled(in_chans: int, channels: int, stride: int, goal: int) -> nn.Module:
     """From the map of a plain backbone to one of another stride."""
     steps: list[nn.Module] = []
+    patch = stride
     while stride > goal:
         half = max(channels, in_chans // 2)
         steps += [nn.ConvTranspose2d(in_chans, half, 2, stride=2), nn.GroupNorm(1, half), nn.GELU()]
@@ -136,5 +149,8 @@ def _rescaled(in_chans: int, channels: int, stride: int, goal: int) -> nn.Module
         steps.append(nn.MaxPool2d(2, ceil_mode=True))
         stride *= 2
     if stride != goal:
-        raise UsageError(f"maps of stride {goal} cannot be made from patches of another kind of stride")
+        raise UsageError(
+            f"maps of stride {goal} cannot be made from patches {patch} pixels wide; strides must be that, halved or "
+            "doubled some times"
+        )
     return nn.Sequential(*steps, nn.Conv2d(in_chans, channels, 1, bias=False), _conv3(channels, channels))

@@ -91,7 +91,7 @@ class QueryDetector(Detector):
         maps = self.features(images_BCHW)
         size = images_BCHW.shape[2], images_BCHW.shape[3]
         query_BQC, anchors_BQ4 = self.select(maps, self.dense(maps), size)
-        answer = self.decoder(query_BQC, anchors_BQ4, maps)[-1]
+        answer = self.decoder(query_BQC, anchors_BQ4, maps, spans_L2=self._spans(maps, size))[-1]
         boxes_BQ4 = box_convert(answer.boxes, "cxcywh", "xyxy") * _scale(size, answer.boxes)
         return detections(answer.logits.sigmoid(), boxes_BQ4, size, iou=None)
 
@@ -110,6 +110,14 @@ class QueryDetector(Detector):
         query_BQC = self.start(tokens_BPC.gather(1, place_BQ1.expand(-1, -1, tokens_BPC.shape[2])))
         return query_BQC, _shares(boxes_BQ4, size)
 
+    def _spans(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """(L, 2): width and height of each map in shares of the image, which ends within their last cells."""
+        sides = [
+            [x.shape[3] * stride / size[1], x.shape[2] * stride / size[0]]
+            for x, stride in zip(maps, self.features.strides, strict=True)
+        ]
+        return torch.tensor(sides, device=maps[0].device)
+
     def losses(self, images_BCHW: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
         maps = self.features(images_BCHW)
         size = images_BCHW.shape[2], images_BCHW.shape[3]
@@ -125,7 +133,7 @@ class QueryDetector(Detector):
             query_BQC = torch.cat([self.label(noise.labels), query_BQC], 1)
             anchors_BQ4 = torch.cat([noise.boxes, anchors_BQ4], 1)
             hidden_QQ = noise.hidden(query_BQC.shape[1])
-        answers = self.decoder(query_BQC, anchors_BQ4, maps, hidden_QQ)
+        answers = self.decoder(query_BQC, anchors_BQ4, maps, hidden_QQ, self._spans(maps, size))
         count = noise.boxes.shape[1] if noise is not None else 0
         for answer in answers:
             if noise is not None:

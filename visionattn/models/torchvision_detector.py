@@ -45,6 +45,9 @@ class TorchvisionDetector(Detector):
         if self.shift:  # Faster R-CNN's class 0 is the background
             made = detector(backbone, num_classes + 1)
         _fit(made, features.strides)
+        heads = [made.rpn.head, made.roi_heads.box_predictor] if self.shift else [made.head]
+        for head in heads:
+            head.register_forward_hook(_to_float)
         made.transform = _AsTheyAre()
         self.detector = made
 
@@ -81,6 +84,14 @@ def _fit(made: Any, strides: Sequence[int]) -> None:
             made.roi_heads.box_roi_pool = MultiScaleRoIAlign(names, pool.output_size, pool.sampling_ratio)
 
 
+def _to_float(module: nn.Module, args: Any, out: Any) -> Any:
+    """Pixels need more than the eight bits of bfloat16."""
+    if isinstance(out, Tensor):
+        return out.float()
+    values = {name: _to_float(module, args, value) for name, value in out.items()} if isinstance(out, dict) else None
+    return values or type(out)(_to_float(module, args, value) for value in out)
+
+
 class _Named(nn.Module):
     """A pyramid in the form that torchvision's detectors take."""
 
@@ -88,6 +99,7 @@ class _Named(nn.Module):
         super().__init__()
         self.features = features
         self.out_channels = features.channels
+        self.strides = features.strides
 
     def forward(self, x_BCHW: Tensor) -> dict[str, Tensor]:
         return {str(place): x for place, x in enumerate(self.features(x_BCHW))}

@@ -26,7 +26,7 @@ from visionattn.overlay.kinds import KINDS, Look, Made, Scene
 from visionattn.overlay.lists import Wish
 from visionattn.overlay.render import Style, peak, unlike
 from visionattn.overlay.text import printable
-from visionattn.overlay.views import View, looks_of, maps_of, predictions_of
+from visionattn.overlay.views import View, has_maps, looks_of, predictions_of
 
 _KEPT_BYTES = 192 << 20  # decoded pictures that wait for their heatmap; beyond it they are read a second time
 
@@ -183,7 +183,7 @@ class Job:
                 f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; "
                 "save another kind, or take the method gaze with a network that looks through a Retina"
             )
-        if "boxes" in self.kinds and maps_of(maps.output, 0) is None:
+        if "boxes" in self.kinds and not has_maps(maps.output):
             raise UsageError(
                 f"boxes shows the heat of each box, and {maps.method} of this {type(view.model).__name__} has none; "
                 "save another kind, or take odam, sampling or attention with a detector"

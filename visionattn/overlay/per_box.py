@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from visionattn.data.boxes import visible
 from visionattn.data.placement import Placement
 from visionattn.maps.boxes import BoxMaps
 from visionattn.overlay.draw import blend, boxes
@@ -43,11 +44,14 @@ def overlays_of_boxes(
 
 
 def told_of_boxes(maps: BoxMaps, placement: Placement) -> dict[str, Any]:
-    """The boxes of an image as a page takes them: in pixels of the source, with their heatmaps and what these show."""
+    """The boxes of an image as a page takes them: in pixels of the source, with their heatmaps and what these show; but
+    for those in the padding alone."""
+    boxes_N4 = placement.boxes_to_source(maps.boxes.float().cpu().numpy())
+    seen_N = visible(boxes_N4)
     return {
-        "boxes": placement.boxes_to_source(maps.boxes.float().cpu().numpy()),
-        "labels": maps.labels.tolist(),
-        "scores": maps.scores.tolist(),
-        "maps": maps.heatmaps.cpu().numpy(),
+        "boxes": boxes_N4[seen_N],
+        "labels": maps.labels.cpu().numpy()[seen_N].tolist(),
+        "scores": maps.scores.cpu().numpy()[seen_N].tolist(),
+        "maps": maps.heatmaps.cpu().numpy()[seen_N],
         "shows": maps.source,
     }

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from visionattn.attention.places import image_shape
+from visionattn.data.boxes import visible
 from visionattn.data.placement import Placement, Preprocess
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.maps.base import Maps, scores_of, unwrap
@@ -154,41 +155,49 @@ def looks_of(
     """
     heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
     glimpses = [None] * len(placements) if maps.boxes is None else maps.boxes.cpu().numpy()
-    return [
-        Look(
+    looks = []
+    for place, placement in enumerate(placements):
+        boxes, labels, maps_Nhw = found_of(view, maps.output, place, placement)
+        look = Look(
             view.name or maps.method,
             said(predictions[place]),
             heatmaps_Bhw[place],
             raw_Bhw[place],
             placement,
-            *boxes_of(view, maps.output, place, placement),
+            boxes,
+            labels,
             glimpses[place],
             films[place],
             view.class_names,
-            maps_of(maps.output, place),
+            maps_Nhw,
         )
-        for place, placement in enumerate(placements)
-    ]
+        looks.append(look)
+    return looks
 
 
-def boxes_of(view: View, output: Any, place: int, placement: Placement) -> tuple[list[list[float]], list[str]]:
-    """What a detector is sure of in one image, in pixels of the source: it returns a dict of boxes an image."""
+def found_of(
+    view: View, output: Any, place: int, placement: Placement
+) -> tuple[list[list[float]], list[str], NDArray[np.float32] | None]:
+    """What a detector is sure of in one image: boxes in pixels of the source, labels, and with a method for boxes their
+    heatmaps (N, h, w). What it found in the padding alone is left out."""
     one = output[place] if isinstance(output, (list, tuple)) and place < len(output) else None
     if not isinstance(one, dict) or not {"boxes", "scores", "labels"} <= one.keys():
-        return [], []
-    sure = (one["scores"] >= SURE).cpu()
-    boxes_N4 = placement.boxes_to_source(one["boxes"].detach().float().cpu()[sure].numpy())
+        return [], [], None
+    boxes_N4 = placement.boxes_to_source(one["boxes"].detach().float().cpu().numpy())
+    scores_N, labels_N = (one[name].detach().float().cpu().numpy() for name in ("scores", "labels"))
+    # a method for boxes has chosen those that it explains
+    shown_N = visible(boxes_N4) & (np.bool_("maps" in one) | (scores_N >= SURE))
     labels = [
         f"{view.class_names[label] if label < len(view.class_names) else f'class {label}'} {score:.2f}"
-        for label, score in zip(one["labels"].cpu()[sure].tolist(), one["scores"].cpu()[sure].tolist(), strict=True)
+        for label, score in zip(labels_N[shown_N].astype(int).tolist(), scores_N[shown_N].tolist(), strict=True)
     ]
-    return [[round(edge, 1) for edge in box] for box in boxes_N4.tolist()], labels
+    maps_Nhw = one["maps"].float().cpu().numpy()[shown_N] if "maps" in one else None
+    return [[round(edge, 1) for edge in box] for box in boxes_N4[shown_N].tolist()], labels, maps_Nhw
 
 
-def maps_of(output: Any, place: int) -> NDArray[np.float32] | None:
-    """The heatmaps of the boxes of one image, (N, h, w), in their order; None where there are none of boxes."""
-    one = output[place] if isinstance(output, list) else None
-    return one["maps"].float().cpu().numpy() if isinstance(one, dict) and "maps" in one else None
+def has_maps(output: Any) -> bool:
+    """Whether there is a heatmap for each box."""
+    return isinstance(output, list) and all(isinstance(one, dict) and "maps" in one for one in output)
 
 
 def said(prediction: Mapping[str, Any]) -> str:

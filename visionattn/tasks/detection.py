@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from visionattn.data.boxes import visible
 from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError
 from visionattn.models.detector import Detections, Detector
@@ -175,11 +176,13 @@ def gathered(seen: Seen, world_size: int) -> Seen:
 
 
 def to_source(found: Sequence[Detections], placements: Sequence[Any]) -> list[Detections]:
-    """Carry detections to the pixels of their source images."""
-    return [
-        {**some, "boxes": boxes_to_source(some["boxes"], placement)}
-        for some, placement in zip(found, placements, strict=True)
-    ]
+    """Carry detections to the pixels of their source images; those in the padding alone are left out."""
+    carried = []
+    for some, placement in zip(found, placements, strict=True):
+        boxes_N4 = boxes_to_source(some["boxes"], placement)
+        seen_N = torch.from_numpy(visible(boxes_N4.cpu().numpy())).to(boxes_N4.device)
+        carried.append({name: value[seen_N] for name, value in {**some, "boxes": boxes_N4}.items()})
+    return carried
 
 
 def boxes_to_source(boxes_N4: Tensor, placement: Any) -> Tensor:

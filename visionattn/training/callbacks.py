@@ -210,8 +210,9 @@ class WritePredictions(BasePredictionWriter):
     """Write what was predicted into the run, each image once, in the data's order.
 
     Of a classifier: the most probable class of every image, into predictions.csv. Of a detector: predictions.json, in
-    COCO's form of results, boxes in pixels of the source images, with the files' own numbers of images and classes; and
-    pictures of the first images with their boxes, into predictions/.
+    COCO's form of results, boxes in pixels of the source images, with the files' own numbers of images and classes, and
+    with the image's file_name, since Pascal VOC and YOLO number none; and pictures of the first images with their
+    boxes, into predictions/.
 
     The file appears when it is complete. Each process writes a part of it before.
 
@@ -316,11 +317,12 @@ def _classes(prediction: Any, data: Any) -> bytes:
 def _boxes(prediction: Any, data: Any) -> bytes:
     """A line an image: the list of its results, as COCO's json has them."""
     lines = []
-    for image_id, found in zip(prediction["image_id"], prediction["detections"], strict=True):
+    for path, image_id, found in zip(prediction["path"], prediction["image_id"], prediction["detections"], strict=True):
         edges, scores, labels = (found[name].float().cpu().tolist() for name in ("boxes", "scores", "labels"))
         results = [
             {
                 "image_id": image_id,
+                "file_name": Path(path).name,
                 "category_id": data.category_ids[int(label)],
                 "bbox": [round(edge, 2) for edge in (x1, y1, x2 - x1, y2 - y1)],
                 "score": round(score, 5),

@@ -15,7 +15,7 @@ _UNKNOWN = re.compile(
 _NO_MEMBER = re.compile(
     r"module '(?P<module>[^']+)' has no attribute '(?P<name>[^']+)'|No module named '(?P<missing>[^']+)'"
 )
-_WRONG_VALUE = re.compile(r"(?:Expected an? (?P<type>[^.]+)\. Got value: (?P<value>.*))")
+_WRONG_VALUE = re.compile(r"(?:Expected an? (?P<type>.+?)\. Got value: (?P<value>.*))")
 _WRONG_UNION = re.compile(r"- Expected an? (?P<type>.+)\n(?:.*\n)*?\s*Given value: (?P<value>.*)")
 _KEY = re.compile(r"Parser key \"(?P<key>[^\"]+)\"")
 _CLASS = re.compile(r"(?:Problem with given class_path '(?P<a>[^']+)'|Got value: Namespace\(class_path='(?P<b>[^']+)')")
@@ -48,6 +48,7 @@ def explain(message: str, sections: Mapping[str, Any]) -> str:
         )
     if match := _last(_WRONG_VALUE, message) or _WRONG_UNION.search(message):
         kind = re.sub(r"<class '([^']+)'>", r"\1", match["type"].strip())
+        kind = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", kind)
         return f"{place} must be {kind}, got {match['value'].strip()}"
     if "File does not exist" in message:
         return (
