@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from visionattn.data.boxes import visible
 from visionattn.maps import Maps, MapWarning, Method, default_method
 from visionattn.maps.boxes import BoxMaps, BoxMethod, SameForAll, default_box_method
 from visionattn.overlay.draw import Tile, blend, boxes, fitted, sheet
@@ -80,15 +81,16 @@ def _box_tiles(batch: dict[str, Any], found: list[BoxMaps], names: Any, dataset:
         truth, answers = (
             placement.boxes_to_source(edges.cpu().numpy()) for edges in (batch["boxes"][index], some.boxes)
         )
-        drawn, edges = fitted(picture, np.concatenate([truth, answers]), _BOXES_SIDE)
+        seen = visible(answers)  # not those in the padding alone
+        drawn, edges = fitted(picture, np.concatenate([truth, answers[seen]]), _BOXES_SIDE)
         drawn = boxes(drawn, edges[: len(truth)], colours=[_TRUTH])
         labels = [
             f"{names[label] if names else label} {score:.2f}"
-            for label, score in zip(some.labels.tolist(), some.scores.tolist(), strict=True)
+            for label, score in zip(some.labels.cpu()[seen].tolist(), some.scores.cpu()[seen].tolist(), strict=True)
         ]
         drawn = boxes(drawn, edges[len(truth) :], labels=labels)
         caption = [f"surest {len(labels)}", f"{len(truth)} there"]
         tiles.append(Tile(drawn, caption))
-        heat_hw = some.heatmaps.amax(0).cpu().numpy() if len(labels) else np.zeros((1, 1), np.float32)
+        heat_hw = some.heatmaps.cpu()[seen].amax(0).numpy() if len(labels) else np.zeros((1, 1), np.float32)
         tiles.append(Tile(blend(picture, placement.carry(heat_hw), seen_HW=placement.seen())))
     return tiles
