@@ -9,6 +9,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from tests.models.detectors import batch, learn, query
 from visionattn.models.decoder import Answer, Decoder, DecoderLayer, sine
+from visionattn.models.dense import Dense
 from visionattn.models.query import QueryDetector, make_noise, match, set_losses
 
 TRUTH = [torch.tensor([[0.3, 0.3, 0.2, 0.4], [0.7, 0.6, 0.3, 0.2], [0.5, 0.5, 0.9, 0.9]]), torch.zeros(0, 4)]
@@ -190,6 +191,17 @@ def test_the_best_places_become_queries_and_those_that_propose_the_same_come_las
         torch.testing.assert_close(anchors[n], expected.clamp(0, 1))
         tokens = torch.cat([x.flatten(2) for x in maps], 2)[n].T
         torch.testing.assert_close(content[n], detector.start(tokens[order]))
+
+
+def test_boxes_of_different_images_do_not_suppress_each_other():
+    detector = query().eval()
+    detector.queries = 1
+    maps = [torch.randn(2, detector.features.channels, 1, 2)]
+    # moved by the largest edge and one, as batched_nms moves the second image, its first box is that of the first image
+    boxes = torch.tensor([[[0.0, 0, 99, 99], [50, 50, 60, 60]], [[-100, -100, -1, -1], [10, 10, 20, 20]]])
+    logits = torch.tensor([[3.0, 0], [2, 1]])[..., None].expand(2, 2, 4)
+    _, anchors = detector.select(maps, Dense(logits, boxes, torch.zeros(2, 3)), (100, 100))
+    torch.testing.assert_close(anchors[:, 0], torch.tensor([[0.495, 0.495, 0.99, 0.99], [0, 0, 0.99, 0.99]]))
 
 
 def test_the_hundred_best_answers_are_given_and_none_suppresses_another():

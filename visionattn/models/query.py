@@ -102,7 +102,9 @@ class QueryDetector(Detector):
         boxes_BM4 = found.boxes.detach().gather(1, place_BM[..., None].expand(-1, -1, 4))
         image_BM = torch.arange(len(place_BM), device=place_BM.device)[:, None].expand_as(place_BM)
         later_BM = torch.ones_like(place_BM)
-        later_BM.view(-1)[batched_nms(boxes_BM4.flatten(0, 1), score_BM.flatten(), image_BM.flatten(), _DISTINCT)] = 0
+        # below 0 the boxes of one image would reach into what batched_nms sets apart for the one before
+        moved_M4 = (boxes_BM4 - boxes_BM4.amin()).flatten(0, 1)
+        later_BM.view(-1)[batched_nms(moved_M4, score_BM.flatten(), image_BM.flatten(), _DISTINCT)] = 0
         rank_BQ = later_BM.argsort(dim=1, stable=True)[:, : self.queries]
         boxes_BQ4 = boxes_BM4.gather(1, rank_BQ[..., None].expand(-1, -1, 4))
         tokens_BPC = torch.cat([x.flatten(2) for x in maps], 2).mT
