@@ -7,8 +7,8 @@
   it; the learning rate follows it. Settings were chosen with `--tune`, which scores on images of another seed.
 - `fcos_map50_10s`, `fcos_map_50s`: torchvision's FCOS on the same backbone, trained as long: a yardstick of how hard
   the images are. Its head has one convolution a tower, as the dense detector's here, where its own four are slower.
-  With some seeds it finds nothing: the distances to the edges stand behind a ReLU, which dies within 200 steps at any
-  rate from 1e-3 to 1e-2, and all boxes are empty from then on.
+  With some seeds it finds little or nothing: the distances to the edges stand behind a ReLU, which dies within 200
+  steps at any rate from 1e-3 to 1e-2, and boxes without width or height are what remains.
 - `map_eval_speed`: how many times as fast as pycocotools the task's mAP is, 500 images with 100 boxes each; median of
   pairs. `map_eval_difference` is the largest difference of the twelve figures.
 - `mass_ratio_dense`, `mass_ratio_query`: heat inside a box ÷ the box's share of the image, of the detectors of the rows
