@@ -77,5 +77,6 @@ def settle(page):
 
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None,
-    reason="there is no Chromium here to open the page in; install Debian's package chromium to run these tests",
+    reason="the page can only be tried in a browser, which pip cannot install, and there is no Chromium here: install "
+    "Debian's package chromium, as .ci/run does, to run these tests",
 )

@@ -184,12 +184,12 @@ def found_of(
     if not isinstance(one, dict) or not {"boxes", "scores", "labels"} <= one.keys():
         return [], [], None
     boxes_N4 = placement.boxes_to_source(one["boxes"].detach().float().cpu().numpy())
-    scores_N, labels_N = (one[name].detach().float().cpu().numpy() for name in ("scores", "labels"))
+    scores_N, labels_N = one["scores"].detach().float().cpu().numpy(), one["labels"].cpu().numpy()
     # a method for boxes has chosen those that it explains
     shown_N = visible(boxes_N4) & (np.bool_("maps" in one) | (scores_N >= SURE))
     labels = [
         f"{view.class_names[label] if label < len(view.class_names) else f'class {label}'} {score:.2f}"
-        for label, score in zip(labels_N[shown_N].astype(int).tolist(), scores_N[shown_N].tolist(), strict=True)
+        for label, score in zip(labels_N[shown_N].tolist(), scores_N[shown_N].tolist(), strict=True)
     ]
     maps_Nhw = one["maps"].float().cpu().numpy()[shown_N] if "maps" in one else None
     return [[round(edge, 1) for edge in box] for box in boxes_N4[shown_N].tolist()], labels, maps_Nhw

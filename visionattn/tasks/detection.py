@@ -137,7 +137,7 @@ class Detection(L.LightningModule):
             )
         ]
         found = [{name: some[name] for name in ("boxes", "scores", "labels")} for some in self._find(batch)]
-        self._seen += zip(*([_on_cpu(some) for some in side] for side in (found, truth)), strict=True)
+        self._seen += zip(found, map(_on_cpu, truth), strict=True)
 
     def _log(self, split: str) -> None:
         seen = gathered(self._seen, self.trainer.world_size)
@@ -176,19 +176,18 @@ def gathered(seen: Seen, world_size: int) -> Seen:
 
 
 def to_source(found: Sequence[Detections], placements: Sequence[Any]) -> list[Detections]:
-    """Carry detections to the pixels of their source images; those in the padding alone are left out."""
+    """Carry detections to the CPU and the pixels of their source images; those in the padding alone are left out."""
     carried = []
-    for some, placement in zip(found, placements, strict=True):
+    for some, placement in zip(map(_on_cpu, found), placements, strict=True):
         boxes_N4 = boxes_to_source(some["boxes"], placement)
-        seen_N = torch.from_numpy(visible(boxes_N4.cpu().numpy())).to(boxes_N4.device)
+        seen_N = torch.from_numpy(visible(boxes_N4.numpy()))
         carried.append({name: value[seen_N] for name, value in {**some, "boxes": boxes_N4}.items()})
     return carried
 
 
 def boxes_to_source(boxes_N4: Tensor, placement: Any) -> Tensor:
-    """Carry boxes of an input to the pixels of its source."""
-    carried = placement.boxes_to_source(boxes_N4.detach().cpu().double().numpy())
-    return torch.from_numpy(carried).to(boxes_N4.device, torch.float32)
+    """Carry boxes of an input to the CPU and the pixels of its source."""
+    return torch.from_numpy(placement.boxes_to_source(boxes_N4.detach().cpu().double().numpy())).float()
 
 
 def _on_cpu(some: dict[str, Tensor]) -> dict[str, Tensor]:
