@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from visionattn.data.boxes import Annotations, Entry, Problem
 from visionattn.data.decode import SUFFIXES
 from visionattn.data.placement import Size
 from visionattn.errors import DataError, nearest
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """What files and folders call a split → its name."""
+IMAGE_FOLDERS = ("images", "JPEGImages", "Images", "imgs", "")
+"""What the folder of the images is called."""
 
 
 def files_ending(folder: Path, suffix: str) -> list[Path]:
@@ -79,3 +82,38 @@ def to_whole(value: Any) -> int | None:
         return value
     number = to_number(value)
     return int(number) if number.is_integer() else None
+
+
+def resplit(found: Annotations, files: Mapping[str, Path]) -> Annotations:
+    """Divide the entries as split files say."""
+    by_name: dict[str, list[Entry]] = {}
+    for entry in (entry for entries in found.splits.values() for entry in entries):
+        name = Path(entry.path.name if entry.path else entry.where.partition(", ")[2] or entry.where)
+        for text in {name.name, name.stem}:
+            by_name.setdefault(text, []).append(entry)
+    splits: dict[str, list[Entry]] = {}
+    for split, file in files.items():
+        if not file.is_file():
+            raise DataError(f"there is no split file {file}")
+        splits[split] = []
+        for line in file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines():
+            # names may hold blanks, and Pascal VOC writes 1 or -1 behind them
+            texts = [line.strip(), *line.rsplit(None, 1)[:1]] if line.strip() else []
+            known = next((some for text in texts if (some := _meant(text, by_name))), [])
+            if len(known) > 1:
+                one, other = (entry.path or entry.where for entry in known[:2])
+                raise DataError(f"{file}: {texts[0]} may be {one} or {other}; write the folder before the name")
+            splits[split] += known
+            if texts and not known:
+                found.problems.append(Problem("not annotated", file.name, texts[0]))
+    return Annotations(splits, found.class_names, found.category_ids, found.box_format, found.problems)
+
+
+def _meant(text: str, by_name: Mapping[str, list[Entry]]) -> list[Entry]:
+    """The entries that a line of a split file may mean."""
+    path = Path(text.replace("\\", "/"))
+    bare = path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
+    some = by_name.get(path.name) or by_name.get(bare.name, [])
+    folders = bare.parent.parts
+    fit = [entry for entry in some if entry.path and entry.path.parent.parts[-len(folders) :] == folders]
+    return fit if len(some) > 1 and folders and fit else some

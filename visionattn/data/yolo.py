@@ -26,7 +26,7 @@ def yaml_of(root: Path) -> dict[str, Any] | None:
 
 
 def read_yolo(root: Path, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
-    """Read a folder or a .yaml file in YOLO's layout; see `read_annotations`.
+    """Read a folder or a .yaml file in YOLO's layout; see `annotations.read_annotations`.
 
     Raises:
         DataError: it is none, its names are no names, or there are no images.
