@@ -12,8 +12,8 @@ from visionattn.training import pictures
 
 
 def test_boxes_are_drawn_where_they_are_and_those_in_the_padding_left_out(monkeypatch):
-    picture = np.full((40, 80, 3), 90, np.uint8)
-    placement = Placement(np.array([[1, 0, 0], [0, 1, 20]]), (40, 80), (80, 80))  # 20 rows of padding above
+    picture = np.full((48, 96, 3), 90, np.uint8)
+    placement = Placement(np.array([[1, 0, 0], [0, 1, 24]]), (48, 96), (96, 96))  # 24 rows of padding above
     found = BoxMaps(
         boxes=torch.tensor([[10.0, 30, 30, 50], [5, 2, 60, 18]]),  # the second in the padding
         scores=torch.tensor([0.9, 0.8]),
@@ -25,15 +25,16 @@ def test_boxes_are_drawn_where_they_are_and_those_in_the_padding_left_out(monkey
     )
     batch = {"placement": [placement], "path": ["a"], "boxes": [torch.tensor([[12.0, 30, 32, 52]])]}
     kept = []
-    monkeypatch.setattr(pictures, "sheet", lambda tiles, **_: kept.extend(tiles))
+    monkeypatch.setattr(pictures, "sheet", lambda tiles, *, width, **_: kept.extend([*tiles, width]))
     dataset = SimpleNamespace(read_source=lambda path: picture)
     pictures.picture_of(batch, [found], SimpleNamespace(class_names=("cat", "dog")), dataset, "")
-    tile, heat = kept
+    tile, heat, width = kept
+    assert width == 288  # the tile's own, three times the picture's: its lines are not resampled
     assert isinstance(tile, Tile)
     assert tile.caption == ["surest 1", "1 there"]
-    large = picture.repeat(4, 0).repeat(4, 1)  # 320 pixels
-    expected = boxes(large, np.array([[48.0, 40, 128, 128]]), colours=[(255, 255, 255)])
-    expected = boxes(expected, np.array([[40.0, 40, 120, 120]]), labels=["dog 0.90"])
+    large = picture.repeat(3, 0).repeat(3, 1)
+    expected = boxes(large, np.array([[36.0, 18, 96, 84]]), colours=[(255, 255, 255)])
+    expected = boxes(expected, np.array([[30.0, 18, 90, 78]]), labels=["dog 0.90"])
     np.testing.assert_array_equal(tile.picture, expected)
-    assert heat.picture.shape == (40, 80, 3)
+    assert heat.picture.shape == (48, 96, 3)
     assert (heat.picture[:10, 70:] == 90).all()  # the other's heat is left out with its box

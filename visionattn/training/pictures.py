@@ -42,7 +42,9 @@ def picture_of(batch: dict[str, Any], found: Explained, pl_module: Any, dataset:
     """A sheet of the batch's images, each beside its overlay."""
     names = getattr(pl_module, "class_names", ())
     if isinstance(found, list):
-        return sheet(_box_tiles(batch, found, names, dataset), title=title, columns=4, width=_BOXES_SIDE)
+        tiles = _box_tiles(batch, found, names, dataset)
+        # at their own size lines and labels stay sharp
+        return sheet(tiles, title=title, columns=4, width=max(tiles[0].picture.shape[:2]))
     tiles, width = _tiles(batch, found, names, dataset)
     return sheet(tiles, title=title, columns=6 if len(tiles) > 4 else len(tiles), width=width)
 
