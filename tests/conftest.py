@@ -5,24 +5,27 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads of several tests would wait for each other
 
+import shutil
+from unittest import mock
+
+import huggingface_hub
 import numpy as np
 import pytest
 
+from tests.explorer.explored import CHROMIUM
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [
-    "--trainer.max_epochs=1",
-    "--trainer.enable_progress_bar=false",
-    "--data.train_size=256",
-    "--data.val_size=64",
+    "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--data.train_size=256", "--data.val_size=64",
     "--data.test_size=64",
-]
+]  # fmt: skip
 """Flags that make the quickstart a matter of seconds."""
 
 
 @pytest.fixture(autouse=True)
-def _fresh_run(monkeypatch):
-    monkeypatch.delenv("VISIONATTN_RUN", raising=False)
-    yield
+def _fresh_run():
+    os.environ.pop("VISIONATTN_RUN", None)
+    yield  # without monkeypatch, so that it ends after a test's own has put things back
     os.environ.pop("VISIONATTN_RUN", None)
 
 
@@ -56,3 +59,41 @@ def photo_folder(tmp_path_factory):
             colour = random.integers(0, 60, (40, 48, 3)) + np.array([number * 40, 100, 200 - number * 40]) % 195
             Image.fromarray(colour.astype(np.uint8)).save(folder / f"{index}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """Where the repositories lie: `owner/name` is a folder."""
+    home = tmp_path / "hub"
+
+    def create_repo(repo_id, **options):
+        (home / repo_id).mkdir(parents=True, exist_ok=options["exist_ok"])
+        return f"https://huggingface.co/{repo_id}"
+
+    def upload_folder(repo_id, folder_path, **options):
+        shutil.copytree(folder_path, home / repo_id, dirs_exist_ok=True)
+
+    def download(repo_id, filename, revision=None):
+        path = home / repo_id / (revision or "") / filename
+        if not path.exists():
+            raise huggingface_hub.errors.EntryNotFoundError(f"404: no {filename} in {repo_id}\nmore")
+        return str(path)
+
+    api = mock.create_autospec(huggingface_hub.HfApi)
+    api.return_value.create_repo.side_effect = create_repo
+    api.return_value.upload_folder.side_effect = upload_folder
+    monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", mock.create_autospec(huggingface_hub.hf_hub_download, side_effect=download)
+    )
+    return home

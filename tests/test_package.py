@@ -22,7 +22,7 @@ def test_the_wheel_runs_the_shipped_configs_without_a_checkout(tmp_path):
     shipped = {f"visionattn/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert shipped < set(names)
     assert "visionattn/py.typed" in names
-    page = {f"visionattn/overlay/page/{path.name}" for path in (ROOT / "visionattn/overlay/page").iterdir()}
+    page = {f"visionattn/explorer/static/{path.name}" for path in (ROOT / "visionattn/explorer/static").iterdir()}
     assert len(page) > 5
     assert page < set(names)
     code = "from visionattn import cli; print(cli.__file__); cli.main(%r)"

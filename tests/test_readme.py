@@ -12,20 +12,20 @@ import timm
 import torchvision
 from PIL import Image
 
+from tests.commands.command_line import FakeMNIST
 from tests.conftest import CONFIGS, SMALL
 from tests.data.annotated import voc
-from tests.test_cli import FakeMNIST
 from visionattn.cli import main
 
 README = (CONFIGS.parent / "README.md").read_text()
 SECTIONS = {section.split("\n")[0]: section for section in README.split("\n## ")}
 ELSEWHERE = {
     "python -m pip install": ".ci/run installs it, and test_package.py builds the wheel",
-    "--devices 2": "tests/test_cli.py: all of 'Overlays of folders'",
+    "--devices 2": "tests/commands/test_overlay.py: all of 'Overlays of folders'",
     "torchrun": "tests/faults/test_resume.py",
     "srun": "tests/faults/test_resume.py, without SLURM: its environment",
     "hf://": "tests/training/test_hub.py",
-    "visionattn push": "tests/training/test_hub.py",
+    "visionattn push": "tests/commands/test_push.py",
 }
 """What is run by another test, by a part of the command."""
 SHORT = [

@@ -11,31 +11,6 @@
 The names and the packages are imported when they are first used; `import visionattn` itself costs nothing.
 """
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from visionattn._lazy import lazy
-
-if TYPE_CHECKING:
-    from visionattn import attention as attention
-    from visionattn import data as data
-    from visionattn import maps as maps
-    from visionattn import models as models
-    from visionattn import tasks as tasks
-    from visionattn import training as training
-    from visionattn.attention.insertion import insert as insert
-    from visionattn.overlay.explorer import explore as explore
-    from visionattn.overlay.heatmaps import Heatmap as Heatmap
-    from visionattn.overlay.heatmaps import heatmap as heatmap
-    from visionattn.overlay.heatmaps import overlay as overlay
-    from visionattn.training.checkpoints import load as load
-
-__getattr__, __dir__ = lazy(
-    __name__,
-    {
-        "attention.insertion": ("insert",),
-        "overlay.explorer": ("explore",),
-        "overlay.heatmaps": ("Heatmap", "heatmap"),
-        "training.checkpoints": ("load",),
-    },
-    packages=("attention", "data", "maps", "models", "overlay", "tasks", "training"),
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

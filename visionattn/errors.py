@@ -16,3 +16,13 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     """Say which of `names` come nearest to a mistyped `name`: `" Nearest: a, b."`, or `""` where none is near."""
     close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
     return f" Nearest: {', '.join(close)}." if close else ""
+
+
+class MapWarning(UserWarning):
+    """A heatmap was made, but there is a reason to doubt it."""
+
+
+def warn(message: str) -> None:
+    import warnings
+
+    warnings.warn(message, MapWarning, stacklevel=4)

@@ -10,38 +10,13 @@ from visionattn import attention
 MECHANISMS = {
     name: getattr(attention, name)
     for name in (
-        "SE",
-        "EffectiveSE",
-        "ECA",
-        "CircularECA",
-        "WideECA",
-        "GCT",
-        "FcaNet",
-        "GatherExcite",
-        "LSKA",
-        "CoordinateAttention",
-        "SimpleCoordinateAttention",
-        "ELA",
-        "StripAttention",
-        "CBAM",
-        "LightCBAM",
-        "BAM",
-        "SimAM",
-        "TripletAttention",
-        "EMA",
-        "GlobalContext",
-        "GlobalContextGate",
-        "DoubleAttention",
-        "Lambda",
-        "NonLocal",
-        "DualAttention",
-        "BottleneckAttention",
-        "HaloAttention",
-        "BilinearAttention",
-        "SelectiveKernel",
+        "SE", "EffectiveSE", "ECA", "CircularECA", "WideECA", "GCT", "FcaNet", "GatherExcite", "LSKA",
+        "CoordinateAttention", "SimpleCoordinateAttention", "ELA", "StripAttention", "CBAM", "LightCBAM", "BAM",
+        "SimAM", "TripletAttention", "EMA", "GlobalContext", "GlobalContextGate", "DoubleAttention", "Lambda",
+        "NonLocal", "DualAttention", "BottleneckAttention", "HaloAttention", "BilinearAttention", "SelectiveKernel",
         "SplitAttention",
     )
-}
+}  # fmt: skip
 
 
 def seeded(mechanism, channels, **options):

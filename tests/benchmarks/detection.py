@@ -41,11 +41,11 @@ from torchvision.models.detection.fcos import FCOSHead
 from torchvision.ops import box_iou
 
 from tests.shapes import NAMES, Shapes
-from visionattn import load
-from visionattn.maps.box_scores import mass_ratio
+from visionattn.evaluation.box_scores import mass_ratio
 from visionattn.maps.boxes import ODAM, QuerySampling
 from visionattn.models import DenseDetector, FeaturePyramid, QueryDetector, TorchvisionDetector
-from visionattn.tasks.coco_figures import coco_figures
+from visionattn.tasks.coco_metrics import coco_figures
+from visionattn.training import load
 from visionattn.training.data_of import data_of
 
 GOALS = {

@@ -33,8 +33,8 @@ from rich.console import Console
 
 from visionattn.data.decode import read_image
 from visionattn.data.placement import Preprocess
-from visionattn.overlay.export import export
-from visionattn.overlay.views import View
+from visionattn.overlays.explainer import View
+from visionattn.overlays.folder.export import export
 
 GOALS = {
     "resnet50_224": (0.90, "higher"),

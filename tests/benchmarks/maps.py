@@ -26,7 +26,8 @@ import timm
 import torch
 
 from visionattn._malloc import keep_freed_memory
-from visionattn.maps import ClassRow, GradCAM, GradientAttention, HeadMean, Rollout, capture
+from visionattn.capture import ClassRow, HeadMean, capture
+from visionattn.maps import GradCAM, GradientAttention, Rollout
 
 MODELS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_384"}
 BATCH = 8

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn import load
-from visionattn.data.pipeline import collate
+from visionattn.data.samples import collate
+from visionattn.training import load
 from visionattn.training.data_of import data_of
 
 TRAINING_IMAGES = 5_000

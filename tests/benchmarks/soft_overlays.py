@@ -9,12 +9,13 @@ one. Each with the run's answer, ticked where it is the name of the picture's fo
 import argparse
 from pathlib import Path
 
-from visionattn import load
 from visionattn.data import read_image, write_image
-from visionattn.data.pipeline import prepare
+from visionattn.data.samples import prepare
+from visionattn.drawing.overlay import blend
+from visionattn.drawing.sheets import Tile, sheet
 from visionattn.errors import UsageError
 from visionattn.maps import Gate, GradCAM
-from visionattn.overlay.draw import Tile, blend, sheet
+from visionattn.training import load
 
 
 def name_of(network):

@@ -34,8 +34,8 @@ import yaml
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn import load
 from visionattn.attention import TokenMerging, mean_span, reduce_tokens
+from visionattn.training import load
 
 IMAGES, SIZE = 256, 32
 

@@ -5,12 +5,12 @@ import json
 import albumentations as A
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.data.annotated import GAPS, NAMES, SCENES, coco, voc
-from tests.data.test_annotations import spoiled
-from visionattn.data import AnnotatedData, DigitScenes, DigitScenesData, Preprocess
+from tests.data.annotations.spoiled import spoiled
+from tests.refusals import refuses
+from visionattn.data import AnnotatedData, Preprocess
 from visionattn.data.transforms import Augmentation
 from visionattn.errors import DataError, UsageError
 
@@ -92,8 +92,7 @@ def test_a_batch_holds_lists_of_boxes(tmp_path):
 
 def test_bad_boxes_are_refused_or_dropped_with_their_count(tmp_path):
     root = str(spoiled(coco(tmp_path)))
-    with pytest.raises(DataError, match=r"4 not finite, 1 inverted, 2 empty, .*bad_boxes: drop"):
-        AnnotatedData(root)
+    refuses(DataError, r"4 not finite, 1 inverted, 2 empty, .*bad_boxes: drop", AnnotatedData, root)
     with pytest.warns(UserWarning, match="without 4 not finite, 1 inverted"):
         data = AnnotatedData(root, bad_boxes="drop", num_workers=0, preprocess=Preprocess(64, fit="letterbox"))
     data.setup("fit")
@@ -132,49 +131,7 @@ def test_what_the_files_do_not_split_is_drawn_without_leaks(tmp_path):
 
 
 def test_a_crop_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="letterbox or stretch"):
-        AnnotatedData(str(voc(tmp_path)), preprocess=Preprocess(64))
-
-
-def test_digit_scenes_have_their_boxes_around_the_ink():
-    scenes = DigitScenes("val", size=40, fragments=0, count=(0, 4))
-    counts = set()
-    for index in range(40):
-        sample = scenes[index]
-        ink = sample["image"][0].numpy() > -1 + 2 * 64.5 / 255
-        counts.add(len(sample["boxes"]))
-        covered = np.zeros_like(ink)
-        for x1, y1, x2, y2 in sample["boxes"].int().tolist():
-            assert ink[y1:y2, x1:x2].any(1).all() or len(sample["boxes"]) > 1
-            assert ink[y1, x1:x2].any()
-            assert ink[y1:y2, x1].any()
-            assert ink[y2 - 1, x1:x2].any()
-            covered[y1:y2, x1:x2] = True
-        assert not (ink & ~covered).any()
-    assert counts >= {0, 1, 2, 3}
-    assert torch.equal(scenes[7]["image"], DigitScenes("val", size=40, fragments=0, count=(0, 4))[7]["image"])
-
-
-def test_digits_of_a_scene_hide_little_of_each_other():
-    scenes = DigitScenes("train", size=60, count=(5, 5))
-    pairs = 0
-    for index in range(60):
-        boxes = scenes[index]["boxes"].numpy()
-        for n, one in enumerate(boxes):
-            for other in boxes[:n]:
-                sides = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])
-                smaller = min((box[2:] - box[:2]).prod() for box in (one, other))
-                assert sides.clip(0).prod() <= 0.2 * smaller + 1e-6
-                pairs += (sides > 0).all()
-    assert pairs > 50
-
-
-def test_digit_scenes_come_as_batches():
-    data = DigitScenesData(train_size=8, val_size=4, test_size=4, batch_size=4)
-    data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
-    assert batch["image"].shape == (4, 3, 96, 96)
-    assert all(boxes.shape == (len(labels), 4) for boxes, labels in zip(batch["boxes"], batch["labels"], strict=True))
+    refuses(UsageError, "letterbox or stretch", lambda: AnnotatedData(str(voc(tmp_path)), preprocess=Preprocess(64)))
 
 
 @pytest.mark.parametrize("unreadable", ["stop", "skip"])
@@ -186,8 +143,7 @@ def test_an_image_that_breaks_off_later_is_named(unreadable, tmp_path):
     data.setup("fit")
     data.batch_size = len(data.datasets["train"])
     if unreadable == "stop":
-        with pytest.raises(DataError, match=r"train_0\.png"):
-            list(data.train_dataloader())
+        refuses(DataError, r"train_0\.png", lambda: list(data.train_dataloader()))
         return
     seen = [path for batch in data.train_dataloader() for path in batch["path"]]
     assert seen

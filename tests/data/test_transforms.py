@@ -4,16 +4,9 @@ import albumentations as A
 import numpy as np
 import pytest
 
-from visionattn.data import Preprocess
-from visionattn.data.pipeline import prepare
+from tests.data.spots import spot
 from visionattn.data.transforms import Augmentation
 from visionattn.errors import UsageError
-
-
-def spot(height, width, y, x):
-    rows, columns = np.mgrid[0:height, 0:width]
-    blob = np.exp(-((rows + 0.5 - y) ** 2 + (columns + 0.5 - x) ** 2) / 8)
-    return np.repeat((255 * blob).astype(np.uint8)[..., None], 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -41,13 +34,6 @@ def test_the_placement_follows_the_pixels(transform, seed):
     np.testing.assert_allclose(placement.to_input([[36.0, 31.0]])[0], centre, atol=0.35)
     again, _ = augment(picture, seed)
     np.testing.assert_array_equal(changed, again)
-
-
-def test_augmentation_and_preparation_compose():
-    sample = prepare(spot(60, 70, 20, 50), Preprocess(35, fit="stretch"), Augmentation([A.HorizontalFlip(p=1)]))
-    image = sample["image"][0].numpy()
-    row, column = np.unravel_index(image.argmax(), image.shape)
-    np.testing.assert_allclose(sample["placement"].to_input([[50, 20]])[0], [column + 0.5, row + 0.5], atol=1)
 
 
 def test_what_bends_or_changes_the_kind_of_values_is_refused():

@@ -146,7 +146,7 @@ def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, mod
             "log_every_n_steps": 1,
             "num_sanity_val_steps": 0,
             "callbacks": [
-                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}},
+                {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": {"decay": 0.9}}
             ],
             **trainer,
         },
@@ -163,10 +163,7 @@ def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, mod
                 },
                 "mixup": 0.4,
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-                "lr_scheduler": {
-                    "class_path": "torch.optim.lr_scheduler.OneCycleLR",
-                    "init_args": {"max_lr": 0.01},
-                },
+                "lr_scheduler": {"class_path": "torch.optim.lr_scheduler.OneCycleLR", "init_args": {"max_lr": 0.01}},
             },
         },
         "data": {

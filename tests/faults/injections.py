@@ -66,7 +66,7 @@ def at_save(number: int, moment: str, act=die) -> None:
     """In the `number`-th checkpoint that is written: `begin`, `half` written, `written`, `moved`."""
     import torch
 
-    from visionattn.training import durable
+    from visionattn.training import checkpoint_io as durable
 
     if moment == "begin":
         on_call(torch, "save", number, act)

@@ -48,9 +48,9 @@ def main() -> None:
     import timm  # noqa: F401
     import torch
 
+    import visionattn.commands.scorecard
     import visionattn.models
-    import visionattn.overlay.export
-    import visionattn.scorecard
+    import visionattn.overlays.folder.export
     import visionattn.tasks
     import visionattn.training.command  # noqa: F401
 

@@ -27,7 +27,7 @@ def run_of(server, count, command, home):
     for ended in [child.wait() for child in children]:
         assert ended.code == 0, ended.told
     (run,) = (home / "runs" / "tiny").iterdir()
-    assert not list(run.glob(".*.part"))
+    assert not list(run.glob(".*part*"))
     return run
 
 
@@ -35,7 +35,7 @@ def run_of(server, count, command, home):
     ("images", "processes"),
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)],
 )
-@pytest.mark.parametrize("verb", ["test", "predict"])  # overlay shares its images itself, see tests/overlay
+@pytest.mark.parametrize("verb", ["test", "predict"])  # overlay shares its images itself, see tests/overlays
 def test_every_image_counts_once(verb, images, processes, server, trained, tmp_path):
     config, checkpoint = trained
     command = [verb, "--config", config, f"--ckpt_path={checkpoint}", f"--data.test_size={images}"]

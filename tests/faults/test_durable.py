@@ -17,10 +17,10 @@ import torch
 from tests.faults.conftest import tiny
 from visionattn.data import read_image, write_image
 from visionattn.errors import DataError
-from visionattn.overlay.manifest import Manifest
-from visionattn.training.callbacks import _write_csv
-from visionattn.training.durable import DurableCheckpointIO
-from visionattn.training.metrics import MetricsFile
+from visionattn.overlays.folder.manifest import Manifest
+from visionattn.training.callbacks.metrics_file import MetricsFile
+from visionattn.training.callbacks.report import _write_csv
+from visionattn.training.checkpoint_io import DurableCheckpointIO
 
 OTHER_DISK = "/dev/shm"  # another file system than the one that the tests write to, where there is one
 
@@ -72,7 +72,7 @@ def test_no_kill_while_saving_leaves_a_checkpoint_that_cannot_be_loaded(kills, t
         assert content["number"] >= reached  # the earlier one or a later
         assert (content["state_dict"]["weight"] == content["number"]).all()
         reached = content["number"]
-        assert set(os.listdir(tmp_path)) <= {"last.ckpt", ".last.ckpt.part"}  # one leftover at most
+        assert set(os.listdir(tmp_path)) <= {"last.ckpt", ".part.last.ckpt"}  # one leftover at most
     assert reached > 0
     DurableCheckpointIO().save_checkpoint(checkpoint(-1), path)
     assert os.listdir(tmp_path) == ["last.ckpt"]  # and it was written over
@@ -177,7 +177,7 @@ def test_a_full_disk_and_a_folder_that_takes_nothing_spoil_no_file(name, share, 
         assert [row["step"] for row in rows[:250]] == [str(step) for step in range(1000, 1250)]
     else:
         assert after == before
-    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".part.")] == []
 
 
 def test_a_training_that_cannot_save_ends_with_its_reason_and_the_checkpoint_before(server, tmp_path):
@@ -188,5 +188,5 @@ def test_a_training_that_cannot_save_ends_with_its_reason_and_the_checkpoint_bef
     run = tmp_path / "runs" / "tiny" / "0"
     assert f"last.ckpt cannot be written: {os.strerror(errno.ENOSPC)}" in ended.told
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 2
-    assert not list(run.glob(".*.part"))
+    assert not list(run.glob(".*part*"))
     assert stat.S_ISREG((run / "last.ckpt").stat().st_mode)

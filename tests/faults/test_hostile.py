@@ -17,13 +17,10 @@ from PIL import Image, features
 
 from visionattn.data import read_image
 from visionattn.errors import DataError
-from visionattn.training import export, load
+from visionattn.training import load
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 OWN = ("overlay", "explore", "score", "export")  # a verb that takes --ckpt belongs here
-
-
-# checkpoints ----------------------------------------------------------------------------------------------------------
 
 
 class Runs:
@@ -42,16 +39,11 @@ def hostile_checkpoints(folder, content):
     (folder / "evil_module.py").write_text(f"open({ran!r}, 'w')\nclass Net: pass\n")
     code = f"open({ran!r}, 'w').write('x')"
     calls = {
-        "system": Runs(os.system, f"touch {ran}"),
-        "open": Runs(open, ran, "w"),
-        "exec": Runs(exec, code),
-        "eval": Runs(eval, code),
-        "import": Runs(__import__, "evil_module"),
-        "compile": Runs(compile, code, "x", "exec"),
-        "load": Runs(torch.load, ran),
-        "hub": Runs(torch.hub.load, "a/b", "c"),
-        "numpy": Runs(np.load, ran),
-    }
+        "system": Runs(os.system, f"touch {ran}"), "open": Runs(open, ran, "w"), "exec": Runs(exec, code),
+        "eval": Runs(eval, code), "import": Runs(__import__, "evil_module"),
+        "compile": Runs(compile, code, "x", "exec"), "load": Runs(torch.load, ran),
+        "hub": Runs(torch.hub.load, "a/b", "c"), "numpy": Runs(np.load, ran),
+    }  # fmt: skip
     made = {}
 
     def save(name, thing, **options):
@@ -148,45 +140,6 @@ def test_nor_through_any_verb(verb, some, hostile, quick_run, server, tmp_path):
     assert all(".ckpt" in message for _, message, _ in told)
     assert [modules for _, _, modules in told if modules] == []
     assert not (folder / "ran").exists()
-
-
-@pytest.mark.parametrize("address", ["http://example.invalid/x.ckpt", "https://x/y.ckpt", "s3://x/y.ckpt", "file:///x"])
-def test_an_address_is_no_checkpoint(address, quick_run, monkeypatch, capsys):
-    from visionattn.cli import main
-
-    def connect(*_):
-        raise AssertionError("it asked the network")
-
-    monkeypatch.setattr("socket.socket.connect", connect)
-    assert main(["test", "--config", str(quick_run / "config.yaml"), "--ckpt_path", address]) == 2
-    assert "not an address" in capsys.readouterr().err
-    with pytest.raises(DataError, match="there is no checkpoint"):
-        load(address)
-
-
-def test_what_is_exported_is_the_same_model_and_holds_no_pickle(quick_run, tmp_path, capsys):
-    from visionattn.cli import main
-
-    out = tmp_path / "model.safetensors"
-    assert main(["export", "--ckpt", str(quick_run / "best.ckpt"), "--out", str(out)]) == 0
-    task, again = load(quick_run / "best.ckpt"), load(out)
-    assert again.class_names == task.class_names
-    assert again.preprocess == task.preprocess
-    for name, value in task.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name])
-    assert not zipfile.is_zipfile(out)
-    flags = ["--images", str(tmp_path), "--out", str(tmp_path / "seen"), "--ckpt", str(out)]
-    Image.new("RGB", (64, 64), "white").save(tmp_path / "x.png")
-    assert main(["overlay", *flags]) == 0
-    out.write_bytes(out.read_bytes()[:-1])
-    with pytest.raises(DataError, match="cut short or another kind"):
-        load(out)
-    assert main(["export", "--ckpt", str(quick_run / "best.ckpt"), "--out", "model.pt"]) == 2
-    with pytest.raises(DataError, match="cannot be written"):
-        export(quick_run / "best.ckpt", tmp_path / "nowhere" / "x.safetensors")
-
-
-# images ---------------------------------------------------------------------------------------------------------------
 
 
 def kinds():
@@ -286,9 +239,6 @@ def test_no_mutation_of_an_image_crashes_the_decoder(count, tmp_path):
                 content[place:place] = content[place // 2 : place]
         assert "does not name" not in (read_or_reason(bytes(content), tmp_path / "x") or "")
     assert memory() - before < 1
-
-
-# paths ----------------------------------------------------------------------------------------------------------------
 
 
 def test_names_of_images_lead_nowhere_else(server, tmp_path):

@@ -46,7 +46,7 @@ def test_torchrun_starts_two_processes_that_share_one_run(undisturbed, tmp_path)
     """The command of README, as a user types it."""
     _, expected = undisturbed
     command = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    command += ["-m", "visionattn.cli", "fit", f"--config={tiny(tmp_path, batch=2)}", "--ckpt_path=last"]
+    command += ["-m", "visionattn", "fit", f"--config={tiny(tmp_path, batch=2)}", "--ckpt_path=last"]
     command += ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp"]
     ended = subprocess.run(
         [sys.executable, *command],

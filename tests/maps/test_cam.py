@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.maps import models
+from tests.capture import models
 from visionattn.errors import UsageError
 from visionattn.maps import EigenCAM, GradCAM, GradCAMPlusPlus, LayerCAM, ScoreCAM
 

@@ -7,10 +7,11 @@ import torchvision
 from timm.layers import create_attn
 from torch import nn
 
-from tests.maps import models
+from tests.capture import models
 from visionattn.attention import CBAM, ECA, SE
+from visionattn.capture import Nothing, capture
 from visionattn.errors import UsageError
-from visionattn.maps import Gate, GradCAM, Nothing, capture
+from visionattn.maps import Gate, GradCAM
 
 close = torch.testing.assert_close
 

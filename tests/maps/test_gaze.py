@@ -1,49 +1,23 @@
-"""Glimpses are recorded from outside, and shown on the pixels that they saw."""
+"""Glimpses are shown on the pixels that they saw."""
 
 import itertools
-import threading
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
 
-from tests.maps import models
+from tests.capture import models
+from tests.maps.glimpses import images, network
 from visionattn.attention import Categorical, Gaussian, Retina
-from visionattn.errors import UsageError
-from visionattn.maps import (
-    METHODS,
-    Gaze,
-    GradCAM,
-    MapWarning,
-    Nothing,
-    RawAttention,
-    capture,
-    default_method,
-    methods_that_fit,
-    score,
-)
+from visionattn.capture import Nothing, capture
+from visionattn.errors import MapWarning, UsageError
+from visionattn.evaluation import score
+from visionattn.maps import METHODS, Gaze, GradCAM, RawAttention, default_method, methods_that_fit
 from visionattn.maps.gaze import coverage
-from visionattn.models import ConvEncoder, GlimpseNetwork, MLPEncoder
+from visionattn.models import ConvEncoder
 
 close = torch.testing.assert_close
-
-
-def network(patch_size=4, *, scales=2, subpixel=False, channels=1, **options):
-    """Untrained, but it looks about: the policy's weights are large."""
-    torch.manual_seed(0)
-    options = {"num_glimpses": 4, "policy": Gaussian, "encoder": MLPEncoder} | options
-    model = GlimpseNetwork(
-        5, retina=Retina(patch_size, scales=scales, subpixel=subpixel), in_chans=channels, hidden_size=16, **options
-    )
-    with torch.no_grad():
-        model.policy.layers[-1].weight.mul_(300)
-    return model.eval()
-
-
-def images(height=12, width=15, batch=3, channels=1):
-    return torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
 class Reader(nn.Module):
@@ -60,71 +34,6 @@ class Reader(nn.Module):
         return self.head(seen.flatten(1))
 
 
-# Records ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_record_holds_where_the_network_looked_and_what_each_scale_covered():
-    model, x = network(), images()
-    with torch.no_grad(), capture(model) as records:
-        out = model(x)
-        assert len(records) == 1  # told while the model is still watched
-    with torch.no_grad():
-        rollout = model.rollout(x, look="mean")
-        close(out, model(x), rtol=0, atol=0)
-    (record,) = records
-    assert (record.name, record.kind, record.grid, record.call) == ("retina", "glimpse", (12, 15), 0)
-    close(record.locations, rollout.location, rtol=0, atol=0)
-    close(record.boxes, model.retina.boxes(rollout.location, (12, 15)), rtol=0, atol=0)
-    assert records.report() == "1 seen in 1 call of the model\n  retina: glimpse, 4 at 2 scales in 12×15 pixels"
-
-
-def test_calls_of_the_model_and_rollouts_are_kept_apart():
-    model, x = network(), images()
-    with torch.no_grad(), capture(model, Nothing()) as records:
-        model(x)
-        model(images(9, 9))
-        again = model.rollout(x, rollouts=3, num_glimpses=2)
-        other = model.rollout(x, rollouts=3, num_glimpses=2)
-    assert [record.grid for record in records] == [(12, 15), (9, 9), (12, 15), (12, 15)]
-    assert [record.call for record in records[:2]] == [0, 1]
-    close(records[2].locations, again.location)
-    close(records[3].locations, other.location)
-
-
-def test_looks_of_other_networks_and_outside_of_capture_are_not_recorded():
-    model, other, x = network(), network(), images()
-    plain = Retina.look
-    with torch.no_grad(), capture(model, Nothing()) as records:
-        other(x)
-        with capture(other, Nothing()) as inner:
-            model(x)
-            other(x)
-        other(x)
-    model(x)
-    assert (len(records), len(inner)) == (1, 1)
-    assert Retina.look is plain
-    with pytest.raises(RuntimeError, match="enough"), capture(model, Nothing()):
-        raise RuntimeError("enough")
-    assert Retina.look is plain
-    assert "look" not in vars(model.retina)
-
-
-def test_threads_that_watch_one_network_hear_their_own_looks():
-    model, together = network(), threading.Barrier(2, timeout=60)
-
-    def watch(x):
-        with torch.no_grad(), capture(model, Nothing()) as records:
-            together.wait()
-            model(x)
-            together.wait()
-        return [record.grid for record in records]
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(watch, (images(12, 15), images(9, 9)))) == [[(12, 15)], [(9, 9)]]
-    assert Retina.look.__name__ == "look"
-    assert Retina.look.__module__ == Retina.__module__
-
-
 def test_a_network_of_somebody_else_is_watched_too():
     model, x = Reader(), images()
     with torch.no_grad(), capture(model, Nothing()) as records:
@@ -137,17 +46,6 @@ def test_a_network_of_somebody_else_is_watched_too():
     centre = (maps.boxes[0, :, 0, :2] + maps.boxes[0, :, 0, 2:]) / 2
     # the corner, a place, and then what lies opposite: in the order of looking
     close(centre, torch.tensor([[0.5, 11.5], [11.5, 6.5], [14.5, 0.5], [4.5, 6.5]]))
-
-
-def test_gradients_reach_the_network_through_what_is_watched():
-    model, x = network(subpixel=True, policy=lambda size: Gaussian(size, pathwise=True)), images()
-    with capture(model, Nothing()) as records:
-        model(x).square().sum().backward()
-    assert model.policy.layers[-1].weight.grad.abs().sum() > 0
-    assert not records[0].locations.requires_grad
-
-
-# Heatmaps -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("subpixel", [False, True])
@@ -235,9 +133,6 @@ def test_two_retinas_are_shown_together():
     model, here = Both(), torch.zeros(3, 1, 2)
     (model.near(pixels, here).sum() + model.far(pixels, here + 0.3).sum()).backward()
     close(maps.raw, pixels.grad[:, 0])
-
-
-# Choice and refusal ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -8,26 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.models.glimpses import images, make, touched
+from tests.refusals import refuses
 from visionattn.attention import Categorical, Gaussian, Retina, TanhGaussian, TruncatedGaussian
 from visionattn.errors import UsageError
-from visionattn.models import ConvEncoder, Glance, GlimpseNetwork, MLPEncoder, TimmEncoder
-
-SMALL = {"hidden_size": 16, "glimpse_features": 12, "where_features": 8, "num_glimpses": 3}
-
-
-def make(policy=Gaussian, retina=None, **options):
-    torch.manual_seed(0)
-    return GlimpseNetwork(
-        5, retina=retina or Retina(4), policy=policy, **{"encoder": partial(MLPEncoder, features=8), **SMALL, **options}
-    )
-
-
-def images(*shape):
-    return torch.randn(*(shape or (2, 3, 12, 10)), generator=torch.Generator().manual_seed(1))
-
-
-def touched(module):
-    return {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+from visionattn.models import Glance
 
 
 @pytest.mark.parametrize("glance", [None, partial(Glance, size=6)], ids=["centre", "glance"])
@@ -86,23 +71,6 @@ def test_the_mean_policy_is_deterministic_and_images_do_not_meet(policy, core):
     assert torch.equal(network.rollout(x, look="mean", rollouts=2).logits[:, 1, -1], first)
     drawn = network.rollout(x).location
     assert not torch.equal(network.rollout(x).location, drawn)
-
-
-@pytest.mark.parametrize(
-    ("encoder", "retina", "chans"),
-    [
-        (ConvEncoder, Retina((5, 8), scales=2), 3),
-        (partial(ConvEncoder, widths=(4, 6, 8)), Retina(7), 1),
-        (partial(TimmEncoder, backbone="resnet10t"), Retina(32, scales=3), 3),
-    ],
-    ids=["conv", "grey", "timm"],
-)
-def test_encoders_take_any_patch(encoder, retina, chans):
-    network = make(encoder=encoder, retina=retina, in_chans=chans)
-    logits = network(images(2, chans, 40, 33))
-    assert logits.shape == (2, 5)
-    logits.sum().backward()
-    assert {name for name in touched(network) if name.startswith("encoder")}
 
 
 def test_controls_take_no_notice_of_the_policy():
@@ -164,9 +132,6 @@ def test_nothing_in_the_loop_waits_for_the_host_and_it_compiles(policy):
 
 
 def test_what_a_network_cannot_be_is_said():
-    with pytest.raises(ValueError, match="num_glimpses must be"):
-        make(num_glimpses=0)
-    with pytest.raises(ValueError, match="start must be centre or random"):
-        make(start="corner")
-    with pytest.raises(UsageError, match="look must be sample"):
-        make().rollout(images(), look="greedy")
+    refuses(ValueError, "num_glimpses must be", make, num_glimpses=0)
+    refuses(ValueError, "start must be centre or random", make, start="corner")
+    refuses(UsageError, "look must be sample", lambda: make().rollout(images(), look="greedy"))

@@ -11,10 +11,7 @@ from PIL import Image
 
 from tests.notebooks.execute import HOME, code, read
 
-ROWS = [
-    [("01_soft_attention", 2), ("04_detection", 1)],
-    [("06_your_images_your_model", 2)],
-]
+ROWS = [[("01_soft_attention", 2), ("04_detection", 1)], [("06_your_images_your_model", 2)]]
 """Notebook, and which of its pictures; those of a row get one height."""
 WIDTH, GAP = 1400, 6
 

@@ -7,53 +7,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from tests.tasks.test_classification import trainer
+from tests.refusals import refuses
+from tests.tasks.points import trainer
+from tests.tasks.spots import Spots, make
 from visionattn.attention import Categorical, Gaussian, Retina
-from visionattn.models import GlimpseNetwork, MLPEncoder
-from visionattn.tasks import GlimpseClassification
+from visionattn.models.glimpse_network import Rollout
+from visionattn.tasks.glimpses import on_object
 
 BASELINES = ("none", "moving_average", "batch_mean", "learned", "self_critical", "leave_one_out")
-
-
-def make(policy=Gaussian, retina=None, **options):
-    torch.manual_seed(0)
-    network = GlimpseNetwork(
-        3,
-        retina=retina or Retina(3),
-        policy=policy,
-        encoder=partial(MLPEncoder, features=8),
-        num_glimpses=3,
-        hidden_size=16,
-        glimpse_features=12,
-        where_features=8,
-        in_chans=1,
-    )
-    return GlimpseClassification(network, **options)
-
-
-class Spots(L.LightningDataModule):
-    """A bright column whose place is the class."""
-
-    class_names = ("left", "middle", "right")
-
-    def __init__(self, count=48):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.samples = []
-        for index in range(count):
-            image = 0.1 * torch.rand(1, 9, 9, generator=generator)
-            image[:, :, index % 3 * 4] += 1
-            self.samples.append({"image": image, "label": index % 3})
-
-    def train_dataloader(self):
-        return DataLoader(self.samples, batch_size=16)
-
-    val_dataloader = test_dataloader = train_dataloader
 
 
 @pytest.mark.parametrize(
@@ -123,17 +87,16 @@ def test_the_policy_hears_of_the_progress_of_the_training():
 
 
 def test_what_a_task_cannot_be_is_said():
-    with pytest.raises(ValueError, match="≥ 2 with the baseline leave_one_out"):
-        make(rollouts=1)
-    with pytest.raises(ValueError, match="every_glimpse must be in"):
-        make(every_glimpse=2.0)
+    refuses(ValueError, "≥ 2 with the baseline leave_one_out", make, rollouts=1)
+    refuses(ValueError, "every_glimpse must be in", make, every_glimpse=2.0)
 
 
 DDP = """
 import sys
 import torch
-from tests.tasks.test_classification import trainer
-from tests.tasks.test_glimpses import Spots, make
+from tests.refusals import refuses
+from tests.tasks.points import trainer
+from tests.tasks.spots import Spots, make
 
 torch.set_num_threads(1)
 task = make(baseline="learned")
@@ -163,3 +126,18 @@ def test_two_processes_learn_one_network(tmp_path):
         if "val_scores" not in name and "test_" not in name:
             assert torch.equal(value, second[name]), name
     assert all(not torch.equal(first[name], before[name]) for name, _ in make(baseline="learned").named_parameters())
+
+
+def test_a_location_is_on_the_object_where_its_pixel_is():
+    """Of an odd patch at whole pixels: its middle pixel lies in the box."""
+    location = 2 * torch.randint(0, 21, (4, 2, 5, 2)) / 20 - 1.0
+    log_prob = torch.zeros(4, 2, 4)  # the first location was not chosen
+    rollout = Rollout(location, *[torch.zeros(0)] * 2, log_prob, *[torch.zeros(0)] * 2, ())
+    box = torch.tensor([[3.0, 5, 12, 20], [0, 0, 21, 21], [4, 4, 5, 5], [20, 0, 21, 21]])
+    middles = Retina(3).boxes(location, (21, 21))[..., 0, :2].int() + 1
+    expected = torch.zeros(4)
+    for b, r, t in itertools.product(range(4), range(2), range(1, 5)):
+        x, y = middles[b, r, t].tolist()
+        left, top, right, bottom = box[b].tolist()
+        expected[b] += (left <= x < right and top <= y < bottom) / 8
+    torch.testing.assert_close(on_object(rollout, box, (21, 21)), expected)

@@ -39,16 +39,9 @@ class Scripted(Categorical):
 
 def make_task(**options):
     network = GlimpseNetwork(
-        3,
-        retina=Retina(2),
-        policy=Scripted,
-        encoder=partial(MLPEncoder, features=6),
-        num_glimpses=3,
-        hidden_size=5,
-        glimpse_features=6,
-        where_features=4,
-        in_chans=1,
-    )
+        3, retina=Retina(2), policy=Scripted, encoder=partial(MLPEncoder, features=6), num_glimpses=3, hidden_size=5,
+        glimpse_features=6, where_features=4, in_chans=1,
+    )  # fmt: skip
     task = GlimpseClassification(network, **{"rollouts": 2, **options}).double()
     torch.manual_seed(24)  # a network whose answer depends on the path, under all rewards
     with torch.no_grad():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import CONFIGS
+from tests.refusals import refuses
 from visionattn.cli import main
 from visionattn.errors import DataError
 from visionattn.training import load
@@ -62,8 +63,7 @@ def test_a_checkpoint_that_names_code_of_others_is_refused(class_path, content, 
     network = {"class_path": class_path, "init_args": {}}
     content["visionattn"]["model"]["init_args"]["network"] = network
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(DataError, match=f"{class_path}, which"):
-        load(tmp_path / "x.ckpt")
+    refuses(DataError, f"{class_path}, which", lambda: load(tmp_path / "x.ckpt"))
 
 
 def test_a_pickle_that_would_run_code_does_not(tmp_path):
@@ -72,18 +72,15 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
             return open, (str(tmp_path / "ran"), "w")
 
     torch.save({"state_dict": Evil(), "visionattn": {}}, tmp_path / "x.ckpt")
-    with pytest.raises(DataError, match="it would run code"):
-        load(tmp_path / "x.ckpt")
+    refuses(DataError, "it would run code", lambda: load(tmp_path / "x.ckpt"))
     (tmp_path / "y.ckpt").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(DataError, match="cannot be read as a checkpoint"):
-        load(tmp_path / "y.ckpt")
+    refuses(DataError, "cannot be read as a checkpoint", lambda: load(tmp_path / "y.ckpt"))
     assert not (tmp_path / "ran").exists()
 
 
 def test_other_files_are_named_for_what_they_are(content, quick_run, tmp_path):
     def fails(part, name="x.ckpt"):
-        with pytest.raises(DataError, match=part):
-            load(tmp_path / name)
+        refuses(DataError, part, lambda: load(tmp_path / name))
 
     fails("there is no checkpoint", "nothing.ckpt")
     whole = (quick_run / "best.ckpt").read_bytes()
@@ -100,5 +97,17 @@ def test_other_files_are_named_for_what_they_are(content, quick_run, tmp_path):
 def test_weights_that_do_not_fit_are_named(content, tmp_path):
     del content["state_dict"]["network.head.bias"]
     torch.save(content, tmp_path / "x.ckpt")
-    with pytest.raises(DataError, match=r"network\.head\.bias"):
-        load(tmp_path / "x.ckpt")
+    refuses(DataError, r"network\.head\.bias", lambda: load(tmp_path / "x.ckpt"))
+
+
+@pytest.mark.parametrize("address", ["http://example.invalid/x.ckpt", "https://x/y.ckpt", "s3://x/y.ckpt", "file:///x"])
+def test_an_address_is_no_checkpoint(address, quick_run, monkeypatch, capsys):
+    from visionattn.cli import main
+
+    def connect(*_):
+        raise AssertionError("it asked the network")
+
+    monkeypatch.setattr("socket.socket.connect", connect)
+    assert main(["test", "--config", str(quick_run / "config.yaml"), "--ckpt_path", address]) == 2
+    assert "not an address" in capsys.readouterr().err
+    refuses(DataError, "there is no checkpoint", load, address)

@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
-from visionattn.data.digits import ClutteredDigits
-from visionattn.data.folder import ImageFolder, find_classes
-from visionattn.data.loading import ImageData, Split
-from visionattn.data.pipeline import Transform, prepare
+from visionattn.data.image_folder import ImageFolder, find_classes
+from visionattn.data.loading.batches import ImageData, Split
+from visionattn.data.loading.workers import PATIENCE, Unreadable
 from visionattn.data.placement import Preprocess
-from visionattn.data.workers import PATIENCE, Unreadable
+from visionattn.data.samples import Transform, prepare
 from visionattn.errors import DataError, UsageError
 
 
@@ -32,41 +31,6 @@ class ClassificationData(ImageData):
     def class_counts(self) -> NDArray[np.int64] | None:
         """Number of training images of each class, where it is known without reading them all."""
         return None
-
-
-class ClutteredDigitsData(ClassificationData):
-    """Handwritten digits among clutter (see `ClutteredDigits`); needs no download.
-
-    Args:
-        train_size: number of training images.
-        val_size: number of validation images.
-        test_size: number of test images.
-        canvas: side of the images, pixels.
-        fragments: pieces of other digits in each image.
-        batch_size, num_workers, seed: as `ImageData`.
-    """
-
-    class_names = ClutteredDigits.class_names
-
-    def __init__(
-        self,
-        *,
-        train_size: int = 12_000,
-        val_size: int = 1_000,
-        test_size: int = 2_000,
-        canvas: int = 64,
-        fragments: int = 4,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        self._sizes = {"train": train_size, "val": val_size, "test": test_size}
-        self._options = {"canvas": canvas, "fragments": fragments, "seed": seed}
-        preprocess = ClutteredDigits("train", size=1, canvas=canvas).preprocess
-        super().__init__(preprocess=preprocess, batch_size=batch_size, num_workers=num_workers, seed=seed)
-
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
-        return ClutteredDigits(split, size=self._sizes[split], preprocess=self.preprocess, **self._options)  # type: ignore[arg-type]
 
 
 class ImageFolderData(ClassificationData):

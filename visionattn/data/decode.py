@@ -2,7 +2,6 @@
 
 import io
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from visionattn.errors import DataError, UsageError
+from visionattn.files import write_file
 
 # fmt: off
 SUFFIXES = frozenset({
     ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
-    ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+    ".pnm", ".ppm", ".tif", ".tiff", ".webp"
 })
 # fmt: on
 """What a folder's images end with, in lower case. HEIC may not be readable here: better a failure than silence."""
@@ -114,7 +114,7 @@ def write_image(path: "str | bytes | os.PathLike[str]", image_HWC: NDArray[np.ui
         content = encode_image(image_HWC, Path(os.fsdecode(path)).suffix)
     except UsageError as error:
         raise DataError(f"{os.fsdecode(path)}: {error}") from error
-    write_bytes(path, content)
+    write_file(path, content)
 
 
 def encode_image(image_HWC: NDArray[np.uint8] | NDArray[np.uint16], suffix: str) -> bytes:
@@ -156,7 +156,7 @@ def write_animation(
         content = encode_animation(frames, Path(os.fsdecode(path)).suffix, seconds=seconds)
     except UsageError as error:
         raise DataError(f"{os.fsdecode(path)}: {error}") from error
-    write_bytes(path, content)
+    write_file(path, content)
 
 
 def encode_animation(frames: Sequence[NDArray[np.uint8]], suffix: str, *, seconds: float = 0.8) -> bytes:
@@ -180,30 +180,6 @@ def encode_animation(frames: Sequence[NDArray[np.uint8]], suffix: str, *, second
     buffer = io.BytesIO()
     first.save(buffer, suffix[1:], save_all=True, append_images=others, duration=durations, loop=0, **how)
     return buffer.getvalue()
-
-
-def write_bytes(path: "str | bytes | os.PathLike[str]", content: bytes) -> None:
-    """Write a file beside its place, then move it there.
-
-    Raises:
-        DataError: it cannot be written; names the file and the reason.
-    """
-    target = os.path.abspath(os.fsdecode(path))
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(target), prefix=".", suffix=".part", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException as error:  # Ctrl-C too leaves nothing lying about
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        if not isinstance(error, OSError):
-            raise
-        raise DataError(f"{os.fsdecode(path)} cannot be written: {error.strerror or error}") from error
 
 
 def _plain_jpeg(file: BinaryIO) -> NDArray[np.uint8] | None:
@@ -246,9 +222,3 @@ def _from_deep_grey(values_HW: NDArray[np.generic], *, wide: bool) -> NDArray[np
         low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
         grey = np.nan_to_num((values - low) * (255 / (high - low if high > low else 1)))
     return np.repeat(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[..., None], 3, axis=2)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

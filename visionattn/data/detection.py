@@ -10,15 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from visionattn.data.annotations import read_annotations
-from visionattn.data.boxes import Annotated, BoxFormat, Problem, refuse, settle, told
-from visionattn.data.checking import same_content, size_of
+from visionattn.data.annotations.boxes import Annotated, BoxFormat, Problem, refuse, settle, told
+from visionattn.data.annotations.checks import same_content, size_of
+from visionattn.data.annotations.reading import read_annotations
 from visionattn.data.decode import read_image
-from visionattn.data.digit_scenes import DigitScenes
-from visionattn.data.loading import ImageData, Split
-from visionattn.data.pipeline import Transform, prepare
+from visionattn.data.loading.batches import ImageData, Split
+from visionattn.data.loading.workers import PATIENCE, Unreadable
 from visionattn.data.placement import Preprocess
-from visionattn.data.workers import PATIENCE, Unreadable
+from visionattn.data.samples import Transform, prepare
 from visionattn.errors import DataError, UsageError
 
 
@@ -60,42 +59,6 @@ class DetectionData(ImageData):
             unreadable=unreadable,
             patience=patience,
         )
-
-
-class DigitScenesData(DetectionData):
-    """Handwritten digits among clutter, several an image (see `DigitScenes`); needs no download.
-
-    Args:
-        train_size: number of training images.
-        val_size: number of validation images.
-        test_size: number of test images.
-        canvas: side of the images, pixels.
-        count: smallest and largest number of digits.
-        batch_size, num_workers, seed: as `ImageData`.
-    """
-
-    class_names = DigitScenes.class_names
-    category_ids = tuple(range(10))
-
-    def __init__(
-        self,
-        *,
-        train_size: int = 2_000,
-        val_size: int = 200,
-        test_size: int = 500,
-        canvas: int = 96,
-        count: tuple[int, int] = (1, 5),
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        self._sizes = {"train": train_size, "val": val_size, "test": test_size}
-        self._options = {"canvas": canvas, "count": count, "seed": seed}
-        preprocess = DigitScenes("train", size=1, canvas=canvas).preprocess
-        super().__init__(preprocess=preprocess, batch_size=batch_size, num_workers=num_workers, seed=seed)
-
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
-        return DigitScenes(split, size=self._sizes[split], preprocess=self.preprocess, **self._options)  # type: ignore[arg-type]
 
 
 class AnnotatedData(DetectionData):

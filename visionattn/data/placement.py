@@ -240,3 +240,12 @@ def _hull(corners_N42: NDArray[np.float64]) -> NDArray[np.float64]:
 def _clip(boxes_N4: NDArray[np.float64], size: Size) -> NDArray[np.float64]:
     height, width = size
     return np.clip(boxes_N4, 0, [width, height, width, height])
+
+
+def image_shape(model: object) -> tuple[int, int, int]:
+    """The shape of the images that a model was configured for, 3 × 224 × 224 unless it says."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    channels, height, width = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "image_size", None)
+    height, width = (size if isinstance(size, (tuple, list)) else (size, size)) if size else (height, width)
+    return channels, height, width

@@ -27,11 +27,12 @@ from torch.utils.data import Dataset
 
 from visionattn.data.datamodules import ClassificationData
 from visionattn.data.decode import SUFFIXES, decode_image
-from visionattn.data.loading import Split
-from visionattn.data.pipeline import Transform, prepare
+from visionattn.data.loading.batches import Split
+from visionattn.data.loading.workers import Unreadable
 from visionattn.data.placement import Preprocess
-from visionattn.data.workers import Unreadable
+from visionattn.data.samples import Transform, prepare
 from visionattn.errors import DataError, UsageError, nearest
+from visionattn.files import write_file
 
 _OPEN = 32  # shards that a process holds open
 _FETCH = 600.0  # seconds that a sample may take, with the shard it lies in
@@ -235,14 +236,13 @@ class Store:
     def _fetch(self, url: str, place: str) -> int:
         import fsspec
 
-        part = f"{place}.part"
         try:
-            with fsspec.open(url, "rb") as source, open(part, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-            handle = os.open(part, os.O_RDONLY)
-            os.replace(part, place)
+            with fsspec.open(url, "rb") as source:
+                write_file(place, lambda file: shutil.copyfileobj(source, file, 1 << 20))
+            handle = os.open(place, os.O_RDONLY)
         except Exception as error:  # each file system has its own
-            raise DataError(f"{url} cannot be fetched: {error or type(error).__name__}") from error
+            reason = error.__cause__ or error
+            raise DataError(f"{url} cannot be fetched: {reason or type(reason).__name__}") from error
         self._make_room(place)
         return handle
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for a newer version of itself
 import albumentations as A
 
-from visionattn.data.pipeline import Transform
 from visionattn.data.placement import Placement, Size
+from visionattn.data.samples import Transform
 from visionattn.errors import UsageError
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.errors import UsageError
-from visionattn.maps.base import check_images, undisturbed, warn
-from visionattn.maps.layout import Activation
-from visionattn.maps.running import look, run
-from visionattn.maps.sites import Survey
-from visionattn.maps.watching import surveys
+from visionattn.capture.hooks import surveys
+from visionattn.capture.running import look, run, undisturbed
+from visionattn.capture.survey import Survey
+from visionattn.capture.token_layout import Activation
+from visionattn.errors import UsageError, warn
+from visionattn.maps.method import check_images
 
 RATIO, MOST, FEWEST = 3.0, 0.1, 64
 

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.attention.deformable import DeformableAttention
+from visionattn.attention.self_attention.deformable import DeformableAttention
+from visionattn.capture.recording import capture, place
+from visionattn.capture.reductions import Full
+from visionattn.capture.running import undisturbed
 from visionattn.errors import DataError, UsageError, nearest
-from visionattn.maps.attention_methods import RawAttention
-from visionattn.maps.base import Maps, Method, check_images, culprit, detach, stretch, undisturbed
-from visionattn.maps.keep import Full
-from visionattn.maps.records import capture, place
+from visionattn.maps.method import Maps, Method, check_images, culprit, detach, stretch
+from visionattn.maps.transformers.raw import RawAttention
 
 SURE = 0.3
 """Score from which on a box is shown."""

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visionattn.capture.hooks import in_python
+from visionattn.capture.running import look, run
+from visionattn.capture.survey import Survey
+from visionattn.capture.token_layout import Activation, Tokens
 from visionattn.errors import UsageError, nearest
-from visionattn.maps.base import Explanation, Method, Target, pick
 from visionattn.maps.fitting import fitting_survey
-from visionattn.maps.layout import Activation, Tokens
-from visionattn.maps.running import look, run
-from visionattn.maps.sites import Survey
-from visionattn.maps.watching import in_python
+from visionattn.maps.method import Explanation, Method, Target, pick
 
 if TYPE_CHECKING:
     from typing_extensions import Self

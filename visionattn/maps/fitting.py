@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from visionattn.maps.running import look
-from visionattn.maps.sites import Survey
+from visionattn.capture.running import look
+from visionattn.capture.survey import Survey
 
 
 def names_that_fit(found: Survey) -> list[str]:

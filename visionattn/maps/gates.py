@@ -3,16 +3,15 @@
 Shapes: B batch, C channels, h × w the gate's grid.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
+from visionattn.capture.recording import capture
+from visionattn.capture.records import Record, Records, on_grid
+from visionattn.capture.reductions import Nothing
+from visionattn.capture.running import run
 from visionattn.errors import UsageError, nearest
-from visionattn.maps.base import Explanation, Method, Target
 from visionattn.maps.fitting import fitting
-from visionattn.maps.keep import Nothing
-from visionattn.maps.records import Record, Records, capture
-from visionattn.maps.running import run
+from visionattn.maps.method import Explanation, Method, Target
 
 
 class Gate(Method):
@@ -60,11 +59,3 @@ class Gate(Method):
 def spatial_gates(records: Records) -> list[Record]:
     """The gates over more than one position, in order."""
     return [r for r in records.gates if r.kind == "spatial_gate" and r.grid != (1, 1)]
-
-
-def on_grid(calls: Sequence[Record]) -> Tensor:
-    """Show the calls of one spatial gate as one map, (B, h, w)."""
-    weights = [record.weights for record in calls if record.weights is not None]
-    if len({w.shape[1:] for w in weights}) > 1:  # rows and columns
-        return (weights[-2] * weights[-1]).mean(1)
-    return weights[-1].mean(1)

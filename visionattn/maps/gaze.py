@@ -6,12 +6,13 @@ Shapes: B batch, R looks at once, T glimpses of an image in all, N = T·S boxes,
 import torch
 from torch import Tensor, nn
 
+from visionattn.capture.recording import capture
+from visionattn.capture.records import Record
+from visionattn.capture.reductions import Nothing
+from visionattn.capture.running import run
 from visionattn.errors import UsageError
-from visionattn.maps.base import Explanation, Method, Target
 from visionattn.maps.fitting import fitting
-from visionattn.maps.keep import Nothing
-from visionattn.maps.records import Record, capture
-from visionattn.maps.running import run
+from visionattn.maps.method import Explanation, Method, Target
 
 
 class Gaze(Method):

@@ -12,17 +12,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from visionattn.capture.recording import Interception, capture
+from visionattn.capture.records import on_grid
+from visionattn.capture.reductions import Call, Keep, Nothing
+from visionattn.capture.running import look, run
+from visionattn.capture.token_layout import Activation, Site, Tokens
 from visionattn.errors import UsageError
-from visionattn.maps.attention_methods import attending, fuse_heads
-from visionattn.maps.base import scores_of
 from visionattn.maps.cam import Cut, target_layer
-from visionattn.maps.chain import Row
-from visionattn.maps.gates import Gate, on_grid, spatial_gates
-from visionattn.maps.keep import Call, Keep, Nothing
-from visionattn.maps.layout import Activation, Site, Tokens
-from visionattn.maps.records import Interception, capture
-from visionattn.maps.rollout import check_chain, class_row_only
-from visionattn.maps.running import look, run
+from visionattn.maps.gates import Gate, spatial_gates
+from visionattn.maps.method import attending, fuse_heads, scores_of
+from visionattn.maps.transformers.rollout import Row, check_chain, class_row_only
 
 
 class Graph(nn.Module, ABC):

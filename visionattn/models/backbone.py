@@ -8,8 +8,8 @@ import timm
 import timm.models
 from torch import Tensor, nn
 
-from visionattn.attention.places import image_shape
 from visionattn.data import Preprocess
+from visionattn.data.placement import image_shape
 from visionattn.errors import DataError, UsageError, nearest
 
 

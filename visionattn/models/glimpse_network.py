@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention.glimpse import Retina, View
-from visionattn.attention.policies import Choice, Policy
+from visionattn.attention.hard.policies import Choice, Policy
+from visionattn.attention.hard.retina import Retina, View
 from visionattn.errors import UsageError
 from visionattn.models.encoders import Encoder
 

@@ -8,13 +8,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from visionattn.attention import mean_span, spans
 from visionattn.errors import DataError
-from visionattn.tasks.naming import NamingTask
+from visionattn.tasks.base import NamingTask
 
 
 class Classification(NamingTask):
@@ -27,47 +26,30 @@ class Classification(NamingTask):
 
     Args:
         network: (B, C, H, W) → logits (B, K). Where it has a `num_classes`, that is held against the data.
-        optimizer: makes an optimizer from parameters; None is AdamW with a learning rate of 1e-3.
-        lr_scheduler: makes a scheduler from an optimizer. One that takes `total_steps` and was given none, as
-            OneCycleLR, is told the length of the training and steps with every batch.
-        lr_interval: when other schedulers step.
-        gamma_lr_factor: how much faster the gates γ of inserted attention learn; they start at 0 and have to open.
-        label_smoothing: share of the truth that is spread over all classes, in [0, 1).
         class_weights: a weight a class in the loss; `balanced` weighs a class by (images / K) / (its images).
         mixup: alpha of mixup (Zhang et al. 2018, 1710.09412); 0 is off.
         cutmix: alpha of CutMix (Yun et al. 2019, 1905.04899); 0 is off. With both on, each batch draws one of them.
         span_penalty: added to the loss for each patch that heads with adaptive spans reach on average, see
             `attention.AdaptiveSpan`.
+        optimization: `label_smoothing`, `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, as
+            `NamingTask` and `Task`.
     """
 
     def __init__(
         self,
         network: nn.Module,
         *,
-        optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-        gamma_lr_factor: float = 10.0,
-        label_smoothing: float = 0.0,
         class_weights: Sequence[float] | Literal["balanced"] | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         span_penalty: float = 0.0,
+        **optimization: Any,
     ) -> None:
-        super().__init__(
-            network,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_interval=lr_interval,
-            gamma_lr_factor=gamma_lr_factor,
-        )
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        super().__init__(network, **optimization)
         if min(mixup, cutmix) < 0:
             raise ValueError(f"mixup and cutmix must be ≥ 0, got {mixup} and {cutmix}")
         if span_penalty < 0:
             raise ValueError(f"span_penalty must be ≥ 0, got {span_penalty}")
-        self.label_smoothing = label_smoothing
         self.class_weights = class_weights
         self.mixup = mixup
         self.cutmix = cutmix

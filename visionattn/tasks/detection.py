@@ -5,26 +5,22 @@ Shapes: B batch, C channels, H rows, W columns, N boxes of an image, K classes; 
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from visionattn.data.boxes import visible
-from visionattn.data.placement import Preprocess
-from visionattn.errors import DataError
-from visionattn.models.detector import Detections, Detector
-from visionattn.tasks.coco_figures import coco_figures
-from visionattn.tasks.optimizing import optimizing
+from visionattn.data.annotations.boxes import visible
+from visionattn.models.detectors.detector import Detections, Detector
+from visionattn.tasks.base import Task
+from visionattn.tasks.coco_metrics import coco_figures
 
 Seen = list[tuple[Detections, dict[str, Tensor]]]
 """Of each image what was found and what is there, in pixels of its source."""
 
 
-class Detection(L.LightningModule):
+class Detection(Task):
     """Train a detector to find objects.
 
     Logged: `train/loss`, and each of its terms as `train/loss_…`; `val/…` and `test/…` of COCO's twelve figures (see
@@ -32,55 +28,28 @@ class Detection(L.LightningModule):
 
     Args:
         network: a `Detector`. Its `num_classes` is held against the data.
-        optimizer: makes an optimizer from parameters; None is AdamW with a learning rate of 1e-3.
-        lr_scheduler, lr_interval, gamma_lr_factor: as `Classification`.
         sizes: train at these sizes of the longer side, in pixels, one drawn a batch from (seed, step); None trains at
             the size of the data. Multiples of the coarsest stride, 32, are best.
         seed: of the sizes.
+        optimization: `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, as `Task`.
     """
 
+    network: Detector
     monitor = "val/map"
     """What the best checkpoint is best in."""
 
     def __init__(
-        self,
-        network: Detector,
-        *,
-        optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-        gamma_lr_factor: float = 10.0,
-        sizes: Sequence[int] | None = None,
-        seed: int = 0,
+        self, network: Detector, *, sizes: Sequence[int] | None = None, seed: int = 0, **optimization: Any
     ) -> None:
-        super().__init__()
+        super().__init__(network, **optimization)
         if sizes is not None and (not sizes or min(sizes) < 32):
             raise ValueError(f"sizes must be at least 32 pixels each, got {sizes}")
-        self.network = network
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.lr_interval = lr_interval
-        self.gamma_lr_factor = gamma_lr_factor
         self.sizes = sizes
         self.seed = seed
-        self.class_names: tuple[str, ...] = ()
-        self.preprocess: Preprocess | None = None
         self._seen: Seen = []
 
-    def forward(self, images_BCHW: Tensor) -> list[Detections]:
-        return self.network(images_BCHW)
-
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on every Trainer
-        self.class_names = tuple(getattr(data, "class_names", ())) or self.class_names
-        self.preprocess = getattr(data, "preprocess", None) or self.preprocess
-        outputs, count = self.network.num_classes, len(self.class_names)
-        if count and outputs != count:
-            names = ", ".join(self.class_names[:5]) + (", …" if count > 5 else "")
-            raise DataError(
-                f"the network has num_classes {outputs}, and the data has {count} classes ({names}); "
-                f"set model.init_args.network.init_args.num_classes: {count}"
-            )
+        super().setup(stage)
         self._seen = []
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -111,27 +80,13 @@ class Detection(L.LightningModule):
         found = self._find(batch)
         return {"path": batch["path"], "image_id": batch["image_id"].tolist(), "detections": found}
 
-    def configure_optimizers(self) -> Any:
-        return optimizing(
-            self,
-            self.optimizer,
-            self.lr_scheduler,
-            lr_interval=self.lr_interval,
-            gamma_lr_factor=self.gamma_lr_factor,
-        )
-
     def _find(self, batch: dict[str, Any]) -> list[Detections]:
         """Detect, in pixels of the sources; of a batch without an image, as a process may get, nothing."""
         return to_source(self(batch["image"]), batch["placement"]) if len(batch["image"]) else []
 
     def _look(self, batch: dict[str, Any]) -> None:
         truth = [
-            {
-                "boxes": boxes_to_source(boxes, placement),
-                "labels": labels,
-                "iscrowd": crowd.int(),
-                "area": area,
-            }
+            {"boxes": boxes_to_source(boxes, placement), "labels": labels, "iscrowd": crowd.int(), "area": area}
             for boxes, labels, crowd, area, placement in zip(
                 batch["boxes"], batch["labels"], batch["crowd"], batch["area"], batch["placement"], strict=True
             )

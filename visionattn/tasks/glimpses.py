@@ -8,12 +8,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from visionattn.models.glimpse_network import GlimpseNetwork, Look, Rollout
 from visionattn.tasks import reinforce
-from visionattn.tasks.naming import NamingTask
+from visionattn.tasks.base import NamingTask
 
 Reward = Literal["correct", "log_likelihood", "confidence_gain"]
 Baseline = Literal["none", "moving_average", "batch_mean", "learned", "self_critical", "leave_one_out"]
@@ -57,8 +56,8 @@ class GlimpseClassification(NamingTask):
         entropy_weight: of a bonus for entropy.
         every_glimpse: share of the NLL that is its mean over all glimpses rather than that of the last, in [0, 1]; with
             it the network may be stopped early.
-        label_smoothing: share of the truth that is spread over all classes, in [0, 1).
-        optimizer, lr_scheduler, lr_interval, gamma_lr_factor: as `NamingTask`.
+        optimization: `label_smoothing`, `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, as
+            `NamingTask` and `Task`.
     """
 
     network: GlimpseNetwork
@@ -74,32 +73,19 @@ class GlimpseClassification(NamingTask):
         reinforce_weight: float = 1.0,
         entropy_weight: float = 0.0,
         every_glimpse: float = 0.0,
-        label_smoothing: float = 0.0,
-        optimizer: OptimizerCallable | None = None,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-        gamma_lr_factor: float = 10.0,
+        **optimization: Any,
     ) -> None:
-        super().__init__(
-            network,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_interval=lr_interval,
-            gamma_lr_factor=gamma_lr_factor,
-        )
+        super().__init__(network, **optimization)
         if rollouts < 1 or (baseline == "leave_one_out" and rollouts < 2):
             raise ValueError(f"rollouts must be ≥ 1, and ≥ 2 with the baseline leave_one_out, got {rollouts}")
-        if not (0 <= every_glimpse <= 1 and 0 <= label_smoothing < 1):
-            raise ValueError(
-                f"every_glimpse must be in [0, 1] and label_smoothing in [0, 1), got {every_glimpse}, {label_smoothing}"
-            )
+        if not 0 <= every_glimpse <= 1:
+            raise ValueError(f"every_glimpse must be in [0, 1], got {every_glimpse}")
         self.rollouts = rollouts
         self.reward = reward
         self.baseline = baseline
         self.reinforce_weight = reinforce_weight
         self.entropy_weight = entropy_weight
         self.every_glimpse = every_glimpse
-        self.label_smoothing = label_smoothing
         self.value = nn.Linear(network.hidden_size, 1) if baseline == "learned" else None
         self.register_buffer("average", torch.zeros(()))
 

@@ -22,8 +22,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from visionattn.data import Preprocess
-from visionattn.data.decode import write_bytes
 from visionattn.errors import DataError, UsageError
+from visionattn.files import write_file
 from visionattn.training.hub import PREFIX, fetch
 
 TRUSTED = ("visionattn", "torch.nn", "torch.optim", "torchvision", "timm")
@@ -104,7 +104,7 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     content = read(path)
     # tensors that share memory, as tied weights do, are written once each: the format knows no sharing
     state = {name: value.detach().clone().contiguous() for name, value in content["state_dict"].items()}
-    write_bytes(out, save(state, metadata={"format": "pt", ENTRY: json.dumps(content[ENTRY])}))
+    write_file(out, save(state, metadata={"format": "pt", ENTRY: json.dumps(content[ENTRY])}))
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:

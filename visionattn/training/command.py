@@ -15,31 +15,33 @@ from typing import Any, TypeVar
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, ArgumentParser, capture_parser
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from visionattn.data.decode import write_bytes
-from visionattn.data.loading import ImageData
+from visionattn.data.loading.batches import ImageData
 from visionattn.errors import DataError, UsageError, nearest
-from visionattn.training.callbacks import DrawSpans, OverlaySamples, TestReport, WritePredictions
+from visionattn.files import write_file
+from visionattn.training.callbacks.metrics_file import MetricsFile
+from visionattn.training.callbacks.nan_guard import BestCheckpoint, FiniteLoss
+from visionattn.training.callbacks.overlay_samples import OverlaySamples
+from visionattn.training.callbacks.predictions import WritePredictions
+from visionattn.training.callbacks.report import TestReport
+from visionattn.training.callbacks.span_pictures import DrawSpans
+from visionattn.training.checkpoint_io import DurableCheckpointIO
 from visionattn.training.checkpoints import Describe, check_against
-from visionattn.training.durable import DurableCheckpointIO
-from visionattn.training.finite import BestCheckpoint, FiniteLoss
-from visionattn.training.messages import explain
-from visionattn.training.metrics import MetricsFile
-from visionattn.training.quiet import quieten
+from visionattn.training.config_errors import explain
 from visionattn.training.resume import Resume
+from visionattn.training.run_folders import _HELD, _RUN, RUNS, _lock, _new_run, _rank, _versions
+from visionattn.training.third_party_warnings import quieten
 
-RUNS = Path("runs")
 UNTRAINED = "untrained"
 ACCURACY = "val/accuracy"
 Built = TypeVar("Built")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_HELD: list[Any] = []  # the locked file of the run
 _SECTIONS: dict[str, Any] = {
     "trainer": L.Trainer,
     "checkpoint": BestCheckpoint,
@@ -49,8 +51,6 @@ _SECTIONS: dict[str, Any] = {
     "report": TestReport,
     **dict.fromkeys(("model", "data", "name", "seed_everything", "test_after_fit", "ckpt_path", "config"), dict),
 }
-_RUN = "VISIONATTN_RUN"  # tells the processes that a DDP run starts which folder is theirs
-_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")  # where torchrun, SLURM and Lightning say which process this is
 
 
 def run(verb: str, arguments: Sequence[str]) -> None:
@@ -62,18 +62,7 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     """
     quieten()
     try:
-        Command(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            trainer_defaults={"enable_model_summary": False},
-            save_config_callback=_SaveConfig,
-            seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False, "prog": "visionattn"},
-            args=[verb, *find_configs(arguments)],
-        )
+        _call_lightning([verb, *find_configs(arguments)])
     except ArgumentError as error:
         raise UsageError(explain(str(error), _SECTIONS)) from error
     except OSError as error:
@@ -83,6 +72,29 @@ def run(verb: str, arguments: Sequence[str]) -> None:
     finally:
         while _HELD:
             _HELD.pop().close()
+
+
+def parser_of(verb: str) -> ArgumentParser:
+    """Build the parser of one of Lightning's verbs, and run nothing."""
+    quieten()
+    subcommands = capture_parser(_call_lightning, [verb])._subcommands_action
+    assert subcommands is not None
+    return subcommands.choices[verb]
+
+
+def _call_lightning(arguments: list[str]) -> None:
+    Command(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        trainer_defaults={"enable_model_summary": False},
+        save_config_callback=_SaveConfig,
+        seed_everything_default=0,
+        parser_kwargs={"exit_on_error": False, "prog": "visionattn"},
+        args=arguments,
+    )
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
@@ -296,7 +308,7 @@ class _SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.folder:
             text = self.parser.dump(self.config, skip_none=False)
-            write_bytes(self.folder / "config.yaml", text.encode())
+            write_file(self.folder / "config.yaml", text.encode())
 
 
 def built(build: Callable[[], Built]) -> Built:
@@ -312,48 +324,3 @@ def built(build: Callable[[], Built]) -> Built:
 
 def _name_of(configs: Sequence[Any] | None) -> str:
     return Path(str(configs[-1])).stem if configs else "unnamed"
-
-
-def _versions(name: str) -> list[Path]:
-    """The runs of a name, oldest first."""
-    home = RUNS / name
-    entries = [entry for entry in home.iterdir() if entry.name.isdigit()] if home.is_dir() else []
-    return sorted(entries, key=lambda entry: int(entry.name))
-
-
-def _new_run(name: str) -> Path:
-    """Make runs/<name>/<the next number>; the other processes of the same run use the same."""
-    if _RUN in os.environ:
-        return Path(os.environ[_RUN])
-    home = RUNS / name
-    if _rank():  # the first process makes the folder, and Lightning tells this one of it
-        return home / "other"
-    home.mkdir(parents=True, exist_ok=True)
-    versions = _versions(name)
-    version = int(versions[-1].name) + 1 if versions else 0
-    while True:
-        try:
-            (home / str(version)).mkdir()
-            return home / str(version)
-        except FileExistsError:  # another run took the number meanwhile
-            version += 1
-
-
-def _rank() -> int:
-    return int(next((os.environ[name] for name in _RANKS if name in os.environ), 0))
-
-
-def _lock(folder: Path) -> None:
-    """Keep others from continuing a run that is running; the lock goes with the process, however it ends."""
-    try:
-        import fcntl
-    except ImportError:  # on Windows
-        return
-    file = open(folder / ".lock", "a")  # noqa: SIM115  # open as long as the process lives
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: worker processes would inherit it
-    except BlockingIOError as error:
-        raise UsageError(f"{folder} is being trained by another process; wait for it, or start another run") from error
-    except OSError:  # a file system without locks
-        return
-    _HELD.append(file)

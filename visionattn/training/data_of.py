@@ -9,8 +9,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from visionattn.errors import UsageError
 from visionattn.training.command import built, find_configs
-from visionattn.training.messages import explain
-from visionattn.training.quiet import quieten
+from visionattn.training.config_errors import explain
+from visionattn.training.third_party_warnings import quieten
 
 
 def data_of(config: str) -> L.LightningDataModule:

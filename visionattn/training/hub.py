@@ -3,21 +3,13 @@
 Nothing that is loaded from there is unpickled, and only classes of trusted packages are built, as of any checkpoint.
 """
 
-import csv
-import io
-import json
-import os
 import re
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from visionattn.data.decode import write_bytes
 from visionattn.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    import lightning as L
+    pass
 
 PREFIX = "hf://"
 """What a name on the hub begins with: `hf://owner/name`, or `hf://owner/name@revision`."""
@@ -25,62 +17,6 @@ PREFIX = "hf://"
 WEIGHTS = "model.safetensors"
 
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_TASKS = {"Classification": "image-classification", "GlimpseClassification": "image-classification"}
-_TASKS["Detection"] = "object-detection"
-
-
-def push(
-    path: str | os.PathLike[str],
-    repo: str,
-    *,
-    picture: str | os.PathLike[str] | None = None,
-    private: bool = True,
-    token: str | None = None,
-) -> str:
-    """Put the model of a checkpoint on the hub.
-
-    Args:
-        path: a .ckpt of a run, or a .safetensors that `visionattn export` made of it. Results are those of `test.csv`
-            beside it.
-        repo: `owner/name`; made if there is none.
-        picture: an image whose overlay the card shows; by default the run's own `overlays/test.png`.
-        private: of a repository that is made here.
-        token: of the hub; by default that of `hf auth login`.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        UsageError: the name is none, or there is nothing for the card to show.
-        DataError: the checkpoint or the picture cannot be read, or the hub refuses.
-    """
-    _check_name(repo)
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        write_folder(path, folder, repo, picture=picture)
-        try:
-            address = api.create_repo(repo_id=repo, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="visionattn push")
-        except Exception as error:  # the hub's client has many kinds
-            raise DataError(f"{repo} cannot be put on the hub: {_first_line(error)}") from error
-    return str(address)
-
-
-def load(name: str, *, trust: Sequence[str] = ()) -> "L.LightningModule":
-    """Load a model from the hub: `training.load` of what `fetch` brings.
-
-    Args:
-        name: `owner/name`, `owner/name@revision`, either with `hf://` before it.
-        trust: as `training.load`.
-
-    Raises:
-        UsageError, DataError: as `fetch` and `training.load`.
-    """
-    from visionattn.training import checkpoints
-
-    return checkpoints.load(PREFIX + name.removeprefix(PREFIX), trust=trust)
 
 
 def fetch(name: str) -> str:
@@ -101,103 +37,6 @@ def fetch(name: str) -> str:
         return str(hf_hub_download(repo_id=repo, filename=WEIGHTS, revision=revision or None))
     except Exception as error:
         raise DataError(f"{name} could not be had from the hub: {_first_line(error)}") from error
-
-
-def write_folder(
-    path: str | os.PathLike[str],
-    folder: str | os.PathLike[str],
-    repo: str,
-    *,
-    picture: str | os.PathLike[str] | None = None,
-) -> None:
-    """Write what `push` uploads: `model.safetensors`, `config.json`, `README.md` and `overlay.png`.
-
-    Args:
-        path, picture: as `push`.
-        folder: an existing one.
-        repo: for the card.
-
-    Raises:
-        UsageError, DataError: as `push`.
-    """
-    from visionattn.training import checkpoints
-
-    out, run = Path(folder), Path(path).parent
-    checkpoints.export(path, out / WEIGHTS)
-    entry = checkpoints.read(out / WEIGHTS)[checkpoints.ENTRY]
-    write_bytes(out / "config.json", json.dumps(entry, indent=2).encode())
-    write_bytes(out / "overlay.png", _overlay(out / WEIGHTS, run, picture))
-    write_bytes(out / "README.md", _card(entry, repo, _results(run / "test.csv")).encode())
-
-
-def _overlay(weights: Path, run: Path, picture: str | os.PathLike[str] | None) -> bytes:
-    own = run / "overlays" / "test.png"
-    if picture is None:
-        if not own.is_file():
-            raise UsageError(
-                f"the card shows an overlay, and there is no {own}; test the run, or name a picture to make one of"
-            )
-        return own.read_bytes()
-    from visionattn.overlay.heatmaps import overlay
-    from visionattn.training import checkpoints
-
-    buffer = io.BytesIO()
-    overlay(checkpoints.load(weights), picture, caption=True).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _results(path: Path) -> list[tuple[str, float]]:
-    """The figures of a test, where there was one."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [(name, float(value)) for name, value in list(csv.reader(file))[1:]]
-
-
-def _card(entry: Mapping[str, Any], repo: str, results: Sequence[tuple[str, float]]) -> str:
-    task = str(entry["model"]["class_path"]).rpartition(".")[2]
-    front = ["library_name: visionattn", "tags: [visionattn, attention, interpretability]"]
-    if task in _TASKS:
-        front.append(f"pipeline_tag: {_TASKS[task]}")
-    title = repo.rpartition("/")[2]
-    names = [_plain(name) for name in entry["class_names"]]
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-    lines = ["---", *front, "---", "", f"# {title}", "", f"{_network(entry)}, trained with visionattn."]
-    lines += [f"It tells apart {len(names)} classes: {shown}."] if names else []
-    lines += ["", "![where it looked](overlay.png)", ""]
-    if results:
-        lines += ["| on the test images | |", "|---|---|"]
-        lines += [f"| {_plain(name)} | {value:.4g} |" for name, value in results] + [""]
-    lines += [
-        "```python",
-        "import visionattn as va",
-        "",
-        f'task = va.load("{PREFIX}{repo}")',
-        'va.overlay(task, "photo.jpg")',
-        "```",
-        "",
-        f"    visionattn overlay --images photos --out seen --ckpt {PREFIX}{repo}",
-        "",
-        "`config.json` says how the network is built and how its images are prepared.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _network(entry: Mapping[str, Any]) -> str:
-    network = entry["model"].get("init_args", {}).get("network", {})
-    kind = str(network.get("class_path", "a network")).rpartition(".")[2]
-    args = network.get("init_args", {})
-    backbone = args.get("backbone") or (args.get("features") or {}).get("backbone")
-    mechanism = args.get("attention")
-    mechanism = mechanism.get("class_path") if isinstance(mechanism, Mapping) else mechanism
-    words = f"`{_plain(kind)}`"
-    words += f" on `{_plain(backbone)}`" if isinstance(backbone, str) else ""
-    return words + (f" with `{_plain(str(mechanism).rpartition('.')[2])}`" if mechanism else "")
-
-
-def _plain(text: str) -> str:
-    """Text that cannot become markup."""
-    return re.sub(r"[^\w .,:;()/+@%-]", " ", str(text))
 
 
 def _check_name(repo: str) -> None:

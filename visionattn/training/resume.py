@@ -21,8 +21,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from visionattn import signals
-from visionattn.data.order import mix
-from visionattn.training.metrics import MetricsFile
+from visionattn.data.loading.order import mix
+from visionattn.training.callbacks.metrics_file import MetricsFile
 
 NAME = "last.ckpt"
 _TRAINING, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"

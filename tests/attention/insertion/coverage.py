@@ -1,0 +1,231 @@
+"""Into which backbones `insert` works: the table in COVERAGE.md, made by
+
+    python -m tests.attention.insertion.coverage
+
+One small member of every family of timm, smaller still where only its size differs, and models of torchvision. CBAM
+goes after every stage, with γ = 0. Weights are random, those that start at zero too: else nothing before them would
+count.
+"""
+
+import copy
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from tests.capture.coverage import MEMBERS as ATTENDING
+from visionattn.attention import CBAM, insert
+from visionattn.errors import UsageError
+
+TABLE = Path(__file__).with_name("COVERAGE.md")
+
+MEMBERS = {  # timm family: member, image size where not its own, and what makes it smaller
+    **ATTENDING,
+    "byoanet": ("botnet26t_256", None, {}),
+    "convmixer": ("convmixer_768_32", 112, {}),
+    "convnext": ("convnext_atto", 96, {}),
+    "densenet": ("densenet121", 96, {}),
+    "dla": ("dla46_c", 96, {}),
+    "dpn": ("dpn48b", 96, {}),
+    "fasternet": ("fasternet_t0", 96, {}),
+    "focalnet": ("focalnet_tiny_srf", 96, {}),
+    "hrnet": ("hrnet_w18_small", 96, {}),
+    "inception_next": ("inception_next_atto", 96, {}),
+    "inception_resnet_v2": ("inception_resnet_v2", 160, {}),
+    "inception_v3": ("inception_v3", 160, {}),
+    "inception_v4": ("inception_v4", 160, {}),
+    "mambaout": ("mambaout_femto", 96, {}),
+    "mlp_mixer": ("gmixer_12_224", None, {}),
+    "nasnet": ("nasnetalarge", 96, {}),
+    "pnasnet": ("pnasnet5large", 96, {}),
+    "res2net": ("res2net50_48w_2s", 96, {}),
+    "resnetv2": ("resnetv2_50", 96, {}),
+    "selecsls": ("selecsls42", 96, {}),
+    "sequencer": ("sequencer2d_s", None, {}),
+    "starnet": ("starnet_s050", 96, {}),
+    "vgg": ("vgg11_bn", 96, {}),
+    "xception": ("legacy_xception", 96, {}),
+    "xception_aligned": ("xception41", 96, {}),
+}
+OTHERS = {  # models of torchvision, and the size of their images
+    "resnet18": 96, "mobilenet_v3_small": 96, "efficientnet_b0": 96, "convnext_tiny": 64, "densenet121": 96,
+    "regnet_y_400mf": 96, "shufflenet_v2_x0_5": 96, "squeezenet1_1": 96, "vgg11": 96, "swin_t": 96, "maxvit_t": 224,
+    "vit_b_32": 224,
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    family: str
+    member: str
+    places: str
+    same: bool  # outputs, bit for bit, by plain weights that were loaded strictly
+    learns: bool  # gradients of every γ, and of every mechanism after one step
+    restored: bool  # state dict there and back; remove() gives the module tree, the keys and the outputs of before
+    reason: str = ""
+
+    @property
+    def covered(self) -> bool:
+        return bool(self.places) and self.same and self.learns and self.restored
+
+
+def look_at_family(family: str) -> Row:
+    """Insert into a timm family's member."""
+    member, size, options = MEMBERS[family]
+    model = timm.create_model(member, **options)
+    return look(family, member, model, size or model.default_cfg["input_size"][-1])
+
+
+def look_at_other(member: str) -> Row:
+    """Insert into a model of torchvision."""
+    return look("torchvision", member, getattr(torchvision.models, member)(), OTHERS[member])
+
+
+def look(family: str, member: str, model: nn.Module, size: int) -> Row:
+    """Insert CBAM after every stage, and hold the model against one without."""
+    torch.manual_seed(0)
+    image = torch.randn(2, 3, size, size)
+    stir(model, image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.no_grad():
+            expected = answers_of(model, image)
+        before = copy.deepcopy(model.state_dict())
+        tree = [(name, type(module)) for name, module in model.named_modules()]
+        try:
+            inserted = insert(model, lambda channels: CBAM(channels, reduction=4), image=image[0])
+        except UsageError as error:
+            return Row(family, member, "", True, False, False, str(error))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in before:
+                    parameter.add_(1)
+        model.load_state_dict(before, strict=True)
+        with torch.no_grad():
+            found = answers_of(model, image)
+        same = all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        learns = learn(model, list(inserted.places.values()), image)
+
+        trained = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            answers = answers_of(model, image)
+            for parameter in model.parameters():
+                parameter.add_(1)
+        model.load_state_dict(trained, strict=True)
+        with torch.no_grad():
+            restored = all(torch.equal(*pair) for pair in zip(answers_of(model, image), answers, strict=True))
+        inserted.remove()
+        model.load_state_dict(before, strict=True)
+        restored &= tree == [(name, type(module)) for name, module in model.named_modules()]
+        restored &= list(before) == list(model.state_dict())
+        with torch.no_grad():
+            restored &= all(torch.equal(*pair) for pair in zip(answers_of(model, image), expected, strict=True))
+    places = ", ".join(
+        f"{name} {part.layout.channels}×{'×'.join(map(str, part.layout.grid))}"
+        for name, part in inserted.places.items()
+    )
+    return Row(family, member, places, same, learns, restored)
+
+
+def learn(model: nn.Module, parts: list[nn.Module], image: torch.Tensor) -> bool:
+    """Whether γ has a gradient at first, and after one step the mechanism too."""
+
+    def backward() -> None:
+        model.zero_grad()
+        sum(output.float().square().mean() for output in answers_of(model, image) if output.requires_grad).backward()
+
+    backward()
+    opens = all(part.gamma.grad is not None and float(part.gamma.grad.abs()) > 0 for part in parts)
+    closed = all(not p.grad.any() for part in parts for p in part.mechanism.parameters() if p.grad is not None)
+    torch.optim.SGD([part.gamma for part in parts], lr=1.0).step()
+    with torch.no_grad():
+        for part in parts:  # whatever the size of the gradient was
+            part.gamma.copy_(part.gamma.sign() * 0.1)
+    backward()
+    learns = all(
+        any(p.grad is not None and p.grad.isfinite().all() and bool(p.grad.any()) for p in part.mechanism.parameters())
+        for part in parts
+    )
+    return opens and closed and learns
+
+
+def stir(model: nn.Module, image: torch.Tensor) -> None:
+    """Give weights that are zero a little noise, and batch normalisations the statistics of this image: a random
+    inception_v3 grows its activations to 1e21."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+        for module in momenta:
+            module.momentum = 1.0
+        if momenta:
+            model.train()(image)
+        for module, momentum in momenta.items():
+            module.momentum = momentum
+    model.eval()
+
+
+def answers_of(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    """All tensors that a model returns in evaluation mode, without what it kept from another run: timm's tables of
+    biases."""
+    return tensors(model.train().eval()(image))
+
+
+def tensors(output: object) -> list[torch.Tensor]:
+    """All tensors of an output."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output
+    return [tensor for value in values for tensor in tensors(value)]
+
+
+def table(rows: list[Row]) -> str:
+    """Write the table as Markdown."""
+    families = [row for row in rows if row.family in MEMBERS]
+    covered = [row for row in families if row.covered]
+    lines = [
+        "# Into which backbones a mechanism can be inserted",
+        "",
+        f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}. Made by "
+        "`python -m tests.attention.insertion.coverage`; see there how members were chosen.",
+        "",
+        f"**{len(covered)} of {len(families)} timm families ({100 * len(covered) / len(families):.0f} %)** take CBAM "
+        "after every stage: plain weights load strictly, the outputs do not move by a bit, γ has a gradient at once "
+        "and the mechanism after a step, the weights survive a state dict, and `remove()` gives back the network as it "
+        "was. Places that do not matter for the output are left out: after the last block of a ViT whose class token "
+        "is read, between the blocks of SelecSLS, which hand lists on, where EfficientViM gives a map on unused. Of "
+        "Hiera's tokens only those of the last stage lie in rows.",
+        "",
+        "| family | member | after which module, channels × rows × columns | outputs equal | learns | restored |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        marks = (
+            ["yes" if mark else "**no**" for mark in (row.same, row.learns, row.restored)] if row.places else [""] * 3
+        )
+        cells = row.family, row.member, row.places or f"**not covered**: {row.reason}", *marks
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    rows = []
+    for look_at, names in ((look_at_family, MEMBERS), (look_at_other, OTHERS)):
+        for name in sorted(names):
+            started = time.perf_counter()
+            rows.append(look_at(name))
+            print(f"{time.perf_counter() - started:.0f} s", end=" ")
+            print(rows[-1], flush=True)
+    TABLE.write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Networks that mechanisms are inserted into, and mechanisms that leave a mark."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from visionattn.attention import SE, insert
+from visionattn.errors import UsageError
+
+
+class Blocks(nn.Module):
+    """A network of one's own: frames around stages, and rectangular kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2, padding=1), nn.ReLU())
+        self.one = nn.Sequential(*(self.block(8) for _ in range(2)))
+        self.down = nn.Conv2d(8, 12, 2, stride=2)
+        self.two = nn.Sequential(self.block(12))
+        self.head = nn.Linear(12, 3)
+
+    @staticmethod
+    def block(width):
+        return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 1))
+
+    def forward(self, x):
+        return self.head(self.two(self.down(self.one(self.stem(x)))).mean((2, 3)))
+
+
+def resnet(seed=0, **options):
+    torch.manual_seed(seed)
+    model = timm.create_model("resnet18", zero_init_last=False, **options).eval()
+    model.pretrained_cfg["input_size"] = (3, 64, 64)  # so that it is measured quickly
+    return model
+
+
+def refused(model, mechanism=SE, **options):
+    keys = list(model.state_dict())
+    with pytest.raises(UsageError) as error:
+        insert(model, mechanism, **options)
+    assert list(model.state_dict()) == keys
+    assert not any(module._forward_hooks for module in model.modules())
+    return str(error.value)

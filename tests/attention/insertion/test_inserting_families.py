@@ -1,0 +1,61 @@
+"""A mechanism goes into every family of timm, or there is a reason; the table is made by `coverage.py`."""
+
+import re
+
+import pytest
+import timm
+
+from tests.attention.insertion import coverage
+
+QUICK = {  # family: (model, its options, image size, places)
+    "resnet": ("seresnet18", {}, 64, 4),
+    "convnext": ("convnext_atto", {}, 64, 4),
+    "efficientnet": ("mnasnet_small", {}, 64, 5),
+    "densenet": ("densenet121", {"block_config": (2, 2, 2, 2)}, 64, 4),
+    "vision_transformer": ("test_vit", {"reg_tokens": 2}, 80, 3),
+    "swin_transformer": ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "img_size": 56}, 56, 2),
+    "pvt_v2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 64, 4),
+    "mvitv2": ("mvitv2_tiny", {"img_size": 64}, 64, 4),  # tuples
+    "maxxvit": ("maxvit_tiny_tf_224", {"depths": (1, 1), "embed_dim": (32, 64), "stem_width": 16}, 224, 2),
+    "efficientvim": ("efficientvim_m1", {}, 128, 1),  # a tuple whose first item nobody uses
+    "coat": ("coat_tiny", {"img_size": 64}, 64, 4),  # a tuple that hands a map through
+}
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_a_mechanism_goes_into_a_member_of_the_family(family):
+    member, options, size, places = QUICK[family]
+    row = coverage.look(family, member, timm.create_model(member, **options), size)
+    assert row.covered, row
+    assert len(row.places.split(", ")) == places
+
+
+def test_every_family_of_timm_is_in_the_table():
+    families = {timm.model_entrypoint(name).__module__.removeprefix("timm.models.") for name in timm.list_models()}
+    assert families == set(coverage.MEMBERS), f"timm {timm.__version__}: {families ^ set(coverage.MEMBERS)}"
+
+
+def test_the_table_is_of_the_families_listed_and_meets_the_goal():
+    text = coverage.TABLE.read_text()
+    rows = re.findall(r"^\| (\w+) \| (\w+) \|", text, re.MULTILINE)
+    assert {family: coverage.MEMBERS[family][0] for family in coverage.MEMBERS}.items() <= dict(rows).items()
+    assert set(coverage.OTHERS) <= {member for _, member in rows}
+    covered, count = map(int, re.search(r"\*\*(\d+) of (\d+) timm families", text).groups())
+    assert count == len(coverage.MEMBERS)
+    assert covered >= 0.9 * count
+    for line in text.splitlines():
+        if "**not covered**" in line:
+            assert len(line.partition("**not covered**: ")[2].strip(" |")) > 10, line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", coverage.MEMBERS)
+def test_every_family_takes_it_or_there_is_a_reason(family):
+    row = coverage.look_at_family(family)
+    assert row.covered or row.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("member", coverage.OTHERS)
+def test_models_of_torchvision_take_it(member):
+    assert coverage.look_at_other(member).covered

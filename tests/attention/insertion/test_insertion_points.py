@@ -1,0 +1,143 @@
+"""Where mechanisms go: the stages of networks, tokens on their grid, maps with channels last."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from tests.attention.insertion.networks import Blocks, refused, resnet
+from visionattn.attention import ECA, SE, insert
+from visionattn.errors import UsageError
+from visionattn.models import ConvNet
+
+
+class Mark(nn.Module):
+    """Adds one to the cell in row 1, column 2; remembers what it saw."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x):
+        self.seen = x.detach()
+        marked = torch.zeros_like(x)
+        marked[:, :, 1, 2] = 1
+        return x + marked
+
+
+def channels_of(inserted):
+    return {name: (part.layout.channels, part.layout.grid) for name, part in inserted.places.items()}
+
+
+def test_tokens_are_marked_on_their_grid_and_prefix_tokens_pass():
+    model = timm.create_model("test_vit", img_size=(48, 80), reg_tokens=3).eval()  # one class token, three registers
+    names = ["blocks.0", "blocks.3"]
+    inserted = insert(model, Mark, at=names, preserve=False)
+    assert channels_of(inserted) == dict.fromkeys(names, (64, (3, 5)))
+    seen = {}
+    model.blocks[0].register_forward_hook(lambda module, args, out: seen.setdefault("after", out))
+    part = inserted.places["blocks.0"]
+    model.blocks[0].register_forward_pre_hook(lambda module, args: seen.setdefault("before", args[0]))
+    x = torch.randn(2, 3, 48, 80)
+    model(x)
+    plain = copy.deepcopy(model)
+    plain.blocks[0]._forward_hooks.clear()
+    before = plain.blocks[0](seen["before"])
+    expected = torch.zeros_like(before)
+    expected[:, 4 + 1 * 5 + 2] = 1
+    torch.testing.assert_close(seen["after"] - before, expected)
+    # the grid is that of the patches: the projection of patch (1, 2) of the image stands at [1, 2]
+    patches = model.patch_embed(x)
+    again = timm.create_model("test_vit", img_size=(48, 80), reg_tokens=3).eval()
+    embedding = insert(again, Mark, at="patch_embed", preserve=False)
+    again.patch_embed.load_state_dict(model.patch_embed.state_dict())
+    again(x)
+    cell = model.patch_embed.norm(model.patch_embed.proj(x[:, :, 16:32, 32:48]).flatten(1))
+    torch.testing.assert_close(embedding.places["patch_embed"].mechanism.seen[:, :, 1, 2], cell)
+    torch.testing.assert_close(patches[:, 1, 2], cell)
+    assert part.layout.num_prefix_tokens == 4
+
+
+def test_channels_last_maps_are_turned():
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", depths=(1, 1), img_size=112, embed_dim=24, num_heads=(1, 2)
+    )
+    model.eval()
+    inserted = insert(model, Mark, preserve=False)
+    assert channels_of(inserted) == {"layers.0": (24, (28, 28)), "layers.1": (48, (14, 14))}
+    seen = []
+    model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    model(torch.randn(1, 3, 112, 112))
+    part = inserted.places["layers.0"]
+    before = part.mechanism.seen.permute(0, 2, 3, 1)
+    marked = torch.zeros_like(before)
+    marked[:, 1, 2] = 1
+    torch.testing.assert_close(seen[0], before + marked)
+
+
+def test_stages_are_those_that_timm_lists():
+    for name in ("resnet18", "convnext_atto", "efficientnet_b0", "regnety_002", "mnasnet_small", "pvt_v2_b0"):
+        model = timm.create_model(name)
+        listed = [(level["num_chs"], 64 // level["reduction"]) for level in model.feature_info][-4:]
+        inserted = insert(model, SE, image=torch.zeros(3, 64, 64))
+        found = [(channels, grid[0]) for channels, grid in channels_of(inserted).values()][-4:]
+        assert found == listed, name
+
+
+def test_the_places_of_networks_of_others():
+    image = torch.zeros(3, 64, 64)
+    model = torchvision.models.resnet18()
+    assert list(insert(model, SE, image=image).places) == ["layer1", "layer2", "layer3", "layer4"]
+    model = torchvision.models.resnet50()
+    blocks = [f"layer{stage + 1}.{block}" for stage, depth in enumerate((3, 4, 6, 3)) for block in range(depth)]
+    assert list(insert(model, SE, at="branches", image=image).places) == [f"{name}.bn3" for name in blocks]
+    assert list(insert(model, SE, at="blocks", image=image).places) == blocks
+    model = ConvNet(5, widths=(16, 32), depth=2)
+    assert list(insert(model, SE, at="stages").places) == ["blocks.1", "blocks.3"]
+    assert list(insert(model, SE, at="branches").places) == [f"blocks.{block}.branch" for block in range(4)]
+    model = Blocks()
+    assert channels_of(insert(model, SE, image=torch.zeros(4, 24, 40))) == {"one": (8, (12, 20)), "two": (12, (6, 10))}
+    model = torchvision.models.vgg11_bn()
+    assert channels_of(insert(model, SE, image=image))["features.27"] == (
+        512,
+        (4, 4),
+    )  # after its activation, before the pooling
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64)
+    assert list(insert(model, SE).places) == ["blocks.2", "blocks.5", "blocks.8"]  # its class token reads before 11
+    branches = insert(model, SE, at="branches")
+    assert list(branches.places)[:2] == ["blocks.0.attn", "blocks.0.mlp"]
+
+
+def test_patterns_stand_for_parts_of_names():
+    model = resnet()
+    assert list(insert(model, SE, at="layer4.*.bn2").places) == ["layer4.0.bn2", "layer4.1.bn2"]
+    assert list(insert(model, ECA, at=["layer[34].1", "layer1"]).places) == ["layer1", "layer3.1", "layer4.1"]
+
+
+def test_measuring_leaves_buffers_random_numbers_and_caches():
+    model = timm.create_model("levit_128s").eval()  # keeps a table of biases in evaluation mode
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(x)
+        model.train().eval()
+        insert(model, SE)
+        assert torch.equal(model(x), expected)
+
+
+def test_larger_images_have_larger_grids_of_the_same_shape():
+    model = timm.create_model("test_vit", img_size=(48, 80), dynamic_img_size=True).eval()
+    inserted = insert(model, Mark, at="blocks", preserve=False)
+    model(torch.randn(1, 3, 96, 160))
+    assert {part.mechanism.seen.shape[2:] for part in inserted.places.values()} == {(6, 10)}
+    with pytest.raises(UsageError, match=r"images in the shape of 48×80, and this one has 80×48; .*image="):
+        model(torch.randn(1, 3, 80, 48))
+    with pytest.raises(UsageError, match="no grid in the shape of 3×5"):
+        model.forward_features(torch.randn(1, 3, 48, 96))
+
+
+def test_tokens_in_an_order_of_their_own_are_refused():
+    model = timm.create_model("hiera_tiny_224", img_size=(64, 64))
+    assert "is no map of them" in refused(model, at="blocks.0", image=torch.zeros(3, 64, 64))

@@ -1,0 +1,250 @@
+"""Other self-attention in timm's ViTs: their weights, their outputs where nothing changes, and back again."""
+
+import copy
+from functools import partial
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from tests.attention.self_attention.attended_by_hand import MASKED, attended, weights_by_hand
+from tests.capture import models
+from tests.refusals import refuses
+from visionattn.attention import (
+    AdaptiveSpan,
+    Dense,
+    Neighbourhood,
+    PooledKeys,
+    TopK,
+    Windowed,
+    insert,
+    mean_span,
+    spans,
+    swap_attention,
+)
+from visionattn.errors import UsageError
+from visionattn.models import Classifier
+
+close = torch.testing.assert_close
+VITS = {
+    "vit_tiny_patch16_224": {},
+    "vit_tiny_patch16_224, qk norm, dynamic size": {"qk_norm": True, "dynamic_img_size": True},
+    "vit_small_patch14_reg4_dinov2": {"img_size": 56},
+    "vit_small_patch16_dinov3": {},
+    "eva02_tiny_patch14_224": {"img_size": 56},
+    "vit_medium_patch16_reg1_gap_256": {},
+    "vit_small_patch16_rope_224": {},
+    "vit_base_patch16_siglip_224": {},
+}
+WHOLE = [
+    Dense, partial(Windowed, window=8), partial(Neighbourhood, size=9), partial(PooledKeys, pool=1),
+    partial(TopK, k=64), partial(AdaptiveSpan, max_span=8, init=1),
+]  # fmt: skip
+
+
+def vit_of(name):
+    return models.vit(name=name.split(",")[0], **VITS[name])
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_what_covers_the_whole_grid_changes_nothing(name):
+    model, images = vit_of(name), models.pictures(VITS[name].get("img_size", 64))
+    model.train()  # the attention below is of another class, and goes on in the mode that it had
+    outputs = []
+    for part in (None, *WHOLE):
+        swap = part and swap_attention(model, part)
+        assert model.training
+        model.eval()
+        found = model(images)
+        found.square().sum().backward()
+        outputs.append([found, *(parameter.grad.clone() for parameter in models_own(model))])
+        model.zero_grad()
+        model.train()
+        if swap:
+            swap.remove()
+    for found in outputs[1:]:
+        for one, other in zip(found, outputs[0], strict=True):
+            close(one, other, atol=1e-5 * max(1, float(other.detach().abs().max())), rtol=0)
+
+
+def models_own(model):
+    return [p for name, p in model.named_parameters() if "mechanism" not in name and p.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["windowed, shifted", "neighbourhood", "adaptive span"])
+def test_q_k_and_v_meet_as_the_mechanism_says(name):
+    """In a block of a ViT without anything else: by hand from its weights."""
+    make, m = MASKED[name]
+    model = models.vit(img_size=(64, 96), depth=1)
+    swap_attention(model, make)
+    attention = model.blocks[0].attn
+    seen = []
+    attention.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    model(models.pictures((64, 96)))
+    x, out = seen[0]
+    q, k, v = attention.qkv(x).reshape(2, 25, 3, 3, 16).permute(2, 0, 3, 1, 4)
+    expected, _ = attended(q, k, v, weights_by_hand(m, 3, (4, 6), 1))
+    close(out, attention.proj(expected.float().transpose(1, 2).reshape(2, 25, 48)), atol=1e-5, rtol=1e-4)
+
+
+def test_one_model_takes_every_grid_that_it_took_before():
+    model = models.vit(dynamic_img_size=True)
+    sizes = [(64, 64), (32, 96), (16, 160), (64, 64)]
+    before = [model(models.pictures(size)) for size in sizes]
+    swap_attention(model, partial(Windowed, window=10))
+    for size, expected in zip(sizes, before, strict=True):
+        close(model(models.pictures(size)), expected, atol=1e-5, rtol=1e-4)
+    swap_other = models.vit(dynamic_img_size=True)
+    swap_attention(swap_other, partial(Windowed, window=3))
+    assert not torch.allclose(swap_other(models.pictures((32, 96))), before[1], atol=1e-3)
+
+
+def test_weights_keep_their_names_and_load_strictly_both_ways():
+    plain, model = models.vit(), models.vit()
+    swap = swap_attention(model, partial(AdaptiveSpan, max_span=3))
+    new = {f"blocks.{block}.attn.mechanism.span" for block in range(3)}
+    assert model.state_dict().keys() == plain.state_dict().keys() | new
+    assert [name for name, _ in model.named_parameters() if "mechanism" not in name] == [
+        name for name, _ in plain.named_parameters()
+    ]
+    model.load_state_dict(plain.state_dict())  # spans stay as they are
+    with torch.no_grad():
+        swap.places["blocks.1.attn"].mechanism.span.copy_(torch.tensor([0.1, 0.2, 0.3]))
+    other = models.vit()
+    swap_attention(other, partial(AdaptiveSpan, max_span=3))
+    other.load_state_dict(model.state_dict())
+    close(spans(other)["blocks.1.attn.mechanism"].detach(), torch.tensor([0.3, 0.6, 0.9]))
+    close(mean_span(other).detach(), torch.tensor((1.5 * 6 + 1.8) / 9))
+    assert mean_span(plain) is None
+    assert "spans 0.3, 0.6, 0.9 of 3, ramp 2" in repr(swap)
+
+
+def test_removed_the_model_is_as_it_was_with_the_weights_that_it_learned():
+    model, images = models.vit(), models.pictures()
+    attentions = [block.attn for block in model.blocks]
+    swap = swap_attention(model, partial(Windowed, window=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.train()(images).square().sum().backward()
+    optimizer.step()
+    model.eval()
+    swap.remove()
+    swap.remove()
+    assert [block.attn for block in model.blocks] == attentions
+    plain = models.vit()
+    before = {name: parameter.clone() for name, parameter in plain.named_parameters()}
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(images), model(images))
+    assert not torch.equal(before["blocks.0.attn.qkv.weight"], model.blocks[0].attn.qkv.weight)
+    assert not any(module._forward_hooks or module._load_state_dict_pre_hooks for module in model.modules())
+    assert not any(module.training for module in model.modules())
+
+
+def test_copies_stand_on_their_own():
+    model = models.vit(dynamic_img_size=True)
+    swap_attention(model, partial(Windowed, window=2))
+    other = copy.deepcopy(model)
+    small, large = models.pictures(32), models.pictures(64)
+    expected = model(large)
+    other(small)
+    close(other(large), expected)
+    assert other.blocks[0].attn.grid is not model.blocks[0].attn.grid
+
+
+def test_layers_are_chosen_by_name_and_several_mechanisms_take_turns():
+    model = models.vit()
+    swap = swap_attention(model, [partial(Windowed, window=2), partial(Windowed, window=2, shift=1)])
+    assert [part.mechanism.shift for part in swap.places.values()] == [0, 1, 0]
+    swap.remove()
+    swap = swap_attention(model, Dense, at=["blocks.2.attn", "blocks.0.*"])
+    assert list(swap.places) == ["blocks.0.attn", "blocks.2.attn"]
+    assert type(model.blocks[1].attn) is timm.layers.Attention
+    with pytest.raises(UsageError, match=r"nothing in this VisionTransformer attends under the name 'block.0.attn'"):
+        swap_attention(model, Dense, at="block.0.attn")
+    with pytest.raises(UsageError, match=r"blocks.0.attn of this VisionTransformer has a mechanism already"):
+        swap_attention(model, Dense, at="blocks.0.attn")
+    refuses(UsageError, "at least one factory", swap_attention, model, [], at="blocks.1.attn")
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=24),
+            "relative-position bias",
+        ),
+        (lambda: models.vit(name="vit_relpos_small_patch16_224"), "blocks.0.attn .* RelPosAttention with a relative"),
+        (models.swin, "layers.0.blocks.0.attn .* WindowAttention with a relative-position bias"),
+        (lambda: models.resnet(), "this ResNet has no self-attention that can be swapped"),
+        (models.torchvision_vit, "MultiheadAttention; swapped are Attention, AttentionRope, EvaAttention of timm"),
+        (lambda: models.vit(name="vit_little_patch16_reg1_gap_256", attn_layer="diff"), "DiffAttention; swapped are"),
+        (lambda: nn.Sequential(models.vit()), "whose patch_embed tells the grid; this Sequential has none"),
+    ],
+)
+def test_what_cannot_be_swapped_is_told_by_name_and_left_alone(make, text):
+    model = make()
+    before = {name: type(module) for name, module in model.named_modules()}
+    refuses(UsageError, text, swap_attention, model, Dense)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_what_a_mechanism_cannot_do_is_told():
+    model = models.vit(patch_drop_rate=0.5)
+    swap_attention(model, partial(Windowed, window=2))
+    refuses(UsageError, r"needs every token of the grid.*patch_drop_rate", lambda: model.train()(models.pictures()))
+    with pytest.raises(UsageError, match="takes no mask"):
+        model.eval().blocks[0].attn(torch.zeros(1, 17, 48), attn_mask=torch.zeros(17, 17))
+    alone = models.vit()
+    swap_attention(alone, Dense)
+    refuses(UsageError, "runs inside its ViT", lambda: alone.blocks[0](torch.zeros(1, 17, 48)))
+
+
+def test_a_classifier_swaps_after_its_weights_are_loaded(tmp_path):
+    options = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    plain = models.stirred(timm.create_model("vit_tiny_patch16_224", num_classes=5, **options))
+    torch.save(plain.state_dict(), tmp_path / "vit.pth")
+    make = partial(
+        Classifier, "vit_tiny_patch16_224", num_classes=5, weights=str(tmp_path / "vit.pth"), options=options
+    )
+    images = models.pictures()
+    close(make(self_attention=[partial(Windowed, window=4)]).eval()(images), plain(images), atol=1e-5, rtol=1e-4)
+    swapped = make(self_attention=[partial(Windowed, window=2)], self_attention_at="blocks.0.attn").eval()
+    assert not torch.allclose(swapped(images), plain(images), atol=1e-3)
+    assert type(swapped.backbone.blocks[1].attn) is timm.layers.Attention
+
+
+def test_mechanisms_are_inserted_beside_swapped_attention():
+    from visionattn.attention import SE
+
+    model, images = models.vit(), models.pictures()
+    swap_attention(model, partial(Windowed, window=2))
+    expected = model(images)
+    inserted = insert(model, SE, at="blocks")
+    close(model(images), expected)
+    inserted.remove()
+
+
+def test_it_compiles_and_exports():
+    model, images = models.vit(depth=4, img_size=(64, 96)), models.pictures((64, 96))
+    names = ("windowed, shifted", "neighbourhood", "adaptive span", "block-sparse")
+    swap_attention(model, [MASKED[name][0] for name in names])
+    with torch.no_grad():
+        expected = model(images)
+        close(torch.compile(model, backend="eager", fullgraph=True)(images), expected, atol=1e-5, rtol=1e-4)
+        exported = torch.export.export(model, (images,), strict=False)
+        close(exported.module()(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MASKED))
+def test_it_runs_as_onnx(name, tmp_path):
+    import onnxruntime
+
+    model, images = models.vit(depth=2, img_size=(64, 96)), models.pictures((64, 96))
+    swap_attention(model, MASKED[name][0])
+    with torch.no_grad():
+        expected = model(images)
+        torch.onnx.export(model, (images,), tmp_path / "vit.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "vit.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,67 @@
+"""Adaptive spans: the paper's ramp, its gradient, its bounds, and heads that compute no more than they see."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from tests.attention.self_attention.forms import Counted, qkv
+from visionattn import attention
+
+close = torch.testing.assert_close
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("way", ["chosen", "blocks"])
+def test_the_gradient_of_spans_is_that_of_finite_differences(prefix, way, request):
+    if way == "blocks":
+        request.getfixturevalue("blocks")
+    grid = (4, 5)
+    module = attention.AdaptiveSpan(3, max_span=4, ramp=1.7).double()
+    inputs = qkv(grid, prefix, batch=1, heads=3, width=4, dtype=torch.float64)
+    span = torch.tensor([0.06, 0.4, 0.78], dtype=torch.float64, requires_grad=True)  # between the kinks of m
+
+    def output(span):
+        call = partial(torch.func.functional_call, module, {"span": span}, tuple(inputs))
+        return call({"grid": grid, "num_prefix_tokens": prefix})
+
+    assert torch.autograd.gradcheck(output, span)
+    assert torch.autograd.grad(output(span).square().sum(), span)[0].abs().min() > 1e-3
+
+
+def test_the_ramp_is_that_of_the_paper():
+    module = attention.AdaptiveSpan(1, max_span=3, ramp=2, init=1 / 3)
+    close(module.reach(4)[0, 4], torch.tensor([0, 0, 0.5, 1, 1, 1, 0.5, 0, 0]))
+    close(module.reach(4)[0], module.reach(4)[0].T)
+    close(module.spans, torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_spans_stay_within_their_bounds_and_come_back_from_the_edge(compiled):
+    module = attention.AdaptiveSpan(2, max_span=4)
+    run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+    optimizer = torch.optim.SGD(module.parameters(), lr=10)
+    for sign in (1, -1):  # far below 0, then far beyond 1
+        (sign * attention.mean_span(module)).backward()
+        optimizer.step()
+        run(*qkv((2, 2), 0), grid=(2, 2))
+        close(module.span.data, torch.full((2,), float(sign < 0)))
+        optimizer.zero_grad()
+
+
+def test_every_head_computes_its_own_span_and_no_more():
+    grid = (32, 32)
+    module = attention.AdaptiveSpan(3, max_span=32, ramp=2).eval()
+    inputs = [x.detach() for x in qkv(grid, 1, batch=1, heads=3)]
+    counts = {}
+    for spans in ((0, 0, 0), (0, 0, 32), (4, 4, 4), (32, 32, 32)):
+        with torch.no_grad(), Counted() as counted:
+            module.span.copy_(torch.tensor(spans) / 32)
+            out = module(*inputs, grid=grid, num_prefix_tokens=1)
+        counts[spans] = counted.products / (3 * 1025**2)
+        with torch.no_grad():
+            close(module.dense(*inputs, grid, 1, 0.0), out, atol=1e-5, rtol=0)
+    assert counts[32, 32, 32] == 1
+    assert counts[0, 0, 0] < 0.1
+    assert counts[4, 4, 4] < 0.4
+    close(counts[0, 0, 32], (2 * counts[0, 0, 0] + 1) / 3, atol=1e-3, rtol=0)

@@ -1,0 +1,55 @@
+"""Attention in blocks against a loop over queries, and the gradient of a bias against torch's."""
+
+import torch
+
+from visionattn.attention.self_attention.block_attention import attend, attend_in_blocks, cut
+
+
+def near(size, reach):
+    """Of every row those that are at most `reach` away."""
+    return [(max(0, i - reach), min(size, i + reach + 1)) for i in range(size)]
+
+
+def test_blocks_attend_as_a_loop_over_queries_does():
+    torch.manual_seed(0)
+    rows, columns = near(5, 1), near(7, 2)
+    q, k, v = torch.randn(3, 2, 5, 7, 2, 4, dtype=torch.float64)
+    prefix_k, prefix_v = torch.randn(2, 2, 2, 1, 4, dtype=torch.float64)
+
+    def bias(row, column):
+        both = row.allowed(q.device)[:, None, :, None] & column.allowed(q.device)[None, :, None]
+        return both.flatten(2).flatten(0, 1)
+
+    out = attend_in_blocks([q, k, v], [prefix_k, prefix_v], (cut(rows, 2), cut(columns, 3)), bias, 0.0)
+    for b, i, j, h in torch.cartesian_prod(*(torch.arange(size) for size in (2, 5, 7, 2))).tolist():
+        reached = b, slice(*rows[i]), slice(*columns[j]), h
+        keys = torch.cat([prefix_k[b, h], k[reached].flatten(0, 1)])
+        values = torch.cat([prefix_v[b, h], v[reached].flatten(0, 1)])
+        expected = torch.softmax(keys @ q[b, i, j, h] / 2, 0) @ values
+        torch.testing.assert_close(out[b, i, j, h], expected)
+
+
+def test_every_row_lies_in_one_block_that_holds_all_it_reaches():
+    reach = near(23, 3)
+    seen = {}
+    for run in cut(reach, 4):
+        for number in range(run.count):
+            start = run.start + number * run.block
+            for row in range(run.block):
+                low, high = run.reach[row]
+                seen.setdefault(start + run.offset + row, []).append((start + low, start + high))
+                assert high <= run.extent
+    assert seen == {row: [some] for row, some in enumerate(reach)}
+
+
+def test_the_gradient_of_a_bias_is_that_of_torch():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 3, 2, 5, 4, dtype=torch.float64).requires_grad_()
+    bias = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
+    expected = torch.softmax(q @ k.mT / 2 + bias, -1) @ v
+    weights = torch.randn_like(expected)
+    got = attend(q, k, v, bias, 0.0)
+    torch.testing.assert_close(got, expected)
+    (ours,) = torch.autograd.grad((got * weights).sum(), bias)
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), bias)
+    torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,38 @@
+"""Attention by a mask, of which only the blocks with a pair are computed."""
+
+import pytest
+import torch
+
+from tests.attention.self_attention.attended_by_hand import MASKED, attended, weights_by_hand
+from tests.attention.self_attention.forms import Counted, qkv
+from visionattn import attention
+from visionattn.errors import UsageError
+
+close = torch.testing.assert_close
+
+
+def test_a_mask_that_leaves_a_patch_nothing_is_refused():
+    module = attention.BlockSparse(1, allowed=lambda a, b, c, d: (a != 1) & (c == c) & (b == b) & (d == d))
+    with pytest.raises(UsageError, match=r"patch \(1, 0\) of a grid of 2×3 attend to none"):
+        module(*qkv((2, 3), 0, heads=1), grid=(2, 3))
+
+
+def test_block_sparse_computes_only_blocks_with_a_pair():
+    grid = (16, 16)
+    near = attention.BlockSparse(2, allowed=lambda a, b, c, d: (a // 4 == c // 4) & (b == b) & (d == d), block=16)
+    with torch.no_grad(), Counted() as counted:
+        near(*qkv(grid, 0), grid=grid)
+    assert counted.products == 2 * 2 * 256 * 64
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_the_mask_that_flex_attention_gets_is_the_same(prefix):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    make, m = MASKED["block-sparse"]
+    grid, module = (5, 7), make(2)
+    inputs = [x.detach() for x in qkv(grid, prefix, width=16)]
+    out = flex_attention(*inputs, block_mask=module.flex_mask(grid, prefix, inputs[0].device))
+    expected, _ = attended(*inputs, weights_by_hand(m, 2, grid, prefix))
+    close(out.double(), expected, atol=1e-5, rtol=0)

@@ -1,0 +1,83 @@
+"""What all forms of self-attention have in common: their equations pair by pair, precision, and what they refuse."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from tests.attention.self_attention.attended_by_hand import MASKED, attended, weights_by_hand
+from tests.attention.self_attention.forms import qkv
+from tests.refusals import refuses
+from visionattn import attention
+from visionattn.errors import UsageError
+
+close = torch.testing.assert_close
+masked = pytest.mark.parametrize(("make", "m"), MASKED.values(), ids=MASKED)
+GRIDS = [(9, 13), (2, 3), (1, 8), (1, 1)]
+
+
+@masked
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("way", ["chosen", "blocks", "one call"])
+def test_output_and_every_gradient_are_those_of_dense_attention_with_the_mask(make, m, grid, prefix, way, request):
+    if way == "blocks":
+        request.getfixturevalue("blocks")
+    module, inputs = make(2), qkv(grid, prefix)
+    upstream = torch.randn_like(inputs[0])
+    if way == "one call":
+        module.attend = module.dense
+    out = module(*inputs, grid=grid, num_prefix_tokens=prefix)
+    expected, _ = attended(*inputs, weights_by_hand(m, 2, grid, prefix))
+    close(out.double(), expected, atol=1e-5, rtol=0)
+    found = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+    for one, other in zip(found, torch.autograd.grad(expected, inputs, upstream.double()), strict=True):
+        close(one, other, atol=1e-5, rtol=0)
+
+
+EVERY = {name: make for name, (make, _) in MASKED.items()} | {
+    "dense": attention.Dense,
+    "pooled keys": partial(attention.PooledKeys, pool=2),
+    "top-k": partial(attention.TopK, k=3),
+}
+every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+
+
+@every
+@pytest.mark.usefixtures("blocks")
+def test_half_precision_one_image_and_dropout(make):
+    grid, module = (9, 7), make(2).bfloat16()
+    inputs = qkv(grid, 1, batch=1, dtype=torch.bfloat16)
+    out = module(*inputs, grid=grid, num_prefix_tokens=1)
+    assert out.dtype == torch.bfloat16
+    module.float()
+    exact = module(*(x.float() for x in inputs), grid=grid, num_prefix_tokens=1)
+    if make is not EVERY["top-k"]:  # which rounds before it chooses
+        close(out.float(), exact, atol=0.05, rtol=0)
+    out.float().square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+    dropped = module(*(x.float() for x in inputs), grid=grid, num_prefix_tokens=1, dropout_p=0.5)
+    assert dropped.isfinite().all()
+    assert not torch.equal(dropped, exact)
+
+
+@every
+def test_tokens_that_are_no_grid_and_bad_options_are_refused(make):
+    with pytest.raises(UsageError, match="needs every token of the grid: 4×4 patches and 1 before them, and got 16"):
+        make(2)(*qkv((4, 4), 0), grid=(4, 4), num_prefix_tokens=1)
+    refuses(ValueError, "num_heads must be ≥ 1, got 0", make, 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: attention.Windowed(1, window=4, shift=4), r"shift in \[0, window\), got 4 and 4"),
+        (lambda: attention.Neighbourhood(1, size=4), "size must be odd and ≥ 1, got 4"),
+        (lambda: attention.PooledKeys(1, pool=0), "pool must be ≥ 1, got 0"),
+        (lambda: attention.TopK(1, k=0), "k must be ≥ 1, got 0"),
+        (lambda: attention.AdaptiveSpan(1, max_span=0), "max_span and ramp must be > 0"),
+        (lambda: attention.BlockSparse(1, allowed=None, block=0), "block must be ≥ 1, got 0"),
+    ],
+)
+def test_options_out_of_range_are_named(make, text):
+    refuses(ValueError, text, make)

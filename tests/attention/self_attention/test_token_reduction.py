@@ -1,0 +1,389 @@
+"""Token merging and pruning against the papers' equations token by token, and as users use them."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from tests.attention.self_attention import tokens_by_hand as by_hand
+from tests.capture import models
+from tests.refusals import refuses
+from visionattn.attention import CBAM, TokenMerging, TokenPruning, insert, reduce_tokens
+from visionattn.attention.self_attention.token_reduction import Heads, Held, class_attention, likest_pairs
+from visionattn.errors import UsageError
+
+close = torch.testing.assert_close
+
+RATES, KEEP = (3, 2, 4, 5), {0: 0.7, 2: 0.6}
+WITHOUT_CLASS_TOKEN = ("mean", "attention pooling")
+
+
+def merging(rate=RATES):
+    return TokenMerging(rate)
+
+
+def pruning(keep=KEEP, **options):
+    return TokenPruning(list(keep.values()), blocks=list(keep), **options)
+
+
+REDUCTIONS = {
+    "merged": (merging, lambda model: by_hand.merge(model, RATES)),
+    "fused": (pruning, lambda model: by_hand.prune(model, KEEP)),
+    "dropped": (lambda: pruning(fuse=False), lambda model: by_hand.prune(model, KEEP, fuse=False)),
+}
+every = pytest.mark.parametrize("reduction", [merging, pruning], ids=["merged", "pruned"])
+
+
+def reduced(model, reduction):
+    reduce_tokens(model, reduction)
+    return model
+
+
+# What it computes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", by_hand.NETWORKS)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_a_network_computes_what_the_papers_say_token_by_token(kind, name):
+    make, reduce = REDUCTIONS[name]
+    model, images = by_hand.network(kind), by_hand.images()
+    plain = model(images)
+    if name != "merged" and kind in WITHOUT_CLASS_TOKEN:
+        with pytest.raises(UsageError, match="TokenPruning needs a class token, and this VisionTransformer has none"):
+            reduce_tokens(model, make())
+        return
+    expected = by_hand.run(model, images[1], reduce(model)).logits
+    found = reduced(model, make())(images)
+    close(found[1], expected, atol=1e-10, rtol=0)
+    assert (found - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["class token", "rotary, registers"])
+@pytest.mark.parametrize("name", ["merged", "fused"])
+def test_every_gradient_is_that_of_the_equations(kind, name):
+    make, reduce = REDUCTIONS[name]
+    model, image = by_hand.network(kind), by_hand.images(1).requires_grad_()
+    weights = torch.arange(5.0, dtype=torch.float64)
+    inputs = [image, *model.parameters()]
+    expected = torch.autograd.grad(by_hand.run(model, image[0], reduce(model)).logits @ weights, inputs)
+    found = torch.autograd.grad((reduced(model, make())(image) @ weights).sum(), inputs)
+    for gradient, reference in zip(found, expected, strict=True):
+        close(gradient, reference, atol=1e-9, rtol=1e-7)
+    assert found[0].any()
+
+
+@pytest.mark.parametrize("patches", [1, 2, 3, 8, 9])
+def test_the_likest_pairs_are_those_of_a_search(patches):
+    key = torch.randn(2, 3, patches, 4, generator=torch.Generator().manual_seed(patches))
+    for rate in range(1, patches // 2 + 1):
+        moved, into, kept = likest_pairs(key, rate)
+        for b in range(2):
+            mean = key[b].mean(0)
+            pairs = [
+                max((by_hand.cosine(mean[a], mean[o]), a // 2, o // 2) for o in range(1, patches, 2))
+                for a in range(0, patches, 2)
+            ]
+            best = sorted(pairs, reverse=True)[:rate]
+            assert list(zip(moved[b].tolist(), into[b].tolist(), strict=True)) == [pair[1:] for pair in best]
+            assert kept[b].tolist() == sorted({a // 2 for a in range(0, patches, 2)} - set(moved[b].tolist()))
+
+
+def heads_of(tokens, *, batch=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query, key = (torch.randn(batch, 3, tokens, 4, generator=generator, dtype=dtype) for _ in range(2))
+    return Heads(query.requires_grad_(), key.requires_grad_(), None, 0.5, False)
+
+
+def test_what_is_merged_is_a_mean_and_no_patch_is_lost():
+    """Ones stay ones, and the mean of all tokens by size stays what it was, however often they are merged."""
+    x = torch.randn(3, 2 + 23, 6, dtype=torch.float64)
+    held, mean = Held(2), x[:, 2:].mean(1)
+    for rate in (4, 3, 9, 9):
+        x, held = TokenMerging(rate)(x, held, heads_of(x.shape[1], batch=3), rate)
+        size = held.size_BN
+        assert torch.equal(size[:, :2], torch.ones(3, 2))
+        assert torch.equal(size.sum(1), torch.full((3,), 25.0))
+        close((x * size[..., None])[:, 2:].sum(1) / 23, mean)
+
+
+@every
+def test_the_gradients_are_those_of_small_differences(reduction):
+    part = reduction()
+    heads = heads_of(2 + 9, batch=1)
+    x = torch.randn(1, 11, 3, dtype=torch.float64, requires_grad=True)
+    held = Held(2, torch.randint(1, 5, (1, 11)).double())
+
+    def run(x, query, key):
+        return part(x, held, Heads(query, key, None, 0.5, False), 3 if reduction is merging else 0.5)[0]
+
+    assert torch.autograd.gradcheck(run, (x, heads.query_BHND, heads.key_BHND))
+
+
+def test_class_attention_is_the_softmax_of_the_class_tokens_row():
+    heads = heads_of(7)
+    query, key = heads.query_BHND.detach(), heads.key_BHND.detach()
+    expected = models.softmax_by_hand(query, key, scale=0.5)[:, :, 0].mean(1)
+    close(class_attention(heads, 1).detach(), expected)
+
+
+# Rates --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", [TokenMerging(0), TokenMerging([0, 0, 0, 0]), TokenPruning(1.0)], ids=repr)
+@pytest.mark.parametrize("kind", by_hand.NETWORKS)
+def test_where_nothing_is_reduced_nothing_moves_by_a_bit(kind, reduction):
+    if kind in WITHOUT_CLASS_TOKEN and isinstance(reduction, TokenPruning):
+        return
+    model, images = by_hand.network(kind).float().train(), by_hand.images().float()
+    expected = model(images)
+    assert torch.equal(reduced(model, reduction)(images), expected)
+
+
+def counts_of(model, images):
+    """Tokens that every block's MLP sees."""
+    seen = []
+    handles = [
+        block.mlp.register_forward_hook(lambda m, args, out: seen.append(out.shape[1])) for block in model.blocks
+    ]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("reduction", "expected"),
+    [
+        (TokenMerging(3), [21, 18, 15, 12]),
+        (TokenMerging(3, decreasing=True), [18, 14, 12, 12]),
+        (TokenMerging(99), [12, 6, 3, 2]),  # at most half
+        (TokenMerging([0, 5, 0, 1]), [24, 19, 19, 18]),
+        (TokenPruning(0.7), [24, 18, 14, 11]),  # ⌈.7 · 24⌉ = 17, ⌈.7 · 18⌉ = 13, ⌈.7 · 14⌉ = 10, and one fused
+        (TokenPruning(0.7, fuse=False), [24, 17, 12, 9]),
+        (TokenPruning([0.5, 0.01], blocks=[0, 3]), [13, 13, 13, 2]),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", ["class token", "layer scale, registers"])
+def test_so_many_tokens_are_left(kind, reduction, expected):
+    model = by_hand.network(kind)
+    found = counts_of(reduced(model, reduction), by_hand.images())
+    assert [count - model.num_prefix_tokens for count in found] == expected
+
+
+def test_the_decreasing_schedule_is_the_papers():
+    assert TokenMerging(13, decreasing=True).rates(12) == [26, 24, 21, 19, 17, 14, 12, 9, 7, 5, 2, None]
+    assert TokenMerging(13).rates(12) == [13] * 12
+    assert TokenPruning(0.7).rates(12) == [None] * 3 + [0.7] + [None] * 2 + [0.7] + [None] * 2 + [0.7] + [None] * 2
+
+
+# Circumstances ------------------------------------------------------------------------------------------------------
+
+
+@every
+@pytest.mark.parametrize("kind", ["class token", "rotary, registers"])
+def test_images_of_a_batch_do_not_touch_each_other(reduction, kind):
+    model, images = reduced(by_hand.network(kind), reduction()), by_hand.images(3)
+    together = model(images)
+    for image, logits in zip(images, together, strict=True):
+        close(model(image[None])[0], logits)
+    if kind == "class token":  # timm's Eva takes no empty batch
+        assert model(images[:0]).shape == (0, 5)
+
+
+@every
+def test_prefix_tokens_stay_whatever_their_keys_are(reduction):
+    x = torch.randn(2, 5 + 8, 6, dtype=torch.float64)
+    heads = heads_of(13)
+    with torch.no_grad():
+        heads.key_BHND[:, :, :5] = heads.key_BHND[:, :, 5:6]  # as like a patch as can be
+    out, _ = reduction()(x, Held(5), heads, 4 if reduction is merging else 0.3)
+    assert torch.equal(out[:, :5], x[:, :5])
+
+
+@every
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_half_precision_stays_near(reduction, how):
+    model, images = reduced(by_hand.network().float(), reduction()), by_hand.images(4).float()
+    shapes = counts_of(model, images)
+    if how == "bfloat16":
+        found = copy.deepcopy(model).bfloat16()(images.bfloat16())
+        assert found.dtype == torch.bfloat16
+        assert counts_of(copy.deepcopy(model).bfloat16(), images.bfloat16()) == shapes
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(images)
+    assert found.isfinite().all()
+    # given the same keys it is the same tokens that go, and they end up alike
+    part, x, heads = reduction(), torch.randn(2, 13, 6), heads_of(13, dtype=torch.float32)
+    rate = 4 if reduction is merging else 0.5
+    with torch.no_grad():
+        expected, _ = part(x, Held(1), heads, rate)
+        found, held = part(x.bfloat16(), Held(1), heads, rate)
+    close(found.float(), expected, atol=3e-2, rtol=2e-2)
+    assert held.size_BN is None or held.size_BN.dtype == torch.float32  # 257 patches are no 256
+
+
+@every
+def test_a_reduced_network_learns_and_every_weight_takes_part(reduction):
+    model, images = reduced(by_hand.network().float().train(), reduction()), by_hand.images(4).float()
+    labels = torch.tensor([0, 1, 2, 3])
+    optimizer, losses = torch.optim.SGD(model.parameters(), 0.01), []
+    for _ in range(12):
+        optimizer.zero_grad()
+        losses.append(nn.functional.cross_entropy(model(images), labels))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+@every
+@pytest.mark.parametrize("kind", ["class token", "rotary, mean"])
+def test_recomputed_activations_give_the_same_gradients(reduction, kind):
+    model, images = reduced(by_hand.network(kind), reduction()).train(), by_hand.images()
+    gradients = []
+    for recompute in (False, True):
+        model.set_grad_checkpointing(recompute)
+        first, second = model(images), model(images.flip(0))  # two passes, then both backward
+        gradients.append(torch.autograd.grad((first * second).sum(), list(model.parameters())))
+    for found, expected in zip(*gradients, strict=True):
+        close(found, expected)
+
+
+@every
+def test_it_compiles_in_one_graph_and_exports_for_any_batch(reduction):
+    torch._dynamo.reset()
+    part = TokenMerging([3, 2]) if reduction is merging else TokenPruning(0.5, blocks=[0])
+    model, images = reduced(by_hand.network(depth=2).float(), part), by_hand.images(3).float()
+    with torch.no_grad():
+        expected = model(images)
+        close(torch.compile(model, backend="aot_eager", fullgraph=True)(images), expected)
+        exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        close(exported(images), expected)
+        close(exported(images[:2]), expected[:2])
+
+
+@every
+def test_threads_do_not_take_each_others_tokens(reduction):
+    model, images = reduced(by_hand.network(), reduction()), by_hand.images(6)
+    with torch.no_grad():
+        expected = model(images)
+    found = {}
+
+    def work(number):
+        with torch.no_grad():
+            found[number] = [model(images[number : number + 1])[0] for _ in range(8)]
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, logits in enumerate(expected):
+        for one in found[number]:
+            close(one, logits)
+
+
+@every
+def test_the_network_is_as_it_was_after_remove_and_its_weights_keep_their_names(reduction):
+    model, images = by_hand.network("layer scale, registers"), by_hand.images()
+    before, expected, keys = models.state_of(model), model(images), list(model.state_dict())
+    first = reduce_tokens(model, reduction())
+    assert list(model.state_dict()) == keys
+    assert type(reduction()).__name__ in repr(first)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    found = model(images)
+    assert not torch.equal(found, expected)
+    first.remove()
+    first.remove()
+    models.assert_same_state(before, models.state_of(model))
+    assert torch.equal(model(images), expected)
+    assert all("forward" not in vars(block) for block in model.blocks)
+    for one in copies:  # which stay reduced
+        assert torch.equal(one(images), found)
+    reduce_tokens(model, reduction())
+    assert torch.equal(model(images), found)
+
+
+def test_a_mechanism_can_be_inserted_before_the_first_tokens_go():
+    model, images = by_hand.network(), by_hand.images()
+    inserted = insert(model, lambda channels: CBAM(channels, reduction=4), at=["blocks.0", "blocks.1"], image=images[0])
+    expected = reduced(copy.deepcopy(model), TokenMerging([0, 0, 3, 3]))(images)
+    with torch.no_grad():
+        for part in inserted.places.values():
+            part.gamma.fill_(0.5)
+    found = reduced(model, TokenMerging([0, 0, 3, 3]))(images)
+    assert (found - expected).abs().max() > 1e-3
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_reduced_is_refused_by_name_and_left_alone():
+    def parallel():
+        return timm.create_model(
+            "vit_tiny_patch16_224", depth=1, block_fn=timm.models.vision_transformer.ParallelScalingBlock
+        )
+
+    refused = {
+        "in a VisionTransformer or an Eva of timm; this is a ResNet": lambda: timm.create_model("resnet10t"),
+        "this is a Beit": lambda: timm.create_model("beit_base_patch16_224", depth=1),
+        "this is a SwinTransformer": lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
+        "of timm; this is a VisionTransformer": lambda: torchvision.models.VisionTransformer(32, 16, 1, 1, 8, 8),
+        "in block 0 of this VisionTransformer, a ParallelScalingBlock": parallel,
+        "block 0 of this VisionTransformer, which attends by DiffAttention": lambda: timm.create_model(
+            "vit_tiny_patch16_224", depth=1, num_heads=4, attn_layer="diff"
+        ),
+    }
+    for message, make in refused.items():
+        model = make()
+        before = models.state_of(model)
+        with pytest.raises(UsageError, match=message):
+            reduce_tokens(model, TokenMerging(1))
+        models.assert_same_state(before, models.state_of(model))
+
+
+def test_wrong_rates_are_told():
+    for wrong in (-1, [], [3, -1]):
+        refuses(ValueError, "rate must be ≥ 0", TokenMerging, wrong)
+    refuses(ValueError, "made of one rate", TokenMerging, [1, 2], decreasing=True)
+    for wrong in (0, 1.1, [], [0.5, 0]):
+        refuses(ValueError, r"keep must be in \(0, 1\]", TokenPruning, wrong)
+    model = by_hand.network()
+    before = models.state_of(model)
+    for message, wrong in {
+        "rate has 2 entries for 4 blocks; give one number, or one a block": TokenMerging([1, 2]),
+        "keep has 3 entries for 1 blocks": TokenPruning([0.5, 0.5, 0.5], blocks=[1]),
+        r"blocks must be different ones of 0 to 3, got \[4\]": TokenPruning(0.5, blocks=[4]),
+        r"different ones of 0 to 3, got \[1, 1\]": TokenPruning(0.5, blocks=[1, 1]),
+    }.items():
+        refuses(UsageError, message, reduce_tokens, model, wrong)
+    models.assert_same_state(before, models.state_of(model))
+
+
+@every
+def test_a_second_reduction_and_masks_and_lost_tokens_are_told(reduction):
+    model, images = reduced(by_hand.network(), reduction()), by_hand.images()
+    with pytest.raises(
+        UsageError, match="block 0 of this VisionTransformer are reduced already; remove\\(\\) that first"
+    ):
+        reduce_tokens(model, TokenMerging(1))
+    refuses(UsageError, "takes no attention mask", model, images, is_causal=True)
+    handle = model.blocks[1].register_forward_hook(lambda module, args, out: out + 0)
+    refuses(UsageError, "something replaced what a block returned", model, images)
+    handle.remove()
+    assert model(images).isfinite().all()
+
+
+def test_a_pool_that_does_not_know_its_tokens_is_told():
+    model = reduced(by_hand.network("mean"), merging())
+    features = model.forward_features(by_hand.images())
+    assert model.forward_head(features).shape == (2, 5)
+    with pytest.raises(UsageError, match="which patches these tokens stand for is not known"):
+        model.forward_head(features.clone())

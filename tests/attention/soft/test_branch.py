@@ -1,0 +1,81 @@
+"""Convolutions whose branches compete against slow loops from the papers' equations."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.attention.mechanisms import image, normalised, seeded, weights
+from visionattn.attention import SelectiveKernel, SplitAttention
+from visionattn.capture import Nothing, capture
+
+
+def convolved(x_CHW, weight, dilation):
+    """A 3 × 3 convolution with zeros beyond the edge, place by place."""
+    padded = F.pad(x_CHW, (dilation,) * 4)
+    height, width = x_CHW.shape[1:]
+    reach = slice(None, 2 * dilation + 1, dilation)
+    out = torch.empty(len(weight), height, width, dtype=x_CHW.dtype)
+    for o, i, j in itertools.product(range(len(weight)), range(height), range(width)):
+        out[o, i, j] = (padded[:, i:, j:][:, reach, reach] * weight[o]).sum()
+    return out
+
+
+def per_plane(w):
+    return {name: value[:, None, None] for name, value in w.items() if value.ndim == 1}
+
+
+def per_value(w):
+    return {name: value for name, value in w.items() if value.ndim == 1}
+
+
+def gate_of(module, x):
+    with torch.no_grad(), capture(module, Nothing()) as records:
+        module(x)
+    (record,) = records
+    assert record.kind == "channel_gate"
+    return record.weights.double()[:, :, 0, 0]
+
+
+def test_selective_kernel_is_its_equation_and_is_seen():
+    module = seeded(SelectiveKernel, 3)
+    x = image(2, 3, 4, 5)
+    w = weights(module)
+    out, gates = torch.empty_like(x), torch.empty(2, 6, dtype=torch.float64)
+    for b in range(2):
+        branches = [
+            torch.relu(normalised(convolved(x[b], w[f"paths.{p}.conv.weight"], p + 1), per_plane(w), f"paths.{p}.bn"))
+            for p in range(2)
+        ]
+        z = w["gate.attention.fc_reduce.weight"][:, :, 0, 0] @ sum(branches).mean((1, 2))
+        z = torch.relu(normalised(z, per_value(w), "gate.attention.bn"))
+        powers = (w["gate.attention.fc_select.weight"][:, :, 0, 0] @ z).exp().view(2, 3)
+        share = powers / powers.sum(0)
+        gates[b] = share.flatten()
+        out[b] = sum(share[p][:, None, None] * branches[p] for p in range(2))
+    torch.testing.assert_close(module(x), out)
+    torch.testing.assert_close(gate_of(module, x), gates, atol=1e-6, rtol=1e-5)
+
+
+def test_split_attention_is_its_equation_and_is_seen():
+    module = seeded(SplitAttention, 4)
+    x = image(2, 4, 4, 5)
+    w = weights(module)
+    out, gates = torch.empty_like(x), torch.empty(2, 8, dtype=torch.float64)
+    for b in range(2):
+        halves = [convolved(x[b, 2 * p : 2 * p + 2], w["conv.weight"][4 * p : 4 * p + 4], 1) for p in range(2)]
+        branches = torch.relu(normalised(torch.cat(halves), per_plane(w), "bn0")).view(2, 4, 4, 5)
+        z = w["fc1.weight"][:, :, 0, 0] @ branches.sum(0).mean((1, 2)) + w["fc1.bias"]
+        z = torch.relu(normalised(z, per_value(w), "bn1"))
+        powers = (w["fc2.weight"][:, :, 0, 0] @ z + w["fc2.bias"]).exp().view(2, 4)
+        share = powers / powers.sum(0)
+        gates[b] = share.flatten()
+        out[b] = sum(share[p][:, None, None] * branches[p] for p in range(2))
+    torch.testing.assert_close(module(x), out)
+    torch.testing.assert_close(gate_of(module, x), gates, atol=1e-6, rtol=1e-5)
+
+
+def test_a_radix_that_does_not_divide_is_named():
+    with pytest.raises(ValueError, match="among radix=3 ≥ 2 branches; 8 channels do not divide so"):
+        SplitAttention(8, radix=3)

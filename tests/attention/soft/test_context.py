@@ -1,0 +1,116 @@
+"""Contexts gathered from all positions against slow loops from the papers' equations."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from timm.layers import create_attn
+
+from tests.attention.mechanisms import image, normalised, seeded, weights
+from tests.refusals import refuses
+from visionattn.attention import DoubleAttention, GlobalContext, GlobalContextGate, Lambda
+from visionattn.capture import Full, capture
+
+
+def attended(module, x):
+    with torch.no_grad(), capture(module, Full()) as records:
+        module(x)
+    return records
+
+
+@pytest.mark.parametrize(("mechanism", "mlp"), [(GlobalContext, "mlp_add"), (GlobalContextGate, "mlp_scale")])
+def test_global_context_is_its_equation_and_is_seen(mechanism, mlp):
+    module = seeded(mechanism, 6)
+    x = image(2, 6, 3, 4)
+    w = weights(module)
+    out, maps = torch.empty_like(x), torch.empty(2, 12, dtype=torch.float64)
+    for b in range(2):
+        flat = x[b].flatten(1)
+        key = w["conv_attn.weight"][0, :, 0, 0]
+        scores = torch.stack([key @ flat[:, n] + w["conv_attn.bias"][0] for n in range(12)])
+        maps[b] = scores.exp() / scores.exp().sum()
+        context = sum(maps[b, n] * flat[:, n] for n in range(12))
+        hidden = w[f"{mlp}.fc1.weight"][:, :, 0, 0] @ context + w[f"{mlp}.fc1.bias"]
+        hidden = (hidden - hidden.mean()) / (hidden.var(correction=0) + 1e-6).sqrt()
+        hidden = torch.relu(hidden * w[f"{mlp}.norm.weight"] + w[f"{mlp}.norm.bias"])
+        result = (w[f"{mlp}.fc2.weight"][:, :, 0, 0] @ hidden + w[f"{mlp}.fc2.bias"])[:, None, None]
+        out[b] = x[b] + result if mechanism is GlobalContext else x[b] * torch.sigmoid(result)
+    torch.testing.assert_close(module(x), out)
+    record, *gate = attended(module, x)
+    assert (record.kind, record.grid) == ("cross", (3, 4))
+    torch.testing.assert_close(record.weights.double().view(2, 12), maps, atol=1e-6, rtol=1e-5)
+    assert [found.kind for found in gate] == ["channel_gate"] * (mechanism is GlobalContextGate)
+    if gate:
+        torch.testing.assert_close(x * gate[0].weights, out, atol=1e-6, rtol=1e-5, check_dtype=False)
+
+
+def test_double_attention_is_its_equation_and_is_seen():
+    module = seeded(DoubleAttention, 8)
+    x = image(2, 8, 3, 4)
+    w = weights(module)
+    out, maps = torch.empty_like(x), torch.empty(2, 2, 12, dtype=torch.float64)
+    for b in range(2):
+        flat = x[b].flatten(1)
+        values = w["project.weight"][:, :, 0, 0] @ flat + w["project.bias"][:, None]
+        a, gather, given = values[:2], values[2:4].exp(), values[4:].exp()
+        maps[b] = torch.stack([row / row.sum() for row in gather])
+        contexts = [sum(maps[b, m, n] * a[:, n] for n in range(12)) for m in range(2)]
+        for n in range(12):
+            z = sum(given[m, n] / given[:, n].sum() * contexts[m] for m in range(2))
+            out[b].view(8, 12)[:, n] = flat[:, n] + w["restore.weight"][:, :, 0, 0] @ z + w["restore.bias"]
+    torch.testing.assert_close(module(x), out)
+    records = attended(module, x)
+    (record,) = records
+    assert (record.kind, record.grid, record.heads) == ("cross", (3, 4), 2)
+    torch.testing.assert_close(record.weights.double().view(2, 2, 12), maps, atol=1e-6, rtol=1e-5)
+
+
+def test_lambda_is_its_equation_and_is_seen():
+    module = seeded(Lambda, 4, num_heads=2, kernel_size=3)
+    x = image(2, 4, 3, 4)
+    w = weights(module)
+    out, maps = torch.empty_like(x), torch.empty(2, 16, 12, dtype=torch.float64)
+    per_channel = {name: value for name, value in w.items() if value.ndim == 1}
+    for b in range(2):
+        projected = w["qkv.weight"][:, :, 0, 0] @ x[b].flatten(1)
+        q, k, v = projected.split([2 * 16, 16, 2])
+        q, v = normalised(q.T, per_channel, "norm_q").T, normalised(v.T, per_channel, "norm_v").T
+        maps[b] = torch.stack([row.exp() / row.exp().sum() for row in k])
+        content = maps[b] @ v.T  # (16, 2)
+        for i, j in itertools.product(range(3), range(4)):
+            place = w["conv_lambda.bias"][:, None].expand(16, 2).clone()
+            for di, dj in itertools.product(range(3), range(3)):
+                row, column = i + di - 1, j + dj - 1
+                if 0 <= row < 3 and 0 <= column < 4:
+                    place += w["conv_lambda.weight"][:, 0, di, dj, 0][:, None] * v[:, row * 4 + column]
+            for head in range(2):
+                query = q[16 * head : 16 * head + 16, i * 4 + j]
+                out[b, 2 * head : 2 * head + 2, i, j] = query @ (content + place)
+    torch.testing.assert_close(module(x), out)
+    (record,) = attended(module, x)
+    assert (record.kind, record.grid, record.heads) == ("cross", (3, 4), 16)
+    torch.testing.assert_close(record.weights.double().view(2, 16, 12), maps, atol=1e-6, rtol=1e-5)
+
+
+def test_lambda_gives_what_timms_gives():
+    module = seeded(Lambda, 16)
+    theirs = create_attn("lambda", 16).double().eval()
+    theirs.load_state_dict(weights(module))
+    x = image(2, 16, 7, 5)
+    torch.testing.assert_close(module(x), theirs(x))
+
+
+def test_lambda_has_finite_gradients_in_bfloat16_whatever_lay_in_memory_before():
+    torch.manual_seed(0)
+    for _ in range(20):  # torch's own conv3d fails three times in four
+        module, x = Lambda(16).bfloat16(), torch.randn(1, 16, 8, 8).bfloat16()
+        module(x).float().square().mean().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+        del module
+        _ = [torch.full((size,), math.nan) for size in (100, 1000, 10000)]
+
+
+def test_arguments_that_cannot_work_are_named():
+    refuses(ValueError, "6 channels cannot be shared out among num_heads=4; pass a divisor", Lambda, 6, num_heads=4)
+    refuses(ValueError, "kernel_size must be odd", Lambda, 8, kernel_size=4)

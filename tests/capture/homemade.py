@@ -1,0 +1,20 @@
+"""Models that attend in ways of their own."""
+
+from torch import nn
+
+
+class Own(nn.Module):
+    """Attention by exp and a sum: nothing of it can be heard."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 8, 8)
+
+    def forward(self, images):
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        weights = (x @ x.mT / 4).exp()
+        return (weights / weights.sum(-1, keepdim=True) @ x).mean(1)
+
+
+class HomemadeAttention(Own):
+    pass

@@ -1,0 +1,110 @@
+"""Models are watched inside data-parallel training in two processes, each of which records its own images."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.capture import models
+from tests.capture.models import kept
+from visionattn.capture import Full, capture
+
+close = torch.testing.assert_close
+
+
+def assert_same_records(found, expected):
+    assert [record.name for record in found] == [record.name for record in expected]
+    for record, reference in zip(found, expected, strict=True):
+        close(record.weights, reference.weights, atol=1e-6, rtol=0)
+
+
+def one_of_two(rank, meeting_place):
+    """What each process does and asserts; a failure in it is one of the test."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=2)
+    images, labels = models.pictures(batch=4), torch.tensor([0, 3, 6, 3])
+    mine = slice(2 * rank, 2 * rank + 2)
+    bare = models.vit(depth=2).train()
+    expected, alone = kept(bare, images[mine], Full()), copy.deepcopy(bare)
+    model = DistributedDataParallel(bare)
+    before = models.state_of(bare)
+    assert_same_records(kept(model, images[mine], Full()), expected)
+    models.assert_same_state(before, models.state_of(bare))
+
+    nn.functional.cross_entropy(alone(images), labels).backward()
+    for watched in (False, True):  # a step after it was watched, and one while it is
+        model.zero_grad()
+        if watched:
+            with capture(model, Full()) as records:
+                out = model(images[mine])
+            assert_same_records(records, expected)
+        else:
+            out = model(images[mine])
+        nn.functional.cross_entropy(out, labels[mine]).backward()
+        for (name, parameter), reference in zip(bare.named_parameters(), alone.parameters(), strict=True):
+            close(parameter.grad, reference.grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert models.state_of(bare)["hooks"] == before["hooks"]
+    torch.distributed.destroy_process_group()
+
+
+def test_each_process_of_distributed_data_parallel_records_its_share_and_learns_from_all(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (tmp_path / "meeting_place",), nprocs=2)
+
+
+SCRIPT = """
+import sys
+import lightning
+import torch
+from tests.capture import models
+from visionattn.capture import Full, capture
+
+class Task(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.network = models.vit(depth=2)
+
+    def training_step(self, batch, index):
+        return self.network(batch).square().mean()
+
+    def validation_step(self, batch, index):
+        with capture(self.network, Full()) as records:
+            self.network(batch)
+        weights = {record.name: record.weights for record in records}
+        torch.save(weights, f"{sys.argv[1]}/{self.global_rank} {index}.pt")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+torch.set_num_threads(1)
+trainer = lightning.Trainer(
+    strategy="ddp", devices=2, accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, logger=False,
+    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1],
+)
+pictures = torch.utils.data.DataLoader(models.pictures(batch=4))
+trainer.fit(Task(), pictures, pictures)
+"""
+
+
+def test_a_network_is_watched_in_the_validation_step_of_lightnings_ddp(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    command = [sys.executable, str(script), str(tmp_path)]
+    run = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    expected = kept(models.vit(depth=2), models.pictures(batch=4), Full())
+    assert len(list(tmp_path.glob("*.pt"))) == 4
+    for rank in range(2):
+        for step in range(2):  # the sampler deals images out in turn
+            found = torch.load(tmp_path / f"{rank} {step}.pt")
+            assert list(found) == [record.name for record in expected]
+            for record in expected:
+                close(found[record.name][0], record.weights[2 * step + rank], atol=1e-6, rtol=0)

@@ -1,0 +1,98 @@
+"""The model does not know that it is watched: outputs, gradients, dropout, and all its state afterwards."""
+
+import pytest
+import torch
+
+from tests.capture import models
+from tests.capture.models import FAMILIES, BrokenError
+from visionattn.capture import ClassRow, Full, HeadMean, Nothing, PatchRow, capture
+
+close = torch.testing.assert_close
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", [ClassRow(), Full(), Nothing(), PatchRow(0, 0)], ids=lambda k: type(k).__name__)
+def test_outputs_are_the_same_bit_for_bit_while_watched(family, keep):
+    make, size = FAMILIES[family]
+    model, images = make(), models.pictures(size)
+    with torch.no_grad():
+        expected = model(images)
+        with capture(model, keep):
+            found = model(images)
+    if family == "torchvision vit":  # its fast path, one opaque kernel, is switched off
+        close(found, expected, atol=1e-5, rtol=0)
+    else:
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_agree_to_rounding_where_the_head_mean_takes_the_place_of_the_fused_call(family):
+    make, size = FAMILIES[family]
+    model, images = make(), models.pictures(size)
+    with torch.no_grad():
+        expected = model(images)
+        with capture(model, HeadMean()):
+            found = model(images)
+    close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", [Full(), HeadMean()], ids=["full", "head_mean"])
+def test_gradients_are_the_same_while_watched(family, keep):
+    make, size = FAMILIES[family]
+    model, images = make(), models.pictures(size)
+    model(images).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with capture(model, keep):
+        model(images).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            close(parameter.grad, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_draws_the_same_numbers_while_watched():
+    model, images = models.vit(drop_rate=0.3, attn_drop_rate=0.3, drop_path_rate=0.3).train(), models.pictures()
+    torch.manual_seed(5)
+    expected = model(images)
+    torch.manual_seed(5)
+    with capture(model, HeadMean()) as records:
+        assert torch.equal(model(images), expected)
+    close(records[0].weights.sum(-1), torch.ones(2, 1, 17))  # weights before dropout
+    assert model.training
+
+
+@pytest.mark.parametrize("ending", ["well", "in the model", "in the body", "in the survey"])
+@pytest.mark.parametrize("family", ["vit", "torchvision vit"])
+def test_all_is_as_before_afterwards(family, ending):
+    make, size = FAMILIES[family]
+    model, images = make(), models.pictures(size)
+    model.train()
+    blocks = model.blocks if family == "vit" else model.encoder.layers
+    next(blocks.children()).eval()  # flags that differ from module to module
+    next(model.parameters()).requires_grad_(False)
+    for parameter in list(model.parameters())[5:9]:
+        parameter.grad = torch.ones_like(parameter)
+
+    def breaks(module, args):
+        if ending == "in the survey" or len(args[0]) == 2:
+            raise BrokenError
+
+    handle = list(blocks.children())[1].register_forward_pre_hook(breaks) if ending.startswith("in the ") else None
+    if ending == "in the body":
+        handle.remove()
+    before = models.state_of(model)
+    if ending == "well":
+        with torch.no_grad(), capture(model):
+            model(images)
+    else:
+        with pytest.raises(BrokenError), torch.no_grad(), capture(model):  # noqa: PT012 - the body is what is tested
+            model(images)
+            raise BrokenError
+    models.assert_same_state(before, models.state_of(model))
+    assert not torch.is_inference_mode_enabled()
+    if ending not in ("well", "in the body"):
+        handle.remove()
+    with torch.no_grad(), capture(model) as records:  # and it can be watched again
+        model(images)
+    assert len(records) == (3 if family == "vit" else 2)

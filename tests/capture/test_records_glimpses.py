@@ -1,0 +1,83 @@
+"""Glimpses are recorded from outside."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.maps.glimpses import images, network
+from visionattn.attention import Gaussian, Retina
+from visionattn.capture import Nothing, capture
+
+close = torch.testing.assert_close
+
+
+def test_a_record_holds_where_the_network_looked_and_what_each_scale_covered():
+    model, x = network(), images()
+    with torch.no_grad(), capture(model) as records:
+        out = model(x)
+        assert len(records) == 1  # told while the model is still watched
+    with torch.no_grad():
+        rollout = model.rollout(x, look="mean")
+        close(out, model(x), rtol=0, atol=0)
+    (record,) = records
+    assert (record.name, record.kind, record.grid, record.call) == ("retina", "glimpse", (12, 15), 0)
+    close(record.locations, rollout.location, rtol=0, atol=0)
+    close(record.boxes, model.retina.boxes(rollout.location, (12, 15)), rtol=0, atol=0)
+    assert records.report() == "1 seen in 1 call of the model\n  retina: glimpse, 4 at 2 scales in 12×15 pixels"
+
+
+def test_calls_of_the_model_and_rollouts_are_kept_apart():
+    model, x = network(), images()
+    with torch.no_grad(), capture(model, Nothing()) as records:
+        model(x)
+        model(images(9, 9))
+        again = model.rollout(x, rollouts=3, num_glimpses=2)
+        other = model.rollout(x, rollouts=3, num_glimpses=2)
+    assert [record.grid for record in records] == [(12, 15), (9, 9), (12, 15), (12, 15)]
+    assert [record.call for record in records[:2]] == [0, 1]
+    close(records[2].locations, again.location)
+    close(records[3].locations, other.location)
+
+
+def test_looks_of_other_networks_and_outside_of_capture_are_not_recorded():
+    model, other, x = network(), network(), images()
+    plain = Retina.look
+    with torch.no_grad(), capture(model, Nothing()) as records:
+        other(x)
+        with capture(other, Nothing()) as inner:
+            model(x)
+            other(x)
+        other(x)
+    model(x)
+    assert (len(records), len(inner)) == (1, 1)
+    assert Retina.look is plain
+    with pytest.raises(RuntimeError, match="enough"), capture(model, Nothing()):
+        raise RuntimeError("enough")
+    assert Retina.look is plain
+    assert "look" not in vars(model.retina)
+
+
+def test_threads_that_watch_one_network_hear_their_own_looks():
+    model, together = network(), threading.Barrier(2, timeout=60)
+
+    def watch(x):
+        with torch.no_grad(), capture(model, Nothing()) as records:
+            together.wait()
+            model(x)
+            together.wait()
+        return [record.grid for record in records]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(watch, (images(12, 15), images(9, 9)))) == [[(12, 15)], [(9, 9)]]
+    assert Retina.look.__name__ == "look"
+    assert Retina.look.__module__ == Retina.__module__
+
+
+def test_gradients_reach_the_network_through_what_is_watched():
+    model, x = network(subpixel=True, policy=lambda size: Gaussian(size, pathwise=True)), images()
+    with capture(model, Nothing()) as records:
+        model(x).square().sum().backward()
+    assert model.policy.layers[-1].weight.grad.abs().sum() > 0
+    assert not records[0].locations.requires_grad

@@ -1,0 +1,37 @@
+"""Models that cannot be run or watched say what they want."""
+
+import pytest
+import torch
+
+from tests.capture import models
+from tests.refusals import refuses
+from visionattn.capture import capture
+from visionattn.errors import UsageError
+from visionattn.maps import METHODS, GradCAM, RawAttention
+
+
+@pytest.mark.parametrize("how", [torch.jit.script, lambda model: torch.jit.trace(model, models.pictures())])
+@pytest.mark.filterwarnings("ignore")
+def test_scripted_and_traced_models_cannot_be_watched(how):
+    scripted = how(models.vit(depth=1))
+    message = "a scripted or traced model cannot be watched; pass the model it was made from"
+    for watch in (lambda: capture(scripted), lambda: RawAttention()(scripted, models.pictures())):
+        refuses(UsageError, message, watch)
+
+
+@pytest.mark.parametrize("name", ["raw", "rollout", "chefer", "gradcam", "scorecam"])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 3, 48, 48), r"wants images of 3×64×64 and got 3×48×48 \(.*\); resize them, or .* img_size=\(48, 48\)"),
+        ((2, 3, 70, 64), "wants images of 3×64×64 and got 3×70×64"),
+        ((2, 1, 64, 64), "wants images of 3×64×64 and got 1×64×64"),
+    ],
+)
+def test_images_that_the_model_cannot_take_are_an_error_that_says_which_it_wants(name, shape, message):
+    refuses(UsageError, message, lambda: METHODS[name]()(models.vit(), torch.randn(shape)))
+
+
+def test_the_size_that_torchvision_wants_is_told_too():
+    with pytest.raises(UsageError, match="wants images of 64×64 and got 48×48"):
+        GradCAM()(models.torchvision_vit(), models.pictures(48))

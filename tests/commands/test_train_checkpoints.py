@@ -1,0 +1,165 @@
+"""From a training to its checkpoint and back, by the command line."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.commands.command_line import QUICKSTART, fails
+from tests.conftest import CONFIGS, SMALL
+from tests.data.annotated import GAPS, NAMES, coco
+from visionattn.cli import main
+
+
+def test_detection_leaves_its_report_and_predictions(tmp_path, monkeypatch):
+    """From training to COCO's json, by the command line, on data in COCO's layout."""
+    monkeypatch.chdir(tmp_path)
+    root = coco(tmp_path / "coco")
+    sizes = ["--data.num_workers=0", "--data.preprocess.size=64", "--data.batch_size=2", "--trainer.accelerator=cpu"]
+    config = str(CONFIGS / "detection" / "bccd_dense.yaml")
+    command = ["fit", f"--config={config}", f"--data.root={root}", *sizes, "--trainer.max_epochs=1"]
+    command += ["--trainer.enable_progress_bar=false", "--trainer.check_val_every_n_epoch=1"]
+    command += ["--overlays.every_n_epochs=1", "--test_after_fit=false", "--trainer.log_every_n_steps=1"]
+    assert main(command) == 0
+    run = Path("runs/bccd-dense/0")
+    assert (run / "overlays" / "epoch_000.jpg").exists()
+    with open(run / "metrics.csv") as file:
+        logged = {name for row in csv.DictReader(file) for name, value in row.items() if value}
+    assert {"train/loss", "train/loss_class", "train/loss_box", "val/map", "val/map_50", "val/map/cat"} <= logged
+    from visionattn.training import load
+
+    assert load(run / "best.ckpt").class_names == NAMES
+
+    os.environ.pop("VISIONATTN_RUN")
+    command = ["predict", f"--config={run / 'config.yaml'}", f"--ckpt_path={run / 'best.ckpt'}"]
+    assert main(command) == 0
+    results = json.loads(Path("runs/bccd-dense/1/predictions.json").read_text())
+    assert {result["category_id"] for result in results} <= set(GAPS)
+    assert {result["image_id"] for result in results} <= {1, 11}
+    for result in results:
+        x, y, width, height = result["bbox"]
+        assert x >= 0
+        assert y >= 0
+        assert x + width <= 80.01
+        assert y + height <= 60.01
+    assert len(list(Path("runs/bccd-dense/1/predictions").iterdir())) == 2
+    model, images = ["--ckpt", str(run / "best.ckpt")], ["--images", str(root / "val2017")]
+    assert main(["overlay", *model, *images, "--out", "seen", "--method", "odam", "--save", "overlay", "boxes"]) == 0
+    assert len(list(Path("seen").rglob("*.boxes.jpg"))) == 2
+    assert main(["explore", *model, *images, "--out", "seen.html"]) == 0
+    assert main(["score", *model, "--data", str(run / "config.yaml")]) == 2
+
+
+def test_attention_is_inserted_from_yaml_and_comes_back_with_the_checkpoint(tmp_path, monkeypatch, capsys):
+    from visionattn.training import load
+
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    config["model"]["init_args"]["network"] = {
+        "class_path": "visionattn.models.Classifier",
+        "init_args": {
+            "backbone": "test_resnet",
+            "num_classes": 10,
+            "attention": {"class_path": "visionattn.attention.CBAM", "init_args": {"reduction": 8}},
+            "attention_at": ["layer3", "layer4"],
+        },
+    }
+    for part in ("overlays", "report"):
+        config[part]["method"]["init_args"]["layer"] = "backbone.layer3"  # the gate that was inserted
+    Path("inserted.yaml").write_text(yaml.safe_dump(config))
+    flags = [*SMALL, "--model.gamma_lr_factor=50", "--test_after_fit=false"]
+    assert main(["fit", "--config", "inserted.yaml", *flags]) == 0
+    run = Path("runs/quickstart/0")
+    gammas = {name: t.item() for name, t in load(run / "best.ckpt").state_dict().items() if name.endswith(".gamma")}
+    saved = torch.load(run / "best.ckpt", weights_only=True)["state_dict"]
+    assert gammas == {name: saved[name].item() for name in gammas}
+    assert len(gammas) == 2
+    assert all(abs(gamma) > 1e-3 for gamma in gammas.values())  # they have opened
+    command = ["test", "--config", str(run / "config.yaml"), f"--ckpt_path={run / 'best.ckpt'}"]
+    assert main(command) == 0
+    fails(
+        ["fit", "--config", "inserted.yaml", *flags, "--model.network.attention_at=layer7"],
+        2,
+        "no module of this ResNet is named 'layer7'",
+        "layer4",
+        capsys=capsys,
+    )
+
+
+def test_a_network_trained_with_all_tokens_is_tested_with_fewer(tmp_path, monkeypatch, capsys):
+    from visionattn.attention.self_attention import token_reduction as tokens
+    from visionattn.training import load
+
+    monkeypatch.chdir(tmp_path)
+    config = yaml.safe_load(Path(QUICKSTART).read_text())
+    small = {"img_size": 64, "patch_size": 16, "depth": 2, "embed_dim": 24, "num_heads": 2}
+    config["model"]["init_args"]["network"] = {
+        "class_path": "visionattn.models.Classifier",
+        "init_args": {"backbone": "vit_tiny_patch16_224", "num_classes": 10, "options": small},
+    }
+    for part in ("overlays", "report"):
+        config[part]["method"] = {"class_path": "visionattn.maps.RawAttention"}
+    Path("vit.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", "vit.yaml", *SMALL, "--name=dense"]) == 0
+    run = Path("runs/dense/0")
+    given = ["--config", str(run / "config.yaml"), f"--ckpt_path={run / 'best.ckpt'}"]
+    fewer = ["--model.network.tokens=visionattn.attention.TokenMerging", "--model.network.tokens.rate=3"]
+    fails(["fit", *given, *fewer], 2, "tokens.init_args.rate is 3 here and not set in it", capsys=capsys)
+    merged, plain = [], tokens.likest_pairs
+    monkeypatch.setattr(tokens, "likest_pairs", lambda *args: merged.append(args) or plain(*args))
+    monkeypatch.delenv("VISIONATTN_RUN")
+    assert main(["test", *given, *fewer, "--name=fewer"]) == 0
+    assert len(merged) >= 4  # two blocks, two batches
+    assert Path("runs/fewer/0/test.csv").exists()
+    content = torch.load(run / "best.ckpt", weights_only=True)
+    chosen = {"class_path": "visionattn.attention.TokenMerging", "init_args": {"rate": [3, 2]}}
+    content["visionattn"]["model"]["init_args"]["network"]["init_args"]["tokens"] = chosen
+    torch.save(content, "merged.ckpt")  # as a run with them in its config writes it
+    network = load("merged.ckpt").network.backbone
+    assert network.forward_features(torch.randn(2, 3, 64, 64)).shape == (2, 1 + 16 - 3 - 2, 24)
+
+
+def test_weights_are_asked_for_before_scoring(quick_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for verb in ("test", "validate", "predict"):
+        fails([verb, "--config", QUICKSTART], 2, "needs trained weights", "--ckpt_path untrained", capsys=capsys)
+    assert main(["validate", "--config", QUICKSTART, "--ckpt_path=untrained", *SMALL]) == 0
+
+
+def test_a_checkpoint_is_tested_and_predicts(quick_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = str(quick_run / "config.yaml")
+    assert main(["test", "--config", config, f"--ckpt_path={quick_run / 'best.ckpt'}"]) == 0
+    again = tmp_path / "runs" / "quickstart" / "0" / "test.csv"
+    assert again.read_text() == (quick_run / "test.csv").read_text()
+
+    os.environ.pop("VISIONATTN_RUN")
+    assert main(["predict", "--config", config, f"--ckpt_path={quick_run / 'best.ckpt'}"]) == 0
+    with open(tmp_path / "runs" / "quickstart" / "1" / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [f"digits/test/{index:06d}.png" for index in range(64)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--model.optimizer.lr=0.5", "model.init_args.optimizer.init_args.lr is 0.5 here and 0.01 in it"),
+        (
+            "--model.network.attention=visionattn.attention.ECA",
+            "visionattn.attention.ECA' here and 'visionattn.attention.CBAM",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["fit", "test"])
+def test_a_flag_that_contradicts_the_checkpoint_is_refused_by_name(
+    verb, flag, part, quick_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    before = (quick_run / "best.ckpt").read_bytes()
+    checkpoint = f"--ckpt_path={quick_run / 'best.ckpt'}"
+    fails([verb, "--config", str(quick_run / "config.yaml"), checkpoint, flag], 2, part, capsys=capsys)
+    assert (quick_run / "best.ckpt").read_bytes() == before

@@ -1,0 +1,33 @@
+"""Three layouts, one form."""
+
+import numpy as np
+import pytest
+
+from tests.data.annotated import LAYOUTS, NAMES, SCENES
+from tests.refusals import refuses
+from visionattn.data.annotations.checks import check
+from visionattn.data.annotations.reading import layout_of, read_annotations
+from visionattn.errors import DataError
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_reads_as_the_same_boxes(layout, tmp_path):
+    root = LAYOUTS[layout](tmp_path)
+    assert layout_of(root) == layout
+    report = check(root)
+    assert report.problems == []
+    assert report.class_names == NAMES
+    for split, scenes in SCENES.items():
+        assert len(report.splits[split]) == len(scenes)
+        for image, scene in zip(report.splits[split], scenes, strict=True):
+            assert image.size == (60, 80)
+            np.testing.assert_array_equal(image.labels, [row[0] for row in scene])
+            np.testing.assert_allclose(image.boxes, np.array([row[1:] for row in scene]).reshape(-1, 4), atol=1e-4)
+            areas = (image.boxes[:, 2:] - image.boxes[:, :2]).prod(1)
+            np.testing.assert_allclose(image.area, areas / 2 if layout == "coco" else areas, rtol=1e-4)
+
+
+def test_a_folder_without_annotations_is_told(tmp_path):
+    refuses(DataError, "holds no annotations", read_annotations, tmp_path)
+    (tmp_path / "x.json").write_text("[1]")
+    refuses(DataError, r"no \.json there is COCO's", read_annotations, tmp_path)

@@ -1,0 +1,53 @@
+"""YOLO's layout."""
+
+from collections import Counter
+
+import numpy as np
+
+from tests.data.annotated import picture, yolo
+from tests.refusals import refuses
+from visionattn.data.annotations.checks import check
+from visionattn.data.annotations.reading import read_annotations
+from visionattn.errors import DataError
+
+
+def test_classes_of_yolo_are_those_that_are_asked_for(tmp_path):
+    root = yolo(tmp_path)
+    found = read_annotations(root, class_names=["eel", "cat"])
+    assert (found.class_names, found.category_ids) == (("eel", "cat"), (2, 0))
+    assert found.splits["train"][0].labels.tolist() == [1, 0]
+    refuses(DataError, r"has no class 'cta'\. Nearest: cat", read_annotations, root, class_names=["cta"])
+    (root / "data.yaml").write_text("names: [cat, cat, eel]")
+    twice = read_annotations(root)
+    assert twice.class_names == ("cat", "eel")
+    assert twice.splits["train"][3].labels.tolist() == [0, 0, 0]  # two cats and a dog
+    (root / "data.yaml").write_text("names: cat")
+    refuses(DataError, "names must be a list, or numbers with a name each, not 'cat'", read_annotations, root)
+    (root / "data.yaml").unlink()
+    wide = read_annotations(root, class_names=["a", "b", "c", "d"])
+    assert wide.class_names == ("a", "b", "c", "d")  # the last has no box
+    (root / "labels" / "train" / "train_0.txt").write_text("inf .5 .5 .1 .1\n900000000000 .5 .5 .1 .1\n")
+    bare = read_annotations(root)
+    assert bare.class_names == ("class 0", "class 1", "class 2", "class 900000000000")
+    assert [problem.kind for problem in bare.problems] == ["unreadable annotation"]
+
+
+def test_labels_without_images_are_told_wherever_they_lie(tmp_path):
+    root = yolo(tmp_path)
+    for place in ("train/deep", "test"):
+        (root / "labels" / place).mkdir()
+        (root / "labels" / place / "lost.txt").write_text("0 .5 .5 .1 .1\n")
+    (root / "labels" / "extra").mkdir()
+    (root / "labels" / "extra" / "other.txt").write_text("0 .5 .5 .1 .1\n")
+    picture(root / "images" / "extra" / "other.png", 5)  # in no split, and not missing
+    assert [problem[:2] for problem in check(root).problems] == [("missing image", "lost.txt")] * 2
+    (root / "some.txt").write_text("images/train/train_0.png\nimages/train/gone.png\n")
+    (root / "data.yaml").write_text("train: some.txt\nval: images/val\nnames: [cat, dog, eel]\n")
+    assert Counter(problem[:2] for problem in check(root).problems)["missing image", "gone.txt"] == 1
+
+
+def test_a_polygon_is_its_hull(tmp_path):
+    root = yolo(tmp_path)
+    (root / "labels" / "val" / "val_1.txt").write_text("0 0.25 0.5 0.5 0.25 0.55 0.8 0.3 0.75\n")
+    (box,) = check(root).splits["val"][1].boxes
+    np.testing.assert_allclose(box, [20, 15, 44, 48])

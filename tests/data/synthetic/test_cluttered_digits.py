@@ -1,0 +1,102 @@
+"""The digits among clutter: the same everywhere, honest splits, true boxes."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from visionattn.data import ClutteredDigits
+
+DIGEST = """
+import hashlib
+from visionattn.data import ClutteredDigits
+data = ClutteredDigits("train", size=50, seed=3)
+print(hashlib.sha256(b"".join(data[i]["image"].numpy().tobytes() for i in (7, 3))).hexdigest())
+"""
+
+
+def test_an_image_depends_on_seed_and_index_alone():
+    results = [
+        subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert results[0] == results[1] != ""
+    small, large = (ClutteredDigits("train", size=size, seed=3) for size in (8, 5000))
+    assert torch.equal(small[7]["image"], large[7]["image"])
+    assert not torch.equal(ClutteredDigits("train", size=8, seed=4)[7]["image"], small[7]["image"])
+
+
+def test_no_handwritten_instance_is_in_two_splits():
+    from sklearn.datasets import load_digits
+
+    whole = {image.tobytes() for image in load_digits().images}
+    splits = [ClutteredDigits(split, size=1).instances[0] for split in ("train", "val", "test")]
+    found = [{image.tobytes() for image in images} for images in splits]
+    assert sum(map(len, splits)) == 1797
+    assert sum(map(len, found)) == len(found[0] | found[1] | found[2]) == len(whole)
+
+
+def test_box_and_mask_are_those_of_the_digit():
+    data = ClutteredDigits("val", size=40)
+    bare = ClutteredDigits("val", size=40, fragments=0)
+    for index in range(40):
+        sample = data[index]
+        mask = sample["mask"].numpy()
+        rows, columns = np.nonzero(mask)
+        box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert sample["box"].tolist() == box
+        assert (data.read_source(sample["path"])[mask] > 64).all()
+    picture = bare.read_source(bare[0]["path"])[..., 0]
+    np.testing.assert_array_equal(bare[0]["mask"].numpy(), picture > 64)  # without clutter all ink is the digit's
+
+
+def test_labels_are_those_of_the_handwriting():
+    """A nearest neighbour among the training instances names nearly every uncluttered digit as its label does."""
+    data = ClutteredDigits("test", size=100, fragments=0, scale=(32, 32), distort=0)
+    images, labels = ClutteredDigits("train", size=1).instances
+    images = images.reshape(-1, 8, 4, 8, 4).mean((2, 4))
+    right = 0
+    for index in range(100):
+        sample = data[index]
+        x0, y0 = (int(edge) for edge in sample["box"][:2])
+        best = []
+        picture = data.read_source(sample["path"])[..., 0].astype(float)
+        for dy in range(-4, 1):
+            for dx in range(-12, 1):
+                top, left = y0 + dy, x0 + dx
+                if 0 <= top <= 32 and 0 <= left <= 32:
+                    cut = picture[top : top + 32, left : left + 32].reshape(8, 4, 8, 4).mean((1, 3))
+                    distance = ((images - cut) ** 2).sum((1, 2))
+                    best.append((distance.min(), labels[distance.argmin()]))
+        right += min(best)[1] == sample["label"]
+    assert right >= 90
+
+
+def test_what_makes_no_sense_is_refused():
+    for options in (
+        {"split": "dev"},
+        {"scale": (40, 20)},
+        {"scale": (22, 90)},
+        {"fragment_size": 30},
+        {"distort": 0.6},
+    ):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            ClutteredDigits(**{"split": "train", "size": 1, **options})
+    with pytest.raises(IndexError):
+        ClutteredDigits("train", size=1).draw(1)
+
+
+def test_what_is_remembered_is_what_was_drawn(monkeypatch):
+    monkeypatch.setattr("visionattn.data.synthetic.cluttered_digits.REMEMBERED", 2)
+    data, again = ClutteredDigits("train", size=4), ClutteredDigits("train", size=4)
+    for index in (0, 1, 2, 3, 2, 1):
+        sample = data[index]
+        sample["image"] += 1  # whoever changes a sample changes no other
+        sample["mask"][:] = True
+    for index in range(4):
+        for key in ("image", "mask"):
+            assert torch.equal(data[index][key], again[index][key])
+    assert len(pickle.loads(pickle.dumps(data))) == 4  # as worker processes receive it

@@ -1,0 +1,15 @@
+"""A network that takes glimpses, and what the tests of its pictures share."""
+
+import numpy as np
+
+from visionattn.drawing import gaze_animation
+
+
+def film(side=60, **options):
+    """Two glimpses: the second sees coarsely what the first saw sharply."""
+    image = np.full((30, 30, 3), 100, np.uint8)
+    boxes = np.array([[[4.0, 4, 8, 8], [2, 2, 10, 10]], [[20, 20, 24, 24], [0, 0, 30, 30]]])
+    patches = np.zeros((2, 2, 4, 4, 3), np.uint8)
+    patches[0, 0], patches[0, 1], patches[1, 0], patches[1, 1] = 200, 150, 250, 50
+    patches[0, 0, 2, 1] = (10, 20, 30)
+    return gaze_animation(image, boxes, patches, side=side, **options)

@@ -1,0 +1,38 @@
+"""Boxes and labels, pixel by pixel."""
+
+import numpy as np
+import pytest
+
+from visionattn import drawing
+
+
+def test_a_box_lies_on_the_pixels_inside_its_edges():
+    image = np.full((40, 50, 3), 7, np.uint8)
+    out = drawing.draw_box(image, (10, 5, 30, 25), colour=(255, 0, 9), thickness=2)
+    ring = np.zeros((40, 50), int)
+    ring[5:25, 10:30] = 1  # the box covers [10, 30) × [5, 25)
+    ring[7:23, 12:28] = 2  # a dark rim, one pixel
+    ring[8:22, 13:27] = 0
+    np.testing.assert_array_equal(out, np.array([(7, 7, 7), (255, 0, 9), (0, 0, 0)])[ring])
+
+
+@pytest.mark.parametrize("box", [(-9, -9, 500, 500), (48, 38, 90, 90), (20, 20, 21, 21), (5, 5, 5, 5), (9, 9, 3, 3)])
+def test_a_box_beyond_the_picture_or_without_area_is_no_error(box):
+    image = np.zeros((40, 50, 3), np.uint8)
+    changed = drawing.draw_box(image, box, colour=(9, 9, 9)).any(2)
+    inside = np.zeros((40, 50), bool)
+    inside[max(0, box[1]) : max(0, box[3]), max(0, box[0]) : max(0, box[2])] = True
+    assert not changed[~inside].any()
+
+
+def test_labels_stand_above_their_box_or_inside_where_there_is_no_room():
+    image = np.zeros((200, 300, 3), np.uint8)
+    colour = (0, 255, 0)
+    high = drawing.draw_boxes(image, [(40, 60, 200, 150)], labels=["cat"], colours=[colour])
+    assert tuple(high[59, 41]) == colour
+    assert tuple(high[62, 150]) != colour
+    low = drawing.draw_boxes(image, [(40, 2, 200, 150)], labels=["cat"], colours=[colour])
+    assert tuple(low[6, 41]) == colour
+    unlabelled = drawing.draw_boxes(image, [(40, 60, 200, 150)], colours=[colour])
+    np.testing.assert_array_equal(unlabelled, drawing.draw_box(image, (40, 60, 200, 150), colour=colour))
+    np.testing.assert_array_equal(drawing.draw_boxes(image, []), image)

@@ -1,0 +1,48 @@
+"""Text on pictures, measured with Pillow itself."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visionattn.drawing.fonts import fit, write
+
+NOT_TEXT = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize("width", [0, 3, 20, 77, 200, 1000])
+@pytest.mark.parametrize("text", ["golden retriever 98 %", "w" * 300, "", "a"])
+def test_a_line_fits_its_width_and_is_as_long_as_can_be(text, width):
+    font, line = fit(text, size=15, width=width)
+    assert font.getlength(line) <= width
+    if line != text:
+        starts = [f"{text[:count].rstrip()}…" for count in range(len(text))]
+        fitting = [start for start in starts if font.getlength(start) <= width]
+        assert line == (fitting[-1] if fitting else "")
+
+
+def test_a_line_that_is_a_little_too_long_loses_one_letter():
+    font, line = fit("w" * 20, size=15, width=1000)
+    assert fit(line, size=15, width=int(font.getlength(line)) - 1)[1] == "w" * 19 + "…"
+
+
+def test_bytes_that_are_no_text_and_letters_without_a_font_become_question_marks():
+    assert fit(NOT_TEXT, size=15, width=500)[1] == "caf?"
+    assert fit("x \U000f0000 y", size=15, width=500)[1] in ("x ? y", "x y")
+    assert fit("a\nb\tc\x07", size=15, width=500)[1] == "a b c"
+
+
+def test_accents_are_drawn_or_lost_but_the_letter_stays():
+    line = fit("Cà Phê", size=15, width=500)[1]
+    assert len(line) == 6
+    assert "?" not in line
+
+
+def test_write_changes_only_the_place_of_the_text():
+    page = Image.new("RGB", (200, 60))
+    write(page, (50, 20), "cat " * 50, size=15, width=100)
+    rows, columns = np.nonzero(np.array(page).any(2))
+    assert len(rows)
+    assert 48 <= columns.min() <= columns.max() <= 152
+    assert 18 <= rows.min() <= rows.max() <= 42

@@ -1,0 +1,54 @@
+"""A model whose evidence lies in one known place, and how it is scored one pixel at a time."""
+
+import torch
+from torch import nn
+
+from visionattn.maps.method import Explanation, Method
+
+
+class Patch(nn.Module):
+    """Says 1 the surer, the brighter the region is on average, and sees nothing else; needs no weights but its own."""
+
+    def __init__(self, region_HW, gain=12.0):
+        super().__init__()
+        self.region = nn.Parameter(region_HW.float() / region_HW.sum() * gain)
+        self.bias = nn.Parameter(torch.tensor([gain / 2]))
+
+    def forward(self, images_BCHW):
+        evidence_B = (images_BCHW.mean(1) * self.region).sum((1, 2)) - self.bias
+        return torch.stack([-evidence_B, evidence_B], 1)
+
+
+class Fixed(Method):
+    """The same map for every image, or one map an image, whatever the model."""
+
+    name = "fixed"
+
+    def __init__(self, heatmap):
+        self.heatmap = heatmap
+
+    def explain(self, model, images_BCHW, target):
+        maps = self.heatmap if self.heatmap.ndim == 3 else self.heatmap.expand(len(images_BCHW), -1, -1)
+        return Explanation(maps[: len(images_BCHW)], model(images_BCHW), None, "nothing")
+
+
+class OfWeights(Method):
+    """The weights that `Patch` gives to the pixels: the truth about it."""
+
+    name = "weights"
+
+    def explain(self, model, images_BCHW, target):
+        return Explanation(model.region.expand(len(images_BCHW), -1, -1), model(images_BCHW), None, "region")
+
+
+def region(size=(12, 16), box=(2, 3, 8, 9)):
+    """A box (x, y, x, y) of pixels, filled."""
+    filled = torch.zeros(size, dtype=torch.bool)
+    filled[box[1] : box[3], box[0] : box[2]] = True
+    return filled
+
+
+def bright_pictures(region_HW, count=24, channels=3, seed=0):
+    """Noise about 1 in the region and about 0 elsewhere: the model of `Patch` says 1 of the whole image."""
+    noise = 0.3 * torch.randn(count, channels, *region_HW.shape, generator=torch.Generator().manual_seed(seed))
+    return noise + region_HW

@@ -1,0 +1,52 @@
+"""Scores of the heat of boxes, on maps that are known."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import box_iou
+
+from visionattn.evaluation.box_scores import box_pointing, mass_ratio, score_drop
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*heatmaps of:visionattn.errors.MapWarning")
+
+
+def test_mass_ratio_is_one_for_maps_that_know_nothing():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [8, 4, 24, 20], [3, 3, 4, 4]])
+    torch.testing.assert_close(mass_ratio(torch.ones(3, 8, 8), boxes, (32, 32)), torch.ones(3))
+    heat = torch.zeros(3, 32, 32)
+    heat[0, :10, :10] = 1
+    heat[1, 4:12, 8:24] = 1
+    heat[1, 20:28, 8:24] = 1  # half of it below the box
+    heat[2, 20, 20] = 1
+    expected = torch.tensor([1024 / 100, 0.5 * 1024 / 256, 0.0])
+    torch.testing.assert_close(mass_ratio(heat, boxes, (32, 32)), expected)
+    assert box_pointing(heat, boxes, (32, 32)).tolist() == [1, 0.5, 0]
+
+
+class Bright(nn.Module):
+    """Finds a bright square of class 0 by its mean, whatever else there is."""
+
+    def forward(self, images):
+        found = []
+        for image in images:
+            score = image[:, 2:6, 2:6].mean().clamp(0, 1)
+            boxes = torch.tensor([[2.0, 2, 6, 6], [2, 2, 6, 6], [4, 2, 8, 6]])  # the last overlaps by a third
+            scores = torch.stack([score, score / 2, torch.tensor(0.2)])
+            found.append({"boxes": boxes, "scores": scores, "labels": torch.tensor([0, 1, 0])})
+        return found
+
+
+def test_the_score_goes_with_its_evidence():
+    images = torch.zeros(1, 3, 16, 16)
+    images[:, :, 2:6, 2:6] = 0.9
+    heat = torch.zeros(3, 16, 16)
+    heat[0, 2:6, 2:6] = 1
+    heat[1:, 10:14, 10:14] = 1
+    from visionattn.maps.boxes import BoxMaps
+
+    (found,) = Bright()(images)
+    maps = [BoxMaps(found["boxes"], found["scores"], found["labels"], heat, heat, "", "")]
+    (drop,) = score_drop(Bright(), images, maps, share=1 / 16)
+    mean = 0.9 / 16
+    torch.testing.assert_close(drop, torch.tensor([1 - mean / 0.9, 0.0, 0.0]))
+    torch.testing.assert_close(box_iou(found["boxes"][:1], found["boxes"]), torch.tensor([[1, 1, 1 / 3]]))

@@ -1,0 +1,303 @@
+"""Methods and controls on a model whose evidence is known; the bootstrap against SciPy's and against a loop."""
+
+import re
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from tests.capture import models
+from tests.capture.models import assert_same_state, state_of
+from tests.evaluation.scored import Fixed, OfWeights, Patch, bright_pictures, region
+from tests.refusals import refuses
+from visionattn.errors import DataError, UsageError
+from visionattn.evaluation import CentreGaussian, Edges, RandomMap, deletion, insertion, score
+from visionattn.evaluation.controls import FIGURES
+from visionattn.evaluation.localisation import energy, hit_share, inside, overlap
+from visionattn.evaluation.scoring import Scores
+from visionattn.maps import METHODS, Method, methods_that_fit
+from visionattn.maps.method import Explanation
+
+BOX = (2, 3, 8, 9)
+PLACE = region(box=BOX)
+
+
+def batches(count=24, size=5, known=("box", "mask", "label")):
+    """Pictures of the model's evidence, in batches, with what is known of them."""
+    images = bright_pictures(PLACE, count)
+    whole = {
+        "image": images,
+        "box": torch.tensor(BOX).float().expand(count, -1),
+        "mask": PLACE.expand(count, -1, -1),
+        "label": torch.arange(count).clamp(max=1),  # the first is labelled 0, and the model says 1
+        "path": [f"{index}.png" for index in range(count)],
+    }
+    parts = [{key: value[start : start + size] for key, value in whole.items()} for start in range(0, count, size)]
+    return [{key: part[key] for key in ("image", "path", *known)} for part in parts]
+
+
+@pytest.fixture(scope="module")
+def scores():
+    methods = {"true": OfWeights(), "wrong": Fixed((~PLACE).float()), "flat": Fixed(torch.zeros(3, 4))}
+    with pytest.warns(match="fixed heatmaps of nothing are zero and show nothing"):
+        return score(Patch(PLACE), batches(), methods, steps=6)
+
+
+def test_the_true_map_beats_every_control_and_wrong_ones_do_not(scores):
+    assert scores.unbeaten("true") == []
+    assert scores.unbeaten("wrong") == list(FIGURES)
+    assert scores.unbeaten("flat") == list(FIGURES)
+    assert scores.controls["true"] == ("random 12×16", "centre", "edges 12×16")
+    assert scores.controls["flat"] == ("random 3×4", "centre", "edges 3×4")
+    for figure, better in FIGURES.items():
+        best = max(scores.values, key=lambda name: better * scores.estimate(name, figure).value)
+        assert best == "true", figure
+    assert scores.accuracy == pytest.approx(23 / 24)
+    assert scores.paths == tuple(f"{index}.png" for index in range(24))
+
+
+def test_the_table_has_methods_first_then_controls(scores):
+    rows = scores.table()
+    assert [row["name"] for row in rows[:3]] == ["true", "wrong", "flat"]
+    assert [row["kind"] for row in rows] == ["method"] * 3 + ["control"] * 5
+    assert rows[0]["unbeaten"] == []
+    assert rows[1]["energy"] == scores.estimate("wrong", "energy")
+    assert "unbeaten" not in rows[-1]
+
+
+def test_a_notebook_shows_the_table_with_what_is_not_beaten_marked(scores):
+    page = scores._repr_html_()
+    rows = {re.sub("[✓✗ ]|<[^>]+>", "", row.split("</th>")[0]): row for row in page.split("<tr>")[2:]}
+    assert list(rows) == [row["name"].replace(" ", "") for row in scores.table()]
+    assert rows["true"].startswith("<th>✓ ")
+    assert rows["true"].count("✗") == 0
+    assert rows["wrong"].startswith("<th>✗ ")
+    assert rows["wrong"].count("✗") == 1 + len(FIGURES)
+    assert "<td>control</td>" in rows["centre"]
+    for name in scores.values:
+        for figure in FIGURES:
+            value, low, high = scores.estimate(name, figure)
+            mean, half = (f"{number:.2f}".removeprefix("0") for number in (value, (high - low) / 2))
+            assert f"<td>{mean}±{half}" in rows[name.replace(" ", "")]
+    assert "over 24 images" in page
+    assert repr(scores).startswith("Scores(true, wrong, flat, random 12×16, ")
+
+
+def test_names_are_no_markup():
+    shown = scores_of({"<b>": {"energy": np.ones(3, np.float32)}}, {"<b>": ()})._repr_html_()
+    assert "<b>" not in shown
+    assert "3 of 10 images" in shown
+    assert "✓" not in shown
+
+
+def test_figures_are_those_of_the_plain_functions(scores):
+    images, target = torch.cat([batch["image"] for batch in batches()]), torch.ones(24, dtype=torch.long)
+    maps = {
+        "true": PLACE.float().expand(24, -1, -1),
+        "random 3×4": RandomMap((3, 4))(Patch(PLACE), images).heatmaps,
+        "centre": CentreGaussian()(Patch(PLACE), images).heatmaps,
+        "edges 12×16": Edges((12, 16))(Patch(PLACE), images).heatmaps,
+    }
+    objects = PLACE.expand(24, -1, -1)
+    for name, heatmaps in maps.items():
+        if name != "true":  # whose equal pixels are shuffled
+            for figure, curve in (("deletion", deletion), ("insertion", insertion)):
+                auc = curve(Patch(PLACE), images, heatmaps, target=target, steps=6).auc
+                np.testing.assert_allclose(scores.values[name][figure], auc.numpy(), atol=1e-5)
+        np.testing.assert_allclose(scores.values[name]["pointing"], hit_share(heatmaps, objects))
+        np.testing.assert_allclose(scores.values[name]["energy"], energy(heatmaps, objects), atol=1e-6)
+        np.testing.assert_allclose(scores.values[name]["iou"], overlap(heatmaps, objects), atol=1e-6)
+    assert (scores.values["centre"]["shuffled"] == 1).all()
+    assert (scores.values["random 3×4"]["shuffled"] == 1).all()
+
+
+def test_a_box_takes_the_masks_place_and_the_mask_the_boxs():
+    box = torch.tensor([0.0, 0, 5, 12])
+    images = [{**batch, "box": box.expand(len(batch["image"]), -1)} for batch in batches()]
+    method = {"true": OfWeights()}
+    both = score(Patch(PLACE), images, method, steps=2).values["true"]
+    boxes, masks = (
+        score(Patch(PLACE), [{k: v for k, v in batch.items() if k != left_out} for batch in images], method, steps=2)
+        for left_out in ("mask", "box")
+    )
+    of_box = inside(box[None], (12, 16)).expand(24, -1, -1)
+    np.testing.assert_allclose(both["energy"], energy(PLACE.float().expand(24, -1, -1), of_box), atol=1e-6)
+    np.testing.assert_allclose(both["energy"], boxes.values["true"]["energy"])
+    np.testing.assert_allclose(both["iou"], masks.values["true"]["iou"])
+    np.testing.assert_allclose(boxes.values["true"]["iou"][0, 1], (PLACE & of_box[0]).sum() / (PLACE | of_box[0]).sum())
+    assert (masks.values["true"]["energy"] == 1).all()
+
+
+def test_without_boxes_there_are_no_figures_of_them():
+    found = score(Patch(PLACE), batches(known=()), {"true": OfWeights()}, steps=3)
+    assert found.figures == ["deletion", "insertion", "shuffled"]
+    assert found.accuracy is None
+    assert found.unbeaten("true") == []
+
+
+# Intervals ---------------------------------------------------------------------------------------------------------
+
+
+def scores_of(values, controls, seed=0, resamples=4000):
+    return Scores(values, controls, {}, None, (), seed, resamples)
+
+
+@pytest.mark.parametrize("count", [12, 150])
+def test_intervals_are_scipys(count):
+    random = np.random.default_rng(1)
+    a, b = random.random(count) ** 2, random.random(count)
+    found = scores_of({"a": {"insertion": a}, "b": {"insertion": b}}, {"a": ("b",)})
+    options = {"n_resamples": 4000, "method": "percentile", "rng": np.random.default_rng(2)}
+    for estimate, values in ((found.estimate("a", "insertion"), a), (found.lead("a", "b", "insertion"), a - b)):
+        expected = scipy.stats.bootstrap((values,), np.mean, **options)
+        width = expected.confidence_interval.high - expected.confidence_interval.low
+        assert estimate.value == pytest.approx(values.mean(), abs=1e-6)
+        assert estimate.low == pytest.approx(expected.confidence_interval.low, abs=0.06 * width)
+        assert estimate.high == pytest.approx(expected.confidence_interval.high, abs=0.06 * width)
+
+
+def test_the_threshold_is_chosen_anew_in_every_resample():
+    random = np.random.default_rng(0)
+    overlaps = random.random((20, 7)).astype(np.float32)
+    found = scores_of({"a": {"iou": overlaps}}, {}).estimate("a", "iou")
+    means = []
+    for _ in range(4000):
+        drawn = overlaps[random.integers(0, 20, 20)]
+        means.append(max(drawn[:, t].mean() for t in range(7)))
+    assert found.value == pytest.approx(max(overlaps[:, t].mean() for t in range(7)))
+    assert found[1:] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
+
+
+def test_a_lead_is_paired_and_counts_where_lower_is_better():
+    random = np.random.default_rng(0)
+    control = random.random(50).astype(np.float32)
+    method = control - 0.02 + 0.01 * random.random(50).astype(np.float32)  # a little lower on every single image
+    values = {"m": {"deletion": method, "insertion": method}, "c": {"deletion": control, "insertion": control}}
+    found = scores_of(values, {"m": ("c",)})
+    assert found.estimate("m", "deletion").high > found.estimate("c", "deletion").low  # apart only in pairs
+    assert found.unbeaten("m") == ["insertion"]
+
+
+def test_a_method_must_beat_each_of_its_controls():
+    values = {
+        name: {"energy": np.full(20, level, np.float32)} for name, level in {"m": 0.5, "a": 0.2, "b": 0.6}.items()
+    }
+    assert scores_of(values, {"m": ("a",)}).beats("m", "energy")
+    assert not scores_of(values, {"m": ("a", "b")}).beats("m", "energy")
+    assert not scores_of(values, {"m": ("m",)}).beats("m", "energy")  # an equal is not beaten
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_images_have_no_interval_and_beat_nothing(count):
+    found = score(Patch(PLACE), batches(count), {"true": OfWeights()}, steps=3)
+    estimate = found.estimate("true", "energy")
+    assert estimate.value == 1
+    assert np.isnan(estimate[1:]).all()
+    assert not found.decided
+    assert found.unbeaten("true") == list(FIGURES)
+
+
+def test_the_same_seed_gives_the_same_scores():
+    methods = {"gate": METHODS["gate"](), "gradcam": METHODS["gradcam"]()}
+    model = models.resnet("resnet10t", block_args={"attn_layer": "cbam"})
+    images = [{"image": models.pictures(batch=4, seed=seed)} for seed in range(3)]
+    first, again, other = (score(model, images, methods, steps=2, seed=seed).table() for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+# A model, and what can go wrong ------------------------------------------------------------------------------------
+
+
+def test_the_model_is_left_as_it_was():
+    model = models.vit().train()
+    images = [{"image": models.pictures(batch=2)}]
+    before = state_of(model)
+    found = score(model, images, steps=2, copies=1)
+    assert_same_state(before, state_of(model))
+    assert list(found.controls) == list(methods_that_fit(model, images[0]["image"]))
+    assert "scorecam" not in found.controls
+    assert {"raw", "rollout", "gradcam", "chefer"} <= found.controls.keys()
+
+
+def test_a_method_that_ignores_the_weights_is_found_out_and_one_that_does_not_is_near_nothing():
+    model = models.vit(depth=4)
+    pixels = {"image": models.pictures(batch=12)}
+    found = score(model, [pixels], {"gradcam": METHODS["gradcam"](), "image": Edges((4, 4))}, steps=2)
+    assert not found.beats("image", "shuffled")
+    assert found.estimate("image", "shuffled").value == pytest.approx(1)
+    assert found.beats("gradcam", "shuffled")
+    assert found.estimate("gradcam", "shuffled").high < 0.5
+
+
+def test_a_map_turned_upside_down_by_shuffled_weights_counts_as_the_same():
+    model = Patch(PLACE)
+
+    class Brightness(Method):
+        name = "brightness"
+
+        def explain(self, network, images_BCHW, target):
+            sign = 1 if network is model else -1
+            return Explanation(sign * images_BCHW.mean(1), network(images_BCHW), None, "pixels")
+
+    found = score(model, batches(), {"brightness": Brightness()}, steps=2)
+    assert found.estimate("brightness", "shuffled").value == pytest.approx(1)
+
+
+def test_a_method_that_fails_is_told_and_the_others_go_on():
+    methods = {"gate": METHODS["gate"](), "true": OfWeights()}
+    found = score(Patch(PLACE), batches(), methods, steps=2)
+    assert list(found.controls) == ["true"]
+    assert "gate needs gates over positions" in found.failed["gate"]
+    with pytest.raises(UsageError, match="gate needs gates over positions"):
+        score(Patch(PLACE), batches(), {"gate": METHODS["gate"]()}, steps=2)
+
+
+def test_progress_counts_images():
+    done = []
+    score(Patch(PLACE), batches(count=7), {"true": OfWeights()}, steps=2, advance=done.append)
+    assert sum(done) == pytest.approx(7)
+    assert max(done) < 5  # moves inside of a batch
+
+
+def test_what_cannot_be_scored_is_told():
+    model, method = Patch(PLACE), {"true": OfWeights()}
+    refuses(DataError, "there are no images to score", score, model, [], method)
+    refuses(UsageError, "there is no method to score", lambda: score(model, batches(), {}))
+    mixed = [*batches(), *batches(known=("label",))]
+    with pytest.raises(
+        UsageError, match=r"batches differ: images of \(3, 12, 16\) with label after .* box, label, mask"
+    ):
+        score(model, mixed, method, steps=2)
+    for wrong in ({"copies": 0}, {"steps": 1}):  # a single step is the same for every map
+        with pytest.raises(UsageError, match="copies must be ≥ 1 and steps ≥ 2"):
+            score(model, batches(), method, **wrong)
+    for seed in (-1, 2**32):
+        with pytest.raises(UsageError, match="seed must be in"):
+            score(model, batches(), method, seed=seed)
+    with pytest.raises(UsageError, match="'centre' is the name of a control"):
+        score(model, batches(), {"centre": OfWeights()}, steps=2)
+    with torch.no_grad():
+        model.bias.fill_(torch.nan)
+    refuses(DataError, "output is not finite; bias holds NaN", lambda: score(model, batches(), method))
+
+
+def test_scores_are_made_under_inference_mode_too():
+    model, methods = Patch(PLACE), {"true": OfWeights()}
+    with torch.inference_mode():
+        inside_mode = score(model, batches(), methods, steps=4)
+    assert inside_mode.estimate("true", "deletion") == score(Patch(PLACE), batches(), methods, steps=4).estimate(
+        "true", "deletion"
+    )
+
+
+def test_many_images_take_no_more_memory_than_their_weights():
+    values = {"true": {"deletion": np.linspace(0, 1, 3_000, dtype=np.float32)}}
+    many = Scores(values, {"true": ()}, {}, None, (), seed=0)
+    assert many._weights.nbytes == 2_001 * 3_000 * 4
+    found = many.estimate("true", "deletion")
+    assert found.value == pytest.approx(0.5, abs=1e-6)
+    assert (found.high - found.low) / 2 == pytest.approx(
+        1.96 * np.std(values["true"]["deletion"]) / 3_000**0.5, rel=0.1
+    )

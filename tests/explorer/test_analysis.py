@@ -1,0 +1,106 @@
+"""What a page is told, against the model's own numbers."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.explorer.explored import PREPROCESS, photo, vit, weights_of
+from tests.explorer.pages import content, facts, weights_told
+from tests.explorer.unpacked import array
+from visionattn.attention import CBAM, insert
+from visionattn.capture import capture
+from visionattn.data.placement import Preprocess
+from visionattn.evaluation import CentreGaussian, Edges, RandomMap, deletion, insertion
+from visionattn.explorer.explorer import explore
+from visionattn.maps import METHODS, RawAttention
+from visionattn.models import ConvNet
+
+
+def test_every_weight_of_a_vit_is_told():
+    model, picture = vit(), photo()
+    page = explore(model, [picture], preprocess=PREPROCESS, steps=0)
+    assert page.levels == 256
+    weights = weights_of(model, picture)
+    for layer in range(3):
+        told_1HQK, cells_1K = weights_told(page, layer)
+        assert cells_1K.tolist() == [[*range(12), -1]]  # the class token behind the patches
+        order = [*range(1, 13), 0]
+        np.testing.assert_allclose(told_1HQK[0], weights[layer][:, order][:, :, order], atol=0.003)
+
+
+def test_windows_are_told_window_by_window():
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=56, embed_dim=24, depths=(2,), num_heads=(2,), num_classes=3
+    ).eval()
+    picture = photo(56, 56)
+    preprocess = Preprocess(56)
+    with torch.no_grad(), capture(model, _full()) as records:
+        model(torch.from_numpy(preprocess(picture)[0])[None])
+    page = explore(model, [picture], preprocess=preprocess, steps=0, methods={"raw": RawAttention()})
+    for layer, record in enumerate(records.attention):
+        told_WHQK, cells_WK = weights_told(page, layer)
+        np.testing.assert_array_equal(cells_WK, record.keys.index_WN.numpy())
+        np.testing.assert_allclose(told_WHQK, record.weights[0].numpy(), atol=0.003)
+
+
+def _full():
+    from visionattn.capture import Full
+
+    return Full()
+
+
+def test_gates_are_told_with_the_features_that_they_weigh():
+    torch.manual_seed(0)
+    model = ConvNet(4, widths=(16, 32))
+    insert(model, CBAM, preserve=False)
+    model.eval()
+    picture = photo()
+    seen = {}
+    for number, block in enumerate(model.blocks):
+        mechanism = block.inserted.mechanism
+        mechanism.register_forward_hook(lambda module, args, out, number=number: seen.update({number: args[0]}))
+    with torch.no_grad():
+        model(torch.from_numpy(PREPROCESS(picture)[0])[None])
+    page = explore(model, [picture], preprocess=PREPROCESS, steps=0, methods={"gate": METHODS["gate"]()})
+    gates = facts(page)["pictures"][0]["gates"]
+    assert {gate["kind"] for gate in gates} == {"spatial", "channel"}
+    for number, gate in enumerate(gate for gate in gates if gate["kind"] == "channel"):
+        assert gate["name"] == f"blocks.{number}.attention.channel"
+        weights_C = array(content(page), gate["weights"])
+        features = seen[number][0]
+        with torch.no_grad():
+            out = model.blocks[number].inserted.mechanism.attention.channel(seen[number])[0]  # features · weight
+        np.testing.assert_allclose(weights_C, (out.flatten(1).sum(1) / features.flatten(1).sum(1)).numpy(), rtol=1e-3)
+        assert gate["channels"] == np.argsort(-weights_C, kind="stable")[:8].tolist()
+        for channel, told in zip(gate["channels"], gate["features"], strict=True):
+            span = told["high"] - told["low"]
+            map_hw = told["low"] + array(content(page), told["codes"]) / 255 * span
+            np.testing.assert_allclose(map_hw, features[channel].numpy(), atol=span / 509)
+
+
+def test_curves_and_the_verdict_are_those_of_this_image():
+    model, picture = vit(), photo()
+    values = torch.from_numpy(PREPROCESS(picture)[0])[None]
+    method = RawAttention()
+    page = explore(model, [picture], preprocess=PREPROCESS, steps=5, methods={"raw": method})
+    told = {heatmap["name"]: heatmap for heatmap in facts(page)["pictures"][0]["heatmaps"]}
+    assert list(told) == ["raw", "random 3×4", "centre", "edges 3×4"]
+    makers = {"raw": method, "random 3×4": RandomMap((3, 4)), "centre": CentreGaussian(), "edges 3×4": Edges((3, 4))}
+    areas = {}
+    for name, maker in makers.items():
+        heatmaps = maker(model, values).heatmaps
+        for figure, curve in (("deletion", deletion), ("insertion", insertion)):
+            expected = curve(model, values, heatmaps, steps=5)
+            np.testing.assert_allclose(told[name]["curves"][figure]["scores"], expected.scores[0], atol=1e-5)
+            areas[name, figure] = float(expected.auc)
+            assert told[name]["curves"][figure]["area"] == pytest.approx(areas[name, figure], abs=1e-5)
+    for figure, sign in (("deletion", -1), ("insertion", 1)):
+        lost = [n for n in list(makers)[1:] if sign * (areas["raw", figure] - areas[n, figure]) <= 0]
+        assert told["raw"]["unbeaten"].get(figure, []) == lost
+    with torch.no_grad():
+        probabilities = model(values).softmax(1)[0]
+    for index, share in facts(page)["pictures"][0]["answer"]:
+        assert share == pytest.approx(float(probabilities[index]), abs=1e-5)

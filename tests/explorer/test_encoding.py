@@ -1,0 +1,46 @@
+"""Numbers of a page, unpacked by a slow loop from the format's own words."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.explorer.unpacked import array, numbers, rows_of
+from visionattn.explorer.encoding import LEVELS, Pack, Rows
+
+
+def packed(values, levels):
+    pack = Pack()
+    pack.add(np.arange(3, dtype=np.uint8))  # so that nothing lies where four bytes would like it
+    told = json.loads(json.dumps(Rows.of(values).add_to(pack, levels)))
+    return rows_of(numbers(pack.text), told)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("sharpness", [0.02, 1, 8])
+def test_a_weight_is_off_by_half_a_level_at_most(levels, sharpness):
+    random = np.random.default_rng(levels)
+    logits = sharpness * random.normal(size=(40, 37))
+    values = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    found, spans = packed(values, levels)
+    assert (np.abs(found - values) <= spans[:, None] / (2 * (levels - 1)) * 1.001 + 1e-6).all()
+    assert (spans <= values.max(1) - values.min(1) + 0.005 * values.max(1)).all()
+
+
+def test_rows_of_zeros_and_of_equal_values():
+    found, _ = packed(np.array([[0, 0, 0.0], [0.25, 0.25, 0.25], [0, 1, 0], [1e-11, 0, 0]]), 4)
+    np.testing.assert_allclose(found, [[0, 0, 0], [0.25, 0.25, 0.25], [0, 1, 0], [0, 0, 0]], atol=0.25 / 256)
+
+
+def test_arrays_come_back_as_they_were():
+    random = np.random.default_rng(0)
+    arrays = [
+        random.integers(0, 256, (3, 5)).astype(np.uint8),
+        random.integers(-9, 9, 7).astype(np.int32),
+        random.normal(size=(2, 3)).astype(np.float32),
+    ]
+    pack = Pack()
+    refs = [pack.add(one) for one in arrays]
+    content = numbers(pack.text)
+    for one, ref in zip(arrays, refs, strict=True):
+        np.testing.assert_array_equal(array(content, ref), one)

@@ -1,0 +1,117 @@
+"""What a page refuses, how large it gets, and what needs no model."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from tests.explorer.explored import CLASSES, PREPROCESS, photo, vit, weights_of
+from tests.explorer.pages import facts, weights_told
+from tests.refusals import refuses
+from visionattn.data.placement import Preprocess
+from visionattn.errors import DataError, UsageError
+from visionattn.explorer.explorer import explore
+from visionattn.maps import METHODS, RawAttention
+
+
+def test_coarser_numbers_until_the_page_fits_and_their_error_is_bounded():
+    model, pictures = vit(depth=4), [photo(seed=seed) for seed in range(5)]
+    options = {"preprocess": PREPROCESS, "steps": 0, "methods": {"raw": RawAttention()}}
+    fine = explore(model, pictures, **options)
+    limit = len(fine.html) - 2_000
+    page = explore(model, pictures, limit=limit, **options)
+    assert len(page.html.encode()) <= limit
+    assert 3 <= page.levels < 256
+    for image, picture in enumerate(pictures):
+        weights = weights_of(model, picture)
+        for layer in range(4):
+            told_1HQK, _ = weights_told(page, layer, image)
+            rows = weights[layer][:, [*range(1, 13), 0]][:, :, 1:]
+            span = rows.max(-1, keepdims=True) - rows.min(-1, keepdims=True) + 0.005 * rows.max(-1, keepdims=True)
+            assert (np.abs(told_1HQK[0, :, :, :12] - rows) <= span * 0.5 / (page.levels - 1) * 1.001 + 1e-6).all()
+    with pytest.raises(UsageError, match=r"limit is .* MB; explore fewer images"):
+        explore(model, pictures, limit=limit // 4, **options)
+
+
+def test_the_model_is_left_as_it_was():
+    model = vit().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    explore(model, torch.randn(1, 3, 48, 64), steps=2, methods={"raw": RawAttention()})
+    assert all(module.training for module in model.modules())
+    assert hooks == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_glimpses_and_boxes_need_no_model():
+    random = np.random.default_rng(0)
+    glimpses = {
+        "locations": random.uniform(0, 50, (3, 2)),
+        "boxes": random.uniform(0, 50, (3, 2, 4)),
+        "patches": random.integers(0, 256, (3, 2, 8, 8, 3), dtype=np.uint8),
+        "probabilities": random.dirichlet(np.ones(4), 3),
+    }
+    boxes = {"boxes": [[1, 2, 30, 40]], "labels": [2], "scores": [0.75], "maps": random.random((1, 5, 6))}
+    options = {"preprocess": Preprocess(32), "glimpses": [glimpses], "detections": [boxes], "class_names": CLASSES}
+    page = explore(None, [photo()], **options)
+    told = facts(page)["pictures"][0]
+    np.testing.assert_allclose(told["glimpses"]["locations"], glimpses["locations"], atol=0.006)
+    classes = told["glimpses"]["classes"]
+    np.testing.assert_allclose(told["glimpses"]["probabilities"], glimpses["probabilities"][:, classes], atol=1e-5)
+    assert told["detections"]["labels"] == [2]
+    assert facts(page)["classes"]["2"] == "cup"
+    for name, short in (("locations", glimpses["locations"][:2]), ("boxes", glimpses["boxes"][..., :2])):
+        with pytest.raises(UsageError, match="glimpses are locations"):
+            explore(None, [photo()], preprocess=Preprocess(32), glimpses=[{**glimpses, name: short}])
+    more = {**boxes, "maps": random.random((2, 5, 6))}
+    with pytest.raises(UsageError, match="1 boxes, 1 labels, 1 scores and 2 maps"):
+        explore(None, [photo()], preprocess=Preprocess(32), detections=[more])
+    with pytest.raises(UsageError, match="1 glimpses for 2 images"):
+        explore(None, [photo()] * 2, preprocess=Preprocess(32), glimpses=[glimpses])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "there are no images"),
+        (torch.zeros(3, 48, 64), "images must be"),
+        ("cat.png", "a list of files"),
+        ([np.zeros((4, 4), np.uint8)], "uint8 RGB"),
+    ],
+)
+def test_wrong_images_are_told(images, message):
+    refuses(UsageError, message, lambda: explore(vit(), images, preprocess=PREPROCESS))
+
+
+def test_what_cannot_be_explored_is_told():
+    class Plain(nn.Module):
+        def forward(self, x):
+            return F.relu(x).mean((2, 3))
+
+    with pytest.raises(UsageError, match="nothing to show of this Plain"):
+        explore(Plain(), torch.randn(1, 3, 8, 8), methods={}, steps=0)
+    refuses(UsageError, "pass preprocess=", lambda: explore(Plain(), [photo()]))
+    with pytest.raises(UsageError, match="2 class names, and the model has 4"):
+        explore(vit(), [photo()], preprocess=PREPROCESS, class_names=("a", "b"), steps=0)
+    refuses(UsageError, "steps must be", lambda: explore(vit(), [photo()], preprocess=PREPROCESS, steps=1))
+
+
+def test_a_broken_file_does_not_stop_the_others(tmp_path):
+    Image.fromarray(photo()).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    options = {"preprocess": PREPROCESS, "steps": 0, "methods": {"raw": RawAttention()}}
+    page = explore(vit(), [tmp_path / "bad.png", tmp_path / "good.png"], **options)
+    assert (page.images, [name for name, _ in page.failures]) == (1, ["bad.png"])
+    assert facts(page)["pictures"][0]["name"] == "good.png"
+    assert str(tmp_path) not in page.html  # where a user's files lie stays at home
+    refuses(DataError, "none of the 1 images can be read", lambda: explore(vit(), [tmp_path / "bad.png"], **options))
+
+
+def test_a_method_that_does_not_fit_is_told():
+    methods = {"raw": RawAttention(), "gate": METHODS["gate"]()}
+    page = explore(vit(), [photo()], preprocess=PREPROCESS, steps=0, methods=methods)
+    assert list(page.left_out) == ["gate"]
+    assert "gate needs gates over positions" in page.left_out["gate"]
+    assert facts(page)["pictures"][0]["failed"] == page.left_out

@@ -1,0 +1,26 @@
+"""The methods that an error names are those that fit."""
+
+import pytest
+
+from tests.capture import models
+from visionattn.errors import UsageError
+from visionattn.maps import METHODS, RawAttention
+
+ATTENTION = ["raw", "rollout", "chefer", "grad_rollout", "grad_attention", "value_norm", "dino"]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_model_that_never_attends_names_the_methods_that_fit(name):
+    message = f"{name} needs attention over positions; this ResNet has none. Methods that fit: gradcam, gradcam"
+    with pytest.raises(UsageError) as caught:
+        METHODS[name]()(models.resnet(), models.pictures())
+    assert str(caught.value).startswith(message)
+    assert "raw," not in str(caught.value).partition("fit:")[2]
+
+
+def test_the_methods_that_an_error_names_do_work():
+    model, images = models.resnet("seresnet18"), models.pictures()
+    with pytest.raises(UsageError) as caught:
+        RawAttention()(model, images)
+    for name in str(caught.value).partition("fit: ")[2].rstrip(".").split(", "):
+        assert METHODS[name]()(model, images).raw.isfinite().all()

@@ -1,0 +1,231 @@
+"""What all methods share: targets, independence of the images of a batch, and a model left as it was."""
+
+import inspect
+
+import pytest
+import torch
+
+from tests.capture import models
+from tests.refusals import refuses
+from visionattn.attention import Gaussian, Retina
+from visionattn.errors import UsageError
+from visionattn.maps import METHODS, Maps
+from visionattn.models import GlimpseNetwork, MLPEncoder
+
+close = torch.testing.assert_close
+WITH_TARGET = ["grad_attention", "grad_rollout", "chefer", "gradcam", "gradcam++", "layercam", "scorecam"]
+WITHOUT_TARGET = ["raw", "dino", "value_norm", "rollout", "eigencam", "gate", "gaze"]
+
+
+def small_cbam():
+    return models.resnet("resnet10t", block_args={"attn_layer": "cbam"})
+
+
+class Normed(MLPEncoder):
+    def __init__(self, *args):
+        super().__init__(*args, features=16)
+        self.layers.append(torch.nn.LayerNorm(16))
+
+
+def small_glimpses():
+    torch.manual_seed(0)
+    network = GlimpseNetwork(10, retina=Retina(16), policy=Gaussian, encoder=Normed, num_glimpses=4, hidden_size=16)
+    with torch.no_grad():
+        network.policy.layers[-1].weight.mul_(40)  # untrained, but it looks about
+    return network.eval()
+
+
+def setting(name, batch=3):
+    """A method and a small model that it fits."""
+    make = {"gate": small_cbam, "gaze": small_glimpses}.get(name, models.vit)
+    return METHODS[name](), make(), models.pictures(batch=batch)
+
+
+def test_every_method_is_tested_here():
+    assert sorted(METHODS) == sorted(WITH_TARGET + WITHOUT_TARGET)
+    assert all(inspect.getdoc(method) and method.name == name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_maps_lie_between_nought_and_one_and_come_with_the_output(name):
+    method, model, images = setting(name)
+    maps = method(model, images)
+    assert isinstance(maps, Maps)
+    assert maps.heatmaps.dtype == maps.raw.dtype == torch.float32
+    assert maps.heatmaps.shape == maps.raw.shape
+    assert maps.heatmaps.amin((1, 2)).tolist() == [0, 0, 0]
+    assert maps.heatmaps.amax((1, 2)).tolist() == [1, 1, 1]
+    with torch.no_grad():
+        close(maps.output, model(images), atol=1e-5, rtol=1e-5)
+    assert not maps.output.requires_grad
+    assert maps.method == name
+
+
+@pytest.mark.parametrize("name", WITH_TARGET)
+def test_a_target_may_be_given_in_every_way(name):
+    method, model, images = setting(name)
+    best = model(images).argmax(1)
+    by_default = method(model, images)
+    assert torch.equal(by_default.target, best)
+    close(method(model, images, target=best).raw, by_default.raw)
+    if name != "scorecam":  # whose masked images may have another best class
+        close(method(model, images, target=lambda out: out.amax(1)).raw, by_default.raw)
+    second = method(model, images, target=2)
+    assert second.target.tolist() == [2, 2, 2]
+    close(method(model, images, target=torch.tensor(2)).raw, second.raw)
+    close(method(model, images, target=torch.tensor([2])).raw, second.raw)
+    of_ones_own = method(model, images, target=lambda out: out[:, 2])
+    close(of_ones_own.raw, second.raw)
+    assert of_ones_own.target is None
+    one_each = method(model, images, target=torch.tensor([2, 0, 6], dtype=torch.int32))
+    close(one_each.raw[0], second.raw[0])
+    for place, index in ((1, 0), (2, 6)):
+        close(one_each.raw[place], method(model, images[place : place + 1], target=index).raw[0], atol=1e-5, rtol=1e-3)
+    assert not torch.allclose(method(model, images, target=3).heatmaps, second.heatmaps, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TARGET)
+def test_methods_of_no_class_do_not_depend_on_the_target(name):
+    method, model, images = setting(name)
+    maps = method(model, images, target=2)
+    assert torch.equal(maps.raw, method(model, images).raw)
+    assert maps.target is None
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (7, r"target \[7, 7, 7\] is out of range: the model has 7 outputs, 0 to 6"),
+        (-1, "out of range"),
+        (torch.tensor([0, 1, 9]), r"target \[0, 1, 9\] is out of range"),
+        (torch.tensor([0, 1]), "target holds 2 indices for 3 images"),
+        (torch.zeros(3), "target must be int64 or another integer type, got torch.float32"),
+        ("cat", "target must be an index"),
+        (lambda out: out, r"a target function must return \(B,\) scores"),
+        (lambda out: 1.0, r"a target function must return \(B,\) scores, got 1.0"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gradcam", "chefer", "scorecam"])
+def test_a_wrong_target_is_a_clear_error(name, target, message):
+    method, model, images = setting(name)
+    refuses(UsageError, message, method, model, images, target=target)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda out: {"features": out[:, :, None], "logits": out}, lambda out: (out[:, 0], out)],
+    ids=["dict", "tuple"],
+)
+def test_scores_are_found_in_what_a_model_returns(wrap):
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = models.vit()
+
+        def forward(self, images):
+            return wrap(self.net(images))
+
+    images = models.pictures()
+    maps = METHODS["gradcam"]()(Wrapped(), images, target=1)
+    close(maps.raw, METHODS["gradcam"]()(models.vit(), images, target=1).raw)
+    assert type(maps.output) is type(wrap(torch.zeros(2, 7)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.filterwarnings("ignore:.*read it with care")
+def test_an_image_has_the_same_map_alone_and_in_a_batch(name):
+    method, model, images = setting(name)
+    together = method(model, images)
+    for place in range(3):
+        alone = method(model, images[place : place + 1])
+        close(together.heatmaps[place], alone.heatmaps[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["raw", "rollout", "chefer", "grad_attention", "value_norm", "gradcam"])
+@pytest.mark.filterwarnings("ignore:.*read it with care")
+def test_windows_of_several_images_are_not_mixed_up(name):
+    model, images = models.swin(), models.pictures(32, batch=3)
+    for stage in model.layers:
+        for block in stage.blocks:
+            block.attn.fused_attn = name == "value_norm"
+    together = METHODS[name]()(model, images).heatmaps
+    for place in (2, 0):
+        alone = METHODS[name]()(model, images[place : place + 1]).heatmaps
+        close(together[place], alone[0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_map_follows_its_image(name):
+    """The test above would pass for a map of anything but the images."""
+    method, model, images = setting(name)
+    assert not torch.allclose(method(model, images).heatmaps, method(model, images.flip(0, 3)).heatmaps, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("ending", ["well", "by an exception"])
+def test_the_model_is_left_as_it_was(name, ending):
+    method, model, images = setting(name)
+    model.train()
+    norms = [m for m in model.modules() if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.LayerNorm))]
+    norms[0].eval()
+    parameters = list(model.parameters())
+    parameters[0].requires_grad_(False)
+    parameters[3].grad = torch.ones_like(parameters[3])
+    before = models.state_of(model)
+    if ending == "well":
+        maps = method(model, images)
+        assert maps.raw.isfinite().all()
+    else:
+        calls = []
+
+        def breaks(module, args):
+            calls.append(args)
+            if len(args[0]) == 3:
+                raise KeyError("on purpose")
+
+        handle = norms[-1].register_forward_pre_hook(breaks)
+        refuses(KeyError, "on purpose", method, model, images)
+        handle.remove()
+        assert calls
+    models.assert_same_state(before, models.state_of(model))
+    assert not images.requires_grad
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_frozen_models_are_explained_in_every_gradient_mode(name, context):
+    method, model, images = setting(name)
+    expected = method(model, images)
+    model.requires_grad_(False)
+    with context():
+        found = method(model, images * 1)
+    close(found.raw, expected.raw)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_training_model_is_explained_in_evaluation_mode(name):
+    method, model, images = setting(name)
+    expected = method(model, images)
+    close(method(model.train(), images).raw, expected.raw)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_precision_are_explained(name, dtype):
+    method, model, images = setting(name)
+    expected = method(model, images, target=1)
+    found = method(model.to(dtype), images.to(dtype), target=1)
+    assert found.raw.dtype == torch.float32
+    if dtype is torch.float64:
+        close(found.heatmaps, expected.heatmaps, atol=1e-3, rtol=0)
+    else:
+        both = torch.stack([found.heatmaps.flatten(), expected.heatmaps.flatten()])
+        assert float(torch.corrcoef(both)[0, 1]) > 0.8
+
+
+@pytest.mark.parametrize("name", ["raw", "chefer", "gradcam", "scorecam"])
+def test_compiled_models_are_explained(name):
+    method, model, images = setting(name)
+    expected = method(model, images)
+    compiled = torch.compile(model, backend="eager")
+    close(method(compiled, images).raw, expected.raw)

@@ -1,0 +1,160 @@
+"""What no method can do is told in a sentence that says what does; nothing is ever silently empty."""
+
+import warnings
+
+import pytest
+import torch
+
+from tests.capture import models
+from tests.refusals import refuses
+from visionattn.errors import DataError, MapWarning, UsageError
+from visionattn.maps import (
+    METHODS,
+    Chefer,
+    DinoHeads,
+    GradCAM,
+    GradientAttention,
+    RawAttention,
+    Rollout,
+    ScoreCAM,
+    ValueNorm,
+)
+
+ATTENTION = ["raw", "rollout", "chefer", "grad_rollout", "grad_attention", "value_norm", "dino"]
+
+
+@pytest.mark.parametrize("make", [models.swin, models.resnet, lambda: models.vit(class_token=False, global_pool="avg")])
+def test_dino_without_a_class_token_is_an_error(make):
+    model = make()
+    with pytest.raises(UsageError, match=r"dino needs .* Methods that fit: (?!.*dino)"):
+        DinoHeads()(model, models.pictures(32 if "Swin" in type(model).__name__ else 64))
+
+
+def test_values_that_are_hidden_are_an_error_that_names_what_fits():
+    model = models.vit()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    with pytest.raises(UsageError, match=r"blocks\.2\.attn, which attends by a softmax of its own .* fit: raw, dino"):
+        ValueNorm()(model, models.pictures())
+
+
+def test_what_is_no_module_is_an_error():
+    with pytest.raises(UsageError, match=r"model must be a torch\.nn\.Module, got function"):
+        RawAttention()(lambda images: images, models.pictures())
+
+
+@pytest.mark.parametrize("method", [RawAttention, GradientAttention, ValueNorm, lambda layer: DinoHeads(layer=layer)])
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("blocks.1.atn", r"nothing attends in 'blocks\.1\.atn'\. Nearest: blocks\.1\.attn"),
+        ("zzz", r"nothing attends in 'zzz'\. Layers that attend: blocks\.0\.attn, blocks\.1\.attn, blocks\.2\.attn"),
+        (3, "there is no layer 3: the model attends 3 times"),
+        (-4, "there is no layer -4"),
+    ],
+)
+def test_a_wrong_layer_names_the_nearest(method, layer, message):
+    refuses(UsageError, message, lambda: method(layer)(models.vit(), models.pictures()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": 3}, "blocks.2.attn has no head 3; its heads are 0 to 2"),
+        ({"head": -1}, "has no head -1"),
+        ({"query": (4, 0)}, r"blocks.2.attn has no patch \(4, 0\): its grid is 4×4"),
+        ({"query": (0, -1)}, r"has no patch \(0, -1\)"),
+    ],
+)
+def test_wrong_heads_and_patches_are_errors(options, message):
+    refuses(UsageError, message, lambda: RawAttention(**options)(models.vit(), models.pictures()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RawAttention(fuse="sum"), "fuse must be mean, max or min, got 'sum'"),
+        (lambda: Rollout(fuse="sum"), "fuse must be"),
+        (lambda: Rollout(discard=1.0), r"discard must be in \[0, 1\), got 1.0"),
+        (lambda: Rollout(discard=-0.1), "discard must be"),
+        (lambda: DinoHeads(mass=0), r"mass must be in \(0, 1\], got 0"),
+        (lambda: ScoreCAM(batch_size=0), "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options_are_errors_at_once(make, message):
+    refuses(UsageError, message, make)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (torch.zeros(3, 64, 64), UsageError, r"images must be \(B, C, H, W\), got \(3, 64, 64\); .* image\[None\]"),
+        (torch.zeros(0, 3, 64, 64), DataError, "the batch of images is empty"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), UsageError, "floating point, got torch.uint8"),
+        (torch.full((1, 3, 64, 64), float("nan")), DataError, "the images hold NaN or infinity"),
+        (torch.full((1, 3, 64, 64), float("inf")), DataError, "the images hold NaN or infinity"),
+    ],
+    ids=["one image", "none", "integers", "NaN", "infinite"],
+)
+@pytest.mark.parametrize("name", METHODS)
+def test_images_that_cannot_be_explained_are_errors(name, images, error, message):
+    refuses(error, message, lambda: METHODS[name]()(models.vit(depth=1), images))
+
+
+@pytest.mark.parametrize("name", [*ATTENTION, "gradcam", "gradcam++", "layercam", "eigencam", "scorecam"])
+def test_nan_weights_are_named(name):
+    model = models.vit()
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight[0, 0] = float("nan")
+    with pytest.raises(DataError, match=r"blocks\.0\.attn\.qkv\.weight holds NaN or infinity"):
+        METHODS[name]()(model, models.pictures())
+
+
+def test_an_overflow_of_finite_weights_is_told_from_nan_weights():
+    model = models.vit()
+    with torch.no_grad():
+        model.blocks[2].norm1.bias.fill_(1e38)
+    with pytest.raises(DataError, match="the weights are finite, so an activation overflows: try float32"):
+        RawAttention()(model, models.pictures())
+
+
+def test_a_zero_map_is_warned_of():
+    model = models.resnet()
+    with torch.no_grad():
+        model.fc.weight.zero_()
+    with pytest.warns(MapWarning, match="2 of 2 gradcam heatmaps of layer4.* are zero and show nothing"):
+        maps = GradCAM()(model, models.pictures())
+    assert not maps.heatmaps.any()
+
+
+def test_a_constant_map_is_warned_of():
+    model = models.vit()
+    with torch.no_grad():
+        model.blocks[2].attn.qkv.weight.zero_()
+        model.blocks[2].attn.qkv.bias.zero_()
+    with pytest.warns(MapWarning, match="2 of 2 raw heatmaps of attention of blocks.2.attn are constant"):
+        maps = RawAttention()(model, models.pictures())
+    assert not maps.heatmaps.any()
+    torch.testing.assert_close(maps.raw, torch.full((2, 4, 4), 1 / 17))
+
+
+def test_one_constant_map_of_a_batch_is_counted():
+    model, images = models.vit(class_token=False, global_pool="avg", pos_embed="none"), models.pictures(batch=3)
+    images[1] = 0
+    with pytest.warns(MapWarning, match="1 of 3 raw heatmaps"):
+        maps = RawAttention()(model, images)
+    assert maps.heatmaps.amax((1, 2)).tolist() == [1, 0, 1]
+
+
+def test_a_layer_behind_the_last_attention_of_a_class_token_gives_a_zero_map_and_a_warning():
+    with pytest.warns(MapWarning, match="are zero and show nothing; try another layer"):
+        GradCAM("norm")(models.vit(), models.pictures())
+
+
+@pytest.mark.parametrize("method", [Rollout(), Chefer()], ids=lambda m: m.name)
+def test_a_chain_through_windows_is_warned_of_and_one_through_a_vit_is_not(method):
+    with pytest.warns(MapWarning, match=f"{method.name} assumes that every layer sees all tokens"):
+        method(models.swin(), models.pictures(32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method(models.vit(), models.pictures())

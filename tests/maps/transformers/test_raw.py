@@ -1,0 +1,102 @@
+"""Raw attention, value norms and DINO's heads against slow loops over attention that timm computes unfused."""
+
+import pytest
+import torch
+
+from tests.capture import models
+from tests.maps.transformers.vits import VITS, assert_same_map, fused, heads_of, setting, shown, start_of
+from visionattn.maps import DinoHeads, RawAttention, ValueNorm
+
+close = torch.testing.assert_close
+
+
+@pytest.mark.parametrize("name", VITS)
+@pytest.mark.parametrize("fuse", ["mean", "max", "min"])
+def test_raw_is_the_row_of_the_class_token_or_the_mean_of_the_patches(name, fuse):
+    model, images = setting(name)
+    expected = []
+    for layers in heads_of(model, images):
+        rows = layers[-1][:, start_of(model)].mean(1)  # of each head
+        expected.append(shown(model, fused(rows, fuse)))
+    maps = RawAttention(fuse=fuse)(model, images)
+    assert_same_map(maps, expected)
+    assert maps.source == "attention of blocks.2.attn"
+    assert maps.target is None
+
+
+@pytest.mark.parametrize("layer", [0, 1, -2, "blocks.1.attn", "blocks.1"])
+def test_raw_shows_the_layer_asked_for(layer):
+    model, images = setting("vit")
+    place = {0: 0}.get(layer, 1)
+    maps = RawAttention(layer)(model, images)
+    assert_same_map(maps, [shown(model, layers[place][:, 0].mean(0)) for layers in heads_of(model, images)])
+    assert maps.source == f"attention of blocks.{place}.attn"
+
+
+@pytest.mark.parametrize("head", [0, 2])
+@pytest.mark.parametrize("name", ["vit", "registers", "not square"])
+def test_raw_shows_one_head_of_one_patch(name, head):
+    model, images = setting(name)
+    columns = model.patch_embed.grid_size[1]
+    query = model.num_prefix_tokens + 1 * columns + 2
+    maps = RawAttention(head=head, query=(1, 2))(model, images)
+    assert_same_map(maps, [shown(model, layers[-1][head, query]) for layers in heads_of(model, images)])
+
+
+def test_raw_shows_a_patch_of_a_shifted_window_inside_its_window_alone():
+    model, images = models.swin(), models.pictures(32)
+    maps = RawAttention(1, query=(3, 3))(model, images)
+    window = [(i, j) for i in range(2, 6) for j in range(2, 6)]
+    inside = torch.zeros(8, 8, dtype=torch.bool)
+    inside[tuple(zip(*window, strict=True))] = True
+    assert bool((maps.raw[:, inside] > 0).all())
+    assert bool((maps.raw[:, ~inside] == 0).all())
+    close(maps.raw.sum((1, 2)), torch.ones(2))
+
+
+@pytest.mark.parametrize("name", VITS)
+def test_value_norm_is_attention_times_the_length_of_the_values(name):
+    model, images = setting(name)
+    qkv = []
+    handle = model.blocks[-1].attn.qkv.register_forward_hook(lambda module, args, out: qkv.append(out.detach()))
+    heads = heads_of(model, images)
+    values = qkv[0].double().unflatten(2, (3, 3, 16))[:, :, 2]  # (B, N, heads, 16)
+    handle.remove()
+    expected = []
+    for b, layers in enumerate(heads):
+        row = torch.zeros(values.shape[1], dtype=torch.float64)
+        for j in range(len(row)):
+            for h in range(3):
+                row[j] += layers[-1][h, start_of(model), j].mean() * values[b, j, h].square().sum().sqrt() / 3
+        expected.append(shown(model, row))
+    assert_same_map(ValueNorm()(model, images), expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "registers", "distilled"])
+@pytest.mark.parametrize("mass", [0.6, 0.2, 1.0])
+def test_dino_keeps_each_heads_largest_weights_up_to_the_mass(name, mass):
+    model, images = setting(name)
+    expected = []
+    for layers in heads_of(model, images):
+        total = torch.zeros(16, dtype=torch.float64)
+        for head in layers[-1][:, 0, model.num_prefix_tokens :]:
+            budget = mass * float(head.sum())
+            for place in sorted(range(16), key=lambda i: -float(head[i])):
+                if budget <= 1e-9:
+                    break
+                total[place] += head[place] / 3
+                budget -= float(head[place])
+        expected.append(total.reshape(4, 4))
+    assert_same_map(DinoHeads(mass=mass)(model, images), expected)
+
+
+def test_a_register_that_draws_most_attention_is_not_in_the_map():
+    model, images = setting("registers")
+    with torch.no_grad():
+        model.reg_token[:, 1] = model.cls_token[:, 0] * 3
+    for b, layers in enumerate(heads_of(model, images)):
+        row = layers[-1][:, 0].mean(0)
+        maps = RawAttention()(model, images)
+        assert maps.raw.shape == (2, 4, 4)
+        close(float(maps.raw[b].sum()), 1 - float(row[:5].sum()), atol=1e-5, rtol=0)
+        assert float(maps.heatmaps[b].amax()) == 1

@@ -1,0 +1,103 @@
+"""The pyramid against torchvision's, and on every kind of backbone."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import FeaturePyramidNetwork
+
+from tests.models.detectors.small import VIT, pyramid
+from tests.refusals import refuses
+from visionattn.attention import CBAM, Windowed
+from visionattn.errors import UsageError
+
+
+def test_the_top_down_path_is_that_of_torchvision():
+    ours = pyramid(strides=(4, 8, 16)).eval()
+    ours.smooth = nn.ModuleList(nn.Identity() for _ in range(3))
+    theirs = FeaturePyramidNetwork([8, 16, 24], 32).eval()
+    for place, lateral in enumerate(ours.lateral):
+        theirs.inner_blocks[place][0].load_state_dict(lateral.state_dict())
+        theirs.layer_blocks[place] = nn.Identity()
+    images = torch.randn(2, 3, 72, 88)
+    with torch.no_grad():
+        maps = ours.backbone.forward_intermediates(images, intermediates_only=True, indices=ours.places)
+        expected = theirs({str(place): x for place, x in enumerate(maps)})
+        torch.testing.assert_close(ours(images), list(expected.values()))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "strides", "options"),
+    [
+        ("resnet10t", (8, 16, 32, 64, 128), None),
+        ("test_convnext", (4, 8, 16), None),
+        ("test_efficientnet", (8, 16), None),
+        ("vit_tiny_patch16_224", (4, 8, 16, 32, 64), None),
+        ("vit_tiny_patch16_224", (8, 16), {**VIT, "dynamic_img_size": True}),
+    ],
+)
+def test_maps_have_their_strides_and_everything_learns(backbone, strides, options):
+    features = pyramid(backbone, strides=strides, **({"options": options} if options else {}))
+    height, width = (64, 64) if features.plain and not options else (64, 96)
+    maps = features(torch.randn(2, 3, height, width))
+    assert [tuple(x.shape) for x in maps] == [
+        (2, 32, math.ceil(height / stride), math.ceil(width / stride)) for stride in strides
+    ]
+    torch.stack([x.square().sum() for x in maps]).sum().backward()
+    assert not [name for name, parameter in features.named_parameters() if parameter.grad is None]
+
+
+@pytest.mark.parametrize(("backbone", "at"), [("resnet10t", "stages"), ("vit_tiny_patch16_224", "blocks")])
+def test_inserted_attention_starts_closed_and_then_matters(backbone, at):
+    torch.manual_seed(0)
+    plain = pyramid(backbone).eval()
+    torch.manual_seed(0)
+    attending = pyramid(backbone, attention=CBAM, attention_at=at).eval()
+    attending.load_state_dict(plain.state_dict(), strict=False)
+    images = torch.randn(1, 3, 64, 64)
+    gammas = [parameter for name, parameter in attending.named_parameters() if name.endswith("gamma")]
+    with torch.no_grad():
+        torch.testing.assert_close(attending(images), plain(images))
+        for gamma in gammas:
+            gamma.fill_(1.0)
+        assert not torch.allclose(attending(images)[0], plain(images)[0])
+    assert len(gammas) >= 2
+
+
+def test_a_plain_backbones_last_map_is_pooled_by_its_largest():
+    features = pyramid("vit_tiny_patch16_224", strides=(16, 32, 64)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        (x,) = features.backbone.forward_intermediates(images, intermediates_only=True, indices=features.places)
+        for scale, found, factor in zip(features.scales, features(images), (1, 2, 4), strict=True):
+            torch.testing.assert_close(found, scale[-2:](nn.functional.max_pool2d(x, factor)))
+
+
+def test_swapped_attention_takes_the_weights_and_sees_what_it_may():
+    torch.manual_seed(0)
+    plain = pyramid("vit_tiny_patch16_224").eval()
+    whole, narrow = (
+        pyramid("vit_tiny_patch16_224", self_attention=[partial(Windowed, window=window)]).eval() for window in (4, 2)
+    )
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for swapped in (whole, narrow):
+            swapped.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(whole(images), plain(images))  # one window holds all 4 × 4 tokens
+        assert not torch.allclose(narrow(images)[0], plain(images)[0])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_size_that_a_vit_does_not_take_is_told(dynamic):
+    features = pyramid("vit_tiny_patch16_224", options={**VIT, "dynamic_img_size": dynamic})
+    refuses(UsageError, r"takes no images of 72×96 pixels: .*img_size", lambda: features(torch.randn(1, 3, 72, 96)))
+
+
+def test_strides_that_cannot_be_had_are_named():
+    refuses(UsageError, r"strides 2, 4, 8, 16, 32, and none of 1", pyramid, strides=(1, 2))
+    refuses(UsageError, "must double", pyramid, strides=(8, 32))
+    with pytest.raises(UsageError, match="stride 12 cannot be made from patches 16 pixels wide"):
+        pyramid("vit_tiny_patch16_224", strides=(12, 24))
+    refuses(UsageError, "multiple of 8", pyramid, channels=30)

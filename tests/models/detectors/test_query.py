@@ -1,0 +1,188 @@
+"""The query detector's parts against slow loops, and what denoising must not change."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torchvision.ops import box_convert, box_iou, generalized_box_iou
+
+from tests.models.detectors.small import batch, learn, query
+from visionattn.models.detectors.decoder import Answer
+from visionattn.models.detectors.dense import Dense
+from visionattn.models.detectors.query import QueryDetector, make_noise, match, set_losses
+
+TRUTH = [torch.tensor([[0.3, 0.3, 0.2, 0.4], [0.7, 0.6, 0.3, 0.2], [0.5, 0.5, 0.9, 0.9]]), torch.zeros(0, 4)]
+LABELS = [torch.tensor([2, 0, 1]), torch.zeros(0, dtype=torch.long)]
+
+
+def answer(queries=5, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    boxes = 0.2 + 0.6 * torch.rand(batch, queries, 4, generator=generator)
+    return Answer(torch.randn(batch, queries, 3, generator=generator), boxes)
+
+
+def test_matching_is_the_cheapest_of_all_pairings():
+    found = answer()
+    (queries, items), (none, _) = match(found, TRUTH, LABELS)
+    assert len(none) == 0
+
+    def cost(q, n):
+        p = float(found.logits[0, q, LABELS[0][n]].sigmoid())
+        classes = -0.25 * (1 - p) ** 2 * math.log(p) + 0.75 * p**2 * math.log(1 - p)
+        boxes = float((found.boxes[0, q] - TRUTH[0][n]).abs().sum())
+        pair = (box_convert(box[None], "cxcywh", "xyxy") for box in (found.boxes[0, q], TRUTH[0][n]))
+        return 2 * classes + 5 * boxes - 2 * float(generalized_box_iou(*pair))
+
+    best = min(itertools.permutations(range(5), 3), key=lambda some: sum(cost(q, n) for n, q in enumerate(some)))
+    assert dict(zip(items.tolist(), queries.tolist(), strict=True)) == dict(enumerate(best))
+
+
+def test_losses_are_the_sums_of_the_equation():
+    found = answer()
+    pairs = [(torch.tensor([4, 0, 2]), torch.tensor([0, 1, 2])), (torch.zeros(0, dtype=torch.long),) * 2]
+    losses = set_losses(found, pairs, TRUTH, LABELS)
+    goal = torch.zeros(2, 5, 3)
+    box = overlap = 0.0
+    for q, n in ((4, 0), (0, 1), (2, 2)):
+        pair = [box_convert(some[None], "cxcywh", "xyxy") for some in (found.boxes[0, q], TRUTH[0][n])]
+        goal[0, q, LABELS[0][n]] = box_iou(*pair)
+        box += 5 * float((found.boxes[0, q] - TRUTH[0][n]).abs().sum()) / 3
+        overlap += 2 * (1 - float(generalized_box_iou(*pair))) / 3
+    p = found.logits.sigmoid()
+    classes = ((goal - p) ** 2 * -(goal * p.log() + (1 - goal) * (1 - p).log())).sum() / 3
+    assert float(losses["class"]) == pytest.approx(float(classes), rel=1e-4)
+    assert float(losses["box"]) == pytest.approx(box, rel=1e-4)
+    assert float(losses["overlap"]) == pytest.approx(overlap, rel=1e-4)
+
+
+def test_noise_is_as_far_as_it_says():
+    torch.manual_seed(0)
+    noise = make_noise(TRUTH, LABELS, 600, 3)
+    assert noise.group == 6
+    groups = noise.boxes.shape[1] // 6
+    assert groups == 100
+    corners = box_convert(noise.boxes[0], "cxcywh", "xyxy").view(groups, 2, 3, 4)
+    true = box_convert(TRUTH[0], "cxcywh", "xyxy")
+    moved = (corners - true).abs() / (TRUTH[0][:, 2:] / 2).repeat(1, 2)
+    cut = (corners <= 0) | (corners >= 1)  # at the image's edge they stop
+    assert (moved[:, 0] <= 0.4 + 1e-5).all()
+    assert ((moved[:, 1] >= 0.4 - 1e-5) | cut[:, 1]).all()
+    assert (moved[:, 1] <= 0.8 + 1e-5).all()
+    kept = noise.labels[0].view(groups, 2, 3) == LABELS[0]
+    assert 0.75 < kept.float().mean() < 0.92  # a quarter drawn anew, of which a third are the same
+    queries, items = noise.pairs[0]
+    assert queries.tolist() == [6 * group + number for group in range(groups) for number in range(3)]
+    assert items.tolist() == [0, 1, 2] * groups
+    assert len(noise.pairs[1][0]) == 0
+    assert make_noise(TRUTH[1:], LABELS[1:], 10, 3) is None
+
+
+def test_noised_queries_are_not_seen_by_the_others():
+    torch.manual_seed(0)
+    detector = query().eval()
+    images, boxes, labels = batch(2)
+    size = images.shape[2], images.shape[3]
+    with torch.no_grad():
+        for layer in detector.decoder.layers:  # so that places and weights depend on the queries
+            torch.nn.init.normal_(layer.look.offsets.weight, std=0.1)
+            torch.nn.init.normal_(layer.look.weigh.weight)
+        maps = detector.features(images)
+        content, anchors = detector.select(maps, detector.dense(maps), size)
+        truth = [box_convert(some, "xyxy", "cxcywh") / size[0] for some in boxes]
+        noise = make_noise(truth, labels, 40, 4)
+        alone = detector.decoder(content, anchors, maps)[-1]
+        hidden = noise.hidden(noise.boxes.shape[1] + content.shape[1])
+        joined = torch.cat([noise.boxes, anchors], 1)
+        both = detector.decoder(torch.cat([detector.label(noise.labels), content], 1), joined, maps, hidden)[-1]
+        count = noise.boxes.shape[1]
+        torch.testing.assert_close(both.logits[:, count:], alone.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(both.boxes[:, count:], alone.boxes, atol=1e-5, rtol=1e-5)
+        changed = joined.clone()
+        changed[:, : noise.group] += 0.05  # the first group moves; the others do not notice
+        again = detector.decoder(torch.cat([detector.label(noise.labels), content], 1), changed, maps, hidden)[-1]
+    assert count >= 2 * noise.group
+    torch.testing.assert_close(again.boxes[:, noise.group : count], both.boxes[:, noise.group : count])
+    assert not torch.allclose(again.boxes[:, : noise.group], both.boxes[:, : noise.group])
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_the_best_places_become_queries_and_those_that_propose_the_same_come_last(near):
+    torch.manual_seed(0)
+    detector = query().eval()
+    images, *_ = batch(2)
+    if near:  # wide boxes, so that most places propose nearly the same
+        torch.nn.init.constant_(detector.dense.regress.bias, 2.5)
+    with torch.no_grad():
+        maps = detector.features(images)
+        found = detector.dense(maps)
+        content, anchors = detector.select(maps, found, (64, 64))
+    for n in range(2):
+        distinct, others = [], []
+        for place in found.logits[n].amax(1).argsort(descending=True).tolist():
+            overlap = box_iou(found.boxes[n, place][None], found.boxes[n, distinct])
+            (others if (overlap > 0.7).any() else distinct).append(place)
+        assert (len(distinct) < 20) == near
+        order = (distinct + others)[:20]
+        expected = box_convert(found.boxes[n, order], "xyxy", "cxcywh") / 64
+        torch.testing.assert_close(anchors[n], expected.clamp(0, 1))
+        tokens = torch.cat([x.flatten(2) for x in maps], 2)[n].T
+        torch.testing.assert_close(content[n], detector.start(tokens[order]))
+
+
+def test_boxes_of_different_images_do_not_suppress_each_other():
+    detector = query().eval()
+    detector.queries = 1
+    maps = [torch.randn(2, detector.features.channels, 1, 2)]
+    # moved by the largest edge and one, as batched_nms moves the second image, its first box is that of the first image
+    boxes = torch.tensor([[[0.0, 0, 99, 99], [50, 50, 60, 60]], [[-100, -100, -1, -1], [10, 10, 20, 20]]])
+    logits = torch.tensor([[3.0, 0], [2, 1]])[..., None].expand(2, 2, 4)
+    _, anchors = detector.select(maps, Dense(logits, boxes, torch.zeros(2, 3)), (100, 100))
+    torch.testing.assert_close(anchors[:, 0], torch.tensor([[0.495, 0.495, 0.99, 0.99], [0, 0, 0.99, 0.99]]))
+
+
+def test_the_hundred_best_answers_are_given_and_none_suppresses_another():
+    torch.manual_seed(0)
+    detector = query().eval()
+    torch.nn.init.normal_(detector.decoder.classify[-1].weight)
+    images, *_ = batch(1)
+    answers = []
+    detector.decoder.register_forward_hook(lambda _, args, out: answers.append(out[-1]))
+    with torch.no_grad():
+        (found,) = detector(torch.cat([images] * 2, 2))
+        (wide,) = QueryDetector(detector.features, 30, queries=20, layers=1, hidden=16).eval()(images)
+    scores = answers[0].logits[0].sigmoid().flatten()
+    best = scores.argsort(descending=True)[: int((scores >= 0.01).sum())]
+    torch.testing.assert_close(found["scores"], scores[best])
+    assert found["index"].tolist() == (best // 4).tolist()
+    assert found["labels"].tolist() == (best % 4).tolist()
+    corners = box_convert(answers[0].boxes[0, best // 4], "cxcywh", "xyxy") * torch.tensor([64, 128, 64, 128])
+    torch.testing.assert_close(found["boxes"], corners.clamp(min=0).minimum(torch.tensor([64.0, 128, 64, 128])))
+    assert len(wide["scores"]) == 100  # of 600 answers
+
+
+def test_images_without_boxes_are_learned_from():
+    images, boxes, labels = batch(2)
+    detector = query()
+    for some in (
+        ([boxes[0], boxes[1][:0]], [labels[0], labels[1][:0]]),
+        ([b[:0] for b in boxes], [b[:0] for b in labels]),
+    ):
+        losses = detector.losses(images, *some)
+        assert all(loss.isfinite() for loss in losses.values())
+        sum(losses.values()).backward()
+    assert {"dense_class", "dense_box", "class", "box", "overlap"} <= losses.keys()
+
+
+def test_it_learns_what_it_is_shown():
+    torch.manual_seed(0)
+    images, boxes, labels = batch(2)
+    detector = learn(query(), images, boxes, labels, 150, lr=2e-3)
+    right = []
+    with torch.no_grad():
+        for found, true, label in zip(detector(images), boxes, labels, strict=True):
+            best = found["scores"] > 0.3
+            overlap, place = box_iou(true, found["boxes"][best]).max(1)
+            right += ((overlap > 0.5) & (found["labels"][best][place] == label)).tolist()
+            assert int(best.sum()) <= len(true) + 1  # without suppression
+    assert sum(right) >= 0.8 * len(right)

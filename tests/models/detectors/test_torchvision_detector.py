@@ -1,0 +1,59 @@
+"""torchvision's detectors behind our interface: their own losses and answers, untouched."""
+
+from functools import partial
+
+import pytest
+import torch
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+
+from tests.models.detectors.small import batch, pyramid
+from visionattn.models import TorchvisionDetector
+
+KINDS = {
+    "fcos": partial(FCOS, score_thresh=0.0),
+    "retinanet": partial(RetinaNet, score_thresh=0.0),
+    "faster": partial(FasterRCNN, box_score_thresh=0.0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_are_not_rounded_to_bfloat16(kind):
+    """Whose eight bits know pixels beyond 256 by the pair only."""
+    torch.manual_seed(0)
+    detector = TorchvisionDetector(KINDS[kind], pyramid(), 4).eval()
+    images, boxes, labels = batch(2, side=96)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = detector(images)[0]
+        losses = detector.train().losses(images, boxes, labels)
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    inner = found["boxes"][(found["boxes"] > 0) & (found["boxes"] < 96)]
+    assert not torch.equal(inner, inner.bfloat16().float())
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_boxes_are_torchvisions(kind):
+    torch.manual_seed(0)
+    detector = TorchvisionDetector(KINDS[kind], pyramid(), 4)
+    images, boxes, labels = batch(2)
+    shift = int(kind == "faster")
+    targets = [{"boxes": b, "labels": n + shift} for b, n in zip(boxes, labels, strict=True)]
+    torch.manual_seed(1)
+    losses = detector.train().losses(images, boxes, labels)
+    torch.manual_seed(1)
+    theirs = detector.detector(list(images), targets)
+    assert losses.keys() == theirs.keys()
+    for name in losses:
+        torch.testing.assert_close(losses[name], theirs[name], rtol=1e-3, atol=1e-4)
+    sum(losses.values()).backward()
+    assert not [name for name, parameter in detector.named_parameters() if parameter.grad is None]
+    with torch.no_grad():
+        found = detector.eval()(images)
+        theirs = detector.detector(list(images))
+    for some, other in zip(found, theirs, strict=True):
+        torch.testing.assert_close(some["boxes"], other["boxes"][:100])
+        assert (some["labels"] == other["labels"][:100] - shift).all()
+        assert some["labels"].min() >= 0
+        assert some["labels"].max() < 4
+        assert some["boxes"].min() >= 0
+        assert some["boxes"].max() <= 64  # pixels of the images that were given, not of resized ones

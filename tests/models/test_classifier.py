@@ -1,0 +1,41 @@
+"""The classifier: options, weights, and attention that is inserted after them."""
+
+import pytest
+import timm
+import torch
+
+from visionattn.attention import SE
+from visionattn.attention.insertion.inserting import Inserted
+from visionattn.errors import UsageError
+from visionattn.models import Classifier
+
+
+def test_a_classifier_passes_its_options_on():
+    model = Classifier("test_vit", num_classes=4, options={"img_size": 64})
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
+    with pytest.raises(UsageError, match="takes other options"):
+        Classifier("test_vit", num_classes=4, options={"drop_paths": 1})
+
+
+def test_a_classifier_takes_attention_after_its_weights(tmp_path):
+    source = timm.create_model("test_vit", num_classes=7).eval()
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    make = {"weights": str(tmp_path / "w.pth"), "attention": lambda channels: SE(channels, reduction=4)}
+    image = torch.randn(2, 3, 160, 160)
+    model = Classifier("test_vit", num_classes=7, **make).eval()
+    assert torch.equal(model(image), source(image))
+    assert "backbone.blocks.0.inserted.gamma" in model.state_dict()
+    other = Classifier(
+        "test_vit", num_classes=7, **make, attention_at=["blocks.4.mlp"], attention_preserve=False
+    ).eval()
+    names = {name for name in other.state_dict() if ".inserted." in name}
+    assert {name.partition(".inserted.")[0] for name in names} == {"backbone.blocks.4.mlp"}
+    assert not any(name.endswith("gamma") for name in names)
+    assert not torch.equal(other(image), source(image))
+
+
+def test_attention_is_measured_at_the_size_of_the_options():
+    options = {"img_size": (64, 96), "depths": (1, 1), "embed_dim": (32, 64), "stem_width": 16, "in_chans": 1}
+    model = Classifier("maxvit_tiny_tf_224", num_classes=4, options=options, attention=SE)
+    grids = [part.layout.grid for part in model.modules() if isinstance(part, Inserted)]
+    assert grids == [(16, 24), (8, 12)]

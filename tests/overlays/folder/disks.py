@@ -1,0 +1,15 @@
+"""A disk that is full after so many bytes."""
+
+import resource
+from contextlib import contextmanager
+
+
+@contextmanager
+def disk_full_after(size):
+    """No file may become larger than this; Python ignores the signal, and the write fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

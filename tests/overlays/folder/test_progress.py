@@ -1,0 +1,48 @@
+"""What a run tells on the terminal."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from visionattn.overlays.folder.progress import Bar, Summary, print_summary
+
+
+def told(summary):
+    text = io.StringIO()
+    print_summary(Console(file=text, width=200), summary)
+    return text.getvalue()
+
+
+def test_the_bar_tells_the_rate_the_time_left_and_the_failures(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("visionattn.overlays.folder.progress.time.perf_counter", lambda: clock[0])
+    text = io.StringIO()
+    with Bar(Console(file=text, width=120, force_terminal=True), "seen", 20) as bar:
+        clock[0] += 10
+        bar.advance({"done": 5, "failed": 1, "frames": 30})
+    line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.getvalue()).splitlines()[-1]
+    assert "seen/" in line
+    assert "4/50  0.5 images/s  1:30 left  1 failed" in line
+
+
+def entry(name, **more):
+    return {"status": "done", "peak": [1, 2], "layer": "layer4", "source": name, **more}
+
+
+def test_the_end_names_the_images_in_which_two_models_differ_most():
+    summary = Summary(out="seen")
+    for number in range(9):
+        summary.count(entry("x", difference={"mean": number / 10, "peak": None}), f"{number}.jpg")
+    lines = told(summary).splitlines()
+    assert lines[0].split() == ["9", "overlays", "seen/", "pointing", "at:", "layer4"]
+    assert [line.split()[-2:] for line in lines[1:4]] == [["0.80", "8.jpg"], ["0.70", "7.jpg"], ["0.60", "6.jpg"]]
+
+
+@pytest.mark.parametrize(("noun", "count", "expected"), [("overlay", 1, "1 overlay "), ("image", 2, "2 images ")])
+def test_what_was_made_has_its_name(noun, count, expected):
+    summary = Summary(out="seen", noun=noun)
+    for _ in range(count):
+        summary.count(entry("x"), "x")
+    assert expected in told(summary)

@@ -1,0 +1,169 @@
+"""What a detector found, with the heat of each box: exported, and on a page; against the method's own maps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import visionattn
+from tests.explorer.clicked import values
+from tests.explorer.explored import needs_browser, opened, photo, settle
+from tests.models.detectors.small import dense, query
+from visionattn.data import Preprocess
+from visionattn.drawing.rendering import Style, render
+from visionattn.errors import UsageError
+from visionattn.explorer.explorer import explore
+from visionattn.maps import EigenCAM
+from visionattn.maps.boxes import ODAM, SURE, AllBoxes, default_box_method
+from visionattn.overlays.explainer import View
+from visionattn.overlays.folder.export import export
+from visionattn.overlays.per_box import told_of_boxes
+
+NAMES = ("disc", "square", "triangle", "cross")
+PREPROCESS = Preprocess(64, fit="letterbox")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*heatmaps of:visionattn.errors.MapWarning")
+
+
+def sure(detector):
+    """An untrained detector, sure enough of what it sees that its boxes are shown."""
+    torch.manual_seed(0)
+    for name, module in detector.named_modules():
+        if name.rpartition(".")[0].endswith("classify") or name.endswith("head.classify"):
+            nn.init.normal_(module.weight, std=0.5)
+            nn.init.constant_(module.bias, -0.5)
+    return detector.eval()
+
+
+@pytest.fixture(scope="module", params=[dense, query])
+def detector(request):
+    return sure(request.param())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in range(2):
+        Image.fromarray(photo(seed=seed)).save(folder / f"{seed}.png")
+    return folder
+
+
+def explained(detector, seed, **options):
+    image, placement = PREPROCESS(photo(seed=seed))
+    (maps,) = default_box_method(detector)(detector, torch.from_numpy(image)[None], **options)
+    return maps, placement
+
+
+def test_exported_boxes_have_their_own_heat(detector, files, tmp_path):
+    view = View(detector, PREPROCESS, class_names=NAMES)
+    assert export([files], tmp_path, view, save=["overlay", "boxes", "array"]).exit_code == 0
+    entries = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    entries = {entry["source"][-5]: entry for entry in entries if "source" in entry}
+    for seed in range(2):
+        maps, placement = explained(detector, seed, most=20)
+        assert len(maps.boxes) > 1
+        expected = placement.boxes_to_source(maps.boxes.numpy())
+        entry = entries[str(seed)]
+        np.testing.assert_allclose([found[:4] for found in entry["found"]], expected, atol=0.06)
+        told = [f"{NAMES[label]} {score:.2f}" for label, score in zip(maps.labels, maps.scores, strict=True)]
+        assert [found[4] for found in entry["found"]] == told
+        assert entry["method"] == maps.method
+        with np.load(tmp_path / f"{seed}.png.array.npz") as arrays:
+            np.testing.assert_allclose(arrays["boxes"], expected, atol=0.06)
+            np.testing.assert_allclose(arrays["maps"], maps.heatmaps.numpy(), atol=1e-5)
+            np.testing.assert_allclose(arrays["heatmap"], maps.heatmaps.numpy().max(0), atol=1e-5)
+        with Image.open(tmp_path / f"{seed}.png.boxes.jpg") as sheet:
+            rows = -(-(1 + len(maps.boxes)) // 4)
+            assert sheet.height > rows * 100  # a picture for each, of 100 pixels
+
+
+def test_a_class_leaves_only_its_boxes(detector):
+    images = torch.from_numpy(np.stack([PREPROCESS(photo(seed=seed))[0] for seed in range(2)]))
+    method = default_box_method(detector)
+    every = AllBoxes(method)(detector, images)
+    wanted = every.output[0]["labels"][0]
+    some = AllBoxes(method)(detector, images, target=torch.stack([wanted, torch.tensor(99)]))
+    kept = every.output[0]["labels"] == wanted
+    torch.testing.assert_close(some.output[0]["boxes"], every.output[0]["boxes"][kept])
+    torch.testing.assert_close(some.heatmaps[0], every.output[0]["maps"][kept].amax(0))
+    assert not some.heatmaps[1].any()
+    assert len(some.output[1]["boxes"]) == 0
+    assert every.output[0]["scores"].min() >= SURE
+
+
+def test_one_call_draws_the_boxes_in_a_picture(detector):
+    maps, placement = explained(detector, 0, most=20)
+    found = visionattn.heatmap(detector, photo(), preprocess=PREPROCESS, class_names=NAMES)
+    np.testing.assert_allclose(found.look.heatmap_hw, maps.heatmaps.numpy().max(0), atol=1e-5)
+    np.testing.assert_allclose(found.look.boxes, placement.boxes_to_source(maps.boxes.numpy()), atol=0.06)
+    drawn = np.asarray(visionattn.overlay(detector, photo(), preprocess=PREPROCESS, class_names=NAMES))
+    bare = render(photo(), found.look.heatmap_hw, placement, Style())
+    x1, y1, _, y2 = (round(edge) for edge in found.look.boxes[-1])
+    assert (drawn != bare)[y1:y2, x1].any(1).all()
+
+
+class Thrice(nn.Module):
+    """Finds three things in a wide picture that lies between two bars of padding: above it, in it, and less surely."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Conv2d(3, 1, 1)
+
+    def forward(self, images):
+        heat = self.features(images).mean((1, 2, 3)).sigmoid() * 0
+        boxes = torch.tensor([[2.0, 2, 30, 14], [8, 20, 40, 44], [30, 22, 62, 40]])
+        scores = torch.tensor([0.9, 0.8, 0.1])
+        return [{"boxes": boxes, "scores": scores + one, "labels": torch.tensor([0, 1, 2])} for one in heat]
+
+
+def test_what_is_found_in_the_padding_alone_is_not_shown(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.fromarray(photo()[:32, :64]).save(folder / "wide.png")
+    method = AllBoxes(ODAM("features"), lowest=0.05)  # as it chooses, so they are shown
+    view = View(Thrice(), PREPROCESS, method, class_names=NAMES)
+    assert export([folder], tmp_path / "out", view, save=["boxes", "array"]).exit_code == 0
+    entries = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
+    (entry,) = [one for one in entries if "source" in one]
+    assert entry["found"] == [[8, 4, 40, 28, "square 0.80"], [30, 6, 62, 24, "triangle 0.10"]]
+    with np.load(tmp_path / "out" / "wide.png.array.npz") as arrays:
+        assert len(arrays["maps"]) == len(arrays["boxes"]) == 2
+    found = told_of_boxes(ODAM("features")(Thrice(), torch.zeros(1, 3, 64, 64))[0], PREPROCESS(photo()[:32, :64])[1])
+    assert {name: len(found[name]) for name in ("boxes", "labels", "scores", "maps")} == dict.fromkeys(
+        ("boxes", "labels", "scores", "maps"), 1
+    )
+
+
+def test_boxes_are_asked_of_detectors_only(files, tmp_path):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(UsageError, match="boxes shows the heat of each box, and eigencam of this Sequential has none"):
+        export([files], tmp_path, View(plain, PREPROCESS, EigenCAM()), save=["boxes"])
+    with pytest.raises(UsageError, match="boxes of a detector, and this model is none"):
+        explore(plain, [photo()], preprocess=PREPROCESS, methods={"odam": ODAM()})
+
+
+@needs_browser
+def test_a_click_on_a_found_box_shows_where_the_detector_looked_for_it(detector, browser, tmp_path):
+    maps, placement = explained(detector, 0, most=30)
+    page_of = explore(detector, [photo()], preprocess=PREPROCESS, class_names=NAMES, steps=0)
+    assert page_of.left_out == {}
+    with opened(browser, page_of.html, tmp_path) as page:
+        assert (
+            page.locator("#marks .box").count() == len(maps.boxes) > 1
+        )  # boxes are what a detector's page begins with
+        sides = page.locator("#marks .box").evaluate_all(
+            "(all) => all.map((one) => ['x', 'y', 'width', 'height'].map((name) => Number(one.getAttribute(name))))"
+        )
+        corners = placement.boxes_to_source(maps.boxes.numpy())
+        corners[:, 2:] -= corners[:, :2]
+        np.testing.assert_allclose(sides, corners, atol=0.02)
+        for number in (len(sides) - 1, 0):
+            page.locator("#marks .box").nth(number).dispatch_event("click")
+            settle(page)
+            np.testing.assert_allclose(values(page), maps.heatmaps[number].numpy().ravel(), atol=0.003)
+            told = page.locator("#readout").text_content()
+            assert told.startswith(f"Box {number + 1} of {len(sides)}: {NAMES[maps.labels[number]]}")
+            assert told.endswith(f"; {maps.source}")

@@ -1,0 +1,18 @@
+"""What a test leaves in its run."""
+
+import csv
+
+
+def test_quickstart_leaves_everything_in_its_run(quick_run):
+    names = {path.relative_to(quick_run).as_posix() for path in quick_run.rglob("*") if path.is_file()}
+    assert {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "test.csv", "confusion.csv"} <= names
+    assert {"overlays/test.png", "overlays/epoch_000.jpg"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert [path.name for path in quick_run.parents[2].iterdir()] == ["runs"]  # nothing in the current folder
+    with open(quick_run / "test.csv") as file:
+        figures = {name: float(value) for name, value in list(csv.reader(file))[1:]}
+    assert {"accuracy", "top5", "f1", "calibration_error", "loss"} <= figures.keys()
+    assert {"pointing", "pointing_centre_guess", "pointing_chance"} <= figures.keys()
+    with open(quick_run / "confusion.csv") as file:
+        rows = list(csv.reader(file))[1:]
+    assert sum(int(count) for row in rows for count in row[1:]) == 64

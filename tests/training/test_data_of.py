@@ -1,0 +1,48 @@
+"""The data that a config describes."""
+
+import pytest
+import torch
+
+from tests.refusals import refuses
+from visionattn.data import ClutteredDigitsData
+from visionattn.errors import UsageError
+from visionattn.training.data_of import data_of
+
+CONFIG = """
+seed_everything: 3
+trainer: {max_epochs: 1}
+data:
+  class_path: visionattn.data.ClutteredDigitsData
+  init_args: {train_size: 6, val_size: 2, test_size: 3, num_workers: 0, batch_size: 2}
+"""
+
+
+def test_the_data_is_what_the_class_gives_with_these_options(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(CONFIG)
+    by_hand = ClutteredDigitsData(train_size=6, val_size=2, test_size=3, num_workers=0, batch_size=2)
+    batches = []
+    for data in (data_of(str(config)), by_hand):
+        data.prepare_data()
+        data.setup("test")
+        batches.append(list(data.test_dataloader()))
+    assert [len(batch["path"]) for batch in batches[0]] == [2, 1]
+    for ours, theirs in zip(*batches, strict=True):
+        assert ours["path"] == theirs["path"]
+        assert torch.equal(ours["image"], theirs["image"])
+        assert torch.equal(ours["label"], theirs["label"])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("trainer: {max_epochs: 1}", "has no data section"),
+        ("data: {", "is no YAML"),
+        (CONFIG.replace("batch_size", "batchsize"), "no option 'batchsize'.*Nearest: batch_size"),
+    ],
+)
+def test_a_config_without_data_that_can_be_built_is_refused(text, told, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    refuses(UsageError, told, lambda: data_of(str(config)))
+    refuses(UsageError, r"there is no config .*nothing\.yaml", lambda: data_of(str(tmp_path / "nothing.yaml")))

@@ -1,0 +1,230 @@
+"""Put any mechanism into any network.
+
+Shapes: B batch, C channels, h rows and w columns of a place's grid.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from visionattn.attention.insertion.insertion_points import Layout, Places
+from visionattn.errors import UsageError
+
+_CHILD = "inserted"
+
+
+class Inserted(nn.Module):
+    """A mechanism at its place, by default behind a gate that starts closed.
+
+        out = x + γ (mechanism(x) − x),    γ = 0 at first
+
+    so that the network computes what it did before (−0 may become 0), and opens γ as far as it helps (as ReZero,
+    Bachlechner et al. 2021, 2003.04887, eq. 3, opens residual branches; here the mechanism takes the branch's place and
+    x keeps its own). γ is one number a place, which tells how far it is open; at γ = 1 it is the paper's form.
+
+    Args:
+        mechanism: (B, C, h, w) → the same.
+        layout: how the place's output holds its map.
+        preserve: with γ; without, out = mechanism(x), the paper's form.
+
+    Shape: what `layout` says → the same; prefix tokens pass unchanged.
+    """
+
+    def __init__(self, mechanism: nn.Module, layout: Layout, *, preserve: bool = True) -> None:
+        super().__init__()
+        self.mechanism = mechanism
+        self.layout = layout
+        # one axis: fully sharded training takes no scalars
+        self.gamma = nn.Parameter(torch.zeros(1)) if preserve else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps_BChw = self.layout.to_maps(x)
+        attended_BChw = self.mechanism(maps_BChw).to(x.dtype)  # under autocast a mechanism may return another
+        if self.gamma is not None:
+            # lerp takes the difference in a wider type: in half precision it could overflow, and 0 · inf is NaN
+            attended_BChw = torch.lerp(maps_BChw, attended_BChw, self.gamma.to(x.dtype))
+        return self.layout.from_maps(attended_BChw, x)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The forward hook of the place."""
+        if self.layout.item is None:
+            return self(output)
+        old = output[self.layout.item]
+        new = self(old)
+        return tuple(new if item is old else item for item in output)  # some networks give it twice
+
+
+class Insertion:
+    """What `insert` put into a model.
+
+    Attributes:
+        places: name of the module it was put after → what was put there.
+    """
+
+    def __init__(self, places: dict[str, Inserted], handles: list[RemovableHandle], hosts: list[nn.Module]) -> None:
+        self.places = places
+        self._handles = handles
+        self._hosts = hosts
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{name}: {type(part.mechanism).__name__}"
+            + (f", γ = {part.gamma.item():.3g}" if part.gamma is not None else "")
+            for name, part in self.places.items()
+        ]
+        return f"Insertion({'; '.join(parts)})"
+
+    def remove(self) -> None:
+        """Take everything out again; the model is as it was before. A second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        for host in self._hosts:
+            delattr(host, _CHILD)
+        self._handles, self._hosts = [], []
+
+
+def insert(
+    model: nn.Module,
+    mechanism: Callable[[int], nn.Module],
+    *,
+    at: str | Sequence[str] = "stages",
+    preserve: bool = True,
+    image: Tensor | None = None,
+) -> Insertion:
+    """Put a mechanism into a network, in place.
+
+    By default the network's outputs do not move at all, and weights of the plain network still load strictly: keys of
+    the inserted parts may be missing, all together, and no others. No module changes its name; what is inserted is a
+    child `inserted` of the module it follows (of its last item, where that is a Sequential).
+
+        >>> import timm, visionattn as va
+        >>> model = timm.create_model("resnet18")
+        >>> va.insert(model, va.attention.CBAM, at=["layer3", "layer4"])
+        Insertion(layer3: CBAM, γ = 0; layer4: CBAM, γ = 0)
+
+    Args:
+        model: a network of timm, of torchvision or your own, or a part of one.
+        mechanism: makes a mechanism for maps (B, C, h, w) from C, e.g. `visionattn.attention.CBAM`. Channels-last maps
+            are turned for it, and tokens put on their grid; class and register tokens pass by.
+        at: `"stages"`, `"blocks"`: after each of them; `"branches"`: at the end of every residual branch, before the
+            addition; or names of modules, in which a * stands for one part: `"layer4.*.bn3"`, `["layer3", "layer4"]`.
+            Places that do not matter for the output are left out unless named.
+        preserve: behind a gate γ that starts closed, see `Inserted`; otherwise in the paper's form.
+        image: (C, H, W), an example of what the network takes; None for the size it was configured for. Tokens need it
+            where your images are not of that shape.
+
+    Returns:
+        What was put where, with `remove()`.
+
+    Raises:
+        UsageError: there is no such place, the network does not run on the image, a mechanism stands there already, or
+            none can be made for the channels there. The network is then as it was.
+    """
+    places = Places(model, image, skip=Inserted)
+    modules = dict(model.named_modules())
+    made: dict[str, Inserted] = {}
+    hosts: list[nn.Module] = []
+    hooked: list[nn.Module] = []
+    for name in _names(places, at):
+        holder, place = places.holder(name)
+        if hasattr(modules[holder], _CHILD) or modules[holder] in hosts:
+            raise UsageError(
+                f"{name} of this {places.kind} has a mechanism inserted already; remove() that first, or choose "
+                "another place"
+            )
+        made[name] = _make(mechanism, name, places, preserve).train(modules[name].training)
+        hosts.append(modules[holder])
+        hooked.append(modules[place])
+    handles = [place.register_forward_hook(part.after) for place, part in zip(hooked, made.values(), strict=True)]
+    for host, part in zip(hosts, made.values(), strict=True):
+        host.add_module(_CHILD, part)
+    keys = tuple(f"{name}." for name, module in model.named_modules() if any(module is part for part in made.values()))
+    handles.append(model.register_load_state_dict_pre_hook(partial(fill_missing, keys)))
+    if any(part.layout.num_prefix_tokens is not None for part in made.values()):
+        handles.append(model.register_forward_pre_hook(partial(_check_shape, places.image_size)))
+    return Insertion(made, handles, hosts)
+
+
+def optimizer_for(
+    model: nn.Module, make: Callable[[Any], torch.optim.Optimizer], *, gamma_lr_factor: float = 10.0
+) -> torch.optim.Optimizer:
+    """Make an optimizer in which the γ of inserted mechanisms learn at their own rate, without weight decay.
+
+    γ stands in its own group, whose `lr_factor` multiplies the rate during every step. So schedulers go on setting
+    `lr`, each in its way, and the factor stays.
+
+    Args:
+        model: with or without insertions; without, the optimizer has one group.
+        make: makes the optimizer from parameters or groups of them.
+        gamma_lr_factor: > 0. Measured once, CBAM after the blocks of a small network that had learned noisy digits, 114
+            steps of AdamW at 5e-4, two seeds: |γ| reached .05 with 1, .42 with 10, 1.6 with 100, and accuracy was
+            .966, .968 and .961.
+    """
+    if gamma_lr_factor <= 0:
+        raise ValueError(f"gamma_lr_factor must be > 0, got {gamma_lr_factor}")
+    gammas = [part.gamma for part in model.modules() if isinstance(part, Inserted) and part.gamma is not None]
+    if not gammas:
+        return make(model.parameters())
+    known = set(gammas)
+    rest = [parameter for parameter in model.parameters() if parameter not in known]
+    optimizer = make([{"params": rest}, {"params": gammas, "weight_decay": 0.0, "lr_factor": gamma_lr_factor}])
+    optimizer.register_step_pre_hook(partial(_scale, 1))
+    optimizer.register_step_post_hook(partial(_scale, -1))
+    return optimizer
+
+
+def _names(places: Places, at: str | Sequence[str]) -> list[str]:
+    if not isinstance(at, str) or at not in ("stages", "blocks", "branches"):
+        return places.matching([at] if isinstance(at, str) else at)
+    names = {"stages": places.stages, "blocks": places.blocks, "branches": places.branches}[at]()
+    if not names:
+        others = [kind for kind in ("stages", "blocks", "branches") if kind != at and getattr(places, kind)()]
+        works = " or ".join([*(f"take at={kind!r}" for kind in others), "name modules of it"])
+        raise UsageError(f"no {at} can be found in this {places.kind}; {works}")
+    return names
+
+
+def _make(mechanism: Callable[[int], nn.Module], name: str, places: Places, preserve: bool) -> Inserted:
+    layout = places.layout(name)
+    where = f"{name} of this {places.kind}, {layout.channels} channels on {layout.grid[0]}×{layout.grid[1]}"
+    output = places.output(name)
+    try:
+        part = Inserted(mechanism(layout.channels), layout, preserve=preserve).to(output.device, output.dtype)
+        with torch.no_grad():
+            found = part.eval().mechanism(layout.to_maps(output))
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        raise UsageError(f"no mechanism can be made for {where}: {error}") from error
+    if found.shape != layout.to_maps(output).shape:
+        raise UsageError(f"a mechanism must keep the shape; {type(part.mechanism).__name__} did not at {where}")
+    return part
+
+
+def fill_missing(prefixes: tuple[str, ...], model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let weights of the plain network load: give the inserted parts their own where none of theirs is there."""
+    inserted = tuple(prefix + name for name in prefixes)
+    if not any(key.startswith(inserted) for key in state_dict):
+        own = model.state_dict(prefix=prefix)
+        state_dict.update({key: value for key, value in own.items() if key.startswith(inserted)})
+
+
+def _check_shape(shape: tuple[int, int], model: nn.Module, args: tuple[Any, ...]) -> None:
+    """Equally many tokens may be another grid: images must have the shape of the example."""
+    if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
+        height, width = args[0].shape[2:]
+        if height * shape[1] != width * shape[0]:
+            raise UsageError(
+                f"attention was inserted for the tokens of images in the shape of {shape[0]}×{shape[1]}, and this one "
+                f"has {height}×{width}; insert it with image= an example of that shape"
+            )
+
+
+def _scale(sign: int, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] *= group.get("lr_factor", 1.0) ** sign

@@ -1,0 +1,259 @@
+"""Put another way for q, k and v to meet into a ViT of timm.
+
+Shapes: B batch, H heads, N tokens, C channels, D channels of a head.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
+from timm.models.eva import EvaAttention
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from visionattn.attention.insertion.inserting import fill_missing
+from visionattn.attention.self_attention.dense import SelfAttention
+from visionattn.errors import UsageError, nearest
+
+_KNOWN = (timm.layers.Attention, timm.layers.AttentionRope, EvaAttention)
+_BIASES = (
+    "relative_position_bias_table",
+    "rel_pos",
+    "rel_pos_bias",
+    "rel_pos_h",
+    "attention_biases",
+    "attention_bias_cache",
+)
+
+
+class SwappedAttention(nn.Module):
+    """A self-attention of timm with its own weights, in which q, k and v meet in another way.
+
+    It shares everything with the module whose place it takes: parameters under the same names, norms of queries and
+    keys, rotary embeddings, gates, dropout, hooks. The mechanism is a child `mechanism` beside them.
+
+    Args:
+        attention: the module of timm.
+        mechanism: how q, k and v meet.
+        grid: knows the grid of the images at hand.
+        num_prefix_tokens: class and register tokens before the patches.
+
+    Shape: (B, N, C) → the same.
+    """
+
+    def __init__(self, attention: nn.Module, mechanism: SelfAttention, grid: "Grid", num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.__dict__.update(vars(attention))
+        self._modules = {**attention._modules, "mechanism": mechanism}
+        self.grid = grid
+        self.prefix = num_prefix_tokens
+
+    def forward(
+        self, x_BNC: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        own: Any = self
+        if attn_mask is not None or is_causal:
+            raise UsageError("a swapped attention takes no mask; it belongs to the mechanism, e.g. BlockSparse")
+        q_BHND, k_BHND, v_BHND = self._project(x_BNC)
+        q_BHND, k_BHND = own.q_norm(q_BHND), own.k_norm(k_BHND)
+        if rope is not None:
+            q_BHND, k_BHND = (self._turn(x, rope).type_as(v_BHND) for x in (q_BHND, k_BHND))
+        if getattr(own, "num_kv_groups", 1) > 1:
+            k_BHND, v_BHND = (x.repeat_interleave(own.num_kv_groups, 1) for x in (k_BHND, v_BHND))
+        out_BHND = own.mechanism(
+            q_BHND,
+            k_BHND,
+            v_BHND,
+            grid=self.grid.size,
+            num_prefix_tokens=self.prefix,
+            dropout_p=own.attn_drop.p if self.training else 0.0,
+        )
+        out_BNX = own.norm(out_BHND.transpose(1, 2).flatten(2))
+        if (gate := getattr(own, "gate", None)) is not None:  # timm 1.0.23 knows none
+            out_BNX = out_BNX * gate(x_BNC).sigmoid()
+        return own.proj_drop(own.proj(out_BNX))
+
+    def _project(self, x_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own: Any = self
+        if own.qkv is None:
+            q, k, v = (project(x_BNC) for project in (own.q_proj, own.k_proj, own.v_proj))
+        elif getattr(own, "q_bias", None) is not None:
+            q, k, v = F.linear(x_BNC, own.qkv.weight, torch.cat([own.q_bias, own.k_bias, own.v_bias])).chunk(3, -1)
+        else:
+            q, k, v = own.qkv(x_BNC).chunk(3, -1)
+        few = getattr(own, "num_kv_heads", own.num_heads)
+        q_BHND, k_BHND, v_BHND = (
+            x.unflatten(-1, (heads, -1)).transpose(1, 2) for x, heads in ((q, own.num_heads), (k, few), (v, few))
+        )
+        return q_BHND, k_BHND, v_BHND
+
+    def _turn(self, x_BHND: Tensor, rope: Tensor) -> Tensor:
+        own: Any = self
+        prefix, patches = x_BHND[:, :, : own.num_prefix_tokens], x_BHND[:, :, own.num_prefix_tokens :]
+        return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=getattr(own, "rotate_half", False))], 2)
+
+
+class Grid:
+    """The grid of the images that a ViT is at work on, as its patch embedding makes it."""
+
+    def __init__(self) -> None:
+        self._size: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        if self._size is None:
+            raise UsageError("a block with swapped attention runs inside its ViT, which tells it the grid")
+        return self._size
+
+    def note(self, embedding: Any, args: tuple[Any, ...], output: Any) -> None:
+        """The forward hook of the patch embedding."""
+        height, width = embedding.dynamic_feat_size(tuple(args[0].shape[-2:]))
+        self._size = int(height), int(width)
+
+
+class Swap:
+    """What `swap_attention` put into a model.
+
+    Attributes:
+        places: name of the module → the attention that stands there now.
+    """
+
+    def __init__(self, model: nn.Module, places: dict[str, SwappedAttention], handles: list[RemovableHandle]) -> None:
+        self.places = places
+        self._model = model
+        self._handles = handles
+        self._originals = {name: model.get_submodule(name) for name in places}
+        for name, part in places.items():
+            _put(model, name, part)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __repr__(self) -> str:
+        return f"Swap({'; '.join(f'{name}: {part.mechanism}' for name, part in self.places.items())})"
+
+    def remove(self) -> None:
+        """Put the attention of timm back, with the weights as they are now. A second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        for name, original in self._originals.items():
+            original.training = self.places[name].training
+            _put(self._model, name, original)
+        self._handles, self._originals = [], {}
+
+
+def swap_attention(
+    vit: nn.Module,
+    mechanism: Callable[[int], SelfAttention] | Sequence[Callable[[int], SelfAttention]],
+    *,
+    at: str | Sequence[str] | None = None,
+) -> Swap:
+    """Let q, k and v of a ViT meet in another way, in place, with the weights that it has.
+
+    All else of timm's attention stays as it is: projections, norms of queries and keys, rotary embeddings, gates,
+    dropout. Weights of the plain ViT still load strictly, and no module or parameter changes its name; what a mechanism
+    learns is a child `mechanism` of the attention. The grid is found anew for each image size.
+
+        >>> import timm, torch
+        >>> from functools import partial
+        >>> from visionattn.attention import Windowed
+        >>> vit = timm.create_model("test_vit", img_size=160)
+        >>> swap = swap_attention(vit, partial(Windowed, window=5))
+        >>> vit(torch.zeros(1, 3, 160, 160)).shape
+        torch.Size([1, 1000])
+        >>> swap.remove()
+
+    Args:
+        vit: a ViT of timm with class, register or no prefix tokens, rotary embeddings or not: ViT, DeiT, DINOv2,
+            DINOv3, EVA, EVA-02, CLIP, SigLIP …
+        mechanism: makes a mechanism from the number of heads, e.g. `partial(visionattn.attention.Windowed, window=8)`;
+            several take turns over the layers, e.g. windows that are shifted in every second one.
+        at: names of modules that attend, in which a * stands for one part, e.g. `blocks.*.attn` or
+            `["blocks.2.attn"]`; None for all.
+
+    Returns:
+        What was put where, with `remove()`.
+
+    Raises:
+        UsageError: the model has no self-attention of this kind, or one with a relative-position bias, which no
+            mechanism here takes; no module is named so; or one was swapped already. The model is then as it was.
+    """
+    kind = type(vit).__name__
+    embedding: Any = getattr(vit, "patch_embed", None)
+    found = {name: module for name, module in vit.named_modules() if type(module) in _KNOWN}
+    if at is not None or not found:
+        found = _chosen(vit, ["*"] if at is None else [at] if isinstance(at, str) else at, found)
+    prefix = getattr(vit, "num_prefix_tokens", None)
+    if prefix is None or not hasattr(embedding, "dynamic_feat_size"):
+        raise UsageError(
+            f"attention is swapped in ViTs of timm, whose patch_embed tells the grid; this {kind} has none"
+        )
+    factories = [mechanism] if callable(mechanism) else list(mechanism)
+    if not factories:
+        raise UsageError("mechanism must hold at least one factory")
+    grid, places = Grid(), {}
+    for number, (name, module) in enumerate(found.items()):
+        part = factories[number % len(factories)](module.num_heads)
+        like = next(module.parameters())
+        places[name] = SwappedAttention(module, part.to(like.device, like.dtype).train(module.training), grid, prefix)
+    keys = tuple(f"{name}.mechanism." for name in places)
+    handles = [
+        embedding.register_forward_hook(grid.note),
+        vit.register_load_state_dict_pre_hook(partial(fill_missing, keys)),
+    ]
+    return Swap(vit, places, handles)
+
+
+def _chosen(vit: nn.Module, patterns: Sequence[str], known: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules that are named.
+
+    Raises:
+        UsageError: there are none, or they cannot be swapped, and why.
+    """
+    chosen: list[str] = []
+    for pattern in patterns:
+        names = _matching(pattern, known)
+        if not names:
+            _refuse(vit, pattern)
+        chosen += names
+    return {name: module for name, module in known.items() if name in chosen}  # in their order
+
+
+def _matching(pattern: str, names: Iterable[str]) -> list[str]:
+    """Those that a pattern fits part by part; the pattern * fits all."""
+    parts = pattern.split(".")
+    alike = (name for name in names if len(name.split(".")) == len(parts))
+    fitting = [name for name in alike if all(map(fnmatch.fnmatchcase, name.split("."), parts))]
+    return list(names) if pattern == "*" else fitting
+
+
+def _refuse(vit: nn.Module, pattern: str) -> NoReturn:
+    kind = type(vit).__name__
+    attending = {
+        name: module
+        for name, module in vit.named_modules()
+        if any(word in type(module).__name__.lower() for word in ("attention", "attn"))
+    }
+    if not attending:
+        raise UsageError(f"this {kind} has no self-attention that can be swapped; it takes a ViT of timm")
+    names = _matching(pattern, attending)
+    if not names:
+        raise UsageError(f"nothing in this {kind} attends under the name {pattern!r}.{nearest(pattern, attending)}")
+    module = attending[names[0]]
+    what = f"{names[0]} of this {kind}"
+    if isinstance(module, SwappedAttention):
+        raise UsageError(f"{what} has a mechanism already; remove() that first")
+    what += f" is a {type(module).__name__}"
+    if any(getattr(module, bias, None) is not None for bias in _BIASES):
+        raise UsageError(f"{what} with a relative-position bias in its logits, which no mechanism here takes")
+    raise UsageError(f"{what}; swapped are {', '.join(one.__name__ for one in _KNOWN)} of timm")
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

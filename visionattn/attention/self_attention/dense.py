@@ -1,0 +1,192 @@
+"""How queries, keys and values of a grid of tokens meet: everywhere, or in few places that cost less.
+
+A mechanism here is built from a number of heads and called with q, k and v as a transformer has projected them, and
+with the grid on which its tokens lie; `swap_attention` puts one into a ViT. Prefix tokens (class, registers) lie before
+the grid, attend to everything and are attended to by all, in every form.
+
+Shapes: B batch, H heads, N tokens = P prefix tokens and h · w patches row by row, D channels of a head, W windows.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionattn.attention.self_attention.block_attention import Run, Runs, attend, attend_in_blocks
+from visionattn.errors import UsageError
+
+
+class SelfAttention(nn.Module, ABC):
+    """How q, k and v meet.
+
+    Args:
+        num_heads: H; unused by most, and taken so that every mechanism is built alike.
+
+    Shape: q, k, v (B, H, N, D) → (B, H, N, D), N = num_prefix_tokens + rows · columns of the grid.
+    """
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be ≥ 1, got {num_heads}")
+        self.num_heads = num_heads
+
+    def forward(
+        self,
+        q_BHND: Tensor,
+        k_BHND: Tensor,
+        v_BHND: Tensor,
+        *,
+        grid: tuple[int, int],
+        num_prefix_tokens: int = 0,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        tokens = q_BHND.shape[2]
+        if tokens != num_prefix_tokens + grid[0] * grid[1]:
+            raise UsageError(
+                f"{type(self).__name__} needs every token of the grid: {grid[0]}×{grid[1]} patches and "
+                f"{num_prefix_tokens} before them, and got {tokens}; patch_drop_rate and the like must be 0"
+            )
+        return self.attend(q_BHND, k_BHND, v_BHND, grid, num_prefix_tokens, dropout_p)
+
+    @abstractmethod
+    def attend(
+        self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
+    ) -> Tensor:
+        """Compute the output; `p` is the dropout of the weights."""
+
+
+class MaskedAttention(SelfAttention):
+    """A form that equals dense attention with a mask, and skips what the mask forbids."""
+
+    def attend(
+        self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
+    ) -> Tensor:
+        return self.sparse(q_BHND, k_BHND, v_BHND, grid, prefix, p)
+
+    def dense(
+        self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
+    ) -> Tensor:
+        """Compute the same by one call over all tokens with a mask, at the cost of dense attention."""
+        mask = self.mask(grid, q_BHND.device)
+        if mask is not None:
+            value = True if mask.dtype == torch.bool else 0.0
+            mask = F.pad(mask, (prefix, 0, prefix, 0), value=value) if prefix else mask
+            mask = mask if mask.dtype == torch.bool else mask.to(q_BHND.dtype)
+        return attend(q_BHND, k_BHND, v_BHND, mask, p)
+
+    @abstractmethod
+    def mask(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        """What patches may attend to, without prefix tokens: (h · w, h · w) bool, or (H, h · w, h · w) added to the
+        logits; None where everything may."""
+
+    @abstractmethod
+    def sparse(
+        self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
+    ) -> Tensor:
+        """The output, at a cost that follows the mask."""
+
+
+class Dense(SelfAttention):
+    """Every token attends to every token (Vaswani et al. 2017, 1706.03762, eq. 1).
+
+    out = softmax(q kᵀ / √D) v
+    """
+
+    def attend(
+        self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, dropout_p=p)
+
+
+class PooledKeys(SelfAttention):
+    """Every token attends to means over k × k patches (as PVTv2's linear attention pools, Wang et al. 2022, 2106.13797,
+    §3.1).
+
+        out = softmax(q pool(k)ᵀ / √D) pool(v)        pool the mean over k × k patches, fewer at the far edges
+
+    Deviations from the paper: cells of a fixed size rather than a fixed number of them; keys and values are pooled
+    behind their projections, and nothing is learned or normalised, so that weights of dense attention fit.
+
+    Args:
+        num_heads: H; unused.
+        pool: k.
+    """
+
+    def __init__(self, num_heads: int, *, pool: int) -> None:
+        super().__init__(num_heads)
+        if pool < 1:
+            raise ValueError(f"pool must be ≥ 1, got {pool}")
+        self.pool = pool
+
+    def attend(
+        self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
+    ) -> Tensor:
+        k_BHMD, v_BHMD = (self._pooled(x, grid, prefix) for x in (k_BHND, v_BHND))
+        return F.scaled_dot_product_attention(q_BHND, k_BHMD, v_BHMD, dropout_p=p)
+
+    def _pooled(self, x_BHND: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+        x_BXhw = x_BHND[:, :, prefix:].transpose(2, 3).unflatten(3, grid).flatten(1, 2)
+        pooled_BXhw = F.avg_pool2d(x_BXhw, self.pool, ceil_mode=True, count_include_pad=False)
+        pooled_BHMD = pooled_BXhw.flatten(2).unflatten(1, (x_BHND.shape[1], -1)).transpose(2, 3)
+        return torch.cat([x_BHND[:, :, :prefix], pooled_BHMD], 2) if prefix else pooled_BHMD
+
+
+class TopK(SelfAttention):
+    """Every patch attends to the k patches that it matches best (Zhao et al. 2019, 1912.11637, eq. 2–3), per head.
+
+        i → j  iff  q_i · k_j is among the k largest of row i;    on a tie, all that tie with the k-th
+
+    What is chosen is not differentiated; the weights of what was chosen are. It saves nothing: all products are needed
+    to choose. Deviation from the paper: prefix tokens are attended to beside the k, and attend to all themselves.
+
+    Args:
+        num_heads: H; unused.
+        k: patches that each patch attends to; all where there are no more.
+    """
+
+    def __init__(self, num_heads: int, *, k: int) -> None:
+        super().__init__(num_heads)
+        if k < 1:
+            raise ValueError(f"k must be ≥ 1, got {k}")
+        self.k = k
+
+    def attend(
+        self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
+    ) -> Tensor:
+        mask = None
+        if self.k < grid[0] * grid[1]:
+            with torch.no_grad():
+                scores_BHNN = q_BHND[:, :, prefix:] @ k_BHND[:, :, prefix:].mT
+                mask = scores_BHNN >= scores_BHNN.topk(self.k, -1).values[..., -1:]
+                mask = F.pad(mask, (prefix, 0, prefix, 0), value=True) if prefix else mask
+        return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask, dropout_p=p)
+
+
+def cells(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of every patch, (N,) each."""
+    cell_N = torch.arange(grid[0] * grid[1], device=device)
+    return cell_N // grid[1], cell_N % grid[1]
+
+
+def in_blocks(
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    grid: tuple[int, int],
+    prefix: int,
+    runs: Runs,
+    bias: Callable[[Run, Run], Tensor | None],
+    p: float,
+) -> Tensor:
+    """Let patches attend block by block and to the prefix, and the prefix to everything."""
+    # a transformer's tokens lie in memory with all their heads together
+    parts_BhwHD = [x[:, :, prefix:].transpose(1, 2).unflatten(1, grid) for x in (q_BHND, k_BHND, v_BHND)]
+    out_BhwHD = attend_in_blocks(parts_BhwHD, [x[:, :, :prefix] for x in (k_BHND, v_BHND)], runs, bias, p)
+    out_BNHD = out_BhwHD.flatten(1, 2)
+    if prefix:
+        seen_BHPD = F.scaled_dot_product_attention(q_BHND[:, :, :prefix], k_BHND, v_BHND, dropout_p=p)
+        out_BNHD = torch.cat([seen_BHPD.transpose(1, 2), out_BNHD], 1)
+    return out_BNHD.transpose(1, 2)

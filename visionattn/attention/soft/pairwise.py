@@ -1,0 +1,222 @@
+"""Every position looks at others: attention maps (B, heads, positions, positions), whole or in blocks.
+
+Shapes: B batch, C channels, H rows, W columns, N = H · W positions, D channels of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.layers.halo_attn import HaloAttn
+from timm.layers.non_local_attn import BatNonLocalAttn, NonLocalAttn
+from torch import Tensor, nn
+
+from visionattn.attention.soft.channel import _bottleneck, _shared_out
+
+
+class NonLocal(nn.Module):
+    """Non-local block, embedded Gaussian (Wang et al. 2018, 1711.07971, eq. 1, 4 and 6); timm's weights.
+
+        y   = softmax(q kᵀ / √C) v                      q, k, v = W_q x, W_k x, W_v x
+        out = x + BN(W_z y)
+
+    The normalisation's scale starts at 0, where it is the identity. Attention is fused; timm's own forward writes the
+    N × N map. Deviation from the paper: scores are divided by √C, as timm's are.
+
+    Args:
+        channels: C of the input.
+        reduction: C divided by the width of q, k and v; the width is at least 1.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 8) -> None:
+        super().__init__()
+        self.attention = NonLocalAttn(channels, rd_channels=_bottleneck(channels, reduction))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        block = self.attention
+        q, k, v = (_tokens(project(x_BCHW)) for project in (block.t, block.p, block.g))
+        y = F.scaled_dot_product_attention(q, k, v, scale=block.scale)
+        return x_BCHW + block.norm(block.z(_plane(y, x_BCHW)))
+
+
+class DualAttention(nn.Module):
+    """Dual attention of DANet (Fu et al. 2019, 1809.02983, eq. 1–4): over positions and over channels.
+
+        out = x + alpha · softmax(q kᵀ) v + beta · softmax(x xᵀ) x
+
+    The first softmax is over positions, with q, k, v = W_q x, W_k x, W_v x; the second over channels, with x as (C, N).
+    alpha and beta start at 0, where it is the identity. Deviations from the paper: both branches look at x itself and
+    are added, without the convolutions before and after each. The authors' code takes the channels that are least
+    alike, by softmax(max − x xᵀ); this is the equation.
+
+    Args:
+        channels: C of the input.
+        reduction: C divided by the width of q and k; the width is at least 1.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 8) -> None:
+        super().__init__()
+        width = _bottleneck(channels, reduction)
+        self.query = nn.Conv2d(channels, width, 1)
+        self.key = nn.Conv2d(channels, width, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.alpha = nn.Parameter(torch.zeros(1))
+        self.beta = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        q, k, v = (_tokens(project(x_BCHW)) for project in (self.query, self.key, self.value))
+        over_positions = _plane(F.scaled_dot_product_attention(q, k, v, scale=1.0), x_BCHW)
+        x_BCN = x_BCHW.flatten(2)
+        over_channels = ((x_BCN @ x_BCN.transpose(1, 2)).softmax(-1) @ x_BCN).view_as(x_BCHW)
+        return x_BCHW + self.alpha * over_positions + self.beta * over_channels
+
+
+class BottleneckAttention(nn.Module):
+    """Self-attention of bottleneck transformers (Srinivas et al. 2021, 2101.11605, fig. 4); timm's weights.
+
+        out = softmax(q kᵀ / √D + q r_hᵀ + q r_wᵀ) v            q, k, v = W x, in heads of D channels
+
+    r_h and r_w are learned for every distance along rows and columns. It takes the place of a 3 × 3 convolution: there
+    is no shortcut. timm's module takes one image size only; here distances are those of a `size` × `size` map, and for
+    another they are stretched linearly, so that the farthest stay the farthest. Deviation from the paper: that; q r is
+    not divided by √D, as in the authors' code.
+
+    Args:
+        channels: C of the input.
+        num_heads: None for the largest common divisor of C and 4.
+        size: rows and columns of the map that r_h and r_w are learned for.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, num_heads: int | None = None, size: int = 14) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size must be ≥ 1, got {size}")
+        heads = _shared_out(channels, num_heads, 4, "num_heads")
+        self.attention = BottleneckAttn(channels, feat_size=(size, size), num_heads=heads)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        block, (height, width) = self.attention, x_BCHW.shape[2:]
+        sizes = [block.dim_out_qk, block.dim_out_qk, block.dim_out_v]
+        q, k, v = (_tokens(part, block.num_heads) for part in block.qkv(x_BCHW).split(sizes, 1))
+        q_BNHWD = q.unflatten(2, (height, width))
+        rows = torch.einsum("bnhwd,hyd->bnhwy", q_BNHWD, _distances(block.pos_embed.height_rel, height))
+        columns = torch.einsum("bnhwd,wxd->bnhwx", q_BNHWD, _distances(block.pos_embed.width_rel, width))
+        bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+        return _plane(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=block.scale), x_BCHW)
+
+
+class BilinearAttention(nn.Module):
+    """Bilinear attentional transform, BAT (Chi et al. 2020, CVPR, eq. 4–7); timm's weights.
+
+        y   = P x' Q                            for each group of channels of x' = relu(BN(W_1 x)); rows, then columns
+        out = x + dropout(relu(BN(W_3 relu(BN(W_2 y)))))
+
+    The image is cut into s × s blocks, and P and Q are s × s: position (i, j) of a block looks at the same position of
+    the blocks above and below, then left and right. P and Q are sigmoids of a projection of the maxima of each block
+    row and column, normalised to a sum of 1 over what is looked at. Deviation from the paper, timm's: the blocks'
+    maxima, not all of x, make P and Q. An image that is not a multiple of s is continued with its last row and column,
+    where timm's module refuses it.
+
+    Args:
+        channels: C of the input.
+        block_size: s; 7 as the authors'.
+        groups: of channels that share P and Q.
+        reduction: C divided by the channels of x'; they are rounded up to a multiple of `groups`.
+        drop_rate: of whole channels, in training.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(
+        self, channels: int, *, block_size: int = 7, groups: int = 2, reduction: int = 4, drop_rate: float = 0.2
+    ) -> None:
+        super().__init__()
+        if block_size < 1 or groups < 1:
+            raise ValueError(f"block_size and groups must be ≥ 1, got {block_size} and {groups}")
+        width = -(-_bottleneck(channels, reduction) // groups) * groups
+        self.attention = BatNonLocalAttn(
+            channels, block_size=block_size, groups=groups, rd_channels=width, drop_rate=drop_rate
+        )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        block, (height, width) = self.attention, x_BCHW.shape[2:]
+        size, groups = block.ba.block_size, block.ba.groups
+        inner = _continued(_continued(block.conv1(x_BCHW), 2, size), 3, size)
+        guide = block.ba.conv1(inner)
+        # sigmoids divided by their sum are the softmax of their logarithms; g is a group, s and t are blocks
+        rows_Bgst = block.ba.conv_p(guide.unflatten(2, (size, -1)).amax((3, 4))[..., None])
+        columns_Bgst = block.ba.conv_q(guide.unflatten(3, (size, -1)).amax((2, 4))[:, :, None])
+        rows_Bgst = F.softmax(F.logsigmoid(rows_Bgst.view(-1, groups, size, size)), 3)
+        columns_Bgst = F.softmax(F.logsigmoid(columns_Bgst.view(-1, groups, size, size)), 2)
+        y = inner.unflatten(1, (groups, -1))
+        y = rows_Bgst[:, :, None] @ y.unflatten(3, (size, -1)).flatten(4)  # (B, g, R, s, rest of the rows · W)
+        y = y.view(*y.shape[:4], -1, inner.shape[3]).flatten(3, 4).unflatten(4, (size, -1))  # (B, g, R, H, s, rest)
+        y = torch.einsum("bgrhsu,bgst->bgrhtu", y, columns_Bgst).flatten(4).flatten(1, 2)
+        y = block.conv2(block.ba.conv2(y[:, :, :height, :width]))
+        return x_BCHW + block.dropout(y)
+
+
+class HaloAttention(nn.Module):
+    """Blocked local self-attention with haloes (Vaswani et al. 2021, 2103.12731, fig. 2); timm's module.
+
+        out = softmax(q kᵀ / √D + q r_hᵀ + q r_wᵀ) v            q of a block; k, v of it and a halo around it
+
+    r_h and r_w are learned for every distance along rows and columns. It takes the place of a 3 × 3 convolution: there
+    is no shortcut. Beyond the image lie zeros that are attended to, as in the paper's code; an image that is not a
+    multiple of the block is continued with them, where timm's module refuses it. Deviation from the paper: none.
+
+    Args:
+        channels: C of the input.
+        num_heads: None for the largest common divisor of C and 8.
+        block_size: rows and columns of a block.
+        halo_size: how far a block looks beyond itself.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, num_heads: int | None = None, block_size: int = 8, halo_size: int = 3) -> None:
+        super().__init__()
+        if block_size < 1 or halo_size < 0:
+            raise ValueError(f"block_size must be ≥ 1 and halo_size ≥ 0, got {block_size} and {halo_size}")
+        heads = _shared_out(channels, num_heads, 8, "num_heads")
+        self.block_size = block_size
+        self.attention = HaloAttn(channels, num_heads=heads, block_size=block_size, halo_size=halo_size)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[2:]
+        more = (0, -width % self.block_size, 0, -height % self.block_size)
+        return self.attention(F.pad(x_BCHW, more))[:, :, :height, :width]
+
+
+def _tokens(x_BCHW: Tensor, heads: int = 1) -> Tensor:
+    """(B, C, H, W) → (B, heads, N, C / heads)."""
+    return x_BCHW.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
+
+
+def _plane(tokens: Tensor, like_BCHW: Tensor) -> Tensor:
+    """(B, heads, N, D) → (B, heads · D, H, W)."""
+    return tokens.transpose(2, 3).flatten(1, 2).unflatten(2, like_BCHW.shape[2:])
+
+
+def _continued(x: Tensor, axis: int, block: int) -> Tensor:
+    """Repeat the last place of an axis until its length is a multiple of the block.
+
+    Replication padding does the same, and its gradient does not compile with torch's inductor.
+    """
+    missing = -x.shape[axis] % block
+    if not missing:
+        return x
+    return torch.cat([x, x.narrow(axis, x.shape[axis] - 1, 1).repeat_interleave(missing, axis)], axis)
+
+
+def _distances(table: Tensor, size: int) -> Tensor:
+    """From what was learned for every distance, (2 S − 1, D), to that for every pair of places, (size, size, D)."""
+    if len(table) != 2 * size - 1:
+        table = F.interpolate(table.T[None], 2 * size - 1, mode="linear", align_corners=True)[0].T
+    place = torch.arange(size, device=table.device)
+    return table[place[None] - place[:, None] + size - 1]

@@ -1,0 +1,128 @@
+"""Gates over positions: where to look.
+
+Shapes: B batch, C channels, H rows, W columns; D channels of the gating signal.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from visionattn.attention.soft.channel import _BatchNorm2d
+from visionattn.attention.soft.gate_ops import thin
+
+
+class AttentionGate(nn.Module):
+    """Attention gate of Attention U-Net (Oktay et al. 2018, 1804.03999, eq. 1–2): a coarser map says where to look.
+
+        gate = sigmoid(psi relu(W_x x + up(W_g g)))                             (B, 1, H, W)
+        out  = x · gate
+
+    W_x, W_g and psi are 1 × 1 convolutions, up is bilinear. Unlike the other mechanisms it takes two inputs. Deviation
+    from the paper: it is computed at the resolution of x, where the paper brings W_x x to that of g and the gate back.
+
+    Args:
+        channels: C of x.
+        signal_channels: D of the gating signal g.
+        width: of the hidden layer; None for C / 2, at least 1.
+
+    Shape: (B, C, H, W), (B, D, any, any) → (B, C, H, W).
+    """
+
+    def __init__(self, channels: int, signal_channels: int, *, width: int | None = None) -> None:
+        super().__init__()
+        width = max(1, channels // 2) if width is None else width
+        if width < 1:
+            raise ValueError(f"width must be ≥ 1, got {width}")
+        self.of_input = nn.Conv2d(channels, width, 1, bias=False)
+        self.of_signal = nn.Conv2d(signal_channels, width, 1)
+        self.score = nn.Conv2d(width, 1, 1)
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x_BCHW: Tensor, signal_BDhw: Tensor) -> Tensor:
+        near = self.of_input(x_BCHW)
+        far = F.interpolate(self.of_signal(signal_BDhw), x_BCHW.shape[2:], mode="bilinear", align_corners=False)
+        return x_BCHW * self.gate(self.score(F.relu(near + far)))
+
+
+class GatherExcite(nn.Module):
+    """Gather and excite (Hu et al. 2018, 1810.12348, sec. 2–3): a neighbourhood says how much of itself to keep.
+
+        out = x · sigmoid(up(gather(x)))                                        up repeats the nearest
+
+    gather averages (2e − 1) × (2e − 1) neighbourhoods e apart (GE-θ⁻), or, learned, is log2(e) depthwise 3 × 3
+    convolutions of stride 2 with batch normalisation and ReLU between (GE-θ). Written anew, since timm's `ge` cannot be
+    built with weights. Deviation from the paper: none; its global extent with weights, which fits one image size only,
+    is left out.
+
+    Args:
+        channels: C of the input.
+        extent: e, a power of two ≥ 2; 0 for the mean over all positions, which has nothing to learn.
+        learned: GE-θ; else GE-θ⁻.
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, extent: int = 4, learned: bool = True) -> None:
+        super().__init__()
+        if extent != 0 and (extent < 2 or extent & (extent - 1)):
+            raise ValueError(f"extent must be 0 or a power of two ≥ 2, got {extent}")
+        self.extent = extent
+        layers: list[nn.Module] = []
+        for _ in range(extent.bit_length() - 1 if learned else 0):
+            layers += [
+                nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False),
+                _BatchNorm2d(channels),
+                nn.ReLU(),
+            ]
+        self.gather = nn.Sequential(*layers[:-1])
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if self.extent == 0:
+            return x_BCHW * self.gate(x_BCHW.mean((2, 3), keepdim=True))
+        if len(self.gather):
+            gathered = self.gather(x_BCHW)
+        else:
+            around, extent = 2 * self.extent - 1, self.extent
+            gathered = F.avg_pool2d(x_BCHW, around, extent, extent - 1, count_include_pad=False)
+        return x_BCHW * F.interpolate(self.gate(gathered), x_BCHW.shape[2:])
+
+
+class LSKA(nn.Module):
+    """Large separable kernel attention (Lau et al. 2023, 2309.01439, eq. 6–9).
+
+        near = conv_(2d−1)×1(conv_1×(2d−1)(x))
+        far  = conv_⌊k/d⌋×1(conv_1×⌊k/d⌋(near)) with dilation d
+        out  = x · conv_1×1(far)                                                the others are depthwise
+
+    The gate has a value for each channel and position and no sigmoid, as the paper's. Deviation: none.
+
+    Args:
+        channels: C of the input.
+        kernel_size: k, the extent of what a position sees; ⌊k/d⌋ must be odd.
+        dilation: d; the paper has (k, d) = (7, 2), (11, 2), (23, 3), (35, 3), (41, 3), (53, 3).
+
+    Shape: (B, C, H, W) → the same.
+    """
+
+    def __init__(self, channels: int, *, kernel_size: int = 11, dilation: int = 2) -> None:
+        super().__init__()
+        far = kernel_size // dilation if dilation > 0 else 0
+        if far % 2 == 0:
+            raise ValueError(
+                f"kernel_size // dilation must be odd so that the gate stays in place, got {kernel_size} // {dilation}"
+            )
+
+        def line(size: int, along_rows: bool, step: int) -> nn.Conv2d:
+            shape, pad = (1, size), (0, step * (size // 2))
+            if not along_rows:
+                shape, pad = shape[::-1], pad[::-1]
+            return nn.Conv2d(channels, channels, shape, padding=pad, dilation=step, groups=channels)
+
+        near = 2 * dilation - 1
+        self.gate = nn.Sequential(
+            *(line(near, True, 1), line(near, False, 1), line(far, True, dilation), line(far, False, dilation)),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW * thin(self.gate, x_BCHW)

@@ -1,0 +1,76 @@
+"""The verb `completion`: print what a shell needs to complete verbs, options and values."""
+
+import argparse
+import importlib
+from collections.abc import Mapping
+
+from visionattn.commands.options import Parser
+from visionattn.errors import UsageError, nearest
+
+SHELLS = ("bash", "zsh", "fish")
+
+_USAGE = """Print what a shell needs to complete verbs, options and values:
+
+  bash   visionattn completion bash > ~/.local/share/bash-completion/completions/visionattn
+  zsh    visionattn completion zsh > ~/.zfunc/_visionattn     (before compinit in ~/.zshrc: fpath+=(~/.zfunc))
+  fish   visionattn completion fish > ~/.config/fish/completions/visionattn.fish"""
+
+
+def parser(verb: str) -> argparse.ArgumentParser:
+    """Build the parser of `visionattn completion`."""
+    parser = Parser(prog=f"visionattn {verb}", description=_USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shell", metavar="SHELL", help="bash, zsh or fish")
+    return parser
+
+
+def run(arguments: list[str], verbs: Mapping[str, tuple[str, str]]) -> int:
+    """Run a command line, whose first word is the verb, and return the exit code.
+
+    Args:
+        arguments: of the command line.
+        verbs: verb → the module that has its parser, and what the verb does.
+
+    Raises:
+        UsageError: the shell is not one of `SHELLS`.
+    """
+    shell = parser(arguments[0]).parse_args(arguments[1:]).shell
+    if shell not in SHELLS:
+        raise UsageError(
+            f"there is no completion for {shell!r}; there is for {', '.join(SHELLS)}.{nearest(shell, SHELLS)}"
+        )
+
+    import shtab
+
+    print(shtab.complete(_root(verbs), shell))
+    if shell == "bash":  # shtab's own line does not make bash complete files where the script knows no value
+        print("complete -o default -F _shtab_visionattn visionattn")
+    return 0
+
+
+def _root(verbs: Mapping[str, tuple[str, str]]) -> argparse.ArgumentParser:
+    """One parser of the whole command line, with a subparser for each verb."""
+    root = argparse.ArgumentParser(prog="visionattn")
+    root.add_argument("--version", action="version")
+    subparsers = root.add_subparsers()
+    for verb, (module, text) in verbs.items():
+        verb_parser = importlib.import_module(module).parser(verb)
+        _add_values(verb_parser)
+        subparsers.add_parser(verb, help=text, parents=[verb_parser], add_help=False)
+    return root
+
+
+def _add_values(parser: argparse.ArgumentParser) -> None:
+    """Tell shtab which values each option takes: those that the parser lists, otherwise files."""
+    import shtab
+
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                _add_values(subparser)
+        elif isinstance(action.metavar, str) and action.metavar.startswith("{"):
+            # jsonargparse lists the values of a bool, an Enum or a Literal in the metavar alone
+            action.choices, action.metavar = action.metavar.strip("{}").split(","), None
+        elif action.nargs != 0 and not action.choices:
+            # bash completes files by itself; with shtab's function it would list them in place of the options that can
+            # follow `--images a.jpg`
+            action.complete = {**shtab.FILE, "bash": ""}  # type: ignore[attr-defined]

@@ -1,0 +1,131 @@
+"""COCO's json as annotations; no torch."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visionattn.data.annotations.boxes import Annotations, Entry, Problem
+from visionattn.data.annotations.parsing import (
+    IMAGE_FOLDERS,
+    SPLITS,
+    chosen_names,
+    files_ending,
+    split_of,
+    stated_size,
+    to_number,
+    to_rows,
+    to_whole,
+)
+from visionattn.errors import DataError
+
+
+def coco_files(root: Path) -> list[Path]:
+    """The .json files of a folder that may hold boxes."""
+    places = [root, root / "annotations", *(root / name for name in SPLITS)]
+    files = [file for place in places for file in files_ending(place, ".json")]
+    return [file for file in files if not file.name.startswith(("captions", "person_keypoints"))]
+
+
+def read_coco(root: Path, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
+    """Read a folder or a .json file in COCO's layout; see `annotations.read_annotations`.
+
+    Raises:
+        DataError: it is none, or its files contradict each other.
+    """
+    files = [root] if root.is_file() else coco_files(root)
+    contents = [(file, _load_json(file)) for file in files]
+    contents = [(file, content) for file, content in contents if {"images", "annotations"} <= content.keys()]
+    if not contents:
+        raise DataError(f"{root}: no .json there is COCO's: an object with images, annotations and categories")
+    categories: dict[int, str] = {}
+    for file, content in contents:
+        for number, name in _categories(file, content):
+            if categories.setdefault(number, name) != name:
+                raise DataError(f"{file} calls class {number} {name!r}, and another .json there {categories[number]!r}")
+    # of two numbers with one name, as some exporters write them, the later is the class's own, and both mean it
+    by_name = {categories[number]: number for number in sorted(categories)}
+    names = chosen_names(class_names, by_name, root)
+    numbers = {number: names.index(name) for number, name in categories.items() if name in names}
+    found = Annotations({}, names, tuple(by_name[name] for name in names), "xywh")
+    for file, content in contents:
+        split = split_of(file.stem) or split_of(file.parent.name) or ""
+        found.splits.setdefault(split, []).extend(_coco_entries(file, content, images, split, numbers, found.problems))
+    return found
+
+
+def _categories(file: Path, content: Mapping[str, Any]) -> Iterable[tuple[int, str]]:
+    for category in _objects(file, content, "categories"):
+        number = to_whole(category.get("id"))
+        if number is None or "name" not in category:
+            raise DataError(f"{file}: category {category} needs a whole number as id, and a name")
+        yield number, str(category["name"])
+
+
+def _coco_entries(
+    file: Path,
+    content: Mapping[str, Any],
+    images: Path | None,
+    split: str,
+    numbers: Mapping[int, int],
+    problems: list[Problem],
+) -> list[Entry]:
+    home = file.parent.parent if file.parent.name == "annotations" else file.parent
+    token = file.stem.rpartition("_")[2]  # instances_train2017 → train2017
+    folders = [images] if images else []
+    folders += [home / part / name for part in (token, split, "") for name in IMAGE_FOLDERS]
+    folders += [home / name / part for part in (token, split) if part for name in IMAGE_FOLDERS]
+    listed = _objects(file, content, "images")
+    uses = Counter(to_whole(image.get("id")) for image in listed)
+    if uses[None]:
+        image = next(image for image in listed if to_whole(image.get("id")) is None)
+        raise DataError(f"{file}: image {image.get('file_name')!r} needs a whole number as id, not {image.get('id')!r}")
+    boxes: dict[int | None, list[Mapping[str, Any]]] = {number: [] for number in uses}
+    for annotation in _objects(file, content, "annotations"):
+        where = f"{file.name}, annotation {annotation.get('id', '?')}"
+        number = to_whole(annotation.get("image_id"))
+        if number not in boxes:
+            problems.append(Problem("unknown image", where, f"image_id {annotation.get('image_id')} is not listed"))
+            continue
+        if to_whole(annotation.get("category_id")) not in numbers:
+            problems.append(Problem("unknown class", where, f"category_id {annotation.get('category_id')}"))
+        boxes[number].append(annotation)
+    entries = []
+    for image in listed:
+        number, name = to_whole(image["id"]), str(image.get("file_name", ""))
+        where = f"{file.name}, {name or number}"
+        if uses[number] > 1:
+            problems.append(Problem("shared id", where, f"id {number} is also another image's"))
+        if number is None or uses[number] > 1:
+            continue
+        some = boxes[number]
+        entry = Entry(
+            next((folder / name for folder in folders if name and (folder / name).is_file()), None),
+            where,
+            number,
+            stated_size(image.get("height"), image.get("width")),
+            to_rows([annotation.get("bbox") for annotation in some]),
+            np.array([numbers.get(to_whole(annotation.get("category_id")), -1) for annotation in some], np.int64),  # type: ignore[arg-type]
+            np.array([bool(annotation.get("iscrowd")) for annotation in some], bool),
+            np.array([to_number(annotation.get("area")) for annotation in some], float),
+        )
+        entries.append(entry)
+    return entries
+
+
+def _load_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, OSError) as error:
+        raise DataError(f"{file} is no json: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _objects(file: Path, content: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    some = content.get(name, [])
+    if not isinstance(some, list) or not all(isinstance(one, dict) for one in some):
+        raise DataError(f"{file} is not COCO's: {name} must be a list of objects")
+    return some

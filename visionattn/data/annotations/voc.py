@@ -1,0 +1,92 @@
+"""Pascal VOC's xml as annotations; no torch."""
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from visionattn.data.annotations.boxes import Annotations, Entry, Problem
+from visionattn.data.annotations.parsing import (
+    IMAGE_FOLDERS,
+    SPLITS,
+    files_ending,
+    pictures_in,
+    resplit,
+    stated_size,
+    to_rows,
+)
+
+
+def xml_folders(root: Path) -> list[tuple[str, Path]]:
+    """(split, folder of .xml files); the split is "" where the folder is for all."""
+    places = [("", root / "Annotations"), ("", root / "annotations"), ("", root)]
+    places += [(split, root / name) for name, split in SPLITS.items()]
+    places += [(split, root / name / "Annotations") for name, split in SPLITS.items()]
+    found: list[tuple[str, Path]] = []
+    for split, place in places:
+        # Annotations and annotations are one where case is ignored
+        if files_ending(place, ".xml") and not any(place.samefile(other) for _, other in found):
+            found.append((split, place))
+    return found
+
+
+def read_voc(root: Path, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
+    """Read a folder in Pascal VOC's layout; see `annotations.read_annotations`.
+
+    Raises:
+        DataError: a line of a split file may mean two images.
+    """
+    problems: list[Problem] = []
+    parsed = []
+    for split, folder in xml_folders(root):
+        base = folder.parent if folder.name.lower() == "annotations" else folder
+        pictures = _by_stem([images] if images else [base / name for name in IMAGE_FOLDERS])
+        for file in files_ending(folder, ".xml"):
+            try:
+                tree = ET.parse(file).getroot()
+            except (ET.ParseError, LookupError, ValueError) as error:  # not well-formed, or of an unknown encoding
+                problems.append(Problem("unreadable annotation", file.name, str(error)))
+                continue
+            path = pictures.get(file.stem) or pictures.get(Path(tree.findtext("filename") or "").stem)
+            parsed.append((split, file, tree, path))
+    names = class_names or sorted(
+        {_text(item, "name") for _, _, tree, _ in parsed for item in tree.iter("object")} - {""}
+    )
+    numbers = {name: number for number, name in enumerate(names)}
+    found = Annotations({}, tuple(names), tuple(range(1, len(names) + 1)), "xyxy", problems)
+    for number, (split, file, tree, path) in enumerate(parsed, start=1):
+        items = list(tree.iter("object"))
+        for item in items:
+            if _text(item, "name") not in numbers:
+                problems.append(Problem("unknown class", file.name, repr(_text(item, "name"))))
+        corners = [[item.findtext(f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")] for item in items]
+        entry = Entry(
+            path,
+            file.name,
+            number,
+            stated_size(tree.findtext("size/height"), tree.findtext("size/width")),
+            to_rows(corners),
+            np.array([numbers.get(_text(item, "name"), -1) for item in items], np.int64),
+            np.array([_text(item, "difficult") == "1" for item in items], bool),
+            np.full(len(items), np.nan),
+        )
+        found.splits.setdefault(split, []).append(entry)
+    lists = root / "ImageSets" / "Main"
+    files = {split: lists / f"{split}.txt" for split in ("train", "val", "test")}
+    files = {split: file for split, file in files.items() if file.is_file()}
+    if not files.keys() & {"train", "val"} and (lists / "trainval.txt").is_file():
+        files["train"] = lists / "trainval.txt"
+    return resplit(found, files) if files else found
+
+
+def _text(item: ET.Element, name: str) -> str:
+    return (item.findtext(name) or "").strip()
+
+
+def _by_stem(folders: Iterable[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for path in pictures_in(folder, deep=False):
+            found.setdefault(path.stem, path)
+    return found

@@ -1,0 +1,112 @@
+"""Boxes and labels on pictures: NumPy, OpenCV and Pillow, no torch.
+
+Pictures are (H, W, 3) uint8 RGB and never changed in place; boxes are xyxy in pixels.
+"""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from visionattn.drawing.fonts import PAPER, Colour, fit, write
+from visionattn.drawing.overlay import line_width
+from visionattn.drawing.resizing import enlarge, shrink
+from visionattn.errors import UsageError
+
+_PALETTE: tuple[Colour, ...] = ((80, 220, 255), (255, 176, 0), (220, 130, 255), (120, 230, 120), (255, 110, 110))
+
+
+FOUND: Colour = _PALETTE[1]
+"""Of boxes that a model found, where the true ones are drawn in the first colour."""
+
+
+def draw_box(
+    image_HWC: NDArray[np.uint8], box: Sequence[float], *, colour: Colour = _PALETTE[0], thickness: int | None = None
+) -> NDArray[np.uint8]:
+    """Draw a box (xyxy) on a copy of a picture: its outer edge on the box's edge, a dark rim inside."""
+    drawn = np.array(image_HWC, order="C")
+    outline(drawn, box, colour, thickness or line_width(image_HWC))
+    return drawn
+
+
+def outline(
+    drawn: NDArray[np.uint8],
+    box: Sequence[float] | NDArray[np.floating],
+    colour: Colour,
+    thickness: int,
+    *,
+    rim: bool = True,
+) -> None:
+    """Draw a box as `draw_box` does, in place; what lies outside of the picture is not seen."""
+    left, upper, right, lower = (round(float(edge)) for edge in box)
+    for inset in range(thickness + rim):
+        corners = (left + inset, upper + inset), (right - 1 - inset, lower - 1 - inset)
+        if corners[1][0] < corners[0][0] or corners[1][1] < corners[0][1]:
+            break
+        cv2.rectangle(drawn, *corners, colour if inset < thickness else (0, 0, 0), 1)
+
+
+def label(
+    image_HWC: NDArray[np.uint8], text: str, *, place: tuple[int, int] = (0, 0), colour: Colour = _PALETTE[0]
+) -> NDArray[np.uint8]:
+    """Write a line on a copy of a picture, on a ground of its own; its left upper corner at (x, y)."""
+    page = Image.fromarray(image_HWC)
+    _label(page, text, place, colour, _text_size(image_HWC))
+    return np.array(page)
+
+
+def draw_boxes(
+    image_HWC: NDArray[np.uint8],
+    boxes_N4: Sequence[Sequence[float]] | NDArray[np.floating],
+    *,
+    labels: Sequence[str] = (),
+    colours: Sequence[Colour] = _PALETTE,
+) -> NDArray[np.uint8]:
+    """Draw boxes with their labels, which stand above a box, or inside where there is no room above.
+
+    Raises:
+        UsageError: there are labels, but not one a box.
+    """
+    if len(labels) not in (0, len(boxes_N4)):
+        raise UsageError(f"{len(labels)} labels for {len(boxes_N4)} boxes; give one a box, or none")
+    drawn = np.array(image_HWC, order="C")
+    for number, box in enumerate(boxes_N4):
+        drawn = draw_box(drawn, box, colour=colours[number % len(colours)])
+    page = Image.fromarray(drawn)
+    size = _text_size(drawn)
+    for number, text in enumerate(labels):
+        left, upper = (round(edge) for edge in boxes_N4[number][:2])
+        high = round(size * 1.35)
+        y = upper - high if upper >= high else max(0, upper)
+        _label(page, text, (left, y), colours[number % len(colours)], size)
+    return np.array(page)
+
+
+def fitted(
+    image_HWC: NDArray[np.uint8], boxes: NDArray[np.floating], side: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Bring a picture and its boxes (…, 4) to the size that is to be drawn on, so that lines and text are sharp.
+
+    The longer side becomes `side`; a small picture is enlarged by a whole number, as far as `side` allows.
+    """
+    height, width = image_HWC.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return enlarge(image_HWC, int(scale)), np.asarray(boxes, np.float64) * int(scale)
+    small = shrink(image_HWC, side)
+    size = small.shape[1], small.shape[0]
+    return small, np.asarray(boxes, np.float64) * (np.array(size * 2) / (width, height, width, height))
+
+
+def _label(page: Image.Image, text: str, place: tuple[int, int], colour: Colour, size: int) -> None:
+    font, line = fit(text, size=size, width=page.width - 8)
+    wide, high = round(font.getlength(line)) + 8, round(size * 1.35)
+    x, y = max(0, min(place[0], page.width - wide)), place[1]
+    page.paste(colour, (x, y, x + wide, y + high))
+    write(page, (x + 4, y + round(size * 0.08)), line, size=size, colour=PAPER, width=wide)
+
+
+def _text_size(image_HWC: NDArray[np.uint8]) -> int:
+    return max(10, min(40, round(min(image_HWC.shape[:2]) / 28)))

@@ -1,0 +1,105 @@
+"""Text on pictures: fonts, letters that a font lacks, lines that fit their place."""
+
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TypeAlias
+
+from PIL import Image, ImageDraw, ImageFont
+
+Colour: TypeAlias = tuple[int, int, int]
+Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+INK: Colour = (236, 236, 236)
+FAINT: Colour = (158, 158, 158)
+PAPER: Colour = (24, 24, 27)
+
+# Pillow's own font draws little beyond ASCII; of these the first that is installed and has the letters is taken.
+_WIDER_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "LiberationSans-Regular.ttf",
+    "Arial Unicode.ttf",
+    "arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "msyh.ttc",
+    "PingFang.ttc",
+)
+
+
+def write(page: Image.Image, xy: tuple[int, int], text: str, *, size: int, colour: Colour = INK, width: int) -> None:
+    """Write one line with its top left corner at `xy`, cut with … where it is wider than `width` pixels."""
+    font, line = fit(text, size=size, width=width)
+    ImageDraw.Draw(page).text(xy, line, font=font, fill=colour)
+
+
+def fit(text: str, *, size: int, width: int) -> tuple[Font, str]:
+    """Choose a font that has the letters of a text, and cut the text to a width.
+
+    Letters that no installed font has lose their accents, or become `?`; so do bytes of a file name that are no text.
+    """
+    text = " ".join("".join(letter if letter.isprintable() or _is_byte(letter) else " " for letter in text).split())
+    font, text = _legible(text, size)
+    if font.getlength(text) <= width:
+        return font, text
+    keep, drop = 0, len(text)  # the longest start that fits lies in keep … drop
+    while drop - keep > 1:
+        middle = (keep + drop) // 2
+        keep, drop = (middle, drop) if font.getlength(f"{text[:middle].rstrip()}…") <= width else (keep, middle)
+    cut = f"{text[:keep].rstrip()}…"
+    return font, cut if font.getlength(cut) <= width else ""
+
+
+def _legible(text: str, size: int) -> tuple[Font, str]:
+    """The first font that has all the letters, or else the one that has the most."""
+    letters = set(text)
+    best, most = _own_font(size), -1
+    for font in _fonts(size):
+        has = sum(_draws(font, letter) for letter in letters)
+        if has > most:
+            best, most = font, has
+        if has == len(letters):
+            return font, text
+    return best, "".join(letter if _draws(best, letter) else _plain(best, letter) for letter in text)
+
+
+def _plain(font: Font, letter: str) -> str:
+    base = unicodedata.normalize("NFKD", letter)
+    return "".join(part if _draws(font, part) else "?" for part in base if not unicodedata.combining(part))
+
+
+def _fonts(size: int) -> Iterator[Font]:
+    yield _own_font(size)
+    for name in _WIDER_FONTS:
+        font = _installed(name, size)
+        if font is not None:
+            yield font
+
+
+@lru_cache(maxsize=32)
+def _own_font(size: int) -> Font:
+    return ImageFont.load_default(size)
+
+
+@lru_cache(maxsize=128)
+def _installed(name: str, size: int) -> Font | None:
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=8192)
+def _draws(font: Font, letter: str) -> bool:
+    """Whether a font has a letter: it draws something else than the box of a missing one."""
+    if letter == " ":
+        return True
+    if not letter.isprintable():
+        return False
+    drawn, missing = font.getmask(letter), font.getmask("\uffff")
+    return (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
+
+
+def _is_byte(letter: str) -> bool:
+    """Whether this stands for a byte of a file name that is no text."""
+    return "\udc80" <= letter <= "\udcff"

@@ -1,0 +1,5 @@
+"""Is a heatmap true? Faithfulness, localisation, randomisation, and controls that do not look at the model."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

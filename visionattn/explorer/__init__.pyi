@@ -1,0 +1,2 @@
+from .explorer import Page as Page
+from .explorer import explore as explore

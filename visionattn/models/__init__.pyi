@@ -1,0 +1,12 @@
+from .classifier import Classifier as Classifier
+from .convnet import ConvNet as ConvNet
+from .detectors.dense import DenseDetector as DenseDetector
+from .detectors.detector import Detector as Detector
+from .detectors.feature_pyramid import FeaturePyramid as FeaturePyramid
+from .detectors.query import QueryDetector as QueryDetector
+from .detectors.torchvision_detector import TorchvisionDetector as TorchvisionDetector
+from .encoders import ConvEncoder as ConvEncoder
+from .encoders import Glance as Glance
+from .encoders import MLPEncoder as MLPEncoder
+from .encoders import TimmEncoder as TimmEncoder
+from .glimpse_network import GlimpseNetwork as GlimpseNetwork

@@ -1,0 +1,133 @@
+"""The decoder of a query detector: queries look at each other and at the image, and move their boxes.
+
+Shapes: B batch, Q queries, C channels, K classes, L maps; boxes are centre, width and height in shares of the image.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from visionattn.attention.self_attention.deformable import DeformableAttention
+
+
+class Answer(NamedTuple):
+    """What a layer says of its queries: logits (B, Q, K) and boxes (B, Q, 4)."""
+
+    logits: Tensor
+    boxes: Tensor
+
+
+class Decoder(nn.Module):
+    """Layers of self-attention, deformable cross-attention and a feed-forward part, each moving the boxes on.
+
+        position = MLP(sine(box))                                      (DAB-DETR, Liu et al. 2022, 2201.12329, eq. 1)
+        box_l = σ(σ⁻¹(box_{l-1}) + MLP_l(query))                       (Zhu et al. 2020, 2010.04159, section 4.3)
+
+    The loss of a layer reaches the layer before through its box once (look forward twice, DINO, Zhang et al. 2022,
+    2203.03605, section 3.5); what a layer looks at does not carry it back.
+
+    Args:
+        channels: C.
+        num_classes: K.
+        levels: L.
+        layers: their number.
+        heads, points: of the attention.
+        hidden: channels of the feed-forward parts.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        levels: int,
+        layers: int = 3,
+        heads: int = 8,
+        points: int = 4,
+        hidden: int = 512,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DecoderLayer(channels, levels=levels, heads=heads, points=points, hidden=hidden) for _ in range(layers)
+        )
+        self.position = nn.Sequential(nn.Linear(2 * channels, channels), nn.ReLU(), nn.Linear(channels, channels))
+        self.classify = nn.ModuleList(nn.Linear(channels, num_classes) for _ in range(layers))
+        self.move = nn.ModuleList(
+            nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, 4)) for _ in range(layers)
+        )
+        for classify, move in zip(self.classify, self.move, strict=True):
+            nn.init.constant_(classify.bias, -math.log(99))  # type: ignore[arg-type]
+            nn.init.zeros_(move[-1].weight)  # type: ignore[index]
+            nn.init.zeros_(move[-1].bias)  # type: ignore[index]
+
+    def forward(
+        self,
+        query_BQC: Tensor,
+        boxes_BQ4: Tensor,
+        maps: Sequence[Tensor],
+        hidden_QQ: Tensor | None = None,
+        spans_L2: Tensor | None = None,
+    ) -> list[Answer]:
+        """Run the layers.
+
+        Args:
+            query_BQC: what the queries start with.
+            boxes_BQ4: where they start.
+            maps: L maps (B, C, h, w).
+            hidden_QQ: true where a query (row) may not look at another (column).
+            spans_L2: of the maps, as `DeformableAttention` takes them.
+        """
+        answers = []
+        before_BQ4 = boxes_BQ4
+        for layer, classify, move in zip(self.layers, self.classify, self.move, strict=True):
+            boxes_BQ4 = before_BQ4.detach()
+            position_BQC = self.position(sine(boxes_BQ4, query_BQC.shape[2] // 2))
+            query_BQC = layer(query_BQC, position_BQC, boxes_BQ4, maps, hidden_QQ, spans_L2)
+            delta_BQ4 = move(query_BQC).float()
+            answers.append(Answer(classify(query_BQC).float(), (inverse_sigmoid(before_BQ4) + delta_BQ4).sigmoid()))
+            before_BQ4 = (inverse_sigmoid(boxes_BQ4) + delta_BQ4).sigmoid()
+        return answers
+
+
+class DecoderLayer(nn.Module):
+    """One layer, normalised after each part; see `Decoder`."""
+
+    def __init__(self, channels: int, *, levels: int, heads: int, points: int, hidden: int) -> None:
+        super().__init__()
+        self.among = nn.MultiheadAttention(channels, heads, batch_first=True)
+        self.look = DeformableAttention(channels, levels=levels, heads=heads, points=points)
+        self.feed = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels))
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(3))
+
+    def forward(
+        self,
+        query_BQC: Tensor,
+        position_BQC: Tensor,
+        boxes_BQ4: Tensor,
+        maps: Sequence[Tensor],
+        hidden_QQ: Tensor | None,
+        spans_L2: Tensor | None,
+    ) -> Tensor:
+        placed_BQC = query_BQC + position_BQC
+        others_BQC, _ = self.among(placed_BQC, placed_BQC, query_BQC, attn_mask=hidden_QQ, need_weights=False)
+        query_BQC = self.norms[0](query_BQC + others_BQC)
+        query_BQC = self.norms[1](query_BQC + self.look(query_BQC + position_BQC, boxes_BQ4, maps, spans_L2))
+        return self.norms[2](query_BQC + self.feed(query_BQC))
+
+
+def sine(boxes_BQ4: Tensor, channels: int) -> Tensor:
+    """Sines and cosines of the four numbers of a box at wavelengths from 1 to 20 (B, Q, 4 · channels), temperature 20.
+
+    DAB-DETR, Liu et al. 2022, 2201.12329, section 4.4. `channels` is even.
+    """
+    place = torch.arange(channels // 2, device=boxes_BQ4.device, dtype=boxes_BQ4.dtype)
+    angle = boxes_BQ4[..., None] * (2 * math.pi / 20 ** (2 * place / channels))
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(2)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-4) -> Tensor:
+    x = x.clamp(eps, 1 - eps)
+    return torch.log(x / (1 - x))

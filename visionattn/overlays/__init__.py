@@ -1,0 +1,5 @@
+"""Overlays: of one image (`heatmap`, `overlay`), and of whole folders (`export`)."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,3 @@
+from .classification import Classification as Classification
+from .detection import Detection as Detection
+from .glimpses import GlimpseClassification as GlimpseClassification

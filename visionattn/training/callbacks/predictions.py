@@ -1,0 +1,168 @@
+"""Predictions written into the run, each image once, in the data's order."""
+
+import csv
+import itertools
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from visionattn.data import write_image
+from visionattn.drawing.boxes import draw_boxes
+from visionattn.errors import DataError
+from visionattn.files import write_file
+from visionattn.training.callbacks.run_files import _csv, _dataset, _folder
+
+
+class WritePredictions(BasePredictionWriter):
+    """Write what was predicted into the run, each image once, in the data's order.
+
+    Of a classifier: the most probable class of every image, into predictions.csv. Of a detector: predictions.json, in
+    COCO's form of results, boxes in pixels of the source images, with the files' own numbers of images and classes, and
+    with the image's file_name, since Pascal VOC and YOLO number none; and pictures of the first images with their
+    boxes, into predictions/.
+
+    The file appears when it is complete. Each process writes a part of it before.
+
+    Args:
+        pictures: how many, at most.
+        lowest: score of a box in a picture.
+    """
+
+    def __init__(self, pictures: int = 100, lowest: float = 0.3) -> None:
+        super().__init__(write_interval="batch")
+        self.pictures = pictures
+        self.lowest = lowest
+        self._home: Path | None = None
+        self._name = "predictions.csv"
+        self._done = 0
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = _folder(trainer)  # every process must ask
+        self._home = folder and folder.parent
+        finds = hasattr(trainer.datamodule, "category_ids")  # type: ignore[attr-defined]
+        self._name = "predictions.json" if finds else "predictions.csv"
+        self._done = 0
+        if self._home:
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._part(trainer.global_rank).write_bytes(b"")
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        if self._home is None:
+            return
+        rows = _classes if self._name == "predictions.csv" else _boxes
+        content = rows(prediction, trainer.datamodule)  # type: ignore[attr-defined]
+        try:
+            with open(self._part(trainer.global_rank), "ab") as file:
+                file.write(content)
+        except OSError as error:
+            raise DataError(f"{self._home / self._name} cannot be written: {error.strerror}") from error
+        if self._name == "predictions.json":
+            self._draw(trainer, prediction, self._home / "predictions")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.barrier()
+        if self._home is None or not trainer.is_global_zero:
+            return
+        parts = [self._part(rank) for rank in range(trainer.world_size)]
+        join = _interleave if self._name == "predictions.csv" else _interleave_json
+        write_file(self._home / self._name, lambda file: join(parts, file))
+        for part in parts:
+            part.unlink()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._home:
+            self._part(trainer.global_rank).unlink(missing_ok=True)
+
+    def _draw(self, trainer: L.Trainer, prediction: Any, folder: Path) -> None:
+        dataset = _dataset(trainer.predict_dataloaders)
+        class_names = trainer.datamodule.class_names  # type: ignore[attr-defined]
+        for path, image_id, found in zip(
+            prediction["path"], prediction["image_id"], prediction["detections"], strict=True
+        ):
+            place = self._done * trainer.world_size + trainer.global_rank  # among the images of all processes
+            self._done += 1
+            if place >= self.pictures:
+                return
+            edges, scores, labels = (found[name].float().cpu() for name in ("boxes", "scores", "labels"))
+            seen = scores >= self.lowest
+            names = [
+                f"{class_names[int(label)]} {score:.2f}"
+                for label, score in zip(labels[seen].tolist(), scores[seen].tolist(), strict=True)
+            ]
+            folder.mkdir(exist_ok=True)
+            picture = draw_boxes(dataset.read_source(path), edges[seen].numpy(), labels=names)
+            write_image(folder / f"{image_id:06d}_{Path(path).stem}.jpg", picture)
+
+    def _part(self, rank: int) -> Path:
+        assert self._home is not None
+        return self._home / f".predictions.{rank}.part"
+
+
+def _classes(prediction: Any, data: Any) -> bytes:
+    """A row an image: its path, its most probable class, and how probable."""
+    names = getattr(data, "class_names", ())
+    probabilities, classes = prediction["probability"].float().cpu().max(-1)
+    return _csv(
+        [
+            [source, names[index] if names else index, f"{probability:.6f}"]
+            for source, index, probability in zip(
+                prediction["path"], classes.tolist(), probabilities.tolist(), strict=True
+            )
+        ]
+    )
+
+
+def _boxes(prediction: Any, data: Any) -> bytes:
+    """A line an image: the list of its results, as COCO's json has them."""
+    lines = []
+    for path, image_id, found in zip(prediction["path"], prediction["image_id"], prediction["detections"], strict=True):
+        edges, scores, labels = (found[name].float().cpu().tolist() for name in ("boxes", "scores", "labels"))
+        results = [
+            {
+                "image_id": image_id,
+                "file_name": Path(path).name,
+                "category_id": data.category_ids[int(label)],
+                "bbox": [round(edge, 2) for edge in (x1, y1, x2 - x1, y2 - y1)],
+                "score": round(score, 5),
+            }
+            for (x1, y1, x2, y2), score, label in zip(edges, scores, labels, strict=True)
+        ]
+        lines.append(json.dumps(results) + "\n")
+    return "".join(lines).encode()
+
+
+def _interleave(parts: Sequence[Path], file: BinaryIO) -> None:
+    """Join the rows of processes of which each took every n-th image."""
+    file.write(_csv([["path", "class", "probability"]]))
+    with ExitStack() as stack:
+        texts = [
+            stack.enter_context(open(part, newline="", encoding="utf-8", errors="surrogateescape")) for part in parts
+        ]
+        for rows in itertools.zip_longest(*map(csv.reader, texts)):
+            file.write(_csv([row for row in rows if row is not None]))
+
+
+def _interleave_json(parts: Sequence[Path], file: BinaryIO) -> None:
+    """Join the lists of processes of which each took every n-th image, into one."""
+    with ExitStack() as stack:
+        texts = [stack.enter_context(open(part, "rb")) for part in parts]
+        lines = (line for some in itertools.zip_longest(*texts) for line in some if line)
+        lists = (line.strip()[1:-1] for line in lines)  # without their brackets
+        file.write(b"[")
+        for number, results in enumerate(results for results in lists if results):
+            file.write(b",\n" * bool(number) + results)
+        file.write(b"]\n")

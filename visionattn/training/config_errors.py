@@ -1,0 +1,97 @@
+"""What jsonargparse says of a wrong config, in one sentence with the nearest right name."""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from visionattn.errors import nearest
+
+_UNKNOWN = re.compile(
+    r"(?:Option '(?P<a>[^']+)' is not accepted|does not accept option '(?P<b>[^']+)'|"
+    r"unrecognized arguments: --(?P<c>[^ =]+))"
+)
+_NO_MEMBER = re.compile(
+    r"module '(?P<module>[^']+)' has no attribute '(?P<name>[^']+)'|No module named '(?P<missing>[^']+)'|"
+    r"No (?P<face>[\w.]+) attribute (?P<lazy>\w+)"  # lazy_loader's words for a package's public face
+)
+_WRONG_VALUE = re.compile(r"(?:Expected an? (?P<type>.+?)\. Got value: (?P<value>.*))")
+_WRONG_UNION = re.compile(r"- Expected an? (?P<type>.+)\n(?:.*\n)*?\s*Given value: (?P<value>.*)")
+_KEY = re.compile(r"Parser key \"(?P<key>[^\"]+)\"")
+_CLASS = re.compile(r"(?:Problem with given class_path '(?P<a>[^']+)'|Got value: Namespace\(class_path='(?P<b>[^']+)')")
+
+
+def explain(message: str, sections: Mapping[str, Any]) -> str:
+    """Turn jsonargparse's account of a wrong config into one sentence.
+
+    Args:
+        message: the account, over several lines.
+        sections: the parts of a config that are no choice of class, with the class behind each: `{"trainer": Trainer,
+            …}`.
+    """
+    place = ".".join(match["key"] for match in _KEY.finditer(message))
+    classes = [match["a"] or match["b"] for match in _CLASS.finditer(message)]
+    if match := _last(_UNKNOWN, message):
+        name = match["a"] or match["b"] or match["c"]
+        if not match["a"]:  # outside of any class_path
+            section, _, rest = name.partition(".")
+            known = _arguments(sections[section]) if section in sections and rest else sections
+            return f"the config has no option {name}.{_nearest_in(rest or section, section if rest else '', known)}"
+        owner = classes[-1] if classes else place
+        return f"{place or 'the config'}: {owner} has no option {name!r}.{nearest(name, _arguments(_find(owner)))}"
+    if match := _last(_NO_MEMBER, message):
+        if match["missing"]:
+            return f"{place}: there is no module {match['missing']}; class_path needs package.module.Class"
+        module, name = match["module"] or match["face"], match["name"] or match["lazy"]
+        found = _find(module)
+        return f"{place}: {module} has no {name}.{nearest(name, dir(found) if found else [])}"
+    if match := _last(_WRONG_VALUE, message) or _WRONG_UNION.search(message):
+        kind = re.sub(r"<class '([^']+)'>", r"\1", match["type"].strip())
+        kind = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", kind)
+        return f"{place} must be {kind}, got {match['value'].strip()}"
+    if "File does not exist" in message:
+        return (
+            f"there is no config {message.split(':')[-1].strip()}; "
+            "the shipped ones are configs/quickstart.yaml and its neighbours"
+        )
+    if "arguments are required" in message or "is required" in message:
+        return f"{message.splitlines()[0]}; give a config with them: --config FILE, e.g. configs/quickstart.yaml"
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[:4]) if message.startswith("Problems parsing config") else lines[0] + _reason(lines)
+
+
+def _reason(lines: list[str]) -> str:
+    """The innermost complaint of a nested account."""
+    inner = [
+        line.lstrip("- ")
+        for line in lines[1:]
+        if not line.startswith(("Given value", "Subtypes", "Errors", "Does not"))
+    ]
+    inner = [line for line in inner if "NoneType" not in line]
+    return f" {inner[-1]}" if inner else ""
+
+
+def _nearest_in(name: str, prefix: str, known: Iterable[str]) -> str:
+    found = nearest(name, known)
+    return re.sub(r"(?<=[ ])(?=[a-z_]+[,.])", f"{prefix}.", found) if prefix and found else found
+
+
+def _arguments(found: Any) -> list[str]:
+    return list(inspect.signature(found).parameters) if found is not None else []
+
+
+def _find(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    for home, member in ((path, None), (module, name)):
+        try:
+            loaded = importlib.import_module(home)
+            return getattr(loaded, member) if member else loaded
+        except (ImportError, AttributeError, ValueError):
+            continue
+    return None
+
+
+def _last(pattern: re.Pattern[str], message: str) -> re.Match[str] | None:
+    matches = list(pattern.finditer(message))
+    return matches[-1] if matches else None
