@@ -121,15 +121,15 @@ def hashes():
     from rich.console import Console
 
     import visionattn as va
-    from visionattn.capture import Full, capture
+    from visionattn.capture import FullAttention, capture
     from visionattn.data import Preprocess
     from visionattn.errors import DataError, UsageError
     from visionattn.evaluation import CentreGaussian, Edges, RandomMap
-    from visionattn.explorer.analysis import find_out
+    from visionattn.explorer.analysis import analyse
     from visionattn.maps import METHODS
-    from visionattn.maps.boxes import BOX_METHODS, AllBoxes
+    from visionattn.maps.boxes import BOX_METHODS, MaxOverBoxes
     from visionattn.maps.selection import methods_that_fit
-    from visionattn.overlays.explainer import View
+    from visionattn.overlays.explainer import Explainer
     from visionattn.overlays.folder.export import export
 
     warnings.simplefilter("ignore")
@@ -161,14 +161,14 @@ def hashes():
             keep(f"{label}/control {control.name}", lambda control=control, model=model: control(model, image).heatmaps)
 
         def records(model=model):
-            with torch.no_grad(), capture(model, Full()) as seen:
+            with torch.no_grad(), capture(model, FullAttention()) as seen:
                 model(image)
             return [[one.weights, one.boxes, one._repr_png_()] for one in seen] + [seen._repr_png_()]
 
         keep(f"{label}/records", records)
         keep(
             f"{label}/explorer",
-            lambda model=model: find_out(model, image, methods_that_fit(model, image), steps=4, batch_size=8),
+            lambda model=model: analyse(model, image, methods_that_fit(model, image), steps=4, batch_size=8),
         )
         keep(
             f"{label}/page",
@@ -178,7 +178,7 @@ def hashes():
         )
 
     def exported(model, folder, kinds, **options):
-        view = View(model, preprocess, class_names=names, **options)
+        view = Explainer(model, preprocess, class_names=names, **options)
         views = options.pop("views", view)
         summary = export(
             [source], folder, views, save=kinds, batch_size=2, workers=1, console=Console(quiet=True), **exporting
@@ -187,9 +187,11 @@ def hashes():
         for line in (Path(folder) / "manifest.jsonl").read_text().splitlines():
             entry = json.loads(line)
             entry = {
-                key: value for key, value in entry.items() if key not in ("source", "modified", "recipe", "seconds")
+                key: value
+                for key, value in entry.items()
+                if key not in ("source", "modified", "fingerprint", "seconds")
             }
-            for look in entry.get("looks", []):
+            for look in entry.get("explanations", []):
                 look.pop("seconds")
             lines.append(entry)
         files = {}
@@ -221,7 +223,7 @@ def hashes():
         for label, detector in detectors.items():
             for name, method in BOX_METHODS.items():
                 try:
-                    explain = AllBoxes(method(), lowest=0.0, most=4)
+                    explain = MaxOverBoxes(method(), min_score=0.0, max_boxes=4)
                 except (TypeError, UsageError):
                     continue
                 for kind in ("boxes", "overlay", "array"):
@@ -232,8 +234,8 @@ def hashes():
                         ),
                     )
         two = [
-            View(networks["vit"], preprocess, METHODS["rollout"](), names, name="first"),
-            View(networks["vit"], preprocess, METHODS["chefer"](), names, name="second"),
+            Explainer(networks["vit"], preprocess, METHODS["rollout"](), names, name="first"),
+            Explainer(networks["vit"], preprocess, METHODS["chefer"](), names, name="second"),
         ]
         for compare, kinds in ((True, ("overlay", "difference", "array")), (False, ("overlay", "array"))):
             exporting = {"compare": compare}

@@ -1,4 +1,4 @@
-"""What errors and warnings tell."""
+"""Messages of errors and warnings."""
 
 import warnings
 
@@ -7,7 +7,7 @@ import pytest
 from visionattn.errors import DataError, MapWarning, UsageError, nearest, warn
 
 
-def test_a_mistyped_name_is_told_its_neighbours_the_nearest_first():
+def test_nearest_lists_the_most_similar_names_first():
     names = ["rollout", "raw", "gradcam", "gradcam++"]
     assert nearest("rolout", names) == " Nearest: rollout."
     assert nearest("gradcam+", names, 2) == " Nearest: gradcam++, gradcam."
@@ -21,7 +21,7 @@ def test_errors_are_caught_as_the_value_errors_of_python(kind):
         raise kind("what is wrong")
 
 
-def test_a_warning_points_at_the_line_of_the_user():
+def test_a_warning_points_at_the_users_line():
     def method():
         warn("doubt it")
 
@@ -32,7 +32,7 @@ def test_a_warning_points_at_the_line_of_the_user():
         warnings.simplefilter("always")
         call()
     assert [(one.category, str(one.message), one.filename) for one in told] == [(MapWarning, "doubt it", __file__)]
-    line = test_a_warning_points_at_the_line_of_the_user.__code__.co_firstlineno
+    line = test_a_warning_points_at_the_users_line.__code__.co_firstlineno
     with open(__file__) as file:
         lines = file.read().splitlines()
     assert line < told[0].lineno

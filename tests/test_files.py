@@ -1,4 +1,4 @@
-"""Files are whole or not there, and their names can be printed."""
+"""Files are complete or absent, and their names can be printed."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from visionattn.files import printable
 
 @pytest.mark.parametrize("suffix", [".csv", ".json"])
 @pytest.mark.parametrize("older", [b"older figures", None], ids=["older", "no older"])
-def test_a_disk_that_is_full_in_the_middle_leaves_the_older_file_whole(suffix, older, tmp_path):
+def test_a_full_disk_keeps_the_older_file(suffix, older, tmp_path):
     path = tmp_path / f"scores{suffix}"
     if older:
         path.write_bytes(older)
@@ -25,7 +25,7 @@ def test_a_disk_that_is_full_in_the_middle_leaves_the_older_file_whole(suffix, o
     assert path.stat().st_size > 100
 
 
-def test_ctrl_c_in_the_middle_leaves_the_older_file_whole_and_nothing_beside_it(tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_older_file_and_no_temporary_one(tmp_path, monkeypatch):
     path = tmp_path / "scores.json"
     path.write_text("older figures")
 

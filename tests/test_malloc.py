@@ -1,4 +1,4 @@
-"""Memory that was freed is not asked for again."""
+"""Freed memory is reused without page faults."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What an installed package holds."""
+"""The content of an installed package."""
 
 import os
 import subprocess
@@ -7,7 +7,10 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from tests.typed_use import use
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,3 +58,12 @@ def test_the_wheel_runs_the_shipped_configs_without_a_checkout(tmp_path):
     )
     with Image.open(tmp_path / "work" / "seen" / "photo.png.overlay.jpg") as overlay:
         assert overlay.size == (60, 40)
+
+
+def test_what_mypy_checks_as_a_users_code_runs(tmp_path):
+    nn = torch.nn
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    nn.init.ones_(model[-1].weight)  # so that Grad-CAM is not zero
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    use(model, tmp_path / "a.png", tmp_path)
+    assert (tmp_path / "page.html").stat().st_size > 10_000

@@ -1,4 +1,7 @@
-"""README's commands and code, run from top to bottom in one folder as a reader would, with flags to make them short."""
+"""The READMEs: their commands and code run from top to bottom in one folder, as a reader would run them.
+
+Their links lead to files that exist, and their tables say what the code says.
+"""
 
 import os
 import re
@@ -15,10 +18,20 @@ from PIL import Image
 from tests.commands.command_line import FakeMNIST
 from tests.conftest import CONFIGS, SMALL
 from tests.data.annotated import voc
-from visionattn.cli import main
+from visionattn.cli import _VERBS, main
+from visionattn.maps import METHODS
+from visionattn.overlays import OUTPUTS
 
-README = (CONFIGS.parent / "README.md").read_text()
-SECTIONS = {section.split("\n")[0]: section for section in README.split("\n## ")}
+ROOT = CONFIGS.parent
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "data/README.md"),
+    *(
+        str(path.relative_to(ROOT))
+        for folder in ("visionattn", "configs")
+        for path in sorted((ROOT / folder).glob("*/README.md"))
+    ),
+]
+TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 ELSEWHERE = {
     "python -m pip install": ".ci/run installs it, and test_package.py builds the wheel",
     "--devices 2": "tests/commands/test_overlay.py: all of 'Overlays of folders'",
@@ -44,18 +57,15 @@ SMALLER = {"vit_small_patch16_224": "test_vit", "resnet50": "test_resnet"}
 
 
 def commands():
-    """Every command of an indented block, in order; its lines joined and its comment taken off."""
-    for title, section in SECTIONS.items():
-        if title == "Overlays of folders":
-            continue
-        block = "\n".join(line[4:] for line in section.split("\n") if line.startswith("    "))
+    """Every command of an indented block, in order: (page, command), its lines joined and its comment taken off."""
+    for page, text in TEXTS.items():
+        if page == "visionattn/overlays/README.md":
+            continue  # tests/commands/test_overlay.py runs those
+        lines = re.sub(r"```.*?```", "", text, flags=re.S).split("\n")
+        block = "\n".join(line[4:] for line in lines if line.startswith("    "))
         for line in block.replace("\\\n", "").split("\n"):
             if re.match(r"(visionattn|python|torchrun|srun|pipx) ", line):
-                yield shlex.join(shlex.split(line, comments=True))
-
-
-def code():
-    return re.findall(r"```python\n(.*?)```", README, re.S)
+                yield page, shlex.join(shlex.split(line, comments=True))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +108,7 @@ def fit(*arguments):
 def prepare(words):
     """Make the runs that a command goes on from, where none before it has."""
     for name, configs in {
+        "quickstart": ["quickstart.yaml"],
         "vit-dense": ["vit/dense.yaml"],
         "bccd-dense": ["detection/bccd_dense.yaml"],
         "cluttered_60": ["glimpse/cluttered_60.yaml"],
@@ -110,8 +121,8 @@ def prepare(words):
             fit(*(f"--config=configs/{config}" for config in configs), *root)
 
 
-@pytest.mark.parametrize("command", list(commands()))
-def test_a_command_does_what_it_says(command, reader, capfd):
+@pytest.mark.parametrize(("page", "command"), list(dict.fromkeys(commands())))
+def test_a_command_does_what_it_says(page, command, reader, capfd):
     reason = [where for part, where in ELSEWHERE.items() if part in command]
     if reason:
         for place in re.findall(r"[\w./]+\.py", reason[0]):
@@ -141,11 +152,66 @@ def test_a_command_does_what_it_says(command, reader, capfd):
         assert Path(words[words.index("--out") + 1]).exists()
 
 
-def test_the_code_runs(reader):
-    """All blocks one after the other, names carried over as in a notebook."""
-    prepare("runs/cluttered_60/ runs/detection-digits/")
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```python" in text])
+def test_the_code_runs(page, reader):
+    """All blocks of a page one after the other, names carried over as in a notebook."""
+    prepare("runs/cluttered_60/ runs/detection-digits/ runs/quickstart/")
     names = {}
-    for block in code():
-        exec(compile(block, "README.md", "exec"), names)
-    assert len(names["maps"].boxes) == len(names["maps"].heatmaps)
-    assert all(Path(name).exists() for name in ("seen.html", "path.png", "gaze.webp"))
+    for block in re.findall(r"```python\n(.*?)```", TEXTS[page], re.S):
+        exec(compile(block, page, "exec"), names)
+    code = re.sub(r"#.*", "", "\n".join(re.findall(r"```python\n(.*?)```", TEXTS[page], re.S)))
+    for file in re.findall(r'write_\w+\("([\w.]+)"|\.save\("([\w.]+)"\)', code):
+        assert Path("".join(file)).exists()
+
+
+def anchors(text):
+    """The anchors that a page's headings have on GitHub."""
+    return {
+        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+        for line in text.split("\n")
+        if line[:1] == "#"
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors((target / "README.md" if target.is_dir() else target).read_text()), link
+    assert not re.findall(r"\]\[(?!cli\])", re.sub(r"```.*?```", "", TEXTS[page], flags=re.S))
+
+
+def rows(page, heading):
+    """The cells of the first table after a line of a page."""
+    lines = TEXTS[page].split(heading, 1)[1].split("\n")
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    for line in lines[first + 2 :]:
+        if not line.startswith("|"):
+            return
+        yield [cell.strip().strip("`") for cell in line.strip("|").split("|")]
+
+
+def test_the_table_of_methods_is_what_the_methods_say():
+    table = [row[:3] for row in rows("visionattn/maps/README.md", "## Methods")]
+    assert table == [[name, method.needs, method.cost] for name, method in METHODS.items()]
+
+
+def test_the_table_of_outputs_is_what_the_outputs_say():
+    table = list(rows("visionattn/overlays/README.md", "`--save` takes these kinds"))
+    assert table == [[name, kind.help] for name, kind in OUTPUTS.items()]
+
+
+def test_the_table_of_verbs_names_every_verb_and_its_module():
+    named = {}
+    for verbs, _, files in rows("visionattn/commands/README.md", "visionattn --help"):
+        for verb in re.findall(r"[\w-]+", verbs.replace("data check", "data")):
+            named[verb] = files.split(".py")[0]
+    assert named == {verb: module.rpartition(".")[2] for verb, (module, _) in _VERBS.items()}
+
+
+def test_the_first_page_is_one_page():
+    assert len(TEXTS["README.md"].splitlines()) <= 125

@@ -1,4 +1,4 @@
-"""Signals end what runs, at a moment at which nothing is lost."""
+"""Signals end the process at a safe moment."""
 
 import signal
 import subprocess
@@ -12,7 +12,7 @@ BOTH = (signal.SIGTERM, signal.SIGINT)
 
 
 @pytest.mark.parametrize("number", BOTH)
-def test_a_process_ends_with_128_and_the_number_after_its_last_words(number):
+def test_a_signalled_process_exits_with_128_plus_the_signal_after_finally(number):
     code = f"""
 import signal
 from visionattn import signals
@@ -28,7 +28,7 @@ print("never reached")
     assert ended.stdout == "last words\n"
 
 
-def test_the_first_signal_waits_while_it_is_held_and_a_second_one_does_not():
+def test_a_held_signal_is_stored_and_a_second_one_raises():
     with signals.watched():
         signals.hold()
         assert signals.received() is None
@@ -43,7 +43,7 @@ def test_the_first_signal_waits_while_it_is_held_and_a_second_one_does_not():
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_handlers_are_as_they_were_afterwards():
+def test_handlers_are_restored():
     before = [signal.getsignal(number) for number in BOTH]
     with signals.watched():
         assert [signal.getsignal(number) for number in BOTH] != before

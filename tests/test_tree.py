@@ -5,6 +5,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,8 @@ def fits(name, stems):
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_every_module_has_its_test(module):
-    assert (TESTS / module.parent / f"test_{module.name}").is_file()
+    test = TESTS / module.parent / f"test_{module.name}"
+    assert test.is_file(), f"visionattn/{module} has no test; write {test.relative_to(TESTS.parent)}"
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if file.name.startswith("test_")], ids=str)
@@ -96,3 +99,37 @@ def test_no_imports_run_in_a_circle():
     graph = {module: imports_of(module) for module in MODULES}
     assert sum(map(len, graph.values())) > 300  # the imports are really found
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_other_packages_are_imported_by_their_public_lists(module):
+    home = module.parts[0]
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("visionattn."):
+            package, *deeper = node.module.split(".")[1:]
+            if package != home and (PACKAGE / package / "__init__.pyi").exists():
+                names = {alias.name for alias in node.names}
+                assert not deeper, f"{node.module} is private to {package}: import from visionattn.{package}"
+                assert names <= face_of(Path(package)).keys(), f"put {names} into {package}/__init__.pyi"
+
+
+@pytest.mark.parametrize(
+    ("modules", "forbidden"),
+    [
+        ("drawing data.placement data.annotations overlays.outputs cli", "torch lightning albumentations"),
+        ("attention capture maps evaluation", "lightning albumentations"),
+        ("data", "lightning.pytorch.cli"),
+    ],
+)
+def test_packages_load_nothing_that_they_may_not_import(modules, forbidden):
+    """In a fresh process, with every module of the packages loaded: what stands behind public lists counts too."""
+    code = (
+        "import importlib, pkgutil, sys\n"
+        f"for name in {[f'visionattn.{module}' for module in modules.split()]}:\n"
+        "    home = importlib.import_module(name)\n"
+        "    for info in pkgutil.walk_packages(getattr(home, '__path__', []), name + '.'):\n"
+        "        importlib.import_module(info.name)\n"
+        f"print(*[name for name in {forbidden.split()} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

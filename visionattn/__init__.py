@@ -2,13 +2,13 @@
 
     import visionattn as va
 
-    va.overlay(model, "cat.jpg")      the picture that shows where a model looked
-    va.heatmap(model, "cat.jpg")      the same with its numbers
-    va.explore(model, ["cat.jpg"])    a page to explore it: patches, heads, layers, methods and how far to believe them
-    va.insert(model, mechanism)       put a mechanism into a model
-    va.load("best.ckpt")              the task of a run, whose `network` is the model
+    va.overlay(model, "cat.jpg")      draw where a model looked, as a PIL image
+    va.heatmap(model, "cat.jpg")      the heatmap with its numbers: values, prediction, peak
+    va.explore(model, ["cat.jpg"])    a page to explore patches, heads, layers and methods, with their scores
+    va.insert(model, mechanism)       insert an attention mechanism into a model
+    va.load("best.ckpt")              load the task of a run, whose `network` is the model
 
-The names and the packages are imported when they are first used; `import visionattn` itself costs nothing.
+Names and sub-packages are imported on first use, so `import visionattn` itself costs almost nothing.
 """
 
 import lazy_loader

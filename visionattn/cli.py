@@ -1,4 +1,4 @@
-"""The command line: `visionattn VERB …`. The module of a verb is imported when the verb is called."""
+"""The command line: `visionattn VERB …`. A verb's module is imported when the verb is called."""
 
 import importlib
 import os
@@ -8,28 +8,36 @@ from collections.abc import Sequence
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.signals import Stopped, watched
 
-# verb → its module, and what the verb does. Each module has `parser(verb)`, which builds the verb's ArgumentParser, and
-# `run(arguments)`, which runs the verb.
+# verb → (module, one-line description). Each module has `parser(verb)`, which builds the verb's ArgumentParser, and
+# `run(arguments)`, which runs the verb and returns the exit code.
 _VERBS = {
     "fit": ("visionattn.commands.train", "train from a YAML config"),
     "validate": ("visionattn.commands.train", "score a checkpoint on the validation images"),
     "test": ("visionattn.commands.train", "score a checkpoint on the test images and write a report with overlays"),
-    "predict": ("visionattn.commands.train", "write the classes of images with their probabilities"),
+    "predict": ("visionattn.commands.train", "write the predicted classes or boxes of images"),
     "data": ("visionattn.commands.data", "check a data set: visionattn data check PATH"),
     "overlay": ("visionattn.commands.overlay", "write overlays of where a model looked in images"),
-    "explore": ("visionattn.commands.explore", "make a page to explore where a model looks in images"),
+    "explore": ("visionattn.commands.explore", "write a page to explore where a model looks in images"),
     "score": ("visionattn.commands.score", "measure whether to believe a method's heatmaps"),
-    "push": ("visionattn.commands.push", "put a model on the Hugging Face hub"),
-    "completion": ("visionattn.commands.completion", "print what a shell needs to complete verbs and options"),
-    "export": ("visionattn.commands.export", "make one file of a model: weights, or a graph with its heatmap"),
+    "push": ("visionattn.commands.push", "upload a model to the Hugging Face hub"),
+    "completion": ("visionattn.commands.completion", "print a shell's completion script"),
+    "export": ("visionattn.commands.export", "write a model into one file: weights, or a graph with its heatmap"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; return the exit code: 0, 1 for data that cannot be used, 2 for a wrong call; 130 or 143 where
-    Ctrl-C or SIGTERM ended it."""
-    # OpenMP's threads wait for each other by spinning for milliseconds. Where others share the cores that made a step
-    # of the quickstart 6 times as long (214 ms for 34), and nothing faster elsewhere. Read when torch is imported.
+    """Run one verb of the command line.
+
+    Args:
+        arguments: the verb and its options. Default: `sys.argv[1:]`.
+
+    Returns:
+        The exit code: 0 for success, 1 for data that cannot be used, 2 for a wrong call, 130 after Ctrl-C, 143 after
+        SIGTERM.
+    """
+    # OpenMP's threads spin for milliseconds while they wait for each other. When other processes used the same cores,
+    # this made a training step of the quickstart 6 times as long (214 ms instead of 34 ms). Long spinning made nothing
+    # faster in other cases. The variable, which limits it, must be set before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -60,9 +68,9 @@ def _run(arguments: list[str]) -> int:
     if verb not in _VERBS:
         raise UsageError(f"visionattn has no verb {verb!r}.{nearest(verb, _VERBS)} See visionattn --help.")
     module = importlib.import_module(_VERBS[verb][0])
-    if verb == "completion":  # the only verb that needs to know the others
-        return module.run(arguments, _VERBS)
-    return module.run(arguments)
+    if verb == "completion":  # the only verb that needs the parsers of the others
+        return int(module.run(arguments, _VERBS))
+    return int(module.run(arguments))
 
 
 def _help() -> str:

@@ -1,11 +1,14 @@
-"""What a user did that cannot work, told in one sentence: what, where, and what to do."""
+"""The two errors that users see, and the warning about doubtful heatmaps.
+
+A message is one sentence. It says what is wrong, where, and what to do.
+"""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """A wrong name, flag or pairing; the command line ends with exit code 2."""
+    """A wrong name, argument or combination; the command line ends with exit code 2."""
 
 
 class DataError(ValueError):
@@ -13,16 +16,26 @@ class DataError(ValueError):
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """Say which of `names` come nearest to a mistyped `name`: `" Nearest: a, b."`, or `""` where none is near."""
+    """Suggest the names most similar to a mistyped one, as the end of an error message.
+
+    Args:
+        name: the mistyped name.
+        names: the valid names.
+        count: largest number of suggestions.
+
+    Returns:
+        `" Nearest: a, b."`, or `""` if no name is similar.
+    """
     close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
     return f" Nearest: {', '.join(close)}." if close else ""
 
 
 class MapWarning(UserWarning):
-    """A heatmap was made, but there is a reason to doubt it."""
+    """A heatmap was computed, but there is a reason to doubt it."""
 
 
 def warn(message: str) -> None:
+    """Emit a MapWarning that points at the caller of the method."""
     import warnings
 
     warnings.warn(message, MapWarning, stacklevel=4)

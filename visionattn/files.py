@@ -1,4 +1,4 @@
-"""File names that a terminal can print, and files that are never half written."""
+"""Printable file names, and atomic writes: a file is replaced as a whole or not at all."""
 
 import contextlib
 import hashlib
@@ -17,43 +17,46 @@ _LONGEST_NAME = 255  # bytes, on every common file system
 
 
 def printable(name: AnyPath) -> str:
-    """Return a file name as a terminal can show it: bytes that are no text, and control characters, become �."""
+    """Return a file name that a terminal can show: control characters, and bytes that are not valid text, become �."""
     spaced = (" " if unicodedata.category(letter) == "Zs" else letter for letter in os.fsdecode(name))
     return "".join(letter if letter.isprintable() else "�" for letter in spaced)
 
 
 def write_file(path: AnyPath, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file so that its name always belongs to a whole one, the earlier or the new; see `Replacement`.
+    """Write a file atomically: at any moment its name refers to the earlier file or to the complete new file.
+
+    See `Replacement`.
 
     Args:
-        path: in a folder that exists.
+        path: path of the file; its folder must exist.
         content: the bytes, or a function that writes them into the open file.
 
     Raises:
-        DataError: the file cannot be written; the earlier one is whole, and nothing is left beside it.
+        DataError: the file cannot be written. The earlier file is unchanged and the temporary file is removed.
     """
     new = Replacement(path)
     try:
         new.write(content)
         new.commit()
-    except BaseException:  # Ctrl-C too leaves nothing beside the file
+    except BaseException:  # remove the temporary file after Ctrl-C too
         new.discard()
         raise
 
 
 class Replacement:
-    """A file that is written beside its place and takes its name when it is whole.
+    """A file that is written under a temporary name, then renamed to its final name.
 
-    It is called `.part.NAME` until then. `commit` waits until the content is on the disk, renames the file, and waits
-    until the new name is on the disk too. So a kill, a full disk or a power cut leaves the earlier file or the new one.
-    What a killed process left is replaced by the next one that writes the same file.
+    The temporary name is `.part.NAME` in the same folder. `commit` waits until the content is on disk, renames the
+    file, and waits until the new name is on disk too. So after a kill, a full disk or a power cut the path holds either
+    the earlier file or the new file. If a killed process left a temporary file, the next process that writes the same
+    file replaces it.
 
     Attributes:
-        path: the place of the file.
-        part: where it is written.
+        path: the final, absolute path.
+        part: the temporary path.
 
     Args:
-        path: in a folder that exists.
+        path: the final path; its folder must exist.
     """
 
     def __init__(self, path: AnyPath) -> None:
@@ -66,14 +69,17 @@ class Replacement:
         self._inode: int | None = None
 
     def write(self, content: bytes | Callable[[BinaryIO], object]) -> None:
-        """Write the content beside the place.
+        """Write the content into the temporary file.
+
+        Args:
+            content: the bytes, or a function that writes them into the open file.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: the file cannot be written.
         """
         with _named(self.path):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.part)  # it may be a link that leads elsewhere
+                os.unlink(self.part)  # a file of this name may be a link to a file elsewhere
             with open(self.part, "xb") as file:
                 self._inode = os.fstat(file.fileno()).st_ino
                 if callable(content):
@@ -82,15 +88,15 @@ class Replacement:
                     file.write(content)
 
     def commit(self) -> None:
-        """Wait until the content is on the disk, then give the file its name and the earlier file's permissions.
+        """Wait until the content is on disk, then rename the file; it gets the earlier file's permissions.
 
         Raises:
-            DataError: this is not possible, or another process has begun to write the same file.
+            DataError: the file cannot be renamed, or another process has begun to write the same file.
         """
         with _named(self.path):
             with open(self.part, "rb+") as file:
                 if self._inode not in (None, os.fstat(file.fileno()).st_ino):
-                    raise OSError("another process writes it")
+                    raise OSError("another process is writing the same file")
                 os.fsync(file.fileno())
             with contextlib.suppress(FileNotFoundError):
                 os.chmod(self.part, stat.S_IMODE(os.stat(self.path).st_mode))
@@ -98,14 +104,14 @@ class Replacement:
         _sync_folder(os.path.dirname(self.path))
 
     def discard(self) -> None:
-        """Remove what was written beside the place."""
+        """Remove the temporary file."""
         with contextlib.suppress(OSError):
             os.unlink(self.part)
 
 
 @contextlib.contextmanager
 def _named(path: str) -> Iterator[None]:
-    """Turn an operating system's error into one that names the file."""
+    """Turn an operating system's error into a DataError that names the file."""
     try:
         yield
     except Exception as error:
@@ -116,15 +122,15 @@ def _named(path: str) -> Iterator[None]:
 
 
 def _os_error(error: Exception) -> OSError | None:
-    """Find the operating system's error behind another: torch.save reports a full disk as a RuntimeError."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OSError):
-        seen = seen.__context__
-    return seen
+    """Find the operating system's error that caused another: torch.save reports a full disk as a RuntimeError."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause
 
 
 def _sync_folder(folder: str) -> None:
-    """Wait until a folder's names are on the disk, on systems that can be asked for that."""
+    """Wait until the names in a folder are on disk. Do nothing on systems that cannot open a folder."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

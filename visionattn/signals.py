@@ -1,7 +1,8 @@
-"""Ending at a signal with nothing lost: SIGTERM, which a cluster sends, is treated as Ctrl-C is.
+"""Stop cleanly at a signal: SIGTERM, which clusters send, is handled like Ctrl-C.
 
-A signal raises `Stopped`, which ends the process with 128 + its number after every `finally` has run. Between `hold`
-and `release` the first one waits to be asked for by `received`, so that a step is never left half done.
+A signal raises `Stopped`. The process ends with the exit code 128 + signal number, after every `finally` has run.
+Between `hold` and `release` the first signal is stored instead, and `received` returns it, so that it does not
+interrupt a training step.
 """
 
 import contextlib
@@ -15,7 +16,11 @@ _SIGNALS = (TERMINATE, signal.SIGINT)
 
 
 class Stopped(SystemExit):
-    """The process was told to end."""
+    """A signal asked the process to end.
+
+    Attributes:
+        signal: the signal.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -29,8 +34,8 @@ class _State:
 
 @contextlib.contextmanager
 def watched() -> Iterator[None]:
-    """Raise `Stopped` at a signal; on leaving, handlers are as they were."""
-    if threading.current_thread() is not threading.main_thread():  # signals come to the main thread only
+    """Raise `Stopped` at a signal inside the `with` block; on exit, restore the earlier handlers."""
+    if threading.current_thread() is not threading.main_thread():  # Python runs handlers in the main thread only
         yield
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -44,29 +49,29 @@ def watched() -> Iterator[None]:
 
 
 def install() -> None:
-    """Take the signals; again, where a library has taken them meanwhile."""
+    """Set the signal handlers; also sets them again after a library has replaced them."""
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, _handle)
 
 
 def hold() -> None:
-    """Let the next signal wait."""
+    """Store the next signal instead of raising `Stopped`."""
     _State.held = True
 
 
 def release() -> None:
-    """Signals raise again; one that waits is dropped."""
+    """Let signals raise `Stopped` again, and drop a stored one."""
     _State.held, _State.received = False, None
 
 
 def received() -> int | None:
-    """The signal that waits."""
+    """Return the number of the stored signal, or None."""
     return _State.received
 
 
 def leave_to_parent() -> None:
-    """In a worker process: Ctrl-C is for the parent, which then ends its workers."""
+    """Set the handlers of a worker process: ignore Ctrl-C, since the parent handles it and then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -74,5 +79,5 @@ def leave_to_parent() -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     if _State.held and _State.received is None:
         _State.received = number
-    else:  # at once; a second one always
+    else:  # a second signal is never held
         raise Stopped(number)

@@ -1,5 +1,6 @@
-"""Every mechanism under the one interface, and how the tests build them."""
+"""All mechanisms with the common interface, and helpers to build them."""
 
+import inspect
 import math
 from functools import partial
 
@@ -7,20 +8,22 @@ import torch
 
 from visionattn import attention
 
+OTHERS = "AttentionGate", "AttentionHead", "AttentionPool"
+"""Soft attention with an interface of its own; so have the scores of pooling."""
+
 MECHANISMS = {
-    name: getattr(attention, name)
-    for name in (
-        "SE", "EffectiveSE", "ECA", "CircularECA", "WideECA", "GCT", "FcaNet", "GatherExcite", "LSKA",
-        "CoordinateAttention", "SimpleCoordinateAttention", "ELA", "StripAttention", "CBAM", "LightCBAM", "BAM",
-        "SimAM", "TripletAttention", "EMA", "GlobalContext", "GlobalContextGate", "DoubleAttention", "Lambda",
-        "NonLocal", "DualAttention", "BottleneckAttention", "HaloAttention", "BilinearAttention", "SelectiveKernel",
-        "SplitAttention",
-    )
-}  # fmt: skip
+    name: kind
+    for name in attention.__all__
+    if isinstance(kind := getattr(attention, name), type)
+    and kind.__module__.startswith("visionattn.attention.soft.")
+    and "channels" in inspect.signature(kind).parameters
+    and name not in OTHERS
+    and not name.endswith("Score")
+}
 
 
 def seeded(mechanism, channels, **options):
-    """A mechanism in float64 and evaluation mode whose every weight and statistic is random."""
+    """Make a mechanism in float64 and evaluation mode with random weights and statistics."""
     torch.manual_seed(0)
     return stirred(mechanism(channels, **options)).double().eval()
 
@@ -34,7 +37,7 @@ def stirred(module):
 
 
 def weights(module):
-    """The weights by their names inside timm's module, or ours."""
+    """Return the weights by their names inside timm's module, or inside the mechanism."""
     return {name.removeprefix("attention."): tensor for name, tensor in module.state_dict().items()}
 
 
@@ -43,7 +46,7 @@ def sigmoid(value):
 
 
 def normalised(value, w, name):
-    """Batch normalisation with what it has seen."""
+    """Apply batch normalisation with the running statistics."""
     value = (value - w[f"{name}.running_mean"]) / (w[f"{name}.running_var"] + 1e-5).sqrt()
     return value * w[f"{name}.weight"] + w[f"{name}.bias"]
 

@@ -1,4 +1,4 @@
-"""What is put into a network trains under data parallelism: two processes learn as one does from all images."""
+"""Test inserted attention under data parallelism: two processes train like one process with all images."""
 
 import copy
 
@@ -36,7 +36,7 @@ def step(model, images, labels):
 
 
 def one_of_two(rank, meeting_place):
-    """What each process does and asserts; a failure in it is one of the test."""
+    """Run one of the two processes; a failed assertion in it fails the test."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=2)
     images, labels = models.pictures(batch=4), torch.tensor([0, 3, 6, 3])
@@ -50,9 +50,9 @@ def one_of_two(rank, meeting_place):
         for name, value in bare.state_dict().items():
             close(value, alone.state_dict()[name], atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
         moved = {name for name, value in alone.state_dict().items() if not torch.equal(value, before[name])}
-        assert moved == set(dict(alone.named_parameters()))  # every γ among them
+        assert moved == set(dict(alone.named_parameters()))  # including every γ
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_learn_as_one(tmp_path):
+def test_two_processes_train_like_one(tmp_path):
     torch.multiprocessing.spawn(one_of_two, (tmp_path / "meeting_place",), nprocs=2)

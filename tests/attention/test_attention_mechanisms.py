@@ -1,4 +1,4 @@
-"""What every mechanism must satisfy, on every shape that users have."""
+"""Test every mechanism on every usual shape: layout, gradients, weights, capture, compilation, export."""
 
 import math
 import warnings
@@ -9,14 +9,14 @@ from torch import nn
 
 from tests.attention.mechanisms import MECHANISMS, stirred
 from visionattn.attention import AttentionGate, SplitAttention
-from visionattn.capture import Nothing, capture
+from visionattn.capture import NoWeights, capture
 from visionattn.maps import Gate
 
 every = pytest.mark.parametrize("mechanism", MECHANISMS.values(), ids=MECHANISMS)
 SHAPES = [(1, 1, 2, 3), (2, 7, 5, 9), (1, 16, 8, 8), (3, 8, 14, 6)]
 
 
-SHIFTS = {"attention.conv_attn.bias"}  # of all scores alike before a softmax: its gradient is zero but for rounding
+SHIFTS = {"attention.conv_attn.bias"}  # a bias shared by all scores of a softmax has a gradient of zero, up to rounding
 
 
 def make(mechanism, channels):
@@ -29,7 +29,7 @@ def make(mechanism, channels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shape_dtype_and_layout_are_kept_and_gradients_are_finite(mechanism, shape, dtype):
     if mechanism is SplitAttention and shape[1] % 2:
-        with pytest.raises(ValueError, match=rf"shares out .* radix=2 .*; {shape[1]} channels do not divide"):
+        with pytest.raises(ValueError, match=rf"radix ≥ 2 and a multiple of it as channels, .*=2 and {shape[1]}"):
             mechanism(shape[1])
         return
     module = make(mechanism, shape[1]).to(dtype)
@@ -43,7 +43,7 @@ def test_shape_dtype_and_layout_are_kept_and_gradients_are_finite(mechanism, sha
 
 
 @every
-def test_one_module_takes_any_size_and_layout(mechanism):
+def test_one_module_accepts_any_size_and_layout(mechanism):
     module = make(mechanism, 8).eval()
     for size in ((16, 16), (5, 9), (7, 7), (1, 4), (4, 1), (1, 1)):
         x = torch.randn(2, 8, *size)
@@ -55,7 +55,7 @@ def test_one_module_takes_any_size_and_layout(mechanism):
 
 
 @every
-def test_images_of_a_batch_do_not_touch_each_other(mechanism):
+def test_images_of_a_batch_are_independent(mechanism):
     module = make(mechanism, 8).eval()
     x = torch.randn(3, 8, 6, 4)
     with torch.no_grad():
@@ -63,8 +63,8 @@ def test_images_of_a_batch_do_not_touch_each_other(mechanism):
 
 
 @every
-def test_every_parameter_learns(mechanism):
-    module = make(mechanism, 64)  # wide enough that no bottleneck is all below zero
+def test_every_parameter_has_a_gradient(mechanism):
+    module = make(mechanism, 64)  # wide enough that no ReLU bottleneck is entirely 0
     module(torch.randn(8, 64, 6, 5, requires_grad=True)).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
@@ -72,7 +72,7 @@ def test_every_parameter_learns(mechanism):
 
 
 @every
-def test_weights_load_strictly_into_another(mechanism):
+def test_weights_load_strictly_into_another_instance(mechanism):
     first, second = make(mechanism, 8).eval(), mechanism(8).eval()
     second.load_state_dict(first.state_dict())
     x = torch.randn(2, 8, 5, 6)
@@ -81,12 +81,12 @@ def test_weights_load_strictly_into_another(mechanism):
 
 
 @pytest.mark.parametrize("mechanism", [m for name, m in MECHANISMS.items() if name != "BilinearAttention"])
-def test_it_is_seen_to_attend_and_runs_as_it_always_does(mechanism):
+def test_mechanism_is_captured_without_changing_its_output(mechanism):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), make(mechanism, 8)).eval()
     images = torch.randn(2, 3, 16, 24)
     with torch.no_grad():
         plain = model(images)
-        with capture(model, Nothing()) as records:
+        with capture(model, NoWeights()) as records:
             watched = model(images)
     assert torch.equal(plain, watched)
     assert len(records) > 0
@@ -99,7 +99,7 @@ def product(x, gates):
     return x * math.prod(gates)
 
 
-APPLIED = {  # what the gates that are seen do to the input
+APPLIED = {  # apply the captured gates to the input
     **dict.fromkeys(
         ("SE", "EffectiveSE", "ECA", "CircularECA", "WideECA", "GCT", "FcaNet", "GlobalContextGate"), product
     ),
@@ -113,10 +113,10 @@ APPLIED = {  # what the gates that are seen do to the input
 
 @pytest.mark.parametrize("name", APPLIED)
 @pytest.mark.parametrize("size", [(7, 10), (8, 8)])
-def test_the_gates_that_are_seen_make_the_output(name, size):
+def test_captured_gates_reproduce_the_output(name, size):
     module = make(MECHANISMS[name], 16).eval()
     x = torch.randn(2, 16, *size)
-    with torch.no_grad(), capture(module, Nothing()) as records:
+    with torch.no_grad(), capture(module, NoWeights()) as records:
         out = module(x)
     gates = [record.weights for record in records.gates]
     torch.testing.assert_close(APPLIED[name](x, gates), out, atol=1e-5, rtol=1e-4)
@@ -138,13 +138,13 @@ def compiles_in_one_graph(module, backend, *others):
 
 
 @every
-def test_it_compiles_in_one_graph(mechanism):
+def test_mechanism_compiles_in_one_graph(mechanism):
     compiles_in_one_graph(make(mechanism, 8).eval(), "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_all_compile_with_inductor():
+def test_all_mechanisms_compile_with_inductor():
     for mechanism in MECHANISMS.values():
         compiles_in_one_graph(make(mechanism, 8).eval(), "inductor")
     gate = make(lambda channels: AttentionGate(channels, 4), 8).eval()
@@ -152,8 +152,8 @@ def test_all_compile_with_inductor():
 
 
 @every
-def test_it_exports(mechanism):
-    """For any number of images."""
+def test_mechanism_exports(mechanism):
+    """The exported graph accepts any number of images."""
     module = make(mechanism, 8).eval()
     shapes = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(module, (torch.randn(2, 8, 6, 5),), dynamic_shapes=shapes).module()
@@ -164,7 +164,7 @@ def test_it_exports(mechanism):
 
 
 class Beside(nn.Module):
-    """Every mechanism on the same input; one export of all takes as long as two of one."""
+    """Apply every mechanism to the same input; one export of all takes as long as two exports of one."""
 
     def __init__(self):
         super().__init__()
@@ -174,13 +174,13 @@ class Beside(nn.Module):
         return tuple(part(x) for part in self.parts)
 
 
-def test_onnxruntime_gives_the_same_for_all(tmp_path):
+def test_onnxruntime_matches_for_all_mechanisms(tmp_path):
     import onnxruntime
 
     module, x = Beside().eval(), torch.randn(2, 8, 6, 5)
     file = tmp_path / "mechanisms.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own
+        warnings.simplefilter("ignore")  # the exporter's own warning
         torch.onnx.export(module, (x,), file, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     outs = session.run(None, {session.get_inputs()[0].name: x.numpy()})

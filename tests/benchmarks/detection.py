@@ -44,7 +44,7 @@ from tests.shapes import NAMES, Shapes
 from visionattn.evaluation.box_scores import mass_ratio
 from visionattn.maps.boxes import ODAM, QuerySampling
 from visionattn.models import DenseDetector, FeaturePyramid, QueryDetector, TorchvisionDetector
-from visionattn.tasks.coco_metrics import coco_figures
+from visionattn.tasks.coco_metrics import compute_coco_metrics
 from visionattn.training import load
 from visionattn.training.data_of import data_of
 
@@ -140,7 +140,7 @@ def score(detector, data):
         some = [data[n] for n in range(start, min(len(data), start + 50))]
         found += detector(torch.stack([sample["image"] for sample in some]))
         truth += some
-    return coco_figures(found, truth)[0]
+    return compute_coco_metrics(found, truth)[0]
 
 
 def mass(detector, method, data, count=64):
@@ -222,7 +222,7 @@ def timed(figures, found, truth):
 
 
 def ours(found, truth):
-    return list(coco_figures(found, truth)[0].values())
+    return list(compute_coco_metrics(found, truth)[0].values())
 
 
 def eval_speed(rounds=3):

@@ -33,7 +33,7 @@ from rich.console import Console
 
 from visionattn.data.decode import read_image
 from visionattn.data.placement import Preprocess
-from visionattn.overlays.explainer import View
+from visionattn.overlays.explainer import Explainer
 from visionattn.overlays.folder.export import export
 
 GOALS = {
@@ -81,7 +81,7 @@ def export_rate(model, size, folder):
     """Images/s of a whole run, first batch and closing of the manifest included; the model was surveyed before."""
     paths = sorted(folder.iterdir())
     with tempfile.TemporaryDirectory() as out:
-        view = View(model, Preprocess(size, crop_fraction=0.875 if size[0] == size[1] else 1.0))
+        view = Explainer(model, Preprocess(size, crop_fraction=0.875 if size[0] == size[1] else 1.0))
         quiet = Console(quiet=True)
         export(paths[:BATCH], f"{out}/warm", view, console=quiet)
         started = time.perf_counter()
@@ -163,7 +163,7 @@ def peak_megabytes(count, folder):
         paths = sorted(folder.iterdir())
         for number in range(count):
             os.link(paths[number % len(paths)], Path(place) / "in" / f"{number:04}.jpg")
-        view = View(model, Preprocess(224, crop_fraction=0.875))
+        view = Explainer(model, Preprocess(224, crop_fraction=0.875))
         export([Path(place) / "in"], Path(place) / "out", view, console=Console(quiet=True))
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024

@@ -1,9 +1,9 @@
-"""Where networks with and without soft attention look, side by side on the same pictures.
+"""Show where networks with and without soft attention look, side by side on the same pictures.
 
     python tests/benchmarks/soft_overlays.py --out sheet.jpg --images PICTURE … --runs runs/soft-none-0/0 …
 
-A row a picture: the picture, Grad-CAM of every run's last block, and the last gate over positions of those that have
-one. Each with the run's answer, ticked where it is the name of the picture's folder.
+Each row shows one picture, Grad-CAM at the last block of every run, and the last gate over positions of the runs that
+have one. Below each heatmap is the class that the run predicts, with a tick if it is the name of the picture's folder.
 """
 
 import argparse

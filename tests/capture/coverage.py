@@ -1,9 +1,9 @@
-"""Which models' attention is captured: the table in COVERAGE.md, made by
+"""The table of models whose attention is captured, COVERAGE.md. Write it by
 
     python -m tests.capture.coverage
 
-One small member of every timm family that attends, smaller still where only its size differs, and models of torchvision
-and transformers. Weights are random: where attention lies does not depend on them.
+The table has one small model of every timm family with attention, with fewer channels and blocks where possible, and
+models of torchvision and transformers. Weights are random, since the positions of attention do not depend on them.
 """
 
 import warnings
@@ -15,12 +15,12 @@ import timm
 import torch
 import torchvision
 
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 from visionattn.errors import UsageError
 
 TABLE = Path(__file__).with_name("COVERAGE.md")
 
-MEMBERS = {  # timm family: member, image size where not its own, and what makes it smaller
+MEMBERS = {  # timm family: model, image size if not the default, and options that make it smaller
     "beit": ("beit_base_patch16_224", None, {"depth": 2}),
     "byoanet": ("halonet_h1", None, {}),
     "byobnet": ("gcresnet33ts", 128, {}),
@@ -127,7 +127,7 @@ NOT_ATTENDING = frozenset(  # no member has attention over positions, channels o
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """A row of the table."""
 
     family: str
     member: str
@@ -163,14 +163,14 @@ OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
 
 
 def look_at_family(family: str) -> Row:
-    """Capture a timm family's member."""
+    """Capture the model of a timm family."""
     member, size, options = MEMBERS[family]
     model = timm.create_model(member, **options)
     return look(family, member, model, size or model.default_cfg["input_size"][-1])
 
 
 def look_at_other(title: str) -> Row:
-    """Capture a model that is not timm's."""
+    """Capture a model of another library."""
     make, size = OTHERS[title]
     model = make()
     return look(title, type(model).__name__, model, size)
@@ -185,7 +185,7 @@ def look(family: str, member: str, model: torch.nn.Module, size: int) -> Row:
         warnings.simplefilter("ignore")
         expected = model(images)
         try:
-            with capture(model, Full()) as records:
+            with capture(model, FullAttention()) as records:
                 found = model(images)
         except UsageError as error:
             return Row(family, member, 0, 0, "", 0.0, True, str(error).partition(" (")[2].partition("); methods")[0])
@@ -193,9 +193,7 @@ def look(family: str, member: str, model: torch.nn.Module, size: int) -> Row:
     error = max((float((r.weights.sum(-1) - 1).abs().max()) for r in records.attention), default=0.0)
     grids = list(dict.fromkeys("×".join(map(str, record.grid)) for record in records.attention))
     reasons = list(dict.fromkeys((records.unlabelled | records.other).values()))
-    reasons += (
-        [f"{len(records.missed)} modules look like attention and were not seen to attend"] if records.missed else []
-    )
+    reasons += [f"{len(records.missed)} modules look like attention but did not attend"] if records.missed else []
     same = torch.equal(expected, found)
     return Row(
         family, member, len(records.attention), len(records.gates), ", ".join(grids), error, same, "; ".join(reasons)

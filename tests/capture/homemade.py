@@ -1,10 +1,10 @@
-"""Models that attend in ways of their own."""
+"""Models with unusual attention."""
 
 from torch import nn
 
 
 class Own(nn.Module):
-    """Attention by exp and a sum: nothing of it can be heard."""
+    """Attention by exp and a sum, which no capture can record."""
 
     def __init__(self):
         super().__init__()

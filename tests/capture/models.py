@@ -1,4 +1,4 @@
-"""Small models whose attention is far from uniform, their attention by hand, and what watching may not touch."""
+"""Small models whose attention is far from uniform, their attention by hand, and the state that captures must keep."""
 
 import copy
 import functools
@@ -29,7 +29,7 @@ def stirred(model, seed=0):
 
 
 def made_once(make):
-    """Hand out copies of what is made once for given options."""
+    """Cache the result of a function by its options, and return copies."""
     made = {}
 
     @functools.wraps(make)
@@ -90,7 +90,7 @@ def pictures(size=64, batch=2, seed=1, dtype=torch.float32):
 
 
 def unfused(model, images):
-    """A timm ViT's attention (B, heads, N, N) of every block, by timm's own path without fusion, and its output."""
+    """Return a timm ViT's attention (B, heads, N, N) of every block, by timm's own unfused path, and its output."""
     model, seen = copy.deepcopy(model), []
     for block in model.blocks:
         block.attn.fused_attn = False
@@ -99,14 +99,14 @@ def unfused(model, images):
 
 
 def with_gradients(model, images, score):
-    """As `unfused`, with the gradient of `score(output)` by the attention: (A, ∂y/∂A) of every block, in float64."""
+    """Return (A, ∂y/∂A) of every block in float64: as `unfused`, with the gradient of `score(output)` by attention."""
     seen, output = unfused(model, images)
     gradients = torch.autograd.grad(score(output).sum(), seen)
     return [(a.detach().double(), g.double()) for a, g in zip(seen, gradients, strict=True)]
 
 
 def softmax_by_hand(query, key, *, bias=None, scale=None, causal=False):
-    """The equation, one query at a time: (B, H, Q, D), (B, G, K, D) → (B, H, Q, K)."""
+    """Compute the equation one query at a time: (B, H, Q, D), (B, G, K, D) → (B, H, Q, K)."""
     batch, heads, queries, width = query.shape
     groups = heads // key.shape[1]
     out = torch.zeros(batch, heads, queries, key.shape[2], dtype=torch.float64)
@@ -130,14 +130,14 @@ def softmax_by_hand(query, key, *, bias=None, scale=None, causal=False):
 
 
 def kept(model, images, keep, **options):
-    """Records of attention of one call without gradients."""
+    """Return the records of attention of one call without gradients."""
     with torch.no_grad(), capture(model, keep, **options) as records:
         model(images)
     return records.attention
 
 
 def cells_of_windows(size, window, shift):
-    """Which cell each token of each window is: roll the picture of cell numbers, cut it into windows; naively."""
+    """Return the cell of each token of each window: roll the image of cell numbers, and cut it into windows."""
     windows = []
     for top in range(0, size, window):
         for left in range(0, size, window):
@@ -152,7 +152,7 @@ def cells_of_windows(size, window, shift):
 
 
 def state_of(model):
-    """All that watching could disturb: of the model, and of torch."""
+    """Return all state of the model and of torch that a capture could change."""
     hooks = [
         (name, kind, len(getattr(module, kind)))
         for name, module in model.named_modules()

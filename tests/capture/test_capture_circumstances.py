@@ -1,4 +1,4 @@
-"""Models are watched frozen, in every gradient mode and precision, compiled, in parallel, and in part."""
+"""Captures of frozen, compiled, parallel and partial models, in every gradient mode and precision."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.capture import models
 from tests.capture.models import FAMILIES, kept
-from visionattn.capture import Full, HeadMean, capture
+from visionattn.capture import FullAttention, HeadMean, capture
 from visionattn.maps import GradientAttention, RawAttention, Rollout
 
 close = torch.testing.assert_close
@@ -15,11 +15,11 @@ close = torch.testing.assert_close
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("family", ["vit", "torchvision vit", "swin"])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_it_works_frozen_and_in_every_gradient_mode(context, family, frozen):
+def test_capture_works_on_frozen_models_and_in_every_gradient_mode(context, family, frozen):
     make, size = FAMILIES[family]
     model, images = make().requires_grad_(not frozen), models.pictures(size)
-    reference = kept(model, images, Full())
-    with context(), capture(model, Full()) as records:
+    reference = kept(model, images, FullAttention())
+    with context(), capture(model, FullAttention()) as records:
         out = model(images)
     assert out.requires_grad == (not frozen and context is torch.enable_grad)
     for record, expected in zip(records, reference, strict=True):
@@ -28,7 +28,7 @@ def test_it_works_frozen_and_in_every_gradient_mode(context, family, frozen):
 
 
 @pytest.mark.parametrize("family", ["vit", "torchvision vit", "swin"])
-def test_it_works_in_bfloat16(family):
+def test_capture_works_in_bfloat16(family):
     make, size = FAMILIES[family]
     model, images = make(), models.pictures(size)
     expected = kept(model, images, HeadMean())
@@ -38,7 +38,7 @@ def test_it_works_in_bfloat16(family):
         close(record.weights, reference.weights, atol=0.1, rtol=0)
 
 
-def test_it_works_under_autocast():
+def test_capture_works_under_autocast():
     model, images = models.vit(), models.pictures()
     expected = kept(model, images, HeadMean())
     with torch.autocast("cpu", torch.bfloat16):
@@ -49,12 +49,12 @@ def test_it_works_under_autocast():
 
 
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile", "a block", "a function"])
-def test_compiled_models_are_watched(how):
+def test_capture_works_on_compiled_models(how):
     import torch._dynamo
 
     torch._dynamo.reset()
     model, images = models.vit(depth=2), models.pictures()
-    expected = kept(model, images, Full())
+    expected = kept(model, images, FullAttention())
     compiled = model
     if how == "torch.compile":
         compiled = torch.compile(model, backend="eager")
@@ -65,8 +65,8 @@ def test_compiled_models_are_watched(how):
     else:
         model.blocks[1].attn.forward = torch.compile(model.blocks[1].attn.forward, backend="eager")
     with torch.no_grad():
-        plain = compiled(images)  # compiled before it is watched
-        found = kept(compiled, images, Full())
+        plain = compiled(images)  # compiled before the capture
+        found = kept(compiled, images, FullAttention())
         assert len(found) == 2
         for record, reference in zip(found, expected, strict=True):
             close(record.weights, reference.weights, atol=1e-5, rtol=0)
@@ -75,7 +75,7 @@ def test_compiled_models_are_watched(how):
 
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_code_is_used_again_after_capture(how, backend):
+def test_compiled_code_runs_again_after_capture(how, backend):
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -91,7 +91,7 @@ def test_compiled_code_is_used_again_after_capture(how, backend):
         return run
 
     model, images = models.vit(depth=2), models.pictures()
-    expected = kept(model, images, Full())
+    expected = kept(model, images, FullAttention())
     compiled = model
     if how == "torch.compile":
         compiled = torch.compile(model, backend=counted)
@@ -102,39 +102,39 @@ def test_compiled_code_is_used_again_after_capture(how, backend):
         plain = compiled(images)
         graphs, each = stats["unique_graphs"], len(runs)
         assert each > 0
-        found = kept(compiled, images, Full())
+        found = kept(compiled, images, FullAttention())
         assert len(found) == len(expected) == 2
         for record, reference in zip(found, expected, strict=True):
             close(record.weights, reference.weights, atol=1e-5, rtol=0)
-        assert len(runs) == each  # while it is watched, nothing compiled runs
+        assert len(runs) == each  # compiled code does not run during a capture
         with torch.compiler.set_stance("fail_on_recompile"):
             assert torch.equal(compiled(images), plain)
     assert len(runs) == 2 * each
     assert stats["unique_graphs"] == graphs
 
 
-def test_data_parallel_models_are_watched():
+def test_capture_works_on_data_parallel_models():
     model, images = models.vit(depth=2), models.pictures()
-    assert len(kept(nn.DataParallel(model), images, Full())) == 2
+    assert len(kept(nn.DataParallel(model), images, FullAttention())) == 2
 
 
-def test_a_part_of_a_model_can_be_watched():
+def test_capture_works_on_a_part_of_a_model():
     model, images = models.vit(), models.pictures()
     net = nn.Sequential(model, nn.Linear(7, 2))
-    records = kept(net, images, Full())
+    records = kept(net, images, FullAttention())
     assert [record.name for record in records] == [f"0.blocks.{i}.attn" for i in range(3)]
-    with torch.no_grad(), capture(model, Full()) as inner:
+    with torch.no_grad(), capture(model, FullAttention()) as inner:
         net(images)
     close(inner[0].weights, records[0].weights)
     assert inner[0].name == "blocks.0.attn"
 
 
 @pytest.mark.parametrize("make", [models.vit, models.torchvision_vit, models.swin])
-def test_captures_inside_each_other_hear_the_model_alike(make):
+def test_nested_captures_record_the_same(make):
     model = make()
     images = models.pictures(32 if make is models.swin else 64)
-    alone = kept(model, images, Full())
-    with torch.no_grad(), capture(model, Full()) as outer, capture(model, HeadMean()) as inner:
+    alone = kept(model, images, FullAttention())
+    with torch.no_grad(), capture(model, FullAttention()) as outer, capture(model, HeadMean()) as inner:
         model(images)
     assert outer.unlabelled == inner.unlabelled == {}
     for record, mean, one in zip(outer.attention, inner.attention, alone, strict=True):
@@ -142,7 +142,7 @@ def test_captures_inside_each_other_hear_the_model_alike(make):
         close(mean.weights, one.weights.mean(2), atol=1e-6, rtol=0)
 
 
-def test_methods_inside_a_capture_are_heard_and_not_disturbed():
+def test_methods_inside_a_capture_are_recorded_and_not_disturbed():
     model, images = models.vit(), models.pictures()
     methods = RawAttention(), Rollout(), GradientAttention()
     expected = [method(model, images).raw for method in methods]

@@ -1,4 +1,4 @@
-"""Models are watched inside data-parallel training in two processes, each of which records its own images."""
+"""Captures inside data-parallel training in two processes, each of which records its own images."""
 
 import copy
 import os
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.capture import models
 from tests.capture.models import kept
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 
 close = torch.testing.assert_close
 
@@ -25,23 +25,23 @@ def assert_same_records(found, expected):
 
 
 def one_of_two(rank, meeting_place):
-    """What each process does and asserts; a failure in it is one of the test."""
+    """Run and assert in one of the two processes; a failure there fails the test."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=2)
     images, labels = models.pictures(batch=4), torch.tensor([0, 3, 6, 3])
     mine = slice(2 * rank, 2 * rank + 2)
     bare = models.vit(depth=2).train()
-    expected, alone = kept(bare, images[mine], Full()), copy.deepcopy(bare)
+    expected, alone = kept(bare, images[mine], FullAttention()), copy.deepcopy(bare)
     model = DistributedDataParallel(bare)
     before = models.state_of(bare)
-    assert_same_records(kept(model, images[mine], Full()), expected)
+    assert_same_records(kept(model, images[mine], FullAttention()), expected)
     models.assert_same_state(before, models.state_of(bare))
 
     nn.functional.cross_entropy(alone(images), labels).backward()
-    for watched in (False, True):  # a step after it was watched, and one while it is
+    for watched in (False, True):  # one step after a capture, and one during it
         model.zero_grad()
         if watched:
-            with capture(model, Full()) as records:
+            with capture(model, FullAttention()) as records:
                 out = model(images[mine])
             assert_same_records(records, expected)
         else:
@@ -62,7 +62,7 @@ import sys
 import lightning
 import torch
 from tests.capture import models
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 
 class Task(lightning.LightningModule):
     def __init__(self):
@@ -73,7 +73,7 @@ class Task(lightning.LightningModule):
         return self.network(batch).square().mean()
 
     def validation_step(self, batch, index):
-        with capture(self.network, Full()) as records:
+        with capture(self.network, FullAttention()) as records:
             self.network(batch)
         weights = {record.name: record.weights for record in records}
         torch.save(weights, f"{sys.argv[1]}/{self.global_rank} {index}.pt")
@@ -91,7 +91,7 @@ trainer.fit(Task(), pictures, pictures)
 """
 
 
-def test_a_network_is_watched_in_the_validation_step_of_lightnings_ddp(tmp_path):
+def test_capture_works_in_the_validation_step_of_lightnings_ddp(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
@@ -100,10 +100,10 @@ def test_a_network_is_watched_in_the_validation_step_of_lightnings_ddp(tmp_path)
         command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120, check=False
     )
     assert run.returncode == 0, run.stderr
-    expected = kept(models.vit(depth=2), models.pictures(batch=4), Full())
+    expected = kept(models.vit(depth=2), models.pictures(batch=4), FullAttention())
     assert len(list(tmp_path.glob("*.pt"))) == 4
     for rank in range(2):
-        for step in range(2):  # the sampler deals images out in turn
+        for step in range(2):  # the sampler alternates images between processes
             found = torch.load(tmp_path / f"{rank} {step}.pt")
             assert list(found) == [record.name for record in expected]
             for record in expected:

@@ -1,4 +1,4 @@
-"""Every family that attends gives records, or a reason. The table: `python -m tests.capture.coverage`."""
+"""Captures of every family with attention give records or a reason. The table: `python -m tests.capture.coverage`."""
 
 import re
 
@@ -7,10 +7,10 @@ import timm
 import torch
 
 from tests.capture import coverage, models
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 from visionattn.errors import UsageError
 
-QUICK = {  # family: (model, its options, image size, grids of its attention, whether windows are met)
+QUICK = {  # family: (model, its options, image size, grids of its attention, whether it has windows)
     "vision_transformer": ("test_vit", {}, 160, {(10, 10)}, False),
     "eva": ("eva02_tiny_patch14_224", {"depth": 1, "img_size": 56}, 56, {(4, 4)}, False),
     "beit": (
@@ -55,7 +55,7 @@ def test_a_member_of_the_family_gives_rows_that_sum_to_one(family):
     images = models.pictures(size)
     with torch.no_grad():
         expected = model(images)
-        with capture(model, Full()) as records:
+        with capture(model, FullAttention()) as records:
             found = model(images)
     assert torch.equal(found, expected)
     assert records.attention
@@ -70,14 +70,14 @@ def test_a_member_of_the_family_gives_rows_that_sum_to_one(family):
 
 
 @pytest.mark.parametrize("family", GATES)
-def test_a_member_of_a_family_with_gates_gives_them(family):
+def test_a_member_of_a_family_with_gates_gives_records_of_gates(family):
     member, size = GATES[family]
     row = coverage.look(family, member, timm.create_model(member), size)
     assert row.covered
     assert row.gates > 0
 
 
-def test_attention_over_channels_is_a_named_reason_and_the_rest_is_recorded():
+def test_attention_over_channels_is_reported_and_the_rest_is_recorded():
     model = models.stirred(timm.create_model("xcit_nano_12_p16_224", depth=2, cls_attn_layers=1))
     row = coverage.look("xcit", "xcit_nano_12_p16_224", model, 64)
     assert row.covered
@@ -96,7 +96,7 @@ def _module_of(name):
     return timm.model_entrypoint(name).__module__
 
 
-def test_the_table_is_of_the_families_listed_and_meets_the_goal():
+def test_the_table_has_every_listed_family_and_meets_the_goal():
     text = coverage.TABLE.read_text()
     rows = re.findall(r"^\| (\w+) \| ", text, re.MULTILINE)
     assert set(coverage.MEMBERS) <= set(rows)
@@ -118,16 +118,16 @@ def test_every_family_gives_records_or_a_reason(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", coverage.OTHERS)
-def test_models_of_others_give_records(title):
+def test_models_of_other_libraries_give_records(title):
     row = coverage.look_at_other(title)
-    assert row.same or title == "torchvision ViT"  # whose fast path is switched off
+    assert row.same or title == "torchvision ViT"  # the fast path is off during a capture
     assert row.error <= 1e-4
     assert row.attention or row.gates
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(coverage.NOT_ATTENDING))
-def test_families_said_not_to_attend_do_not(family):
+def test_families_listed_as_without_attention_have_none(family):
     member = next(name for name in timm.list_models() if _module_of(name) == f"timm.models.{family}")
     model = timm.create_model(member).eval()
     size = model.default_cfg["input_size"][-1]

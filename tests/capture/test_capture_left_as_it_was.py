@@ -1,32 +1,34 @@
-"""The model does not know that it is watched: outputs, gradients, dropout, and all its state afterwards."""
+"""A capture changes neither outputs, gradients and dropout nor any state of the model."""
 
 import pytest
 import torch
 
 from tests.capture import models
 from tests.capture.models import FAMILIES, BrokenError
-from visionattn.capture import ClassRow, Full, HeadMean, Nothing, PatchRow, capture
+from visionattn.capture import ClassRow, FullAttention, HeadMean, NoWeights, PatchRow, capture
 
 close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("keep", [ClassRow(), Full(), Nothing(), PatchRow(0, 0)], ids=lambda k: type(k).__name__)
-def test_outputs_are_the_same_bit_for_bit_while_watched(family, keep):
+@pytest.mark.parametrize(
+    "keep", [ClassRow(), FullAttention(), NoWeights(), PatchRow(0, 0)], ids=lambda k: type(k).__name__
+)
+def test_outputs_are_equal_bit_for_bit_during_capture(family, keep):
     make, size = FAMILIES[family]
     model, images = make(), models.pictures(size)
     with torch.no_grad():
         expected = model(images)
         with capture(model, keep):
             found = model(images)
-    if family == "torchvision vit":  # its fast path, one opaque kernel, is switched off
+    if family == "torchvision vit":  # the fast path, one fused kernel, is off during a capture
         close(found, expected, atol=1e-5, rtol=0)
     else:
         assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_agree_to_rounding_where_the_head_mean_takes_the_place_of_the_fused_call(family):
+def test_outputs_agree_to_rounding_when_the_head_mean_replaces_the_fused_call(family):
     make, size = FAMILIES[family]
     model, images = make(), models.pictures(size)
     with torch.no_grad():
@@ -37,8 +39,8 @@ def test_outputs_agree_to_rounding_where_the_head_mean_takes_the_place_of_the_fu
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("keep", [Full(), HeadMean()], ids=["full", "head_mean"])
-def test_gradients_are_the_same_while_watched(family, keep):
+@pytest.mark.parametrize("keep", [FullAttention(), HeadMean()], ids=["full", "head_mean"])
+def test_gradients_are_equal_during_capture(family, keep):
     make, size = FAMILIES[family]
     model, images = make(), models.pictures(size)
     model(images).square().sum().backward()
@@ -51,7 +53,7 @@ def test_gradients_are_the_same_while_watched(family, keep):
             close(parameter.grad, expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_dropout_draws_the_same_numbers_while_watched():
+def test_dropout_draws_the_same_numbers_during_capture():
     model, images = models.vit(drop_rate=0.3, attn_drop_rate=0.3, drop_path_rate=0.3).train(), models.pictures()
     torch.manual_seed(5)
     expected = model(images)
@@ -64,7 +66,7 @@ def test_dropout_draws_the_same_numbers_while_watched():
 
 @pytest.mark.parametrize("ending", ["well", "in the model", "in the body", "in the survey"])
 @pytest.mark.parametrize("family", ["vit", "torchvision vit"])
-def test_all_is_as_before_afterwards(family, ending):
+def test_capture_restores_all_state(family, ending):
     make, size = FAMILIES[family]
     model, images = make(), models.pictures(size)
     model.train()
@@ -93,6 +95,6 @@ def test_all_is_as_before_afterwards(family, ending):
     assert not torch.is_inference_mode_enabled()
     if ending not in ("well", "in the body"):
         handle.remove()
-    with torch.no_grad(), capture(model) as records:  # and it can be watched again
+    with torch.no_grad(), capture(model) as records:  # a second capture works too
         model(images)
     assert len(records) == (3 if family == "vit" else 2)

@@ -1,4 +1,4 @@
-"""Threads watch at once, and none hears another."""
+"""Captures in several threads at the same time, each of which records only its own thread."""
 
 import threading
 
@@ -7,16 +7,16 @@ import torch.nn.functional as F
 
 from tests.capture import models
 from tests.capture.models import kept
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 from visionattn.maps import GradCAM
 
 close = torch.testing.assert_close
 
 
-def test_two_threads_watch_two_models_and_do_not_hear_each_other():
+def test_captures_in_two_threads_record_only_their_own_model():
     nets = [models.torchvision_vit(), models.torchvision_vit(), models.vit()]
     batches = [models.pictures(seed=seed) for seed in range(3)]
-    expected = [kept(net, images, Full()) for net, images in zip(nets, batches, strict=True)]
+    expected = [kept(net, images, FullAttention()) for net, images in zip(nets, batches, strict=True)]
     before = models.state_of(nets[0])
     barrier, found, errors = threading.Barrier(3), [[] for _ in nets], []
 
@@ -24,7 +24,7 @@ def test_two_threads_watch_two_models_and_do_not_hear_each_other():
         try:
             for _ in range(10):
                 barrier.wait(20)
-                found[place].append(kept(nets[place], batches[place], Full()))
+                found[place].append(kept(nets[place], batches[place], FullAttention()))
         except BaseException as error:
             errors.append(error)
             barrier.abort()
@@ -43,7 +43,7 @@ def test_two_threads_watch_two_models_and_do_not_hear_each_other():
     models.assert_same_state(before, models.state_of(nets[0]))
 
 
-def test_contexts_of_two_threads_that_overlap_leave_the_functions_of_torch_as_they_were():
+def test_overlapping_captures_of_two_threads_restore_the_functions_of_torch():
     originals = (F.scaled_dot_product_attention, F.softmax)
     before = torch.backends.mha.get_fastpath_enabled()
     model, images = models.torchvision_vit(), models.pictures()
@@ -75,7 +75,7 @@ def test_contexts_of_two_threads_that_overlap_leave_the_functions_of_torch_as_th
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
-def test_a_thread_that_does_not_watch_is_not_heard():
+def test_calls_in_a_thread_without_a_capture_are_not_recorded():
     model, images = models.vit(), models.pictures()
     with torch.no_grad(), capture(model) as records:
         thread = threading.Thread(target=lambda: model(images))
@@ -86,7 +86,7 @@ def test_a_thread_that_does_not_watch_is_not_heard():
     assert len(records) == 3
 
 
-def test_a_class_activation_map_does_not_touch_another_thread():
+def test_a_class_activation_map_does_not_affect_another_thread():
     model, images = models.vit(), models.pictures()
     expected = GradCAM(layer="blocks.1")(model, images).raw
     seen = []

@@ -9,14 +9,14 @@ from torch import nn
 
 from tests.capture import models
 from tests.capture.models import softmax_by_hand
-from visionattn.capture import Full, HeadMean, capture
+from visionattn.capture import FullAttention, HeadMean, capture
 from visionattn.maps import Rollout
 
 close = torch.testing.assert_close
 
 
 def by_hand_from_qkv(model, images):
-    """Weights of every block of a timm ViT from the output of its qkv layer."""
+    """Return the weights of every block of a timm ViT from the output of its qkv layer."""
     seen = []
     heads = model.blocks[0].attn.num_heads
 
@@ -35,7 +35,7 @@ def by_hand_from_qkv(model, images):
 
 def test_weights_of_a_fused_vit_are_softmax_of_queries_and_keys():
     model, images = models.vit(depth=2), models.pictures()
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
     assert [record.name for record in records] == ["blocks.0.attn", "blocks.1.attn"]
     for record, expected in zip(records, by_hand_from_qkv(model, images), strict=True):
@@ -61,7 +61,7 @@ def test_weights_of_a_fused_vit_are_softmax_of_queries_and_keys():
 def test_weights_of_a_fused_vit_are_those_of_timm_without_fusion(options):
     model = models.vit(**options)
     images = models.pictures(options.get("img_size", 64))
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
     with torch.no_grad():
         expected, _ = models.unfused(model, images)
@@ -73,7 +73,7 @@ def test_weights_of_a_fused_vit_are_those_of_timm_without_fusion(options):
 
 
 class Toy(nn.Module):
-    """Four patches a side, attention with whatever arguments."""
+    """Four patches a side, and attention with any arguments."""
 
     def __init__(self, heads=4, groups=None, bias=None, **arguments):
         super().__init__()
@@ -118,8 +118,8 @@ def random_mask(*shape, seed=3):
     ],
     ids=lambda value: "+".join(value) or "plain",
 )
-@pytest.mark.parametrize("keep", [Full(), HeadMean()], ids=["full", "head_mean"])
-def test_every_argument_of_the_fused_call_is_heeded(arguments, by_hand, keep):
+@pytest.mark.parametrize("keep", [FullAttention(), HeadMean()], ids=["full", "head_mean"])
+def test_every_argument_of_the_fused_call_is_used(arguments, by_hand, keep):
     torch.manual_seed(0)
     model, images = Toy(**arguments).eval(), models.pictures(32)
     bias = arguments.get("bias")
@@ -137,7 +137,7 @@ def test_every_argument_of_the_fused_call_is_heeded(arguments, by_hand, keep):
     close(out, expected_out, atol=1e-5, rtol=0)
 
 
-def test_positional_arguments_are_heeded():
+def test_positional_arguments_are_used():
     class Positional(Toy):
         def forward(self, images):
             x = self.embed(images).flatten(2).transpose(1, 2)
@@ -147,14 +147,14 @@ def test_positional_arguments_are_heeded():
 
     torch.manual_seed(0)
     model = Positional().eval()
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(models.pictures(32))
     expected = softmax_by_hand(*model.seen[-1], causal=True)
     close(records[0].weights[:, 0].double(), expected, atol=1e-5, rtol=0)
 
 
 class Masked(nn.Module):
-    """Attention of 4 × 4 patches under a mask, bias or types of one's own."""
+    """Attention of 4 × 4 patches with a given mask, bias or types."""
 
     def __init__(self, *, mask=None, value_type=torch.float32):
         super().__init__()
@@ -169,7 +169,7 @@ class Masked(nn.Module):
         return out.transpose(1, 2).flatten(2).mean(1)
 
 
-def test_arguments_by_name_are_read_as_those_by_place():
+def test_keyword_arguments_are_read_as_positional_ones():
     class ByName(Masked):
         def forward(self, x):
             tokens = self.embed(x).flatten(2).transpose(1, 2)
@@ -181,7 +181,7 @@ def test_arguments_by_name_are_read_as_those_by_place():
     by_place.load_state_dict(by_name.state_dict())
     images = models.pictures()
     with torch.no_grad():
-        for keep in (HeadMean(), Full()):
+        for keep in (HeadMean(), FullAttention()):
             with capture(by_name, keep) as found, capture(by_place, keep) as expected:
                 by_name(images), by_place(images)
             close(found[0].weights, expected[0].weights)
@@ -190,13 +190,13 @@ def test_arguments_by_name_are_read_as_those_by_place():
             close(alone[0].weights, found[0].weights, atol=1e-6, rtol=1e-5)
 
 
-def test_a_query_that_may_attend_to_nothing_gets_nothing():
+def test_a_query_whose_keys_are_all_masked_has_weights_of_zero():
     mask = torch.ones(16, 16, dtype=torch.bool)
     mask[3] = False
     model, images = Masked(mask=mask).eval(), models.pictures()
     with torch.no_grad():
         expected = model(images)
-        for keep in (HeadMean(), Full()):
+        for keep in (HeadMean(), FullAttention()):
             with capture(model, keep) as records:
                 out = model(images)
             close(out, expected, atol=1e-6, rtol=0)
@@ -205,7 +205,7 @@ def test_a_query_that_may_attend_to_nothing_gets_nothing():
             close(sums[..., 4:], torch.ones_like(sums[..., 4:]))
 
 
-def test_a_bias_alone_that_learns_keeps_its_gradient_under_capture():
+def test_a_learned_bias_keeps_its_gradient_during_capture():
     model, images = Masked(mask=torch.randn(16, 16)), models.pictures()
     model.embed.requires_grad_(False)
     model(images).sum().backward()
@@ -215,7 +215,7 @@ def test_a_bias_alone_that_learns_keeps_its_gradient_under_capture():
     close(model.mask.grad, expected)
 
 
-def test_values_of_another_type_than_queries_are_taken_as_the_model_takes_them():
+def test_values_may_have_another_type_than_queries():
     model, images = Masked(value_type=torch.bfloat16), models.pictures()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(images)

@@ -1,17 +1,17 @@
-"""Where a model attends by a softmax of its own, the weights recorded are the very ones it uses."""
+"""Recorded weights of models that compute their own softmax are the weights that these models use."""
 
 import pytest
 import torch
 from torch import nn
 
 from tests.capture import models
-from visionattn.capture import Full, PatchRow, capture
+from visionattn.capture import FullAttention, PatchRow, capture
 
 close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_weights_of_transformers_are_those_it_returns(implementation):
+def test_weights_of_transformers_models_equal_those_they_return(implementation):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=64
@@ -19,7 +19,7 @@ def test_weights_of_transformers_are_those_it_returns(implementation):
     config._attn_implementation = implementation
     model = models.stirred(transformers.ViTForImageClassification(config))
     images = models.pictures()
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -30,11 +30,11 @@ def test_weights_of_transformers_are_those_it_returns(implementation):
         assert (record.grid, record.num_prefix_tokens) == ((4, 4), 1)
 
 
-def test_eager_weights_are_the_very_ones_of_the_model():
+def test_eager_weights_equal_those_of_the_model():
     model, images = models.vit(), models.pictures()
     for block in model.blocks:
         block.attn.fused_attn = False
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
     with torch.no_grad():
         expected, _ = models.unfused(model, images)
@@ -42,7 +42,7 @@ def test_eager_weights_are_the_very_ones_of_the_model():
         assert torch.equal(record.weights[:, 0], weights)
 
 
-def test_what_is_kept_is_a_copy_of_what_was_asked_for_alone():
+def test_kept_weights_are_a_copy_of_the_selected_rows_only():
     class InPlace(nn.Module):
         def __init__(self):
             super().__init__()
@@ -55,7 +55,7 @@ def test_what_is_kept_is_a_copy_of_what_was_asked_for_alone():
             return weights @ tokens
 
     model, images = InPlace().eval(), models.pictures()
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
     torch.testing.assert_close(records[0].weights.sum(-1), torch.ones(2, 1, 1, 16))
     with torch.no_grad(), capture(model, PatchRow(1, 2)) as records:

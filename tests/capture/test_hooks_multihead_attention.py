@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention`, which hides its softmax or fused call, is heard all the same."""
+"""`nn.MultiheadAttention`, whose softmax or fused call is hidden inside one function, is recorded too."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from torch import nn
 
 from tests.capture import models
 from tests.capture.models import softmax_by_hand
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 
 close = torch.testing.assert_close
 
 
 def torchvision_by_hand(model, images):
-    """Weights of nn.MultiheadAttention from its own projections."""
+    """Return the weights of nn.MultiheadAttention from its own projections."""
     seen = []
 
     def keep(module, args):
@@ -31,10 +31,10 @@ def torchvision_by_hand(model, images):
 
 
 @pytest.mark.parametrize("mode", ["fast path", "with gradients", "training"])
-def test_weights_inside_multihead_attention_are_seen(mode):
+def test_weights_inside_multihead_attention_are_recorded(mode):
     model, images = models.torchvision_vit().train(mode == "training"), models.pictures()
     expected = torchvision_by_hand(model, images)
-    with torch.set_grad_enabled(mode != "fast path"), capture(model, Full()) as records:
+    with torch.set_grad_enabled(mode != "fast path"), capture(model, FullAttention()) as records:
         model(images)
     assert [record.name for record in records] == [f"encoder.layers.encoder_layer_{i}.self_attention" for i in range(2)]
     for record, weights in zip(records, expected, strict=True):
@@ -44,7 +44,7 @@ def test_weights_inside_multihead_attention_are_seen(mode):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_multihead_attention_records_what_it_would_return(batch_first, need_weights):
+def test_recorded_weights_equal_those_that_multihead_attention_returns(batch_first, need_weights):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -59,14 +59,14 @@ def test_multihead_attention_records_what_it_would_return(batch_first, need_weig
 
     torch.manual_seed(0)
     model, images = Net().eval(), models.pictures(32)
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
     with torch.no_grad():
         expected = model(images, need_weights=True)
     close(records["attention"].weights[:, 0], expected, atol=1e-6, rtol=0)
 
 
-def test_encoder_layer_with_its_nested_fast_path_is_seen():
+def test_an_encoder_layer_with_its_nested_fast_path_is_recorded():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -78,7 +78,7 @@ def test_encoder_layer_with_its_nested_fast_path_is_seen():
 
     torch.manual_seed(0)
     model = Net().eval()
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(models.pictures(32))
     assert [record.name for record in records] == ["layer.self_attn"]
     close(records[0].weights.sum(-1), torch.ones(2, 1, 2, 16))

@@ -1,4 +1,4 @@
-"""A capture that hears nothing says so."""
+"""Captures that record nothing raise an error."""
 
 import pytest
 from torch import nn
@@ -10,10 +10,10 @@ from visionattn.capture import capture
 from visionattn.errors import UsageError
 
 
-def test_a_model_that_attends_unheard_is_an_error_that_says_where():
+def test_attention_that_cannot_be_recorded_is_an_error_that_names_the_module():
     net = nn.Sequential()
     net.add_module("mine", HomemadeAttention())
-    with pytest.raises(UsageError, match="mine looks like attention and calls neither"), capture(net):
+    with pytest.raises(UsageError, match="mine looks like attention but calls neither"), capture(net):
         net(models.pictures(32))
 
 
@@ -24,7 +24,7 @@ def test_a_model_that_is_never_called_gives_no_error_and_no_records():
     assert records.calls == 0
 
 
-def test_an_exception_of_the_body_is_not_replaced_by_that_of_an_empty_capture():
+def test_an_exception_in_the_body_is_not_replaced_by_the_error_of_an_empty_capture():
     model = models.resnet()
     with pytest.raises(BrokenError), capture(model) as records:  # noqa: PT012 - the body is what is tested
         model(models.pictures())

@@ -1,4 +1,4 @@
-"""What cannot be recorded is told in a sentence, and everything is left as it was."""
+"""Errors of captures, which leave the model unchanged."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from visionattn.capture import capture
 from visionattn.errors import UsageError
 
 
-def test_capture_of_a_model_that_never_attends_is_an_error_and_no_empty_list():
+def test_capture_of_a_model_without_attention_is_an_error():
     model = models.resnet()
     with (
         pytest.raises(UsageError, match="nothing in this ResNet attends; methods that fit: gradcam"),
@@ -20,7 +20,7 @@ def test_capture_of_a_model_that_never_attends_is_an_error_and_no_empty_list():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
-def test_a_scripted_part_does_not_keep_the_rest_from_being_watched():
+def test_a_model_with_a_scripted_part_is_recorded():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -37,7 +37,7 @@ def test_a_scripted_part_does_not_keep_the_rest_from_being_watched():
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
-def test_a_wrong_layer_of_a_capture_names_the_nearest_and_leaves_all_as_it_was():
+def test_a_wrong_layer_of_a_capture_names_the_nearest_and_leaves_the_model_unchanged():
     model, images = models.vit(), models.pictures()
     before = models.state_of(model)
     with (
@@ -49,7 +49,7 @@ def test_a_wrong_layer_of_a_capture_names_the_nearest_and_leaves_all_as_it_was()
     models.assert_same_state(before, models.state_of(model))
 
 
-def test_a_record_asked_for_by_a_wrong_name_lists_the_nearest():
+def test_a_wrong_name_of_a_record_lists_the_nearest():
     model = models.vit()
     with torch.no_grad(), capture(model) as records:
         model(models.pictures())
@@ -62,6 +62,6 @@ def test_capture_of_an_empty_batch_gives_empty_weights_or_a_clear_error():
     with torch.no_grad(), capture(model) as records:
         assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 7)
     assert [record.weights.shape for record in records] == [(0, 1, 3, 17)] * 3
-    with torch.no_grad(), capture(model) as records:  # and nothing wrong is remembered
+    with torch.no_grad(), capture(model) as records:  # no wrong survey is cached
         model(models.pictures())
     assert [record.grid for record in records] == [(4, 4)] * 3

@@ -1,4 +1,4 @@
-"""Glimpses are recorded from outside."""
+"""Records of glimpses."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,29 +8,29 @@ import torch
 
 from tests.maps.glimpses import images, network
 from visionattn.attention import Gaussian, Retina
-from visionattn.capture import Nothing, capture
+from visionattn.capture import NoWeights, capture
 
 close = torch.testing.assert_close
 
 
-def test_a_record_holds_where_the_network_looked_and_what_each_scale_covered():
+def test_a_record_of_glimpses_holds_locations_and_boxes_of_each_scale():
     model, x = network(), images()
     with torch.no_grad(), capture(model) as records:
         out = model(x)
-        assert len(records) == 1  # told while the model is still watched
+        assert len(records) == 1  # records are readable during the capture
     with torch.no_grad():
-        rollout = model.rollout(x, look="mean")
+        rollout = model.rollout(x, locations="mean")
         close(out, model(x), rtol=0, atol=0)
     (record,) = records
     assert (record.name, record.kind, record.grid, record.call) == ("retina", "glimpse", (12, 15), 0)
     close(record.locations, rollout.location, rtol=0, atol=0)
     close(record.boxes, model.retina.boxes(rollout.location, (12, 15)), rtol=0, atol=0)
-    assert records.report() == "1 seen in 1 call of the model\n  retina: glimpse, 4 at 2 scales in 12×15 pixels"
+    assert records.report() == "1 record of 1 call of the model\n  retina: glimpse, 4 at 2 scales in 12×15 pixels"
 
 
 def test_calls_of_the_model_and_rollouts_are_kept_apart():
     model, x = network(), images()
-    with torch.no_grad(), capture(model, Nothing()) as records:
+    with torch.no_grad(), capture(model, NoWeights()) as records:
         model(x)
         model(images(9, 9))
         again = model.rollout(x, rollouts=3, num_glimpses=2)
@@ -41,29 +41,29 @@ def test_calls_of_the_model_and_rollouts_are_kept_apart():
     close(records[3].locations, other.location)
 
 
-def test_looks_of_other_networks_and_outside_of_capture_are_not_recorded():
+def test_glimpses_of_other_networks_and_outside_of_capture_are_not_recorded():
     model, other, x = network(), network(), images()
     plain = Retina.look
-    with torch.no_grad(), capture(model, Nothing()) as records:
+    with torch.no_grad(), capture(model, NoWeights()) as records:
         other(x)
-        with capture(other, Nothing()) as inner:
+        with capture(other, NoWeights()) as inner:
             model(x)
             other(x)
         other(x)
     model(x)
     assert (len(records), len(inner)) == (1, 1)
     assert Retina.look is plain
-    with pytest.raises(RuntimeError, match="enough"), capture(model, Nothing()):
+    with pytest.raises(RuntimeError, match="enough"), capture(model, NoWeights()):
         raise RuntimeError("enough")
     assert Retina.look is plain
     assert "look" not in vars(model.retina)
 
 
-def test_threads_that_watch_one_network_hear_their_own_looks():
+def test_threads_that_capture_one_network_record_their_own_glimpses():
     model, together = network(), threading.Barrier(2, timeout=60)
 
     def watch(x):
-        with torch.no_grad(), capture(model, Nothing()) as records:
+        with torch.no_grad(), capture(model, NoWeights()) as records:
             together.wait()
             model(x)
             together.wait()
@@ -75,9 +75,9 @@ def test_threads_that_watch_one_network_hear_their_own_looks():
     assert Retina.look.__module__ == Retina.__module__
 
 
-def test_gradients_reach_the_network_through_what_is_watched():
+def test_gradients_flow_through_captured_glimpses():
     model, x = network(subpixel=True, policy=lambda size: Gaussian(size, pathwise=True)), images()
-    with capture(model, Nothing()) as records:
+    with capture(model, NoWeights()) as records:
         model(x).square().sum().backward()
     assert model.policy.layers[-1].weight.grad.abs().sum() > 0
     assert not records[0].locations.requires_grad

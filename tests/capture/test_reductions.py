@@ -1,4 +1,4 @@
-"""What is kept of each call: all weights, head means, rows; of which layers and calls; piece by piece."""
+"""Reductions: all weights, head means and rows; of chosen layers and calls; piece by piece."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import torch
 
 from tests.capture import models
 from tests.capture.models import kept
-from visionattn.capture import ClassRow, Full, HeadMean, Nothing, PatchRow, capture
+from visionattn.capture import ClassRow, FullAttention, HeadMean, NoWeights, PatchRow, capture
 from visionattn.capture import reductions as keep
 from visionattn.capture.reductions import Call
 from visionattn.capture.token_layout import Site, Tokens
@@ -29,9 +29,9 @@ close = torch.testing.assert_close
     ],
     ids=["vit", "registers", "registers without class token", "torchvision", "swin", "pooled keys"],
 )
-def test_what_is_kept_agrees_with_slices_of_everything(make, size):
+def test_every_reduction_agrees_with_slices_of_the_full_attention(make, size):
     model, images = make(), models.pictures(size)
-    full = kept(model, images, Full())
+    full = kept(model, images, FullAttention())
     for record, mean in zip(full, kept(model, images, HeadMean()), strict=True):
         close(mean.weights, record.weights.mean(2), atol=1e-5, rtol=0)
     for record, row in zip(full, kept(model, images, ClassRow()), strict=True):
@@ -47,27 +47,27 @@ def test_what_is_kept_agrees_with_slices_of_everything(make, size):
         expected = torch.zeros_like(row.weights)
         expected[:, window] = record.weights[:, window, :, query]
         close(row.weights, expected, atol=1e-6, rtol=0)
-    assert all(record.weights is None for record in kept(model, images, Nothing()))
+    assert all(record.weights is None for record in kept(model, images, NoWeights()))
 
 
 def test_layers_may_be_chosen_by_place_and_by_name():
     model, images = models.vit(), models.pictures()
-    full = kept(model, images, Full())
-    some = kept(model, images, Full(), layers=[-1, "blocks.0"])
+    full = kept(model, images, FullAttention())
+    some = kept(model, images, FullAttention(), layers=[-1, "blocks.0"])
     assert [record.weights is None for record in some] == [False, True, False]
     close(some[0].weights, full[0].weights)
     close(some[2].weights, full[2].weights)
 
 
-def test_several_calls_add_up_and_are_told_apart():
+def test_records_of_several_calls_are_appended_and_numbered():
     model, images = models.vit(depth=2), models.pictures()
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
         model(images[:1])
     assert [record.call for record in records] == [0, 0, 1, 1]
     close(records[0].weights[:1], records[2].weights, atol=1e-6, rtol=0)
     assert records["blocks.1.attn"] is records[3]
-    assert records.report().startswith("4 seen in 2 calls")
+    assert records.report().startswith("4 records of 2 calls")
 
 
 TOKENS, DIM = 4, 5
@@ -75,7 +75,7 @@ ALL = TOKENS * TOKENS  # weights of one head
 
 
 def a_call(shape, bias, *, fused=True):
-    """A call of (images, windows, heads) and its weights by a loop over each of them, in float64."""
+    """Return a call of (images, windows, heads), and its weights by a loop over all of them, in float64."""
     _, windows, heads = shape
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(*shape, TOKENS, DIM, generator=draw) for _ in range(3))
@@ -98,7 +98,7 @@ def a_call(shape, bias, *, fused=True):
     return Call(site, query, key, value, added, 0.3), expected, value
 
 
-PIECES = {  # images, windows, heads; the limits, in heads: taken together, and at most; what pieces then hold
+PIECES = {  # images, windows, heads; both limits as numbers of heads; the sizes of the pieces
     "all at once": ((3, 5, 4), 60, 60, [(3, 5, 4)]),
     "heads split, the last piece smaller": ((1, 1, 5), 2, 2, [(1, 1, 2)] * 2 + [(1, 1, 1)]),
     "heads split, of every image and window": ((2, 2, 3), 1, 1, [(1, 1, 1)] * 12),
@@ -130,7 +130,7 @@ def test_pieces_are_the_weights_of_every_image_window_and_head_once(pieces, bias
     for piece, part in call.pieces(out):
         held.append(tuple(part.shape[:3]))
         seen[piece] += 1
-        found[piece] = part  # the buffer is used again
+        found[piece] = part  # the next piece overwrites the buffer
     assert held == sizes
     assert (seen == 1).all()
     close(found.double(), expected, atol=1e-6, rtol=0)
@@ -140,18 +140,20 @@ def test_pieces_are_the_weights_of_every_image_window_and_head_once(pieces, bias
 
 @pytest.mark.parametrize("pieces", PIECES, indirect=True)
 @pytest.mark.parametrize("fused", [True, False])
-def test_what_is_kept_does_not_depend_on_the_pieces(pieces, fused):
+def test_reductions_do_not_depend_on_the_pieces(pieces, fused):
     call, expected, _ = a_call(pieces[0], "of each", fused=fused)
     close(HeadMean()(call).double(), expected.mean(2), atol=1e-6, rtol=0)
-    close(ClassRow()(call).double(), expected.mean(3), atol=1e-6, rtol=0)  # no class token: what patches attend to
+    close(
+        ClassRow()(call).double(), expected.mean(3), atol=1e-6, rtol=0
+    )  # without a class token: the mean of the patches' rows
 
 
 @pytest.mark.parametrize("family", ["vit without class token", "swin"])
 @pytest.mark.parametrize("heads", [1, 5, 9])
-def test_small_pieces_of_whole_models_keep_the_same_and_leave_the_output(family, heads, monkeypatch):
+def test_small_pieces_give_the_same_weights_and_outputs_of_whole_models(family, heads, monkeypatch):
     model = models.swin() if family == "swin" else models.vit(class_token=False, global_pool="avg")
     images = models.pictures(32 if family == "swin" else 64, batch=3)
-    full = kept(model, images, Full())
+    full = kept(model, images, FullAttention())
     with torch.no_grad():
         expected = model(images)
     monkeypatch.setattr(keep, "_TOGETHER", heads * 16 * 16)

@@ -1,4 +1,4 @@
-"""What a survey finds: never silently empty, and made anew where the model has changed."""
+"""Test surveys, which find the attention in a model: gaps are reported, and a changed model is surveyed again."""
 
 import pytest
 import timm
@@ -9,11 +9,11 @@ from torch import nn
 from tests.capture import models
 from tests.capture.homemade import HomemadeAttention
 from tests.capture.models import kept
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 from visionattn.errors import UsageError
 
 
-def test_what_was_missed_is_named_beside_what_was_seen():
+def test_the_report_names_missed_modules_beside_the_records():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -27,22 +27,22 @@ def test_what_was_missed_is_named_beside_what_was_seen():
         net(models.pictures())
     assert records.missed == ["mine"]
     assert len(records) == 3
-    assert "1 look like attention and were not seen to attend\n  mine" in records.report()
+    assert "1 look like attention but did not attend\n  mine" in records.report()
     assert "  vit.blocks.0.attn: self, grid 4×4, 3 heads" in repr(records)
 
 
-def test_a_softmax_over_channels_is_named_and_is_not_taken_for_attention():
+def test_a_softmax_over_channels_is_reported_and_not_recorded_as_attention():
     model = models.stirred(timm.create_model("xcit_nano_12_p16_224", depth=1, cls_attn_layers=1))
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(models.pictures(64))
     assert [record.name for record in records.attention] == ["cls_attn_blocks.0.attn"]
     assert records.other == {"blocks.0.attn": "it attends over channels or learned tokens, not over positions"}
     assert "blocks.0.attn: it attends over channels" in records.report()
 
 
-def test_queries_and_keys_of_unknown_places_are_named():
+def test_attention_with_unknown_positions_is_reported():
     class Shuffled(nn.Module):
-        """Numpy hides where its tokens come from."""
+        """A detour through NumPy hides the positions of its tokens."""
 
         def __init__(self):
             super().__init__()
@@ -57,7 +57,7 @@ def test_queries_and_keys_of_unknown_places_are_named():
         net(models.pictures(32))
 
 
-def test_attention_that_appears_only_later_is_reported_and_then_surveyed():
+def test_attention_that_appears_after_the_survey_is_reported_and_surveyed_next_time():
     class Fickle(nn.Module):
         def __init__(self):
             super().__init__()
@@ -70,26 +70,26 @@ def test_attention_that_appears_only_later_is_reported_and_then_surveyed():
             return x.mean(1)
 
     model, images = Fickle(), models.pictures(32)
-    assert len(kept(model, images, Full())) == 1
+    assert len(kept(model, images, FullAttention())) == 1
     model.twice = True
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
     assert len(records) == 1
-    assert "not seen to attend when the model was surveyed" in records.report()
-    assert len(kept(model, images, Full())) == 2
+    assert "it did not attend in this way when the model was surveyed" in records.report()
+    assert len(kept(model, images, FullAttention())) == 2
 
 
-def test_tokens_that_are_dropped_by_chance_while_training_are_reported_and_put_nowhere():
+def test_randomly_dropped_tokens_in_training_are_reported_and_not_recorded():
     model, images = models.vit(patch_drop_rate=0.5), models.pictures()
-    assert len(kept(model, images, Full())) == 3
-    with pytest.raises(UsageError, match=r"blocks\.0\.attn now has 9 keys, and had 17"), capture(model.train()):
+    assert len(kept(model, images, FullAttention())) == 3
+    with pytest.raises(UsageError, match=r"blocks\.0\.attn has 9 keys, but it had 17"), capture(model.train()):
         model(images)
-    assert len(kept(model.eval(), images, Full())) == 3
+    assert len(kept(model.eval(), images, FullAttention())) == 3
 
 
-def test_another_image_size_is_surveyed_anew():
+def test_another_image_size_is_surveyed_again():
     model = models.vit(dynamic_img_size=True)
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(models.pictures(64))
         model(models.pictures((32, 96)))
     assert [record.grid for record in records] == [(4, 4)] * 3 + [(2, 6)] * 3

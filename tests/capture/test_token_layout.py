@@ -1,4 +1,4 @@
-"""Windows, shifted and dilated, are put back where they lie in the image."""
+"""Positions of shifted and dilated windows."""
 
 import pytest
 import timm
@@ -6,13 +6,13 @@ import torch
 import torchvision
 
 from tests.capture import models
-from visionattn.capture import ClassRow, Full, Nothing, capture
+from visionattn.capture import ClassRow, FullAttention, NoWeights, capture
 
 close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_shifted_windows_are_put_back_on_the_grid_pixel_by_pixel(fused):
+def test_tokens_of_shifted_windows_have_the_right_cells(fused):
     model, images = models.swin(), models.pictures(32)
     raw = []
     for stage in model.layers:
@@ -25,7 +25,7 @@ def test_shifted_windows_are_put_back_on_the_grid_pixel_by_pixel(fused):
         for block in stage.blocks:
             block.attn.fused_attn = fused
     expected = list(raw)
-    with torch.no_grad(), capture(model, Full()) as records, capture(model, ClassRow()) as means:
+    with torch.no_grad(), capture(model, FullAttention()) as records, capture(model, ClassRow()) as means:
         model(images)
     assert len(records) == 4
     for place, (size, shift) in enumerate([(8, 0), (8, 2), (4, 0), (4, 0)]):
@@ -36,7 +36,7 @@ def test_shifted_windows_are_put_back_on_the_grid_pixel_by_pixel(fused):
         weights = expected[place].reshape(2, len(windows), heads, 16, 16)
         grid = torch.zeros(2, size * size, size * size)  # from cell to cell of the image
         found = torch.zeros_like(grid)
-        received = torch.zeros(2, size, size)  # mean over a window's queries of what a cell is given
+        received = torch.zeros(2, size, size)  # mean over a window's queries of a cell's weights
         for b in range(2):
             for w, cells in enumerate(windows):
                 for i, query in enumerate(cells):
@@ -61,9 +61,9 @@ def test_shifted_windows_are_put_back_on_the_grid_pixel_by_pixel(fused):
     ],
     ids=["maxvit", "torchvision swin, padded"],
 )
-def test_windows_and_grids_of_others_cover_every_cell_once(make, size):
+def test_windows_and_grids_of_other_models_cover_every_cell_once(make, size):
     model = models.stirred(make())
-    with torch.no_grad(), capture(model, Full()) as records:
+    with torch.no_grad(), capture(model, FullAttention()) as records:
         model(models.pictures(size))
     assert records.attention
     for record in records.attention:
@@ -74,7 +74,7 @@ def test_windows_and_grids_of_others_cover_every_cell_once(make, size):
 
 def test_maxvit_attends_first_inside_windows_then_across_a_dilated_grid():
     model = models.stirred(timm.create_model("maxvit_tiny_tf_224", depths=(1,), embed_dim=(32,), stem_width=16))
-    with torch.no_grad(), capture(model, Nothing()) as records:
+    with torch.no_grad(), capture(model, NoWeights()) as records:
         model(models.pictures(224))
     block, grid = records.attention
     assert block.grid == grid.grid == (56, 56)

@@ -1,4 +1,4 @@
-"""Models that drop tokens by what an image shows: what is left is put back where it lies, image by image."""
+"""Positions of tokens in models that drop or merge tokens by what an image shows, image by image."""
 
 import functools
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.capture import models
 from tests.capture.models import kept, softmax_by_hand
-from visionattn.capture import ClassRow, Full, HeadMean, PatchRow, capture
+from visionattn.capture import ClassRow, FullAttention, HeadMean, PatchRow, capture
 from visionattn.capture import survey as sites
 from visionattn.capture import token_positions as positions
 from visionattn.errors import MapWarning, UsageError
@@ -83,13 +83,13 @@ class Prune(nn.Module):
         scores = patches[..., 0]
         chosen, self.picked = self.pick(patches, scores)
         parts = [x[:, : self.first], chosen]
-        if self.rest:  # as EViT does, a token made of all others
+        if self.rest:  # as in EViT, one token stands for all others
             parts.append((patches * scores.softmax(1)[..., None]).sum(1, keepdim=True))
         return torch.cat(parts, 1)
 
 
 class Pruning(nn.Module):
-    """4 × 6 patches, of which six go on behind the first layer, other ones in every image (after Liang et al. 2022,
+    """4 × 6 patches, of which six remain after the first layer, different ones in every image (after Liang et al. 2022,
     2202.07800)."""
 
     def __init__(self, pick=gather, *, class_token=True, rest=False):
@@ -127,11 +127,13 @@ def on_cells(values, picked):
 
 @pytest.mark.parametrize("pick", PICKS)
 @pytest.mark.parametrize("rest", [False, True], ids=["dropped", "fused"])
-def test_what_is_left_lies_where_it_lay_in_every_image(pick, rest):
+def test_remaining_tokens_keep_their_positions_in_every_image(pick, rest):
     model = pruning(PICKS[pick], rest=rest)
-    for seed in (1, 2):  # nothing is remembered of other images
+    for seed in (1, 2):  # no survey of other images is cached
         images = images_of(batch=3, seed=seed)
-        first, *_, last = kept(model, images, Full())  # between them, the weights of the token made of all others
+        first, *_, last = kept(
+            model, images, FullAttention()
+        )  # the weight between them is that of the token for all others
         picked = model.prune.picked
         assert len({tuple(cells) for cells in picked.sort().values.tolist()}) == 3
         assert (first.grid, last.grid) == ((4, 6), (4, 6))
@@ -146,7 +148,7 @@ def test_what_is_left_lies_where_it_lay_in_every_image(pick, rest):
         close(maps.raw.double(), on_cells(weights.mean(1)[:, 0, 1 : 1 + KEEP], picked).double(), atol=1e-5, rtol=0)
 
 
-def test_what_is_left_of_what_was_left_lies_where_it_lay():
+def test_tokens_that_remain_after_two_reductions_keep_their_positions():
     class Twice(Pruning):
         def __init__(self):
             super().__init__()
@@ -164,7 +166,7 @@ def test_what_is_left_of_what_was_left_lies_where_it_lay():
 
 
 def merge(x, scores):
-    """Every second token may be merged into the likest of the others (Bolya et al. 2023, 2210.09461); it lies there."""
+    """Merge some of every second token into the most similar of the others (Bolya et al. 2023, 2210.09461)."""
     source, target = x[:, ::2], x[:, 1::2]
     likeness, likest = (F.normalize(source, dim=2) @ F.normalize(target, dim=2).mT).max(2)
     order = likeness.argsort(descending=True)
@@ -176,15 +178,15 @@ def merge(x, scores):
     )
 
 
-def test_merged_tokens_lie_where_those_lay_that_they_were_merged_into():
+def test_merged_tokens_have_the_positions_of_the_tokens_they_were_merged_into():
     model = pruning(merge)
-    _, last = kept(model, images_of(batch=3), Full())
+    _, last = kept(model, images_of(batch=3), FullAttention())
     assert last.grid == (4, 6)
     assert last.keys.images(3)[:, 0].tolist() == [[-1, *cells] for cells in model.prune.picked.tolist()]
     assert last.keys.index_BWN is not None
 
 
-def test_where_whole_rows_and_columns_are_dropped_the_grid_is_still_that_of_the_image():
+def test_the_grid_is_that_of_the_image_when_whole_rows_and_columns_are_dropped():
     model = pruning()
     with torch.no_grad():  # scores are the brightness of the patch
         model.embed.weight[0], model.embed.bias[0] = 1, 0
@@ -217,7 +219,7 @@ METHODS = {
 
 @pytest.mark.parametrize("rest", [False, True], ids=["dropped", "fused"])
 @pytest.mark.parametrize("name", METHODS)
-def test_the_maps_of_a_batch_are_those_of_its_images(name, rest):
+def test_the_maps_of_a_batch_equal_the_maps_of_its_images(name, rest):
     model, images = pruning(rest=rest), images_of(batch=3)
     method = METHODS[name]()
     with torch.no_grad():
@@ -227,13 +229,13 @@ def test_the_maps_of_a_batch_are_those_of_its_images(name, rest):
     assert together.raw.shape == (3, 4, 6)
     for image, raw, cells in zip(images, together.raw, picked, strict=True):
         close(method(model, image[None], target=3).raw[0], raw, atol=1e-5, rtol=1e-3)
-        if name not in ("rollout", "grad_rollout", "chefer"):  # which read the first layer as well
+        if name not in ("rollout", "grad_rollout", "chefer"):  # which also use the first layer
             dropped = torch.ones(24, dtype=torch.bool)
             dropped[cells] = False
             assert not raw.flatten()[dropped].any()
 
 
-def test_rollout_passes_what_was_dropped_by():
+def test_rollout_gives_dropped_tokens_their_earlier_relevance():
     model, images = pruning(), images_of(batch=3)
     first, last = (record.weights[:, 0] for record in kept(model, images, HeadMean()))
     expected = torch.zeros(3, 24)
@@ -247,7 +249,7 @@ def test_rollout_passes_what_was_dropped_by():
     close(Rollout()(model, images).raw.flatten(1), expected, atol=1e-5, rtol=0)
 
 
-def test_without_a_class_token_rollout_starts_on_what_is_left():
+def test_without_a_class_token_rollout_starts_on_the_remaining_tokens():
     model, images = pruning(class_token=False), images_of(batch=3)
     first, last = (record.weights[:, 0] for record in kept(model, images, HeadMean()))
     expected = torch.zeros(3, 24)
@@ -259,9 +261,9 @@ def test_without_a_class_token_rollout_starts_on_what_is_left():
     close(Rollout()(model, images).raw.flatten(1), expected, atol=1e-5, rtol=0)
 
 
-def test_a_patch_that_is_left_in_one_image_only_shows_nothing_in_others():
+def test_a_patch_that_remains_in_one_image_only_has_zero_rows_in_the_others():
     model, images = pruning(), images_of(batch=3)
-    full = kept(model, images, Full())[1].weights[:, 0]
+    full = kept(model, images, FullAttention())[1].weights[:, 0]
     picked = model.prune.picked.tolist()
     cell = next(cell for cell in picked[1] if cell not in picked[0])
     row = kept(model, images, PatchRow(*divmod(cell, 6)))[1].weights[:, 0]
@@ -270,17 +272,17 @@ def test_a_patch_that_is_left_in_one_image_only_shows_nothing_in_others():
         close(row[b], expected, atol=1e-6, rtol=0)
 
 
-def test_watching_leaves_the_output_and_the_model_as_they_were():
+def test_capture_leaves_the_output_and_the_model_unchanged():
     model, images = pruning(rest=True), images_of(batch=3)
     before = models.state_of(model)
     with torch.no_grad():
         expected = model(images)
-        with capture(model, Full()):
+        with capture(model, FullAttention()):
             assert torch.equal(model(images), expected)
     models.assert_same_state(before, models.state_of(model))
 
 
-def test_a_fixed_choice_of_tokens_is_followed_and_remembered(monkeypatch):
+def test_a_fixed_choice_of_tokens_is_followed_and_cached(monkeypatch):
     class Fixed(Pruning):
         def __init__(self):
             super().__init__(self.by_order)
@@ -301,9 +303,9 @@ def test_a_fixed_choice_of_tokens_is_followed_and_remembered(monkeypatch):
     assert last.keys.index_WN.tolist() == [[-1, 5, 0, 7, 22, 23, 11]]
 
 
-def test_a_call_that_is_laid_out_otherwise_in_another_image_is_named():
+def test_a_call_whose_layout_differs_between_images_is_reported():
     class Fickle(Pruning):
-        """Attends over all tokens where the image is dark, and over six where it is bright."""
+        """Attends over all tokens of a dark image, and over six tokens of a bright one."""
 
         def forward(self, images):
             x = self.embed(images).flatten(2).mT
@@ -316,12 +318,12 @@ def test_a_call_that_is_laid_out_otherwise_in_another_image_is_named():
     model = models.stirred(Fickle(class_token=False))
     images = images_of(batch=2)
     images[0] += 9
-    message = "last: it attends otherwise in one image than in another"
+    message = "last: its attention differs between the images of a batch"
     with pytest.raises(UsageError, match=message), torch.no_grad(), capture(model):
         model(images)
 
 
-def test_a_function_that_cannot_be_followed_is_told():
+def test_a_function_that_cannot_be_followed_is_warned_of():
     x = torch.zeros(1, 2, 2)
     positions.cast(x, torch.zeros(1, 2, 2, dtype=torch.complex64))
 

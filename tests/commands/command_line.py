@@ -1,4 +1,4 @@
-"""The command line as the tests call it."""
+"""Helpers that call the command line."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Models whose graphs are exported, and images for them."""
+"""Models for exported graphs, and images for them."""
 
 import warnings
 
@@ -26,7 +26,7 @@ def images(count, size=64):
 
 def close(found, model, method, batch):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapWarning)  # of windows, and of random weights' constant maps
+        warnings.simplefilter("ignore", MapWarning)  # about windows, and constant maps of random weights
         maps = METHODS[method]()(model, batch)
     scores, heatmap = (torch.as_tensor(np.asarray(part)) for part in found)
     torch.testing.assert_close(scores, maps.output, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Scores, and a disk with little room."""
+"""Scores of one method and one control."""
 
 import numpy as np
 

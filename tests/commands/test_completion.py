@@ -1,4 +1,4 @@
-"""Completion, asked of the shells themselves."""
+"""Completion scripts, run by the shells themselves."""
 
 import shutil
 import subprocess
@@ -58,7 +58,7 @@ def test_a_shell_completes(shell, words, expected, scripts):
     assert sorted(ASK[shell](scripts, *words)) == sorted(expected)
 
 
-def test_zsh_takes_the_script(scripts):
+def test_the_script_of_zsh_is_valid(scripts):
     assert (scripts / "zsh").read_text().startswith("#compdef visionattn\n")
     if shutil.which("zsh"):
         subprocess.run(["zsh", "-n", scripts / "zsh"], check=True, capture_output=True)

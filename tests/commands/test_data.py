@@ -1,4 +1,4 @@
-"""`visionattn data`: what it counts, says and refuses."""
+"""`visionattn data`."""
 
 import os
 import subprocess
@@ -34,14 +34,14 @@ def test_every_bad_box_and_image_is_counted(tmp_path, capsys):
     assert "train  7 images, 3 without boxes; 9 good boxes: cat 4, dog 3, eel 2" in told
 
 
-def test_clean_data_ends_well(tmp_path, capsys):
+def test_clean_data_has_no_problems(tmp_path, capsys):
     assert main(["data", "check", str(voc(tmp_path))]) == 0
     assert "no problems" in capsys.readouterr().out
     assert main(["data", "check", str(tmp_path / "nothing")]) == 1
     assert "there is no folder" in capsys.readouterr().err
 
 
-def test_names_that_no_terminal_can_show_are_told(tmp_path):
+def test_names_that_a_terminal_cannot_show_are_escaped(tmp_path):
     root = yolo(tmp_path / "data")
     (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [çat, dog, eel]\n", encoding="utf-8")
     (root / "images" / "train" / "train_2.png").rename(root / "images" / "train" / os.fsdecode(b"caf\xe9.png"))
@@ -56,7 +56,7 @@ def test_names_that_no_terminal_can_show_are_told(tmp_path):
         assert b"caf\\udce9.txt: box 1 (nan" in done.stdout
 
 
-def test_wrong_calls_of_the_check_are_told(tmp_path, capsys):
+def test_wrong_calls_of_data_check_are_refused(tmp_path, capsys):
     root = str(yolo(tmp_path))
     assert main(["data", "check", root, "--limit", "0"]) == 2
     assert main(["data", "check", root, "--images", "nothing"]) == 1

@@ -6,7 +6,7 @@ from tests.explorer.explored import photo
 from visionattn.cli import main
 
 
-def test_from_the_command_line(tmp_path, capsys, monkeypatch):
+def test_explore_writes_a_page_and_refuses_wrong_calls(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in range(5):
         Image.fromarray(photo(seed=number)).save(f"{number}.png")
@@ -15,7 +15,7 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert main([*call, "--out", "seen.html", "--count", "3"]) == 0
     assert "seen.html" in (told := capsys.readouterr().out)
     assert "3 images of 6, taken evenly" in told
-    assert main([*call, "--out", "seen.html"]) == 1  # its own page is written over; an image failed
+    assert main([*call, "--out", "seen.html"]) == 1  # overwrites its own page; the code is 1, since an image failed
     assert "bad.jpg" in capsys.readouterr().out
     (tmp_path / "mine.html").write_text("mine")
     assert main([*call, "--out", "mine.html"]) == 2

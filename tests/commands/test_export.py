@@ -14,7 +14,7 @@ from visionattn.errors import DataError
 from visionattn.training import export, load
 
 
-def test_what_is_exported_is_the_same_model_and_holds_no_pickle(quick_run, tmp_path, capsys):
+def test_exported_weights_are_the_same_model_without_pickle(quick_run, tmp_path, capsys):
     from visionattn.cli import main
 
     out = tmp_path / "model.safetensors"
@@ -36,7 +36,7 @@ def test_what_is_exported_is_the_same_model_and_holds_no_pickle(quick_run, tmp_p
         export(quick_run / "best.ckpt", tmp_path / "nowhere" / "x.safetensors")
 
 
-def test_the_command_line_exports(quick_run, tmp_path, capsys):
+def test_the_command_line_exports_a_graph(quick_run, tmp_path, capsys):
     assert main(["export", "--ckpt", str(quick_run / "best.ckpt"), "--out", str(tmp_path / "x.pt2")]) == 0
     out = capsys.readouterr().out
     assert "images (B, " in out

@@ -1,4 +1,4 @@
-"""Graphs that return scores and heatmap: files that hold what the model says, or are not written."""
+"""Exported graphs give the model's values, or are not written."""
 
 import json
 
@@ -23,7 +23,7 @@ PLAIN = Preprocess(64)
 @pytest.mark.parametrize(
     ("model", "method"), [(vit, "rollout"), pytest.param(gated, "gradcam", marks=pytest.mark.slow)]
 )
-def test_onnx_gives_the_same_for_any_number_of_images(model, method, tmp_path):
+def test_onnx_gives_the_models_values_for_any_batch_size(model, method, tmp_path):
     import onnx
     import onnxruntime
 
@@ -88,6 +88,6 @@ def merged():
         (vit, "rolout", "no method 'rolout'. Nearest: rollout"),
     ],
 )
-def test_what_no_graph_can_hold_is_refused_by_name(model, method, message, tmp_path):
+def test_models_and_methods_without_a_graph_are_refused_by_name(model, method, message, tmp_path):
     with pytest.raises(UsageError, match=message):
         export_graph(model(), tmp_path / "x.pt2", method=method, preprocess=PLAIN)

@@ -1,8 +1,13 @@
 """Options that several verbs share."""
 
+import argparse
+import importlib
+import re
+
 import pytest
 
 from tests.commands.command_line import fails
+from visionattn.cli import _VERBS
 
 
 @pytest.mark.parametrize(
@@ -22,7 +27,32 @@ from tests.commands.command_line import fails
         ([], 2, ["--ckpt", "--model", "required"]),
     ],
 )
-def test_overlay_says_what_is_wrong(flags, code, parts, photo_folder, tmp_path, capsys):
+def test_overlay_refuses_wrong_models_by_name(flags, code, parts, photo_folder, tmp_path, capsys):
     command = ["overlay", "--images", str(photo_folder / "class0"), "--out", str(tmp_path / "out"), *flags]
     fails(command, code, *parts, capsys=capsys)
     assert not (tmp_path / "out").exists()
+
+
+OWN = [verb for verb, (module, _) in _VERBS.items() if not module.endswith(".train")]
+"""Verbs whose options are ours; Lightning's command line writes its own help."""
+
+
+def options_of(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield from options_of(subparser)
+        elif not isinstance(action, argparse._HelpAction):
+            yield action
+
+
+@pytest.mark.parametrize("verb", OWN)
+def test_help_of_every_option_ends_with_its_default_or_required(verb):
+    parser = importlib.import_module(_VERBS[verb][0]).parser(verb)
+    options = list(options_of(parser))
+    assert options
+    for option in options:
+        assert re.search(r"\((required|default: .+)\)$", option.help), option.option_strings
+        assert option.required == option.help.endswith("(required)") or "one of --ckpt" in option.help
+        takes_value = option.nargs != 0
+        assert not takes_value or option.choices or option.metavar, option.option_strings

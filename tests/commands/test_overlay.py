@@ -1,4 +1,4 @@
-"""`visionattn overlay`, as README shows it, and what it refuses."""
+"""`visionattn overlay`: the commands of the README, and wrong calls."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def test_overlays_of_a_checkpoint(quick_run, tmp_path, capsys):
     assert main(["overlay", *flags]) == 1  # one failed
     told = capsys.readouterr().out
     assert "3 overlays" in told
-    assert "broken.jpg: is no image that can be read" in told
+    assert "broken.jpg: is not an image that can be read" in told
     lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
     done = [line for line in lines if line["status"] == "done"]
     assert [line["class"] for line in done] == [str(line["prediction"]) for line in done]
@@ -37,16 +37,16 @@ def test_overlays_of_a_checkpoint(quick_run, tmp_path, capsys):
         assert read_image(tmp_path / "out" / line["outputs"]["overlay"]).shape == (64, 64, 3)
     assert main(["overlay", *flags, "--method", "gate", "--layer", "blocks.0"]) == 1
     assert "gate of blocks.0" in capsys.readouterr().out
-    fails(["overlay", *flags, "--method", "rollout"], 2, "Methods that fit: gate, gradcam", capsys=capsys)
+    fails(["overlay", *flags, "--method", "rollout"], 2, "Methods that fit: gate, eigencam, gradcam", capsys=capsys)
 
 
 def readme_commands():
-    section = (CONFIGS.parent / "README.md").read_text().split("## Overlays of folders")[1].split("\n## ")[0]
+    section = (CONFIGS.parent / "visionattn/overlays/README.md").read_text()
     return re.findall(r"^    visionattn (overlay .*)$", section, re.M)
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_the_commands_of_the_readme_do_what_they_say(command, quick_run, photo_folder, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_readme_work(command, quick_run, photo_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(photo_folder / "class0", "holiday")
     for number in range(2, 12):
@@ -74,7 +74,7 @@ def test_the_commands_of_the_readme_do_what_they_say(command, quick_run, photo_f
         assert list(line["outputs"]) == kinds
         assert all((out / name).is_file() for name in line["outputs"].values())
         methods = {"--method": 3}.get("--method" if "rollout" in words else "", 2 if "--compare" in words else 1)
-        assert len(line.get("looks", [1])) == methods
+        assert len(line.get("explanations", [1])) == methods
     told = capsys.readouterr().out
     assert f"{expected} overlays" in told
     assert main(words) == 0
@@ -99,14 +99,14 @@ def test_the_commands_of_the_readme_do_what_they_say(command, quick_run, photo_f
         (["--images", "nothing/*.jpg"], ["nothing matches", "quote a pattern"]),
     ],
 )
-def test_overlay_names_what_cannot_be_done(flags, parts, photo_folder, tmp_path, capsys):
+def test_overlay_refuses_wrong_options_by_name(flags, parts, photo_folder, tmp_path, capsys):
     images = [] if "--images" in flags else ["--images", str(photo_folder / "class0")]
     command = ["overlay", *images, "--out", str(tmp_path / "out"), "--model", "test_vit", "--weights", "random", *flags]
     fails(command, 2, *parts, capsys=capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_overlay_ends_with_its_page(photo_folder, tmp_path, capsys):
+def test_overlay_writes_its_page(photo_folder, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["overlay", "--images", str(photo_folder / "class0"), "--out", str(out), "--model", "test_vit"]
     command += ["--weights", "random", "--method", "raw", "rollout", "--page"]
@@ -121,16 +121,16 @@ def test_overlay_ends_with_its_page(photo_folder, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"  {page}   as before\n")
     assert page.stat().st_mtime_ns == before
     page.write_text("mine")
-    fails(command, 2, "index.html exists and is no page of explore's", capsys=capsys)
+    fails(command, 2, "index.html exists and is not a page of explore", capsys=capsys)
     fails([*command[:5], "--compare", "a", "b", "--page"], 2, "--page shows one model", capsys=capsys)
 
 
 def test_compared_checkpoints_have_names_that_tell_them_apart(capsys):
-    from visionattn.commands.overlay import _telling
+    from visionattn.commands.overlay import _distinct_names
 
-    assert _telling(["runs/a.ckpt", "runs/b.ckpt"]) == ["a", "b"]
-    assert _telling(["runs/a/0/best.ckpt", "runs/b/0/best.ckpt"]) == ["a", "b"]
-    assert _telling(["runs/a/0/best.ckpt", "runs/b/1/best.ckpt"]) == ["a/0", "b/1"]
+    assert _distinct_names(["runs/a.ckpt", "runs/b.ckpt"]) == ["a", "b"]
+    assert _distinct_names(["runs/a/0/best.ckpt", "runs/b/0/best.ckpt"]) == ["a", "b"]
+    assert _distinct_names(["runs/a/0/best.ckpt", "runs/b/1/best.ckpt"]) == ["a/0", "b/1"]
     fails(["overlay", "--images", ".", "--out", "x", "--compare", "a.ckpt", "a.ckpt"], 2, "with itself", capsys=capsys)
 
 

@@ -12,7 +12,7 @@ from visionattn.data import read_image
 from visionattn.training.checkpoints import read
 
 
-def test_what_is_pushed_is_loaded_again(quick_run, shelf, capsys):
+def test_a_pushed_model_is_loaded_again(quick_run, shelf, capsys):
     assert main(["push", "--ckpt", str(quick_run / "best.ckpt"), "--repo", "me/digits"]) == 0
     assert capsys.readouterr().out.strip() == "https://huggingface.co/me/digits"
     assert huggingface_hub.HfApi.return_value.create_repo.call_args.kwargs["private"] is True

@@ -14,7 +14,7 @@ from visionattn.cli import main
 def test_methods_of_a_checkpoint_are_scored_on_the_test_images_of_its_config(quick_run, tmp_path, capsys):
     command = ["score", "--ckpt", str(quick_run / "best.ckpt"), "--data", str(quick_run / "config.yaml")]
     flags = ["--images", "16", "--steps", "4", "--method", "gradcam", "gate@blocks.0", "rollout"]
-    assert main([*command, *flags, "--out", str(tmp_path / "scores.json")]) == 1  # rollout does not fit
+    assert main([*command, *flags, "--out", str(tmp_path / "scores.json")]) == 1  # rollout cannot explain this model
     told = capsys.readouterr().out
     assert "rollout is left out: rollout needs attention over positions" in told
     assert max(len(line) for line in told.splitlines() if "left out" not in line and "figures:" not in line) <= 80
@@ -23,18 +23,18 @@ def test_methods_of_a_checkpoint_are_scored_on_the_test_images_of_its_config(qui
     for title in ("deletion", "insertion", "pointing", "energy", "IoU", "shuffled"):
         assert title in told
     written = json.loads((tmp_path / "scores.json").read_text())
-    assert written["paths"] == [f"digits/test/{index:06d}.png" for index in range(0, 64, 4)]  # evenly
+    assert written["paths"] == [f"digits/test/{index:06d}.png" for index in range(0, 64, 4)]  # evenly spaced
     assert written["controls"]["gate@blocks.0"] == ["random 16×16", "centre", "edges 16×16"]
-    for figure in written["figures"]:
-        of_images = written["of_images"][figure["name"]][figure["figure"]]
+    for metric in written["figures"]:
+        of_images = written["of_images"][metric["name"]][metric["figure"]]
         assert len(of_images) == 16
-        assert figure["value"] == pytest.approx(np.mean(of_images), abs=1e-6)
-        assert figure["low"] <= figure["value"] <= figure["high"]
-        if figure["kind"] == "method":
-            assert ("✗" in lines[figure["name"]]) >= (not figure["beats_controls"])
+        assert metric["value"] == pytest.approx(np.mean(of_images), abs=1e-6)
+        assert metric["low"] <= metric["value"] <= metric["high"]
+        if metric["kind"] == "method":
+            assert ("✗" in lines[metric["name"]]) >= (not metric["beats_controls"])
     crosses = sum(line.count("✗") for line in lines.values())
-    lost = [figure for figure in written["figures"] if figure["beats_controls"] is False]
-    assert crosses == len(lost) + len({figure["name"] for figure in lost})
+    lost = [metric for metric in written["figures"] if metric["beats_controls"] is False]
+    assert crosses == len(lost) + len({metric["name"] for metric in lost})
 
 
 def test_methods_of_a_timm_model_are_scored_on_a_folder(photo_folder, tmp_path, capsys):
@@ -44,7 +44,7 @@ def test_methods_of_a_timm_model_are_scored_on_a_folder(photo_folder, tmp_path, 
     assert main([*command, *flags, "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert "pointing" not in told
-    assert "over 11 images\n" in told  # and nothing of labels
+    assert "over 11 images\n" in told  # and no line about labels
     with open(out) as file:
         rows = list(csv.DictReader(file))
     assert {row["figure"] for row in rows} == {"deletion", "insertion", "shuffled"}
@@ -54,15 +54,15 @@ def test_methods_of_a_timm_model_are_scored_on_a_folder(photo_folder, tmp_path, 
     assert out.read_text() == before
 
 
-def test_images_that_cannot_be_read_are_told_and_the_others_scored(photo_folder, tmp_path, capsys):
+def test_unreadable_images_are_reported_and_the_others_scored(photo_folder, tmp_path, capsys):
     for index in range(5):
         (tmp_path / f"{index}.jpg").write_bytes(b"no image")
     command = ["score", "--model", "test_vit", "--weights", "random", "--steps", "2", "--method", "raw"]
     assert main([*command, "--data", str(tmp_path), str(photo_folder / "class0" / "0.png"), "--batch-size", "2"]) == 1
     told = capsys.readouterr().out
-    assert "0.jpg is no image that can be read" in told
+    assert "0.jpg is not an image that can be read" in told
     assert "and 2 more that cannot be read" in told
-    assert "1 of 10 images that an interval takes" in told
+    assert "A confidence interval needs at least 10 images; got 1," in told
     assert "✗" not in told
     assert "±" not in told
     fails([*command, "--data", str(tmp_path)], 1, "there are no images to score", capsys=capsys)
@@ -93,7 +93,7 @@ def test_images_that_cannot_be_read_are_told_and_the_others_scored(photo_folder,
         (["--data", "gone.yaml"], 1, ["there is no folder gone"]),
     ],
 )
-def test_score_says_what_is_wrong(flags, code, parts, photo_folder, tmp_path, monkeypatch, capsys):
+def test_score_refuses_wrong_calls_by_name(flags, code, parts, photo_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     digits = "data: {class_path: visionattn.data.ClutteredDigitsData, init_args: {%s}}"

@@ -1,4 +1,4 @@
-"""The file of figures that `visionattn score` writes, and the images that it takes."""
+"""The file of figures that `visionattn score` writes, and its choice of images."""
 
 import json
 
@@ -16,7 +16,7 @@ def test_the_images_are_taken_evenly():
     assert np.bincount(np.array(evenly(1000, 200)) // 100).tolist() == [20] * 10
 
 
-def test_a_newer_file_takes_the_place_of_an_older_one(tmp_path):
+def test_a_new_file_of_figures_replaces_the_old_one(tmp_path):
     path = tmp_path / "scores.json"
     path.write_text("older figures")
     write(str(path), SCORES)

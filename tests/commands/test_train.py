@@ -1,4 +1,4 @@
-"""`visionattn fit` and its neighbours: every config runs, and what is wrong is named."""
+"""`visionattn fit`: every config runs, and wrong options are named."""
 
 import os
 import re
@@ -45,7 +45,7 @@ def test_every_config_runs(config, photo_folder, tmp_path, tmp_path_factory, mon
     assert not list(tmp_path.iterdir())  # a rehearsal leaves nothing behind
 
 
-def test_the_test_after_fit_is_of_the_averaged_weights(tmp_path, monkeypatch):
+def test_the_test_after_fit_uses_the_averaged_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     average = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.99}}"
     assert main(["fit", f"--config={QUICKSTART}", *SMALL, f"--trainer.callbacks=[{average}]"]) == 0
@@ -120,10 +120,10 @@ def test_data_that_cannot_be_used_is_named(photo_folder, tmp_path, monkeypatch, 
             (folder / f"{index}.jpg").write_bytes(b"no image")
     for index in range(3):
         (tmp_path / "images" / "empty" / f"{index}.jpg").write_bytes(b"no image")
-    fails([*command, "--data.root=images"], 1, ".jpg is no image that can be read", capsys=capsys)
+    fails([*command, "--data.root=images"], 1, ".jpg is not an image that can be read", capsys=capsys)
 
 
-def test_choosing_an_optimizer_leaves_no_argument_of_another_behind(tmp_path, capsys):
+def test_another_optimizer_drops_the_arguments_of_the_first(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--config", QUICKSTART, "--model.optimizer=torch.optim.SGD", "--print_config"])
     optimizer = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["optimizer"]

@@ -1,4 +1,4 @@
-"""From a training to its checkpoint and back, by the command line."""
+"""Checkpoints written and used by the command line."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from tests.data.annotated import GAPS, NAMES, coco
 from visionattn.cli import main
 
 
-def test_detection_leaves_its_report_and_predictions(tmp_path, monkeypatch):
+def test_detection_writes_its_report_and_predictions(tmp_path, monkeypatch):
     """From training to COCO's json, by the command line, on data in COCO's layout."""
     monkeypatch.chdir(tmp_path)
     root = coco(tmp_path / "coco")
@@ -54,7 +54,7 @@ def test_detection_leaves_its_report_and_predictions(tmp_path, monkeypatch):
     assert main(["score", *model, "--data", str(run / "config.yaml")]) == 2
 
 
-def test_attention_is_inserted_from_yaml_and_comes_back_with_the_checkpoint(tmp_path, monkeypatch, capsys):
+def test_attention_inserted_from_yaml_is_restored_from_the_checkpoint(tmp_path, monkeypatch, capsys):
     from visionattn.training import load
 
     monkeypatch.chdir(tmp_path)
@@ -109,8 +109,8 @@ def test_a_network_trained_with_all_tokens_is_tested_with_fewer(tmp_path, monkey
     given = ["--config", str(run / "config.yaml"), f"--ckpt_path={run / 'best.ckpt'}"]
     fewer = ["--model.network.tokens=visionattn.attention.TokenMerging", "--model.network.tokens.rate=3"]
     fails(["fit", *given, *fewer], 2, "tokens.init_args.rate is 3 here and not set in it", capsys=capsys)
-    merged, plain = [], tokens.likest_pairs
-    monkeypatch.setattr(tokens, "likest_pairs", lambda *args: merged.append(args) or plain(*args))
+    merged, plain = [], tokens.most_similar_pairs
+    monkeypatch.setattr(tokens, "most_similar_pairs", lambda *args: merged.append(args) or plain(*args))
     monkeypatch.delenv("VISIONATTN_RUN")
     assert main(["test", *given, *fewer, "--name=fewer"]) == 0
     assert len(merged) >= 4  # two blocks, two batches
@@ -123,7 +123,7 @@ def test_a_network_trained_with_all_tokens_is_tested_with_fewer(tmp_path, monkey
     assert network.forward_features(torch.randn(2, 3, 64, 64)).shape == (2, 1 + 16 - 3 - 2, 24)
 
 
-def test_weights_are_asked_for_before_scoring(quick_run, tmp_path, monkeypatch, capsys):
+def test_scoring_without_weights_is_refused(quick_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for verb in ("test", "validate", "predict"):
         fails([verb, "--config", QUICKSTART], 2, "needs trained weights", "--ckpt_path untrained", capsys=capsys)

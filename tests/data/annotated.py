@@ -1,4 +1,4 @@
-"""The same few images with boxes, written in each of the three layouts; independent of the readers."""
+"""Write the same few images with boxes in each of the three layouts, independently of the readers."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def coco(root: Path):
 
 
 def coco_of_sixteen(root: Path):
-    """Sixteen images in COCO's layout, with its eighty classes and the gaps in their numbers."""
+    """Write sixteen images in COCO's layout, with its eighty classes and the gaps in their numbers."""
     random = np.random.default_rng(0)
     numbers = sorted(random.choice(np.arange(1, 91), 80, replace=False).tolist())
     for split, count in (("train", 12), ("val", 4)):

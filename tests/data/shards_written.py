@@ -1,4 +1,4 @@
-"""Shards as webdataset writes them."""
+"""Write shards with webdataset."""
 
 import json
 
@@ -8,7 +8,7 @@ NAMES = [f"class{number}" for number in range(5)]
 
 
 def write_shards(photos, folder, shards=6, each=10):
-    """All pictures, those of a class not together; their index; which picture and class each key stands for."""
+    """Write all pictures in mixed order of classes; return the index, and the picture and class of each key."""
     folder.mkdir(parents=True)
     pictures = sorted(photos.rglob("*.png"), key=lambda path: (path.stem, path.parent.name))
     truth, listed = {}, []

@@ -1,4 +1,4 @@
-"""The data of a training: splits, folders, torchvision's sets, batches."""
+"""Test torchvision's data sets as data modules."""
 
 import numpy as np
 import pytest
@@ -9,13 +9,13 @@ from visionattn.errors import DataError
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "CIFAR10", "CIFAR100"])
-def test_missing_files_of_torchvision_are_named(name, tmp_path):
+def test_missing_torchvision_files_raise(name, tmp_path):
     with pytest.raises(DataError, match=f"{name}; set download: true"):
         TorchvisionData(getattr(torchvision.datasets, name), str(tmp_path))
 
 
 def test_mnist_is_read_from_its_own_files(tmp_path):
-    """The format of the original files: two or four big-endian sizes, then bytes."""
+    """The original files have two or four big-endian sizes, then bytes."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     random = np.random.default_rng(0)

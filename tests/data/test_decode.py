@@ -1,4 +1,4 @@
-"""The one decoder: every kind of file looks as it is meant to be seen, or is refused by name."""
+"""Test decoding: every kind of file gives the right RGB image, or an error with its name."""
 
 import struct
 import zlib
@@ -13,14 +13,14 @@ from visionattn.errors import DataError
 
 @pytest.fixture
 def picture():
-    """Smooth, so that JPEG keeps it to a few levels; no symmetry, so that a turn shows."""
+    """Make a picture that is smooth, so that JPEG changes it by a few levels only, and has no symmetry."""
     rows, columns = np.mgrid[0:20, 0:30]
     return np.stack([rows * 8, columns * 6, 200 - rows * 4], -1).astype(np.uint8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_rotation_that_a_camera_noted_is_applied(orientation, picture, tmp_path):
-    undo = {  # EXIF's definition: where row 0 and column 0 of the file lie in the upright picture
+def test_exif_rotation_is_applied(orientation, picture, tmp_path):
+    undo = {  # EXIF's definition: the sides of the upright picture at which row 0 and column 0 of the file are
         1: lambda p: p,
         2: lambda p: p[:, ::-1],
         3: lambda p: p[::-1, ::-1],
@@ -59,7 +59,7 @@ def test_16_bit_colour_keeps_its_range(picture, tmp_path):
     assert abs(read_image(tmp_path / "x.png").astype(int) - picture).max() <= 1
 
 
-def test_transparency_lies_over_white(picture, tmp_path):
+def test_transparency_is_blended_with_white(picture, tmp_path):
     alpha = np.full((20, 30, 1), 128, np.uint8)
     alpha[:, :10] = 0
     Image.fromarray(np.concatenate([picture, alpha], 2)).save(tmp_path / "x.png")
@@ -67,7 +67,7 @@ def test_transparency_lies_over_white(picture, tmp_path):
     np.testing.assert_allclose(read_image(tmp_path / "x.png"), picture * share + 255 * (1 - share), atol=1)
 
 
-def test_a_palette_with_a_transparent_colour_is_resolved(tmp_path):
+def test_palette_with_a_transparent_colour_is_converted(tmp_path):
     image = Image.new("P", (4, 2), 1)
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((0, 0), 0)
@@ -83,7 +83,7 @@ def test_cmyk_becomes_rgb(picture, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "I", "F"])
-def test_every_mode_comes_out_as_rgb(mode, picture, tmp_path):
+def test_every_mode_is_converted_to_rgb(mode, picture, tmp_path):
     suffix = "tif" if mode in "IF" else "png"
     Image.fromarray(picture).convert("L").convert(mode).save(tmp_path / f"x.{suffix}")
     read = read_image(tmp_path / f"x.{suffix}")
@@ -92,20 +92,20 @@ def test_every_mode_comes_out_as_rgb(mode, picture, tmp_path):
     assert read.std() > 5
 
 
-def test_of_an_animation_the_first_frame_is_read(tmp_path):
+def test_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     assert read_image(tmp_path / "x.gif")[0, 0].tolist() == [255, 0, 0]
 
 
-def test_names_that_are_no_text_are_read(picture, tmp_path):
+def test_names_that_are_not_valid_text_are_read(picture, tmp_path):
     path = bytes(tmp_path) + b"/\xff\xfe.png"
     Image.fromarray(picture).save(tmp_path / "x.png")
     (tmp_path / "x.png").rename(path.decode(errors="surrogateescape"))
     np.testing.assert_array_equal(read_image(path), picture)
 
 
-def test_what_cannot_be_read_is_named_with_the_reason(picture, tmp_path):
+def test_unreadable_files_raise_with_name_and_reason(picture, tmp_path):
     def fails(name, *parts, **options):
         with pytest.raises(DataError) as error:
             read_image(tmp_path / name, **options)
@@ -119,19 +119,19 @@ def test_what_cannot_be_read_is_named_with_the_reason(picture, tmp_path):
     fails("missing.jpg", "there is no")
     fails("cut.jpg", "cut short")
     fails("empty.jpg", "empty")
-    fails("text.jpg", "no image")
+    fails("text.jpg", "not an image")
     fails("whole.jpg", "30", "20", max_pixels=599)
     assert read_image(tmp_path / "whole.jpg", max_pixels=600).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-def test_what_is_written_is_read_again(suffix, picture, tmp_path):
+def test_written_images_are_read_back(suffix, picture, tmp_path):
     write_image(tmp_path / f"x{suffix}", picture)
     assert abs(read_image(tmp_path / f"x{suffix}").astype(int) - picture).max() <= (0 if suffix == ".png" else 24)
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_half(picture, tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(picture, tmp_path, monkeypatch):
     write_image(tmp_path / "x.png", picture)
     before = (tmp_path / "x.png").read_bytes()
 
@@ -147,7 +147,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_half(picture, tmp_path, m
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-def test_a_jpeg_has_the_values_that_pillow_gives_whole_or_damaged(tmp_path, subsampling, progressive, capfd):
+def test_jpeg_values_match_pillow_also_for_damaged_files(tmp_path, subsampling, progressive, capfd):
     random = np.random.default_rng(subsampling)
     rows, columns = np.mgrid[:45, :67]
     picture = np.stack([128 + 100 * np.sin(rows / 9 + c) * np.cos(columns / 7 - c) for c in range(3)], -1)
@@ -155,13 +155,13 @@ def test_a_jpeg_has_the_values_that_pillow_gives_whole_or_damaged(tmp_path, subs
     Image.fromarray(picture.astype(np.uint8)).save(path, quality=85, subsampling=subsampling, progressive=progressive)
     whole = path.read_bytes()
     np.testing.assert_array_equal(read_image(path), np.array(Image.open(path).convert("RGB")))
-    for _ in range(40):  # one byte is another, anywhere
+    for _ in range(40):  # one byte at a random place is changed
         damaged = bytearray(whole)
         damaged[random.integers(2, len(whole) - 2)] = random.integers(256)
         path.write_bytes(damaged)
         try:
             expected = np.array(Image.open(path).convert("RGB"))
-        except Exception:  # Pillow raises whatever it is led to
+        except Exception:  # Pillow may raise any exception
             with pytest.raises(DataError):
                 read_image(path)
         else:
@@ -173,7 +173,7 @@ def test_a_jpeg_has_the_values_that_pillow_gives_whole_or_damaged(tmp_path, subs
 
 
 @pytest.mark.parametrize("size", [(48, 64), (33, 17), (1, 1)])
-def test_a_jpeg_is_written_as_pillow_writes_it(tmp_path, size):
+def test_jpeg_is_encoded_as_pillow_does(tmp_path, size):
     rows, columns = np.mgrid[: size[0], : size[1]]
     picture = np.stack([128 + 100 * np.sin(rows / 9 + c) * np.cos(columns / 7 - c) for c in range(3)], -1)
     picture = picture.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Animations are read back frame by frame."""
+"""Test writing animations, which are read back frame by frame."""
 
 import io
 
@@ -12,7 +12,7 @@ from visionattn.errors import DataError
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])
-def test_an_animation_is_read_back_frame_by_frame(tmp_path, suffix):
+def test_animation_is_read_back_frame_by_frame(tmp_path, suffix):
     frames = film(300)
     path = tmp_path / f"seen{suffix}"
     write_animation(path, frames, seconds=0.5)
@@ -27,7 +27,7 @@ def test_an_animation_is_read_back_frame_by_frame(tmp_path, suffix):
             assert np.abs(np.array(image.convert("RGB")).astype(int) - frame).max() <= (0 if suffix == ".webp" else 8)
 
 
-def test_an_animation_that_cannot_be_written_is_told(tmp_path):
+def test_impossible_animations_raise(tmp_path):
     with pytest.raises(DataError, match=r"an animation is written as \.webp or \.gif"):
         write_animation(tmp_path / "seen.png", film())
     with pytest.raises(DataError, match="cannot be written"):

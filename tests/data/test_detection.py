@@ -1,4 +1,4 @@
-"""Detection data: boxes follow their pixels through augmentation and preparation, and bad ones never get there."""
+"""Test detection data: boxes follow their pixels through augmentation and preprocessing; bad boxes are left out."""
 
 import json
 
@@ -16,7 +16,7 @@ from visionattn.errors import DataError, UsageError
 
 
 def blocks(root, boxes):
-    """One white block a box on black, in VOC's layout, as train and val."""
+    """Write images with one white block per box on black, in VOC's layout, as train and val."""
     picture = np.zeros((90, 120, 3), np.uint8)
     for x1, y1, x2, y2 in boxes:
         picture[y1:y2, x1:x2] = 255
@@ -40,7 +40,7 @@ def blocks(root, boxes):
     ],
     ids=["none", "flip", "crop", "affine"],
 )
-def test_boxes_lie_where_the_pixels_are(transforms, tmp_path):
+def test_boxes_follow_their_pixels(transforms, tmp_path):
     root = blocks(tmp_path, [(10, 20, 60, 70)])
     augment = Augmentation(transforms) if transforms else None
     data = AnnotatedData(root, augment=augment, preprocess=Preprocess(96, fit="letterbox"), num_workers=0)
@@ -60,7 +60,7 @@ def test_boxes_lie_where_the_pixels_are(transforms, tmp_path):
     assert seen >= 8
 
 
-def test_what_a_crop_leaves_little_of_is_not_trained_on(tmp_path):
+def test_boxes_mostly_cut_off_are_not_trained_on(tmp_path):
     root = blocks(tmp_path, [(0, 0, 20, 20), (60, 40, 110, 80)])
     crop = Augmentation([A.Crop(x_min=18, y_min=0, x_max=120, y_max=90, p=1)])
     data = AnnotatedData(root, augment=crop, num_workers=0, preprocess=Preprocess((90, 102), fit="stretch"))
@@ -71,7 +71,7 @@ def test_what_a_crop_leaves_little_of_is_not_trained_on(tmp_path):
     np.testing.assert_allclose(data.dataset("train")[0, 1]["boxes"][0].numpy(), [0, 0, 2, 20])
 
 
-def test_validation_keeps_every_box_however_small(tmp_path):
+def test_validation_keeps_every_box(tmp_path):
     data = AnnotatedData(str(coco(tmp_path)), preprocess=Preprocess(4, fit="letterbox"), num_workers=0, batch_size=8)
     data.setup("fit")
     (batch,) = data.val_dataloader()
@@ -93,7 +93,7 @@ def test_a_batch_holds_lists_of_boxes(tmp_path):
 def test_bad_boxes_are_refused_or_dropped_with_their_count(tmp_path):
     root = str(spoiled(coco(tmp_path)))
     refuses(DataError, r"4 not finite, 1 inverted, 2 empty, .*bad_boxes: drop", AnnotatedData, root)
-    with pytest.warns(UserWarning, match="without 4 not finite, 1 inverted"):
+    with pytest.warns(UserWarning, match="left out 4 not finite, 1 inverted"):
         data = AnnotatedData(root, bad_boxes="drop", num_workers=0, preprocess=Preprocess(64, fit="letterbox"))
     data.setup("fit")
     for index in range(len(data.datasets["train"])):
@@ -102,7 +102,7 @@ def test_bad_boxes_are_refused_or_dropped_with_their_count(tmp_path):
         assert (boxes[:, 2:] - boxes[:, :2] >= 0.5).all()
 
 
-def test_the_wrong_format_is_refused_whatever_is_asked(tmp_path):
+def test_wrong_box_format_always_raises(tmp_path):
     root = coco(tmp_path)
     for split in SCENES:
         file = root / "annotations" / f"instances_{split}2017.json"
@@ -111,31 +111,31 @@ def test_the_wrong_format_is_refused_whatever_is_asked(tmp_path):
             x, y, width, height = annotation["bbox"]
             annotation["bbox"] = [x, y, x + width, y + height]
         file.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="read as xywh, and 100% make sense as xyxy only; set box_format: xyxy"):
+    with pytest.raises(DataError, match="read as xywh, but 100% are plausible as xyxy only; set box_format: xyxy"):
         AnnotatedData(str(root), bad_boxes="drop")
     data = AnnotatedData(str(root), box_format="xyxy")
     assert not data.problems
 
 
-def test_what_the_files_do_not_split_is_drawn_without_leaks(tmp_path):
+def test_missing_splits_are_drawn_without_leaks(tmp_path):
     root = voc(tmp_path)
     for file in (root / "ImageSets" / "Main").iterdir():
         file.unlink()
-    for number in range(8):  # twins of one image
+    for number in range(8):  # copies of one image
         (root / "JPEGImages" / f"t{number}.png").write_bytes((root / "JPEGImages" / "train_0.png").read_bytes())
         (root / "Annotations" / f"t{number}.xml").write_text((root / "Annotations" / "train_0.xml").read_text())
-    data = AnnotatedData(str(root), val_share=0.3, test_share=0.2, num_workers=0)
+    data = AnnotatedData(str(root), val_fraction=0.3, test_fraction=0.2, num_workers=0)
     content = {split: {image.path.read_bytes() for image in images} for split, images in data._images.items()}
     assert len(data._images["val"]) == 4
     assert not content["train"] & (content["val"] | content["test"])
 
 
-def test_a_crop_is_refused(tmp_path):
+def test_cropping_preprocess_raises(tmp_path):
     refuses(UsageError, "letterbox or stretch", lambda: AnnotatedData(str(voc(tmp_path)), preprocess=Preprocess(64)))
 
 
 @pytest.mark.parametrize("unreadable", ["stop", "skip"])
-def test_an_image_that_breaks_off_later_is_named(unreadable, tmp_path):
+def test_truncated_image_is_named_when_read(unreadable, tmp_path):
     root = blocks(tmp_path, [(10, 20, 60, 70)])
     data = AnnotatedData(root, unreadable=unreadable, num_workers=0)
     broken = tmp_path / "JPEGImages" / "train_0.png"

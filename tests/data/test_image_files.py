@@ -1,4 +1,4 @@
-"""Which files a run reads, against `os.walk` and by hand."""
+"""Test the search for images against `os.walk` and by hand."""
 
 import os
 
@@ -23,14 +23,14 @@ def below(found, root):
     return [os.path.relpath(image, root) for image in found.images]
 
 
-def test_folders_are_searched_to_the_bottom_in_natural_order(tmp_path):
+def test_folders_are_searched_recursively_in_natural_order(tmp_path):
     names = ["img2.jpg", "img10.JPG", "b/1/x.webp", "b/2.tiff", "b/10.png", "a10/z.gif", "a9/z.bmp", "Z.jpeg"]
     touch(tmp_path, *names)
     expected = ["Z.jpeg", "img2.jpg", "img10.JPG", "a9/z.bmp", "a10/z.gif", "b/2.tiff", "b/10.png", "b/1/x.webp"]
     assert below(find([tmp_path], out=tmp_path / "out"), tmp_path) == expected
 
 
-def test_every_image_is_found_that_a_walk_finds(tmp_path):
+def test_find_matches_os_walk(tmp_path):
     deep = tmp_path.joinpath(*["d"] * 300)
     os.makedirs(deep)
     touch(
@@ -42,7 +42,7 @@ def test_every_image_is_found_that_a_walk_finds(tmp_path):
     assert sorted(find([tmp_path], out=tmp_path / "out").images) == sorted(walked)
 
 
-def test_hidden_linked_and_other_files_are_passed_over_and_told(tmp_path):
+def test_hidden_linked_and_other_files_are_skipped_and_counted(tmp_path):
     root = touch(tmp_path / "in", "a.jpg", ".hidden.jpg", ".git/b.jpg", "notes.txt", "b.TXT", "c/readme", "c/x.csv")
     elsewhere = touch(tmp_path / "elsewhere", "c.jpg")
     (root / "link").symlink_to(elsewhere)
@@ -54,7 +54,7 @@ def test_hidden_linked_and_other_files_are_passed_over_and_told(tmp_path):
     assert found.ignored == {".txt": 2, "": 1, ".csv": 1}
 
 
-def test_links_that_lead_nowhere_are_images_that_fail_and_pipes_are_none(tmp_path):
+def test_broken_links_count_as_images_and_pipes_do_not(tmp_path):
     touch(tmp_path, "a.jpg")
     (tmp_path / "broken.jpg").symlink_to(tmp_path / "gone.jpg")
     (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
@@ -67,21 +67,21 @@ def test_links_that_lead_nowhere_are_images_that_fail_and_pipes_are_none(tmp_pat
     refuses(UsageError, "neither a file nor a folder", lambda: find([tmp_path / "pipe.jpg"], out=tmp_path / "out"))
 
 
-def test_files_are_taken_as_they_are_in_the_order_given_and_once(tmp_path):
+def test_files_keep_their_order_without_duplicates(tmp_path):
     touch(tmp_path, "b.jpg", "a.jpg", ".hidden.png", "photo")
     given = [tmp_path / name for name in ("b.jpg", "photo", ".hidden.png", "a.jpg", "b.jpg")]
     assert below(find([*given, tmp_path], out="out"), tmp_path) == ["b.jpg", "photo", ".hidden.png", "a.jpg"]
 
 
 @pytest.mark.parametrize("kind", [str, os.fsencode, lambda path: path])
-def test_one_path_of_any_kind_will_do(tmp_path, kind, monkeypatch):
+def test_single_path_of_any_type_is_accepted(tmp_path, kind, monkeypatch):
     touch(tmp_path, NOT_TEXT)
     assert find(kind(tmp_path), out="out").images == [os.path.join(tmp_path, NOT_TEXT)]
     monkeypatch.chdir(tmp_path)
     assert find(os.fsencode(NOT_TEXT), out="out").images == [os.path.join(tmp_path, NOT_TEXT)]
 
 
-def test_the_root_is_what_all_inputs_share(tmp_path):
+def test_root_is_the_common_folder_of_the_inputs(tmp_path):
     touch(tmp_path, "a/x/1.jpg", "a/y/2.jpg", "a/3.jpg")
     assert find([tmp_path / "a/x"], out="out").root == str(tmp_path / "a/x")
     assert find([tmp_path / "a/x/1.jpg"], out="out").root == str(tmp_path / "a/x")
@@ -90,7 +90,7 @@ def test_the_root_is_what_all_inputs_share(tmp_path):
 
 @pytest.mark.parametrize("out", ["in/out", "in", "link/out", "link"])
 @pytest.mark.parametrize("given", ["in", "link"])
-def test_earlier_outputs_are_not_read_again(tmp_path, out, given):
+def test_earlier_outputs_are_not_read(tmp_path, out, given):
     root = touch(tmp_path / "in", "a.jpg", "b/c.png")
     (tmp_path / "link").symlink_to(root)
     folder = tmp_path / out
@@ -101,12 +101,12 @@ def test_earlier_outputs_are_not_read_again(tmp_path, out, given):
     assert not found.ignored
 
 
-def test_a_folder_inside_of_the_output_folder_is_searched(tmp_path):
+def test_input_folder_inside_the_output_folder_is_searched(tmp_path):
     touch(tmp_path, "in/a.jpg")
     assert below(find([tmp_path / "in"], out=tmp_path), tmp_path) == ["in/a.jpg"]
 
 
-def test_a_folder_that_cannot_be_listed_is_told_and_the_others_are_read(tmp_path, monkeypatch):
+def test_unlistable_folder_is_reported_and_others_are_read(tmp_path, monkeypatch):
     touch(tmp_path, "a/x.jpg", "locked/y.jpg", "z/z.jpg")
     scandir = os.scandir
 
@@ -130,14 +130,14 @@ def test_a_folder_that_cannot_be_listed_is_told_and_the_others_are_read(tmp_path
         ("qqqqqq", r"there is no .*qqqqqq\.$"),
     ],
 )
-def test_a_missing_path_names_what_comes_near(tmp_path, given, words):
+def test_missing_path_raises_with_similar_names(tmp_path, given, words):
     touch(tmp_path, "holiday/IMG_1.jpg")
     with pytest.raises(UsageError, match=words) as caught:
         find([tmp_path / given], out="out")
     assert "\n" not in str(caught.value)
 
 
-def test_no_image_and_no_input_are_errors_that_say_what_there_is(tmp_path):
+def test_no_image_and_no_input_raise_with_what_was_found(tmp_path):
     touch(tmp_path, "a.txt", "b.txt", "c", ".d.jpg")
     refuses(DataError, r"no image in .*, only 2 \.txt, 1 without suffix$", find, [tmp_path], out="out")
     (tmp_path / "empty").mkdir()
@@ -150,7 +150,7 @@ def test_no_image_and_no_input_are_errors_that_say_what_there_is(tmp_path):
     [
         ("*.jpg", ["img2.jpg", "img10.jpg"]),
         ("**/*.jpg", ["img2.jpg", "img10.jpg", "b/c.jpg", "b/d/e.jpg"]),
-        ("b/*", ["b/c.jpg", "b/film.mp4"]),  # not the folder b/d, nor the text
+        ("b/*", ["b/c.jpg", "b/film.mp4"]),  # without the folder b/d and the text file
         ("?/?.*", ["b/c.jpg"]),
         ("b/[cx].jpg", ["b/c.jpg"]),
     ],
@@ -162,7 +162,7 @@ def test_patterns_match_images_and_videos(tmp_path, pattern, expected):
     assert found.root == str(tmp_path / os.path.dirname(pattern) if pattern.startswith("b/") else tmp_path)
 
 
-def test_a_pattern_matches_no_earlier_output_and_a_name_with_its_letters_is_a_name(tmp_path):
+def test_pattern_skips_earlier_outputs_and_existing_names_are_literal(tmp_path):
     touch(tmp_path, "a.jpg", "[x]*.jpg", "out/a.jpg.overlay.jpg")
     assert below(find([tmp_path / "[x]*.jpg"], out="out"), tmp_path) == ["[x]*.jpg"]
     assert set(below(find([tmp_path / "**" / "*.jpg"], out=tmp_path / "out"), tmp_path)) == {"a.jpg", "[x]*.jpg"}
@@ -171,7 +171,7 @@ def test_a_pattern_matches_no_earlier_output_and_a_name_with_its_letters_is_a_na
     refuses(UsageError, r"nothing matches .*\*\.jpeg; quote a pattern", lambda: find([tmp_path / "*.jpeg"], out="out"))
 
 
-def test_a_video_is_taken_where_it_is_named_and_not_where_it_lies(tmp_path):
+def test_video_is_read_if_named_but_not_found_in_folders(tmp_path):
     touch(tmp_path, "a.jpg", "film.MP4")
     assert below(find([tmp_path], out="out"), tmp_path) == ["a.jpg"]
     assert below(find([tmp_path / "film.MP4"], out="out"), tmp_path) == ["film.MP4"]

@@ -1,4 +1,4 @@
-"""Folders of images, a folder a class."""
+"""Test folders of images with a sub-folder for each class."""
 
 import numpy as np
 from PIL import Image
@@ -12,19 +12,19 @@ def paths(data, split):
     return {path for path, _ in data._files[split]}
 
 
-def test_one_folder_is_split_by_class_and_seed(photo_folder):
-    data = ImageFolderData(str(photo_folder), val_share=0.25, test_share=0.25, num_workers=0)
+def test_single_folder_is_split_by_class_and_seed(photo_folder):
+    data = ImageFolderData(str(photo_folder), val_fraction=0.25, test_fraction=0.25, num_workers=0)
     assert data.class_names == tuple(f"class{number}" for number in range(5))
     assert data.class_counts.tolist() == [6] * 5
     parts = [paths(data, split) for split in ("train", "val", "test")]
     assert [len(part) for part in parts] == [30, 15, 15]
     assert len(set.union(*parts)) == 60
-    again = ImageFolderData(str(photo_folder), val_share=0.25, test_share=0.25, num_workers=0)
-    other = ImageFolderData(str(photo_folder), val_share=0.25, test_share=0.25, num_workers=0, seed=1)
+    again = ImageFolderData(str(photo_folder), val_fraction=0.25, test_fraction=0.25, num_workers=0)
+    other = ImageFolderData(str(photo_folder), val_fraction=0.25, test_fraction=0.25, num_workers=0, seed=1)
     assert paths(again, "val") == parts[1] != paths(other, "val")
 
 
-def test_folders_of_splits_are_taken_as_they_are(photo_folder, tmp_path):
+def test_split_folders_are_used_unchanged(photo_folder, tmp_path):
     for split in ("train", "valid"):
         (tmp_path / split).symlink_to(photo_folder)
     data = ImageFolderData(str(tmp_path), num_workers=0, batch_size=7)
@@ -39,10 +39,10 @@ def test_folders_of_splits_are_taken_as_they_are(photo_folder, tmp_path):
     refuses(DataError, "no test split", data.setup, "test")
 
 
-def test_without_a_val_folder_some_training_images_are_kept_for_it(photo_folder, tmp_path):
+def test_without_a_val_folder_validation_images_come_from_train(photo_folder, tmp_path):
     for split in ("train", "test"):
         (tmp_path / split).symlink_to(photo_folder)
-    data = ImageFolderData(str(tmp_path), val_share=0.25, test_share=0.5, num_workers=0)
+    data = ImageFolderData(str(tmp_path), val_fraction=0.25, test_fraction=0.5, num_workers=0)
     train, val, test = (paths(data, split) for split in ("train", "val", "test"))
     assert (len(train), len(val), len(test)) == (45, 15, 60)
     assert not train & val
@@ -50,7 +50,7 @@ def test_without_a_val_folder_some_training_images_are_kept_for_it(photo_folder,
     assert {path.parent.parent.name for path in test} == {"test"}
 
 
-def test_folders_that_disagree_are_named(photo_folder, tmp_path):
+def test_folders_with_different_classes_raise(photo_folder, tmp_path):
     (tmp_path / "train").symlink_to(photo_folder)
     (tmp_path / "val").mkdir()
     for number in range(4):

@@ -1,4 +1,4 @@
-"""Where pixels go: the placement of every preparation against the pixels themselves."""
+"""Test the placement of every preprocessing against the pixels themselves."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ FITS = ["crop", "letterbox", "stretch"]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("fraction", [1.0, 0.875])
-def test_a_preparation_puts_a_spot_where_its_placement_says(size, fit, fraction):
+def test_placement_gives_the_position_of_a_spot(size, fit, fraction):
     height, width = size
     preprocess = Preprocess((48, 64), fit=fit, crop_fraction=fraction, mean=(0, 0, 0), std=(1, 1, 1))
     picture = np.zeros((height, width, 3), np.uint8)
@@ -24,13 +24,13 @@ def test_a_preparation_puts_a_spot_where_its_placement_says(size, fit, fraction)
     rows, columns = np.mgrid[0:48, 0:64] + 0.5
     centre = [(weights * columns).sum(), (weights * rows).sum()]
     expected = placement.to_input(np.array([[left + 2.5, top + 2.5]]))[0]
-    if fit != "crop" or size != (7, 200):  # there the spot is cut
+    if fit != "crop" or size != (7, 200):  # the spot is cut off there
         np.testing.assert_allclose(centre, expected, atol=0.3)
     np.testing.assert_allclose(placement.to_source(placement.to_input([[3.0, 4.0]])), [[3.0, 4.0]])
 
 
 def by_the_pixel(placement, heatmap):
-    """The definition, pixel by pixel."""
+    """Carry a heatmap pixel by pixel, from the definition."""
     height, width = placement.source_size
     rows, columns = heatmap.shape
     out = np.zeros((height, width))
@@ -52,21 +52,21 @@ def by_the_pixel(placement, heatmap):
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("size", [(13, 21), (30, 17)])
 @pytest.mark.parametrize("grid", [(4, 4), (1, 3), (7, 5)])
-def test_a_heatmap_is_carried_as_the_definition_says(fit, size, grid):
+def test_carried_heatmap_matches_the_definition(fit, size, grid):
     heatmap = np.random.default_rng(0).random(grid).astype(np.float32)
     _, placement = Preprocess((24, 32), fit=fit)(np.zeros((*size, 3), np.uint8))
     np.testing.assert_allclose(placement.carry(heatmap), by_the_pixel(placement, heatmap), atol=1e-5)
 
 
-def test_a_turned_heatmap_is_carried_as_the_definition_says():
+def test_carried_heatmap_of_a_rotated_image_matches_the_definition():
     turn = np.array([[0.8, -0.6, 9.0], [0.6, 0.8, -4.0]])
     placement = Placement(turn, (20, 24), (24, 24))
     heatmap = np.random.default_rng(0).random((6, 6)).astype(np.float32)
-    # OpenCV counts in 32nds of a cell
+    # OpenCV rounds coordinates to 32nds of a cell
     np.testing.assert_allclose(placement.carry(heatmap), by_the_pixel(placement, heatmap), atol=0.05)
 
 
-def test_boxes_go_there_and_back():
+def test_boxes_round_trip():
     _, placement = Preprocess(64, fit="letterbox")(np.zeros((30, 50, 3), np.uint8))
     boxes = np.array([[3.0, 4.0, 20.0, 25.0], [0.0, 0.0, 50.0, 30.0]])
     inside = placement.boxes_to_input(boxes)
@@ -75,7 +75,7 @@ def test_boxes_go_there_and_back():
     np.testing.assert_allclose(placement.boxes_to_source(inside), boxes)
 
 
-def test_the_padding_is_the_mean_colour_and_values_are_normalised():
+def test_padding_is_the_mean_colour_and_values_are_normalised():
     preprocess = Preprocess(32, fit="letterbox", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     image, placement = preprocess(np.full((16, 32, 3), 255, np.uint8))
     assert (image[:, 0] == 0).all()
@@ -89,6 +89,6 @@ def test_the_padding_is_the_mean_colour_and_values_are_normalised():
     ("options", "part"),
     [({"size": 0}, "size"), ({"fit": "squeeze"}, "letterbox"), ({"crop_fraction": 1.5}, "crop_fraction")],
 )
-def test_a_preparation_that_makes_no_sense_is_refused(options, part):
+def test_invalid_preprocess_arguments_raise(options, part):
     with pytest.raises(ValueError, match=part):
         Preprocess(**options)

@@ -1,4 +1,4 @@
-"""A sample's placement is that of everything that was done to it."""
+"""Test that the placement of a sample includes augmentation and preprocessing."""
 
 import albumentations as A
 import numpy as np
@@ -9,7 +9,7 @@ from visionattn.data.samples import prepare
 from visionattn.data.transforms import Augmentation
 
 
-def test_augmentation_and_preparation_compose():
+def test_placements_of_augmentation_and_preprocessing_compose():
     sample = prepare(spot(60, 70, 20, 50), Preprocess(35, fit="stretch"), Augmentation([A.HorizontalFlip(p=1)]))
     image = sample["image"][0].numpy()
     row, column = np.unravel_index(image.argmax(), image.shape)

@@ -1,4 +1,4 @@
-"""Shards as webdataset writes and reads them, fetched into little room; and shards that are none."""
+"""Test shards against webdataset, their cache, and invalid shards."""
 
 import http.server
 import io
@@ -31,8 +31,8 @@ def dataset(where, store=None, **options):
     return Shards(find_shards(str(where)), NAMES, preprocess=SMALL, store=store or Store("", 0), **options)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset closes no file
-def test_samples_are_those_that_webdataset_reads(shards):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset does not close its files
+def test_samples_match_webdataset(shards):
     folder, truth = shards
     ours = dataset(folder / "train-*.tar")
     theirs = list(WebDataset([url for url, _ in ours.shards], shardshuffle=False).decode("rgb8").to_tuple("png", "cls"))
@@ -46,7 +46,7 @@ def test_samples_are_those_that_webdataset_reads(shards):
         np.testing.assert_array_equal(ours.read_source(sample["path"]), read_image(path))
 
 
-def test_an_epoch_has_every_sample_once_and_few_shards_at_a_time(shards):
+def test_epoch_has_every_sample_once_from_few_shards_at_a_time(shards):
     some = dataset(shards[0] / "train.json", mixed=2)
     order, again = some.shuffled(1), some.shuffled(2)
     assert sorted(order) == sorted(again) == list(range(60))
@@ -63,7 +63,7 @@ def test_an_epoch_has_every_sample_once_and_few_shards_at_a_time(shards):
 
 @pytest.fixture
 def served(shards):
-    """The folder by HTTP, and what was asked for."""
+    """Serve the folder by HTTP; yields the URL and the requests."""
     asked = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -86,7 +86,7 @@ def served(shards):
     server.server_close()
 
 
-def test_shards_of_another_machine_are_fetched_once_an_epoch_into_little_room(served, shards, tmp_path):
+def test_remote_shards_are_fetched_once_per_epoch_into_a_limited_cache(served, shards, tmp_path):
     address, asked = served
     size = (shards[0] / "train-000.tar").stat().st_size
     store = Store(str(tmp_path / "cache"), 3 * size)
@@ -113,7 +113,7 @@ def picture(photo_folder):
     return (photo_folder / "class0" / "0.png").read_bytes()
 
 
-def test_a_label_is_a_number_or_a_name(picture, tmp_path):
+def test_label_is_a_number_or_a_name(picture, tmp_path):
     tar(tmp_path / "a.tar", ("a/1.x.png", picture), ("a/1.cls", b" 3\n"), ("b/1.png", picture), ("b/1.cls", b"class2"))
     assert [sample["label"] for sample in map(dataset(tmp_path / "a.tar").__getitem__, range(2))] == [3, 2]
     tar(tmp_path / "b.tar", ("1.png", picture), ("1.cls", b"clas2"))
@@ -123,37 +123,37 @@ def test_a_label_is_a_number_or_a_name(picture, tmp_path):
     refuses(DataError, "no class '5'", lambda: dataset(tmp_path / "c.tar")[0])
 
 
-def test_shards_that_are_none_are_told(picture, tmp_path):
+def test_invalid_shards_raise(picture, tmp_path):
     whole = tar(tmp_path / "a.tar", ("1.png", picture), ("1.cls", b"1"))
     (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:700])
     (tmp_path / "text.tar").write_bytes(b"no tar file" * 100)
     tar(tmp_path / "bare.tar", ("1.png", picture))
     tar(tmp_path / "two.tar", ("1.png", picture), ("1.jpg", picture), ("1.cls", b"1"))
     for name, words in [
-        ("cut", "is cut short"), ("text", "is no tar file"), ("bare", "needs one image and a .cls, and has png"),
+        ("cut", "is cut short"), ("text", "is not a tar file"), ("bare", "needs one image and a .cls, and has png"),
         ("two", "has png, jpg, cls"), ("none", "no file matches"),
     ]:  # fmt: skip
         with pytest.raises(DataError, match=words):
             find_shards(str(tmp_path / f"{name}.tar"))
     tar(tmp_path / "no_image.tar", ("1.png", b"text"), ("1.cls", b"1"))
-    with pytest.raises(DataError, match=r"no_image\.tar/1\.png is no image that can be read"):
+    with pytest.raises(DataError, match=r"no_image\.tar/1\.png is not an image that can be read"):
         dataset(tmp_path / "no_image.tar")[0]
     index = tmp_path / "index.json"
     for url, count in [
         ("/etc/passwd", 1), ("../a.tar", 1), ("file:///a.tar", 1), ("x::y.tar", 1), ("~/a.tar", 1), ("a.tar", 0),
     ]:  # fmt: skip
         index.write_text(json.dumps({"shardlist": [{"url": url, "nsamples": count}]}))
-        with pytest.raises(DataError, match="does not lie beside the index"):
+        with pytest.raises(DataError, match="must be in the index's folder"):
             find_shards(str(index))
     index.write_text(json.dumps({"shardlist": [{"url": "a.tar", "nsamples": 2}]}))
-    refuses(DataError, "holds 1 samples, and 2 were announced", lambda: dataset(index)[0])
+    refuses(DataError, "has 1 samples, but its index says 2", lambda: dataset(index)[0])
     index.write_text("{}")
-    refuses(DataError, "is no index of shards", lambda: find_shards(str(index)))
-    refuses(UsageError, "named by an index", find_shards, "http://x/train-*.tar")
+    refuses(DataError, "is not a valid index of shards", lambda: find_shards(str(index)))
+    refuses(UsageError, "remote shards need an index", find_shards, "http://x/train-*.tar")
 
 
-def test_nothing_in_a_shard_leaves_it(picture, tmp_path):
-    """Names, links and holes are names and not followed; nothing is unpacked."""
+def test_members_of_a_shard_cannot_reach_other_files(picture, tmp_path):
+    """Absolute names, links and sparse files are not followed, and nothing is unpacked."""
     place = tmp_path / "in" / "a.tar"
     place.parent.mkdir()
     with tarfile.open(place, "w") as archive:
@@ -171,7 +171,7 @@ def test_nothing_in_a_shard_leaves_it(picture, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar", "in"]
 
 
-def test_class_names_may_stand_in_a_file(shards, tmp_path):
+def test_class_names_can_come_from_a_file(shards, tmp_path):
     (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
     where = str(shards[0] / "train.json")
     data = ShardData(where, where, class_names=str(tmp_path / "names.txt"), num_workers=0)

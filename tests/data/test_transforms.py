@@ -1,4 +1,4 @@
-"""Augmentation: where albumentations says the pixels went is where they are."""
+"""Test that the placement of an augmentation matches the pixels."""
 
 import albumentations as A
 import numpy as np
@@ -24,7 +24,7 @@ from visionattn.errors import UsageError
     ids=lambda transform: type(transform).__name__,
 )
 @pytest.mark.parametrize("seed", [0, 1, 2**62])
-def test_the_placement_follows_the_pixels(transform, seed):
+def test_augmentation_placement_matches_the_pixels(transform, seed):
     augment = Augmentation([transform])
     picture = spot(60, 70, 31.0, 36.0)
     changed, placement = augment(picture, seed)
@@ -36,7 +36,7 @@ def test_the_placement_follows_the_pixels(transform, seed):
     np.testing.assert_array_equal(changed, again)
 
 
-def test_what_bends_or_changes_the_kind_of_values_is_refused():
+def test_bending_transforms_and_other_dtypes_raise():
     picture = spot(60, 70, 30, 30)
     with pytest.raises(UsageError, match="ElasticTransform bends"):
         Augmentation([A.ElasticTransform(alpha=300, sigma=8, p=1)])(picture, 0)

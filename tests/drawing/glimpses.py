@@ -1,8 +1,8 @@
-"""A network that takes glimpses, and what the tests of its pictures share."""
+"""An animation of two glimpses, which several tests use."""
 
 import numpy as np
 
-from visionattn.drawing import gaze_animation
+from visionattn.drawing import animate_glimpses
 
 
 def film(side=60, **options):
@@ -12,4 +12,4 @@ def film(side=60, **options):
     patches = np.zeros((2, 2, 4, 4, 3), np.uint8)
     patches[0, 0], patches[0, 1], patches[1, 0], patches[1, 1] = 200, 150, 250, 50
     patches[0, 0, 2, 1] = (10, 20, 30)
-    return gaze_animation(image, boxes, patches, side=side, **options)
+    return animate_glimpses(image, boxes, patches, side=side, **options)

@@ -1,4 +1,4 @@
-"""Pictures, heatmaps, and blending by its equation."""
+"""Random pictures and heatmaps with 256 levels, and the colours of colormaps."""
 
 import cv2
 import numpy as np

@@ -1,4 +1,4 @@
-"""Boxes and labels, pixel by pixel."""
+"""Boxes and labels, compared pixel by pixel."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What all that draws has in common: inputs stay as they are, and errors are one sentence."""
+"""All drawing functions leave their inputs unchanged and raise errors of one sentence."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from visionattn.errors import UsageError
 DRAWERS = {
     "blend": drawing.blend,
     "contour": drawing.contour,
-    "top_mask": drawing.top_mask,
+    "top_mask": drawing.show_hottest,
     "side_by_side": drawing.side_by_side,
     "seen": lambda image, heatmap: drawing.blend(image, heatmap, seen_HW=heatmap > 0.5),
     "draw_box": lambda image, heatmap: drawing.draw_box(image, (1, 1, 7, 6)),
@@ -22,7 +22,7 @@ DRAWERS = {
 
 @pytest.mark.parametrize("name", DRAWERS)
 @pytest.mark.parametrize("view", ["plain", "turned", "mirrored", "every_other", "read_only", "column_major"])
-def test_inputs_stay_as_they_are_however_they_lie_in_memory(name, view):
+def test_inputs_are_not_changed_in_any_memory_layout(name, view):
     image, heatmap = picture(26, 18), ramp(26, 18)
     image, heatmap = (
         {
@@ -58,14 +58,14 @@ def test_inputs_stay_as_they_are_however_they_lie_in_memory(name, view):
         (lambda: drawing.blend(picture(), ramp(), saturation=-1), "saturation must be"),
         (lambda: drawing.blend(picture(), ramp(), colormap="virdis"), "Nearest: viridis"),
         (lambda: drawing.contour(picture(), np.zeros((2, 2))), "carry the heatmap"),
-        (lambda: drawing.top_mask(picture(), ramp(), share=0), r"in \(0, 1\], got 0"),
+        (lambda: drawing.show_hottest(picture(), ramp(), fraction=0), r"in \(0, 1\], got 0"),
         (lambda: drawing.draw_boxes(picture(), [(0, 0, 3, 3)], labels=["a", "b"]), "2 labels for 1 boxes"),
         (lambda: drawing.sheet([]), "at least one picture"),
         (lambda: drawing.sheet([Tile(picture())], columns=0), "one column"),
         (lambda: drawing.side_by_side(picture(), np.zeros((2, 2))), "carry the heatmap"),
     ],
 )
-def test_errors_are_one_sentence_that_names_what_was_wrong(call, words):
+def test_errors_name_the_wrong_argument_in_one_sentence(call, words):
     with pytest.raises(UsageError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Text on pictures, measured with Pillow itself."""
+"""Text on pictures, measured with Pillow."""
 
 import os
 
@@ -13,7 +13,7 @@ NOT_TEXT = os.fsdecode(b"caf\xe9")
 
 @pytest.mark.parametrize("width", [0, 3, 20, 77, 200, 1000])
 @pytest.mark.parametrize("text", ["golden retriever 98 %", "w" * 300, "", "a"])
-def test_a_line_fits_its_width_and_is_as_long_as_can_be(text, width):
+def test_a_cut_line_is_the_longest_that_fits_its_width(text, width):
     font, line = fit(text, size=15, width=width)
     assert font.getlength(line) <= width
     if line != text:
@@ -27,7 +27,7 @@ def test_a_line_that_is_a_little_too_long_loses_one_letter():
     assert fit(line, size=15, width=int(font.getlength(line)) - 1)[1] == "w" * 19 + "…"
 
 
-def test_bytes_that_are_no_text_and_letters_without_a_font_become_question_marks():
+def test_invalid_bytes_and_letters_without_a_font_become_question_marks():
     assert fit(NOT_TEXT, size=15, width=500)[1] == "caf?"
     assert fit("x \U000f0000 y", size=15, width=500)[1] in ("x ? y", "x y")
     assert fit("a\nb\tc\x07", size=15, width=500)[1] == "a b c"

@@ -1,4 +1,4 @@
-"""Heat over pictures, against slow loops from the docstrings' equations."""
+"""Heatmaps over pictures, against slow loops from the equations in the docstrings."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def blend_by_the_equation(image, heatmap, *, colormap="inferno", alpha=0.75, sat
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (3, 40), (40, 3), (37, 31)])
 @pytest.mark.parametrize("options", [{}, {"colormap": "viridis", "alpha": 0.3, "saturation": 1.0}, {"alpha": 1.0}])
-def test_blend_is_its_equation(shape, options):
+def test_blend_matches_its_equation(shape, options):
     image, heatmap = picture(*shape), ramp(*shape)
     difference = drawing.blend(image, heatmap, **options) - blend_by_the_equation(image, heatmap, **options)
     assert np.abs(difference).max() < 2
@@ -31,7 +31,7 @@ def test_blend_is_its_equation(shape, options):
     assert abs(difference.mean()) < 0.1 or difference.size < 1000  # it neither brightens nor darkens
 
 
-def test_blend_is_the_same_in_bands_as_in_pieces():
+def test_blend_does_not_depend_on_bands():
     image, heatmap = picture(50, 3000), ramp(50, 3000)  # several bands
     whole = drawing.blend(image, heatmap)
     pieces = [drawing.blend(image[row : row + 1], heatmap[row : row + 1]) for row in range(50)]
@@ -44,13 +44,13 @@ def test_a_cold_heatmap_with_full_saturation_leaves_the_picture_as_it_is():
     np.testing.assert_array_equal(drawing.blend(image, ramp(), saturation=1.0, alpha=0.0), image)
 
 
-def test_values_beyond_the_range_count_as_its_ends():
+def test_heat_beyond_the_range_is_clipped():
     image = picture(1, 2)
     beyond, ends = np.float32([[-0.5, 7.0]]), np.float32([[0.0, 1.0]])
     np.testing.assert_array_equal(drawing.blend(image, beyond), drawing.blend(image, ends))
 
 
-def test_what_the_model_never_saw_is_grey_and_dark_and_the_rest_is_untouched():
+def test_unseen_pixels_are_grey_and_dark_and_the_others_are_unchanged():
     image, heatmap = picture(20, 30), ramp(20, 30)
     seen = np.zeros((20, 30), bool)
     seen[3:15, 4:21] = True
@@ -89,17 +89,17 @@ def test_a_contour_runs_where_the_heatmap_passes_the_level_and_nowhere_else():
     np.testing.assert_array_equal(drawing.contour(image, heatmap, levels=(0.9,)), image)
 
 
-def test_top_is_the_share_that_a_full_sort_gives():
+def test_top_matches_a_full_sort():
     heatmap = np.random.default_rng(0).permutation(400).reshape(20, 20) / 400
-    for share in (0.001, 0.2, 0.5, 0.999, 1.0):
-        expected = set(np.argsort(heatmap.ravel())[::-1][: max(1, round(share * 400))])
+    for fraction in (0.001, 0.2, 0.5, 0.999, 1.0):
+        expected = set(np.argsort(heatmap.ravel())[::-1][: max(1, round(fraction * 400))])
         expected.discard(int(heatmap.argmin()))  # the coldest of all is never hot
-        assert set(np.flatnonzero(drawing.top(heatmap, share))) == expected
+        assert set(np.flatnonzero(drawing.top(heatmap, fraction))) == expected
     assert not drawing.top(np.full((4, 4), 0.3), 0.5).any()
 
 
 def test_top_mask_keeps_the_hottest_and_darkens_the_others():
     image, heatmap = picture(20, 20), np.arange(400).reshape(20, 20) / 399
-    out = drawing.top_mask(image, heatmap, share=0.25)
+    out = drawing.show_hottest(image, heatmap, fraction=0.25)
     np.testing.assert_array_equal(out[15:], image[15:])
     assert np.abs(out[:15, :, 0] - 0.35 * (image[:15] @ GREY)).max() <= 1

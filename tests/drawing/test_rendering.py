@@ -1,4 +1,4 @@
-"""Heatmaps on the right pixels of the source, against a walk over every pixel."""
+"""Heatmaps carried to the pixels of the source, against a loop over every pixel."""
 
 import itertools
 import sys
@@ -57,7 +57,7 @@ def walk(heatmap, size, fit, input_size):
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("input_size", [(32, 32), (24, 36)])
-def test_every_pixel_of_the_source_has_the_heat_that_a_walk_finds(size, fit, input_size):
+def test_every_pixel_of_the_source_has_the_heat_of_a_slow_loop(size, fit, input_size):
     picture, placement = placed(size, fit, input_size)
     heatmap = np.random.default_rng(0).random((4, 5)).astype(np.float32)
     expected = walk(heatmap, size, fit, input_size)
@@ -106,7 +106,7 @@ def test_a_constant_heatmap_has_no_peak():
     assert peak(np.full((4, 4), 0.7), Placement.identity((8, 8))) is None
 
 
-def test_the_peak_is_where_it_was_put():
+def test_the_peak_is_at_the_constructed_point():
     heatmap = np.zeros((7, 7), np.float32)
     heatmap[2, 5] = 1
     assert peak(heatmap, Placement.identity((70, 140))) == (110.0, 25.0)
@@ -131,7 +131,7 @@ def test_bands_show_no_seam(fit, monkeypatch):
 
 
 @pytest.mark.parametrize("angle", [0, 17, 90, 180])
-def test_turned_pictures_are_drawn_where_they_are_seen(angle):
+def test_rotated_placements_are_rendered_correctly(angle):
     cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     matrix = np.array([[cos, -sin, 16 - 20 * cos + 15 * sin], [sin, cos, 16 - 20 * sin - 15 * cos]])
     placement = Placement(matrix, (30, 40), (32, 32))
@@ -156,12 +156,12 @@ def test_a_large_picture_takes_little_memory_beyond_itself():
     assert most < 1.5 * picture.nbytes  # the overlay itself, and less than half as much again
 
 
-def test_the_picture_stays_as_it_is_and_another_one_is_refused():
+def test_the_picture_is_not_changed_and_one_of_another_size_is_refused():
     picture, placement = placed((40, 64), "crop")
     before = picture.copy()
     render(picture, np.ones((4, 4), np.float32), placement, Style(contours=(0.5,)))
     np.testing.assert_array_equal(picture, before)
-    with pytest.raises(UsageError, match="the picture is 64 × 40, and the one placed was"):
+    with pytest.raises(UsageError, match="the picture is 64 × 40, but the placement is of one of"):
         render(picture.transpose(1, 0, 2), np.ones((4, 4)), placement, Style())
 
 
@@ -174,6 +174,6 @@ def test_the_picture_stays_as_it_is_and_another_one_is_refused():
         ({"suffix": ".gif"}, r"written as \.jpg, \.png or \.webp, not '\.gif'"),
     ],
 )
-def test_a_style_that_cannot_be_drawn_is_refused_at_once(options, words):
+def test_an_invalid_style_is_refused_when_it_is_made(options, words):
     with pytest.raises(UsageError, match=words):
         Style(**options)

@@ -1,4 +1,4 @@
-"""Smaller and larger pictures, against means and squares of pixels."""
+"""Shrinking and enlarging, against means and squares of pixels."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ def noise(height, width):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_a_smaller_picture_has_the_mean_of_the_pixels_that_each_replaces():
+def test_shrink_averages_pixels():
     picture = noise(12, 24)
     small = shrink(picture, 6)
     assert small.shape == (3, 6, 3)
@@ -25,7 +25,7 @@ def test_the_longer_side_fits_and_no_side_vanishes(size, expected):
     assert shrink(noise(*size), 20).shape == (*expected, 3)
 
 
-def test_a_larger_picture_has_a_square_for_each_pixel():
+def test_enlarge_repeats_pixels_as_squares():
     picture = noise(3, 4)
     large = enlarge(picture, 5)
     assert large.shape == (15, 20, 3)

@@ -1,4 +1,4 @@
-"""Paths, animations and densities of glimpses: every box stands where the glimpse was, in pixels of the source."""
+"""Paths, animations and densities of glimpses have every box at its location in the source."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from tests.drawing.glimpses import film
 from visionattn.attention import Retina
 from visionattn.data import Placement, Preprocess
-from visionattn.drawing import draw_gaze, gaze_density
+from visionattn.drawing import draw_fixation_density, draw_scanpath
 from visionattn.drawing.overlay import heat
 from visionattn.drawing.scanpath import boxes_in_source, centres
 from visionattn.errors import UsageError
@@ -26,7 +26,7 @@ def is_near(pixels, colour, by=25):
 
 def test_a_box_is_drawn_on_its_edges_in_a_picture_enlarged_by_whole_pixels():
     image = np.random.default_rng(0).integers(0, 60, (28, 28, 3)).astype(np.uint8)
-    drawn = draw_gaze(image, np.array([[[4.0, 5, 12, 13]]]))
+    drawn = draw_scanpath(image, np.array([[[4.0, 5, 12, 13]]]))
     assert drawn.shape == (448, 448, 3)
     violet = is_near(drawn, VIOLET)
     rows, columns = np.flatnonzero(violet.any(1)), np.flatnonzero(violet.any(0))
@@ -50,7 +50,7 @@ def test_pictures_of_any_size_are_drawn_on(shape, side, expected):
     height, width = shape
     # in the middle, half as wide and high as the picture, and one that reaches out of it
     boxes = np.array([[[width / 4, height / 4, 3 * width / 4, 3 * height / 4], [-9.0, -9, width + 9, height + 9]]])
-    drawn = draw_gaze(black(*shape), boxes, side=side)
+    drawn = draw_scanpath(black(*shape), boxes, side=side)
     assert drawn.shape[:2] == expected
     columns = np.flatnonzero(is_near(drawn[expected[0] // 2 - expected[0] // 6], VIOLET))
     assert abs(columns[0] - expected[1] / 4) <= 1
@@ -58,9 +58,9 @@ def test_pictures_of_any_size_are_drawn_on(shape, side, expected):
     assert not drawn[0].any(), "what reaches out of the picture has no edge in it"
 
 
-def test_the_order_is_told_by_colour_and_number_and_the_first_by_a_ring():
+def test_the_order_is_shown_by_colours_and_numbers_and_the_first_by_a_ring():
     boxes = np.array([[[x, 10.0, x + 8, 18]] for x in (2, 10, 18)])
-    drawn = draw_gaze(black(28, 28), boxes)
+    drawn = draw_scanpath(black(28, 28), boxes)
     for (x, y), colour in zip(centres(boxes) * 16, (VIOLET, (205, 74, 118), YELLOW), strict=True):
         disc = drawn[int(y) - 8 : int(y) + 8, int(x) - 8 : int(x) + 8]
         assert 0.5 < is_near(disc, colour, 40).mean() < 0.98, "a disc with a number on it"
@@ -75,11 +75,11 @@ def test_the_order_is_told_by_colour_and_number_and_the_first_by_a_ring():
 
 
 @pytest.mark.parametrize("corner", [(10, 10), (-4, -4), (24, 10)])
-def test_numbers_of_one_place_stand_beside_each_other(corner):
+def test_numbers_at_one_location_do_not_overlap(corner):
     """A network that stays where it is; also in the corner and at the edge, where half of the box is outside."""
     x, y = corner
-    drawn = draw_gaze(black(28, 28), np.array([[[x, y, x + 8.0, y + 8]]] * 8))
-    ramp = draw_gaze(black(28, 28), np.array([[[3.0 * k, 14, 3 * k + 2, 16]] for k in range(8)]))
+    drawn = draw_scanpath(black(28, 28), np.array([[[x, y, x + 8.0, y + 8]]] * 8))
+    ramp = draw_scanpath(black(28, 28), np.array([[[3.0 * k, 14, 3 * k + 2, 16]] for k in range(8)]))
     for place in range(8):
         colour = ramp[15 * 16 + 6, (3 * place + 1) * 16 - 6]
         assert is_near(drawn, colour, 8).sum() > 100, f"the number {place + 1} is hidden"
@@ -115,7 +115,7 @@ def test_a_turned_placement_keeps_the_middle_of_a_box():
     np.testing.assert_allclose(boxes, [[[4, 18, 10, 22]]])
 
 
-def test_a_frame_shows_what_was_seen_so_far_as_sharply_as_it_was_seen():
+def test_a_frame_shows_the_patches_so_far_at_their_sharpness():
     first, second = film(300)
     unseen = (0.3 * 100 + 40,) * 3
 
@@ -135,7 +135,7 @@ def test_a_frame_shows_what_was_seen_so_far_as_sharply_as_it_was_seen():
     assert is_near(second[200:240, 239], YELLOW).all()
 
 
-def test_the_belief_after_each_glimpse_stands_beside_the_picture():
+def test_the_probabilities_after_each_glimpse_are_drawn_beside_the_picture():
     probabilities = np.array([[0.2, 0.7, 0.1], [0.9, 0.05, 0.05]])
     frames = film(300, probabilities_TK=probabilities, class_names=("cat", "dog", "owl"), truth=0)
     assert len({frame.shape for frame in frames}) == 1
@@ -152,10 +152,10 @@ def test_the_belief_after_each_glimpse_stands_beside_the_picture():
 def test_a_density_is_drawn_in_the_colours_of_heat_up_to_its_largest_value():
     first, later = np.zeros((30, 30)), np.linspace(0, 2.5, 900).reshape(30, 30)
     first[10:20, 10:20] = 1
-    drawn = gaze_density({"first glimpse": first, "later glimpses": later}, title="where")
+    drawn = draw_fixation_density({"first glimpse": first, "later glimpses": later}, title="where")
     hot = np.array(heat(np.ones((1, 1)))[0, 0])
     assert is_near(drawn, hot, 3).sum() >= 100 * 100, "the first map's square is ten times its size"
-    empty = gaze_density({"nothing": np.zeros((4, 4))})
+    empty = draw_fixation_density({"nothing": np.zeros((4, 4))})
     assert empty.ndim == 3
 
 
@@ -168,6 +168,6 @@ def test_a_density_is_drawn_in_the_colours_of_heat_up_to_its_largest_value():
         (black(4, 4), np.zeros((0, 1, 4)), r"boxes of glimpses are \(T, S, 4\), got \(0, 1, 4\)"),
     ],
 )
-def test_what_is_no_picture_or_no_path_is_refused(image, boxes, message):
+def test_wrong_shapes_of_picture_and_boxes_are_refused(image, boxes, message):
     with pytest.raises(UsageError, match=message):
-        draw_gaze(image, boxes)
+        draw_scanpath(image, boxes)

@@ -1,4 +1,4 @@
-"""Pictures beside each other, with captions and a colour bar."""
+"""Sheets and rows of pictures with captions and a colour bar."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_a_sheet_scales_the_box_with_its_picture():
         assert found == tuple(edge * factor for edge in box)
 
 
-def test_right_and_wrong_are_told_by_shape():
+def test_right_and_wrong_differ_by_shape():
     tile = picture(20, 20)
     right, wrong, neither = (drawing.sheet([Tile(tile, ("cat",), right)]) for right in (True, False, None))
     assert right.shape == wrong.shape == neither.shape

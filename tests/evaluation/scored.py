@@ -1,4 +1,4 @@
-"""A model whose evidence lies in one known place, and how it is scored one pixel at a time."""
+"""A model whose evidence lies in one known region, and methods for it."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from visionattn.maps.method import Explanation, Method
 
 
 class Patch(nn.Module):
-    """Says 1 the surer, the brighter the region is on average, and sees nothing else; needs no weights but its own."""
+    """Predicts class 1 with a score that grows with the mean brightness of the region, and ignores all other pixels."""
 
     def __init__(self, region_HW, gain=12.0):
         super().__init__()
@@ -20,7 +20,7 @@ class Patch(nn.Module):
 
 
 class Fixed(Method):
-    """The same map for every image, or one map an image, whatever the model."""
+    """The same map for every image, or one given map an image, for any model."""
 
     name = "fixed"
 
@@ -33,7 +33,7 @@ class Fixed(Method):
 
 
 class OfWeights(Method):
-    """The weights that `Patch` gives to the pixels: the truth about it."""
+    """The weights that `Patch` gives to the pixels: its true map."""
 
     name = "weights"
 
@@ -42,13 +42,13 @@ class OfWeights(Method):
 
 
 def region(size=(12, 16), box=(2, 3, 8, 9)):
-    """A box (x, y, x, y) of pixels, filled."""
+    """Return the mask of a box (x, y, x, y) in pixels."""
     filled = torch.zeros(size, dtype=torch.bool)
     filled[box[1] : box[3], box[0] : box[2]] = True
     return filled
 
 
 def bright_pictures(region_HW, count=24, channels=3, seed=0):
-    """Noise about 1 in the region and about 0 elsewhere: the model of `Patch` says 1 of the whole image."""
+    """Return noise with mean 1 in the region and 0 elsewhere; `Patch` predicts class 1 for it."""
     noise = 0.3 * torch.randn(count, channels, *region_HW.shape, generator=torch.Generator().manual_seed(seed))
     return noise + region_HW

@@ -1,4 +1,4 @@
-"""Scores of the heat of boxes, on maps that are known."""
+"""Metrics of boxes' heatmaps, on known maps."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from visionattn.evaluation.box_scores import box_pointing, mass_ratio, score_dro
 pytestmark = pytest.mark.filterwarnings("ignore:.*heatmaps of:visionattn.errors.MapWarning")
 
 
-def test_mass_ratio_is_one_for_maps_that_know_nothing():
+def test_mass_ratio_is_one_for_constant_maps():
     boxes = torch.tensor([[0.0, 0, 10, 10], [8, 4, 24, 20], [3, 3, 4, 4]])
     torch.testing.assert_close(mass_ratio(torch.ones(3, 8, 8), boxes, (32, 32)), torch.ones(3))
     heat = torch.zeros(3, 32, 32)
@@ -24,7 +24,7 @@ def test_mass_ratio_is_one_for_maps_that_know_nothing():
 
 
 class Bright(nn.Module):
-    """Finds a bright square of class 0 by its mean, whatever else there is."""
+    """Detects a bright square of class 0 by its mean, and two other boxes."""
 
     def forward(self, images):
         found = []
@@ -36,17 +36,17 @@ class Bright(nn.Module):
         return found
 
 
-def test_the_score_goes_with_its_evidence():
+def test_the_score_drops_when_its_evidence_is_removed():
     images = torch.zeros(1, 3, 16, 16)
     images[:, :, 2:6, 2:6] = 0.9
     heat = torch.zeros(3, 16, 16)
     heat[0, 2:6, 2:6] = 1
     heat[1:, 10:14, 10:14] = 1
-    from visionattn.maps.boxes import BoxMaps
+    from visionattn.maps.boxes import BoxHeatmaps
 
     (found,) = Bright()(images)
-    maps = [BoxMaps(found["boxes"], found["scores"], found["labels"], heat, heat, "", "")]
-    (drop,) = score_drop(Bright(), images, maps, share=1 / 16)
+    maps = [BoxHeatmaps(found["boxes"], found["scores"], found["labels"], heat, heat, "", "")]
+    (drop,) = score_drop(Bright(), images, maps, fraction=1 / 16)
     mean = 0.9 / 16
     torch.testing.assert_close(drop, torch.tensor([1 - mean / 0.9, 0.0, 0.0]))
     torch.testing.assert_close(box_iou(found["boxes"][:1], found["boxes"]), torch.tensor([[1, 1, 1 / 3]]))

@@ -1,4 +1,4 @@
-"""The controls are what they are called, and do not look at the model."""
+"""Controls match their definitions, and do not depend on the model."""
 
 import math
 
@@ -16,7 +16,7 @@ close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("control", [RandomMap((5, 3)), CentreGaussian(), Edges(), Edges((4, 4))])
-def test_a_control_is_called_as_a_method_and_sees_no_model(control):
+def test_a_control_is_called_as_a_method_and_does_not_depend_on_the_model(control):
     model, images = models.vit(), models.pictures(batch=3)
     before = state_of(model)
     maps = control(model, images, target=2)
@@ -26,7 +26,7 @@ def test_a_control_is_called_as_a_method_and_sees_no_model(control):
     assert maps.target is None
     close(maps.output, model(images).detach(), atol=1e-5, rtol=1e-5)
     assert torch.equal(maps.raw, control(models.vit(depth=2), images).raw)
-    for b in range(3):  # whatever stands beside it in the batch
+    for b in range(3):  # for any other images in the batch
         assert torch.equal(maps.raw[b], control(model, images[b : b + 1]).raw[0])
 
 
@@ -43,7 +43,7 @@ def test_random_maps_are_uniform_and_independent():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 12)])
-def test_the_gaussian_is_its_equation(size):
+def test_the_gaussian_matches_its_equation(size):
     height, width = size
     (raw,) = CentreGaussian(sigma=0.2).draw(torch.zeros(1, 3, *size))
     for i in range(height):
@@ -53,7 +53,7 @@ def test_the_gaussian_is_its_equation(size):
 
 
 @pytest.mark.parametrize("shape", [(1, 9, 14), (3, 8, 8), (4, 1, 5)])
-def test_edges_are_opencvs_sobel(shape):
+def test_edges_equal_opencvs_sobel(shape):
     images = torch.randn(2, *shape)
     fine = Edges().draw(images)
     for image, found in zip(images, fine, strict=True):
@@ -68,7 +68,7 @@ def test_coarse_edges_are_the_means_of_cells():
     close(Edges((4, 3)).draw(images), fine.view(2, 4, 2, 3, 4).mean((2, 4)))
 
 
-def test_what_cannot_be_drawn_is_told():
+def test_wrong_options_of_controls_are_errors():
     for make in (RandomMap, Edges):
         refuses(UsageError, "grid must be at least 1×1, got 0×3", make, (0, 3))
     refuses(UsageError, "sigma must be > 0", CentreGaussian, sigma=0)

@@ -1,5 +1,8 @@
 """Deletion and insertion against a loop over images, steps and pixels, written from the paper."""
 
+import json
+import pickle
+
 import cv2
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from tests.capture.models import assert_same_state, state_of
 from tests.evaluation.scored import Patch, bright_pictures, region
 from tests.refusals import refuses
 from visionattn.errors import DataError, UsageError
-from visionattn.evaluation import deletion, insertion
+from visionattn.evaluation import Curve, deletion, insertion
 from visionattn.evaluation.faithfulness import blurred, rank
 
 close = torch.testing.assert_close
@@ -35,7 +38,7 @@ def setting(batch, channels, height, width, seed=0):
 
 
 def curve_by_loop(model, before, after, heatmap, target, steps):
-    """One image; its pixels are changed one at a time, hottest first, and the model is asked at each step."""
+    """Change the pixels of one image one at a time, hottest first, and run the model at each step."""
     height, width = before.shape[1:]
     places = sorted(((i, j) for i in range(height) for j in range(width)), key=lambda ij: -float(heatmap[ij]))
     image, scores, fractions = before.clone(), [], []
@@ -53,7 +56,7 @@ def curve_by_loop(model, before, after, heatmap, target, steps):
 
 @pytest.mark.parametrize(("batch", "channels", "height", "width"), SHAPES)
 @pytest.mark.parametrize("steps", [1, 4, 11])
-def test_deletion_is_the_loop(batch, channels, height, width, steps):
+def test_deletion_equals_a_loop_over_pixels(batch, channels, height, width, steps):
     model, images, heatmaps = setting(batch, channels, height, width)
     best = model(images).argmax(1)
     found = deletion(model, images, heatmaps, steps=steps, batch_size=3)
@@ -66,7 +69,7 @@ def test_deletion_is_the_loop(batch, channels, height, width, steps):
 
 
 @pytest.mark.parametrize(("batch", "channels", "height", "width"), SHAPES)
-def test_insertion_is_the_loop(batch, channels, height, width):
+def test_insertion_equals_a_loop_over_pixels(batch, channels, height, width):
     model, images, heatmaps = setting(batch, channels, height, width)
     target = torch.arange(batch) % 4
     found = insertion(model, images, heatmaps, steps=5, target=target, blur=0.2)
@@ -86,14 +89,14 @@ def blur_by_opencv(plane, sigma):
 
 
 @pytest.mark.parametrize("size", [(9, 14), (1, 3)])
-def test_the_blur_is_opencvs(size):
+def test_the_blur_equals_opencvs(size):
     images = torch.randn(2, 3, *size)
     for sigma in (0.1, 0.4):
         expected = [[blur_by_opencv(plane, sigma * min(size)) for plane in image] for image in images]
         close(blurred(images, sigma), torch.stack([torch.stack(planes) for planes in expected]), atol=1e-5, rtol=1e-4)
 
 
-def test_a_baseline_of_ones_own_takes_the_pixels_place():
+def test_a_given_baseline_replaces_the_pixels():
     model, images, heatmaps = setting(2, 3, 6, 6)
     colour = torch.tensor([1.0, -2, 0.5])[:, None, None]
     for baseline, last in ((colour, colour.expand(2, 3, 6, 6)), (0.0, torch.zeros(2, 3, 6, 6))):
@@ -121,7 +124,7 @@ def test_coarse_and_fine_maps_are_ordered_as_opencv_interpolates_them(grid):
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
 def test_equal_pixels_come_in_random_order(value):
-    """Of a constant map, interpolated or not, every pixel has the same chance of every place."""
+    """Every pixel of a constant map, interpolated or not, has the same probability of every rank."""
     order = rank(torch.full((4000, 3, 3), value), (4, 6)).float()
     spread = (24**2 - 1) / 12
     close(order.mean(0), torch.full((4, 6), 11.5), atol=5 * (spread / 4000) ** 0.5, rtol=0)
@@ -137,12 +140,12 @@ def test_a_constant_map_scores_as_random_orders_do():
     random = deletion(Patch(place), images, orders, steps=6).auc
     doubt = 4 * float((found.var() + random.var()) / 400) ** 0.5
     assert float((found.mean() - random.mean()).abs()) < doubt
-    for by_position in (torch.arange(192.0), -torch.arange(192.0)):  # an order by position would have been found out
+    for by_position in (torch.arange(192.0), -torch.arange(192.0)):  # an order by position would give another area
         biased = deletion(Patch(place), images[:1], by_position.view(1, 12, 16), steps=6).auc
         assert float((biased - random.mean()).abs()) > doubt
 
 
-def test_the_true_map_is_best_of_all():
+def test_the_true_map_has_the_best_area():
     place = region()
     model, images = Patch(place), bright_pictures(place, 8)
     true, wrong = place.float().expand(8, -1, -1), (~place).float().expand(8, -1, -1)
@@ -153,7 +156,7 @@ def test_the_true_map_is_best_of_all():
     assert won["true"] > won["random"] > won["wrong"]
 
 
-def test_batches_of_any_size_give_the_same():
+def test_the_curve_does_not_depend_on_batch_size():
     model, images, heatmaps = setting(5, 3, 8, 6)
     together = deletion(model, images, heatmaps, batch_size=1000)
     for batch_size in (1, 7):
@@ -162,7 +165,7 @@ def test_batches_of_any_size_give_the_same():
     close(first.scores, together.scores[:1])
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged_afterwards():
     model, images = models.vit().train(), models.pictures()
     model.head.weight.requires_grad_(False)
     heatmaps = torch.rand(2, 4, 4)
@@ -175,13 +178,13 @@ def test_the_model_is_left_as_it_was():
     assert not found.scores.requires_grad
 
 
-def test_a_target_function_is_followed_as_it_is():
+def test_the_curve_of_a_target_function_is_its_value():
     model, images, heatmaps = setting(2, 3, 6, 6)
     found = insertion(model, images, heatmaps, target=lambda out: out[:, 2] * 10, steps=3)
     close(found.scores[:, -1], model(images)[:, 2].detach() * 10)
 
 
-def test_what_cannot_be_followed_is_told():
+def test_wrong_inputs_of_deletion_are_errors():
     model, images, heatmaps = setting(2, 3, 6, 6)
     refuses(UsageError, r"steps must be in \[1, 36\]", deletion, model, images, heatmaps, steps=37)
     refuses(UsageError, r"heatmaps must be \(2, h, w\), got \(1, 6, 6\)", lambda: deletion(model, images, heatmaps[:1]))
@@ -199,8 +202,26 @@ def test_a_function_as_target_must_take_any_number_of_images():
     model, images = Patch(region(box=(2, 3, 8, 9))), bright_pictures(region(box=(2, 3, 8, 9)), 6)
     labels = torch.ones(6, dtype=torch.long)
     heatmaps = torch.rand(6, 4, 4)
-    with pytest.raises(UsageError, match="must not know which they are"):
+    with pytest.raises(UsageError, match="any number of images in any order, so pass one index an image"):
         deletion(model, images, heatmaps, target=lambda out: torch.zeros(6), steps=5, batch_size=5)
     by_index = deletion(model, images, heatmaps, target=labels, steps=5, batch_size=5)
     by_function = deletion(model, images, heatmaps, target=lambda out: out.softmax(1)[:, 1], steps=5, batch_size=5)
     torch.testing.assert_close(by_function.scores, by_index.scores)
+
+
+def test_a_curve_shows_its_areas_and_is_pickled_at_its_own_size():
+    scores = torch.rand(300, 5, generator=torch.Generator().manual_seed(0))
+    curve = Curve(torch.linspace(0, 1, 5), scores[:2])
+    areas = [float(area) for area in curve.auc]
+    assert repr(curve) == (
+        f"Curve(mean area {sum(areas) / 2:.3f} over 2 images, 4 steps: {areas[0]:.3f}, {areas[1]:.3f})"
+    )
+    shown = curve._repr_html_()
+    assert shown.count("<polyline") == 1
+    assert repr(curve) in shown
+    plain = json.loads(json.dumps(curve.to_dict()))
+    assert plain["auc"] == curve.auc.tolist()
+    assert plain["scores"] == curve.scores.tolist()
+    data = pickle.dumps(curve)
+    assert len(data) < scores.nbytes
+    assert torch.equal(pickle.loads(data).auc, curve.auc)

@@ -9,7 +9,7 @@ close = torch.testing.assert_close
 
 
 def share_by_loop(heatmap, box):
-    """Of a heatmap at the resolution of the input: how many of the highest pixels have their centre in the box."""
+    """Return the fraction of the highest pixels whose centre is in the box, for a heatmap at the input's resolution."""
     highest = max(float(value) for value in heatmap.flatten())
     hits = total = 0
     for i in range(heatmap.shape[0]):
@@ -52,7 +52,7 @@ def test_the_centre_and_chance_are_those_of_the_box():
     close(found["chance"], torch.tensor([50 / 200, 90 / 200, 0, 6 / 200]))
 
 
-def test_boxes_of_whole_numbers_are_taken():
+def test_boxes_may_be_integers():
     found = pointing(torch.rand(1, 3, 3), torch.tensor([[0, 0, 6, 6]]), (6, 6))
     assert [float(value) for value in found.values()] == [1, 1, 1]
 
@@ -105,7 +105,7 @@ def test_an_object_without_pixels_scores_nothing():
     assert energy(heatmap, nothing).item() == hit_share(heatmap, nothing).item() == overlap(heatmap, nothing).max() == 0
 
 
-def test_a_plateau_stays_one_when_it_is_interpolated():
+def test_a_plateau_keeps_equal_values_when_it_is_interpolated():
     heatmap = torch.full((1, 7, 7), 0.7)
     objects = inside(torch.tensor([[0.0, 0, 32, 64]]), (64, 64))
     assert hit_share(heatmap, objects).item() == 0.5

@@ -42,7 +42,7 @@ def test_tied_weights_stay_tied_and_frozen_ones_are_shuffled():
 
 
 @pytest.mark.parametrize("values", [3, 1000])
-def test_rank_correlation_is_scipys(values):
+def test_rank_correlation_equals_scipys(values):
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(0, values, (30, 5, 7), generator=generator).float()
     b = (
@@ -54,7 +54,7 @@ def test_rank_correlation_is_scipys(values):
     torch.testing.assert_close(rank_correlation(a, b), torch.tensor(expected, dtype=torch.float32))
 
 
-def test_constant_maps_are_like_constant_maps_only():
+def test_constant_maps_correlate_only_with_constant_maps():
     flat, other = torch.ones(1, 3, 3), torch.rand(1, 3, 3)
     assert rank_correlation(flat, other).item() == rank_correlation(other, flat).item() == 0
     assert rank_correlation(flat, flat * 2).item() == 1

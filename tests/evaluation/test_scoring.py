@@ -1,5 +1,7 @@
 """Methods and controls on a model whose evidence is known; the bootstrap against SciPy's and against a loop."""
 
+import json
+import pickle
 import re
 
 import numpy as np
@@ -13,7 +15,7 @@ from tests.evaluation.scored import Fixed, OfWeights, Patch, bright_pictures, re
 from tests.refusals import refuses
 from visionattn.errors import DataError, UsageError
 from visionattn.evaluation import CentreGaussian, Edges, RandomMap, deletion, insertion, score
-from visionattn.evaluation.controls import FIGURES
+from visionattn.evaluation.controls import METRICS
 from visionattn.evaluation.localisation import energy, hit_share, inside, overlap
 from visionattn.evaluation.scoring import Scores
 from visionattn.maps import METHODS, Method, methods_that_fit
@@ -24,7 +26,7 @@ PLACE = region(box=BOX)
 
 
 def batches(count=24, size=5, known=("box", "mask", "label")):
-    """Pictures of the model's evidence, in batches, with what is known of them."""
+    """Return images of the model's evidence in batches, with boxes, masks and labels."""
     images = bright_pictures(PLACE, count)
     whole = {
         "image": images,
@@ -46,13 +48,13 @@ def scores():
 
 def test_the_true_map_beats_every_control_and_wrong_ones_do_not(scores):
     assert scores.unbeaten("true") == []
-    assert scores.unbeaten("wrong") == list(FIGURES)
-    assert scores.unbeaten("flat") == list(FIGURES)
+    assert scores.unbeaten("wrong") == list(METRICS)
+    assert scores.unbeaten("flat") == list(METRICS)
     assert scores.controls["true"] == ("random 12×16", "centre", "edges 12×16")
     assert scores.controls["flat"] == ("random 3×4", "centre", "edges 3×4")
-    for figure, better in FIGURES.items():
-        best = max(scores.values, key=lambda name: better * scores.estimate(name, figure).value)
-        assert best == "true", figure
+    for metric, better in METRICS.items():
+        best = max(scores.values, key=lambda name: better * scores.estimate(name, metric).value)
+        assert best == "true", metric
     assert scores.accuracy == pytest.approx(23 / 24)
     assert scores.paths == tuple(f"{index}.png" for index in range(24))
 
@@ -62,36 +64,73 @@ def test_the_table_has_methods_first_then_controls(scores):
     assert [row["name"] for row in rows[:3]] == ["true", "wrong", "flat"]
     assert [row["kind"] for row in rows] == ["method"] * 3 + ["control"] * 5
     assert rows[0]["unbeaten"] == []
-    assert rows[1]["energy"] == scores.estimate("wrong", "energy")
+    assert (rows[1]["energy"], rows[1]["energy_low"], rows[1]["energy_high"]) == scores.estimate("wrong", "energy")
     assert "unbeaten" not in rows[-1]
 
 
-def test_a_notebook_shows_the_table_with_what_is_not_beaten_marked(scores):
+def test_a_notebook_shows_the_table_with_unbeaten_metrics_marked(scores):
     page = scores._repr_html_()
     rows = {re.sub("[✓✗ ]|<[^>]+>", "", row.split("</th>")[0]): row for row in page.split("<tr>")[2:]}
     assert list(rows) == [row["name"].replace(" ", "") for row in scores.table()]
     assert rows["true"].startswith("<th>✓ ")
     assert rows["true"].count("✗") == 0
     assert rows["wrong"].startswith("<th>✗ ")
-    assert rows["wrong"].count("✗") == 1 + len(FIGURES)
+    assert rows["wrong"].count("✗") == 1 + len(METRICS)
     assert "<td>control</td>" in rows["centre"]
     for name in scores.values:
-        for figure in FIGURES:
-            value, low, high = scores.estimate(name, figure)
+        for metric in METRICS:
+            value, low, high = scores.estimate(name, metric)
             mean, half = (f"{number:.2f}".removeprefix("0") for number in (value, (high - low) / 2))
             assert f"<td>{mean}±{half}" in rows[name.replace(" ", "")]
     assert "over 24 images" in page
-    assert repr(scores).startswith("Scores(true, wrong, flat, random 12×16, ")
 
 
-def test_names_are_no_markup():
+def test_print_shows_the_table_with_intervals_and_the_verdict(scores):
+    heads, *lines = str(scores).splitlines()
+    assert re.findall(r"(\w+) [↑↓]", heads) == list(METRICS)
+    rows = {re.split(r"  +", line[2:])[0]: line for line in lines[: len(scores.values)]}
+    assert list(rows) == [row["name"] for row in scores.table()]
+    for name, line in rows.items():
+        for metric in METRICS:
+            assert str(scores.estimate(name, metric)) in line
+    assert rows["true"].startswith("✓ ")
+    assert rows["wrong"].startswith("✗ ")
+    assert rows["wrong"].count("✗") == 1 + len(METRICS)
+    assert rows["centre"].startswith("  ")
+    assert "over 24 images" in lines[-2]
+    assert lines[-1] == "The model's accuracy on these images is 0.958."
+
+
+def test_rows_and_plain_data_hold_the_figures(scores):
+    columns = {key for row in scores.table() for key in row}
+    assert columns == {"name", "kind", "unbeaten"} | {
+        f"{metric}{bound}" for metric in METRICS for bound in ("", "_low", "_high")
+    }
+    assert all(isinstance(row[metric], float) for row in scores.table() for metric in METRICS)
+    plain = json.loads(json.dumps(scores.to_dict()))
+    assert plain["table"] == scores.table()
+    assert plain["images"] == 24
+    assert plain["values"]["true"]["energy"] == scores.of_images("true", "energy").tolist()
+
+
+def test_scores_are_pickled_without_their_resamples(scores):
+    scores.estimate("true", "energy")  # draws the resamples
+    data = pickle.dumps(scores)
+    again = pickle.loads(data)
+    held = sum(values.nbytes for metrics in scores.values.values() for values in metrics.values())
+    assert len(data) < held + 10_000 < scores._weights.nbytes
+    assert again.table() == scores.table()
+    assert repr(again) == repr(scores)
+
+
+def test_markup_in_names_is_escaped():
     shown = scores_of({"<b>": {"energy": np.ones(3, np.float32)}}, {"<b>": ()})._repr_html_()
     assert "<b>" not in shown
-    assert "3 of 10 images" in shown
+    assert "needs at least 10 images; got 3" in shown
     assert "✓" not in shown
 
 
-def test_figures_are_those_of_the_plain_functions(scores):
+def test_metrics_equal_those_of_the_plain_functions(scores):
     images, target = torch.cat([batch["image"] for batch in batches()]), torch.ones(24, dtype=torch.long)
     maps = {
         "true": PLACE.float().expand(24, -1, -1),
@@ -101,10 +140,10 @@ def test_figures_are_those_of_the_plain_functions(scores):
     }
     objects = PLACE.expand(24, -1, -1)
     for name, heatmaps in maps.items():
-        if name != "true":  # whose equal pixels are shuffled
-            for figure, curve in (("deletion", deletion), ("insertion", insertion)):
+        if name != "true":  # the order of its equal pixels is random
+            for metric, curve in (("deletion", deletion), ("insertion", insertion)):
                 auc = curve(Patch(PLACE), images, heatmaps, target=target, steps=6).auc
-                np.testing.assert_allclose(scores.values[name][figure], auc.numpy(), atol=1e-5)
+                np.testing.assert_allclose(scores.values[name][metric], auc.numpy(), atol=1e-5)
         np.testing.assert_allclose(scores.values[name]["pointing"], hit_share(heatmaps, objects))
         np.testing.assert_allclose(scores.values[name]["energy"], energy(heatmaps, objects), atol=1e-6)
         np.testing.assert_allclose(scores.values[name]["iou"], overlap(heatmaps, objects), atol=1e-6)
@@ -112,7 +151,7 @@ def test_figures_are_those_of_the_plain_functions(scores):
     assert (scores.values["random 3×4"]["shuffled"] == 1).all()
 
 
-def test_a_box_takes_the_masks_place_and_the_mask_the_boxs():
+def test_a_box_replaces_a_missing_mask_and_a_mask_a_missing_box():
     box = torch.tensor([0.0, 0, 5, 12])
     images = [{**batch, "box": box.expand(len(batch["image"]), -1)} for batch in batches()]
     method = {"true": OfWeights()}
@@ -129,9 +168,9 @@ def test_a_box_takes_the_masks_place_and_the_mask_the_boxs():
     assert (masks.values["true"]["energy"] == 1).all()
 
 
-def test_without_boxes_there_are_no_figures_of_them():
+def test_without_boxes_and_masks_there_are_no_localisation_metrics():
     found = score(Patch(PLACE), batches(known=()), {"true": OfWeights()}, steps=3)
-    assert found.figures == ["deletion", "insertion", "shuffled"]
+    assert found.metrics == ["deletion", "insertion", "shuffled"]
     assert found.accuracy is None
     assert found.unbeaten("true") == []
 
@@ -144,12 +183,12 @@ def scores_of(values, controls, seed=0, resamples=4000):
 
 
 @pytest.mark.parametrize("count", [12, 150])
-def test_intervals_are_scipys(count):
+def test_intervals_equal_scipys(count):
     random = np.random.default_rng(1)
     a, b = random.random(count) ** 2, random.random(count)
     found = scores_of({"a": {"insertion": a}, "b": {"insertion": b}}, {"a": ("b",)})
     options = {"n_resamples": 4000, "method": "percentile", "rng": np.random.default_rng(2)}
-    for estimate, values in ((found.estimate("a", "insertion"), a), (found.lead("a", "b", "insertion"), a - b)):
+    for estimate, values in ((found.estimate("a", "insertion"), a), (found.margin("a", "b", "insertion"), a - b)):
         expected = scipy.stats.bootstrap((values,), np.mean, **options)
         width = expected.confidence_interval.high - expected.confidence_interval.low
         assert estimate.value == pytest.approx(values.mean(), abs=1e-6)
@@ -157,7 +196,7 @@ def test_intervals_are_scipys(count):
         assert estimate.high == pytest.approx(expected.confidence_interval.high, abs=0.06 * width)
 
 
-def test_the_threshold_is_chosen_anew_in_every_resample():
+def test_the_threshold_is_chosen_again_in_every_resample():
     random = np.random.default_rng(0)
     overlaps = random.random((20, 7)).astype(np.float32)
     found = scores_of({"a": {"iou": overlaps}}, {}).estimate("a", "iou")
@@ -169,13 +208,15 @@ def test_the_threshold_is_chosen_anew_in_every_resample():
     assert found[1:] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
 
 
-def test_a_lead_is_paired_and_counts_where_lower_is_better():
+def test_a_margin_is_paired_and_positive_where_lower_is_better():
     random = np.random.default_rng(0)
     control = random.random(50).astype(np.float32)
     method = control - 0.02 + 0.01 * random.random(50).astype(np.float32)  # a little lower on every single image
     values = {"m": {"deletion": method, "insertion": method}, "c": {"deletion": control, "insertion": control}}
     found = scores_of(values, {"m": ("c",)})
-    assert found.estimate("m", "deletion").high > found.estimate("c", "deletion").low  # apart only in pairs
+    assert (
+        found.estimate("m", "deletion").high > found.estimate("c", "deletion").low
+    )  # the intervals overlap; only the paired difference is clear
     assert found.unbeaten("m") == ["insertion"]
 
 
@@ -195,7 +236,7 @@ def test_few_images_have_no_interval_and_beat_nothing(count):
     assert estimate.value == 1
     assert np.isnan(estimate[1:]).all()
     assert not found.decided
-    assert found.unbeaten("true") == list(FIGURES)
+    assert found.unbeaten("true") == list(METRICS)
 
 
 def test_the_same_seed_gives_the_same_scores():
@@ -210,7 +251,7 @@ def test_the_same_seed_gives_the_same_scores():
 # A model, and what can go wrong ------------------------------------------------------------------------------------
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged_afterwards():
     model = models.vit().train()
     images = [{"image": models.pictures(batch=2)}]
     before = state_of(model)
@@ -221,7 +262,7 @@ def test_the_model_is_left_as_it_was():
     assert {"raw", "rollout", "gradcam", "chefer"} <= found.controls.keys()
 
 
-def test_a_method_that_ignores_the_weights_is_found_out_and_one_that_does_not_is_near_nothing():
+def test_shuffled_is_near_1_for_a_method_that_ignores_the_weights_and_low_for_gradcam():
     model = models.vit(depth=4)
     pixels = {"image": models.pictures(batch=12)}
     found = score(model, [pixels], {"gradcam": METHODS["gradcam"](), "image": Edges((4, 4))}, steps=2)
@@ -231,7 +272,7 @@ def test_a_method_that_ignores_the_weights_is_found_out_and_one_that_does_not_is
     assert found.estimate("gradcam", "shuffled").high < 0.5
 
 
-def test_a_map_turned_upside_down_by_shuffled_weights_counts_as_the_same():
+def test_an_inverted_map_of_shuffled_weights_counts_as_the_same():
     model = Patch(PLACE)
 
     class Brightness(Method):
@@ -245,7 +286,7 @@ def test_a_map_turned_upside_down_by_shuffled_weights_counts_as_the_same():
     assert found.estimate("brightness", "shuffled").value == pytest.approx(1)
 
 
-def test_a_method_that_fails_is_told_and_the_others_go_on():
+def test_a_method_that_fails_is_reported_and_the_others_are_scored():
     methods = {"gate": METHODS["gate"](), "true": OfWeights()}
     found = score(Patch(PLACE), batches(), methods, steps=2)
     assert list(found.controls) == ["true"]
@@ -258,10 +299,10 @@ def test_progress_counts_images():
     done = []
     score(Patch(PLACE), batches(count=7), {"true": OfWeights()}, steps=2, advance=done.append)
     assert sum(done) == pytest.approx(7)
-    assert max(done) < 5  # moves inside of a batch
+    assert max(done) < 5  # progress is reported inside a batch
 
 
-def test_what_cannot_be_scored_is_told():
+def test_wrong_inputs_of_score_are_errors():
     model, method = Patch(PLACE), {"true": OfWeights()}
     refuses(DataError, "there are no images to score", score, model, [], method)
     refuses(UsageError, "there is no method to score", lambda: score(model, batches(), {}))

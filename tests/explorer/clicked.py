@@ -1,4 +1,4 @@
-"""What is clicked in a page, and the values that are then seen."""
+"""Values that the page shows after clicks."""
 
 import numpy as np
 

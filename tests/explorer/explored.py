@@ -1,4 +1,4 @@
-"""What the explorer's tests look at: a small ViT whose weights are known by another way, and a browser."""
+"""A small ViT with independently computed weights, pictures, and a browser for the explorer's tests."""
 
 import shutil
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ PREPROCESS = Preprocess((48, 64))
 
 
 def vit(*, depth=3, heads=3, seed=0):
-    """A ViT of 3 × 4 patches, sharper than random weights are."""
+    """Return a ViT of 3 × 4 patches whose attention is sharper than with random weights."""
     torch.manual_seed(seed)
     options = {"img_size": (48, 64), "embed_dim": 16 * heads, "num_heads": heads, "depth": depth, "num_classes": 4}
     model = timm.create_model("vit_tiny_patch16_224", **options).eval()
@@ -27,14 +27,14 @@ def vit(*, depth=3, heads=3, seed=0):
 
 
 def photo(height=60, width=100, seed=0):
-    """Blotches, so that patches differ."""
+    """Return a picture of random blotches, so that patches differ."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (-(-height // 12), -(-width // 12), 3), dtype=np.uint8)
     return coarse.repeat(12, 0).repeat(12, 1)[:height, :width].copy()
 
 
 def weights_of(model, picture):
-    """(L, H, N, N) by the model's own unfused attention."""
+    """Return the weights (L, H, N, N) of the model's own unfused attention."""
     seen = []
     handles = []
     for block in model.blocks:
@@ -50,7 +50,7 @@ def weights_of(model, picture):
 
 @contextmanager
 def opened(browser, html, tmp_path, **context):
-    """A page in the browser, loaded and ready; fails where it logged an error, asked the network or ran a dialog."""
+    """Yield a page in the browser; fail if it logs an error, makes a request or opens a dialog."""
     file = tmp_path / "page.html"
     file.write_text(html, encoding="utf-8")
     troubles = []
@@ -71,7 +71,7 @@ def opened(browser, html, tmp_path, **context):
 
 
 def settle(page):
-    """Wait until what was chosen is drawn."""
+    """Wait until the choice is drawn."""
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 

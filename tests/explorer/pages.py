@@ -1,4 +1,4 @@
-"""What a page was told, read from its own text."""
+"""The data of a page, read from its text."""
 
 import json
 import re
@@ -17,7 +17,7 @@ def content(page, image=0):
 
 
 def weights_told(page, layer, image=0):
-    """(W, H, Q, K) of a layer, its keys in the order of the page, and their cells."""
+    """Return the weights (W, H, Q, K) of a layer, with keys in the order of the page, and the keys' cells."""
     told = facts(page)["pictures"][image]["attention"][layer]
     parts = [rows_of(content(page, image), part)[0] for part in told["rows"]]
     windows, queries = told["queries"]["shape"]

@@ -1,4 +1,4 @@
-"""What a page is told, against the model's own numbers."""
+"""Compare the data in an explorer page with the values that the model itself computes."""
 
 import numpy as np
 import pytest
@@ -16,19 +16,19 @@ from visionattn.maps import METHODS, RawAttention
 from visionattn.models import ConvNet
 
 
-def test_every_weight_of_a_vit_is_told():
+def test_the_page_holds_every_weight_of_a_vit():
     model, picture = vit(), photo()
     page = explore(model, [picture], preprocess=PREPROCESS, steps=0)
     assert page.levels == 256
     weights = weights_of(model, picture)
     for layer in range(3):
         told_1HQK, cells_1K = weights_told(page, layer)
-        assert cells_1K.tolist() == [[*range(12), -1]]  # the class token behind the patches
+        assert cells_1K.tolist() == [[*range(12), -1]]  # the class token comes after the patches
         order = [*range(1, 13), 0]
         np.testing.assert_allclose(told_1HQK[0], weights[layer][:, order][:, :, order], atol=0.003)
 
 
-def test_windows_are_told_window_by_window():
+def test_the_page_holds_windows_window_by_window():
     import timm
 
     torch.manual_seed(0)
@@ -47,12 +47,12 @@ def test_windows_are_told_window_by_window():
 
 
 def _full():
-    from visionattn.capture import Full
+    from visionattn.capture import FullAttention
 
-    return Full()
+    return FullAttention()
 
 
-def test_gates_are_told_with_the_features_that_they_weigh():
+def test_the_page_holds_gates_with_the_features_that_they_weight():
     torch.manual_seed(0)
     model = ConvNet(4, widths=(16, 32))
     insert(model, CBAM, preserve=False)
@@ -92,14 +92,14 @@ def test_curves_and_the_verdict_are_those_of_this_image():
     areas = {}
     for name, maker in makers.items():
         heatmaps = maker(model, values).heatmaps
-        for figure, curve in (("deletion", deletion), ("insertion", insertion)):
+        for metric, curve in (("deletion", deletion), ("insertion", insertion)):
             expected = curve(model, values, heatmaps, steps=5)
-            np.testing.assert_allclose(told[name]["curves"][figure]["scores"], expected.scores[0], atol=1e-5)
-            areas[name, figure] = float(expected.auc)
-            assert told[name]["curves"][figure]["area"] == pytest.approx(areas[name, figure], abs=1e-5)
-    for figure, sign in (("deletion", -1), ("insertion", 1)):
-        lost = [n for n in list(makers)[1:] if sign * (areas["raw", figure] - areas[n, figure]) <= 0]
-        assert told["raw"]["unbeaten"].get(figure, []) == lost
+            np.testing.assert_allclose(told[name]["curves"][metric]["scores"], expected.scores[0], atol=1e-5)
+            areas[name, metric] = float(expected.auc)
+            assert told[name]["curves"][metric]["area"] == pytest.approx(areas[name, metric], abs=1e-5)
+    for metric, sign in (("deletion", -1), ("insertion", 1)):
+        lost = [n for n in list(makers)[1:] if sign * (areas["raw", metric] - areas[n, metric]) <= 0]
+        assert told["raw"]["unbeaten"].get(metric, []) == lost
     with torch.no_grad():
         probabilities = model(values).softmax(1)[0]
     for index, share in facts(page)["pictures"][0]["answer"]:

@@ -1,4 +1,4 @@
-"""The page as text: framed in a notebook, and no name in it is markup."""
+"""The text of the page: its frame in a notebook, and the escaping of names."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Numbers of a page, unpacked by a slow loop from the format's own words."""
+"""Encoded arrays against a slow decoder written from the format's description."""
 
 import json
 
@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from tests.explorer.unpacked import array, numbers, rows_of
-from visionattn.explorer.encoding import LEVELS, Pack, Rows
+from visionattn.explorer.encoding import LEVELS, EncodedArrays, Rows
 
 
 def packed(values, levels):
-    pack = Pack()
-    pack.add(np.arange(3, dtype=np.uint8))  # so that nothing lies where four bytes would like it
-    told = json.loads(json.dumps(Rows.of(values).add_to(pack, levels)))
+    pack = EncodedArrays()
+    pack.add(np.arange(3, dtype=np.uint8))  # so that later arrays are not aligned to four bytes
+    told = json.loads(json.dumps(Rows.of(values).encode_into(pack, levels)))
     return rows_of(numbers(pack.text), told)
 
 
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("sharpness", [0.02, 1, 8])
-def test_a_weight_is_off_by_half_a_level_at_most(levels, sharpness):
+def test_the_error_of_a_weight_is_at_most_half_a_level(levels, sharpness):
     random = np.random.default_rng(levels)
     logits = sharpness * random.normal(size=(40, 37))
     values = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -27,19 +27,19 @@ def test_a_weight_is_off_by_half_a_level_at_most(levels, sharpness):
     assert (spans <= values.max(1) - values.min(1) + 0.005 * values.max(1)).all()
 
 
-def test_rows_of_zeros_and_of_equal_values():
+def test_rows_of_zeros_and_of_equal_values_are_encoded():
     found, _ = packed(np.array([[0, 0, 0.0], [0.25, 0.25, 0.25], [0, 1, 0], [1e-11, 0, 0]]), 4)
     np.testing.assert_allclose(found, [[0, 0, 0], [0.25, 0.25, 0.25], [0, 1, 0], [0, 0, 0]], atol=0.25 / 256)
 
 
-def test_arrays_come_back_as_they_were():
+def test_arrays_are_decoded_unchanged():
     random = np.random.default_rng(0)
     arrays = [
         random.integers(0, 256, (3, 5)).astype(np.uint8),
         random.integers(-9, 9, 7).astype(np.int32),
         random.normal(size=(2, 3)).astype(np.float32),
     ]
-    pack = Pack()
+    pack = EncodedArrays()
     refs = [pack.add(one) for one in arrays]
     content = numbers(pack.text)
     for one, ref in zip(arrays, refs, strict=True):

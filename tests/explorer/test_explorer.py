@@ -1,4 +1,7 @@
-"""What a page refuses, how large it gets, and what needs no model."""
+"""Errors of `explore`, the size of a page, and pages without a model."""
+
+import json
+import pickle
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from visionattn.explorer.explorer import explore
 from visionattn.maps import METHODS, RawAttention
 
 
-def test_coarser_numbers_until_the_page_fits_and_their_error_is_bounded():
+def test_levels_are_reduced_until_the_page_fits_and_their_error_is_bounded():
     model, pictures = vit(depth=4), [photo(seed=seed) for seed in range(5)]
     options = {"preprocess": PREPROCESS, "steps": 0, "methods": {"raw": RawAttention()}}
     fine = explore(model, pictures, **options)
@@ -35,7 +38,7 @@ def test_coarser_numbers_until_the_page_fits_and_their_error_is_bounded():
         explore(model, pictures, limit=limit // 4, **options)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged_afterwards():
     model = vit().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
@@ -81,11 +84,11 @@ def test_glimpses_and_boxes_need_no_model():
         ([np.zeros((4, 4), np.uint8)], "uint8 RGB"),
     ],
 )
-def test_wrong_images_are_told(images, message):
+def test_wrong_images_are_errors(images, message):
     refuses(UsageError, message, lambda: explore(vit(), images, preprocess=PREPROCESS))
 
 
-def test_what_cannot_be_explored_is_told():
+def test_wrong_inputs_of_explore_are_errors():
     class Plain(nn.Module):
         def forward(self, x):
             return F.relu(x).mean((2, 3))
@@ -93,7 +96,7 @@ def test_what_cannot_be_explored_is_told():
     with pytest.raises(UsageError, match="nothing to show of this Plain"):
         explore(Plain(), torch.randn(1, 3, 8, 8), methods={}, steps=0)
     refuses(UsageError, "pass preprocess=", lambda: explore(Plain(), [photo()]))
-    with pytest.raises(UsageError, match="2 class names, and the model has 4"):
+    with pytest.raises(UsageError, match="2 class names, but the model has 4"):
         explore(vit(), [photo()], preprocess=PREPROCESS, class_names=("a", "b"), steps=0)
     refuses(UsageError, "steps must be", lambda: explore(vit(), [photo()], preprocess=PREPROCESS, steps=1))
 
@@ -105,13 +108,32 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path):
     page = explore(vit(), [tmp_path / "bad.png", tmp_path / "good.png"], **options)
     assert (page.images, [name for name, _ in page.failures]) == (1, ["bad.png"])
     assert facts(page)["pictures"][0]["name"] == "good.png"
-    assert str(tmp_path) not in page.html  # where a user's files lie stays at home
+    assert str(tmp_path) not in page.html  # the page does not hold the user's folders
     refuses(DataError, "none of the 1 images can be read", lambda: explore(vit(), [tmp_path / "bad.png"], **options))
 
 
-def test_a_method_that_does_not_fit_is_told():
+def test_a_method_that_does_not_fit_is_reported():
     methods = {"raw": RawAttention(), "gate": METHODS["gate"]()}
     page = explore(vit(), [photo()], preprocess=PREPROCESS, steps=0, methods=methods)
     assert list(page.left_out) == ["gate"]
     assert "gate needs gates over positions" in page.left_out["gate"]
     assert facts(page)["pictures"][0]["failed"] == page.left_out
+
+
+def test_a_page_shows_its_size_and_what_is_missing(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    Image.fromarray(photo()).save(tmp_path / "good.png")
+    files = [tmp_path / "good.png", tmp_path / "bad.png"]
+    methods = {"raw": RawAttention(), "gate": METHODS["gate"]()}
+    page = explore(vit(), files, preprocess=PREPROCESS, steps=0, methods=methods)
+    first, *lines = str(page).splitlines()
+    assert first == f"Page({len(page.html.encode()) / 1e6:.1f} MB, 1 image, weights of patches in 256 levels)"
+    assert lines[0].startswith("  bad.png is not shown: ")
+    assert lines[1].startswith("  gate has no heatmap: gate needs gates over positions")
+    assert page._repr_html_().startswith("<iframe")
+    plain = json.loads(json.dumps(page.to_dict()))
+    assert (plain["images"], plain["levels"], plain["bytes"]) == (1, 256, len(page.html.encode()))
+    assert plain["left_out"] == dict(page.left_out)
+    data = pickle.dumps(page)
+    assert len(data) < len(page.html.encode()) + 2_000
+    assert pickle.loads(data).html == page.html

@@ -1,4 +1,4 @@
-"""The page in a browser: what is clicked and what is then seen, against the arrays."""
+"""The page in a browser: what it shows after clicks and keys, against the arrays."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Two files, one in a folder with a name that would be markup."""
+    """Return two files, one in a folder whose name contains markup."""
     folder = tmp_path_factory.mktemp("pictures")
     hostile = folder / "<b onmouseover=alert(1)>'&quot;{{facts}}"
     hostile.mkdir()
@@ -46,7 +46,7 @@ def html(model, pictures):
 
 
 def click_patch(page, row, column):
-    """Click its middle, by the geometry of the model's crop."""
+    """Click the middle of a patch, by the geometry of the model's crop."""
     placement = PREPROCESS(photo())[1]
     x, y = placement.to_source(np.array([[16 * (column + 0.5), 16 * (row + 0.5)]]))[0]
     box = page.locator("#picture").bounding_box()
@@ -65,9 +65,12 @@ def test_a_click_shows_what_the_patch_attends_to(browser, html, model, tmp_path)
         page.get_by_label("Layer 2, head 3").click()
         np.testing.assert_allclose(values(page), weights[1, 2, asked, 1:], atol=0.003)
         settle(page)
-        most = weights[1, 2, asked, 1:].argmax()
+        max_boxes = weights[1, 2, asked, 1:].argmax()
         told = page.locator("#readout").text_content()
-        assert f"Patch row 2, column 3, layer 2, head 3: most on row {most // 4 + 1}, column {most % 4 + 1}" in told
+        assert (
+            f"Patch row 2, column 3, layer 2, head 3: most on row {max_boxes // 4 + 1}, column {max_boxes % 4 + 1}"
+            in told
+        )
         assert float(told.split(", ")[-1].split(" %")[0]) == pytest.approx(
             100 * weights[1, 2, asked, 1:].max(), abs=0.2
         )
@@ -98,11 +101,11 @@ def test_the_picture_has_the_colours_of_these_numbers(browser, html, model, tmp_
             muted = 0.45 * base + 0.55 * (base @ [0.299, 0.587, 0.114])
             expected = (1 - opacity) * muted + opacity * ramp[round(255 * stretched[cell])]
             np.testing.assert_allclose(drawn, expected, atol=5)
-            grey = np.array([0.299, 0.587, 0.114])  # colours suffer from the picture's compression
+            grey = np.array([0.299, 0.587, 0.114])  # compression changes the colours of the picture
             assert abs((base - photo()[y, x]) @ grey) < 16
 
 
-def test_hovering_previews_and_leaving_restores(browser, html, tmp_path):
+def test_hovering_shows_a_patch_and_leaving_restores_the_choice(browser, html, tmp_path):
     with opened(browser, html, tmp_path) as page:
         click_patch(page, 1, 1)
         chosen = values(page)
@@ -113,11 +116,11 @@ def test_hovering_previews_and_leaving_restores(browser, html, tmp_path):
         page.mouse.move(1, 1)
         settle(page)
         np.testing.assert_array_equal(values(page), chosen)
-        click_patch(page, 1, 1)  # again: the whole image asks
+        click_patch(page, 1, 1)  # a second click returns to the whole image
         assert "Class token" in page.locator("#readout").text_content()
 
 
-def test_rollout_in_the_page_is_the_methods(browser, html, model, tmp_path):
+def test_rollout_on_the_page_equals_the_method(browser, html, model, tmp_path):
     expected = Rollout()(model, torch.from_numpy(PREPROCESS(photo())[0])[None]).raw[0].flatten().numpy()
     weights = weights_of(model, photo()).mean(1)
     with opened(browser, html, tmp_path) as page:
@@ -176,7 +179,7 @@ def test_keyboard_alone_reaches_everything(browser, html, model, tmp_path):
         assert page.locator("#readout").text_content().startswith("rollout")
 
 
-def test_names_are_text_and_never_markup(browser, html, tmp_path):
+def test_names_are_inserted_as_text_only(browser, html, tmp_path):
     with opened(browser, html, tmp_path) as page:
         assert page.locator("#model").text_content() == HOSTILE
         assert HOSTILE in page.locator("#answer").text_content()
@@ -196,7 +199,7 @@ def test_a_notebook_frame_works_sandboxed(browser, model):
     page.close()
 
 
-def test_the_policy_lets_nothing_else_run_or_load(browser, html, tmp_path):
+def test_the_content_policy_blocks_other_scripts_and_requests(browser, html, tmp_path):
     page = browser.new_page()
     page.set_content(html)
     page.wait_for_selector("body[data-ready]")
@@ -215,20 +218,20 @@ def test_the_policy_lets_nothing_else_run_or_load(browser, html, tmp_path):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(390, 844), (1280, 860)])
-def test_it_fits_phone_and_desktop_and_can_be_read(browser, html, tmp_path, scheme, size):
+def test_the_page_fits_phone_and_desktop_with_enough_contrast(browser, html, tmp_path, scheme, size):
     context = {"viewport": {"width": size[0], "height": size[1]}, "color_scheme": scheme}
     with opened(browser, html, tmp_path, **context) as page:
         height = "document.documentElement.scrollHeight"
         before = page.locator("#side").bounding_box(), page.evaluate(height)
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
         click_patch(page, 1, 1)
-        assert (page.locator("#side").bounding_box(), page.evaluate(height)) == before  # nothing shifts
+        assert (page.locator("#side").bounding_box(), page.evaluate(height)) == before  # the layout does not shift
         for selector in ("#readout", "#name", "#keys", "#answer .number", "#legend span"):
             assert contrast(page, selector) >= 4.5
 
 
 def contrast(page, selector):
-    """WCAG's, of an element's text on the page."""
+    """Return WCAG's contrast of an element's text."""
 
     def luminance(colour):
         parts = np.array([float(part) for part in colour.strip("rgba()").split(",")[:3]]) / 255
@@ -243,7 +246,7 @@ def contrast(page, selector):
 
 @pytest.fixture(scope="module")
 def made_up():
-    """Glimpses and boxes of no model, over a picture whose model saw all of it."""
+    """Return glimpses and boxes that were made without a model, for a picture that fills the input."""
     random = np.random.default_rng(0)
     locations = np.array([[20.0, 30], [70, 15], [50, 50]])
     glimpses = {
@@ -263,7 +266,7 @@ def made_up():
     return explore(None, [photo()], preprocess=stretched, **options).html, glimpses, boxes
 
 
-def test_the_path_steps_plays_and_scrubs(browser, made_up, tmp_path):
+def test_the_path_of_glimpses_steps_plays_and_scrubs(browser, made_up, tmp_path):
     html, glimpses, _ = made_up
     with opened(browser, html, tmp_path) as page:
 
@@ -320,7 +323,7 @@ def test_a_click_on_a_box_shows_its_map(browser, made_up, tmp_path):
         assert page.locator("#marks .box").nth(1).get_attribute("aria-pressed") == "true"
 
 
-def test_gates_by_layer_and_by_channel(browser, tmp_path):
+def test_the_page_shows_gates_by_layer_and_by_channel(browser, tmp_path):
     torch.manual_seed(0)
     model = ConvNet(4, widths=(16, 32))
     insert(model, CBAM, preserve=False)
@@ -348,7 +351,7 @@ def test_gates_by_layer_and_by_channel(browser, tmp_path):
         assert f"Channel {order[1]} of blocks.1.attention.channel" in page.locator("#readout").text_content()
 
 
-def test_a_warning_where_the_map_does_not_beat_the_controls(browser, html, tmp_path):
+def test_the_page_warns_where_a_map_does_not_beat_the_controls(browser, html, tmp_path):
     with opened(browser, html, tmp_path) as page:
         page.locator("input[value=heatmaps]").check(force=True)
         settle(page)
@@ -358,9 +361,9 @@ def test_a_warning_where_the_map_does_not_beat_the_controls(browser, html, tmp_p
         for name, sign in (("raw", 1), ("centre", 0)):
             page.locator("label", has_text=name).first.click()
             settle(page)
-            for figure in ("deletion", "insertion"):
-                area = page.evaluate(f"chosenHeatmap().curves.{figure}.area.toPrecision(2)")
-                assert f"{figure} {area}" in page.locator(".verdict").text_content()
+            for metric in ("deletion", "insertion"):
+                area = page.evaluate(f"chosenHeatmap().curves.{metric}.area.toPrecision(2)")
+                assert f"{metric} {area}" in page.locator(".verdict").text_content()
             assert ("does no better than" in page.locator(".verdict").text_content()) == (bool(sign) and lost)
 
 

@@ -1,4 +1,4 @@
-"""Numbers of a page, unpacked by a slow loop from the format's own words."""
+"""A slow decoder of the page's arrays, written from the format's description."""
 
 import base64
 import zlib
@@ -16,7 +16,7 @@ def array(content, ref):
 
 
 def rows_of(content, told, some=None):
-    """(R, K) values and (R,) spans as the page reads them, one number after the other; of all rows or of some."""
+    """Return the values (R, K) and spans (R,) of all rows or a selection, decoded one number at a time."""
     top, base, codes = (array(content, told[name]) for name in ("top", "base", "codes"))
     levels, length, each = told["levels"], told["length"], 1
     while levels ** (each + 1) <= 256:

@@ -1,4 +1,4 @@
-"""A small training that takes a second, and children to spoil it."""
+"""A training of one second, and child processes with faults."""
 
 import json
 import os
@@ -27,22 +27,22 @@ class Child:
         status = self.server.ask({"wait": self.pid, "seconds": seconds})
         if status is None:
             os.killpg(self.pid, signal.SIGKILL)
-            raise TimeoutError(f"still running after {seconds} s:\n{self.told}")
+            raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
         code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
-        return Ended(code, self.told)
+        return Ended(code, self.output)
 
     def kill(self, number: int) -> None:
         os.kill(self.pid, number)
 
     @property
-    def told(self) -> str:
+    def output(self) -> str:
         return self.out.read_text(errors="replace") if self.out.exists() else ""
 
 
 @dataclass
 class Ended:
     code: int
-    told: str
+    output: str
 
 
 class Server:
@@ -194,15 +194,14 @@ def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, mod
 
 
 def steps(path: Path) -> list[list]:
-    """What `record` noted."""
+    """Return the steps that `record` has written."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def start_all(server, count, argv, home, fault="", *, faults=None, slurm=False, strategy=("ddp",)):
-    """Start the processes of one run, as a cluster would: told by the environment who they are.
+    """Start the processes of one run as a cluster does: environment variables give each its rank.
 
-    `faults` are those of each process; with `slurm` they are told as `srun` tells them; `strategy` is its name, and its
-    options.
+    `faults` has the faults of each process; `slurm` uses the variables of `srun`; `strategy` is a name and its options.
     """
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     flags = ["--trainer.accelerator=cpu", f"--trainer.devices={count}"]
@@ -242,5 +241,5 @@ def undisturbed(server, tmp_path_factory):
 
 def whole(server, home, **options):
     ended = server.run(["fit", "--config", tiny(home, **options)], home, fault=f"record({str(home / 'steps')!r})")
-    assert ended.code == 0, ended.told
+    assert ended.code == 0, ended.output
     return home / "runs" / "tiny" / "0", {tuple(line[:2]): line for line in steps(home / "steps")}

@@ -1,4 +1,4 @@
-"""What goes wrong, and when. Each function is called in a forked child before the command line runs."""
+"""Faults and their moments. Each function is called in a forked child before the command line runs."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""Every image exactly once, by however many processes; and the same figures."""
+"""Every image is evaluated exactly once, by any number of processes, with equal figures."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ def trained(server, tmp_path_factory):
     home = tmp_path_factory.mktemp("trained")
     config = tiny(home)
     ended = server.run(["fit", "--config", config, "--trainer.max_epochs=1"], home)
-    assert ended.code == 0, ended.told
+    assert ended.code == 0, ended.output
     return config, home / "runs" / "tiny" / "0" / "best.ckpt"
 
 
@@ -25,7 +25,7 @@ def run_of(server, count, command, home):
     home.mkdir()
     children = start_all(server, count, command, home) if count > 1 else [server.start(command, home)]
     for ended in [child.wait() for child in children]:
-        assert ended.code == 0, ended.told
+        assert ended.code == 0, ended.output
     (run,) = (home / "runs" / "tiny").iterdir()
     assert not list(run.glob(".*part*"))
     return run
@@ -58,7 +58,7 @@ def test_every_image_counts_once(verb, images, processes, server, trained, tmp_p
     [(1, 2), (5, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 3), (13, 3), (17, 2)))],
 )
 @pytest.mark.parametrize("verb", ["test", "predict"])
-def test_so_does_every_image_with_boxes(verb, images, processes, server, tmp_path):
+def test_every_image_with_boxes_counts_once(verb, images, processes, server, tmp_path):
     """And the boxes stand in the order of the images."""
     command = [verb, "--config", tiny(tmp_path, model=DETECTION), "--ckpt_path=untrained"]
     command += [f"--data.test_size={images}"]

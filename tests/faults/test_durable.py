@@ -1,4 +1,4 @@
-"""What is written is whole: after kills, on a full disk, and where nothing may be written."""
+"""Files are complete after kills, on a full disk, and in unwritable folders."""
 
 import csv
 import errno
@@ -17,7 +17,7 @@ import torch
 from tests.faults.conftest import tiny
 from visionattn.data import read_image, write_image
 from visionattn.errors import DataError
-from visionattn.overlays.folder.manifest import Manifest
+from visionattn.overlays.folder.manifest import Failed, Manifest
 from visionattn.training.callbacks.metrics_file import MetricsFile
 from visionattn.training.callbacks.report import _write_csv
 from visionattn.training.checkpoint_io import DurableCheckpointIO
@@ -98,10 +98,7 @@ class Writers:
         manifest = Manifest(str(folder))
         try:
             for line in range(40):
-                manifest.add(
-                    {"source": f"/in/{line}.jpg", "bytes": 1, "modified": 1, "recipe": str(number), "status": "failed"}
-                    | {"reason": "x" * 99}
-                )
+                manifest.add(Failed(f"/in/{line}.jpg", (1, 1), str(number), reason="x" * 99))
         finally:
             manifest.close()
 
@@ -142,7 +139,7 @@ WRITERS = [name for name in vars(Writers) if not name.startswith("_")]
 
 @pytest.mark.parametrize("share", [0, 0.2, 0.4, 0.6, 0.8, "read-only"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_and_a_folder_that_takes_nothing_spoil_no_file(name, share, tmp_path):
+def test_a_full_disk_and_an_unwritable_folder_damage_no_file(name, share, tmp_path):
     write = getattr(Writers, name)
     write(tmp_path, 1)
     before = readable(tmp_path)
@@ -180,13 +177,13 @@ def test_a_full_disk_and_a_folder_that_takes_nothing_spoil_no_file(name, share, 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".part.")] == []
 
 
-def test_a_training_that_cannot_save_ends_with_its_reason_and_the_checkpoint_before(server, tmp_path):
+def test_a_failed_save_ends_the_training_and_keeps_the_earlier_checkpoint(server, tmp_path):
     config = tiny(tmp_path)
     fault = "full_at_fsync(5)"  # config.yaml, then metrics.csv and the first last.ckpt with their folders went well
     ended = server.run(["fit", "--config", config, "--resume.every_n_steps=2"], tmp_path, fault=fault)
     assert ended.code == 1
     run = tmp_path / "runs" / "tiny" / "0"
-    assert f"last.ckpt cannot be written: {os.strerror(errno.ENOSPC)}" in ended.told
+    assert f"last.ckpt cannot be written: {os.strerror(errno.ENOSPC)}" in ended.output
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 2
     assert not list(run.glob(".*part*"))
     assert stat.S_ISREG((run / "last.ckpt").stat().st_mode)

@@ -1,4 +1,4 @@
-"""Files from strangers: nothing in them is run, nothing is written where it should not be, and nothing crashes."""
+"""Files from untrusted sources: no code is run, nothing is written outside of the output folder, nothing crashes."""
 
 import io
 import json
@@ -123,7 +123,7 @@ def commands(verb, path, quick_run, folder):
 
 @pytest.mark.parametrize("verb", [*LIGHTNING, *OWN])
 @pytest.mark.parametrize("some", [3, pytest.param(40, marks=pytest.mark.slow)])
-def test_nor_through_any_verb(verb, some, hostile, quick_run, server, tmp_path):
+def test_no_verb_runs_code_of_a_checkpoint(verb, some, hostile, quick_run, server, tmp_path):
     files, folder = hostile
     Image.new("RGB", (8, 8)).save(folder / "image.png")
     names = ["open_in_state", "names_evil_module.Net", "bomb"] if some < len(files) else list(files)
@@ -134,7 +134,7 @@ def test_nor_through_any_verb(verb, some, hostile, quick_run, server, tmp_path):
         calls = {name: call for name, call in calls.items() if not name.startswith(("names_", "task_of"))}
     fault = f"run_all({list(calls.values())!r}, {str(folder)!r})"
     ended = server.run([], tmp_path, fault=fault)
-    told = json.loads(ended.told.splitlines()[-1])
+    told = json.loads(ended.output.splitlines()[-1])
     assert [code for code, _, _ in told] == [1] * len(calls) or verb in LIGHTNING
     assert all(code in (1, 2) for code, _, _ in told)  # 2: the model differs from that of the config
     assert all(".ckpt" in message for _, message, _ in told)
@@ -241,7 +241,7 @@ def test_no_mutation_of_an_image_crashes_the_decoder(count, tmp_path):
     assert memory() - before < 1
 
 
-def test_names_of_images_lead_nowhere_else(server, tmp_path):
+def test_image_names_cannot_lead_out_of_the_output_folder(server, tmp_path):
     """Every image once in the manifest; nothing outside the output folder; nothing of others overwritten."""
     home, outside = tmp_path / "home", tmp_path / "outside"
     images = home / "in"
@@ -264,7 +264,7 @@ def test_names_of_images_lead_nowhere_else(server, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     command = ["overlay", "--images", "in", "--out", "out", "--model", "test_vit", "--weights", "random"]
     ended = server.run(command, home)
-    assert ended.code == 1, ended.told  # one is no image
+    assert ended.code == 1, ended.output  # one is no image
     entries = [json.loads(line) for line in (home / "out" / "manifest.jsonl").read_bytes().splitlines()]
     assert len(entries) == len({entry["source"] for entry in entries}) == len(names) + 2
     assert [entry["source"] for entry in entries if entry["status"] == "failed"] == [str(images / "sub" / "x.png")]
@@ -274,4 +274,4 @@ def test_names_of_images_lead_nowhere_else(server, tmp_path):
     outputs = {os.path.join(home, "out", entry["outputs"]["overlay"]) for entry in entries if "outputs" in entry}
     assert len(outputs) == len(names) + 1
     assert outputs | {str(home / "out" / "manifest.jsonl")} == {str(path) for path in new}
-    assert "\x1b" not in ended.told
+    assert "\x1b" not in ended.output

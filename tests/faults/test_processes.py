@@ -1,4 +1,4 @@
-"""Several processes: their order together is that of one, whichever of them dies, and however they were started."""
+"""Several processes: their common order is that of one, whichever dies and however they are started."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ def global_order(lines, together):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
-def test_processes_may_become_fewer_or_more_and_the_order_stays(before, after, server, undisturbed, tmp_path):
+def test_the_order_does_not_depend_on_the_number_of_processes(before, after, server, undisturbed, tmp_path):
     _, expected = undisturbed
     order = global_order(expected.values(), 4)
     note = f"record({str(tmp_path / 'steps')!r})"
@@ -36,7 +36,7 @@ def test_processes_may_become_fewer_or_more_and_the_order_stays(before, after, s
     first, *others = run(before, f"{note}; at_step(9)")  # all die in it
     assert [child.wait().code for child in (first, *others)] == [-9] * before
     for child in (ended := [child.wait() for child in run(after, note)]):
-        assert child.code == 0, child.told
+        assert child.code == 0, child.output
     assert ended
     assert global_order(steps(tmp_path / "steps"), 4) == order
     assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1
@@ -60,11 +60,11 @@ def test_torchrun_starts_two_processes_that_share_one_run(undisturbed, tmp_path)
     assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == ["0"]
     run = tmp_path / "runs" / "tiny" / "0"
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == len(expected)
-    assert ended.stderr.count("begins anew") == 1
+    assert ended.stderr.count("starts a new training") == 1
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(6, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-def test_one_of_two_processes_dies_again_and_again(kills, server, undisturbed, tmp_path):
+def test_a_run_survives_repeated_deaths_of_one_process(kills, server, undisturbed, tmp_path):
     """The other does not wait for it for ever; together they go on with the next step."""
     _, expected = undisturbed
     config, note = tiny(tmp_path, batch=2), f"record({str(tmp_path / 'steps')!r})"
@@ -77,7 +77,7 @@ def test_one_of_two_processes_dies_again_and_again(kills, server, undisturbed, t
         assert codes[kill % 2] == -9
         assert codes[1 - kill % 2] != 0
     for child in [child.wait() for child in start_all(server, 2, argv, tmp_path, note)]:
-        assert child.code == 0, child.told
+        assert child.code == 0, child.output
     assert global_order(steps(tmp_path / "steps"), 4) == global_order(expected.values(), 4)
     print(f"{kills} kills of one of two processes, 0 wrong batches")
 
@@ -90,9 +90,9 @@ def test_slurm_starts_two_processes_that_share_one_run_and_stops_both(server, un
     told = [
         child.wait() for child in start_all(server, 2, argv, tmp_path, f"{note}; at_step(4, terminate)", slurm=True)
     ]
-    assert [child.code for child in told] == [143, 143], told[0].told + told[1].told
+    assert [child.code for child in told] == [143, 143], told[0].output + told[1].output
     for child in [child.wait() for child in start_all(server, 2, argv, tmp_path, note, slurm=True)]:
-        assert child.code == 0, child.told
+        assert child.code == 0, child.output
     assert [path.name for path in (tmp_path / "runs" / "tiny").iterdir()] == ["0"]
     assert global_order(steps(tmp_path / "steps"), 4) == global_order(expected.values(), 4)
     assert len(steps(tmp_path / "steps")) == 2 * len(expected)  # no step was done twice
@@ -106,7 +106,7 @@ SHARDED = (
 )
 
 
-def test_weights_that_are_spread_over_processes_learn_the_same_and_go_on_too(server, tmp_path):
+def test_sharded_weights_train_equally_and_resume(server, tmp_path):
     """FSDP2 of torch, against DDP, which keeps all of them everywhere."""
     states = []
     for name, strategy, faults in (("all", ("ddp",), [""]), ("spread", SHARDED, ["; at_step(9)", ""])):
@@ -116,7 +116,7 @@ def test_weights_that_are_spread_over_processes_learn_the_same_and_go_on_too(ser
         for fault in faults:
             children = start_all(server, 2, argv, home, note + fault, strategy=strategy)
             for ended in [child.wait() for child in children]:
-                assert ended.code == (-9 if fault else 0), ended.told
+                assert ended.code == (-9 if fault else 0), ended.output
         states.append(load(home / "runs" / "tiny" / "0" / "last.ckpt").state_dict())
     orders = [global_order(steps(tmp_path / name / "steps"), 4) for name in ("all", "spread")]
     assert orders[0] == orders[1]

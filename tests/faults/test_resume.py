@@ -1,4 +1,4 @@
-"""A training that was killed, told to stop, or ran out of disk, and then continued, is the training that was not."""
+"""A training that was killed, stopped or out of disk space, and then continued, equals an uninterrupted one."""
 
 import random
 
@@ -32,9 +32,9 @@ def disturb(server, home, undisturbed, faults, *, flags=(), code=-9, **options):
     note = f"record({str(home / 'steps')!r})"
     for fault in faults:
         ended = server.run(command, home, fault=f"{note}; {fault}")
-        assert ended.code == code, ended.told
+        assert ended.code == code, ended.output
     ended = server.run(command, home, fault=note)
-    assert ended.code == 0, ended.told
+    assert ended.code == 0, ended.output
     done = steps(home / "steps")
     assert [line for line in done if expected[tuple(line[:2])] != line] == []  # no wrong batch
     assert {tuple(line[:2]) for line in done} == expected.keys()  # and none left out
@@ -55,25 +55,25 @@ def disturb(server, home, undisturbed, faults, *, flags=(), code=-9, **options):
         ("at_step(4, terminate)", 0, [], 143, 0),
     ],
 )
-def test_a_training_goes_on_as_if_nothing_had_happened(
+def test_a_continued_training_ends_with_equal_weights(
     fault, workers, flags, code, twice, server, undisturbed, tmp_path
 ):
     assert disturb(server, tmp_path, undisturbed, [fault], workers=workers, flags=flags, code=code) == twice
 
 
-def test_so_does_a_detector_that_draws_its_sizes(server, tmp_path):
+def test_a_detector_with_random_sizes_resumes_exactly(server, tmp_path):
     expected = whole(server, tmp_path / "whole", model=DETECTION)
     flags = ["--resume.every_n_steps=1"]
     assert disturb(server, tmp_path / "again", expected, ["at_step(9)"], model=DETECTION, flags=flags) == 0
 
 
-def test_so_does_one_that_learns_by_trying(server, tmp_path):
+def test_a_glimpse_network_with_reinforce_resumes_exactly(server, tmp_path):
     expected = whole(server, tmp_path / "whole", model=GLIMPSES)
     flags = ["--resume.every_n_steps=1"]
     assert disturb(server, tmp_path / "killed", expected, ["at_step(9)"], flags=flags, model=GLIMPSES) == 0
 
 
-def test_so_does_one_that_reads_shards(server, photo_folder, tmp_path):
+def test_a_training_on_shards_resumes_exactly(server, photo_folder, tmp_path):
     write_shards(photo_folder, tmp_path / "shards")
     where = str(tmp_path / "shards" / "train.json")
     options = {"train": where, "val": where, "class_names": NAMES, "preprocess": {"size": 40}, "mixed": 2}
@@ -86,17 +86,17 @@ def test_so_does_one_that_reads_shards(server, photo_folder, tmp_path):
     assert disturb(server, tmp_path / "again", expected, ["at_step(3)", "at_step(4)"], **again) == 0
 
 
-def test_only_one_process_trains_a_run_and_the_checkpoint_in_use_is_told(server, undisturbed, tmp_path):
+def test_a_run_is_trained_by_one_process_and_names_its_checkpoint(server, undisturbed, tmp_path):
     config = tiny(tmp_path)
     command = ["fit", "--config", config, "--ckpt_path=last"]
     sleeping = server.start(command, tmp_path, fault="at_step(8, hang)")
     try:
         while not (tmp_path / "runs" / "tiny" / "0" / "last.ckpt").exists():
-            assert sleeping.told == "" or "begins anew" in sleeping.told
+            assert sleeping.output == "" or "starts a new training" in sleeping.output
         ended = server.run(command, tmp_path)
-        assert ended.code == 2, ended.told
-        assert "runs/tiny/0 is being trained by another process" in ended.told
-        assert "runs/tiny/0/last.ckpt" in ended.told
+        assert ended.code == 2, ended.output
+        assert "runs/tiny/0 is being trained by another process" in ended.output
+        assert "runs/tiny/0/last.ckpt" in ended.output
     finally:
         sleeping.kill(9)
         sleeping.wait()
@@ -130,9 +130,9 @@ def disturb_until_done(server, home, undisturbed, faults, *, workers):
         ended = server.run(command, home, fault=f"{note}; {fault}")
         if ended.code == 0:  # it was at its end: a last validation remains
             ended = server.run(command, home, fault=f"{note}; at_validation_step(1)")
-        assert ended.code == -9, ended.told
+        assert ended.code == -9, ended.output
     ended = server.run(command, home, fault=note)
-    assert ended.code == 0, ended.told
+    assert ended.code == 0, ended.output
     done = steps(home / "steps")
     assert [line for line in done if expected[tuple(line[:2])] != line] == []
     assert {tuple(line[:2]) for line in done} == expected.keys()

@@ -1,4 +1,4 @@
-"""Hours of work in one process: memory and open files stay flat."""
+"""Memory and open files stay constant over hours of work in one process."""
 
 import json
 
@@ -14,7 +14,7 @@ def test_memory_and_open_files_stay_flat(seconds, least, server, photo_folder, t
     config = tiny(tmp_path, workers=2 if seconds else 0)
     fault = f"soak({str(config)!r}, {str(photo_folder / 'class0')!r}, {seconds}, {least})"
     ended = server.run([], tmp_path, fault=fault, seconds=seconds + 600)
-    turns = json.loads(ended.told.splitlines()[-1])
+    turns = json.loads(ended.output.splitlines()[-1])
     memory, files = zip(*turns[len(turns) // 4 + 1 :], strict=True)  # after what the first turns load once
     assert len(turns) >= least
     assert max(files) == min(files)

@@ -1,4 +1,4 @@
-"""Damaged files and losses that are no numbers, in whole trainings."""
+"""Damaged files and losses of NaN in whole trainings."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tests.faults.conftest import tiny
 
 
 @pytest.mark.parametrize("unreadable", ["stop", "skip"])
-def test_a_damaged_file_among_the_training_images(unreadable, server, photo_folder, tmp_path):
+def test_a_damaged_training_image_is_named_or_skipped(unreadable, server, photo_folder, tmp_path):
     config = yaml.safe_load(tiny(tmp_path).read_text())
     images = tmp_path / "images"
     for number in range(5):
@@ -27,30 +27,30 @@ def test_a_damaged_file_among_the_training_images(unreadable, server, photo_fold
     config["data"] = {"class_path": "visionattn.data.ImageFolderData", "init_args": options}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     ended = server.run(["fit", "--config", tmp_path / "tiny.yaml"], tmp_path)
-    assert f"{images}/class2/" in ended.told
-    assert "is no image that can be read" in ended.told
+    assert f"{images}/class2/" in ended.output
+    assert "is not an image that can be read" in ended.output
     if unreadable == "stop":
         assert ended.code == 1
-        assert len(ended.told.splitlines()) == 1
+        assert len(ended.output.splitlines()) == 1
     else:
-        assert ended.code == 0, ended.told
-        assert "3 images were left out" in ended.told
+        assert ended.code == 0, ended.output
+        assert "3 images were left out" in ended.output
 
 
-def test_a_loss_that_is_no_number_ends_the_training_and_names_step_and_files(server, tmp_path):
+def test_a_loss_of_nan_ends_the_training_and_names_step_and_files(server, tmp_path):
     ended = server.run(["fit", "--config", tiny(tmp_path)], tmp_path, fault="record('steps'); bad_loss(8)")
     assert ended.code == 1
-    assert "the loss of step 7 (epoch 1, batch 1) is nan" in ended.told
-    assert "digits/train/000014.png" in ended.told
-    assert "--finite_loss.otherwise skip" in ended.told
+    assert "the loss of step 7 (epoch 1, batch 1) is nan" in ended.output
+    assert "digits/train/000014.png" in ended.output
+    assert "--nan_guard.on_nan skip" in ended.output
     best = torch.load(tmp_path / "runs" / "tiny" / "0" / "best.ckpt", weights_only=True)
     assert best["global_step"] == 6
 
 
-def test_or_its_step_is_skipped_and_counted(server, tmp_path):
-    command = ["fit", "--config", tiny(tmp_path), "--finite_loss.otherwise=skip"]
+def test_a_step_with_nan_is_skipped_and_counted(server, tmp_path):
+    command = ["fit", "--config", tiny(tmp_path), "--nan_guard.on_nan=skip"]
     ended = server.run(command, tmp_path, fault="bad_loss(8)")
-    assert ended.code == 0, ended.told
+    assert ended.code == 0, ended.output
     run = tmp_path / "runs" / "tiny" / "0"
     last = torch.load(run / "last.ckpt", weights_only=True)
     assert all(torch.isfinite(value).all() for value in last["current_model_state"].values())
@@ -59,11 +59,11 @@ def test_or_its_step_is_skipped_and_counted(server, tmp_path):
     assert "train/skipped" in (run / "metrics.csv").read_text().splitlines()[0]
 
 
-def test_weights_that_are_no_numbers_are_never_the_best(server, tmp_path):
+def test_weights_with_nan_are_never_the_best(server, tmp_path):
     """They come from the last step of an epoch, whose own loss was fine."""
     ended = server.run(["fit", "--config", tiny(tmp_path)], tmp_path, fault="bad_weights_at(6)")
     assert ended.code == 1
-    assert "val/loss" in ended.told or "the loss of step 6" in ended.told
+    assert "val/loss" in ended.output or "the loss of step 6" in ended.output
     best = tmp_path / "runs" / "tiny" / "0" / "best.ckpt"
     assert (
         not best.exists()

@@ -7,7 +7,7 @@ from visionattn.models import GlimpseNetwork, MLPEncoder
 
 
 def network(patch_size=4, *, scales=2, subpixel=False, channels=1, **options):
-    """Untrained, but it looks about: the policy's weights are large."""
+    """Return an untrained network whose large policy weights make it look at different places."""
     torch.manual_seed(0)
     options = {"num_glimpses": 4, "policy": Gaussian, "encoder": MLPEncoder} | options
     model = GlimpseNetwork(

@@ -1,5 +1,7 @@
-"""High-norm tokens are found where they are, and nothing is said where they are not."""
+"""High-norm tokens are found at their places, and not elsewhere."""
 
+import json
+import pickle
 import warnings
 
 import pytest
@@ -9,7 +11,7 @@ from tests.capture import models
 from tests.refusals import refuses
 from visionattn.errors import DataError, MapWarning, UsageError
 from visionattn.maps import DinoHeads, RawAttention, Rollout, find_artefacts
-from visionattn.maps.artefacts import outliers
+from visionattn.maps.artefacts import Artefacts, outliers
 
 close = torch.testing.assert_close
 
@@ -42,11 +44,11 @@ def test_planted_tokens_are_found_at_their_places(name):
     found = find_artefacts(model, models.pictures(128))
     assert found.mask.nonzero().tolist() == places
     assert found.source == "blocks.2"
-    assert found.report().startswith("2 high-norm tokens behind blocks.2 in 1 of 2 images, ")
+    assert found.report().startswith("2 high-norm tokens after blocks.2 in 1 of 2 images, ")
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_norms_are_those_of_the_patches_behind_the_last_block(name):
+def test_norms_are_those_of_the_patches_after_the_last_block(name):
     model, images, seen = MODELS[name](), models.pictures(128), []
     handle = model.blocks[2].register_forward_hook(lambda module, args, out: seen.append(out.detach()))
     model(images)
@@ -60,7 +62,7 @@ def test_norms_are_those_of_the_patches_behind_the_last_block(name):
                 expected[b, i, j] = sum(float(x) ** 2 for x in token) ** 0.5
     close(found.norms, expected)
     assert not found.mask.any()
-    assert found.report() == "no high-norm tokens behind blocks.2"
+    assert found.report() == "no high-norm tokens after blocks.2"
 
 
 def test_a_layer_may_be_named():
@@ -68,22 +70,24 @@ def test_a_layer_may_be_named():
     images = models.pictures(128)
     assert find_artefacts(model, images, layer="blocks.1").mask.nonzero().tolist() == [[0, 2, 2]]
     assert not find_artefacts(model, images, layer="blocks.0").mask.any()
-    with pytest.raises(UsageError, match=r"this VisionTransformer has no 'blocks\.7' that lies on a grid"):
+    with pytest.raises(
+        UsageError, match=r"this VisionTransformer has no module 'blocks\.7' whose output lies on a grid"
+    ):
         find_artefacts(model, images, layer="blocks.7")
 
 
-def test_tokens_of_torchvision_are_looked_at_too():
+def test_high_norm_tokens_of_torchvision_models_are_found():
     found = find_artefacts(models.torchvision_vit(), models.pictures())
     assert (found.source, found.norms.shape) == ("encoder.layers.encoder_layer_1", (2, 4, 4))
 
 
 @pytest.mark.parametrize("make", [models.resnet, models.swin], ids=["resnet", "swin"])
-def test_models_without_a_block_of_attention_on_one_grid_are_errors_or_are_looked_at(make):
+def test_find_artefacts_needs_attention_on_one_grid(make):
     model = make()
     if "Swin" in type(model).__name__:
         assert not find_artefacts(model, models.pictures(32)).mask.any()  # its last window is the whole grid
     else:
-        refuses(UsageError, "high-norm tokens are those of a ViT", lambda: find_artefacts(model, models.pictures()))
+        refuses(UsageError, "on a grid; find_artefacts needs a ViT", lambda: find_artefacts(model, models.pictures()))
 
 
 @pytest.mark.parametrize("method", [RawAttention(), DinoHeads(), Rollout()], ids=lambda method: method.name)
@@ -93,12 +97,12 @@ def test_maps_of_attention_warn_of_artefacts(method):
         warnings.simplefilter("error")
         method(model, images)
     before = models.state_of(planted(model, [(0, 3), (5, 7)]))
-    with pytest.warns(MapWarning, match="2 high-norm tokens behind blocks.2 in 1 of 2 images"):
+    with pytest.warns(MapWarning, match="2 high-norm tokens after blocks.2 in 1 of 2 images"):
         method(model, images)
     models.assert_same_state(before, models.state_of(model))
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged_afterwards():
     model = models.vit(img_size=128).train()
     before = models.state_of(model)
     find_artefacts(model, models.pictures(128))
@@ -109,7 +113,7 @@ def test_the_model_is_left_as_it_was():
 
 
 @pytest.mark.parametrize(("high", "expected"), [(0, 0), (1, 1), (6, 6), (7, 0), (30, 0)])
-def test_many_high_norms_are_a_picture_and_few_are_artefacts(high, expected):
+def test_few_high_norms_are_artefacts_and_many_are_not(high, expected):
     norms = torch.rand(2, 64, generator=torch.Generator().manual_seed(0)) + 1
     norms[1, :high] *= 10
     found = outliers(norms.reshape(2, 8, 8)).flatten(1)
@@ -118,7 +122,19 @@ def test_many_high_norms_are_a_picture_and_few_are_artefacts(high, expected):
     assert found[1, :expected].all()
 
 
-def test_of_few_tokens_nothing_is_said():
+def test_grids_of_few_tokens_have_no_artefacts():
     norms = torch.ones(1, 7, 7)
     norms[0, 0, 0] = 100
     assert not outliers(norms).any()
+
+
+def test_artefacts_show_their_report_and_are_pickled_at_their_own_size():
+    whole = torch.rand(200, 8, 8)
+    found = Artefacts(whole[:2], whole[:2] > 0.99, "blocks.2")
+    assert str(found) == found.report()
+    assert found._repr_png_().startswith(b"\x89PNG")
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert plain["mask"] == found.mask.tolist()
+    data = pickle.dumps(found)
+    assert len(data) < whole.nbytes / 4
+    assert torch.equal(pickle.loads(data).norms, found.norms)

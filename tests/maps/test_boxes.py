@@ -1,6 +1,8 @@
-"""A map for every box: against gradients by hand, sampled places one by one, and rows of attention."""
+"""Heatmaps of boxes against gradients by hand, sampled places one by one, and rows of attention."""
 
+import json
 import math
+import pickle
 
 import pytest
 import timm
@@ -12,7 +14,7 @@ from tests.refusals import refuses
 from visionattn.attention import CBAM
 from visionattn.errors import UsageError
 from visionattn.maps import Gate, GradCAM, RawAttention
-from visionattn.maps.boxes import ODAM, BoxAttention, QuerySampling, SameForAll, default_box_method
+from visionattn.maps.boxes import ODAM, BoxAttention, BoxHeatmaps, QuerySampling, SameForAllBoxes, default_box_method
 from visionattn.models import TorchvisionDetector
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*heatmaps of:visionattn.errors.MapWarning")
@@ -24,7 +26,7 @@ class Two(nn.Module):
 
 
 class Toy(nn.Module):
-    """Two boxes an image, whose scores are sums over places of two maps that are known."""
+    """Two boxes an image, whose scores are sums over places of two known maps."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +50,7 @@ def test_odam_is_gradient_times_activation_shared_over_the_finest_map():
     torch.manual_seed(0)
     images = torch.rand(2, 3, 4, 6)
     images[:, 2] += 1  # so that the second score rises with its activation
-    maps, earlier = ODAM()(Toy(), images, lowest=0.0), ODAM("first")(Toy(), images, lowest=0.0)
+    maps, earlier = ODAM()(Toy(), images, min_score=0.0), ODAM("first")(Toy(), images, min_score=0.0)
     for n in range(2):
         fine, coarse = images[n] * 2, nn.functional.avg_pool2d(images[n], 2)
         s = (fine[0, 1, 2] + 2 * fine[1, 1, 3]).sigmoid()
@@ -85,11 +87,11 @@ class Corner(nn.Module):
         return [{"boxes": box, "scores": x[0, 1, 2][None], "labels": torch.tensor([0])} for x in coarse]
 
 
-def test_odam_puts_a_level_that_ends_behind_the_image_where_its_pixels_are():
-    (maps,) = ODAM()(Corner(), torch.ones(1, 3, 6, 10), lowest=0.0)
+def test_odam_aligns_levels_that_extend_beyond_the_image():
+    (maps,) = ODAM()(Corner(), torch.ones(1, 3, 6, 10), min_score=0.0)
     coarse = torch.zeros(2, 3)
     coarse[1, 2] = 1
-    expected = torch.zeros(3, 5)  # a cell of it covers four of these
+    expected = torch.zeros(3, 5)  # each of its cells covers four of these
     for row in range(3):
         for column in range(5):
             y, x = (2 * row + 1) / 4 - 0.5, (2 * column + 1) / 4 - 0.5  # in cells, from the first one's centre
@@ -102,22 +104,22 @@ def test_odam_puts_a_level_that_ends_behind_the_image_where_its_pixels_are():
 
 
 def test_boxes_below_the_lowest_score_have_no_map():
-    some = ODAM()(Toy(), torch.zeros(1, 3, 4, 6), lowest=0.6)[0]
+    some = ODAM()(Toy(), torch.zeros(1, 3, 4, 6), min_score=0.6)[0]
     assert some.heatmaps.shape == (0, 4, 6)
     assert len(some.boxes) == len(some.scores) == 0
-    assert len(ODAM()(Toy(), torch.zeros(1, 3, 4, 6), most=1)[0].scores) == 1
+    assert len(ODAM()(Toy(), torch.zeros(1, 3, 4, 6), max_boxes=1)[0].scores) == 1
 
 
-def test_the_detector_is_left_as_it_was():
+def test_the_detector_is_unchanged_afterwards():
     detector = dense().train()
     images, *_ = batch(2)
     with torch.inference_mode():
-        ODAM()(detector, images, lowest=0.0, most=2)
+        ODAM()(detector, images, min_score=0.0, max_boxes=2)
     assert detector.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in detector.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in detector.features.modules())
     state = {name: value.clone() for name, value in detector.state_dict().items()}
-    ODAM()(detector, images, lowest=0.0, most=2)
+    ODAM()(detector, images, min_score=0.0, max_boxes=2)
     assert all(torch.equal(value, state[name]) for name, value in detector.state_dict().items())
 
 
@@ -144,7 +146,7 @@ def test_odam_fits_every_detector(kind):
             "query": query,
             "vit": lambda: dense(backbone="vit_tiny_patch16_224"),
         }[kind]()
-    maps = ODAM()(detector, images, lowest=0.0, most=3)
+    maps = ODAM()(detector, images, min_score=0.0, max_boxes=3)
     assert [len(some.heatmaps) for some in maps] == [3, 3]
     for some in maps:
         assert some.heatmaps.amax((1, 2)).max() == 1
@@ -160,7 +162,7 @@ def test_sampling_shows_the_places_of_the_boxes_own_query():
     seen = [[], []]
     for number, layer in enumerate(detector.decoder.layers):
         layer.look.sampling.register_forward_hook(lambda _, args, out, n=number: seen[n].append(out))
-    maps = QuerySampling()(detector, images, lowest=0.0, most=4)
+    maps = QuerySampling()(detector, images, min_score=0.0, max_boxes=4)
     with torch.no_grad():
         found = detector(images)
     for n in range(2):
@@ -174,8 +176,8 @@ def test_sampling_shows_the_places_of_the_boxes_own_query():
                             if 0 <= row < 8 and 0 <= column < 8:
                                 expected[row, column] += (1 - abs(x - column)) * (1 - abs(y - row)) * weight
             torch.testing.assert_close(maps[n].raw[rank], expected, atol=1e-5, rtol=1e-4)
-    assert [some.heatmaps.shape[0] for some in QuerySampling()(detector, images, lowest=1.1)] == [0, 0]
-    each = [QuerySampling(layer)(detector, images, lowest=0.0, most=4)[0].raw for layer in (0, -1)]
+    assert [some.heatmaps.shape[0] for some in QuerySampling()(detector, images, min_score=1.1)] == [0, 0]
+    each = [QuerySampling(layer)(detector, images, min_score=0.0, max_boxes=4)[0].raw for layer in (0, -1)]
     torch.testing.assert_close(each[0] + each[1], maps[0].raw)
     assert not torch.allclose(each[0], each[1])
 
@@ -184,7 +186,7 @@ def test_attention_of_a_box_is_the_mean_of_its_tokens_rows():
     torch.manual_seed(0)
     detector = dense(backbone="vit_tiny_patch16_224").eval()
     images, *_ = batch(1)
-    (some,) = BoxAttention()(detector, images, lowest=0.0, most=5)
+    (some,) = BoxAttention()(detector, images, min_score=0.0, max_boxes=5)
     backbone = detector.features.backbone
     attention = backbone.blocks[-1].attn
     attention.fused_attn = False
@@ -208,23 +210,43 @@ def test_attention_of_a_box_is_the_mean_of_its_tokens_rows():
 def test_a_gate_is_the_same_for_all_boxes():
     detector = dense(attention=CBAM, attention_preserve=False)
     images, *_ = batch(1)
-    (some,) = SameForAll(Gate())(detector, images, lowest=0.0, most=3)
+    (some,) = SameForAllBoxes(Gate())(detector, images, min_score=0.0, max_boxes=3)
     gate = Gate()(detector, images)
     for raw in some.raw:
         torch.testing.assert_close(raw, gate.raw[0])
     assert some.source.startswith("gate of features.backbone")
 
 
-def test_what_does_not_fit_is_told():
+def test_methods_that_do_not_fit_are_errors():
     images, *_ = batch(1)
     assert isinstance(default_box_method(dense()), ODAM)
     assert isinstance(default_box_method(query()), QuerySampling)
-    refuses(UsageError, "this DenseDetector has none; odam fits", lambda: QuerySampling()(dense(), images))
-    refuses(UsageError, "is no detector", lambda: ODAM()(nn.Flatten(), images))
+    refuses(UsageError, "this DenseDetector has none; use odam", lambda: QuerySampling()(dense(), images))
+    refuses(UsageError, "is not a detector", lambda: ODAM()(nn.Flatten(), images))
     refuses(UsageError, r"no layer 'featuers'\. Nearest: features", lambda: ODAM("featuers")(dense(), images))
-    with pytest.raises(UsageError, match=r"needs self-attention in features\.backbone: .*attends 0 times; odam fits"):
+    with pytest.raises(UsageError, match=r"needs self-attention in features\.backbone: .*attends 0 times; or use odam"):
         BoxAttention()(dense(), images)
-    refuses(UsageError, "no scores of the whole image; odam shows", lambda: GradCAM()(dense(), images))
+    refuses(UsageError, "no scores of the whole image; use odam", lambda: GradCAM()(dense(), images))
     refuses(UsageError, "runs more than once", lambda: ODAM("head.class_tower")(dense(), images))
-    refuses(UsageError, "BoxAttention", lambda: SameForAll(RawAttention()))
+    refuses(UsageError, "BoxAttention", lambda: SameForAllBoxes(RawAttention()))
     refuses(UsageError, "no part 'backbone'", lambda: BoxAttention("backbone")(dense(), images))
+
+
+def test_heatmaps_of_boxes_show_each_box_and_are_pickled_at_their_own_size():
+    (maps, _) = ODAM()(Toy(), torch.rand(2, 3, 4, 6), min_score=0.0)
+    first, *lines = str(maps).splitlines()
+    assert first == f"BoxHeatmaps(odam of {maps.source}, 2 boxes)"
+    assert lines[0].startswith(
+        f"  label 0, score {float(maps.scores[0]):.2f}, box (2, 1, 4, 2): peak at row 1, column "
+    )
+    assert maps._repr_png_().startswith(b"\x89PNG")
+    plain = json.loads(json.dumps(maps.to_dict()))
+    assert plain["boxes"] == maps.boxes.tolist()
+    whole = torch.rand(400, 4, 6)
+    part = BoxHeatmaps(maps.boxes[:1], maps.scores[:1], maps.labels[:1], whole[:1], whole[:1], "", "")
+    data = pickle.dumps(part)
+    assert len(data) < whole.nbytes / 4
+    assert repr(pickle.loads(data)) == repr(part)
+    none = BoxHeatmaps(maps.boxes[:0], maps.scores[:0], maps.labels[:0], whole[:0], whole[:0], "", "")
+    assert repr(none) == "BoxHeatmaps( of , 0 boxes)"
+    assert none._repr_png_() is None

@@ -19,7 +19,7 @@ close = torch.testing.assert_close
 
 
 class Convnet(nn.Module):
-    """Two convolutions at the resolution of the image, then two classes' worth of nonlinear head."""
+    """Two convolutions at the resolution of the image, then a nonlinear head for four classes."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Convnet(nn.Module):
 def convnet():
     model = models.stirred(Convnet())
     with torch.no_grad():
-        model.head.weight.mul_(1000)  # so that the constants with which peers avoid a division by zero do not count
+        model.head.weight.mul_(1000)  # makes the constants by which peers avoid division by zero negligible
     return model
 
 
@@ -47,7 +47,7 @@ def resnet():
 
 
 def channels_first(tokens):
-    """Patches of a 4 × 4 grid behind a class token."""
+    """Drop the class token, which comes first, and arrange the patch tokens as a (B, C, 4, 4) map."""
     return tokens[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
 
 
@@ -63,7 +63,7 @@ SETTINGS = {  # model, size, layer, tokens to a map
 
 
 def look_inside(setting, score):
-    """The layer's output and its gradient, (B, C, h, w), by plain autograd; in float64."""
+    """Return the layer's output and its gradient, (B, C, h, w), by plain autograd in float64."""
     make, size, layer, reshape = SETTINGS[setting]
     model, seen = make().double(), []
 
@@ -119,7 +119,7 @@ BY_HAND = {
     EigenCAM: slow_eigencam,
 }
 NOT_NEGATIVE = ["convnet, after an in-place activation", "resnet", "resnet, early"]
-"""Elsewhere the denominator of Grad-CAM++, 2 + g Σ A, comes near zero, and rounding is multiplied."""
+"""Elsewhere the denominator of Grad-CAM++, 2 + g Σ A, can be close to zero, which amplifies rounding errors."""
 PEERS = {GradCAM: peer.GradCAM, GradCAMPlusPlus: peer.GradCAMPlusPlus, LayerCAM: peer.LayerCAM}
 
 
@@ -132,7 +132,7 @@ def assert_close_to_scale(found, expected, tolerance=1e-4):
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", BY_HAND, ids=lambda m: m.name)
 @pytest.mark.parametrize("target", [None, 2])
-def test_each_is_its_equation(method, setting, target):
+def test_each_map_matches_its_equation(method, setting, target):
     make, size, layer, _ = SETTINGS[setting]
     values, gradient = look_inside(setting, lambda out: out.amax(1) if target is None else out[:, target])
     maps = method(layer)(make(), models.pictures(size), target=target)
@@ -142,7 +142,7 @@ def test_each_is_its_equation(method, setting, target):
     assert maps.source == layer
 
 
-def test_gradcam_plus_plus_is_its_equation_for_activations_of_any_sign():
+def test_gradcam_plus_plus_matches_its_equation_for_activations_of_any_sign():
     values, gradient = torch.randn(2, 3, 5, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     gradient[:, 0, 2] = 0
     found = GradCAMPlusPlus().combine(values.flatten(2), gradient.flatten(2)).unflatten(1, (4, 4))
@@ -160,7 +160,7 @@ def test_each_agrees_with_pytorch_grad_cam(method, setting):
     maps = method(layer)(make(), images)
     model = make()
     if isinstance(model, Convnet):
-        model.act.inplace = False  # the peer's activations are spoilt by it
+        model.act.inplace = False  # an in-place ReLU changes the activations of pytorch-grad-cam
     cam = PEERS[method](model, [model.get_submodule(layer)], reshape_transform=reshape)
     cam.get_target_width_height = lambda images: tuple(maps.raw.shape[:0:-1])  # at the layer's own resolution
     expected = torch.from_numpy(cam(images, None))
@@ -193,11 +193,11 @@ def slow_scorecam(model, image, values, target):
 
 
 @pytest.mark.parametrize("setting", ["convnet", "convnet, before an in-place activation", "vit", "vit, early"])
-def test_scorecam_is_its_algorithm(setting):
+def test_scorecam_matches_its_algorithm(setting):
     make, size, layer, _ = SETTINGS[setting]
     model, images = make(), models.pictures(size)
     if isinstance(model, Convnet):
-        model = models.stirred(Convnet())  # of scores so large one channel would take all
+        model = models.stirred(Convnet())  # the head of convnet() is so large that one channel would take all weight
     values = look_inside(setting, lambda out: out.amax(1))[0].float()
     target = model(images).argmax(1)
     expected = [slow_scorecam(model, x, v, t) for x, v, t in zip(images, values, target, strict=True)]
@@ -211,14 +211,14 @@ def test_scorecam_agrees_with_pytorch_grad_cam_where_nothing_is_enlarged():
     close(maps.heatmaps, torch.from_numpy(cam(images, None)), atol=1e-4, rtol=0)
 
 
-def test_scorecam_leaves_out_channels_that_are_constant():
+def test_scorecam_of_constant_channels_is_finite():
     model, images = models.stirred(Convnet()), models.pictures((20, 28))
     with torch.no_grad():
         model.second.weight[1] = 0
     assert ScoreCAM("second")(model, images).raw.isfinite().all()
 
 
-# The layer that is taken where nobody says --------------------------------------------------------------------------
+# The default layer --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_scorecam_leaves_out_channels_that_are_constant():
     ],
     ids=["resnet", "vit", "vit of patches", "torchvision vit", "swin"],
 )
-def test_the_last_map_that_all_of_the_score_passes_is_taken(make, layer, grid):
+def test_the_default_layer_is_the_last_one_that_the_whole_score_depends_on(make, layer, grid):
     model, images = make(), models.pictures()
     maps = GradCAM()(model, images)
     assert maps.heatmaps.shape[1:] == grid
@@ -243,7 +243,7 @@ def test_the_last_map_that_all_of_the_score_passes_is_taken(make, layer, grid):
 
 @pytest.mark.parametrize("method", [GradCAM(), GradCAMPlusPlus(), LayerCAM(), EigenCAM()], ids=lambda m: m.name)
 @pytest.mark.parametrize("make", [models.resnet, models.vit, models.swin], ids=["resnet", "vit", "swin"])
-def test_all_work_without_naming_a_layer(method, make):
+def test_all_methods_work_without_a_layer(method, make):
     model = make()
     images = models.pictures(32 if "Swin" in type(model).__name__ else 64)
     maps = method(model, images)
@@ -252,7 +252,7 @@ def test_all_work_without_naming_a_layer(method, make):
     assert maps.heatmaps.amax((1, 2)).tolist() == [1, 1]
 
 
-def test_class_and_register_tokens_are_no_positions():
+def test_class_and_register_tokens_are_not_on_the_map():
     model, images = models.vit(reg_tokens=4), models.pictures()
     seen = []
     model.blocks[1].register_forward_hook(lambda module, args, out: seen.append(out))
@@ -266,8 +266,10 @@ def test_class_and_register_tokens_are_no_positions():
     assert_close_to_scale(GradCAM("blocks.1")(model, images).raw, torch.stack(expected))
 
 
-def test_a_layer_whose_output_lies_nowhere_names_those_that_do():
-    with pytest.raises(UsageError, match=r"the output of 'fc' does not lie on a grid; layers that do: layer4.* …"):
+def test_a_layer_without_a_grid_is_an_error_that_names_layers_with_one():
+    with pytest.raises(
+        UsageError, match=r"the output of 'fc' does not lie on a grid; choose another layer, e\.g\. .*layer4"
+    ):
         GradCAM("fc")(models.resnet(), models.pictures())
 
 
@@ -290,14 +292,14 @@ def test_a_layer_that_does_not_reach_the_score_is_an_error():
         GradCAM("aside")(Aside(), models.pictures(8))
 
 
-def test_a_model_that_cuts_gradients_is_told_of_methods_without():
+def test_the_error_of_a_model_that_cuts_gradients_names_methods_without_gradients():
     class Cutting(Convnet):
         def forward(self, images):
             x = self.second(images.repeat(1, 2, 1, 1))
             with torch.no_grad():
                 return self.head(self.pool(x).flatten(1))
 
-    with pytest.raises(UsageError, match=r"no gradient reaches second: .* or eigencam or scorecam"):
+    with pytest.raises(UsageError, match=r"no gradient reaches second: .* or use eigencam or scorecam"):
         GradCAM("second")(models.stirred(Cutting()), models.pictures(8))
     EigenCAM("second")(models.stirred(Cutting()), models.pictures(8))
 
@@ -323,7 +325,7 @@ def test_layers_that_return_tuples_are_explained():
     close(GradCAM("pair")(model, images).raw, GradCAM("pair.conv")(model, images).raw)
 
 
-def test_wide_layers_of_few_positions_are_as_narrow_ones():
+def test_eigencam_gives_the_same_for_wide_and_narrow_matrices():
     class Wide(nn.Module):
         def __init__(self):
             super().__init__()
@@ -338,7 +340,7 @@ def test_wide_layers_of_few_positions_are_as_narrow_ones():
     assert_close_to_scale(EigenCAM()(model, images).raw, torch.stack(expected))
 
 
-def test_timm_models_without_a_head_need_a_target_of_ones_own():
+def test_timm_models_without_a_head_need_a_target_function():
     model, images = timm.create_model("resnet10t", features_only=True).eval(), models.pictures()
     with pytest.raises(UsageError, match=r"has no \(B, K\) scores to choose a class from"):
         GradCAM()(model, images)

@@ -1,4 +1,4 @@
-"""Gates of timm, torchvision and our own are recorded as they multiply their input, and shown where they lie."""
+"""Gates of timm, torchvision and visionattn are recorded as factors of their input, and shown at their positions."""
 
 import pytest
 import timm
@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.capture import models
 from visionattn.attention import CBAM, ECA, SE
-from visionattn.capture import Nothing, capture
+from visionattn.capture import NoWeights, capture
 from visionattn.errors import UsageError
 from visionattn.maps import Gate, GradCAM
 
@@ -17,7 +17,7 @@ close = torch.testing.assert_close
 
 
 def watched(model, images):
-    with torch.no_grad(), capture(model, Nothing()) as records:
+    with torch.no_grad(), capture(model, NoWeights()) as records:
         out = model(images)
     return records, out
 
@@ -40,7 +40,7 @@ SINGLE = {
 
 
 @pytest.mark.parametrize("mechanism", SINGLE)
-def test_a_channel_gate_is_what_the_mechanism_multiplies_its_input_by(mechanism):
+def test_recorded_channel_gates_are_the_factors_of_the_input(mechanism):
     model, images = after_a_convolution(SINGLE[mechanism]()), models.pictures(16, batch=3)
     records, out = watched(model, images)
     assert [(record.kind, record.grid) for record in records] == [("channel_gate", (1, 1))]
@@ -63,7 +63,7 @@ def test_cbam_is_its_channel_gate_times_its_spatial_gate(mechanism):
 
 
 @pytest.mark.parametrize("name", ["seresnet18", "ecaresnet26t", "legacy_seresnet18"])
-def test_every_gate_of_a_network_of_timm_is_seen(name):
+def test_every_gate_of_a_timm_network_is_recorded(name):
     model = models.resnet(name)
     mechanisms = [n for n, m in model.named_modules() if type(m).__name__ in ("SEModule", "EcaModule")]
     records, _ = watched(model, models.pictures())
@@ -71,7 +71,7 @@ def test_every_gate_of_a_network_of_timm_is_seen(name):
     assert [record.name.rpartition(".")[0] for record in records.gates] == mechanisms
 
 
-def test_every_gate_of_torchvisions_mobilenet_is_seen():
+def test_every_gate_of_torchvisions_mobilenet_is_recorded():
     model = models.stirred(torchvision.models.mobilenet_v3_small())
     mechanisms = [n for n, m in model.named_modules() if type(m).__name__ == "SqueezeExcitation"]
     records, _ = watched(model, models.pictures())
@@ -82,7 +82,7 @@ def cbam_resnet():
     return models.resnet("resnet10t", block_args={"attn_layer": "cbam"})
 
 
-def test_the_layer_of_a_gate_may_be_named_or_any_module_around_it():
+def test_a_layer_may_be_a_gate_or_a_module_around_it():
     model, images = cbam_resnet(), models.pictures(96)
     records, _ = watched(model, images)
     spatial = {record.name: record.weights[:, 0] for record in records if record.kind == "spatial_gate"}
@@ -130,7 +130,7 @@ class ChannelsLast(nn.Module):
         return (x * self.gate(self.fc(x.mean((1, 2), keepdim=True)))).permute(0, 3, 1, 2)
 
 
-def test_a_gate_over_columns_is_no_channel_gate_though_it_has_the_shape_of_one_with_channels_last():
+def test_a_gate_over_columns_is_not_taken_for_a_channel_gate_with_channels_last():
     model, images = after_a_convolution(OverColumns()), models.pictures(32)
     for net in (model, nn.Sequential(model)):
         records, out = watched(net, images)
@@ -140,7 +140,7 @@ def test_a_gate_over_columns_is_no_channel_gate_though_it_has_the_shape_of_one_w
     close(Gate()(model, images).raw, records[0].weights[:, 0])
 
 
-def test_a_gate_over_channels_that_come_last_is_no_gate_over_columns():
+def test_a_channel_gate_with_channels_last_is_not_taken_for_a_gate_over_columns():
     model, images = after_a_convolution(ChannelsLast()), models.pictures(32)  # 16 columns, 16 channels
     records, out = watched(model, images)
     assert [(record.kind, record.grid) for record in records] == [("channel_gate", (1, 1))]
@@ -165,9 +165,11 @@ def test_a_gate_with_channels_and_positions_is_shown_as_its_mean_over_channels()
         assert float(Gate()(model, images).raw[b, i, j]) == pytest.approx(value, abs=1e-6)
 
 
-def test_channel_gates_show_nothing_of_where_and_the_error_names_what_fits():
+def test_channel_gates_alone_are_an_error_that_names_methods_that_fit():
     model = models.resnet("seresnet18")
-    with pytest.raises(UsageError, match=r"has gates over channels only\. Methods that fit: gradcam") as caught:
+    with pytest.raises(
+        UsageError, match=r"has gates over channels only\. Methods that fit: eigencam, gradcam"
+    ) as caught:
         Gate()(model, models.pictures())
     assert "gate," not in str(caught.value).partition("fit:")[2]
     GradCAM()(model, models.pictures())
@@ -176,11 +178,11 @@ def test_channel_gates_show_nothing_of_where_and_the_error_names_what_fits():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (models.resnet, r"this ResNet has none\. Methods that fit: gradcam, gradcam\+\+, layercam"),
-        (models.vit, r"this VisionTransformer has attention and no gates\. Methods that fit: raw, dino, rollout"),
+        (models.resnet, r"this ResNet has none\. Methods that fit: eigencam, gradcam, gradcam\+\+, layercam"),
+        (models.vit, r"this VisionTransformer has attention and no gates\. Methods that fit: dino, raw, rollout"),
     ],
 )
-def test_a_model_without_gates_is_told_what_fits(make, message):
+def test_a_model_without_gates_is_an_error_that_names_methods_that_fit(make, message):
     with pytest.raises(UsageError, match=message):
         Gate()(make(), models.pictures())
 

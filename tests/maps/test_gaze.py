@@ -1,4 +1,4 @@
-"""Glimpses are shown on the pixels that they saw."""
+"""Heatmaps of glimpses cover the pixels that the glimpses read."""
 
 import itertools
 import warnings
@@ -10,7 +10,7 @@ from torch import nn
 from tests.capture import models
 from tests.maps.glimpses import images, network
 from visionattn.attention import Categorical, Gaussian, Retina
-from visionattn.capture import Nothing, capture
+from visionattn.capture import NoWeights, capture
 from visionattn.errors import MapWarning, UsageError
 from visionattn.evaluation import score
 from visionattn.maps import METHODS, Gaze, GradCAM, RawAttention, default_method, methods_that_fit
@@ -21,7 +21,7 @@ close = torch.testing.assert_close
 
 
 class Reader(nn.Module):
-    """A network of somebody else's that looks at two places at once, twice."""
+    """A network of another class that looks at two places at the same time, twice."""
 
     def __init__(self):
         super().__init__()
@@ -34,17 +34,17 @@ class Reader(nn.Module):
         return self.head(seen.flatten(1))
 
 
-def test_a_network_of_somebody_else_is_watched_too():
+def test_a_network_of_another_class_with_a_retina_is_recorded():
     model, x = Reader(), images()
-    with torch.no_grad(), capture(model, Nothing()) as records:
+    with torch.no_grad(), capture(model, NoWeights()) as records:
         model(x)
     (record,) = records
     assert record.name == "eye"
-    assert record.locations.shape == (3, 2, 2, 2)  # two at once, twice
+    assert record.locations.shape == (3, 2, 2, 2)  # two at the same time, twice
     maps = Gaze()(model, x)
     assert maps.boxes.shape == (3, 4, 2, 4)
     centre = (maps.boxes[0, :, 0, :2] + maps.boxes[0, :, 0, 2:]) / 2
-    # the corner, a place, and then what lies opposite: in the order of looking
+    # the corner, a place and its opposite, in the order of the glimpses
     close(centre, torch.tensor([[0.5, 11.5], [11.5, 6.5], [14.5, 0.5], [4.5, 6.5]]))
 
 
@@ -52,15 +52,15 @@ def test_a_network_of_somebody_else_is_watched_too():
 @pytest.mark.parametrize("patch_size", [4, (3, 5)])
 @pytest.mark.parametrize(("height", "width"), [(12, 16), (32, 8)])
 def test_a_heatmap_counts_the_values_that_come_from_each_pixel(patch_size, subpixel, height, width):
-    """The derivative of the sum of all that was seen by the pixels, which the retina alone decides."""
+    """Compare with the derivative of the sum of all patches by the pixels, which depends only on the retina."""
     model, x = network(patch_size, scales=3, subpixel=subpixel), images(height, width)
     maps = Gaze()(model, x)
-    location = model.rollout(x, look="mean").location.detach()
-    assert location[:, 0].std() > 0.2  # or it would look at one place only
+    location = model.rollout(x, locations="mean").location.detach()
+    assert location[:, 0].std() > 0.2  # otherwise it would look at one place only
     pixels = x.clone().requires_grad_()
     model.retina(pixels, location[:, 0]).sum().backward()
     derivative = pixels.grad[:, 0]
-    if subpixel:  # its widest scale keeps the mean of 4 × 4 pixels, and not which of them it came from
+    if subpixel:  # its widest scale keeps only the mean of 4 × 4 pixels
         close(nn.functional.avg_pool2d(maps.raw, 4), nn.functional.avg_pool2d(derivative, 4), rtol=1e-4, atol=1e-4)
     else:
         close(maps.raw, derivative, rtol=1e-4, atol=1e-4)
@@ -69,7 +69,7 @@ def test_a_heatmap_counts_the_values_that_come_from_each_pixel(patch_size, subpi
     assert maps.source == "glimpses of retina"
 
 
-def test_coverage_is_its_equation():
+def test_coverage_matches_its_equation():
     generator = torch.Generator().manual_seed(2)
     corner = 12 * torch.rand(2, 3, 1, 2, generator=generator) - 3
     boxes = torch.cat([torch.cat([corner - grow, corner + 2.5 + grow], -1) for grow in (0.0, 1.25)], 2)
@@ -82,25 +82,25 @@ def test_coverage_is_its_equation():
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (11, 14), (4, 9), (0, 14)])
-def test_a_box_is_where_the_glimpse_was(row, column):
-    """One bright pixel: the scales whose boxes hold it have seen it, each for its share, and no others."""
+def test_boxes_are_where_the_glimpses_were(row, column):
+    """Of one bright pixel, exactly the scales whose boxes hold it read a value, each in proportion to the overlap."""
     model, x = network(3, scales=2, num_glimpses=6), torch.zeros(1, 1, 12, 15)
     x[0, 0, row, column] = 1
     maps = Gaze()(model, x)
-    location = model.rollout(x, look="mean").location
+    location = model.rollout(x, locations="mean").location
     seen = model.retina(x, location[:, 0])[0, :, :, 0]
     for glimpse, scale in itertools.product(range(6), range(2)):
         left, top, right, bottom = maps.boxes[0, glimpse, scale].tolist()
         holds = left <= column < right and top <= row < bottom
         assert float(seen[glimpse, scale].sum()) == holds * 0.25**scale, (glimpse, scale)
-        if holds and scale == 0:  # and inside the patch, in its place
+        if holds and scale == 0:  # the value is at the right place in the patch
             assert seen[glimpse, scale, row - int(top), column - int(left)] == 1
 
 
 @pytest.mark.parametrize("patch_size", [3, 4, (5, 2)])
 @pytest.mark.parametrize("scales", [1, 3])
-def test_a_box_is_where_the_look_was_where_it_is_a_near_thing_which_pixel_that_is(patch_size, scales):
-    """Centres of a grid's cells often lie half way between two pixels; the patch itself tells where it was taken."""
+def test_boxes_round_half_pixels_as_the_patches_do(patch_size, scales):
+    """Centres of a grid's cells often lie halfway between two pixels; the patch itself shows where it was read."""
     retina, told = Retina(patch_size, scales=scales), 0
     for grid, size in itertools.product(range(2, 13), range(15, 46, 3)):
         location = Categorical(4, grid=grid).centres[None]
@@ -115,7 +115,7 @@ def test_a_box_is_where_the_look_was_where_it_is_a_near_thing_which_pixel_that_i
     assert told > 1000
 
 
-def test_two_retinas_are_shown_together():
+def test_the_map_of_two_retinas_is_the_sum_of_both():
     class Both(nn.Module):
         def __init__(self):
             super().__init__()
@@ -136,9 +136,9 @@ def test_two_retinas_are_shown_together():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_gaze_is_what_a_glimpse_network_is_shown_by(channels):
+def test_gaze_is_the_default_method_of_a_glimpse_network(channels):
     model = network(channels=channels)
-    assert isinstance(default_method(model), Gaze)  # without an example, whatever its channels
+    assert isinstance(default_method(model), Gaze)  # without an example, for any number of channels
     assert list(methods_that_fit(model, images(channels=channels))) == ["gaze"]
     assert not isinstance(default_method(models.vit()), Gaze)
 
@@ -153,32 +153,33 @@ def test_gaze_is_what_a_glimpse_network_is_shown_by(channels):
     ],
 )
 @pytest.mark.parametrize("policy", [Gaussian, Categorical])
-def test_other_methods_refuse_in_a_sentence(method, message, policy):
-    """A patch's features are no map of the image, however much they look like one."""
+def test_other_methods_are_errors_for_a_glimpse_network(method, message, policy):
+    """The features of a patch are not a map of the image, although they have the shape of one."""
     model = network(8, encoder=ConvEncoder, policy=policy)
     with pytest.raises(UsageError) as caught:
         method()(model, images())
     assert str(caught.value) == f"{message}. Methods that fit: gaze."
 
 
-def test_gaze_of_a_network_without_a_retina_is_refused():
-    with pytest.raises(UsageError, match=r"gaze needs a network that looks through a Retina; this ResNet does not\. M"):
+def test_gaze_of_a_network_without_a_retina_is_an_error():
+    with pytest.raises(UsageError, match=r"gaze needs a network that looks through a Retina; this ResNet has none\. M"):
         Gaze()(models.resnet("seresnet18"), models.pictures())
 
 
-def test_what_looks_at_another_image_than_it_was_given_is_refused():
+def test_a_retina_that_looks_at_another_image_than_the_input_is_an_error():
     class Shrinks(Reader):
         def forward(self, x):
             return super().forward(x[..., ::2, ::2])
 
-    with pytest.raises(UsageError, match=r"eye looks at 3 images of \(6, 8\), and the model was given 3 of \(12, 15\)"):
+    message = r"eye looks at 3 images of \(6, 8\), but the model was called with 3 images of \(12, 15\)"
+    with pytest.raises(UsageError, match=message):
         Gaze()(Shrinks(), images())
 
 
-def test_a_glance_at_the_whole_image_keeps_its_gradient_methods():
+def test_gradient_methods_fit_a_network_that_also_reads_the_whole_image():
     model = network(channels=3, glance=lambda channels: Glance(channels))
     fitting = methods_that_fit(model, images(channels=3))
-    assert list(fitting) == ["gaze", "gradcam", "gradcam++", "layercam", "eigencam"]
+    assert list(fitting) == ["gaze", "eigencam", "gradcam", "gradcam++", "layercam"]
     maps = GradCAM()(model, images(32, 32, channels=3))
     assert maps.raw.shape == (3, 16, 16)
     assert maps.source == "glance.layers"
@@ -195,7 +196,7 @@ class Glance(nn.Module):
         return self.layers(x).relu().mean((2, 3))
 
 
-def test_a_network_that_sees_all_alike_is_told_to_show_nothing():
+def test_a_network_that_covers_all_pixels_equally_gives_a_constant_map_and_a_warning():
     with pytest.warns(MapWarning, match="gaze heatmaps of glimpses of retina are constant"):
         Gaze()(network(64, scales=1, num_glimpses=1), images())
 
@@ -208,4 +209,4 @@ def test_gaze_is_scored():
         scores = score(model, [batch], steps=4, copies=1)
     assert list(scores.controls) == ["gaze"]
     assert not scores.failed
-    assert scores.figures == ["deletion", "insertion", "pointing", "energy", "iou", "shuffled"]
+    assert scores.metrics == ["deletion", "insertion", "pointing", "energy", "iou", "shuffled"]

@@ -1,4 +1,4 @@
-"""Methods in a program give the heatmaps of the methods."""
+"""An exported graph computes the same heatmaps as the method that it was exported with."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ PLAIN = Preprocess(64)
         pytest.param(vit, "rollout", marks=pytest.mark.slow),
     ],
 )
-def test_a_program_gives_the_heatmap_of_the_method_for_any_number_of_images(model, method, tmp_path):
+def test_an_exported_graph_gives_the_heatmaps_of_its_method_for_any_number_of_images(model, method, tmp_path):
     model = model()
     told = export_graph(model, tmp_path / "x.pt2", method=method, preprocess=PLAIN)
     assert told.method == method
@@ -40,7 +40,7 @@ def test_a_program_gives_the_heatmap_of_the_method_for_any_number_of_images(mode
 
 
 @pytest.mark.slow
-def test_windows_that_are_shifted_are_put_together_in_a_program(tmp_path):
+def test_an_exported_graph_handles_shifted_windows(tmp_path):
     model = swin()
     with pytest.warns(match="attend inside windows"):
         export_graph(model, tmp_path / "x.pt2", method="rollout", preprocess=Preprocess(32))

@@ -1,4 +1,4 @@
-"""Maps of networks whose tokens are merged or pruned land on the full grid, against merges undone one by one."""
+"""Maps of networks that merge or prune tokens, on the full grid, against merges undone one by one."""
 
 import functools
 
@@ -9,7 +9,7 @@ from tests.attention.self_attention import tokens_by_hand as by_hand
 from tests.capture import models
 from tests.capture.models import kept
 from visionattn.attention import TokenMerging, TokenPruning, reduce_tokens
-from visionattn.capture import ClassRow, Full, PatchRow, capture
+from visionattn.capture import ClassRow, FullAttention, PatchRow, capture
 from visionattn.errors import MapWarning
 from visionattn.maps import EigenCAM, GradCAM, RawAttention, Rollout, ScoreCAM
 
@@ -22,7 +22,7 @@ CELLS = 24
 @functools.cache
 @torch.no_grad()
 def seen_by_hand(kind, fuse=None):
-    """What the blocks do, image by image: merge, or fuse or drop."""
+    """Repeat the reduction of the blocks image by image: merge, fuse or drop."""
     model = by_hand.network(kind)
     reduce = by_hand.merge(model, RATES) if fuse is None else by_hand.prune(model, {0: 0.7, 2: 0.6}, fuse=fuse)
     return [by_hand.run(model, image, reduce) for image in by_hand.images(3)]
@@ -41,7 +41,7 @@ def pruned(fuse=True):
 
 
 def spread(row, tokens):
-    """Undo the merges: what a token has, its patches have in equal parts; (N,) → (24,)."""
+    """Undo the merges by dividing a token's value evenly among its patches: (N,) → (24,)."""
     cells = torch.zeros(CELLS, dtype=torch.float64)
     for value, token in zip(row, tokens, strict=True):
         for patch in token.patches:
@@ -50,9 +50,9 @@ def spread(row, tokens):
 
 
 @pytest.mark.parametrize("kind", ["class token", "mean", "rotary, registers"])
-def test_each_patch_is_known_in_the_token_it_was_merged_into(kind):
+def test_each_patch_has_the_cell_of_the_token_it_was_merged_into(kind):
     model, images, seen = merged(kind)
-    records = kept(model, images, Full())
+    records = kept(model, images, FullAttention())
     assert len(records) == 4
     for layer, record in enumerate(records):
         assert record.grid == (4, 6)
@@ -69,7 +69,7 @@ def test_each_patch_is_known_in_the_token_it_was_merged_into(kind):
     assert records[0].keys.home_BG is None
 
 
-def test_raw_attention_is_that_of_the_merged_tokens_in_equal_parts():
+def test_raw_attention_of_a_merged_token_is_divided_evenly_among_its_patches():
     model, images, seen = merged()
     for layer in range(4):
         raw = RawAttention(layer)(model, images).raw
@@ -91,7 +91,7 @@ def test_rollout_is_the_product_of_attention_and_merges(kind):
         row = torch.zeros(len(tokens), dtype=torch.float64)
         if first:
             row[0] = 1
-        else:  # all patches, as the mean has them
+        else:  # all patches, as in the mean
             row += torch.tensor([len(token.patches) / CELLS for token in tokens])
         for layer in reversed(range(4)):
             attention = one.attention[layer].mean(0)
@@ -109,7 +109,7 @@ def test_rollout_is_the_product_of_attention_and_merges(kind):
         close(raw[b].flatten().double(), row[first:], atol=1e-6, rtol=0)
 
 
-def test_a_patch_that_was_merged_asks_as_the_token_it_is_in():
+def test_a_merged_patch_has_the_row_of_its_token():
     model, images, seen = merged()
     for cell in range(0, CELLS, 5):
         rows = kept(model, images, PatchRow(*divmod(cell, 6)))[3].weights[:, 0]
@@ -118,7 +118,7 @@ def test_a_patch_that_was_merged_asks_as_the_token_it_is_in():
             close(rows[b].double(), one.attention[3][:, number], atol=1e-5, rtol=0)
 
 
-def test_features_of_merged_tokens_are_those_of_each_of_their_patches():
+def test_each_patch_has_the_features_of_its_merged_token():
     """EigenCAM of a layer by hand: the features of every cell are those of its token."""
     model, images, seen = merged()
     outputs = []
@@ -134,8 +134,8 @@ def test_features_of_merged_tokens_are_those_of_each_of_their_patches():
 
 
 @pytest.mark.parametrize("reduction", [TokenMerging(9), TokenPruning(0.9)], ids=repr)
-def test_on_a_grid_that_is_large_enough_for_artefacts_they_are_looked_for_among_what_is_left(reduction):
-    """A token that is much longer than the others is found in the image that has it, while each image is surveyed."""
+def test_high_norm_tokens_are_found_among_the_remaining_tokens(reduction):
+    """A token with a much larger norm is found in its image, although each image is surveyed."""
     model = by_hand.network(img_size=(64, 72), depth=2)  # 8 × 9 patches
     reduce_tokens(model, reduction)
     images = torch.randn(3, 3, 64, 72, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -165,7 +165,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("make", [merged, pruned])
-def test_the_maps_of_a_batch_are_those_of_its_images(name, make):
+def test_the_maps_of_a_batch_equal_the_maps_of_its_images(name, make):
     model, images, _ = make()
     together = METHODS[name]()(model, images, target=3)
     assert together.raw.shape == (3, 4, 6)
@@ -174,7 +174,7 @@ def test_the_maps_of_a_batch_are_those_of_its_images(name, make):
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-def test_what_is_pruned_shows_nothing_and_what_is_left_lies_where_it_lay(fuse):
+def test_pruned_tokens_are_zero_and_remaining_tokens_keep_their_positions(fuse):
     model, images, seen = pruned(fuse)
     last = kept(model, images, ClassRow())[-1]
     assert last.num_prefix_tokens == 1
@@ -187,14 +187,14 @@ def test_what_is_pruned_shows_nothing_and_what_is_left_lies_where_it_lay(fuse):
 
 
 @pytest.mark.parametrize("make", [merged, pruned])
-def test_watching_leaves_the_output_and_the_network_as_they_were(make):
+def test_methods_leave_the_output_and_the_network_unchanged(make):
     model, images, _ = make()
     before = models.state_of(model)
     with torch.no_grad():
         expected = model(images)
-        with capture(model, Full()) as records:
+        with capture(model, FullAttention()) as records:
             assert torch.equal(model(images), expected)
     models.assert_same_state(before, models.state_of(model))
-    assert [record.name for record in records] == [f"blocks.{i}.attn" for i in range(4)]  # once a block, and no more
+    assert [record.name for record in records] == [f"blocks.{i}.attn" for i in range(4)]  # exactly once a block
     assert not records.unlabelled
     assert not records.missed

@@ -1,4 +1,4 @@
-"""Sparse forms of self-attention are watched like dense ones: rows on the full grid, and the methods made of them."""
+"""Sparse forms of self-attention are recorded as dense attention is: rows on the full grid, and heatmaps."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from tests.attention.self_attention.attended_by_hand import MASKED, weights_by_hand
 from tests.capture import models
 from visionattn.attention import PooledKeys, SelfAttention, swap_attention
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 from visionattn.maps import Chefer, GradientAttention, RawAttention, Rollout
 
 close = torch.testing.assert_close
@@ -18,7 +18,7 @@ masked = pytest.mark.parametrize(("make", "m"), MASKED.values(), ids=MASKED)
 
 
 class Eager(SelfAttention):
-    """Dense attention by a softmax of its own, with weights that were made pair by pair."""
+    """Dense attention with its own softmax, and logits that are computed pair by pair."""
 
     def __init__(self, num_heads, m):
         super().__init__(num_heads)
@@ -31,7 +31,7 @@ class Eager(SelfAttention):
 
 
 def pair(make, m):
-    """A ViT with a form, and the same ViT with dense attention and the form's mask."""
+    """Return a ViT with a sparse form, and the same ViT with dense attention and the form's mask."""
     sparse = models.vit(**OPTIONS)
     dense = copy.deepcopy(sparse)
     swap_attention(sparse, make)
@@ -40,13 +40,13 @@ def pair(make, m):
 
 
 @masked
-def test_rows_are_those_of_dense_attention_with_the_mask(make, m):
+def test_rows_equal_those_of_dense_attention_with_the_mask(make, m):
     sparse, dense, eager = pair(make, m)
     images = models.pictures(SIZE)
     with torch.no_grad():
         unwatched = sparse(images)
         dense(images)
-    records = models.kept(sparse, images, Full())
+    records = models.kept(sparse, images, FullAttention())
     assert [record.name for record in records] == [f"blocks.{block}.attn.mechanism" for block in range(2)]
     for record, part in zip(records, eager, strict=True):
         assert (record.kind, record.grid, record.num_prefix_tokens, record.heads) == ("self", GRID, PREFIX, 3)
@@ -55,12 +55,12 @@ def test_rows_are_those_of_dense_attention_with_the_mask(make, m):
     with torch.no_grad():
         with capture(sparse):
             close(sparse(images), unwatched, atol=1e-5, rtol=1e-4)
-        close(sparse(images), unwatched, atol=0, rtol=0)  # and sparse again
+        close(sparse(images), unwatched, atol=0, rtol=0)  # the sparse form is restored
 
 
 @masked
 @pytest.mark.parametrize("method", [RawAttention(), Rollout(), GradientAttention(), Chefer()], ids=lambda one: one.name)
-def test_maps_are_those_of_dense_attention_with_the_mask(make, m, method):
+def test_maps_equal_those_of_dense_attention_with_the_mask(make, m, method):
     sparse, dense, _ = pair(make, m)
     images = models.pictures(SIZE)
     found, expected = (method(model, images, target=3) for model in (sparse, dense))
@@ -68,10 +68,10 @@ def test_maps_are_those_of_dense_attention_with_the_mask(make, m, method):
     assert tuple(found.heatmaps.shape) == (2, *GRID)
 
 
-def test_pooled_keys_lie_on_the_grid_of_means_and_their_maps_on_it_too():
+def test_pooled_keys_and_their_maps_have_the_pooled_grid():
     model, images = models.vit(**OPTIONS), models.pictures(SIZE)
     swap_attention(model, lambda heads: PooledKeys(heads, pool=2))
-    (record, _) = models.kept(model, images, Full())
+    (record, _) = models.kept(model, images, FullAttention())
     assert (record.grid, record.queries.grid, record.num_prefix_tokens) == ((2, 3), GRID, PREFIX)
     close(record.weights.sum(-1), torch.ones(record.weights.shape[:-1]))
     maps = RawAttention(0)(model, images)

@@ -1,6 +1,8 @@
-"""What all methods share: targets, independence of the images of a batch, and a model left as it was."""
+"""Properties of all methods: targets, independent images of a batch, and an unchanged model."""
 
 import inspect
+import json
+import pickle
 
 import pytest
 import torch
@@ -9,12 +11,12 @@ from tests.capture import models
 from tests.refusals import refuses
 from visionattn.attention import Gaussian, Retina
 from visionattn.errors import UsageError
-from visionattn.maps import METHODS, Maps
+from visionattn.maps import METHODS, Heatmaps
 from visionattn.models import GlimpseNetwork, MLPEncoder
 
 close = torch.testing.assert_close
-WITH_TARGET = ["grad_attention", "grad_rollout", "chefer", "gradcam", "gradcam++", "layercam", "scorecam"]
-WITHOUT_TARGET = ["raw", "dino", "value_norm", "rollout", "eigencam", "gate", "gaze"]
+WITH_TARGET = [name for name, method in METHODS.items() if method.cost != "a forward pass"]
+WITHOUT_TARGET = [name for name in METHODS if name not in WITH_TARGET]
 
 
 def small_cbam():
@@ -31,26 +33,25 @@ def small_glimpses():
     torch.manual_seed(0)
     network = GlimpseNetwork(10, retina=Retina(16), policy=Gaussian, encoder=Normed, num_glimpses=4, hidden_size=16)
     with torch.no_grad():
-        network.policy.layers[-1].weight.mul_(40)  # untrained, but it looks about
+        network.policy.layers[-1].weight.mul_(40)  # untrained, but with large policy weights
     return network.eval()
 
 
 def setting(name, batch=3):
-    """A method and a small model that it fits."""
+    """Return a method and a small model that it fits."""
     make = {"gate": small_cbam, "gaze": small_glimpses}.get(name, models.vit)
     return METHODS[name](), make(), models.pictures(batch=batch)
 
 
-def test_every_method_is_tested_here():
-    assert sorted(METHODS) == sorted(WITH_TARGET + WITHOUT_TARGET)
+def test_every_method_has_its_name_and_a_docstring():
     assert all(inspect.getdoc(method) and method.name == name for name, method in METHODS.items())
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_maps_lie_between_nought_and_one_and_come_with_the_output(name):
+def test_maps_are_between_0_and_1_and_come_with_the_output(name):
     method, model, images = setting(name)
     maps = method(model, images)
-    assert isinstance(maps, Maps)
+    assert isinstance(maps, Heatmaps)
     assert maps.heatmaps.dtype == maps.raw.dtype == torch.float32
     assert maps.heatmaps.shape == maps.raw.shape
     assert maps.heatmaps.amin((1, 2)).tolist() == [0, 0, 0]
@@ -68,7 +69,7 @@ def test_a_target_may_be_given_in_every_way(name):
     by_default = method(model, images)
     assert torch.equal(by_default.target, best)
     close(method(model, images, target=best).raw, by_default.raw)
-    if name != "scorecam":  # whose masked images may have another best class
+    if name != "scorecam":  # its masked images may have another best class
         close(method(model, images, target=lambda out: out.amax(1)).raw, by_default.raw)
     second = method(model, images, target=2)
     assert second.target.tolist() == [2, 2, 2]
@@ -116,7 +117,7 @@ def test_a_wrong_target_is_a_clear_error(name, target, message):
     [lambda out: {"features": out[:, :, None], "logits": out}, lambda out: (out[:, 0], out)],
     ids=["dict", "tuple"],
 )
-def test_scores_are_found_in_what_a_model_returns(wrap):
+def test_scores_are_found_in_every_kind_of_model_output(wrap):
     class Wrapped(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -132,8 +133,8 @@ def test_scores_are_found_in_what_a_model_returns(wrap):
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.filterwarnings("ignore:.*read it with care")
-def test_an_image_has_the_same_map_alone_and_in_a_batch(name):
+@pytest.mark.filterwarnings("ignore:.*heatmaps are approximate")
+def test_the_map_of_an_image_does_not_depend_on_its_batch(name):
     method, model, images = setting(name)
     together = method(model, images)
     for place in range(3):
@@ -142,7 +143,7 @@ def test_an_image_has_the_same_map_alone_and_in_a_batch(name):
 
 
 @pytest.mark.parametrize("name", ["raw", "rollout", "chefer", "grad_attention", "value_norm", "gradcam"])
-@pytest.mark.filterwarnings("ignore:.*read it with care")
+@pytest.mark.filterwarnings("ignore:.*heatmaps are approximate")
 def test_windows_of_several_images_are_not_mixed_up(name):
     model, images = models.swin(), models.pictures(32, batch=3)
     for stage in model.layers:
@@ -155,15 +156,15 @@ def test_windows_of_several_images_are_not_mixed_up(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_map_follows_its_image(name):
-    """The test above would pass for a map of anything but the images."""
+def test_maps_differ_between_images(name):
+    """The test above would also pass for a map that ignores the images."""
     method, model, images = setting(name)
     assert not torch.allclose(method(model, images).heatmaps, method(model, images.flip(0, 3)).heatmaps, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("ending", ["well", "by an exception"])
-def test_the_model_is_left_as_it_was(name, ending):
+def test_the_model_is_unchanged_afterwards(name, ending):
     method, model, images = setting(name)
     model.train()
     norms = [m for m in model.modules() if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.LayerNorm))]
@@ -229,3 +230,23 @@ def test_compiled_models_are_explained(name):
     expected = method(model, images)
     compiled = torch.compile(model, backend="eager")
     close(method(compiled, images).raw, expected.raw)
+
+
+def test_heatmaps_show_their_peaks_and_are_pickled_at_their_own_size():
+    model = models.resnet()
+    maps = METHODS["gradcam"]()(model, models.pictures(batch=3), target=2)
+    first, *lines = str(maps).splitlines()
+    assert first == f"Heatmaps(gradcam of {maps.source}, heatmaps {tuple(maps.heatmaps.shape)})"
+    for number, line in enumerate(lines):
+        row, column = divmod(int(maps.raw[number].argmax()), maps.raw.shape[2])
+        assert line.startswith(f"  image {number}: output 2, peak at row {row}, column {column}; raw values ")
+    assert len(lines) == 3
+    assert maps._repr_png_().startswith(b"\x89PNG")
+    plain = json.loads(json.dumps(maps.to_dict()))
+    assert plain["target"] == [2, 2, 2]
+    assert plain["heatmaps"] == maps.heatmaps.tolist()
+    whole = torch.rand(500, 4, 4)
+    part = Heatmaps(whole[:1], whole[:1], {"logits": whole[:1]}, None, "nothing", "fixed")
+    data = pickle.dumps(part)
+    assert len(data) < whole.nbytes / 4
+    assert torch.equal(pickle.loads(data).output["logits"], part.output["logits"])

@@ -1,4 +1,4 @@
-"""What no method can do is told in a sentence that says what does; nothing is ever silently empty."""
+"""Errors and warnings of methods; no map is silently empty."""
 
 import warnings
 
@@ -30,15 +30,15 @@ def test_dino_without_a_class_token_is_an_error(make):
         DinoHeads()(model, models.pictures(32 if "Swin" in type(model).__name__ else 64))
 
 
-def test_values_that_are_hidden_are_an_error_that_names_what_fits():
+def test_value_norm_without_values_is_an_error_that_names_methods_that_fit():
     model = models.vit()
     for block in model.blocks:
         block.attn.fused_attn = False
-    with pytest.raises(UsageError, match=r"blocks\.2\.attn, which attends by a softmax of its own .* fit: raw, dino"):
+    with pytest.raises(UsageError, match=r"blocks\.2\.attn computes its own softmax.* fit: dino, raw, rollout"):
         ValueNorm()(model, models.pictures())
 
 
-def test_what_is_no_module_is_an_error():
+def test_a_model_that_is_no_module_is_an_error():
     with pytest.raises(UsageError, match=r"model must be a torch\.nn\.Module, got function"):
         RawAttention()(lambda images: images, models.pictures())
 
@@ -110,7 +110,7 @@ def test_nan_weights_are_named(name):
         METHODS[name]()(model, models.pictures())
 
 
-def test_an_overflow_of_finite_weights_is_told_from_nan_weights():
+def test_the_error_distinguishes_an_overflow_from_nan_weights():
     model = models.vit()
     with torch.no_grad():
         model.blocks[2].norm1.bias.fill_(1e38)
@@ -146,14 +146,14 @@ def test_one_constant_map_of_a_batch_is_counted():
     assert maps.heatmaps.amax((1, 2)).tolist() == [1, 0, 1]
 
 
-def test_a_layer_behind_the_last_attention_of_a_class_token_gives_a_zero_map_and_a_warning():
+def test_a_layer_after_the_last_attention_of_a_class_token_gives_a_zero_map_and_a_warning():
     with pytest.warns(MapWarning, match="are zero and show nothing; try another layer"):
         GradCAM("norm")(models.vit(), models.pictures())
 
 
 @pytest.mark.parametrize("method", [Rollout(), Chefer()], ids=lambda m: m.name)
-def test_a_chain_through_windows_is_warned_of_and_one_through_a_vit_is_not(method):
-    with pytest.warns(MapWarning, match=f"{method.name} assumes that every layer sees all tokens"):
+def test_chains_warn_for_windows_and_not_for_a_vit(method):
+    with pytest.warns(MapWarning, match=f"{method.name} assumes that every layer attends to all tokens"):
         method(models.swin(), models.pictures(32))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Which method is chosen for a model."""
+"""The default method of a model."""
 
 import pytest
 
@@ -16,11 +16,11 @@ from visionattn.maps import default_method
         (lambda: models.vit(class_token=False, global_pool="avg"), "gradcam"),
     ],
 )
-def test_a_fitting_method_is_chosen(make, name):
+def test_the_default_method_fits_the_model(make, name):
     model = make().train()
     assert default_method(model, models.pictures(32 if "Swin" in type(model).__name__ else 64)).name == name
     assert model.training
 
 
-def test_the_image_size_is_read_off_the_model():
+def test_the_size_of_the_example_is_that_of_the_model():
     assert default_method(models.vit(img_size=(32, 80))).name == "raw"

@@ -1,4 +1,4 @@
-"""A small network that takes glimpses."""
+"""A small glimpse network."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""timm's models by name, with weights from files that run no code."""
+"""Test timm models by name, with weights from files without executable code."""
 
 import pickle
 
@@ -12,7 +12,7 @@ from visionattn.models.backbone import class_names_of, create_backbone, preproce
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-def test_weights_of_a_file_are_loaded(suffix, tmp_path):
+def test_weights_are_loaded_from_a_file(suffix, tmp_path):
     source = timm.create_model("test_vit", num_classes=7)
     file = tmp_path / f"w.{suffix}"
     if suffix == "pth":
@@ -27,7 +27,7 @@ def test_weights_of_a_file_are_loaded(suffix, tmp_path):
     torch.testing.assert_close(other.forward_features(image), source.forward_features(image))
 
 
-def test_a_weights_file_that_would_run_code_is_refused(tmp_path):
+def test_weights_file_with_code_raises(tmp_path):
     class Evil:
         def __reduce__(self):
             return print, ("code of a stranger runs",)
@@ -37,7 +37,7 @@ def test_a_weights_file_that_would_run_code_is_refused(tmp_path):
         create_backbone("test_vit", weights=tmp_path / "w.pth")
 
 
-def test_what_cannot_be_had_is_named(tmp_path):
+def test_unknown_models_options_and_weights_raise(tmp_path):
     with pytest.raises(UsageError, match=r"no model 'vit_smal_patch16_224'\. Nearest: vit_small_patch16_224"):
         create_backbone("vit_smal_patch16_224")
     with pytest.raises(DataError, match="there is no weights file"):
@@ -47,7 +47,7 @@ def test_what_cannot_be_had_is_named(tmp_path):
         create_backbone("test_vit", weights=tmp_path / "w.pth")
 
 
-def test_the_preparation_is_the_one_timm_names():
+def test_preprocess_matches_timm():
     preprocess = preprocess_of(timm.create_model("vit_base_patch16_clip_224.openai"))
     assert preprocess.input_size == (224, 224)
     assert preprocess.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))

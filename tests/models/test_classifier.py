@@ -1,4 +1,4 @@
-"""The classifier: options, weights, and attention that is inserted after them."""
+"""Test the classifier: options, weights, and attention inserted after loading."""
 
 import pytest
 import timm
@@ -10,14 +10,14 @@ from visionattn.errors import UsageError
 from visionattn.models import Classifier
 
 
-def test_a_classifier_passes_its_options_on():
+def test_classifier_passes_options_to_timm():
     model = Classifier("test_vit", num_classes=4, options={"img_size": 64})
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 4)
-    with pytest.raises(UsageError, match="takes other options"):
+    with pytest.raises(UsageError, match="does not accept these options"):
         Classifier("test_vit", num_classes=4, options={"drop_paths": 1})
 
 
-def test_a_classifier_takes_attention_after_its_weights(tmp_path):
+def test_classifier_inserts_attention_after_loading_weights(tmp_path):
     source = timm.create_model("test_vit", num_classes=7).eval()
     torch.save(source.state_dict(), tmp_path / "w.pth")
     make = {"weights": str(tmp_path / "w.pth"), "attention": lambda channels: SE(channels, reduction=4)}
@@ -34,7 +34,7 @@ def test_a_classifier_takes_attention_after_its_weights(tmp_path):
     assert not torch.equal(other(image), source(image))
 
 
-def test_attention_is_measured_at_the_size_of_the_options():
+def test_insertion_uses_the_image_size_of_the_options():
     options = {"img_size": (64, 96), "depths": (1, 1), "embed_dim": (32, 64), "stem_width": 16, "in_chans": 1}
     model = Classifier("maxvit_tiny_tf_224", num_classes=4, options=options, attention=SE)
     grids = [part.layout.grid for part in model.modules() if isinstance(part, Inserted)]

@@ -1,4 +1,4 @@
-"""The small network: its grid, its gates, its pooling."""
+"""Test the small residual network: grid, gates, pooling."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tests.refusals import refuses
 from visionattn.models import ConvNet
 
 
-def test_the_convnet_has_the_grid_and_the_gates_that_it_promises():
+def test_convnet_has_the_documented_grid_and_gates():
     from visionattn.attention import CBAM
     from visionattn.capture import capture
 
@@ -21,7 +21,7 @@ def test_the_convnet_has_the_grid_and_the_gates_that_it_promises():
 
 
 @pytest.mark.parametrize("pool", [1.0, 2.0, 3.5])
-def test_the_convnet_pools_by_the_generalised_mean(pool):
+def test_convnet_pools_by_the_generalised_mean(pool):
     model = ConvNet(5, widths=(16,), pool=pool).eval()
     x = torch.rand(2, 3, 24, 16)
     features = model.blocks(model.stem(x)).detach().double()

@@ -1,4 +1,4 @@
-"""Encoders of glimpses."""
+"""Test the encoders of glimpses."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ from visionattn.models import ConvEncoder, TimmEncoder
     ],
     ids=["conv", "grey", "timm"],
 )
-def test_encoders_take_any_patch(encoder, retina, chans):
+def test_encoders_accept_any_patch_size(encoder, retina, chans):
     network = make(encoder=encoder, retina=retina, in_chans=chans)
     logits = network(images(2, chans, 40, 33))
     assert logits.shape == (2, 5)

@@ -1,4 +1,4 @@
-"""The glimpse network: who learns from what, what it may be built of, and that nothing waits for the host."""
+"""Test the glimpse network: gradients, components, equations, early stopping, and no waiting for the host."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from visionattn.models import Glance
 
 
 @pytest.mark.parametrize("glance", [None, partial(Glance, size=6)], ids=["centre", "glance"])
-def test_each_loss_teaches_its_own_part(glance):
+def test_each_loss_has_gradients_in_its_own_part_only(glance):
     network = make(glance=glance)
     every = {name for name, _ in network.named_parameters()}
     policy = {name for name in every if name.startswith("policy.")}
@@ -28,12 +28,12 @@ def test_each_loss_teaches_its_own_part(glance):
     assert touched(network) == policy
 
 
-def test_only_locations_that_are_looked_at_are_chosen():
+def test_no_location_is_chosen_after_the_last_glimpse():
     network = make()
     asked = []
     network.policy.register_forward_hook(lambda module, args, choice: asked.append(choice.location))
     rollout = network.rollout(images(), rollouts=3)
-    assert len(asked) == 2  # of three glimpses, the first is the centre
+    assert len(asked) == 2  # three glimpses, the first at the centre
     assert rollout.log_prob.shape == rollout.entropy.shape == rollout.clipped.shape == (2, 3, 2)
     assert torch.equal(rollout.location[:, :, 0], torch.zeros(2, 3, 2))
     for turn, location in enumerate(asked):
@@ -43,10 +43,10 @@ def test_only_locations_that_are_looked_at_are_chosen():
     assert with_glance.location[:, :, 0].abs().min() > 0
 
 
-def test_the_core_follows_the_papers_equations():
+def test_core_matches_the_papers_equations():
     network = make(core=nn.RNNCell)
     x = images()
-    rollout = network.rollout(x, look="mean")
+    rollout = network.rollout(x, locations="mean")
     hidden = torch.zeros(2, 16)
     location = torch.zeros(2, 2)
     for turn in range(3):
@@ -60,7 +60,7 @@ def test_the_core_follows_the_papers_equations():
 
 @pytest.mark.parametrize("policy", [Gaussian, TruncatedGaussian, TanhGaussian, Categorical])
 @pytest.mark.parametrize("core", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
-def test_the_mean_policy_is_deterministic_and_images_do_not_meet(policy, core):
+def test_mean_policy_is_deterministic_and_images_are_independent(policy, core):
     network = make(policy, core=core).eval()
     x = images(3, 3, 9, 14)
     torch.manual_seed(0)
@@ -68,30 +68,30 @@ def test_the_mean_policy_is_deterministic_and_images_do_not_meet(policy, core):
     torch.manual_seed(1)
     assert torch.equal(network(x), first)
     torch.testing.assert_close(network(x[1:2]), first[1:2])  # a batch of one
-    assert torch.equal(network.rollout(x, look="mean", rollouts=2).logits[:, 1, -1], first)
+    assert torch.equal(network.rollout(x, locations="mean", rollouts=2).logits[:, 1, -1], first)
     drawn = network.rollout(x).location
     assert not torch.equal(network.rollout(x).location, drawn)
 
 
-def test_controls_take_no_notice_of_the_policy():
+def test_controls_ignore_the_policy():
     network = make()
-    centre = network.rollout(images(), look="centre").location
+    centre = network.rollout(images(), locations="centre").location
     assert torch.equal(centre, torch.zeros_like(centre))
-    far = network.rollout(images(400, 3, 6, 6), look="random").location
+    far = network.rollout(images(400, 3, 6, 6), locations="random").location
     assert far.abs().max() <= 1
     assert far.std() == pytest.approx(1 / 3**0.5, rel=0.05)  # uniform on [−1, 1]
     start = make(start="random")
     assert start.rollout(images(50, 3, 6, 6)).location[:, :, 0].abs().max() > 0.9
-    assert torch.equal(start.rollout(images(), look="mean").location[:, :, 0], torch.zeros(2, 1, 2))
+    assert torch.equal(start.rollout(images(), locations="mean").location[:, :, 0], torch.zeros(2, 1, 2))
 
 
-def test_stopping_when_sure_gives_what_was_believed_then():
+def test_early_stopping_returns_the_prediction_at_that_glimpse():
     network = make(glance=None, num_glimpses=5).eval()
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.mul_(3)  # opinions that differ
+            parameter.mul_(3)  # different predictions
         x = images(20, 3, 12, 10)
-        believed = network.rollout(x, look="mean").logits[:, 0]
+        believed = network.rollout(x, locations="mean").logits[:, 0]
         sure = believed.softmax(-1).amax(-1)  # (B, T)
         for confidence in (0.0, float(sure.median()), 1.1):
             answer = network.answer(x, confidence=confidence)
@@ -103,7 +103,7 @@ def test_stopping_when_sure_gives_what_was_believed_then():
 
 
 class NoWaiting(TorchDispatchMode):
-    """Fails when the host asks for a value."""
+    """Raise when the host reads a value of a tensor."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert "_local_scalar_dense" not in str(func), "the host waits for a value"
@@ -111,7 +111,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("policy", [Gaussian, TruncatedGaussian, TanhGaussian, Categorical])
-def test_nothing_in_the_loop_waits_for_the_host_and_it_compiles(policy):
+def test_rollout_does_not_wait_for_the_host_and_compiles(policy):
     network = make(policy, retina=Retina(4, scales=2))
 
     def step(x):
@@ -131,7 +131,7 @@ def test_nothing_in_the_loop_waits_for_the_host_and_it_compiles(policy):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_what_a_network_cannot_be_is_said():
+def test_invalid_network_arguments_raise():
     refuses(ValueError, "num_glimpses must be", make, num_glimpses=0)
     refuses(ValueError, "start must be centre or random", make, start="corner")
-    refuses(UsageError, "look must be sample", lambda: make().rollout(images(), look="greedy"))
+    refuses(UsageError, "locations must be sample", lambda: make().rollout(images(), locations="greedy"))

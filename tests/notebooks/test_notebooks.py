@@ -1,4 +1,4 @@
-"""The notebooks: executed with small settings, and as they are committed."""
+"""Test the notebooks: execute them with small settings, and check the committed files."""
 
 import base64
 import io
@@ -16,11 +16,11 @@ SMALL = {
     "01_soft_attention": {"train_size": 96, "test_size": 16, "epochs": 1, "look_every": 2},
     "02_glimpses": {"train_size": 128, "test_size": 16, "epochs": 1, "look_every": 1},
     "03_vision_transformers": {"train_size": 64, "test_size": 16, "epochs": 1, "look_every": 1},
-    "04_detection": {"train_size": 32, "test_size": 8, "epochs": 1, "explained": 4, "lowest": 0.0},
+    "04_detection": {"train_size": 32, "test_size": 8, "epochs": 1, "explained": 4, "min_score": 0.0},
     "05_can_i_believe_this_map": {"train_size": 64, "test_size": 12, "epochs": 1, "steps": 2, "copies": 1},
     "06_your_images_your_model": {"count": 12, "epochs": 1, "steps": 0},
 }
-"""Settings that make each a matter of seconds."""
+"""Settings with which each notebook runs in seconds."""
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
@@ -30,7 +30,7 @@ def outputs(notebook):
 
 
 def words(notebook):
-    """All that outputs say, pictures left out."""
+    """Return the text of all outputs, without pictures."""
     said = []
     for output in outputs(notebook):
         said += [output.get("text", ""), *output.get("traceback", ())]
@@ -39,7 +39,7 @@ def words(notebook):
 
 
 def complaints(notebook):
-    """What no reader should see in the outputs."""
+    """Find what no reader should see in the outputs: errors, warnings, progress bars, local paths, addresses."""
     found = [f"a {output.output_type}" for output in outputs(notebook) if output.output_type == "error"]
     found += [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
     said = words(notebook)

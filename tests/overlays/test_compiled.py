@@ -1,4 +1,4 @@
-"""What nobody watches is compiled, and what is shown stays the same."""
+"""Compilation of unwatched parts changes no heatmap."""
 
 import pytest
 import timm
@@ -57,7 +57,7 @@ def test_the_real_compiler_gives_the_same_maps(name, method):
     torch.testing.assert_close(found.heatmaps, expected.heatmaps, atol=1e-4, rtol=0)
 
 
-def test_where_nothing_is_left_to_compile_it_is_told():
+def test_a_model_without_unwatched_parts_is_refused():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
     model.append(torch.nn.Linear(64, 3))
     with (

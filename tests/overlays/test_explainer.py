@@ -1,4 +1,4 @@
-"""What is told of an image is what the model and the methods say, one by one."""
+"""The manifest records the model's predictions, and the layer, peak and target of each method's heatmap."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from visionattn.data.placement import Preprocess
 from visionattn.drawing.rendering import peak
 from visionattn.errors import UsageError
 from visionattn.maps.cam import GradCAM
-from visionattn.overlays.explainer import View
+from visionattn.overlays.explainer import Explainer
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -31,7 +31,7 @@ def test_prediction_and_probability_are_those_of_a_plain_forward(tmp_path, metho
         assert entry["target"] == (1 if method is not bright else None)
 
 
-def test_a_timm_transformer_takes_its_own_method(tmp_path):
+def test_a_timm_transformer_gets_raw_attention_by_default(tmp_path):
     import timm
 
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
@@ -49,16 +49,16 @@ def dark(model, images_BCHW, *, target=None):
     return dataclasses.replace(maps, heatmaps=1 - maps.heatmaps, method="dark")
 
 
-def test_several_methods_are_told_of_one_by_one(tmp_path):
+def test_the_manifest_has_the_facts_of_each_of_several_methods(tmp_path):
     photos(tmp_path / "in", 4)
     model = Tiny()
-    views = [
-        View(model, Preprocess(16), bright, CLASSES, "tiny", "bright"),
-        View(model, Preprocess(24), dark, CLASSES, "tiny", "dark"),
+    explainers = [
+        Explainer(model, Preprocess(16), bright, CLASSES, "tiny", "bright"),
+        Explainer(model, Preprocess(24), dark, CLASSES, "tiny", "dark"),
     ]
-    run([tmp_path / "in"], tmp_path / "out", views=views, save=("overlay", "array"))
+    run([tmp_path / "in"], tmp_path / "out", explainers=explainers, save=("overlay", "array"))
     entry = manifest(tmp_path / "out")["0.png"]
-    first, second = entry["looks"]
+    first, second = entry["explanations"]
     assert (first["name"], second["name"]) == ("bright", "dark")
     for key in ("model", "method", "layer", "prediction", "class", "probability", "peak"):
         assert entry[key] == first[key]
@@ -67,18 +67,21 @@ def test_several_methods_are_told_of_one_by_one(tmp_path):
     assert second["peak"] == [round(place, 1) for place in peak(heatmap, placement)]
     arrays = np.load(tmp_path / "out" / "0.png.array.npz")
     np.testing.assert_allclose(arrays["dark/heatmap"], heatmap, atol=1e-6)
-    assert run([tmp_path / "in"], tmp_path / "out", views=views, save=("overlay", "array")).skipped == 4
-    assert run([tmp_path / "in"], tmp_path / "out", views=views[::-1]).written == 4
+    assert run([tmp_path / "in"], tmp_path / "out", explainers=explainers, save=("overlay", "array")).skipped == 4
+    assert run([tmp_path / "in"], tmp_path / "out", explainers=explainers[::-1]).written == 4
     with pytest.raises(UsageError, match="needs a name of its own"):
-        run([tmp_path / "in"], tmp_path / "out", views=[views[0], views[0]])
-    with pytest.raises(UsageError, match="two views can be compared, not 1"):
+        run([tmp_path / "in"], tmp_path / "out", explainers=[explainers[0], explainers[0]])
+    with pytest.raises(UsageError, match="compare needs two explainers, got 1"):
         run([tmp_path / "in"], tmp_path / "out", compare=True)
 
 
 def test_two_models_are_compared_where_they_differ(tmp_path):
     photos(tmp_path / "in", 3)
-    views = [View(Tiny(), Preprocess(16), bright, name="old"), View(other_weights(), Preprocess(16), dark, name="new")]
-    run([tmp_path / "in"], tmp_path / "out", views=views, compare=True, save=("overlay", "difference"))
+    explainers = [
+        Explainer(Tiny(), Preprocess(16), bright, name="old"),
+        Explainer(other_weights(), Preprocess(16), dark, name="new"),
+    ]
+    run([tmp_path / "in"], tmp_path / "out", explainers=explainers, compare=True, save=("overlay", "difference"))
     for name, entry in manifest(tmp_path / "out").items():
         tensor, placement = Preprocess(16)(np.array(Image.open(tmp_path / "in" / name)))
         heatmap = bright(Tiny(), torch.from_numpy(tensor)[None]).heatmaps[0].numpy()
@@ -86,10 +89,10 @@ def test_two_models_are_compared_where_they_differ(tmp_path):
         assert entry["difference"]["mean"] == pytest.approx(apart.mean(), abs=1e-4)
         x, y = entry["difference"]["peak"]
         assert np.abs(1 - 2 * placement.carry(heatmap)[int(y), int(x)]) == pytest.approx(apart.max(), abs=1e-4)
-        assert [look["name"] for look in entry["looks"]] == ["old", "new"]
+        assert [look["name"] for look in entry["explanations"]] == ["old", "new"]
 
 
-def test_a_target_may_be_a_class_name_and_a_wrong_one_is_told(tmp_path):
+def test_a_target_may_be_a_class_name_and_an_unknown_one_is_refused(tmp_path):
     photos(tmp_path / "in", 2)
     options = {"method": GradCAM(), "class_names": CLASSES}
     run([tmp_path / "in"], tmp_path / "out", target="owl", **options)
@@ -98,7 +101,7 @@ def test_a_target_may_be_a_class_name_and_a_wrong_one_is_told(tmp_path):
         run([tmp_path / "in"], tmp_path / "out", target="oul", **options)
 
 
-def test_half_precision_runs_the_model_in_bfloat16_and_is_another_recipe(tmp_path):
+def test_half_precision_runs_the_model_in_bfloat16_and_changes_the_fingerprint(tmp_path):
     photos(tmp_path / "in", 2)
     seen = []
     model = Tiny()

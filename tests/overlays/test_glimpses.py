@@ -1,4 +1,4 @@
-"""What is told of a network's glimpses, and exported of them, is what it did."""
+"""Traces of glimpses, and their exported pictures, match the network."""
 
 import json
 
@@ -11,12 +11,12 @@ from rich.console import Console
 from tests.explorer.pages import facts
 from visionattn.attention import Gaussian, Retina
 from visionattn.data import Preprocess, read_image, write_image
-from visionattn.drawing import Style, draw_gaze, gaze_animation
+from visionattn.drawing import Style, animate_glimpses, draw_scanpath
 from visionattn.drawing.scanpath import centres
 from visionattn.errors import UsageError
 from visionattn.explorer.explorer import explore
 from visionattn.models import ConvNet, GlimpseNetwork, MLPEncoder
-from visionattn.overlays import View, follow_gaze
+from visionattn.overlays import Explainer, trace_glimpses
 from visionattn.overlays.folder.export import export
 
 
@@ -31,15 +31,15 @@ def network(preprocess, patch_size=4, scales=2, glimpses=5):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_told_of_a_network_is_what_it_did(channels):
+def test_a_trace_has_the_glimpses_of_the_network(channels):
     preprocess = Preprocess(24, fit="stretch", mean=(0.2,) * channels, std=(0.5,) * channels)
     pictures = np.random.default_rng(1).integers(0, 256, (2, 24, 24, 3)).astype(np.uint8)
     pictures = pictures[..., :1].repeat(3, -1) if channels == 1 else pictures
     values, placements = zip(*map(preprocess, pictures), strict=True)
     images, model = torch.from_numpy(np.stack(values)), network(preprocess)
-    told = follow_gaze(model, images, placements, preprocess)
+    told = trace_glimpses(model, images, placements, preprocess)
     with torch.no_grad():
-        rollout = model.rollout(images, look="mean")
+        rollout = model.rollout(images, locations="mean")
     for index, one in enumerate(told):
         assert one["patches"].shape == (5, 2, 4, 4, 3)
         np.testing.assert_allclose(one["probabilities"], rollout.logits[index, 0].softmax(-1).numpy(), rtol=1e-5)
@@ -60,22 +60,20 @@ def test_a_folder_is_exported_with_its_paths(tmp_path):
     preprocess = Preprocess(24, fit="letterbox", mean=(0.2,) * 3, std=(0.5,) * 3)
     model = network(preprocess)
     quiet = {"console": Console(quiet=True), "style": Style(suffix=".png")}
-    summary = export([tmp_path / "in"], tmp_path / "out", View(model, preprocess), save=["gaze", "array"], **quiet)
+    summary = export([tmp_path / "in"], tmp_path / "out", Explainer(model, preprocess), save=["gaze", "array"], **quiet)
     assert summary.exit_code == 0
     values, placement = preprocess(source)
-    (told,) = follow_gaze(model, torch.from_numpy(values)[None], [placement], preprocess)
+    (told,) = trace_glimpses(model, torch.from_numpy(values)[None], [placement], preprocess)
     drawn = read_image(tmp_path / "out" / "a.png.gaze.png")
-    np.testing.assert_array_equal(drawn, draw_gaze(source, told["boxes"]))
+    np.testing.assert_array_equal(drawn, draw_scanpath(source, told["boxes"]))
     assert drawn.shape == (36 * 9, 48 * 9, 3)
     with np.load(tmp_path / "out" / "a.png.array.npz") as arrays:
         np.testing.assert_allclose(arrays["glimpses"], told["boxes"])
     (entry,) = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
     np.testing.assert_allclose(entry["fixations"], told["locations"], atol=0.051)
     assert entry["layer"] == "glimpses of retina"
-    with pytest.raises(
-        UsageError, match="gaze shows the path of glimpses, and gradcam of this ConvNet has none; save "
-    ):
-        export([tmp_path / "in"], tmp_path / "no", View(ConvNet(3), preprocess), save=["gaze"], **quiet)
+    with pytest.raises(UsageError, match="gaze needs glimpses, and gradcam of this ConvNet has none; save "):
+        export([tmp_path / "in"], tmp_path / "no", Explainer(ConvNet(3), preprocess), save=["gaze"], **quiet)
 
 
 def test_a_folder_is_exported_as_animations(tmp_path):
@@ -83,11 +81,11 @@ def test_a_folder_is_exported_as_animations(tmp_path):
     write_image(tmp_path / "a.png", source)
     preprocess, names = Preprocess(24, mean=(0.2,) * 3, std=(0.5,) * 3), tuple("abcdefg")
     model, quiet = network(preprocess), {"console": Console(quiet=True), "save": ["animation"]}
-    summary = export([tmp_path / "a.png"], tmp_path / "out", View(model, preprocess, class_names=names), **quiet)
+    summary = export([tmp_path / "a.png"], tmp_path / "out", Explainer(model, preprocess, class_names=names), **quiet)
     assert summary.exit_code == 0
     values, placement = preprocess(source)
-    (told,) = follow_gaze(model, torch.from_numpy(values)[None], [placement], preprocess)
-    expected = gaze_animation(
+    (told,) = trace_glimpses(model, torch.from_numpy(values)[None], [placement], preprocess)
+    expected = animate_glimpses(
         source, told["boxes"], told["patches"], probabilities_TK=told["probabilities"], class_names=names
     )
     with Image.open(tmp_path / "out" / "a.png.animation.webp") as film:
@@ -95,8 +93,8 @@ def test_a_folder_is_exported_as_animations(tmp_path):
         for number, frame in enumerate(expected):
             film.seek(number)
             np.testing.assert_array_equal(np.array(film.convert("RGB")), frame)
-    with pytest.raises(UsageError, match="animation shows what a GlimpseNetwork saw and believed, and this is a ConvN"):
-        export([tmp_path / "a.png"], tmp_path / "no", View(ConvNet(3), preprocess), **quiet)
+    with pytest.raises(UsageError, match="animation needs a GlimpseNetwork, and gradcam of this ConvNet has none"):
+        export([tmp_path / "a.png"], tmp_path / "no", Explainer(ConvNet(3), preprocess), **quiet)
 
 
 def test_a_page_has_the_glimpses_of_a_network():
@@ -104,7 +102,7 @@ def test_a_page_has_the_glimpses_of_a_network():
     model, source = network(preprocess), np.random.default_rng(4).integers(0, 256, (36, 48, 3)).astype(np.uint8)
     page = facts(explore(model, [source], preprocess=preprocess, steps=0))["pictures"][0]
     values, placement = preprocess(source)
-    (told,) = follow_gaze(model, torch.from_numpy(values)[None], [placement], preprocess)
+    (told,) = trace_glimpses(model, torch.from_numpy(values)[None], [placement], preprocess)
     np.testing.assert_allclose(page["glimpses"]["locations"], told["locations"], atol=0.006)
     np.testing.assert_allclose(page["glimpses"]["boxes"], told["boxes"], atol=0.006)
     assert [one["name"] for one in page["heatmaps"]] == ["gaze"]

@@ -1,6 +1,8 @@
-"""Heatmaps of single pictures, as a notebook asks for them."""
+"""Heatmaps and overlays of single pictures."""
 
 import io
+import json
+import pickle
 import subprocess
 import sys
 
@@ -46,7 +48,7 @@ def lit(x, y, size=20, height=100, width=200):
 
 
 @pytest.mark.parametrize(("x", "y"), [(80, 30), (120, 70), (100, 50)])
-def test_the_heat_lies_on_what_the_model_sees_in_pixels_of_the_source(x, y):
+def test_the_heat_lies_on_the_object_in_pixels_of_the_source(x, y):
     seen = va.heatmap(Bright(), lit(x, y), method="layercam", target=0, preprocess=PLAIN)
     assert seen.values.shape == (100, 200)
     assert seen.values.dtype == np.float32
@@ -62,7 +64,7 @@ def test_the_heat_lies_on_what_the_model_sees_in_pixels_of_the_source(x, y):
     assert not seen.values[:, 150:].any()
 
 
-def test_it_is_the_overlay_that_the_command_line_writes(tmp_path):
+def test_a_heatmap_gives_the_overlay_that_the_command_line_writes(tmp_path):
     Image.fromarray(photo()).save(tmp_path / "photo.png")
     arguments = ["overlay", "--images", str(tmp_path / "photo.png"), "--out", str(tmp_path / "seen"), "--format", "png"]
     assert main([*arguments, "--model", "test_vit", "--weights", "random", "--save", "overlay", "heatmap"]) == 0
@@ -75,7 +77,7 @@ def test_it_is_the_overlay_that_the_command_line_writes(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "again.png"), seen.overlay())
 
 
-def test_all_forms_of_a_picture_are_one(tmp_path):
+def test_files_arrays_and_tensors_of_a_picture_give_the_same_heatmap(tmp_path):
     model, picture = vit(), photo()
     Image.fromarray(picture).save(tmp_path / "photo.png")
     forms = [tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(picture), picture]
@@ -87,13 +89,13 @@ def test_all_forms_of_a_picture_are_one(tmp_path):
         assert (found.method, found.prediction) == ("rollout", alone[0].prediction)
     values, _ = Preprocess(64, crop_fraction=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)(picture)
     prepared = va.heatmap(model, torch.from_numpy(values), method="rollout")
-    np.testing.assert_array_equal(prepared.look.raw_hw, alone[0].look.raw_hw)
+    np.testing.assert_array_equal(prepared.explained.raw_hw, alone[0].explained.raw_hw)
     assert prepared.image.shape == (64, 64, 3)
     batch = torch.from_numpy(values)[None].expand(2, -1, -1, -1)
     assert len(va.heatmap(model, batch, preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3))) == 2
 
 
-def test_a_photograph_is_turned_as_its_camera_says(tmp_path):
+def test_a_photograph_is_rotated_by_its_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(photo(60, 100)).save(tmp_path / "turned.png", exif=exif)
@@ -114,17 +116,17 @@ def test_the_model_is_left_as_it_was(training):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_models_of_torchvision_and_classifiers_say_how_they_want_pictures():
+def test_models_of_torchvision_and_classifiers_have_their_own_preprocessing():
     resnet = torchvision.models.resnet18()
     shown = va.heatmap(resnet, photo(300, 400), layer="layer3")
-    assert shown.look.placement.input_size == (224, 224)
-    np.testing.assert_allclose(shown.look.placement.matrix[0, 0], 256 / 300, rtol=0.01)  # 256 shrink to 300
+    assert shown.explained.placement.input_size == (224, 224)
+    np.testing.assert_allclose(shown.explained.placement.matrix[0, 0], 256 / 300, rtol=0.01)  # 256 shrink to 300
     assert shown.source == "layer3"
     classifier = va.models.Classifier("test_vit", num_classes=3, options={"img_size": 96})
-    assert va.heatmap(classifier, photo()).look.placement.input_size == (96, 96)
+    assert va.heatmap(classifier, photo()).explained.placement.input_size == (96, 96)
 
 
-def test_a_checkpoint_brings_its_preparation_and_names(quick_run):
+def test_a_checkpoint_has_its_preprocessing_and_class_names(quick_run):
     task = va.load(quick_run / "best.ckpt")
     seen = va.heatmap(task, photo(64, 64))
     of_network = va.heatmap(task.network, photo(64, 64), preprocess=task.preprocess, class_names=task.class_names)
@@ -141,7 +143,7 @@ def test_a_checkpoint_brings_its_preparation_and_names(quick_run):
     assert page.images == 1
 
 
-def test_a_model_of_ones_own_is_called_itself_and_not_its_network():
+def test_a_models_attribute_network_does_not_replace_the_model():
     class Flipped(nn.Module):
         """Holds its network under the name that tasks use, and shows it pictures upside down."""
 
@@ -166,7 +168,7 @@ def test_every_picture_has_its_target():
         np.testing.assert_allclose(found.values, alone.values, atol=1e-4)
 
 
-def test_a_notebook_shows_it():
+def test_a_notebook_shows_the_overlay_of_a_heatmap():
     seen = va.heatmap(vit(), photo(900, 1600))
     with Image.open(io.BytesIO(seen._repr_png_())) as shown:
         assert shown.size == (768, 432)
@@ -177,7 +179,29 @@ def test_a_notebook_shows_it():
     assert repr(seen).startswith("Heatmap(raw of attention of blocks.2.attn, 1600 × 900, class ")
 
 
-def test_looks():
+def test_a_heatmap_is_pickled_at_the_size_of_its_picture_and_grid():
+    seen = va.heatmap(vit(), photo(300, 400), method="rollout")
+    values = seen.values  # cached, and four bytes a pixel
+    content = pickle.dumps(seen)
+    assert len(content) < seen.image.nbytes + 2 * seen.explained.heatmap_hw.nbytes + 4000
+    again = pickle.loads(content)
+    np.testing.assert_array_equal(again.values, values)
+    np.testing.assert_array_equal(again.overlay(), seen.overlay())
+    assert (again.method, again.prediction, again.peak) == (seen.method, seen.prediction, seen.peak)
+
+
+def test_a_heatmap_becomes_plain_data_with_the_manifest_s_keys():
+    seen = va.heatmap(vit(), photo(60, 80), method="rollout", class_names=list("abcdefg"))
+    plain = json.loads(json.dumps(seen.to_dict()))
+    assert (plain["width"], plain["height"]) == (80, 60)
+    assert (plain["method"], plain["layer"], plain["target"]) == ("rollout", seen.source, seen.target)
+    assert (plain["prediction"], plain["class"]) == (seen.prediction, seen.class_name)
+    assert plain["probability"] == seen.probability
+    assert tuple(plain["peak"]) == seen.peak
+    np.testing.assert_array_equal(np.array(plain["heatmap"], np.float32), seen.explained.heatmap_hw)
+
+
+def test_overlays_change_with_each_option_of_style():
     seen = va.heatmap(vit(), photo())
     plain = seen.overlay()
     for look in ({"colormap": "viridis"}, {"alpha": 0.2}, {"contours": [0.5]}, {"caption": True}, {"saturation": 1.0}):
@@ -195,23 +219,23 @@ def test_looks():
         (vit(), 3, {}, "an image is a file, .* got int"),
         (vit(), [torch.rand(3, 64, 64), torch.rand(3, 32, 32)], {}, "of one size"),
         (vit(), photo(), {"method": "gradcm"}, "no method 'gradcm'. Nearest: gradcam"),
-        (vit(), photo(), {"method": "gate"}, "Methods that fit: raw"),
+        (vit(), photo(), {"method": "gate"}, "Methods that fit: dino, raw"),
         (vit(), photo(), {"method": LayerCAM(), "layer": "blocks.0"}, "a method has its own layer"),
         (vit(), photo(), {"method": "gradcam", "layer": 1}, "takes the name of a layer"),
         (vit(), photo(), {"target": 7, "method": "gradcam"}, "out of range"),
         (Bright(), photo(), {}, "pass preprocess="),
     ],
 )
-def test_a_wrong_call_is_told_in_one_sentence(model, image, options, message):
+def test_a_wrong_call_raises_an_error_of_one_sentence(model, image, options, message):
     refuses(UsageError, message, va.heatmap, model, image, **options)
 
 
 def test_overlay_takes_one_picture(tmp_path):
-    refuses(UsageError, "one picture; of several take heatmap", lambda: va.overlay(vit(), [photo(), photo()]))
+    refuses(UsageError, "one picture; for several call heatmap", lambda: va.overlay(vit(), [photo(), photo()]))
     refuses(DataError, "there is no image", lambda: va.overlay(vit(), tmp_path / "none.jpg"))
 
 
-def test_the_package_has_its_names_and_imports_torch_when_they_are_used():
+def test_the_package_imports_torch_only_when_a_name_is_used():
     code = (
         "import sys, visionattn as va; names = dir(va); import visionattn.drawing.overlay; "
         "assert 'torch' not in sys.modules; assert callable(va.overlay); "

@@ -1,4 +1,4 @@
-"""What a detector found, with the heat of each box: exported, and on a page; against the method's own maps."""
+"""Exported and explored heatmaps of detected boxes, against the method's own heatmaps."""
 
 import json
 
@@ -17,10 +17,10 @@ from visionattn.drawing.rendering import Style, render
 from visionattn.errors import UsageError
 from visionattn.explorer.explorer import explore
 from visionattn.maps import EigenCAM
-from visionattn.maps.boxes import ODAM, SURE, AllBoxes, default_box_method
-from visionattn.overlays.explainer import View
+from visionattn.maps.boxes import ODAM, SURE, MaxOverBoxes, default_box_method
+from visionattn.overlays.explainer import Explainer
 from visionattn.overlays.folder.export import export
-from visionattn.overlays.per_box import told_of_boxes
+from visionattn.overlays.per_box import page_detections
 
 NAMES = ("disc", "square", "triangle", "cross")
 PREPROCESS = Preprocess(64, fit="letterbox")
@@ -57,13 +57,13 @@ def explained(detector, seed, **options):
     return maps, placement
 
 
-def test_exported_boxes_have_their_own_heat(detector, files, tmp_path):
-    view = View(detector, PREPROCESS, class_names=NAMES)
-    assert export([files], tmp_path, view, save=["overlay", "boxes", "array"]).exit_code == 0
+def test_exported_boxes_have_their_own_heatmaps(detector, files, tmp_path):
+    explainer = Explainer(detector, PREPROCESS, class_names=NAMES)
+    assert export([files], tmp_path, explainer, save=["overlay", "boxes", "array"]).exit_code == 0
     entries = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     entries = {entry["source"][-5]: entry for entry in entries if "source" in entry}
     for seed in range(2):
-        maps, placement = explained(detector, seed, most=20)
+        maps, placement = explained(detector, seed, max_boxes=20)
         assert len(maps.boxes) > 1
         expected = placement.boxes_to_source(maps.boxes.numpy())
         entry = entries[str(seed)]
@@ -80,12 +80,12 @@ def test_exported_boxes_have_their_own_heat(detector, files, tmp_path):
             assert sheet.height > rows * 100  # a picture for each, of 100 pixels
 
 
-def test_a_class_leaves_only_its_boxes(detector):
+def test_a_target_class_keeps_only_its_boxes(detector):
     images = torch.from_numpy(np.stack([PREPROCESS(photo(seed=seed))[0] for seed in range(2)]))
     method = default_box_method(detector)
-    every = AllBoxes(method)(detector, images)
+    every = MaxOverBoxes(method)(detector, images)
     wanted = every.output[0]["labels"][0]
-    some = AllBoxes(method)(detector, images, target=torch.stack([wanted, torch.tensor(99)]))
+    some = MaxOverBoxes(method)(detector, images, target=torch.stack([wanted, torch.tensor(99)]))
     kept = every.output[0]["labels"] == wanted
     torch.testing.assert_close(some.output[0]["boxes"], every.output[0]["boxes"][kept])
     torch.testing.assert_close(some.heatmaps[0], every.output[0]["maps"][kept].amax(0))
@@ -95,13 +95,13 @@ def test_a_class_leaves_only_its_boxes(detector):
 
 
 def test_one_call_draws_the_boxes_in_a_picture(detector):
-    maps, placement = explained(detector, 0, most=20)
+    maps, placement = explained(detector, 0, max_boxes=20)
     found = visionattn.heatmap(detector, photo(), preprocess=PREPROCESS, class_names=NAMES)
-    np.testing.assert_allclose(found.look.heatmap_hw, maps.heatmaps.numpy().max(0), atol=1e-5)
-    np.testing.assert_allclose(found.look.boxes, placement.boxes_to_source(maps.boxes.numpy()), atol=0.06)
+    np.testing.assert_allclose(found.explained.heatmap_hw, maps.heatmaps.numpy().max(0), atol=1e-5)
+    np.testing.assert_allclose(found.explained.boxes, placement.boxes_to_source(maps.boxes.numpy()), atol=0.06)
     drawn = np.asarray(visionattn.overlay(detector, photo(), preprocess=PREPROCESS, class_names=NAMES))
-    bare = render(photo(), found.look.heatmap_hw, placement, Style())
-    x1, y1, _, y2 = (round(edge) for edge in found.look.boxes[-1])
+    bare = render(photo(), found.explained.heatmap_hw, placement, Style())
+    x1, y1, _, y2 = (round(edge) for edge in found.explained.boxes[-1])
     assert (drawn != bare)[y1:y2, x1].any(1).all()
 
 
@@ -119,35 +119,35 @@ class Thrice(nn.Module):
         return [{"boxes": boxes, "scores": scores + one, "labels": torch.tensor([0, 1, 2])} for one in heat]
 
 
-def test_what_is_found_in_the_padding_alone_is_not_shown(tmp_path):
+def test_boxes_in_the_padding_only_are_not_shown(tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     Image.fromarray(photo()[:32, :64]).save(folder / "wide.png")
-    method = AllBoxes(ODAM("features"), lowest=0.05)  # as it chooses, so they are shown
-    view = View(Thrice(), PREPROCESS, method, class_names=NAMES)
-    assert export([folder], tmp_path / "out", view, save=["boxes", "array"]).exit_code == 0
+    method = MaxOverBoxes(ODAM("features"), min_score=0.05)  # as it chooses, so they are shown
+    explainer = Explainer(Thrice(), PREPROCESS, method, class_names=NAMES)
+    assert export([folder], tmp_path / "out", explainer, save=["boxes", "array"]).exit_code == 0
     entries = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
     (entry,) = [one for one in entries if "source" in one]
     assert entry["found"] == [[8, 4, 40, 28, "square 0.80"], [30, 6, 62, 24, "triangle 0.10"]]
     with np.load(tmp_path / "out" / "wide.png.array.npz") as arrays:
         assert len(arrays["maps"]) == len(arrays["boxes"]) == 2
-    found = told_of_boxes(ODAM("features")(Thrice(), torch.zeros(1, 3, 64, 64))[0], PREPROCESS(photo()[:32, :64])[1])
+    found = page_detections(ODAM("features")(Thrice(), torch.zeros(1, 3, 64, 64))[0], PREPROCESS(photo()[:32, :64])[1])
     assert {name: len(found[name]) for name in ("boxes", "labels", "scores", "maps")} == dict.fromkeys(
         ("boxes", "labels", "scores", "maps"), 1
     )
 
 
-def test_boxes_are_asked_of_detectors_only(files, tmp_path):
+def test_boxes_need_a_detector(files, tmp_path):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(UsageError, match="boxes shows the heat of each box, and eigencam of this Sequential has none"):
-        export([files], tmp_path, View(plain, PREPROCESS, EigenCAM()), save=["boxes"])
-    with pytest.raises(UsageError, match="boxes of a detector, and this model is none"):
+    with pytest.raises(UsageError, match="boxes needs boxes, and eigencam of this Sequential has none"):
+        export([files], tmp_path, Explainer(plain, PREPROCESS, EigenCAM()), save=["boxes"])
+    with pytest.raises(UsageError, match="boxes of a detector, but this model is not a detector"):
         explore(plain, [photo()], preprocess=PREPROCESS, methods={"odam": ODAM()})
 
 
 @needs_browser
-def test_a_click_on_a_found_box_shows_where_the_detector_looked_for_it(detector, browser, tmp_path):
-    maps, placement = explained(detector, 0, most=30)
+def test_a_click_on_a_box_shows_its_heatmap(detector, browser, tmp_path):
+    maps, placement = explained(detector, 0, max_boxes=30)
     page_of = explore(detector, [photo()], preprocess=PREPROCESS, class_names=NAMES, steps=0)
     assert page_of.left_out == {}
     with opened(browser, page_of.html, tmp_path) as page:

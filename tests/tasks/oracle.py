@@ -1,4 +1,4 @@
-"""A detector that answers what it is told, and samples for it."""
+"""A detector with given predictions, and samples for it."""
 
 import lightning as L
 import torch
@@ -12,7 +12,7 @@ from visionattn.models import Detector
 
 
 class Samples(L.LightningDataModule):
-    """Samples that lie in memory, as detection data gives them."""
+    """Detection samples in memory."""
 
     def __init__(self, samples, class_names=NAMES, batch_size=4):
         super().__init__()
@@ -39,7 +39,7 @@ def sample(number, boxes, labels, placement=None, crowd=None, area=None, image=N
 
 
 class Oracle(Detector):
-    """Answers one after the other what it was given; its loss is what it was told."""
+    """Return the given predictions one after the other, and the given loss."""
 
     def __init__(self, answers=(), num_classes=4, terms=None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Points of several classes, a flat network, and a trainer that leaves nothing behind."""
+"""Points of several classes, a linear network, and a trainer that writes no files."""
 
 import lightning as L
 import torch
@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 
 class Points(L.LightningDataModule):
-    """Samples that lie in memory."""
+    """Samples in memory."""
 
     def __init__(self, images, labels, classes=4, counts=None):
         super().__init__()

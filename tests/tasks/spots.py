@@ -1,4 +1,4 @@
-"""Images with one bright spot, and networks that look for it."""
+"""Images with one bright spot, and glimpse networks for them."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ def make(policy=Gaussian, retina=None, **options):
 
 
 class Spots(L.LightningDataModule):
-    """A bright column whose place is the class."""
+    """Images with a bright column, whose position is the class."""
 
     class_names = ("left", "middle", "right")
 

@@ -1,4 +1,4 @@
-"""What all tasks share: averaged weights, and class names that fit."""
+"""Test the base class of the tasks: averaged weights, and the number of classes."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from visionattn.errors import DataError
 from visionattn.tasks import Classification
 
 
-def test_averaged_weights_are_the_moving_average():
-    """Lightning's EMA over our task, against the recurrence."""
+def test_averaged_weights_match_the_recurrence():
+    """Compare Lightning's EMA of the weights with average ← 0.8 · average + 0.2 · weights after each step."""
     images, labels = points()
     task = Classification(Flat(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
     average = task.network.linear.weight.detach().clone()
@@ -27,7 +27,7 @@ def test_averaged_weights_are_the_moving_average():
     torch.testing.assert_close(task.network.linear.weight.detach(), average)
 
 
-def test_classes_that_do_not_fit_are_named():
+def test_wrong_number_of_classes_raises():
     images, labels = points(8)
     with pytest.raises(DataError, match="num_classes 4, and the data has 5 classes"):
         trainer().fit(Classification(Flat()), datamodule=Points(images, labels, classes=5))

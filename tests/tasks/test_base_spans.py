@@ -1,4 +1,4 @@
-"""The penalty of adaptive spans."""
+"""Test the penalty of adaptive spans."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from visionattn.attention import AdaptiveSpan, swap_attention
 from visionattn.tasks import Classification
 
 
-def test_the_penalty_is_the_mean_span_times_its_weight():
+def test_span_penalty_is_the_mean_span_times_its_weight():
     network = models.vit()
     swap_attention(network, lambda heads: AdaptiveSpan(heads, max_span=3, init=0.4))
     task = Classification(network, span_penalty=2.5)

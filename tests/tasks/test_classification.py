@@ -1,4 +1,4 @@
-"""The classification task, by hand: one batch at a time, against torch, sklearn and slow loops."""
+"""Test the classification task, batch by batch, against torch, sklearn and slow loops."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from visionattn.data import Preprocess
 from visionattn.tasks import Classification
 
 
-def test_test_figures_are_those_of_sklearn():
+def test_test_scores_match_sklearn():
     images, labels = points(41)
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     network.num_classes = 4
@@ -33,10 +33,10 @@ def test_test_figures_are_those_of_sklearn():
     assert figures["test/calibration_error"] == pytest.approx(gap, abs=1e-5)
 
 
-def test_figures_that_agree_on_the_first_batch_stay_apart():
+def test_scores_equal_on_the_first_batch_stay_separate():
     labels = torch.arange(16) % 8
     logits = nn.functional.one_hot(labels, 8) + torch.arange(8) / 100
-    logits[8:] = torch.arange(8) / 8  # class 7 first, down to class 3 in the top five
+    logits[8:] = torch.arange(8) / 8  # the top five classes are 7, 6, 5, 4 and 3, in this order
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     network.num_classes = 8
     data = Points(logits[:, :, None, None].expand(-1, -1, 6, 6), labels, classes=8)
@@ -45,7 +45,7 @@ def test_figures_that_agree_on_the_first_batch_stay_apart():
     assert figures["test/top5"] == pytest.approx(13 / 16)
 
 
-def test_the_loss_is_the_weighted_smoothed_cross_entropy():
+def test_loss_is_the_weighted_smoothed_cross_entropy():
     images, labels = points(8)
     data = Points(images, labels, counts=[1, 2, 3, 2])
     task = Classification(Flat(), label_smoothing=0.1, class_weights="balanced")
@@ -75,7 +75,7 @@ def test_mixing_changes_training_batches_only(mix):
     assert torch.equal(torch.cat([x for training, x in seen if not training]), images)
 
 
-def test_a_trained_task_knows_how_its_images_are_prepared():
+def test_task_keeps_the_preprocess_of_its_data():
     data = Points(*points())
     data.preprocess = Preprocess(6)
     task = Classification(Flat())
@@ -83,4 +83,4 @@ def test_a_trained_task_knows_how_its_images_are_prepared():
     trainer(fast_dev_run=True).fit(task, datamodule=data)
     assert task.preprocess == Preprocess(6)
     trainer(fast_dev_run=True).test(task, datamodule=Points(*points()), verbose=False)
-    assert task.preprocess == Preprocess(6)  # data that do not say change nothing
+    assert task.preprocess == Preprocess(6)  # data without a preprocess change nothing

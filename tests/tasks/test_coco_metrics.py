@@ -1,4 +1,4 @@
-"""Figures of detection against pycocotools."""
+"""Test the detection metrics against pycocotools."""
 
 import contextlib
 import io
@@ -12,11 +12,11 @@ from pycocotools.cocoeval import COCOeval
 from tests.tasks.oracle import Oracle, Samples, sample, trainer
 from visionattn.data.placement import Preprocess
 from visionattn.tasks import Detection
-from visionattn.tasks.coco_metrics import FIGURES, coco_figures
+from visionattn.tasks.coco_metrics import METRICS, compute_coco_metrics
 
 
 def scene(random, count=40):
-    """Images of many sizes with boxes, some crowds, and answers near them; in pixels of the letterboxed input."""
+    """Make images of many sizes with boxes, crowds, and nearby detections, in pixels of the letterboxed input."""
     samples, answers, sources = [], [], []
     for number in range(count):
         size = (int(random.integers(60, 400)), int(random.integers(60, 400)))
@@ -54,7 +54,7 @@ def scene(random, count=40):
     return samples, answers, sources
 
 
-def test_figures_are_those_of_pycocotools_in_source_pixels():
+def test_metrics_match_pycocotools_in_source_pixels():
     samples, answers, sources = scene(np.random.default_rng(0))
     truth, results = [], []
     for number, ((source, labels, crowd, area, found), answer) in enumerate(
@@ -86,31 +86,31 @@ def test_figures_are_those_of_pycocotools_in_source_pixels():
         evaluation.summarize()
     task = Detection(Oracle(answers, num_classes=3))
     (found,) = trainer().test(task, datamodule=Samples(samples, "abc"), verbose=False)
-    np.testing.assert_allclose([found[f"test/{name}"] for name in FIGURES], evaluation.stats, atol=1e-5)
+    np.testing.assert_allclose([found[f"test/{name}"] for name in METRICS], evaluation.stats, atol=1e-5)
     precision = evaluation.eval["precision"][:, :, :, 0, 2]
     for label, name in enumerate("abc"):
         assert found[f"test/map/{name}"] == pytest.approx(precision[:, :, label].mean(), abs=1e-5)
     assert 0.1 < found["test/map"] < 0.9
 
 
-def test_nothing_found_is_zero_and_nothing_there_is_not_known():
+def test_metrics_are_zero_without_detections_and_minus_one_without_truth():
     nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
     small = {"boxes": torch.tensor([[3.0, 4, 9, 9]]), "labels": torch.tensor([2])}
     scored = {
         name: {**some, "scores": torch.ones(len(some["labels"]))} for name, some in {"0": nothing, "1": small}.items()
     }
-    figures, by_class = coco_figures([scored["0"]], [small])
+    figures, by_class = compute_coco_metrics([scored["0"]], [small])
     absent = {"map_medium", "map_large", "mar_medium", "mar_large"}
-    assert figures == {name: -1 if name in absent else 0 for name in FIGURES}
+    assert figures == {name: -1 if name in absent else 0 for name in METRICS}
     assert by_class == {2: 0}
-    assert coco_figures([scored["1"]], [nothing]) == (dict.fromkeys(FIGURES, -1), {2: -1})
-    assert coco_figures([], []) == (dict.fromkeys(FIGURES, -1), {})
-    figures, by_class = coco_figures([scored["1"]], [small])
-    assert figures == {name: pytest.approx(-1 if name in absent else 1) for name in FIGURES}
+    assert compute_coco_metrics([scored["1"]], [nothing]) == (dict.fromkeys(METRICS, -1), {2: -1})
+    assert compute_coco_metrics([], []) == (dict.fromkeys(METRICS, -1), {})
+    figures, by_class = compute_coco_metrics([scored["1"]], [small])
+    assert figures == {name: pytest.approx(-1 if name in absent else 1) for name in METRICS}
     assert by_class == {2: pytest.approx(1)}
 
 
-def test_nothing_anywhere_has_figures_too():
+def test_metrics_without_detections_and_truth_are_minus_one():
     empty = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
     task = Detection(Oracle([empty, empty]))
     (found,) = trainer().test(task, datamodule=Samples([sample(0, [], []), sample(1, [], [])]), verbose=False)

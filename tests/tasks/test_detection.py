@@ -1,4 +1,4 @@
-"""The detection task, by hand: a detector that answers what it is told, and one that learns."""
+"""Test the detection task with a detector of given predictions, and with one that is trained."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from tests.tasks.oracle import Oracle, Samples, sample, trainer
 from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError, UsageError
 from visionattn.tasks import Detection
-from visionattn.training.callbacks.nan_guard import FiniteLoss
+from visionattn.training.callbacks.nan_guard import NaNGuard
 
 
 def shapes(count=8, seed=0):
@@ -22,8 +22,8 @@ def shapes(count=8, seed=0):
     ]
 
 
-def test_what_is_found_in_the_padding_alone_is_left_out():
-    """Of an image 20 pixels high in an input of 64 × 64, the rows 22 to 42 are its own."""
+def test_boxes_in_the_padding_are_left_out():
+    """An image 20 pixels high fills the rows 22 to 42 of an input of 64 × 64."""
     _, placement = Preprocess(64, fit="letterbox")(np.zeros((40, 128, 3), np.uint8))
     boxes = torch.tensor([[3.0, 2, 30, 20], [3, 10, 30, 30], [3, 22, 30, 42], [3, 41.8, 30, 60]])
     answer = {"boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]), "labels": torch.tensor([0, 1, 2, 3])}
@@ -35,7 +35,7 @@ def test_what_is_found_in_the_padding_alone_is_left_out():
     torch.testing.assert_close(found["boxes"], torch.tensor([[6.0, 0, 60, 16], [6, 0, 60, 40]]))
 
 
-def test_terms_are_logged_apart_and_crowds_are_not_trained_on():
+def test_loss_terms_are_logged_and_crowds_are_not_trained_on():
     samples = [sample(0, [[0, 0, 9, 9], [5, 5, 20, 30]], [1, 2], crowd=[False, True]), sample(1, [], [])]
     oracle = Oracle()
     task = Detection(oracle)
@@ -48,7 +48,7 @@ def test_terms_are_logged_apart_and_crowds_are_not_trained_on():
     assert [some.tolist() for some in labels] == [[1], []]
 
 
-def test_training_sizes_are_drawn_and_boxes_follow():
+def test_training_sizes_are_drawn_and_boxes_are_scaled():
     image = torch.zeros(3, 64, 48)
     image[:, 16:32, 12:36] = 1
     samples = [sample(number, [[12, 16, 36, 32]], [0], image=image) for number in range(12)]
@@ -69,12 +69,12 @@ def test_training_sizes_are_drawn_and_boxes_follow():
     assert [images.shape for images, *_ in seen()] == [images.shape for images, *_ in seen()]
 
 
-def test_classes_that_differ_from_the_data_are_named():
+def test_wrong_number_of_classes_raises():
     with pytest.raises(DataError, match=r"num_classes 7, and the data has 4 classes \(disc, .*num_classes: 4"):
         trainer().fit(Detection(Oracle(num_classes=7)), datamodule=Samples([sample(0, [], [])]))
 
 
-def test_it_trains_clips_averages_and_predicts():
+def test_detection_trains_with_clipping_and_averaging_and_predicts():
     torch.manual_seed(0)
     task = Detection(dense(), optimizer=partial(torch.optim.SGD, lr=0.01))
     data = Samples(shapes())
@@ -88,10 +88,10 @@ def test_it_trains_clips_averages_and_predicts():
 
 
 @pytest.mark.parametrize("make", [dense, query])
-def test_it_trains_and_scores_in_mixed_precision(make):
+def test_detection_trains_and_scores_in_mixed_precision(make):
     torch.manual_seed(0)
     task = Detection(make(), optimizer=partial(torch.optim.AdamW, lr=1e-3))
-    runs = trainer(precision="bf16-mixed", gradient_clip_val=1.0, callbacks=[FiniteLoss()])
+    runs = trainer(precision="bf16-mixed", gradient_clip_val=1.0, callbacks=[NaNGuard()])
     runs.fit(task, datamodule=Samples(shapes()))
     assert -1 <= runs.callback_metrics["val/map"] <= 1
     fused = Detection(dense(), optimizer=partial(torch.optim.AdamW, fused=True))

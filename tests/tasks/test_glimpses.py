@@ -1,4 +1,4 @@
-"""The glimpse task: its losses, its figures, resume to the bit, two processes."""
+"""Test the glimpse task: losses, scores, two processes."""
 
 import itertools
 import os
@@ -33,7 +33,7 @@ def test_every_baseline_trains(baseline, reward):
     assert logged >= {"loss", "reward", "entropy", "clipped", "corners", "gradient_variance", "gradient_snr"}
 
 
-def test_a_learned_baseline_gets_its_own_loss_and_gives_none():
+def test_learned_baseline_is_trained_by_its_own_loss_only():
     task = make(baseline="learned")
     batch = {"image": torch.rand(4, 1, 9, 9), "label": torch.tensor([0, 1, 2, 0])}
     rollout = task.network.rollout(batch["image"], rollouts=2)
@@ -46,7 +46,7 @@ def test_a_learned_baseline_gets_its_own_loss_and_gives_none():
 
 
 @pytest.mark.parametrize("policy", [Gaussian, partial(Categorical, grid=3)], ids=["gaussian", "gumbel"])
-def test_relaxed_policies_learn_through_the_location_alone(policy):
+def test_pathwise_policies_learn_through_the_location_only(policy):
     task = make(partial(policy, pathwise=True), Retina(3, subpixel=True))
     data = Spots()
     run = trainer(log_every_n_steps=1)
@@ -56,22 +56,22 @@ def test_relaxed_policies_learn_through_the_location_alone(policy):
     assert "train/reward" not in run.callback_metrics
 
 
-def test_the_figures_of_a_test_are_those_of_its_rollouts():
+def test_test_scores_match_the_rollouts():
     task, data = make(), Spots(30)
     (figures,) = trainer().test(task, data, verbose=False)
     images, labels = (torch.stack([torch.as_tensor(s[key]) for s in data.samples]) for key in ("image", "label"))
-    believed = task.network.rollout(images, look="mean").logits[:, 0]
+    believed = task.network.rollout(images, locations="mean").logits[:, 0]
     for turn in range(3):
         right = (believed[:, turn].argmax(-1) == labels).float().mean()
         assert figures[f"test/accuracy_after_{turn + 1}"] == pytest.approx(right.item())
     assert figures["test/accuracy"] == figures["test/accuracy_after_3"]
-    centre = task.network.rollout(images, look="centre").logits[:, 0, -1].argmax(-1)
+    centre = task.network.rollout(images, locations="centre").logits[:, 0, -1].argmax(-1)
     assert figures["test/accuracy_centre"] == pytest.approx((centre == labels).float().mean().item())
     assert {"test/accuracy_sampled", "test/accuracy_sampled_10", "test/accuracy_random"} <= figures.keys()
 
 
-def test_it_learns_where_to_look():
-    """The class stands at the edge of what the first glimpse sees: centre looks can tell two of three classes."""
+def test_glimpse_task_trains_with_reinforce():
+    """The class is at the edge of the first glimpse, so that centre glimpses can distinguish two of three classes."""
     torch.manual_seed(0)
     task = make(partial(Gaussian, std=0.3), optimizer=partial(torch.optim.Adam, lr=0.01), reward="log_likelihood")
     trainer(max_epochs=40).fit(task, Spots())
@@ -80,13 +80,13 @@ def test_it_learns_where_to_look():
     assert figures["test/accuracy_centre"] < 0.9
 
 
-def test_the_policy_hears_of_the_progress_of_the_training():
+def test_policy_is_told_the_progress_of_the_training():
     task = make(partial(Gaussian, std=(0.4, 0.1)))
     trainer(max_epochs=4).fit(task, Spots())
     assert task.network.policy.std.item() == pytest.approx(0.1)
 
 
-def test_what_a_task_cannot_be_is_said():
+def test_invalid_task_arguments_raise():
     refuses(ValueError, "≥ 2 with the baseline leave_one_out", make, rollouts=1)
     refuses(ValueError, "every_glimpse must be in", make, every_glimpse=2.0)
 
@@ -106,7 +106,7 @@ torch.save((run.global_step, task.state_dict()), f"{sys.argv[1]}/{run.global_ran
 """
 
 
-def test_two_processes_learn_one_network(tmp_path):
+def test_two_processes_train_the_same_network(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(DDP)
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
@@ -120,7 +120,7 @@ def test_two_processes_learn_one_network(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     (steps, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert steps == 2  # 48 images, 2 processes, batches of 16, the last of 8
+    assert steps == 2  # 48 images, 2 processes, batches of 16, the last one of 8
     before = make(baseline="learned").state_dict()
     for name, value in first.items():
         if "val_scores" not in name and "test_" not in name:
@@ -128,8 +128,8 @@ def test_two_processes_learn_one_network(tmp_path):
     assert all(not torch.equal(first[name], before[name]) for name, _ in make(baseline="learned").named_parameters())
 
 
-def test_a_location_is_on_the_object_where_its_pixel_is():
-    """Of an odd patch at whole pixels: its middle pixel lies in the box."""
+def test_fixation_is_on_the_object_if_its_pixel_is():
+    """For an odd patch at whole pixels, the fixation is in the box if the patch's central pixel is."""
     location = 2 * torch.randint(0, 21, (4, 2, 5, 2)) / 20 - 1.0
     log_prob = torch.zeros(4, 2, 4)  # the first location was not chosen
     rollout = Rollout(location, *[torch.zeros(0)] * 2, log_prob, *[torch.zeros(0)] * 2, ())

@@ -1,4 +1,4 @@
-"""Optimizers and schedules do what the config chose."""
+"""Test optimizers and schedules from the configuration."""
 
 import itertools
 from functools import partial
@@ -13,7 +13,7 @@ from visionattn.models import ConvNet
 from visionattn.tasks import Classification
 
 
-def test_schedulers_step_when_they_should():
+def test_schedulers_step_at_the_right_interval():
     images, labels = points()
 
     def rates(scheduler, epochs=2):
@@ -25,19 +25,22 @@ def test_schedulers_step_when_they_should():
 
     halved = rates(lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5))
     assert halved == [1, 1, 1, 0.5, 0.5, 0.5]
-    for unsaid in ({}, {"total_steps": None}):  # as Python leaves it out, and as YAML's parser does
+    for unsaid in (
+        {},
+        {"total_steps": None},
+    ):  # total_steps left out, as in Python, and set to None, as by the YAML parser
         cycle = rates(partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, **unsaid))
-        assert len(set(cycle)) == 6  # with every batch, over the whole training
+        assert len(set(cycle)) == 6  # steps after every batch, over the whole training
         assert cycle[-1] == min(cycle)
     with pytest.warns(match="Are you sure you didn't mean 'interval': 'step'"):
         said = rates(partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=1.0, total_steps=100))
-    assert len(set(said)) == 2  # with every epoch, as of a scheduler that knows its length
+    assert len(set(said)) == 2  # a scheduler with a given total_steps steps after every epoch
     plateau = rates(lambda o: L.pytorch.cli.ReduceLROnPlateau(o, monitor="val/loss", patience=0, threshold=100.0), 3)
     assert plateau[-1] < 1
 
 
-def test_gates_of_inserted_attention_learn_at_their_own_rate():
-    """With sign descent, every step is as long as the rate: γ's step over another weight's is the factor."""
+def test_gamma_of_inserted_attention_has_its_own_rate():
+    """In sign descent every step is as long as its learning rate, so γ's step is 30 times that of another parameter."""
     images, labels = points()
 
     class Signs(torch.optim.SGD):

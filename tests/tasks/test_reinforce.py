@@ -1,7 +1,7 @@
-"""The estimators: their mean over many rollouts is the gradient that enumeration gives, to within its own error.
+"""Test the REINFORCE estimators: their mean over many rollouts equals the enumerated gradient, within its error.
 
-One image, two choices of one of four places: sixteen paths. The exact gradient of the expected reward with respect to
-the policy's weights is the derivative of Σ over paths of P(path) · reward(path).
+One image and two choices of one of four places give sixteen paths. The exact gradient of the expected reward with
+respect to the policy's weights is the derivative of Σ over paths of P(path) · reward(path).
 """
 
 import itertools
@@ -20,7 +20,7 @@ BASELINES = ("none", "moving_average", "batch_mean", "learned", "self_critical",
 
 
 class Scripted(Categorical):
-    """A categorical policy whose cells are chosen beforehand."""
+    """A categorical policy with given cells."""
 
     def __init__(self, in_features, script=(), **options):
         super().__init__(in_features, grid=2, **options)
@@ -43,7 +43,7 @@ def make_task(**options):
         glimpse_features=6, where_features=4, in_chans=1,
     )  # fmt: skip
     task = GlimpseClassification(network, **{"rollouts": 2, **options}).double()
-    torch.manual_seed(24)  # a network whose answer depends on the path, under all rewards
+    torch.manual_seed(24)  # a network whose prediction depends on the path
     with torch.no_grad():
         for parameter in task.parameters():
             parameter.normal_(0, 0.8)
@@ -51,7 +51,7 @@ def make_task(**options):
 
 
 def reward_of(name, logits_K):
-    """What one rollout's answer earns."""
+    """Return the reward of one rollout."""
     likely = logits_K.softmax(-1)[LABEL]
     return {
         "correct": float(logits_K.argmax() == LABEL),
@@ -74,7 +74,7 @@ def exact(task, image, reward):
 
 
 def estimates(task, image, batches, *, images=256):
-    """(batches, parameters): the gradient of the reward that training's own code estimates, batch after batch."""
+    """Return (batches, parameters): the reward's gradient, estimated by the training code batch by batch."""
     batch = {"image": image.expand(images, -1, -1, -1), "label": torch.full((images,), LABEL)}
     found = []
     for _ in range(batches):
@@ -85,25 +85,25 @@ def estimates(task, image, batches, *, images=256):
 
 
 def deviations(found, truth):
-    """How many standard errors the mean lies from the truth, for each parameter."""
+    """Return the distance of the mean from the truth in standard errors, for each parameter."""
     return (found.mean(0) - truth).abs() / (found.std(0) / len(found) ** 0.5)
 
 
 @pytest.mark.parametrize("reward", REWARDS)
 @pytest.mark.parametrize("baseline", BASELINES)
-def test_an_estimator_is_unbiased(baseline, reward):
+def test_estimators_are_unbiased(baseline, reward):
     task, image = make_task(baseline=baseline, reward=reward)
     truth = exact(task, image, reward)
     torch.manual_seed(1)
-    found = estimates(task, image, 250 if baseline == "learned" else 40)  # nobody taught that one its values
+    found = estimates(task, image, 250 if baseline == "learned" else 40)  # an untrained value function
     away = deviations(found, truth)
     assert away.max() < 4.5, away
-    # and sharp: a gradient a fifth off would be seen
+    # and precise: an error of a fifth would be detected
     assert deviations(found, 0.8 * truth).max() > 5
 
 
-def test_baselines_do_what_they_are_for():
-    """The variance of the gradient, none > moving average > leave-one-out, with a reward that is far from 0."""
+def test_baselines_reduce_the_variance():
+    """For rewards far from 0 the variance of the gradient is none > moving average > leave-one-out."""
     spread = {}
     for baseline in ("none", "moving_average", "leave_one_out"):
         task, image = make_task(baseline=baseline, reward="log_likelihood", rollouts=4)
@@ -113,7 +113,7 @@ def test_baselines_do_what_they_are_for():
     assert spread["none"] > 1.5 * spread["leave_one_out"]
 
 
-def test_rewards_are_those_of_a_loop():
+def test_rewards_match_a_loop():
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 2, 4, 5), torch.tensor([0, 4, 2])
     for choices in (3, 4):  # the first location chosen as well, or not
@@ -129,19 +129,19 @@ def test_rewards_are_those_of_a_loop():
                 assert reward(logits, labels, choices)[b, r, t].item() == pytest.approx(value, abs=1e-6)
 
 
-def test_baselines_are_those_of_a_loop():
+def test_baselines_match_a_loop():
     returns = torch.randn(3, 4, 2)
     for b, r, t in itertools.product(range(3), range(4), range(2)):
         same = [returns[b, other, t] for other in range(4) if other != r]
         everyone = [returns[i, j, t] for i in range(3) for j in range(4) if (i, j) != (b, r)]
         torch.testing.assert_close(reinforce.leave_one_out(returns)[b, r, t], torch.stack(same).mean())
         torch.testing.assert_close(reinforce.batch_mean(returns)[b, r, t], torch.stack(everyone).mean())
-    assert torch.equal(reinforce.batch_mean(returns[:1, :1]), torch.zeros(1, 1, 2))  # nobody else is there
+    assert torch.equal(reinforce.batch_mean(returns[:1, :1]), torch.zeros(1, 1, 2))  # there is no other rollout
     with pytest.raises(ValueError, match="at least 2 rollouts"):
         reinforce.leave_one_out(returns[:, :1])
 
 
-def test_gradient_noise_finds_signal_and_noise():
+def test_gradient_noise_separates_signal_and_noise():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2000, 3, generator=generator)
     variance, ratio = reinforce.gradient_noise(noise + torch.tensor([1.0, 0, 0]))

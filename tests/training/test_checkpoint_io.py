@@ -1,4 +1,4 @@
-"""Checkpoints are whole: as torch reads them, or the earlier one."""
+"""A save writes a complete checkpoint; if it fails, the earlier checkpoint is kept."""
 
 import pickle
 
@@ -8,7 +8,7 @@ import torch
 from visionattn.training.checkpoint_io import DurableCheckpointIO
 
 
-def test_torch_reads_what_was_saved_and_nothing_lies_beside_it(tmp_path):
+def test_torch_reads_a_saved_checkpoint_and_no_other_file_is_left(tmp_path):
     path = tmp_path / "new" / "last.ckpt"
     content = {"state_dict": {"weight": torch.arange(6.0)}, "epoch": 3}
     DurableCheckpointIO().save_checkpoint(content, path)
@@ -18,7 +18,7 @@ def test_torch_reads_what_was_saved_and_nothing_lies_beside_it(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_cannot_be_saved_leaves_the_earlier_one(tmp_path):
+def test_a_failed_save_keeps_the_earlier_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
     DurableCheckpointIO().save_checkpoint({"epoch": 1}, path)
     before = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Checkpoints: complete, and safe to read from anyone."""
+"""Checkpoints are complete, and safe to read from anyone."""
 
 import pickle
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_a_loaded_task_answers_as_the_trained_one_did(quick_run):
     assert float(figures["accuracy"]) == pytest.approx(float(accuracy))
 
 
-def test_forms_of_attention_that_take_turns_are_written_down_and_built_again(photo_folder, tmp_path, monkeypatch):
+def test_alternating_forms_of_attention_are_restored_from_the_checkpoint(photo_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     configs = [f"--config={CONFIGS / 'vit' / name}.yaml" for name in ("dense", "windowed")]
     few = [f"--trainer.limit_{split}_batches=1" for split in ("train", "val")]
@@ -59,7 +59,7 @@ def test_weights_only_reading_is_enough(content):
 @pytest.mark.parametrize(
     "class_path", ["os.system", "subprocess.Popen", "visionattn.cli.sys", "builtins.eval", "visionattn.data.read_image"]
 )
-def test_a_checkpoint_that_names_code_of_others_is_refused(class_path, content, tmp_path):
+def test_a_checkpoint_with_untrusted_classes_is_refused(class_path, content, tmp_path):
     network = {"class_path": class_path, "init_args": {}}
     content["visionattn"]["model"]["init_args"]["network"] = network
     torch.save(content, tmp_path / "x.ckpt")
@@ -78,7 +78,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_other_files_are_named_for_what_they_are(content, quick_run, tmp_path):
+def test_other_files_than_checkpoints_are_refused_with_the_reason(content, quick_run, tmp_path):
     def fails(part, name="x.ckpt"):
         refuses(DataError, part, lambda: load(tmp_path / name))
 
@@ -101,7 +101,7 @@ def test_weights_that_do_not_fit_are_named(content, tmp_path):
 
 
 @pytest.mark.parametrize("address", ["http://example.invalid/x.ckpt", "https://x/y.ckpt", "s3://x/y.ckpt", "file:///x"])
-def test_an_address_is_no_checkpoint(address, quick_run, monkeypatch, capsys):
+def test_an_address_is_refused_as_a_checkpoint(address, quick_run, monkeypatch, capsys):
     from visionattn.cli import main
 
     def connect(*_):

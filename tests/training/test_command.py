@@ -1,4 +1,4 @@
-"""Configs are found."""
+"""Shipped configs are found from any folder."""
 
 from pathlib import Path
 

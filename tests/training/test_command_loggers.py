@@ -1,4 +1,4 @@
-"""Where figures and overlays go: CSV always; TensorBoard by default; W&B, offline here, where it is asked for."""
+"""Metrics and overlays go to CSV, TensorBoard and, if configured, W&B (offline here)."""
 
 import csv
 from pathlib import Path
@@ -12,7 +12,7 @@ from visionattn.cli import main
 from visionattn.data import read_image
 
 
-def test_wandb_gets_figures_and_overlays_and_all_stays_in_the_run(tmp_path, monkeypatch):
+def test_wandb_gets_metrics_and_overlays_inside_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -36,7 +36,7 @@ def test_wandb_gets_figures_and_overlays_and_all_stays_in_the_run(tmp_path, monk
     assert logger["init_args"]["save_dir"] == "."  # so that the config's next run does not write into this one
 
 
-def test_tensorboard_and_csv_get_them_by_default(quick_run):
+def test_tensorboard_and_csv_get_metrics_and_overlays_by_default(quick_run):
     events = EventAccumulator(str(quick_run)).Reload()
     assert {"overlays", "test/overlays"} <= set(events.Tags()["images"])
     assert "val/accuracy" in events.Tags()["scalars"]

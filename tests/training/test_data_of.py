@@ -1,4 +1,4 @@
-"""The data that a config describes."""
+"""The data module of a config."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ data:
 """
 
 
-def test_the_data_is_what_the_class_gives_with_these_options(tmp_path):
+def test_data_of_builds_the_configured_data_module(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(CONFIG)
     by_hand = ClutteredDigitsData(train_size=6, val_size=2, test_size=3, num_workers=0, batch_size=2)

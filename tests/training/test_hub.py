@@ -1,4 +1,4 @@
-"""Loading from the hub, whose client is replaced by one that keeps its repositories in a folder."""
+"""Loading from the hub, whose client is replaced by one with local folders."""
 
 import json
 import shutil
@@ -13,16 +13,16 @@ from visionattn.training import publishing
 from visionattn.training.checkpoints import read
 
 
-def test_a_revision_is_asked_for(quick_run, shelf):
+def test_a_revision_is_downloaded(quick_run, shelf):
     publishing.push(quick_run / "best.ckpt", "me/digits")
-    refuses(DataError, "hf://me/digits@v2 could not be had from the hub: 404", va.load, "hf://me/digits@v2")
+    refuses(DataError, "hf://me/digits@v2 could not be downloaded from the hub: 404", va.load, "hf://me/digits@v2")
     assert huggingface_hub.hf_hub_download.call_args.kwargs["revision"] == "v2"
     (shelf / "me" / "digits" / "v2").mkdir()
     shutil.copy(shelf / "me" / "digits" / "model.safetensors", shelf / "me" / "digits" / "v2")
     assert va.load("hf://me/digits@v2").class_names == va.load(quick_run / "best.ckpt").class_names
 
 
-def test_code_of_strangers_is_not_run(quick_run, shelf):
+def test_code_in_a_model_of_the_hub_is_not_run(quick_run, shelf):
     """Neither a pickle under the weights' name, nor a class that is none of ours."""
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""What is put on the hub: weights, a card with results, an overlay."""
+"""The files uploaded to the hub: weights, a card with results, an overlay."""
 
 import shutil
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_the_card_tells_the_results_and_its_commands_work(quick_run, shelf, tmp_
     assert Path("seen/photo.jpg.overlay.jpg").exists()
 
 
-def test_a_picture_of_ones_own_on_the_card(quick_run, shelf, tmp_path):
+def test_the_card_shows_an_overlay_of_a_given_picture(quick_run, shelf, tmp_path):
     Image.fromarray(photo()).save(tmp_path / "mine.png")
     shutil.copy(quick_run / "best.ckpt", tmp_path / "alone.ckpt")
     refuses(UsageError, "the card shows an overlay", lambda: publishing.push(tmp_path / "alone.ckpt", "me/alone"))
@@ -47,9 +47,9 @@ def test_a_picture_of_ones_own_on_the_card(quick_run, shelf, tmp_path):
     assert "on the test images" not in (shelf / "me" / "alone" / "README.md").read_text()
 
 
-def test_the_hub_refuses(quick_run, shelf):
+def test_a_refused_upload_is_an_error_of_one_sentence(quick_run, shelf):
     huggingface_hub.HfApi.return_value.create_repo.side_effect = RuntimeError("401 Client Error\nlong story")
-    with pytest.raises(DataError, match=r"me/digits cannot be put on the hub: 401 Client Error$"):
+    with pytest.raises(DataError, match=r"me/digits cannot be uploaded to the hub: 401 Client Error$"):
         publishing.push(quick_run / "best.ckpt", "me/digits")
     refuses(UsageError, "named owner/name, got 'digits'", lambda: publishing.push(quick_run / "best.ckpt", "digits"))
     for name in ("../../etc", "../..", "a/b/c"):

@@ -1,4 +1,4 @@
-"""The random numbers of a step, and when a checkpoint is written. Whole trainings: `tests/faults/test_resume.py`."""
+"""Random numbers of a step, and when checkpoints are written. Whole trainings: `tests/faults/test_resume.py`."""
 
 import random
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ def drawn(resume, *, epoch=1, batch=2, rank=0, loader=0):
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_random_numbers_depend_on_seed_epoch_batch_process_and_loader_alone():
+def test_random_numbers_depend_only_on_seed_epoch_batch_process_and_loader():
     resume = Resume()
     resume.seed = 3
     first = drawn(resume)
@@ -38,7 +38,7 @@ def test_without_a_seed_the_generators_are_left_alone():
 
 
 @pytest.mark.parametrize("option", [{"every_n_steps": 0}, {"every_n_minutes": 0.0}])
-def test_intervals_without_length_are_refused(option):
+def test_intervals_of_zero_are_refused(option):
     (name,) = option
     with pytest.raises(ValueError, match=f"^{name} must be"):
         Resume(**option)

@@ -1,4 +1,4 @@
-"""The numbers of runs, and that one process owns each."""
+"""Numbers of runs, and their locks."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 from visionattn.training import run_folders
 
 
-def test_a_run_takes_the_number_behind_the_largest(tmp_path, monkeypatch):
+def test_a_run_gets_the_next_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("0", "9", "10", "old", "2.5"):
         (tmp_path / "runs" / "mine" / name).mkdir(parents=True)
@@ -17,7 +17,7 @@ def test_a_run_takes_the_number_behind_the_largest(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "another" / "0").is_dir()
 
 
-def test_the_other_processes_of_a_run_make_no_folder_of_their_own(tmp_path, monkeypatch):
+def test_other_processes_of_a_run_use_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "1")
     run_folders._new_run("mine")
@@ -40,7 +40,7 @@ except UsageError as error:
 """
 
 
-def test_a_run_that_another_process_holds_is_refused_until_that_one_ends(tmp_path):
+def test_a_locked_run_is_refused_until_its_process_ends(tmp_path):
     command = [sys.executable, "-c", LOCK, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as first:

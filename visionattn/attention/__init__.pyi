@@ -1,8 +1,11 @@
 from .hard.policies import Categorical as Categorical
+from .hard.policies import Choice as Choice
 from .hard.policies import Gaussian as Gaussian
+from .hard.policies import Policy as Policy
 from .hard.policies import TanhGaussian as TanhGaussian
 from .hard.policies import TruncatedGaussian as TruncatedGaussian
 from .hard.retina import Retina as Retina
+from .hard.retina import View as View
 from .insertion.inserting import insert as insert
 from .insertion.inserting import optimizer_for as optimizer_for
 from .insertion.swapping import swap_attention as swap_attention
@@ -10,7 +13,9 @@ from .self_attention.adaptive_span import AdaptiveSpan as AdaptiveSpan
 from .self_attention.adaptive_span import mean_span as mean_span
 from .self_attention.adaptive_span import spans as spans
 from .self_attention.block_sparse import BlockSparse as BlockSparse
+from .self_attention.deformable import DeformableAttention as DeformableAttention
 from .self_attention.dense import Dense as Dense
+from .self_attention.dense import MaskedAttention as MaskedAttention
 from .self_attention.dense import PooledKeys as PooledKeys
 from .self_attention.dense import SelfAttention as SelfAttention
 from .self_attention.dense import TopK as TopK

@@ -1,6 +1,6 @@
-"""Stand beside a model while it runs: which module is at work, and which functions it calls.
+"""Watchers: contexts that follow which module of a running model is executing, and which functions of torch it calls.
 
-Nothing is put into the model but forward hooks, and those are gone when the context ends, after an exception too.
+A watcher adds only forward hooks to the model, and removes them when the context ends, even after an exception.
 """
 
 import contextlib
@@ -8,18 +8,24 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
-from visionattn.attention.hard.retina import Retina, View
-from visionattn.attention.self_attention.dense import MaskedAttention
+from visionattn.attention import MaskedAttention, Retina, View
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+# modules and functions of users' models take any arguments and return any value
+Func: TypeAlias = Callable[..., Any]
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
 
 ATTENTION = frozenset({F.scaled_dot_product_attention})
 SOFTMAX = frozenset({F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax})
@@ -27,7 +33,7 @@ _HEARD = ATTENTION | SOFTMAX | {F.multi_head_attention_forward}
 _BUILT_IN = tuple(
     f"torch.nn.modules.{kind}" for kind in ("linear", "conv", "normalization", "dropout", "batchnorm", "pooling")
 )
-_NEVER = nn.Softmax, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase  # nor do what others made of these
+_NEVER = nn.Softmax, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase  # subclasses too
 _ACTIVATIONS = frozenset({nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU})
 
 
@@ -35,13 +41,14 @@ _surveying = threading.local()
 
 
 def surveys() -> int:
-    """How many surveys are under way in this thread, one inside the other."""
-    return getattr(_surveying, "depth", 0)
+    """Return how many nested surveys are running in this thread."""
+    depth: int = getattr(_surveying, "depth", 0)
+    return depth
 
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """Let a model run without any watcher that is on duty hearing of it, but for those that start inside."""
+    """Hide the model's calls in this context from watchers that started before it."""
     before = surveys()
     _surveying.depth = before + 1
     try:
@@ -51,15 +58,15 @@ def unheard() -> Iterator[None]:
 
 
 _inside = threading.local()
-"""`.watchers`: those of this thread inside whose `F.multi_head_attention_forward` it is, outermost last."""
+"""`.watchers`: the watchers of this thread that handle a running `F.multi_head_attention_forward`, outermost last."""
 
 
 _duty = threading.local()
-"""`.watchers`: those of this thread that hear of looks, outermost last."""
+"""`.watchers`: the active watchers of this thread, outermost first."""
 
 
 class _Shared:
-    """A change to the whole process, made when the first in any thread wants it and undone when the last is through."""
+    """A change to the whole process. The first user in any thread makes the change; the last one undoes it."""
 
     def __init__(self, change: Callable[[contextlib.ExitStack], None]) -> None:
         self._change = change
@@ -73,7 +80,12 @@ class _Shared:
                 self._change(self._undo)
             self._users += 1
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
         with self._lock:
             self._users -= 1
             if self._users == 0:
@@ -81,13 +93,16 @@ class _Shared:
 
 
 def _stay_in_python(undo: contextlib.ExitStack) -> None:
-    """Where attention happens inside one opaque kernel, and where code is compiled, no function of torch is called;
-    where it happens in parts, no call has all of a row."""
+    """Turn off fused transformer layers, compiled code and sparse attention.
+
+    Fused layers and compiled code call no function of torch that a watcher could see. Sparse attention is computed in
+    parts, so no call has a whole row of weights.
+    """
     undo.callback(setattr, MaskedAttention, "attend", MaskedAttention.attend)
     setattr(MaskedAttention, "attend", MaskedAttention.dense)  # noqa: B010 - mypy takes no assignment to a method
     undo.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
     torch.backends.mha.set_fastpath_enabled(False)
-    if "torch._dynamo" in sys.modules:  # else nothing is compiled
+    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
         undo.enter_context(torch.compiler.set_stance("force_eager"))
 
 
@@ -102,7 +117,7 @@ def _hear_looks(undo: contextlib.ExitStack) -> None:
     original = Retina.look
 
     def look(retina: Retina, view: View, location_BR2: Tensor) -> Tensor:
-        """`Retina.look`, told to the watchers of this thread."""
+        """`Retina.look` that also calls the watchers of this thread."""
         call: Callable[[View, Tensor], Tensor] = functools.partial(original, retina)
         for watcher in getattr(_duty, "watchers", ()):
             if watcher.hears(retina):
@@ -114,31 +129,32 @@ def _hear_looks(undo: contextlib.ExitStack) -> None:
 
 
 in_python = _Shared(_stay_in_python)
-"""Inside, nothing happens in opaque kernels, compiled code or parts, so that every hook and function is met."""
+"""A context without fused layers, compiled code and sparse attention, so that hooks and watchers see every call."""
 
 _names = _Shared(_hear_global_names)
 
-_looks = _Shared(_hear_looks)  # a look is a method of the retina and no call of a module, which a hook would meet
+_looks = _Shared(_hear_looks)  # `look` is a method of the retina, not a call of a module, so no hook sees it
 
 
-def _heard(original: Callable[..., Any], event: str, *args: Any, **kwargs: Any) -> Any:
-    """Tell the watchers of this thread, the outermost first, whose call of `original` in turn reaches the next."""
+def _heard(original: Func, event: str, *args: object, **kwargs: object) -> object:
+    """Call the outermost watcher of this thread. When it runs `original`, the next watcher is called, and so on."""
     call = original
     for watcher in getattr(_inside, "watchers", ()):
         call = functools.partial(_tell, getattr(watcher, event), call)
     return call(*args, **kwargs)
 
 
-def _tell(event: Callable[..., Any], func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return event(func, args, kwargs)
+def _tell(event: Func, func: Func, *args: object, **kwargs: object) -> object:
+    called: object = event(func, args, kwargs)
+    return called
 
 
 class Watcher(TorchFunctionMode):
-    """Follows a running model; subclasses say what they do at each event.
+    """Base class of contexts that follow a running model. Subclasses define what happens at each event.
 
     Attributes:
-        stack: names of the modules at work, outermost first.
-        follows: whether `other` hears of every function of torch.
+        stack: names of the modules that are running, outermost first.
+        follows: whether `other` is called for every function of torch.
     """
 
     follows = False
@@ -150,42 +166,45 @@ class Watcher(TorchFunctionMode):
         self.stack: list[str] = []
         self._thread = threading.get_ident()
         self._depth = 0
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     # Events ---------------------------------------------------------------------------------------------------------
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The outermost module starts: the model is called."""
+    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Handle the start of the outermost module: a call of the model."""
 
     def end(self) -> None:
-        """The outermost module has returned."""
+        """Handle the return of the outermost module."""
 
     def enter(self, name: str, module: nn.Module) -> None:
-        """A module starts."""
+        """Handle the start of a module."""
 
-    def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        """A module returns `out`; what this returns replaces it, unless None."""
+    def leave(self, name: str, module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> object:
+        """Handle the return of a module. The result replaces the output `out`, unless it is None."""
 
-    def fused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`F.scaled_dot_product_attention` is called."""
+    def fused(self, func: Func, args: Args, kwargs: Kwargs) -> object:
+        """Run `F.scaled_dot_product_attention`, and return its result."""
         return func(*args, **kwargs)
 
-    def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A softmax is called."""
+    def softmax(self, func: Func, args: Args, kwargs: Kwargs) -> object:
+        """Run a softmax, and return its result."""
         return func(*args, **kwargs)
 
-    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Another function of torch is called; heard of only where `follows`."""
+    def other(self, func: Func, args: Args, kwargs: Kwargs) -> object:
+        """Run another function of torch, and return its result. Called only if `follows` is true."""
         return func(*args, **kwargs)
 
     def looked(
         self, retina: Retina, look: Callable[[View, Tensor], Tensor], view: View, location_BR2: Tensor
     ) -> Tensor:
-        """A retina of the model looks at places of the images."""
+        """Run a retina's look at some locations, and return the patches."""
         return look(view, location_BR2)
 
     def watched(self, module: nn.Module) -> bool:
-        """Whether to hear of this module's start and end, which costs time; leaves of torch.nn do not attend."""
+        """Return whether to call `enter` and `leave` for a module.
+
+        Hooks cost time, and most leaf modules of torch.nn need none.
+        """
         if type(module) in _ACTIVATIONS:
             return self.names[module].rpartition(".")[2] == "gate"
         return not isinstance(module, _NEVER) and not type(module).__module__.startswith(_BUILT_IN)
@@ -197,15 +216,15 @@ class Watcher(TorchFunctionMode):
         return surveys() != self._depth or threading.get_ident() != self._thread
 
     def hears(self, retina: Retina) -> bool:
-        """Whether this retina is the model's, and now to be heard."""
+        """Return whether this retina is part of the model and the watcher is active."""
         return retina in self.names and not self._deaf
 
     @property
     def where(self) -> str:
-        """Name of the innermost module at work."""
+        """Name of the innermost module that is executing."""
         return self.stack[-1] if self.stack else ""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Func, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         kwargs = kwargs or {}
         if (func not in _HEARD and not self.follows) or not self.stack or self._deaf:
             return func(*args, **kwargs)
@@ -220,7 +239,7 @@ class Watcher(TorchFunctionMode):
 
     @contextlib.contextmanager
     def _inside_multi_head_attention(self) -> Iterator[None]:
-        """The mode is off inside a function that it handles; hear the inner calls by their global names."""
+        """Watch inner calls by their names in `F`: torch turns a mode off inside a function that the mode handles."""
         before = getattr(_inside, "watchers", ())
         with _names:
             _inside.watchers = (*before, self)
@@ -234,7 +253,7 @@ class Watcher(TorchFunctionMode):
         in_python.__enter__()
         for module in self.names:
             if isinstance(module, torch.jit.ScriptModule):
-                continue  # it takes no hooks, and calls no function of torch
+                continue  # a scripted module takes no hooks, and calls no function of torch
             if module is self.model or self.watched(module):
                 self._handles += [
                     module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
@@ -242,11 +261,13 @@ class Watcher(TorchFunctionMode):
                 ]
         _looks.__enter__()
         _duty.watchers = (*getattr(_duty, "watchers", ()), self)
-        super().__enter__()
+        TorchFunctionMode.__enter__(self)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        TorchFunctionMode.__exit__(self, kind, error, trace)
         _duty.watchers = tuple(watcher for watcher in _duty.watchers if watcher is not self)
         _looks.__exit__()
         for handle in self._handles:
@@ -255,7 +276,7 @@ class Watcher(TorchFunctionMode):
         self.stack.clear()
         in_python.__exit__()
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if self._deaf:
             return
         if not self.stack:
@@ -263,7 +284,7 @@ class Watcher(TorchFunctionMode):
         self.stack.append(self.names[module])
         self.enter(self.stack[-1], module)
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    def _leave(self, module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> object:
         if self._deaf or not self.stack:
             return None
         name = self.stack.pop()
@@ -275,16 +296,19 @@ class Watcher(TorchFunctionMode):
 
 
 def gate_of(
-    name: str, module: nn.Module, out: Any, *, along_row: bool
+    name: str, module: nn.Module, out: object, *, along_row: bool
 ) -> tuple[Literal["channel_gate", "spatial_gate"], Tensor] | None:
-    """Tell whether a module's output is a gate, and of what kind.
+    """Return the kind and the weights (B, C, h, w) of a gate, given a module's output; None if it is not a gate.
 
-    A gate is what a module called `gate` (timm and ours) or `scale_activation` (torchvision) returns, or a sigmoid over
-    a whole channel or a whole position.
+    A gate is the output of a module called `gate` (in timm and visionattn) or `scale_activation` (in torchvision), or
+    the output of a sigmoid with one value for each channel or one for each position.
 
     Args:
-        along_row: the last axis runs over positions, as a survey found: (B, 1, 1, W) is a gate over columns then, and
-            over channels that come last otherwise.
+        name: dotted name of the module.
+        module: the module.
+        out: its output.
+        along_row: how to read an output (B, 1, 1, W); the survey finds it out. If true, the last axis runs over
+            positions, and the output is a gate over columns; otherwise it runs over channels.
     """
     leaf = name.rpartition(".")[2]
     named = leaf in ("gate", "scale_activation")

@@ -1,20 +1,21 @@
-"""Watch a model attend: `with capture(model) as records: model(images)`.
+"""Recording of a model's attention: `with capture(model) as records: model(images)`.
 
-Shapes: B images, W windows, H heads, Q queries, K keys, C channels, h × w grid; R looks at once, T glimpses, S scales.
+Shapes: B images, W windows, H heads, Q queries, K keys, C channels, h × w grid; R glimpses in parallel,
+T glimpses one after another, S scales.
 """
 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention.hard.retina import Retina, View
-from visionattn.capture.hooks import Watcher, gate_of
+from visionattn.attention import Retina, View
+from visionattn.capture.hooks import Args, Func, Kwargs, Watcher, gate_of
 from visionattn.capture.records import Record, Records
-from visionattn.capture.reductions import Call, ClassRow, Keep
+from visionattn.capture.reductions import Call, ClassRow, Reduction
 from visionattn.capture.running import unwrap
 from visionattn.capture.survey import Survey, forget, survey
 from visionattn.capture.token_layout import LayoutError, Site
@@ -22,7 +23,13 @@ from visionattn.errors import UsageError, nearest
 
 
 class Interception(Watcher):
-    """Knows the site of every call of attention as it happens; subclasses say what to do there."""
+    """A watcher that knows the `Site` of every call of attention. Subclasses define what happens at each call.
+
+    Attributes:
+        found: the survey of the model.
+        unplanned: module → how a call differs from the survey.
+        turn: index of the present call of attention in the order of calls, from 0.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -35,25 +42,34 @@ class Interception(Watcher):
         self.turn = -1
 
     def wants(self, site: Site) -> bool:
-        """Whether to look at this call of attention, whose place in the order is `turn`."""
+        """Return whether to handle this call of attention."""
         return True
 
     def passed(self, site: Site) -> None:
-        """A call was not wanted."""
+        """Handle a call that `wants` declined."""
 
     def attended(self, call: Call, out: Tensor, kept: Tensor | None) -> Tensor | None:
-        """A call of attention has returned `out`: the fused output, or the weights; a tensor returned replaces it.
+        """Handle a finished call of attention.
 
-        `kept` is what `instead` computed on the way, None where it did not.
+        Args:
+            call: the call.
+            out: the output of a fused call, or the weights of a softmax.
+            kept: the tensor to keep that `instead` has computed; None if `instead` returned None.
+
+        Returns:
+            A tensor to replace `out`, or None.
         """
         return None
 
     def instead(self, call: Call) -> tuple[Tensor, Tensor] | None:
-        """A fused call is about to run; compute what to keep together with the call's output (B, W, H, Q, D), which
-        takes the place of what it would return."""
+        """Compute the tensor to keep and the output (B, W, H, Q, D), in place of a fused call.
+
+        Returns:
+            The tensor and the output; None to run the fused call.
+        """
         return None
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         self._root, self._seen, self.turn = module, {}, -1
         self.found = survey(module, args, kwargs)
         prefix = self.names[module]
@@ -67,18 +83,18 @@ class Interception(Watcher):
         turn = self._seen[name] = self._seen.get(name, 0) + 1
         sites = self._plan.get(name, [])
         if turn > len(sites) or ((site := sites[turn - 1]) is not None and site.fused != fused):
-            self.unplanned[name] = "it was not seen to attend when the model was surveyed"
+            self.unplanned[name] = "it did not attend in this way when the model was surveyed"
             forget(self._root)
             return None
         return site
 
-    def fused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def fused(self, func: Func, args: Args, kwargs: Kwargs) -> object:
         call = self._call(self._next(fused=True), lambda site: Call.fused(site, args, kwargs))
         if call is None:
             return func(*args, **kwargs)
         assert call.query is not None
         both = None
-        # other watchers would not hear of a call that is replaced, and autocast may want another type
+        # other watchers would miss a replaced call, and autocast may need another dtype
         if not torch._C._len_torch_function_stack() and not torch.is_autocast_enabled(call.query.device.type):
             both = self.instead(call)
         if both is None:
@@ -86,14 +102,14 @@ class Interception(Watcher):
         kept, out = both
         return self._tell(call, out.flatten(0, 1), kept)
 
-    def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def softmax(self, func: Func, args: Args, kwargs: Kwargs) -> object:
         site = self._next(fused=False)
         out = func(*args, **kwargs)
         call = self._call(site, lambda site: Call.eager(site, out))
         return out if call is None else self._tell(call, out)
 
     def _call(self, site: Site | None, read: Callable[[Site], Call]) -> Call | None:
-        """The call at a site; None where it is not to be looked at."""
+        """Return the call at a site; None if it needs no handling."""
         if site is None:
             return None
         self.turn += 1
@@ -104,7 +120,7 @@ class Interception(Watcher):
             call = read(site)
             had, has = site.keys.index_WN.shape[1], call.shape[4]
             if had != has:
-                raise LayoutError(f"{site.name} now has {has} keys, and had {had} when the model was surveyed")
+                raise LayoutError(f"{site.name} has {has} keys, but it had {had} when the model was surveyed")
             return call
         except LayoutError as error:
             self.unplanned[self.where] = str(error)
@@ -112,19 +128,19 @@ class Interception(Watcher):
             return None
 
     def _tell(self, call: Call, out: Tensor, kept: Tensor | None = None) -> Tensor:
-        with torch._C.DisableTorchFunction(), _plain(out):  # other watchers do not hear of what is computed here
+        with torch._C.DisableTorchFunction(), _plain(out):  # hides these computations from other watchers
             replaced = self.attended(call, out, kept)
         return out if replaced is None else replaced
 
 
-def _plain(like: Any) -> contextlib.AbstractContextManager[Any]:
-    """Autocast off: what is computed beside the model is computed in float32."""
+def _plain(like: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Return a context without autocast, so that the watcher computes in float32."""
     kind = like.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 class capture(Interception):  # noqa: N801 - used as `with capture(model) as records`
-    """Record where a model attends, while it runs as it always does.
+    """Record the attention of a model while it runs. The model does not change.
 
         >>> import timm, torch
         >>> vit = timm.create_model("test_vit", img_size=160)
@@ -133,44 +149,48 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         >>> records[-1]
         Record(blocks.5.attn: self, grid 10×10, 2 heads, weights (2, 1, 2, 101))
 
-    The model's outputs are those it gives without: attention stays fused, and what is kept is computed beside it from
-    queries and keys. Several calls of the model add up; `Record.call` tells them apart.
+    The outputs do not change either; only `HeadMean` changes them, by rounding. Attention stays fused: the weights to
+    keep are computed a second time from queries and keys. If the model is called several times, the records are
+    appended, and `Record.call` is the number of the call.
 
-    The first time that a model meets an image size, one image is run beside its positions to find out where each token
-    lies (`sites.py`); that is remembered while the model lives. Where a model picks its tokens by what an image shows,
-    every image of every call is run so, and `Tokens.index_BWN` says where its tokens lie.
+    The first call with an image size also surveys the model: one image runs through it together with the positions of
+    its pixels, to find out where each token lies (see `survey.py`). The survey is cached as long as the model exists.
+    If a model picks its tokens by what an image shows, every image of every call is surveyed, and `Tokens.index_BWN`
+    holds the positions for each image.
 
     Args:
-        model: any vision model: timm, torchvision, transformers or your own; compiled and DDP ones too.
-        keep: what to keep of each call, `ClassRow()` unless given; see `keep.py`.
-        layers: which calls of attention to keep weights of: names of modules, or places in their order, −1 the last;
-            None for all.
+        model: any vision model, from timm, torchvision, transformers or your own; it may be compiled or wrapped in DDP.
+        keep: the weights to keep of each call (default: `ClassRow()`); see `reductions.py`.
+        layers: the calls of attention to keep weights of: names of modules, or indices in the order of calls, −1 for
+            the last (default: all).
 
     Raises:
-        UsageError: the model is scripted, or no layer has this name; on leaving, if the model ran and nothing attended.
+        UsageError: the model is scripted, or there is no such layer. On exit: the model ran, but nothing attended.
     """
 
     def __init__(
-        self, model: nn.Module, keep: Keep | None = None, *, layers: Sequence[int | str] | None = None
+        self, model: nn.Module, keep: Reduction | None = None, *, layers: Sequence[int | str] | None = None
     ) -> None:
         super().__init__(unwrap(model))
         self.keep = keep or ClassRow()
         self.layers = layers
         self.records = Records()
         self._wanted: set[int] | None = None
-        self._looking: dict[Retina, tuple[View, int, int]] = {}  # the view, the call, the place of the record
+        self._looking: dict[Retina, tuple[View, int, int]] = {}  # the view, the call, the index of the record
 
-    def __enter__(self) -> Records:  # type: ignore[override]
+    def __enter__(self) -> Records:  # type: ignore[override] # users want the records, not the watcher
         super().__enter__()
         return self.records
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
         self.records.unlabelled |= self.unplanned
-        if error[0] is None and self.records.calls and not self.records:
+        if kind is None and self.records.calls and not self.records:
             raise UsageError(nothing_attends(self.model, self.records))
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         super().begin(module, args, kwargs)
         names = [site.name for site in self.found.attention]
         self._wanted = None if self.layers is None else {place(layer, names) for layer in self.layers}
@@ -214,13 +234,13 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
     def looked(
         self, retina: Retina, look: Callable[[View, Tensor], Tensor], view: View, location_BR2: Tensor
     ) -> Tensor:
-        seen = look(view, location_BR2)
+        patches = look(view, location_BR2)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             location_BR12 = location_BR2.detach().float().clone()[:, :, None]
             boxes_BR1S4 = retina.boxes(location_BR12, view.size)
             records, call = self.records._records, self.records.calls
             before = self._looking.get(retina)
-            # the same call, or the same view where the model is not called but a method of it
+            # one record holds the glimpses of one call; outside a call of the model, the glimpses of one view
             if before is not None and (before[0] is view or (self.stack and before[1] == call)):
                 record = records[before[2]]
                 assert record.locations is not None
@@ -229,13 +249,13 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
                     locations = torch.cat([record.locations, location_BR12], 2)
                     boxes = torch.cat([record.boxes, boxes_BR1S4], 2)
                     records[before[2]] = replace(record, locations=locations, boxes=boxes)
-                    return seen
+                    return patches
             self._looking[retina] = view, call, len(records)
             name = self.names[retina]
             records.append(Record(name, "glimpse", view.size, 0, 1, None, None, None, call, location_BR12, boxes_BR1S4))
-        return seen
+        return patches
 
-    def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def leave(self, name: str, module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> None:
         gate = gate_of(name, module, out, along_row=name in self._gates_on_grid)
         if gate is not None:
             kind, weights = gate
@@ -245,23 +265,29 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
 
 
 def nothing_attends(model: nn.Module, records: Records) -> str:
-    """Say that a model never attended, and what was seen instead."""
+    """Return the error message for a model that does not attend, with the reasons."""
     reasons = [f"{name}: {why}" for name, why in (records.unlabelled | records.other).items()]
     reasons += [
-        f"{name} looks like attention and calls neither scaled_dot_product_attention nor softmax"
+        f"{name} looks like attention but calls neither scaled_dot_product_attention nor softmax"
         for name in records.missed
     ]
-    seen = f" ({'; '.join(reasons[:3])})" if reasons else ""
+    because = f" ({'; '.join(reasons[:3])})" if reasons else ""
     return (
-        f"nothing in this {type(model).__name__} attends{seen}; methods that fit: gradcam, layercam, scorecam, eigencam"
+        f"nothing in this {type(model).__name__} attends{because}; "
+        "methods that fit: gradcam, layercam, scorecam, eigencam"
     )
 
 
 def place(layer: int | str, names: list[str]) -> int:
-    """Find a layer among the names of those that attend: by its place, its name, or that of a module around it.
+    """Return the index of a layer among the layers that attend.
+
+    Args:
+        layer: the index of the layer, −1 for the last; its name; or the name of a module that contains it. If several
+            layers inside that module attend, the last one counts.
+        names: names of the layers that attend, in order.
 
     Raises:
-        UsageError: there is none; the message lists the nearest.
+        UsageError: there is no such layer; the message lists the nearest names.
     """
     if isinstance(layer, int):
         if not -len(names) <= layer < len(names):

@@ -1,4 +1,4 @@
-"""What is kept of each call of attention, computed from queries and keys beside the fused call.
+"""Reductions: they compute the weights to keep of each call of attention, from its queries and keys.
 
 Shapes: B images, W windows, H heads, Q queries, K keys, D channels of a head.
 """
@@ -8,33 +8,34 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from visionattn.capture.hooks import Args, Kwargs
 from visionattn.capture.token_layout import Site
 
-# Weights computed at a time, float32: images are taken together up to 4 MB, since small calls use no two threads and
-# memory beyond the model's own would be mapped anew by every layer; heads are split beyond 24 MB.
+# Numbers of float32 weights to compute at a time. Images are computed together up to 4 MB: smaller calls use only one
+# thread, and larger ones would map new memory in every layer, beyond the model's own. Above 24 MB, heads are split.
 _TOGETHER, _MOST = 1_000_000, 6_000_000
 
 Piece: TypeAlias = "tuple[slice, slice, slice]"
-"""Some images, windows and heads."""
+"""Slices of images, windows and heads."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of attention in flight.
+    """A running call of attention.
 
     Attributes:
-        site: where, and how its tokens lie.
-        query, key, value: (B, W, H, Q, D) and (B, W, H, K, D); None where the model attends eagerly.
-        bias: added to the logits: an additive mask, broadcast to (B, W, H, Q, K), or None.
-        scale: of the logits.
-        weights: (B, W, H, Q, K) as the model computed them; None where the call is fused.
-        dropout: of the weights, while training.
-        differentiable: the call's output is part of a graph.
+        site: the site of the call, with the positions of its tokens.
+        query, key, value: (B, W, H, Q, D) and (B, W, H, K, D); None if the model calls softmax itself.
+        bias: additive mask of the logits, broadcast to (B, W, H, Q, K), or None.
+        scale: factor of the logits.
+        weights: (B, W, H, Q, K), computed by the model; None if the call is fused.
+        dropout: dropout probability of the weights.
+        differentiable: whether the call's output is part of an autograd graph.
     """
 
     site: Site
@@ -48,21 +49,21 @@ class Call:
     differentiable: bool = False
 
     @classmethod
-    def fused(cls, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
-        """Read the arguments of `F.scaled_dot_product_attention`."""
+    def fused(cls, site: Site, args: Args, kwargs: Kwargs) -> "Call":
+        """Make a `Call` from the arguments of `F.scaled_dot_product_attention`."""
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        query, key, value = (given[name].detach() for name in names[:3])
-        parts = [given[name] for name in names[:4] if given.get(name) is not None]
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        query, key, value = (arguments[name].detach() for name in names[:3])
+        parts = [arguments[name] for name in names[:4] if arguments.get(name) is not None]
         differentiable = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-        groups = query.shape[-3] // key.shape[-3] if given.get("enable_gqa") else 1
+        groups = query.shape[-3] // key.shape[-3] if arguments.get("enable_gqa") else 1
         if groups > 1:
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
         if key.shape[:-2] != query.shape[:-2]:  # one key for all heads
             key, value = (part.expand(*query.shape[:-2], *part.shape[-2:]) for part in (key, value))
-        scale = given.get("scale")
-        mask = given.get("attn_mask")
-        if given.get("is_causal"):
+        scale = arguments.get("scale")
+        mask = arguments.get("attn_mask")
+        if arguments.get("is_causal"):
             mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
         bias = None
         if mask is not None:
@@ -77,30 +78,31 @@ class Call:
             value=site.canonical(value),
             bias=bias,
             scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            dropout=given.get("dropout_p", 0.0),
+            dropout=arguments.get("dropout_p", 0.0),
             differentiable=differentiable,
         )
 
     @classmethod
     def eager(cls, site: Site, weights: Tensor) -> "Call":
-        """Take the weights that a softmax returned."""
+        """Make a `Call` from the weights that a softmax returned."""
         weights = weights.movedim(site.axis, -1) if site.axis is not None else weights
         weights = weights.unsqueeze(-2) if site.context else weights
         return cls(site, weights=site.canonical(weights))
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """(B, W, H, Q, K)"""
+        """The shape of the weights, (B, W, H, Q, K)."""
         if self.weights is not None:
-            return tuple(self.weights.shape)  # type: ignore[return-value]
+            batch, windows, heads, queries, keys = self.weights.shape
+            return batch, windows, heads, queries, keys
         assert self.query is not None
         assert self.key is not None
         return (*self.query.shape[:4], self.key.shape[3])
 
     def rows(self, queries: slice | Tensor) -> Tensor:
-        """Weights of some queries, (B, W, H, those, K), float32."""
+        """Return the weights of a selection of Q queries, (B, W, H, Q, K) float32."""
         if self.weights is not None:
-            # a copy: the model may go on in place, and a view would keep all weights alive
+            # a copy, since the model may change its weights in place, and a view would keep all weights in memory
             return self.weights[:, :, :, queries].detach().to(torch.float32, copy=True)
         assert self.query is not None
         assert self.key is not None
@@ -109,16 +111,18 @@ class Call:
         return _softmax(logits, None if self.bias is None else self.bias[:, :, :, queries])
 
     def pieces(self, out: Tensor | None = None) -> "Iterator[tuple[Piece, Tensor]]":
-        """Go through all weights in pieces: the slices of images, windows and heads, and their weights (b, w, h, Q, K).
+        """Iterate over all weights in pieces: slices of images, windows and heads, and their weights (b, w, h, Q, K).
 
-        The weights' buffer is used again for the next piece. Where all weights are needed and `out` is given, the
-        attention's own output is made of them on the way, so that the fused call need not compute them once more.
+        The next piece overwrites the buffer of the weights.
+
+        Args:
+            out: a tensor (B, W, H, Q, D) to fill with the attention's output, so that the fused call need not run.
         """
         batch, windows, heads, queries, keys = self.shape
         some_heads = min(heads, max(1, _MOST // (queries * keys)))
         room = _TOGETHER // (heads * queries * keys)
         some_windows = min(windows, max(1, room))
-        some_images = max(1, min(batch, room // windows))  # of an empty batch there are no pieces
+        some_images = max(1, min(batch, room // windows))  # at least 1, also for an empty batch
         buffer = None
         for piece in itertools.product(
             _slices(batch, some_images), _slices(windows, some_windows), _slices(heads, some_heads)
@@ -142,10 +146,10 @@ class Call:
             yield piece, part
 
     def output(self) -> Tensor | None:
-        """Room for the attention's output, (B, W, H, Q, D), laid out as the fused call's; None to leave it to that
-        call.
+        """Return an empty tensor for the attention's output, (B, W, H, Q, D), with the strides of the fused output.
 
-        Only in float32 and where nothing needs its gradient; there the two agree to rounding.
+        Return None if the fused call must run: with dropout, windows or gradients, or in a dtype other than float32.
+        In the other cases, an output computed from `pieces` differs from the fused one only by rounding.
         """
         if self.value is None or self.query is None or self.dropout or self.site.windowed or self.site.lead[0] != 1:
             return None
@@ -156,21 +160,21 @@ class Call:
         return self.value.new_empty(batch, 1, queries, heads, self.value.shape[-1]).transpose(2, 3)
 
     def new(self, *shape: int) -> Tensor:
-        """Room for float32 values on the device of the call."""
+        """Return an empty float32 tensor on the device of the call."""
         like = self.weights if self.weights is not None else self.query
         assert like is not None
         return torch.empty(shape, device=like.device, dtype=torch.float32)
 
     def zeros(self, *shape: int) -> Tensor:
-        """Zeros, float32, on the device of the call."""
+        """Return a float32 tensor of zeros on the device of the call."""
         return self.new(*shape).zero_()
 
 
 def products(a_BWHQD: Tensor, b_BWHKD: Tensor) -> Tensor:
-    """a bᵀ, (B, W, H, Q, K).
+    """Return the products a bᵀ, (B, W, H, Q, K).
 
-    Where one query meets keys that lie token by token, as a ViT's do, a product head by head would copy all keys first.
-    So the tokens are multiplied as they lie, (K, H·D), by a matrix (H·D, H) whose column h holds the query of head h.
+    A ViT stores the keys token by token. For a single query, a product for each head would first copy all these keys.
+    Instead, the keys (K, H·D) are multiplied by a matrix (H·D, H), with the query of head h in column h.
     """
     heads, queries, width = a_BWHQD.shape[2:]
     if queries != 1 or b_BWHKD.stride()[2::2] != (width, 1):
@@ -180,10 +184,10 @@ def products(a_BWHQD: Tensor, b_BWHKD: Tensor) -> Tensor:
 
 
 def _softmax(logits: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(logits + bias) over keys, in place; 0 for a query that may attend to none, as the fused call has it."""
+    """Compute softmax(logits + bias) over keys in place; as in fused calls, 0 if all keys of a query are masked."""
     if bias is not None:
         logits += bias
-    if torch.compiler.is_compiling():  # `out=` would tie a graph to this number of images
+    if torch.compiler.is_compiling():  # `out=` would fix the batch size of a compiled or exported graph
         logits = torch.softmax(logits, -1)
     else:
         torch.softmax(logits, -1, out=logits)
@@ -194,38 +198,41 @@ def _slices(count: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-class Keep(ABC):
-    """Says what to keep of a call."""
+class Reduction(ABC):
+    """Base class of reductions: a reduction computes the weights to keep of a call of attention."""
 
     @abstractmethod
     def __call__(self, call: Call) -> Tensor | None:
-        """Compute it; None to keep the fact that there was attention, and no weights."""
+        """Return the weights to keep, float32; None to make a record without weights."""
 
     def instead(self, call: Call) -> tuple[Tensor, Tensor] | None:
-        """Compute it together with the attention's output (B, W, H, Q, D), in place of the fused call; None to leave
-        that be."""
+        """Compute the weights to keep and the attention's output (B, W, H, Q, D), in place of the fused call.
+
+        Returns:
+            The weights and the output; None to run the fused call.
+        """
         return None
 
 
-class Nothing(Keep):
-    """Keep no weights: who attends, and how."""
+class NoWeights(Reduction):
+    """Keep no weights, only where the calls attend."""
 
     def __call__(self, call: Call) -> None:
         return None
 
 
-class Full(Keep):
-    """Every weight, (B, W, H, Q, K)."""
+class FullAttention(Reduction):
+    """Keep every weight, (B, W, H, Q, K)."""
 
     def __call__(self, call: Call) -> Tensor:
         return call.rows(slice(None))
 
 
-class HeadMean(Keep):
-    """The mean over heads, (B, W, Q, K).
+class HeadMean(Reduction):
+    """Keep the mean over heads, (B, W, Q, K).
 
-    Where it can, it computes the attention's output from the same weights, in place of the fused call; the two differ
-    by rounding.
+    If possible, the attention's output is computed from the same weights in place of the fused call. The two outputs
+    differ by rounding.
     """
 
     def __call__(self, call: Call) -> Tensor:
@@ -239,34 +246,34 @@ class HeadMean(Keep):
     def _mean(call: Call, out: Tensor | None) -> Tensor:
         batch, windows, heads, queries, keys = call.shape
         mean = call.new(batch, windows, queries, keys)
-        for (b, w, some), part_bwHQK in call.pieces(out):
-            if some.start == 0:
+        for (b, w, chunk), part_bwHQK in call.pieces(out):
+            if chunk.start == 0:
                 torch.sum(part_bwHQK, 2, out=mean[b, w])
             else:
                 mean[b, w] += part_bwHQK.sum(2)
         return mean.mul_(1 / heads)
 
 
-class ClassRow(Keep):
-    """What the class token attends to, (B, W, H, K); where there is none, the mean over the patches of each window."""
+class ClassRow(Reduction):
+    """Keep the class token's row, (B, W, H, K); without a class token, the mean over the patches of each window."""
 
     def __call__(self, call: Call) -> Tensor:
         index = call.site.class_query
         if index is not None:
             return call.rows(slice(index, index + 1))[:, :, :, 0]
         batch, windows, heads, _, keys = call.shape
-        first = call.site.queries.num_prefix_tokens if call.site.queries else 0  # registers are no patches
+        first = call.site.queries.num_prefix_tokens if call.site.queries else 0  # leaves out register tokens
         out = call.zeros(batch, windows, heads, keys)
         for piece, part_bwHQK in call.pieces():
             out[piece] = part_bwHQK[:, :, :, first:].mean(3)
         return out
 
 
-class PatchRow(Keep):
-    """What one patch attends to, (B, W, H, K); 0 in the windows where that patch is not.
+class PatchRow(Reduction):
+    """Keep the row of one patch, (B, W, H, K); 0 in windows without that patch.
 
     Args:
-        row, column: of the patch on the grid of the queries.
+        row, column: position of the patch on the grid of the queries.
     """
 
     def __init__(self, row: int, column: int) -> None:
@@ -280,9 +287,9 @@ class PatchRow(Keep):
             return None
         batch, windows, heads, _, keys = call.shape
         out = call.zeros(batch, windows, heads, keys)
-        here_BWQ = call.site.queries.of_cell(self.row * width + self.column, batch)
-        for window, query in here_BWQ.any(0).nonzero().tolist() if batch else ():
-            share_B = here_BWQ[:, window, query] / here_BWQ.sum((1, 2)).clamp(min=1)
+        in_cell_BWQ = call.site.queries.of_cell(self.row * width + self.column, batch)
+        for window, query in in_cell_BWQ.any(0).nonzero().tolist() if batch else ():
+            share_B = in_cell_BWQ[:, window, query] / in_cell_BWQ.sum((1, 2)).clamp(min=1)
             rows_BHK = call.rows(slice(query, query + 1))[:, window, :, 0]
             out[:, window] += rows_BHK * share_B.to(rows_BHK.device)[:, None, None]
         return out

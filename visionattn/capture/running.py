@@ -1,4 +1,4 @@
-"""Run a model for a method, and say what is wrong where it does not run."""
+"""Run a model for a method, with errors that explain why the model cannot run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ from visionattn.capture.survey import Survey, survey
 from visionattn.errors import UsageError
 
 
-def run(model: nn.Module, images_BCHW: Tensor) -> Any:
-    """Call the model; where it cannot take images of this size, say which it wants.
+def run(model: nn.Module, images_BCHW: Tensor) -> Any:  # whatever the user's model returns
+    """Call the model, and return its output.
 
     Raises:
-        UsageError: the model was made for another image size, or for another number of channels.
+        UsageError: the model was made for another image size or another number of channels; the message names them.
     """
     try:
         return model(images_BCHW)
@@ -23,11 +23,11 @@ def run(model: nn.Module, images_BCHW: Tensor) -> Any:
         raise _explained(model, images_BCHW, error) from error
 
 
-def look(model: nn.Module, images_BCHW: Tensor) -> Survey:
-    """Survey a model for these images; see `sites.survey`.
+def survey_images(model: nn.Module, images_BCHW: Tensor) -> Survey:
+    """Survey a model for these images; see `survey.survey`.
 
     Raises:
-        UsageError: as `run`.
+        UsageError: as for `run`.
     """
     try:
         return survey(model, (images_BCHW,), {})
@@ -57,11 +57,18 @@ def _explained(model: nn.Module, images_BCHW: Tensor, error: Exception) -> Excep
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the bare model in evaluation mode, frozen, without gradients or inference mode; then put all back."""
+    """Yield the unwrapped model in evaluation mode, with frozen parameters, and turn off gradients and inference mode.
+
+    On exit the training flags and `requires_grad` are restored.
+
+    Raises:
+        UsageError: as for `unwrap`.
+    """
     bare = unwrap(model)
     training = [module for module in bare.modules() if module.training]
-    # what is spread over processes is left alone: torch makes whole weights of it once, which would stay frozen
-    trainable = [one for one in bare.parameters() if one.requires_grad and not hasattr(one, "device_mesh")]
+    # parameters that are distributed over processes (DTensor) are not frozen: torch gathers them only once, so the
+    # gathered copies would stay frozen
+    trainable = [part for part in bare.parameters() if part.requires_grad and not hasattr(part, "device_mesh")]
     with torch.inference_mode(False), torch.no_grad():
         try:
             for module in training:
@@ -77,10 +84,10 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Take off what `torch.compile` and data parallelism put around a model.
+    """Return the model inside the wrappers of `torch.compile` and data parallelism.
 
     Raises:
-        UsageError: this is no module, or it is scripted or traced, so that nothing inside can be watched.
+        UsageError: the argument is not a module; or it is scripted or traced, so that its calls cannot be watched.
     """
     while True:
         if isinstance(model, (torch.jit.ScriptModule, torch.jit.TopLevelTracedModule)):

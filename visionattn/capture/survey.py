@@ -1,26 +1,28 @@
-"""Which calls in a model are attention, and where their queries and keys lie in the image.
+"""Surveys: which calls in a model are attention, and where their queries and keys lie in the image.
 
-A survey runs one image through the model with its positions beside it (`token_positions.py`) and is remembered for
-as long as the model lives; where the model picks its tokens by what an image shows, each image is surveyed each time.
-Meanwhile the model is in evaluation mode and without gradients; its flags and the random state are put back.
+A survey runs one image through the model together with the positions of its pixels (`token_positions.py`). The survey
+is cached as long as the model exists. If the model picks its tokens by what an image shows, each image is surveyed in
+each call. During a survey the model is in evaluation mode and computes no gradients; afterwards its flags and the
+random state are restored.
 
 Shapes: B images, W windows, Q queries, K keys, h × w grid.
 """
 
 import contextlib
 import copy
+import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.attention.hard.retina import Retina, View
+from visionattn.attention import Retina, View
 from visionattn.capture import token_positions
-from visionattn.capture.hooks import Watcher, gate_of, unheard
+from visionattn.capture.hooks import Args, Func, Kwargs, Watcher, gate_of, unheard
 from visionattn.capture.token_layout import (
     Activation,
     Axes,
@@ -36,20 +38,23 @@ from visionattn.capture.token_layout import (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Survey:
-    """What was found in a model.
+    """The sites of attention, gates, retinas and feature maps of a model.
+
+    `print` and a notebook show one line for each site.
 
     Attributes:
-        sites: calls of attention, in order; None for softmaxes that are no attention over positions.
-        times: of each site, comparable with those of activations.
-        activations: outputs that lie on a grid, in order.
-        unlabelled: module → why a softmax or a fused call there is not understood.
-        other: module → what else its softmax runs over: channels, branches, classes.
-        missed: modules that look like attention and were not seen to attend.
-        gates: names of the gates, and whether they lie on a grid.
-        glimpses: names of the retinas that looked.
-        picks: the model picks tokens by what the image shows, so that they lie elsewhere in every image.
+        sites: (name of the module, call of attention in it), in order; the call is None if it is not understood, or is
+            not attention over positions.
+        times: time of each site, comparable with `Activation.time`.
+        activations: outputs of modules that lie on a grid, in order.
+        unlabelled: module → the reason why its softmax or fused call is not understood.
+        other: module → what its softmax runs over instead of positions: channels, branches or classes.
+        missed: names of modules that look like attention, but did not attend.
+        gates: name of a gate → whether it lies on a grid.
+        glimpses: names of the retinas that read glimpses.
+        picks: whether the model picks tokens by what the image shows, so that their positions differ between images.
     """
 
     sites: list[tuple[str, Site | None]] = field(default_factory=list)
@@ -64,11 +69,60 @@ class Survey:
 
     @property
     def attention(self) -> list[Site]:
+        """The calls of attention over positions, in order."""
         return [site for _, site in self.sites if site is not None]
+
+    @property
+    def has_feature_maps(self) -> bool:
+        """Whether an activation lies on a grid of more than one cell."""
+        return any(activation.tokens.grid != (1, 1) for activation in self.activations)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the survey as plain data for `json.dumps`, without the positions of single tokens."""
+        return {
+            "attention": [
+                {
+                    "name": site.name,
+                    "kind": site.kind,
+                    "grid": list(site.grid),
+                    "heads": site.heads,
+                    "windows": len(site.keys.index_WN),
+                    "num_prefix_tokens": site.num_prefix_tokens,
+                    "fused": site.fused,
+                }
+                for site in self.attention
+            ],
+            "activations": [{"name": item.name, "grid": list(item.tokens.grid)} for item in self.activations],
+            "gates": dict(self.gates),
+            "glimpses": list(self.glimpses),
+            "unlabelled": dict(self.unlabelled),
+            "other": dict(self.other),
+            "missed": list(self.missed),
+            "picks": self.picks,
+        }
+
+    def __repr__(self) -> str:
+        lines = [f"Survey({len(self.attention)} calls of attention, {len(self.activations)} outputs on a grid)"]
+        for site in self.attention:
+            windows = f", {len(site.keys.index_WN)} windows" if site.windowed else ""
+            lines.append(f"  {site.name}: {site.kind}, grid {site.grid[0]}×{site.grid[1]}, {site.heads} heads{windows}")
+        lines += [
+            f"  {name}: gate over {'positions' if spatial else 'channels'}" for name, spatial in self.gates.items()
+        ]
+        lines += [f"  {name}: glimpses" for name in self.glimpses]
+        lines += [f"  {name}: {reason}" for name, reason in (self.unlabelled | self.other).items()]
+        lines += [f"  {name}: looks like attention, but did not attend" for name in self.missed]
+        if self.picks:
+            lines.append("  the model picks its tokens by what an image shows")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Show the lines in a notebook."""
+        return f"<pre>{html.escape(repr(self))}</pre>"
 
 
 class Surveyor(Watcher):
-    """Runs beside one image and finds the sites."""
+    """A watcher that finds the sites while one image runs through the model."""
 
     follows = True
 
@@ -76,23 +130,23 @@ class Surveyor(Watcher):
         super().__init__(model)
         self.survey = Survey()
         self.time = 0
-        self.looks: dict[str, bool] = {}
+        self.looks_like_attention: dict[str, bool] = {}  # name → whether the module has attended
         self._inside: tuple[Tensor | None, ...] | None = None
         self._layouts: dict[int, tuple[Tensor, tuple[Tokens, int] | None]] = {}
-        self._whole: list[Axes] = []  # of grids before tokens were dropped
-        self._seen: list[Axes] = []  # of grids that attention ran over
+        self._whole: list[Axes] = []  # grids before tokens are dropped
+        self._attended: list[Axes] = []  # grids of attention, until the first tokens are dropped
         self._merges: list[Merge] = []
         tokens = [part.cls_token for part in model.modules() if hasattr(part, "cls_token")]
         self.class_token = not tokens or any(token is not None for token in tokens)
 
     def watched(self, module: nn.Module) -> bool:
-        return not isinstance(module, nn.Softmax)  # the module around it is the one that attends
+        return not isinstance(module, nn.Softmax)  # the module around a softmax is the one that attends
 
     def enter(self, name: str, module: nn.Module) -> None:
         if _looks_like_attention(module):
-            self.looks.setdefault(name, False)
+            self.looks_like_attention.setdefault(name, False)
 
-    def leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def leave(self, name: str, module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> None:
         self.time += 1
         along_row = False
         if isinstance(out, Tensor) and out.ndim == 4 and out.shape[1:3] == (1, 1):
@@ -101,38 +155,39 @@ class Surveyor(Watcher):
         if (gate := gate_of(name, module, out, along_row=along_row)) is not None:
             self.survey.gates[name] = gate[0] == "spatial_gate" and gate[1].shape[2:].numel() > 1
             for outer in self.stack:
-                self.looks[outer] = True
-        with torch._C.DisableTorchFunction():  # what is computed here is none of the model's
+                self.looks_like_attention[outer] = True
+        with torch._C.DisableTorchFunction():  # the model does not make these computations
             token_positions.follow_module(args, kwargs, out)
             value = out[0] if isinstance(out, (tuple, list)) and out else out
-            if isinstance(value, Tensor) and (found := token_positions.shadow(value)) is not None:
-                lie = self._lie(found)
-                if lie is not None:
-                    self.survey.activations.append(Activation(name, *lie, self.time))
+            if isinstance(value, Tensor) and (positions := token_positions.shadow(value)) is not None:
+                layout = self._layout(positions)
+                if layout is not None:
+                    self.survey.activations.append(Activation(name, *layout, self.time))
 
-    def _lie(self, found: Tensor) -> "tuple[Tokens, int] | None":
-        if id(found) not in self._layouts:  # outputs share their shadow until something moves
-            self._layouts[id(found)] = (found, infer_layout(found, self._whole, self._merges))
-        return self._layouts[id(found)][1]
+    def _layout(self, positions: Tensor) -> "tuple[Tokens, int] | None":
+        """Return the layout of an output; cached, since outputs share their shadow until elements move."""
+        if id(positions) not in self._layouts:
+            self._layouts[id(positions)] = (positions, infer_layout(positions, self._whole, self._merges))
+        return self._layouts[id(positions)][1]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Func, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         out = super().__torch_function__(func, types, args, kwargs)
         token_positions.depend(args, kwargs or {}, out)
         return out
 
-    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def other(self, func: Func, args: Args, kwargs: Kwargs) -> object:
         if func is not F.multi_head_attention_forward:
             out = func(*args, **kwargs)
             if (pick := token_positions.picked(func, args, kwargs)) is not None:
                 among, by_content = pick
                 self.survey.picks |= by_content
-                self._whole += [*self._seen, infer_axes(among)]
-                self._seen = []
+                self._whole += [*self._attended, infer_axes(among)]
+                self._attended = []
             if (merge := token_positions.merged(func, args, kwargs)) is not None:
                 self._merges.append(merge)
             token_positions.follow(func, args, kwargs, out)
             return out
-        # what happens inside cannot be followed, so `fused` and `softmax` are told where queries and keys lie
+        # positions cannot be followed inside the function, so `fused` and `softmax` take them from here
         self._inside = tuple(
             token_positions.per_token(_argument(args, kwargs, i, n)) for i, n in ((0, "query"), (1, "key"))
         )
@@ -149,25 +204,25 @@ class Surveyor(Watcher):
     ) -> Tensor:
         if self.names[retina] not in self.survey.glimpses:
             self.survey.glimpses.append(self.names[retina])
-        with torch._C.DisableTorchFunction():  # each image is seen elsewhere: what follows has no place in the survey
+        with torch._C.DisableTorchFunction():  # glimpses differ between images, so their positions are not followed
             return look(view, location_BR2)
 
-    def fused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        out = func(*args, **kwargs)
+    def fused(self, func: Func, args: Args, kwargs: Kwargs) -> Tensor:
+        out: Tensor = func(*args, **kwargs)
         query, key = _argument(args, kwargs, 0, "query"), _argument(args, kwargs, 1, "key")
         if self._inside is None:
             rows, keys = token_positions.attend(query, key, out)
         else:
             rows, keys = (_per_head(p, x.shape[:-1]) for p, x in zip(self._inside, (query, key), strict=True))
-        self._found(query.shape[:-2], rows, keys, fused=True)
+        self._add_site(query.shape[:-2], rows, keys, fused=True)
         return out
 
-    def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        out = func(*args, **kwargs)
+    def softmax(self, func: Func, args: Args, kwargs: Kwargs) -> Tensor:
+        out: Tensor = func(*args, **kwargs)
         if self._inside is not None:
             shapes = (out.shape[:-1], (*out.shape[:-2], out.shape[-1]))
             rows, keys = (_per_head(p, shape) for p, shape in zip(self._inside, shapes, strict=True))
-            self._found(out.shape[:-2], rows, keys, fused=False, axis=out.ndim - 1)
+            self._add_site(out.shape[:-2], rows, keys, fused=False, axis=out.ndim - 1)
             return out
         token_positions.follow(func, args, kwargs, out)
         axis = _argument(args, kwargs, 1, "dim")
@@ -178,18 +233,18 @@ class Surveyor(Watcher):
         )
         if keys is not None and out.ndim >= 2:
             lead = keys.shape[:-2]
-            self._found(lead, None if rows is None else rows[..., 0], keys[..., 0, :], fused=False, axis=axis)
+            self._add_site(lead, None if rows is None else rows[..., 0], keys[..., 0, :], fused=False, axis=axis)
         elif rows is not None and rows.shape[-1] > 1 and varies(rows, -1):
-            self._found(rows.shape[:-1], None, rows, fused=False, axis=axis, context=True)
+            self._add_site(rows.shape[:-1], None, rows, fused=False, axis=axis, context=True)
         elif rows is not None:
             self._skip("its softmax runs over channels, branches or classes, not over positions")
         else:
             self.survey.sites.append((self.where, None))
             self.survey.times.append(self.time)
-            self.survey.other.setdefault(self.where, "the scores of its softmax have no place in the image")
+            self.survey.other.setdefault(self.where, "the scores of its softmax have no positions in the image")
         return out
 
-    def _found(
+    def _add_site(
         self,
         lead: torch.Size,
         rows: Tensor | None,
@@ -199,6 +254,7 @@ class Surveyor(Watcher):
         axis: int | None = None,
         context: bool = False,
     ) -> None:
+        """Add a site with the positions of its queries and keys, or the reason why it does not count as attention."""
         if keys is None:
             self._skip("the positions of its keys are not known", known=False)
             return
@@ -215,9 +271,9 @@ class Surveyor(Watcher):
         if rows is not None and not rows.isnan().all():
             query_tokens = infer_tokens(per_window(rows, windows, len(lead)), self._whole, self._merges)
         if not self._whole:
-            self._seen.append(infer_axes(keys_WN))
+            self._attended.append(infer_axes(keys_WN))
         if key_tokens is None:
-            self._skip("the positions of its keys make no grid", known=False)
+            self._skip("the positions of its keys form no grid", known=False)
             return
         kind: Kind = "cross" if query_tokens is None else "self"
         site = Site(
@@ -235,27 +291,31 @@ class Surveyor(Watcher):
         )
         self.survey.sites.append((self.where, site))
         self.survey.times.append(self.time)
-        for name in self.stack:
-            if name in self.looks:
-                self.looks[name] = True
+        self._mark_as_attending()
 
     def _skip(self, reason: str, *, known: bool = True) -> None:
+        """Record why a call is not attention over positions, or, if `known` is false, why it is not understood."""
         self.survey.sites.append((self.where, None))
         self.survey.times.append(self.time)
         (self.survey.other if known else self.survey.unlabelled).setdefault(self.where, reason)
+        self._mark_as_attending()
+
+    def _mark_as_attending(self) -> None:
         for name in self.stack:
-            if name in self.looks:
-                self.looks[name] = True
+            if name in self.looks_like_attention:
+                self.looks_like_attention[name] = True
 
 
-_surveys: "WeakKeyDictionary[nn.Module, dict[Any, Survey]]" = WeakKeyDictionary()
+_Key: TypeAlias = "tuple[tuple[tuple[tuple[int, ...], torch.device], ...], int]"
+
+_surveys: "WeakKeyDictionary[nn.Module, dict[_Key, Survey]]" = WeakKeyDictionary()
 
 
-def survey(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Survey:
-    """Find the sites of a module that is called with these arguments; remembered.
+def survey(module: nn.Module, args: Args, kwargs: Kwargs) -> Survey:
+    """Return the survey of a module for the shapes of these arguments, from the cache if possible.
 
-    Where the model picks tokens by what the image shows, every image is surveyed, each time; in evaluation mode, so
-    what it picks by chance while training is not found.
+    If the model picks tokens by what an image shows, every image is surveyed each time. The survey runs in evaluation
+    mode, so tokens that are picked at random during training are not found.
     """
     key = _key(module, args, kwargs)
     known = _surveys.setdefault(module, {})
@@ -269,106 +329,107 @@ def survey(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _together(surveys: list[Survey]) -> Survey:
-    """One survey of many images whose tokens lie elsewhere in each."""
-    found = copy.copy(surveys[0])
+    """Combine the surveys of single images into one survey; the positions of the tokens may differ."""
+    combined = copy.copy(surveys[0])
     if len(surveys) == 1:
-        return found
-    found.unlabelled = dict(found.unlabelled)
-    found.sites = []
-    for (name, site), *others in zip(*(one.sites for one in surveys), strict=False):
+        return combined
+    combined.unlabelled = dict(combined.unlabelled)
+    combined.sites = []
+    for (name, site), *others in zip(*(survey.sites for survey in surveys), strict=False):
         sites = [site, *(other for _, other in others)]
-        if all(one is not None and site is not None and one.alike == site.alike for one in sites):
+        if all(item is not None and site is not None and item.alike == site.alike for item in sites):
             of_images = cast("list[Site]", sites)
-            keys, queries = _each([one.keys for one in of_images]), _each([one.queries for one in of_images])
+            keys, queries = _of_images([s.keys for s in of_images]), _of_images([s.queries for s in of_images])
             assert keys is not None
             site = replace(of_images[0], keys=keys, queries=queries)
-        elif any(one is not None for one in sites):
-            found.unlabelled[name] = "it attends otherwise in one image than in another"
+        elif any(item is not None for item in sites):
+            combined.unlabelled[name] = "its attention differs between the images of a batch"
             site = None
-        found.sites.append((name, site))
-    found.times = found.times[: len(found.sites)]
-    by_time = [{activation.time: activation for activation in one.activations} for one in surveys]
-    found.activations = []
+        combined.sites.append((name, site))
+    combined.times = combined.times[: len(combined.sites)]
+    by_time = [{activation.time: activation for activation in survey.activations} for survey in surveys]
+    combined.activations = []
     for time, activation in by_time[0].items():
-        all_ = [one[time] for one in by_time if time in one]
-        layouts = {(one.name, one.channel_axis, one.tokens.grid, one.tokens.index_WN.shape) for one in all_}
-        if len(all_) == len(surveys) and len(layouts) == 1:
-            tokens = _each([one.tokens for one in all_])
+        same_time = [activations[time] for activations in by_time if time in activations]
+        layouts = {(a.name, a.channel_axis, a.tokens.grid, a.tokens.index_WN.shape) for a in same_time}
+        if len(same_time) == len(surveys) and len(layouts) == 1:
+            tokens = _of_images([a.tokens for a in same_time])
             assert tokens is not None
-            found.activations.append(replace(activation, tokens=tokens))
-    return found
+            combined.activations.append(replace(activation, tokens=tokens))
+    return combined
 
 
-def _each(tokens: Sequence[Tokens | None]) -> Tokens | None:
-    """Where those of each image lie."""
-    known = [one for one in tokens if one is not None]
+def _of_images(tokens: Sequence[Tokens | None]) -> Tokens | None:
+    """Combine the tokens of single images into the tokens of a batch."""
+    known = [item for item in tokens if item is not None]
     if not known:
         return None
     first = known[0]
     cells = torch.arange(first.grid[0] * first.grid[1])[None]
-    homes = [cells if one.home_BG is None else one.home_BG for one in known]
+    homes = [cells if item.home_BG is None else item.home_BG for item in known]
     if all(
-        torch.equal(one.index_WN, first.index_WN) and torch.equal(home, homes[0])
-        for one, home in zip(known, homes, strict=True)
+        torch.equal(item.index_WN, first.index_WN) and torch.equal(home, homes[0])
+        for item, home in zip(known, homes, strict=True)
     ):
         return first
-    merged = any(one.home_BG is not None for one in known)
-    index_BWN = torch.stack([one.index_WN for one in known])
+    merged = any(item.home_BG is not None for item in known)
+    index_BWN = torch.stack([item.index_WN for item in known])
     return Tokens(first.grid, first.index_WN, index_BWN, torch.cat(homes) if merged else None)
 
 
 def forget(module: nn.Module) -> None:
-    """Survey a module anew when it is next called."""
+    """Remove the cached surveys of a module."""
     _surveys.pop(module, None)
 
 
-def _key(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _key(module: nn.Module, args: Args, kwargs: Kwargs) -> _Key:
+    """Return the cache key of a survey: the arguments' shapes without batch, their devices, and the model's modules."""
     shapes = tuple((tuple(value.shape[1:]), value.device) for value in token_positions._tensors((args, kwargs)))
     structure = hash(tuple(map(id, module.modules())))
     return shapes, structure
 
 
-def _images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def _images(args: Args, kwargs: Kwargs) -> Tensor | None:
     return next((v for v in token_positions._tensors((args, kwargs)) if v.ndim == 4 and v.is_floating_point()), None)
 
 
-def _run_survey(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = 0) -> Survey:
-    """Survey one image, by its number in the batch."""
+def _run_survey(module: nn.Module, args: Args, kwargs: Kwargs, number: int = 0) -> Survey:
+    """Survey one image, given its number in the batch."""
     images = _images(args, kwargs)
     if images is None:
         return Survey()
     batch = len(images)
 
-    def one_of(value: Any) -> Any:
+    def of_image(value: Any) -> Any:  # whatever the user's model takes
         if isinstance(value, Tensor):
             if value.ndim == 0 or len(value) != batch:
                 return value
-            one = value[number : number + 1].clone() if batch else value.new_zeros(1, *value.shape[1:])
+            image = value[number : number + 1].clone() if batch else value.new_zeros(1, *value.shape[1:])
             if value is images:
-                token_positions.cast(one, token_positions.image_positions(one))
-            return one
+                token_positions.cast(image, token_positions.image_positions(image))
+            return image
         if isinstance(value, dict):
-            return {key: one_of(item) for key, item in value.items()}
+            return {key: of_image(item) for key, item in value.items()}
         if isinstance(value, (tuple, list)):
-            return type(value)(map(one_of, value))
+            return type(value)(map(of_image, value))
         return value
 
     with _quiet(module, images.device):
-        inputs, named = one_of(args), one_of(kwargs)
+        inputs, named = of_image(args), of_image(kwargs)
         with Surveyor(module) as surveyor:
             module(*inputs, **named)
-    found = surveyor.survey
-    seen = surveyor.looks
-    found.missed = [
+    candidates = surveyor.looks_like_attention
+    surveyor.survey.missed = [
         name
-        for name, attended in seen.items()
-        if not attended and not any(other.startswith(f"{name}.") for other in seen if other != name)
+        for name, attended in candidates.items()
+        if not attended and not any(other.startswith(f"{name}.") for other in candidates if other != name)
     ]
-    return found
+    return surveyor.survey
 
 
 @contextlib.contextmanager
 def _quiet(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context for a survey: evaluation mode, no gradients, hidden from other watchers. The random state is restored."""
     training = [part for part in module.modules() if part.training]
     devices = [device] if device.type == "cuda" else []
     try:
@@ -382,7 +443,7 @@ def _quiet(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _per_head(positions_BN: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """Give every head the positions of its tokens: (B, heads, N), or (B · heads, N)."""
+    """Repeat the positions of tokens, (B, N), for every head: (B, heads, N), or (B · heads, N)."""
     if positions_BN is None or positions_BN.shape[1] != shape[-1] or shape[0] % len(positions_BN):
         return None
     if len(shape) == 3:
@@ -390,7 +451,7 @@ def _per_head(positions_BN: Tensor | None, shape: Sequence[int]) -> Tensor | Non
     return positions_BN.repeat_interleave(shape[0] // len(positions_BN), 0)
 
 
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+def _argument(args: Args, kwargs: Kwargs, place: int, name: str) -> Any:
     return args[place] if len(args) > place else kwargs.get(name)
 
 

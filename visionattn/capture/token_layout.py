@@ -1,4 +1,4 @@
-"""Where tokens lie in the image, window by window, and how a call of attention is laid out.
+"""Layouts: where tokens lie in the image, window by window, and the axes of a call of attention.
 
 Shapes: B images, W windows, N tokens, Q queries, K keys, h × w grid of G cells.
 """
@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 
 Kind = Literal["self", "cross"]
-_NEAR = 2e-4  # positions are fractions of the image; grids of up to some thousand cells a side are told apart
+_NEAR = 2e-4  # tolerance of positions, as a fraction of the image; fine enough for some thousand rows or columns
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Where the tokens of each window lie on the grid.
+    """The positions of the tokens of each window on the grid.
 
     Attributes:
         grid: (h, w).
-        index_WN: (W, N) int64, the cell row · w + column of every token; −1 for class and register tokens and padding.
-        index_BWN: the same of each image, where the model chooses its tokens by what the image shows; index_WN is that
-            of the first image then. None where all images are alike.
-        home_BG: (B, G) int64 of each image, where tokens were merged: in which cell the token lies that the token of a
-            cell was merged into; for all others the cell itself. None where none were merged.
+        index_WN: (W, N) int64, the cell (row · w + column) of every token; −1 for class tokens, register tokens and
+            padding.
+        index_BWN: (B, W, N) int64, the cells for each image, if the model picks its tokens by what the image shows;
+            index_WN then belongs to the first image. None if all images have the same positions.
+        home_BG: (B, G) int64, for models that merge tokens. If the token of cell g was merged into another token, entry
+            g is the cell of that other token; otherwise it is g. None if no tokens were merged.
     """
 
     grid: tuple[int, int]
@@ -36,50 +37,54 @@ class Tokens:
 
     @cached_property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the first that lies on the grid."""
+        """The number of tokens before the first token on the grid."""
         placed = (self.index_WN >= 0).any(0)
         first = int(placed.int().argmax()) if placed.any() else len(placed)
-        beyond = len(placed) - int(placed.flip(0).int().argmax())  # a token made of all that were dropped may be last
-        return first if placed[first:beyond].all() else 0  # tokens without a place among the others are padding
+        beyond = len(placed) - int(placed.flip(0).int().argmax())  # the last token may stand for all dropped tokens
+        return first if placed[first:beyond].all() else 0  # tokens without a position between the others are padding
 
     @property
     def windowed(self) -> bool:
+        """Whether there is more than one window."""
         return len(self.index_WN) > 1
 
     @cached_property
     def in_order(self) -> bool:
-        """Whether the tokens are a prefix and then the grid, row by row, as a ViT's are."""
+        """Whether the prefix tokens come first and then the grid, row by row, as in a ViT."""
         cells = torch.arange(self.grid[0] * self.grid[1])
         alike = not self.windowed and self.index_BWN is None
         return alike and torch.equal(self.index_WN[0, self.num_prefix_tokens :], cells)
 
     def of_image(self, number: int) -> "Tokens":
-        """Where those of one image lie."""
+        """Return the tokens of one image."""
         if self.index_BWN is None:
             return self
         home = None if self.home_BG is None else self.home_BG[number : number + 1]
         return Tokens(self.grid, self.index_BWN[number], home_BG=home)
 
     def some(self, tokens_N: Tensor) -> "Tokens":
-        """Some of the tokens, by a mask."""
+        """Return a selection of the tokens, by a mask (N,) bool."""
         each = None if self.index_BWN is None else self.index_BWN[:, :, tokens_N]
         return Tokens(self.grid, self.index_WN[:, tokens_N], each, self.home_BG)
 
     def images(self, count: int) -> Tensor:
-        """(B, W, N) of so many images, as `index_WN`."""
+        """Return the cell of every token for `count` images, (B, W, N); −1 as in `index_WN`."""
         index = self.index_WN[None] if self.index_BWN is None else self.index_BWN
         return index.expand(count, *self.index_WN.shape)
 
     def of_cell(self, cell: int, count: int) -> Tensor:
-        """Which token is that of a cell, or was made of it, (B, W, N) of so many images."""
+        """Return a mask of the tokens that represent a cell, (B, W, N), for `count` images.
+
+        These are the tokens in the cell, or the token that they were merged into.
+        """
         if self.home_BG is None:
             return self.images(count) == cell
         return self.images(count) == self.home_BG[:, cell, None, None]
 
     def sum_to_grid(self, values_BWN: Tensor) -> Tensor:
-        """Put one value a token on the grid, (B, h, w); cells met more than once hold the sum, cells never met 0.
+        """Sum the values of the tokens, (B, W, N), in the cells of the grid: (B, h, w). Cells without tokens are 0.
 
-        The value of a token that others were merged into is shared out evenly among their cells and its own.
+        If other tokens were merged into a token, its value is divided evenly among its own cell and theirs.
         """
         height, width = self.grid
         if self.in_order:
@@ -97,8 +102,10 @@ class Tokens:
         return total.reshape(-1, height, width)
 
     def read(self, cells_Bhw: Tensor) -> Tensor:
-        """What the cells of each token hold together, (B, W, N): the way back from `sum_to_grid`. Cells met by several
-        tokens are shared among them; a token without a place has nothing."""
+        """Return the sum of each token's cells, (B, W, N): the inverse of `sum_to_grid`.
+
+        The value of a cell is divided evenly among its tokens. A token without a position has the value 0.
+        """
         cells = cells_Bhw.flatten(1)
         index = self.images(cells.shape[0]).to(cells.device)
         if self.home_BG is not None:
@@ -109,17 +116,20 @@ class Tokens:
         return torch.where(index >= 0, values, 0)
 
     def counts(self, images: int) -> Tensor:
-        """How many tokens lie in each cell, (B, h, w), or (1, h, w) where all images are alike; a fraction where the
-        cell has part in one."""
+        """Return the number of tokens in each cell, (B, h, w), or (1, h, w) if all images have the same positions.
+
+        The number is a fraction for cells that share a token.
+        """
         index = self.images(1 if self.index_BWN is None else images)
         return replace(self, index_BWN=index).sum_to_grid(torch.ones(index.shape))
 
     def to_grid(self, values_BWN: Tensor, *, shared: bool = False) -> Tensor:
-        """As `sum_to_grid`, cells met more than once holding the mean.
+        """Average the values of the tokens, (B, W, N), in the cells of the grid: (B, h, w). Cells without tokens are 0.
 
         Args:
-            shared: a token that others were merged into shares its value out among its cells, as its attention is;
-                otherwise each of them holds it, as its features do.
+            values_BWN: one value for each token.
+            shared: how to treat a token that others were merged into. If true, its value is divided among its cells
+                (for attention); otherwise each cell gets the whole value (for features).
         """
         summed_Bhw = self.sum_to_grid(values_BWN)
         if self.in_order:
@@ -128,7 +138,7 @@ class Tokens:
         return summed_Bhw / torch.where(held_Bhw > 0, held_Bhw, 1).to(summed_Bhw.device)
 
     def _tokens(self, images: int) -> Tensor:
-        """How many tokens lie in each cell or in that of the token it was merged into."""
+        """Return the number of tokens in each cell, or, if its token was merged, in the cell of the other token."""
         counts_Bhw = self.counts(images)
         return (
             counts_Bhw if self.home_BG is None else counts_Bhw * self._sizes.gather(1, self.home_BG).view_as(counts_Bhw)
@@ -136,13 +146,13 @@ class Tokens:
 
     @cached_property
     def _sizes(self) -> Tensor:
-        """How many cells have their token in each cell, (B, G); at least 1."""
+        """For each cell, the number of cells that its token represents, including itself, (B, G), ≥ 1."""
         assert self.home_BG is not None
         ones = torch.ones(self.home_BG.shape)
         return torch.zeros_like(ones).scatter_add(1, self.home_BG, ones).clamp(min=1)
 
     def _places(self, index: Tensor) -> Tensor:
-        """Cell of every token; those without a place go to one behind the grid, which is cut off."""
+        """Return the cell of every token; tokens without a position get an extra cell after the grid."""
         return torch.where(index < 0, self.grid[0] * self.grid[1], index)
 
 
@@ -152,17 +162,16 @@ class Site:
 
     Attributes:
         name: dotted name of the module that attends.
-        kind: `"self"` where the queries lie in the image as the keys do; `"cross"` where they are class tokens alone or
-            learned.
+        kind: `"self"` if the queries have positions in the image; `"cross"` if all are class tokens or learned queries.
         heads: number of heads.
-        queries: where the queries lie; None where they have no place (class tokens, learned queries).
-        keys: where the keys lie.
-        fused: a call of scaled_dot_product_attention, not of softmax.
-        lead: sizes of the axes before queries and keys, for one image.
-        windows: which of these axes run over windows.
-        axis: the axis of the softmax; None where fused.
-        context: a softmax of one score a position, with no queries.
-        class_query: index of the class token, or of the only query, among the queries; None where there is none.
+        queries: positions of the queries; None for queries without positions (class tokens, learned queries).
+        keys: positions of the keys.
+        fused: whether the call is scaled_dot_product_attention; otherwise it is a softmax.
+        lead: sizes of the axes before the axes of queries and keys, for a batch of one image.
+        windows: indices of the axes in `lead` that run over windows.
+        axis: the axis of the softmax; None if the call is fused.
+        context: whether the softmax runs over one score for each position, without queries.
+        class_query: index of the class token, or of the only query, among the queries; None if there is neither.
     """
 
     name: str
@@ -179,31 +188,45 @@ class Site:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """The grid of the keys, (h, w)."""
         return self.keys.grid
 
     @property
     def windowed(self) -> bool:
+        """Whether the keys are divided into windows."""
         return self.keys.windowed
 
     @property
     def num_prefix_tokens(self) -> int:
+        """The number of class and register tokens before the grid of the keys."""
         return self.keys.num_prefix_tokens
 
     @property
+    def reads_the_grid(self) -> bool:
+        """Whether a class token, or the only query, attends to the whole grid."""
+        return self.class_query is not None and not self.windowed and not self.context
+
+    @property
     def alike(self) -> tuple[object, ...]:
-        """What the same call has in every image, wherever the tokens lie."""
-        lie = [(tokens.grid, tokens.index_WN.shape) for tokens in (self.keys, self.queries) if tokens is not None]
-        return self.name, self.kind, self.fused, self.axis, self.lead, self.windows, self.class_query, *lie
+        """The properties of the call that do not depend on the positions of the tokens."""
+        shapes = [(tokens.grid, tokens.index_WN.shape) for tokens in (self.keys, self.queries) if tokens is not None]
+        return self.name, self.kind, self.fused, self.axis, self.lead, self.windows, self.class_query, *shapes
 
     def canonical(self, values: Tensor) -> Tensor:
-        """Bring (B · lead[0], *lead[1:], Q, K) to (B, W, heads, Q, K)."""
+        """Reshape (B · lead[0], *lead[1:], Q, K) to (B, W, heads, Q, K).
+
+        Raises:
+            LayoutError: the shape of the values differs from the survey.
+        """
         if values.ndim != len(self.lead) + 2 or values.shape[1 : len(self.lead)] != self.lead[1:]:
-            raise LayoutError(f"{self.name} now has the shape {tuple(values.shape)}, and had (B · {self.lead}, …)")
+            raise LayoutError(
+                f"{self.name} has the shape {tuple(values.shape)}, but it had (B · {self.lead}, …) in the survey"
+            )
         if len(self.lead) == 2 and self.lead[0] == 1 and not self.windows:
             return values[:, None]
         batch = values.shape[0] // self.lead[0]
         if values.shape[0] % self.lead[0]:
-            raise LayoutError(f"{self.name} now has {values.shape[0]} windows, no multiple of {self.lead[0]}")
+            raise LayoutError(f"{self.name} has {values.shape[0]} windows, which is no multiple of {self.lead[0]}")
         values = values.unflatten(0, (batch, self.lead[0]))
         windows = [axis + 1 for axis in self.windows]
         heads = [axis + 1 for axis in range(len(self.lead)) if axis not in self.windows]
@@ -214,7 +237,7 @@ class Site:
 
 
 class LayoutError(RuntimeError):
-    """A call has another shape than the survey saw."""
+    """The shape of a call of attention differs from the survey."""
 
 
 @dataclass(frozen=True)
@@ -223,9 +246,9 @@ class Activation:
 
     Attributes:
         name: dotted name of the module that returns it.
-        tokens: where each position lies; W is 1 unless the module works inside windows.
-        channel_axis: of the output.
-        time: how many events lay before it.
+        tokens: positions of the output's elements, with W = 1.
+        channel_axis: axis of the channels in the output.
+        time: number of modules that returned before, comparable with `Survey.times`.
     """
 
     name: str
@@ -235,10 +258,10 @@ class Activation:
 
 
 def varies(positions_: Tensor | None, axis: int) -> bool:
-    """Whether positions differ along an axis."""
+    """Return whether positions differ along an axis."""
     if positions_ is None or positions_.stride(axis) == 0 or positions_.shape[axis] == 1:
         return False
-    for other in range(positions_.ndim):  # expanded axes hold nothing new
+    for other in range(positions_.ndim):  # all elements of an expanded axis are equal
         if positions_.stride(other) == 0:
             positions_ = positions_.narrow(other, 0, 1)
     parts = torch.view_as_real(positions_)
@@ -247,7 +270,7 @@ def varies(positions_: Tensor | None, axis: int) -> bool:
 
 
 def per_window(positions_: Tensor, windows: tuple[int, ...], lead: int) -> Tensor:
-    """Positions (W, N) from (*lead, N): axes that do not run over windows hold the same."""
+    """Reshape positions (*lead, N) to (W, N). Along axes that do not run over windows all elements are equal."""
     for axis in reversed(range(lead)):
         if axis not in windows:
             positions_ = positions_.select(axis, 0)
@@ -255,14 +278,14 @@ def per_window(positions_: Tensor, windows: tuple[int, ...], lead: int) -> Tenso
 
 
 Axes: TypeAlias = "tuple[Tensor, Tensor]"
-"""The y of a grid's rows and the x of its columns."""
+"""The y coordinates of a grid's rows, and the x coordinates of its columns."""
 
 Merge: TypeAlias = "tuple[Tensor, Tensor]"
-"""Positions of tokens, and of those that they were merged into."""
+"""Positions of merged tokens, and positions of the tokens that they were merged into."""
 
 
 def infer_axes(positions_: Tensor) -> Axes:
-    """The rows and columns that occur among positions."""
+    """Return the rows (y) and columns (x) that occur among positions."""
     known = positions_[~positions_.isnan()]
     y, x = (part.sort().values for part in (known.real, known.imag))
     near = [torch.cat([values[:1], values[1:][values.diff() > _NEAR]]) for values in (y, x)]
@@ -270,8 +293,13 @@ def infer_axes(positions_: Tensor) -> Axes:
 
 
 def infer_tokens(positions_WN: Tensor, whole: Sequence[Axes] = (), merges: Sequence[Merge] = ()) -> Tokens | None:
-    """Infer the grid from the positions that occur; where tokens were dropped, it is the largest of the `whole` grids
-    on which those that are left lie. Those that were merged, in that order, have a home."""
+    """Infer tokens on a grid from their positions; None if the positions form no grid.
+
+    Args:
+        positions_WN: positions y + ix; NaN for tokens without a position.
+        whole: grids from before tokens were dropped. The result uses the largest of them that has all positions.
+        merges: merged tokens, in order; see `Tokens.home_BG`.
+    """
     known = ~positions_WN.isnan()
     if not known.any():
         return None
@@ -295,12 +323,12 @@ def _homes(index_WN: Tensor, axes: Axes, merges: Sequence[Merge]) -> Tensor | No
         step[_cells(moved, axes).cpu()] = _cells(into, axes).cpu()
         home = step[home]
     is_there = torch.isin(cells, index_WN)
-    home = torch.where(~is_there & is_there[home], home, cells)  # merges elsewhere in the model move nothing here
+    home = torch.where(~is_there & is_there[home], home, cells)  # ignores merges of other tokens
     return None if torch.equal(home, cells) else home[None]
 
 
 def _nearest(values: Tensor, starts: Tensor) -> Tensor:
-    """Which row or column a value belongs to: the last that does not begin behind it."""
+    """Return the index of the row or column of each value: the last entry of `starts` that is at most the value."""
     return torch.searchsorted(starts, values.nan_to_num(0).contiguous() + _NEAR / 2).clamp(min=1) - 1
 
 
@@ -313,7 +341,10 @@ def _lie_on(positions_: Tensor, axes: Axes) -> bool:
 def infer_layout(
     positions_: Tensor, whole: Sequence[Axes] = (), merges: Sequence[Merge] = ()
 ) -> tuple[Tokens, int] | None:
-    """Read a (1, C, h, w) or (1, h, w, C) map, or (1, N, C) tokens: where they lie, and which axis is C."""
+    """Return the tokens and the channel axis, from positions of shape (1, C, h, w), (1, h, w, C) or (1, N, C).
+
+    Return None if the positions form no grid.
+    """
     if positions_.ndim not in (3, 4) or len(positions_) != 1:
         return None
     for axis in (1, positions_.ndim - 1):

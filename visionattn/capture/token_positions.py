@@ -1,28 +1,39 @@
-"""Where in the image each token, window and feature comes from, followed through the model's own reshapes.
+"""Positions: where in the image each token, window and feature comes from, followed through the model's operations.
 
-Windows, shifts, pooled keys and class tokens look different in every family of models, but all are made of a few
-operations that move numbers about. So one image runs through the model beside a *shadow* of it: at every pixel its
-position y + ix, in [0, 1]. What moves numbers (view, permute, roll, window partition …) moves the shadow alike; what
-mixes channels (linear layers, norms) keeps it; what pools or strides averages it; what makes numbers out of nothing
-(class tokens, padding) is NaN, no position. What picks tokens by their numbers (topk, argsort, a comparison, and then
-gather or an index) picks their positions alike, and these are of that image alone; what adds tokens to others (scatter)
-leaves the others' positions, and the pairs are noted. A softmax whose weights run over
-different positions is attention; the shadow of its queries and keys is the layout. This is done once for each model and
-image size (see `sites.py`), on one image; on each image where tokens are picked.
+Windows, shifts, pooled keys and class tokens differ between families of models, but all are made of a few operations
+that move elements. So one image runs through the model together with its *shadow*: a complex tensor that holds the
+position y + ix of every pixel, with y and x in [0, 1].
 
-Shapes: any; a shadow has its tensor's shape, complex64. Attention logits have two: rows (queries) and columns (keys).
+- Operations that move elements (view, permute, roll, window partition …) move the shadow in the same way.
+- Operations that mix channels (linear layers, norms) keep the shadow.
+- Pooling and strides average the shadow.
+- New elements (class tokens, padding) have no position, NaN.
+- Operations that pick tokens by their values (topk, argsort or a comparison, then gather or indexing) also pick from
+  the shadow. The result is valid only for that image.
+- Operations that add tokens to other tokens (scatter) keep the positions of these other tokens. Which token was added
+  to which is recorded.
+
+If the weights of a softmax run over different positions, the softmax is attention. The shadows of its queries and keys
+tell where they lie. The survey (`survey.py`) runs once for each model and image size, on one image; if tokens are
+picked, it runs on each image.
+
+Shapes: any. A shadow is complex64 and has the shape of its tensor. Attention logits have two shadows: the positions of
+the queries (rows) and of the keys (columns).
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visionattn.capture.hooks import Args, Func, Kwargs
 from visionattn.errors import warn
 
 NOWHERE = complex(float("nan"), float("nan"))
+
+_Read: TypeAlias = Callable[[object], "Tensor | None"]
 
 _MOVES = {
     *("view", "reshape", "permute", "transpose", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "roll"),
@@ -54,41 +65,44 @@ _POOLS = {
 
 
 def image_positions(images_BCHW: Tensor) -> Tensor:
-    """Give every pixel its position, y + ix, both in [0, 1]."""
+    """Return the position of every pixel, y + ix with both in [0, 1], in the shape of the images."""
     height, width = images_BCHW.shape[-2:]
     y_H1 = (torch.arange(height, device=images_BCHW.device)[:, None] + 0.5) / height
     x_1W = (torch.arange(width, device=images_BCHW.device)[None] + 0.5) / width
     return torch.complex(*torch.broadcast_tensors(y_H1, x_1W)).expand(images_BCHW.shape)
 
 
-def shadow(value: Any) -> Tensor | None:
-    """The positions of a tensor's elements; None where they are not known."""
+def shadow(value: object) -> Tensor | None:
+    """Return the positions of a tensor's elements; None if they are not known."""
     return getattr(value, "_positions", None) if isinstance(value, Tensor) else None
 
 
-def columns(value: Any) -> Tensor | None:
-    """The positions of the keys that attention logits belong to."""
+def columns(value: object) -> Tensor | None:
+    """Return the positions of the keys of attention logits; None if they are not known."""
     return getattr(value, "_columns", None) if isinstance(value, Tensor) else None
 
 
 def cast(value: Tensor, positions: Tensor | None, key_positions: Tensor | None = None) -> None:
-    """Attach shadows to a tensor; one of another shape is dropped. Integers and booleans say which, and lie nowhere."""
-    for attribute, found in (("_positions", positions), ("_columns", key_positions)):
-        if found is not None and found.shape == value.shape and value.is_floating_point():
-            setattr(value, attribute, found)
+    """Attach shadows to a tensor. A shadow of another shape is dropped, and so are shadows of integers and booleans."""
+    for attribute, cast_shadow in (("_positions", positions), ("_columns", key_positions)):
+        if cast_shadow is not None and cast_shadow.shape == value.shape and value.is_floating_point():
+            setattr(value, attribute, cast_shadow)
         elif hasattr(value, attribute):
             delattr(value, attribute)
 
 
-def depend(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Note of what a function returns that it depends on what the image shows, where its inputs do."""
+def depend(args: Args, kwargs: Kwargs, out: object) -> None:
+    """Mark a function's results as dependent on the image's content, if one of its inputs depends on the image."""
     if any(hasattr(value, "_depends") or shadow(value) is not None for value in _tensors((args, kwargs))):
         for value in _tensors(out):
-            value._depends = True  # type: ignore[attr-defined]
+            setattr(value, "_depends", True)  # noqa: B010 - mypy knows no such attribute of a tensor
 
 
-def picked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, bool] | None:
-    """The positions among which a function picks, and whether it does so by what the image shows; None of others."""
+def picked(func: Func, args: Args, kwargs: Kwargs) -> tuple[Tensor, bool] | None:
+    """Return the positions that a function picks from, and whether it picks by what the image shows.
+
+    Return None for functions that do not pick.
+    """
     if _name(func) not in _PICKS:
         return None
     source, *others = _tensors((args, kwargs))
@@ -98,17 +112,20 @@ def picked(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return positions, any(hasattr(value, "_depends") for value in by)
 
 
-def merged(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """The positions of tokens that a function adds to others, and of these others, pair by pair; None of others."""
+def merged(func: Func, args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor] | None:
+    """Return pairs as two tensors: positions of tokens that a function adds to others, and positions of these others.
+
+    Return None for functions that do not add tokens.
+    """
     name = _name(func)
     if name not in _ADDS:
         return None
-    given = dict(zip(("input", "dim", "index", "source"), args, strict=False)) | kwargs
-    target, index = given["input"], given["index"]
-    into, moved = shadow(target), shadow(given.get("src", given.get("source")))
+    arguments = dict(zip(("input", "dim", "index", "source"), args, strict=False)) | kwargs
+    target, index = arguments["input"], arguments["index"]
+    into, moved = shadow(target), shadow(arguments.get("src", arguments.get("source")))
     if into is None or moved is None or not _vary(into):
         return None
-    dim = given["dim"] % into.ndim
+    dim = arguments["dim"] % into.ndim
     if name.startswith("index_add"):
         into = into.index_select(dim, index)
     else:
@@ -118,8 +135,8 @@ def merged(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     return torch.view_as_complex(pairs[:, :2].contiguous()), torch.view_as_complex(pairs[:, 2:].contiguous())
 
 
-def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Give the result of `func(*args, **kwargs)` the shadow that follows from its inputs'."""
+def follow(func: Func, args: Args, kwargs: Kwargs, out: object) -> None:
+    """Attach a shadow to `out = func(*args, **kwargs)`, computed from the shadows of the arguments."""
     name = _name(func)
     sources = [value for value in _tensors((args, kwargs)) if shadow(value) is not None or columns(value) is not None]
     if not sources:
@@ -129,7 +146,7 @@ def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
             _replay(func, name, args, kwargs, out, read)
         return
     if not isinstance(out, Tensor):
-        for part in () if name in _SORTS else _tensors(out):  # sorted numbers lie elsewhere
+        for part in () if name in _SORTS else _tensors(out):  # sorting moves elements to unknown places
             _inherit(part, sources)
         return
     if name in _PRODUCTS or name in ("baddbmm", "addmm", "einsum"):
@@ -153,8 +170,8 @@ def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         _inherit(out, sources)
 
 
-def follow_module(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Let a module's output inherit from its inputs of the same shape where nothing inside could be followed."""
+def follow_module(args: Args, kwargs: Kwargs, out: object) -> None:
+    """If a module's output has no shadow, attach the shadow of an input from which it can inherit; see `_inherit`."""
     sources = [value for value in _tensors((args, kwargs)) if shadow(value) is not None]
     for value in _tensors(out):
         if shadow(value) is None and columns(value) is None:
@@ -162,27 +179,32 @@ def follow_module(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> No
 
 
 def attend(query: Tensor, key: Tensor, out: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Positions of the queries (..., Q) and the keys (..., K) of a fused call; its output sits where its queries do."""
+    """Return the positions of the queries (..., Q) and the keys (..., K) of a fused call.
+
+    The output of the call gets the positions of the queries.
+    """
     rows, keys = (None if (p := shadow(value)) is None else _along(p, -1) for value in (query, key))
     if rows is not None:
         cast(out, rows.expand(out.shape))
-    return tuple(None if p is None else p.squeeze(-1) for p in (rows, keys))  # type: ignore[return-value]
+    return None if rows is None else rows.squeeze(-1), None if keys is None else keys.squeeze(-1)
 
 
-def per_token(value: Any) -> Tensor | None:
-    """Positions (B, N) of tokens (N, B, C), as multi-head attention takes them."""
+def per_token(value: object) -> Tensor | None:
+    """Return the positions (B, N) of tokens (N, B, C), as multi-head attention takes them."""
     positions = shadow(value)
     return None if positions is None or positions.ndim != 3 else _along(positions, -1).squeeze(-1).transpose(0, 1)
 
 
-def _name(func: Callable[..., Any]) -> str:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":  # x.mT and its like
-        name = f"{getattr(func.__self__, '__name__', '')}.__get__"  # type: ignore[attr-defined]
+def _name(func: Func) -> str:
+    """Return the name of a function of torch, or `mT.__get__` for an attribute such as `x.mT`."""
+    name: str = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = f"{getattr(getattr(func, '__self__', None), '__name__', '')}.__get__"
     return name.removeprefix("boolean_dispatch.<locals>.")
 
 
-def _tensors(values: Any) -> Iterable[Tensor]:
+def _tensors(values: object) -> Iterable[Tensor]:
+    """Iterate over all tensors in nested dicts, tuples and lists."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):
@@ -193,15 +215,16 @@ def _tensors(values: Any) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
-def _replay(func: Any, name: str, args: Any, kwargs: Any, out: Any, read: Callable[[Any], Tensor | None]) -> None:
+def _replay(func: Func, name: str, args: Args, kwargs: Kwargs, out: object, read: _Read) -> None:
+    """Apply a function that moves elements to the shadows of its arguments, and attach the results to `out`."""
     if not any(read(value) is not None for value in _tensors((args, kwargs))):
         return
 
-    def swap(value: Any, index: int = 0) -> Any:
+    def swap(value: Any) -> Any:  # arguments of any function of torch
         if isinstance(value, Tensor):
-            found = read(value)
-            if found is not None:
-                return found
+            positions = read(value)
+            if positions is not None:
+                return positions
             is_data = value.is_floating_point() or name in _JOINS
             return torch.full(value.shape, NOWHERE, device=value.device) if is_data else value
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
@@ -218,25 +241,28 @@ def _replay(func: Any, name: str, args: Any, kwargs: Any, out: Any, read: Callab
         else:
             moved = func(*moved_args, **moved_kwargs)
     except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        # torch has no complex form of some functions; the model itself ran, so it is not stopped
+        # some functions of torch have no complex form; the model itself ran, so warn instead of raising
         reason = str(error).partition("\n")[0]
         warn(f"positions could not be followed through {name} ({reason}); attention after it may be unlabelled")
         return
-    for value, found in zip(_tensors(out), _tensors(moved), strict=False):
+    for value, positions in zip(_tensors(out), _tensors(moved), strict=False):
         if read is shadow:
-            cast(value, found, columns(value))
+            cast(value, positions, columns(value))
         else:
-            cast(value, shadow(value), found)
+            cast(value, shadow(value), positions)
 
 
 def _inherit(out: Tensor, sources: list[Tensor]) -> None:
-    """Elementwise operations, norms and activations: the first input of the output's shape, or one that broadcasts."""
+    """Attach the shadow of the first input that has the output's shape, or else that broadcasts to it.
+
+    This is the rule for elementwise operations, norms and activations.
+    """
     rows = next((shadow(s) for s in sources if shadow(s) is not None and s.shape == out.shape), None)
     keys = next((columns(s) for s in sources if columns(s) is not None and s.shape == out.shape), None)
     if rows is None and keys is None:
         for source in sources:
-            if (found := shadow(source)) is not None and source.ndim <= out.ndim and _broadcasts(source, out):
-                rows = found.expand(out.shape)
+            if (positions := shadow(source)) is not None and source.ndim <= out.ndim and _broadcasts(source, out):
+                rows = positions.expand(out.shape)
                 break
     if rows is not None or keys is not None:
         cast(out, rows, keys)
@@ -247,8 +273,11 @@ def _broadcasts(source: Tensor, out: Tensor) -> bool:
     return source.numel() > 1 and all(s in (1, o) for s, o in pairs)
 
 
-def _multiply(name: str, args: tuple[Any, ...], out: Tensor) -> None:
-    """a @ b: rows sit where those of a do; columns where those of b do, which makes the result attention logits."""
+def _multiply(name: str, args: Args, out: Tensor) -> None:
+    """Attach shadows to a @ b: positions of rows from a, and positions of columns from b.
+
+    A result that has both is treated as attention logits.
+    """
     if name == "einsum":
         _einsum(args, out)
         return
@@ -256,11 +285,11 @@ def _multiply(name: str, args: tuple[Any, ...], out: Tensor) -> None:
     if name == "__rmatmul__":
         left, right = right, left
     rows, keys = shadow(left), shadow(right)
-    if rows is None or keys is None:  # a projection of patches mixes the positions of a patch
+    if rows is None or keys is None:  # a projection of patches: take the mean position of each patch
         row_positions = None if rows is None else _spread(_nanmean(rows, -1), out)
     else:
         row_positions = _spread(_along(rows, -1), out)
-    if columns(left) is not None:  # weights @ values: the result sits where the queries do
+    if columns(left) is not None:  # weights @ values: the result has the positions of the queries
         cast(out, row_positions)
         return
     key_positions = None if keys is None else _spread(_along(keys, -2), out)
@@ -269,36 +298,35 @@ def _multiply(name: str, args: tuple[Any, ...], out: Tensor) -> None:
         and key_positions.isnan().all()
         and not (row_positions is None or row_positions.isnan().all())
     ):
-        key_positions = None  # features again, one row a position
+        key_positions = None  # the result holds features, one row for each position
     cast(out, row_positions, key_positions)
 
 
-def _einsum(args: tuple[Any, ...], out: Tensor) -> None:
+def _einsum(args: Args, out: Tensor) -> None:
     if not isinstance(args[0], str) or "..." in args[0] or "->" not in args[0]:
         return
     operands = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
     inputs, result = args[0].replace(" ", "").split("->")
-    found: list[Tensor | None] = []
+    shadows: list[Tensor | None] = []
     for letters, value in zip(inputs.split(","), operands, strict=False):
         if (positions := shadow(value)) is None:
-            found.append(None)
+            shadows.append(None)
             continue
         for axis in reversed([i for i, letter in enumerate(letters) if letter not in result]):
             positions = _nanmean(positions, axis).squeeze(axis)
-        kept = [letter for letter in letters if letter in result]
-        order = sorted(range(len(kept)), key=lambda i, kept=kept: result.index(kept[i]))  # type: ignore[misc]
-        positions = positions.permute(order)
+        remaining = [letter for letter in letters if letter in result]
+        positions = positions.permute([remaining.index(letter) for letter in result if letter in remaining])
         for axis, letter in enumerate(result):
-            if letter not in kept:
+            if letter not in remaining:
                 positions = positions.unsqueeze(axis)
-        found.append(positions.expand(out.shape))
-    if len(found) == 2:
+        shadows.append(positions.expand(out.shape))
+    if len(shadows) == 2:
         is_weights = columns(operands[0]) is not None
-        cast(out, found[0], None if is_weights else found[1])
+        cast(out, shadows[0], None if is_weights else shadows[1])
 
 
-def _reduce(out: Tensor, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A mean over channels stays in place; one over different positions is nowhere in particular."""
+def _reduce(out: Tensor, source: Tensor, args: Args, kwargs: Kwargs) -> None:
+    """Attach a shadow to a mean, sum or maximum: the mean of the positions, or NaN if it runs over all positions."""
     positions = shadow(source)
     dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
     if positions is None or dims is None or isinstance(dims, Tensor):
@@ -310,7 +338,7 @@ def _reduce(out: Tensor, source: Tensor, args: tuple[Any, ...], kwargs: dict[str
     mean = positions
     for axis in axes:
         mean = _nanmean(mean, axis)
-    if (spread > 1e-4).any() and not _vary(mean):  # nothing of where is left
+    if (spread > 1e-4).any() and not _vary(mean):  # the mean runs over all positions
         mean = torch.full_like(mean, NOWHERE)
     if out.ndim < mean.ndim:
         for axis in sorted(axes, reverse=True):
@@ -338,7 +366,7 @@ def _pool(positions: Tensor, out: Tensor) -> Tensor | None:
 
 
 def _nanmean(positions: Tensor, dim: int) -> Tensor:
-    if positions.stride(dim) == 0 or positions.shape[dim] == 1:  # expanded: all alike
+    if positions.stride(dim) == 0 or positions.shape[dim] == 1:  # an expanded axis: all elements are equal
         return positions.narrow(dim, 0, 1) if positions.shape[dim] else positions
     known = ~positions.isnan()
     total = torch.where(known, positions, 0).sum(dim, keepdim=True)
@@ -347,7 +375,7 @@ def _nanmean(positions: Tensor, dim: int) -> Tensor:
 
 
 def _along(positions: Tensor, dim: int) -> Tensor:
-    """Positions that are alike along `dim`; nowhere where they differ, since then the sum runs over positions."""
+    """Reduce `dim` to size 1: the position if all are equal along `dim`, else NaN, since a sum then mixes positions."""
     if positions.stride(dim) == 0 or positions.shape[dim] == 1:
         return positions.narrow(dim, 0, 1)
     parts = torch.view_as_real(positions)
@@ -357,7 +385,7 @@ def _along(positions: Tensor, dim: int) -> Tensor:
 
 
 def _vary(positions: Tensor) -> bool:
-    """Whether there is more than one position."""
+    """Return whether the positions are not all equal."""
     parts = torch.view_as_real(positions).flatten(0, -2)
     return bool((parts.nan_to_num(-9.0).amax(0) - parts.nan_to_num(9.0).amin(0) > 1e-4).any())
 

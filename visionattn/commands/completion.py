@@ -1,4 +1,4 @@
-"""The verb `completion`: print what a shell needs to complete verbs, options and values."""
+"""The verb `completion`: print a shell's completion script for verbs, options and values."""
 
 import argparse
 import importlib
@@ -9,7 +9,7 @@ from visionattn.errors import UsageError, nearest
 
 SHELLS = ("bash", "zsh", "fish")
 
-_USAGE = """Print what a shell needs to complete verbs, options and values:
+_USAGE = """Print the script by which a shell completes verbs, options and values:
 
   bash   visionattn completion bash > ~/.local/share/bash-completion/completions/visionattn
   zsh    visionattn completion zsh > ~/.zfunc/_visionattn     (before compinit in ~/.zshrc: fpath+=(~/.zfunc))
@@ -19,16 +19,16 @@ _USAGE = """Print what a shell needs to complete verbs, options and values:
 def parser(verb: str) -> argparse.ArgumentParser:
     """Build the parser of `visionattn completion`."""
     parser = Parser(prog=f"visionattn {verb}", description=_USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shell", metavar="SHELL", help="bash, zsh or fish")
+    parser.add_argument("shell", metavar="SHELL", help="name of the shell: bash, zsh or fish (required)")
     return parser
 
 
 def run(arguments: list[str], verbs: Mapping[str, tuple[str, str]]) -> int:
-    """Run a command line, whose first word is the verb, and return the exit code.
+    """Print the completion script of a shell and return the exit code.
 
     Args:
-        arguments: of the command line.
-        verbs: verb → the module that has its parser, and what the verb does.
+        arguments: the command line after `visionattn`; its first word is the verb.
+        verbs: verb → (module with the verb's parser, one-line description of the verb).
 
     Raises:
         UsageError: the shell is not one of `SHELLS`.
@@ -42,13 +42,13 @@ def run(arguments: list[str], verbs: Mapping[str, tuple[str, str]]) -> int:
     import shtab
 
     print(shtab.complete(_root(verbs), shell))
-    if shell == "bash":  # shtab's own line does not make bash complete files where the script knows no value
+    if shell == "bash":  # shtab's own `complete` line lacks -o default, so bash would never fall back to file names
         print("complete -o default -F _shtab_visionattn visionattn")
     return 0
 
 
 def _root(verbs: Mapping[str, tuple[str, str]]) -> argparse.ArgumentParser:
-    """One parser of the whole command line, with a subparser for each verb."""
+    """Build one parser of the whole command line, with a subparser for each verb."""
     root = argparse.ArgumentParser(prog="visionattn")
     root.add_argument("--version", action="version")
     subparsers = root.add_subparsers()
@@ -60,7 +60,7 @@ def _root(verbs: Mapping[str, tuple[str, str]]) -> argparse.ArgumentParser:
 
 
 def _add_values(parser: argparse.ArgumentParser) -> None:
-    """Tell shtab which values each option takes: those that the parser lists, otherwise files."""
+    """Tell shtab the possible values of each option: its choices, or files if it has no choices."""
     import shtab
 
     for action in parser._actions:
@@ -68,9 +68,12 @@ def _add_values(parser: argparse.ArgumentParser) -> None:
             for subparser in action.choices.values():
                 _add_values(subparser)
         elif isinstance(action.metavar, str) and action.metavar.startswith("{"):
-            # jsonargparse lists the values of a bool, an Enum or a Literal in the metavar alone
+            # jsonargparse lists the values of a bool, an Enum or a Literal in the metavar only
             action.choices, action.metavar = action.metavar.strip("{}").split(","), None
         elif action.nargs != 0 and not action.choices:
-            # bash completes files by itself; with shtab's function it would list them in place of the options that can
+            # bash completes files by itself; with shtab's function it would list files instead of the options that can
             # follow `--images a.jpg`
-            action.complete = {**shtab.FILE, "bash": ""}  # type: ignore[attr-defined]
+            vars(action)["complete"] = {
+                **shtab.FILE,
+                "bash": "",
+            }  # shtab reads this attribute; argparse has no such field

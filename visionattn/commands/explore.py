@@ -1,66 +1,92 @@
-"""The verb `explore`: make a page to explore where a model looks."""
+"""The verb `explore`: write an HTML page to explore what a model attends to."""
 
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from visionattn.commands.options import Parser, add_model, load, method_and_layer
 from visionattn.errors import UsageError
 
 if TYPE_CHECKING:
-    from visionattn.overlays.explainer import View
+    from visionattn.maps import BoxMethod, MaxOverBoxes, Method
+    from visionattn.overlays import Explainer
 
 
 def parser(verb: str) -> argparse.ArgumentParser:
     """Build the parser of `visionattn explore`."""
     parser = Parser(
         prog=f"visionattn {verb}",
-        description="Make one page to explore where a model looks: a single HTML file, which needs no network.",
+        description="Write one page to explore where a model looks: a single HTML file that needs no network.",
     )
     parser.add_argument(
-        "--images", nargs="+", required=True, metavar="FILE_OR_FOLDER", help="images, or folders of them"
+        "--images", nargs="+", required=True, metavar="PATH", help="images, or folders of images (required)"
     )
-    parser.add_argument("--out", required=True, metavar="FILE", help="the page, .html")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the page to write, .html (required)")
     add_model(parser)
     parser.add_argument(
         "--method",
         nargs="+",
         metavar="NAME[@LAYER]",
-        help="whose heatmaps to show and to hold against controls; by default all that fit but scorecam, which is slow",
+        help="heatmap methods to show and to compare with the controls "
+        "(default: every method that fits the model, except the slow scorecam)",
     )
-    parser.add_argument("--count", type=int, default=20, metavar="N", help="images at most; taken evenly; %(default)s")
     parser.add_argument(
-        "--steps", type=int, default=8, metavar="N", help="of deletion and insertion, 0 for none; %(default)s"
+        "--count",
+        type=int,
+        default=20,
+        metavar="INT",
+        help="largest number of images on the page, taken evenly (default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="changed images at once; %(default)s")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=8,
+        metavar="INT",
+        help="steps of the deletion and insertion curves; 0 leaves the curves out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="INT",
+        help="changed images per forward pass (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-mb",
         type=float,
         default=15,
-        metavar="N",
-        help="size of the page; numbers are rounded to fit; %(default)s",
+        metavar="FLOAT",
+        help="largest size of the page in MB; weights are rounded until the page fits (default: %(default)s)",
     )
     return parser
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line, whose first word is the verb, and return the exit code."""
+    """Write the page and return the exit code: 1 if some images cannot be read, else 0.
+
+    Args:
+        arguments: the command line after `visionattn`; its first word is the verb.
+
+    Raises:
+        UsageError: a flag is wrong, a method does not fit the model, or `--out` exists and is not such a page.
+        DataError: there are no images, the checkpoint cannot be used, or the page cannot be written.
+    """
     options = parser(arguments[0]).parse_args(arguments[1:])
     if options.count < 1 or options.steps < 0 or options.steps == 1:
         raise UsageError(f"--count must be ≥ 1 and --steps 0 or ≥ 2, got {options.count} and {options.steps}")
 
-    from visionattn.data.image_files import find
-    from visionattn.explorer.explorer import refuse_stranger
-    from visionattn.overlays.explainer import View, method_for
+    from visionattn.data import find
+    from visionattn.explorer import refuse_foreign_file
+    from visionattn.overlays import Explainer, find_method
 
-    refuse_stranger(options.out)
+    refuse_foreign_file(options.out)
     images = find(options.images, out=os.devnull).images
     model, preprocess, class_names = load(options)
-    methods = {name: method_for(*method_and_layer(name), model) for name in options.method} if options.method else None
+    methods = {name: find_method(*method_and_layer(name), model) for name in options.method} if options.method else None
     failures = write_page(
         options.out,
-        View(model, preprocess, None, tuple(class_names), options.model or options.ckpt),
+        Explainer(model, preprocess, None, tuple(class_names), options.model or options.ckpt),
         methods,
         images,
         count=options.count,
@@ -72,24 +98,46 @@ def run(arguments: list[str]) -> int:
 
 
 def write_page(
-    path: str, view: "View", methods: Mapping[str, Any] | None, images: Sequence[str], *, count: int = 20, **how: Any
+    path: str,
+    explainer: "Explainer",
+    methods: "Mapping[str, Method | BoxMethod | MaxOverBoxes] | None",
+    images: Sequence[str],
+    *,
+    count: int = 20,
+    steps: int = 8,
+    batch_size: int = 32,
+    limit: int = 15_000_000,
 ) -> Sequence[tuple[str, str]]:
-    """Write a page of some of the images and tell of it; returns those that could not be read, and why."""
+    """Write a page of some images, and print its path, size and failures.
+
+    Args:
+        path: path of the page to write.
+        explainer: the model, its preprocessing and its class names.
+        methods: name on the page → method; None for every method that fits the model, except the slow scorecam.
+        images: paths of the images.
+        count: largest number of images on the page; they are chosen at equal distances in the list.
+        steps, batch_size, limit: see `explorer.explore`; the limit is in bytes.
+
+    Returns:
+        (image, reason) of each image that cannot be read.
+    """
     from rich.console import Console
 
     from visionattn.commands.scorecard import evenly
-    from visionattn.explorer.explorer import explore, tell
+    from visionattn.explorer import explore, tell
 
     console = Console()
     page = explore(
-        view.model,
+        explainer.model,
         [images[index] for index in evenly(len(images), count)],
-        preprocess=view.preprocess,
+        preprocess=explainer.preprocess,
         methods=methods,
-        class_names=view.class_names,
-        model_name=view.model_name,
+        class_names=explainer.class_names,
+        model_name=explainer.model_name,
+        steps=steps,
+        batch_size=batch_size,
+        limit=limit,
         console=console,
-        **how,
     )
     page.save(path)
     tell(page, path, total=len(images), console=console)

@@ -1,4 +1,4 @@
-"""A model and its heatmap in one file that runs without visionattn: ONNX, or an exported program of torch.
+"""Export a model with its heatmap as one file that runs without visionattn: ONNX or torch.export.
 
 Shapes: B images, C channels, H × W pixels of the model's input, K outputs, h × w grid.
 """
@@ -10,39 +10,41 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture.running import undisturbed
-from visionattn.data.placement import Preprocess, image_shape
+from visionattn.capture import undisturbed
+from visionattn.data import Preprocess, image_shape
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.files import write_file
-from visionattn.maps.in_graph import GRAPHS, Graph
-from visionattn.maps.selection import METHODS, default_method
-from visionattn.overlays.explainer import detects, known_of
+from visionattn.maps import GRAPHS, METHODS, Graph, default_method
+from visionattn.overlays import describe_model, is_detector
 
 ENTRY = "visionattn"
-"""Under which a file says how its images are prepared."""
+"""Key of the JSON in an exported file: the method, the preprocessing and the class names."""
 
-_TOLERANCE = 1e-4
-_BATCHES = 1, 3  # with which a file is checked; it was traced with 2
+_TOLERANCE = 1e-4  # largest difference between the file's outputs and the model's
+_BATCHES = 1, 3  # batch sizes of the check; the graph is traced with 2
+
+_Runner: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
+"""Runs a file: images (B, C, H, W) → scores (B, K) and heatmap (B, h, w)."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Describes an exported file.
 
     Attributes:
-        method: by which the heatmap is made.
-        input_size: (C, H, W) of the images; any number of them.
-        difference: between the file's outputs and the model's, the largest on noise, as a share of the largest output
-            where that is above 1; None where nothing here can run the file.
+        method: name of the heatmap's method.
+        input_size: (C, H, W) of one image; the batch size is free.
+        difference: largest difference between the file's outputs and the model's, on noise; relative to the largest
+            output if that is above 1. None if onnxruntime is not installed.
     """
 
     method: str
@@ -62,30 +64,34 @@ def export_graph(
 
         export_graph(model, "vit.onnx", method="rollout")
 
-    The images are prepared as the model wants them, and B is free; the heatmap is in [0, 1] and spans the images. How
-    they are prepared, and what the outputs are called, stands in the file as JSON: in ONNX's metadata `visionattn`, and
-    in the extra file `visionattn` of a program.
+    The graph takes any number of prepared images; each heatmap is in [0, 1] and spans its image. The file also holds
+    the method, the preprocessing and the class names as JSON: under `visionattn` in the metadata of ONNX, or in the
+    extra file `visionattn` of a .pt2.
 
     Args:
-        model: any vision model, or a task that `visionattn.load` returned; it is left as it was.
-        out: .onnx, or .pt2 for `torch.export.load`.
-        method: raw, rollout, gate or gradcam; by default what `maps.default_method` chooses, or else the first of these
-            that fits. Gradients are not part of a graph: gradcam is where a linear head follows a mean over positions,
-            so that none are needed.
-        preprocess: how images are prepared; models of timm and torchvision and tasks say their own.
-        class_names: of the outputs; timm's models and tasks know theirs.
+        model: any vision model, or a task that `visionattn.load` returned; it is left unchanged.
+        out: path of the file: .onnx, or .pt2 for `torch.export.load`.
+        method: raw, rollout, gate or gradcam. Default: the choice of `maps.default_method` if it is one of these, else
+            the first of these that fits. A graph has no gradients, so gradcam fits only a model whose linear head
+            follows a mean over positions: its gradients are the head's weights.
+        preprocess: how images are prepared. Default: the model's own, which timm, torchvision and tasks provide.
+        class_names: names of the outputs. Default: the model's own, which timm and tasks provide.
+
+    Returns:
+        The method, the image size and the largest difference between the file and the model.
 
     Raises:
-        UsageError: the suffix is another, a package that writes ONNX is missing, or the method does not fit the model.
-        DataError: the model cannot be traced, the file gives other values than the model, or it cannot be written.
+        UsageError: the suffix is neither .onnx nor .pt2, a package that writes ONNX is missing, the model is a
+            detector, or the method does not fit the model.
+        DataError: the model cannot be traced, the file's values differ from the model's, or the file cannot be written.
     """
     suffix = Path(out).suffix
     if suffix not in _WRITERS:
-        raise UsageError(f"a graph is written as {' or '.join(_WRITERS)}, got {os.fspath(out)}")
-    network, own, own_names = known_of(model)
-    if detects(network):
+        raise UsageError(f"a graph must be written as {' or '.join(_WRITERS)}, got {os.fspath(out)}")
+    network, own, own_names = describe_model(model)
+    if is_detector(network):
         raise UsageError(
-            f"a graph holds scores and the heatmap of whole images, and this {type(network).__name__} finds boxes; its "
+            f"a graph holds scores and heatmaps of whole images, and this {type(network).__name__} finds boxes; its "
             "weights can be exported, as .safetensors"
         )
     preprocess = preprocess or own
@@ -94,33 +100,41 @@ def export_graph(
         like = next(bare.parameters(), torch.zeros(()))
         noise = torch.randn(max(_BATCHES), *size, generator=torch.Generator().manual_seed(0)).to(like)
         graph = _graph(bare, method, noise[:1])
-        about = {
+        description = {
             "method": graph.method,
             "preprocess": None if preprocess is None else dataclasses.asdict(preprocess),
             "class_names": list(class_names or own_names),
         }
         with _quiet():
             try:
-                batch = torch.export.Dim("batch", max=1 << 24)  # a bound, or torch 2.6 asks whether it is 2⁶³ − 1
+                batch = torch.export.Dim("batch", max=1 << 24)  # without a bound torch 2.6 compares it with 2⁶³ − 1
                 program = torch.export.export(graph, (noise[:2],), dynamic_shapes=({0: batch},), strict=False)
-                content = _WRITERS[suffix](program, json.dumps(about))
+                content = _WRITERS[suffix](program, json.dumps(description))
             except UsageError:
                 raise
-            except Exception as error:  # whatever a model does that no graph can hold
+            except Exception as error:  # torch.export and ONNX raise many types of errors for unsupported models
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise DataError(f"this {type(bare).__name__} with {graph.method} cannot be traced: {reason}") from error
             difference = _difference(graph, noise, content, suffix)
     if difference is not None and not difference <= _TOLERANCE:
-        raise DataError(f"{os.fspath(out)} is not written: it gives other values than the model, by {difference:.2g}")
+        raise DataError(
+            f"{os.fspath(out)} is not written, because it gives other values than the model: the largest difference is "
+            f"{difference:.2g} and the limit {_TOLERANCE:g}"
+        )
     write_file(out, content)
     return Exported(graph.method, size, difference)
 
 
 def _graph(model: nn.Module, method: str | None, image_1CHW: Tensor) -> Graph:
+    """Build the graph of a method, or of the first method that fits.
+
+    Raises:
+        UsageError: the method does not fit, or none does; the message names the methods that do.
+    """
     if method is not None and method not in METHODS:
         raise UsageError(f"there is no method {method!r}.{nearest(method, METHODS)} All: {', '.join(METHODS)}.")
     first = method or default_method(model, image_1CHW).name
-    reasons = {first: f"{first} needs gradients, or looks at values to decide what to do, and a graph cannot"}
+    reasons = {first: f"{first} needs gradients, or branches on values, and a graph can do neither"}
     fitting: list[str] = []
     for name in dict.fromkeys([first, *GRAPHS]):
         if name in GRAPHS:
@@ -132,14 +146,14 @@ def _graph(model: nn.Module, method: str | None, image_1CHW: Tensor) -> Graph:
             if method in (None, name):
                 return graph
             fitting.append(name)
-    some = (
+    others = (
         f"methods that can be exported with it: {', '.join(fitting)}" if fitting else "no other method can be exported"
     )
-    raise UsageError(f"{reasons[first]}; {some}")
+    raise UsageError(f"{reasons[first]}; {others}")
 
 
 def _difference(graph: Graph, noise: Tensor, content: bytes, suffix: str) -> float | None:
-    """Between a file's outputs and the graph's, on some batches; None where nothing here runs it."""
+    """Return the largest difference between a file's outputs and the graph's, or None if the file cannot be run."""
     run = _RUNNERS[suffix](content)
     if run is None:
         return None
@@ -147,37 +161,38 @@ def _difference(graph: Graph, noise: Tensor, content: bytes, suffix: str) -> flo
     for count in _BATCHES:
         images = noise[-count:].contiguous()
         for ours, theirs in zip(graph(images), run(images), strict=True):
-            apart = (ours.cpu().float() - theirs.cpu().float()).abs().max() / ours.abs().max().cpu().clamp(min=1)
-            largest = max(largest, float(apart))
+            error = (ours.cpu().float() - theirs.cpu().float()).abs().max() / ours.abs().max().cpu().clamp(min=1)
+            largest = max(largest, float(error))
     return largest
 
 
-def _program(program: torch.export.ExportedProgram, about: str) -> bytes:
+def _program(program: torch.export.ExportedProgram, description: str) -> bytes:
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={ENTRY: about})
+    torch.export.save(program, buffer, extra_files={ENTRY: description})
     return buffer.getvalue()
 
 
-def _onnx(program: torch.export.ExportedProgram, about: str) -> bytes:
+def _onnx(program: torch.export.ExportedProgram, description: str) -> bytes:
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"ONNX is written by the package {error.name}; install visionattn[onnx], or write a .pt2"
+            f"writing ONNX needs the package {error.name}; install visionattn[onnx], or write a .pt2"
         ) from error
-    made: Any = torch.onnx.export(
+    exported = torch.onnx.export(
         program, (), dynamo=True, verbose=False, input_names=["images"], output_names=["scores", "heatmap"]
     )
-    made.model.metadata_props[ENTRY] = about
-    return made.model_proto.SerializeToString()
+    assert exported is not None  # torch returns None only for an export by tracing
+    exported.model.metadata_props[ENTRY] = description
+    return bytes(exported.model_proto.SerializeToString())
 
 
-def _run_program(content: bytes) -> Any:
+def _run_program(content: bytes) -> _Runner | None:
     return torch.export.load(io.BytesIO(content)).module()
 
 
-def _run_onnx(content: bytes) -> Any:
+def _run_onnx(content: bytes) -> _Runner | None:
     try:
         import onnxruntime
     except ImportError:
@@ -196,8 +211,10 @@ _RUNNERS = {".onnx": _run_onnx, ".pt2": _run_program}
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters say about themselves: deprecations between their own packages, and operators that they
-    rewrite. What matters is checked on the values."""
+    """Silence the exporters' messages: deprecation warnings from their own code, and notes on rewritten operators.
+
+    `_difference` still finds wrong values.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,25 +1,25 @@
 """The verb `score`: measure whether to believe a method's heatmaps."""
 
 import argparse
-from typing import Any
 
 from visionattn.commands.options import Parser, add_model, load, method_and_layer
 from visionattn.errors import UsageError
 
 _FIGURES = """figures:
-  deletion   how likely the model's answer stays while the hottest pixels go
-  insertion  how likely it gets while they come back into a blurred image
-  pointing   whether the hottest pixel lies in the labelled object's box
-  energy     share of the heat that lies in the box
-  IoU        overlap with the object's mask, or box, at the best threshold
-  shuffled   likeness to the map of the same model with shuffled weights"""
+  deletion   mean probability of the model's answer while the hottest pixels are removed; low is good
+  insertion  mean probability of the answer while the hottest pixels return to a blurred image; high is good
+  pointing   how often the hottest pixel lies in the labelled object's box; high is good
+  energy     fraction of the heat inside the box; high is good
+  IoU        overlap with the object's mask, or box, at the best threshold; high is good
+  shuffled   similarity to the map of the same model with shuffled weights; low is good"""
 
 
 def parser(verb: str) -> argparse.ArgumentParser:
     """Build the parser of `visionattn score`."""
     parser = Parser(
         prog=f"visionattn {verb}",
-        description="Measure whether to believe a method's heatmaps, beside controls that do not look at the model.",
+        description="Measure whether to believe a method's heatmaps: score them and controls that do not look at the "
+        "model.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_FIGURES,
     )
@@ -28,47 +28,78 @@ def parser(verb: str) -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="the config.yaml of a run, whose test images are scored; or images and folders of them",
+        help="config.yaml of a run, to score its test images; or images and folders of images (required)",
     )
     add_model(parser)
     parser.add_argument(
         "--method",
         nargs="+",
         metavar="NAME[@LAYER]",
-        help="as overlay's, with the layer behind it; by default all that fit but scorecam, which is slow",
+        help="heatmap methods to score (default: every method that fits the model, except the slow scorecam)",
     )
-    parser.add_argument("--images", type=int, default=200, metavar="N", help="at most; taken evenly; %(default)s")
-    parser.add_argument("--steps", type=int, default=16, metavar="N", help="of deletion and insertion; %(default)s")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once; %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn; %(default)s")
-    parser.add_argument("--out", metavar="FILE", help="write the figures: .csv, or .json with those of every image")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=200,
+        metavar="INT",
+        help="largest number of images to score, taken evenly (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=16,
+        metavar="INT",
+        help="steps of the deletion and insertion curves (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="INT", help="images per forward pass (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="INT",
+        help="seed of the random controls, shuffled weights and resamples (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="file for the figures: .csv, or .json, which also has those of every image (default: none is written)",
+    )
     return parser
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line, whose first word is the verb, and return the exit code."""
+    """Score the methods, print the table and return the exit code: 1 if a method or an image failed, else 0.
+
+    Args:
+        arguments: the command line after `visionattn`; its first word is the verb.
+
+    Raises:
+        UsageError: a flag is wrong, or the model is a detector.
+        DataError: there are no images, the checkpoint cannot be used, or the figures cannot be written.
+    """
     options = parser(arguments[0]).parse_args(arguments[1:])
     for flag in ("images", "steps", "batch_size"):
         if getattr(options, flag) < 1:
             raise UsageError(f"--{flag.replace('_', '-')} must be ≥ 1, got {getattr(options, flag)}")
 
     from visionattn.commands.scorecard import images_of_config, images_of_files, scorecard
-    from visionattn.maps.selection import method_of
-    from visionattn.overlays.explainer import detects
+    from visionattn.maps import make_method
+    from visionattn.overlays import is_detector
 
     model, preprocess, _ = load(options)
-    if detects(model):
+    if is_detector(model):
         raise UsageError(
-            "score measures heatmaps of whole images; for a detector's boxes see visionattn.evaluation.box_scores"
+            "score measures heatmaps of whole images; for the boxes of a detector use visionattn.evaluation.box_scores"
         )
     methods = None
     if options.method:
-        methods = {name: method_of(*method_and_layer(name), model) for name in options.method}
-    some: Any = {"count": options.images, "batch_size": options.batch_size}
+        methods = {name: make_method(*method_and_layer(name), model) for name in options.method}
     if len(options.data) == 1 and options.data[0].endswith((".yaml", ".yml")):
-        images = images_of_config(options.data[0], preprocess, **some)
+        images = images_of_config(options.data[0], preprocess, count=options.images, batch_size=options.batch_size)
     else:
-        images = images_of_files(options.data, preprocess, **some)
+        images = images_of_files(options.data, preprocess, count=options.images, batch_size=options.batch_size)
     scores = scorecard(
         model, images, methods, steps=options.steps, batch_size=options.batch_size, seed=options.seed, out=options.out
     )

@@ -1,4 +1,4 @@
-"""What `visionattn score` reads and tells: images of a folder or of a config's data, a bar, a table, a file."""
+"""Input and output of `visionattn score`: images of folders or of a config's data, progress bar, table and file."""
 
 import contextlib
 import csv
@@ -7,9 +7,9 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from rich import box
@@ -21,50 +21,59 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from visionattn._malloc import keep_freed_memory
-from visionattn.data.decode import read_image
-from visionattn.data.image_files import find
-from visionattn.data.loading.workers import Failure
-from visionattn.data.placement import Preprocess
-from visionattn.data.samples import collate, prepare
+from visionattn.data import Batch, Failure, Preprocess, Sample, collate, find, prepare, read_image
 from visionattn.errors import DataError, MapWarning, UsageError
-from visionattn.evaluation.controls import FIGURES
-from visionattn.evaluation.scoring import FEWEST, Scores, score
+from visionattn.evaluation import METRICS, MIN_IMAGES, Scores, score
 from visionattn.files import printable, write_file
-from visionattn.maps.method import Method
+from visionattn.maps import Method
 
 _WON, _LOST = "✓", "✗"
 _TITLES = {"iou": "IoU"}
-_LEAST = 3  # failures that are told one by one
+_MAX_FAILURES = 3  # printed one by one; the others are counted
+
+
+class _Loaded(NamedTuple):
+    """A batch and its failures; the batch is None if all its images failed."""
+
+    batch: Batch | None
+    failures: list[Failure]
 
 
 @dataclass
 class Images:
-    """Images to score, in batches; iterate once.
+    """Batches of images to score; iterate once.
 
     Attributes:
-        loader: gives dicts, as `score` takes them.
-        count: of all images.
-        failures: why some could not be read; filled on the way.
+        loader: yields batches for `evaluation.score`, or (batch or None, failures).
+        count: number of images, including unreadable ones.
+        failures: error messages of the images that could not be read; filled while iterating.
     """
 
-    loader: DataLoader[Any]
+    loader: Iterable[Batch | tuple[Batch | None, list[Failure]]]
     count: int
     failures: list[str] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.loader:
-            self.failures += map(str, batch.pop("failures", ()))
-            if "image" in batch:
+    def __iter__(self) -> Iterator[Batch]:
+        for loaded in self.loader:
+            batch, failures = loaded if isinstance(loaded, tuple) else (loaded, [])
+            self.failures += map(str, failures)
+            if batch is not None:
                 yield batch
 
 
 def images_of_files(paths: Sequence[str], preprocess: Preprocess, *, count: int, batch_size: int) -> Images:
-    """At most `count` images among files and folders, taken evenly.
+    """Read the images at some paths, in batches.
+
+    Args:
+        paths: files, folders and patterns; see `data.find`.
+        preprocess: the model's preprocessing.
+        count: largest number of images; see `evenly`.
+        batch_size: images per batch.
 
     Raises:
-        UsageError, DataError: as `overlay.inputs.find`.
+        UsageError, DataError: as for `data.find`.
     """
-    found = find(paths, out=os.devnull)  # nothing is written, so no folder is left out
+    found = find(paths, out=os.devnull)  # find skips the folder `out`; nothing is written here, so it skips none
     if not found.images:
         place, reason = found.unlisted[0]
         raise DataError(f"{printable(place)} {reason}")
@@ -73,23 +82,30 @@ def images_of_files(paths: Sequence[str], preprocess: Preprocess, *, count: int,
 
 
 def images_of_config(config: str, preprocess: Preprocess, *, count: int, batch_size: int) -> Images:
-    """At most `count` test images (validation images where there are no others) of a config's data, taken evenly.
+    """Load the test images of a config's data, in batches; the validation images if there is no test split.
+
+    Args:
+        config: path of the YAML file.
+        preprocess: the model's preprocessing.
+        count: largest number of images; see `evenly`.
+        batch_size: images per batch.
 
     Raises:
-        UsageError, DataError: as `training.data_of`; or its samples are no dicts with an image, or images are not
-            prepared as the model's `preprocess` does.
+        UsageError: as for `training.data_of`; or the samples are not dicts with an image, or the data's preprocessing
+            differs from the model's.
+        DataError: as for `training.data_of`, or the split has no images.
     """
-    from visionattn.training.data_of import data_of
+    from visionattn.training import data_of
 
     data = data_of(config)
-    theirs = getattr(data, "preprocess", preprocess)
-    if theirs != preprocess:
+    own = getattr(data, "preprocess", preprocess)
+    if own != preprocess:
         raise UsageError(
-            f"{config} prepares its images otherwise than this model needs them ({theirs}, and not {preprocess}); "
-            "score the images themselves, --data FOLDER, or take the config.yaml of the model's own run"
+            f"{config} prepares its images otherwise than this model needs them ({own}, not {preprocess}); "
+            "score the images themselves with --data FOLDER, or take the config.yaml of the model's own run"
         )
     data.prepare_data()
-    data.setup("predict")  # by which our data modules mean test, else val
+    data.setup("predict")  # the data modules of visionattn then load the test split, else the validation split
     loader = data.predict_dataloader()
     dataset = loader.dataset
     if not len(dataset):
@@ -97,7 +113,7 @@ def images_of_config(config: str, preprocess: Preprocess, *, count: int, batch_s
     first = dataset[0]
     if not isinstance(first, Failure) and not (isinstance(first, dict) and "image" in first):
         raise UsageError(
-            f"the samples of {type(data).__name__} are no dicts with an image; see data.ClassificationData"
+            f"the samples of {type(data).__name__} are no dicts with the key 'image'; see data.ClassificationData"
         )
     chosen = Subset(dataset, evenly(len(dataset), count))
     return Images(
@@ -106,8 +122,8 @@ def images_of_config(config: str, preprocess: Preprocess, *, count: int, batch_s
 
 
 @contextlib.contextmanager
-def _told(doubts: list[str]) -> Iterator[None]:
-    """Gather what methods warn of, but for heatmaps that show nothing, which score as such."""
+def _collecting_warnings(doubts: list[str]) -> Iterator[None]:
+    """Append the messages of MapWarnings to `doubts`, without those on constant heatmaps: the scores show them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MapWarning)
         yield
@@ -119,7 +135,7 @@ def _told(doubts: list[str]) -> Iterator[None]:
 
 
 def evenly(total: int, count: int) -> list[int]:
-    """At most `count` of the numbers below `total`, at equal distances, so that no class comes before others."""
+    """Return at most `count` of the indices 0 … total − 1, equally spaced to cover all classes of a sorted list."""
     return [index * total // min(total, count) for index in range(min(total, count))]
 
 
@@ -134,16 +150,21 @@ def scorecard(
     out: str | None = None,
     console: Console | None = None,
 ) -> Scores:
-    """Score, show a bar meanwhile and the table at the end, and write the figures into a file.
+    """Score methods, with a progress bar; print the table and write the figures into a file.
 
     Args:
-        model, methods, steps, batch_size, seed: as `maps.score` takes them.
-        images: what to score.
-        out: a .csv with a line a figure, or a .json that has the figures of every image too.
-        console: where the bar and the table go.
+        model, methods, steps, batch_size, seed: see `evaluation.score`.
+        images: the images to score.
+        out: a .csv with one line per figure, or a .json that also has the figures of every image. Default: no file.
+        console: where to print the bar and the table. Default: the terminal.
+
+    Returns:
+        The scores of all methods and controls.
 
     Raises:
-        UsageError, DataError: as `maps.score`; or `out` has another ending, no folder, or cannot be written.
+        UsageError: as for `evaluation.score`; or `out` has another suffix or lies in a missing folder, or a batch does
+            not fit into the memory of the device.
+        DataError: as for `evaluation.score`, or `out` cannot be written.
     """
     keep_freed_memory()
     console = console or Console()
@@ -154,7 +175,7 @@ def scorecard(
     doubts: list[str] = []
     columns = TextColumn("  scoring"), BarColumn(20), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn()
     try:
-        with Progress(*columns, console=console) as progress, _told(doubts):
+        with Progress(*columns, console=console) as progress, _collecting_warnings(doubts):
             task = progress.add_task("", total=images.count)
             scores = score(
                 model,
@@ -165,17 +186,17 @@ def scorecard(
                 seed=seed,
                 advance=lambda done: progress.advance(task, done),
             )
-            progress.update(task, completed=scores.images, total=scores.images)  # fractions do not add up exactly
+            progress.update(task, completed=scores.images, total=scores.images)  # a sum of fractions is not exact
     except torch.OutOfMemoryError as error:
         raise UsageError(
-            f"{batch_size} images at once do not fit the device's memory; take a smaller batch size"
+            f"a batch of {batch_size} images does not fit the memory of the device; take a smaller batch size"
         ) from error
     finally:
         _print_failures(console, images.failures)
     for name, reason in scores.failed.items():
         console.print(Text(f"  {name} is left out: {reason}", "red"), soft_wrap=True)
     if out is not None:
-        write(out, scores)  # first: figures that took hours do not depend on a terminal
+        write(out, scores)  # before the table, so that an error of the terminal cannot lose the figures
     console.print(table(scores))
     for line in _legend(scores):
         console.print(Text(line), soft_wrap=True)
@@ -187,39 +208,43 @@ def scorecard(
 
 
 def table(scores: Scores) -> Table:
-    """Methods and controls by rows, figures by columns; 80 letters wide unless names are long."""
+    """Return a table, a row per method and control, a column per figure; 80 characters wide unless names are long."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("", overflow="fold")
-    for figure in scores.figures:
-        arrow = "↑" if FIGURES[figure] > 0 else "↓"
-        table.add_column(f"{_TITLES.get(figure, figure)}\n{arrow}", justify="right", no_wrap=True)
+    for metric in scores.metrics:
+        arrow = "↑" if METRICS[metric] > 0 else "↓"
+        table.add_column(f"{_TITLES.get(metric, metric)}\n{arrow}", justify="right", no_wrap=True)
     for name in scores.controls:
         lost = scores.unbeaten(name) if scores.decided else []
         mark = (_LOST if lost else _WON) if scores.decided else " "
-        cells = [str(scores.estimate(name, figure)) + (_LOST if figure in lost else " ") for figure in scores.figures]
+        cells = [str(scores.estimate(name, metric)) + (_LOST if metric in lost else " ") for metric in scores.metrics]
         table.add_row(Text(f"{mark} {name}"), *cells)
     table.add_section()
     for name in [name for name in scores.values if name not in scores.controls]:
-        table.add_row(Text(f"  {name}"), *(f"{scores.estimate(name, figure)} " for figure in scores.figures))
+        table.add_row(Text(f"  {name}"), *(f"{scores.estimate(name, metric)} " for metric in scores.metrics))
     return table
 
 
 def write(path: str, scores: Scores) -> None:
-    """Write the figures of a .csv or .json so that no half of it ever stands under its name.
+    """Write the figures into a .csv or .json; a failed write leaves an earlier file as it was.
+
+    Args:
+        path: ends in .csv or .json.
+        scores: the scores of all methods and controls.
 
     Raises:
         DataError: the file cannot be written.
     """
     rows = [
         {
-            "name": row["name"],
-            "kind": row["kind"],
-            "figure": figure,
-            **{bound: None if math.isnan(value) else value for bound, value in row[figure]._asdict().items()},
-            "beats_controls": figure not in row["unbeaten"] if row["kind"] == "method" and scores.decided else None,
+            "name": name,
+            "kind": "method" if name in scores.controls else "control",
+            "figure": metric,
+            **{bound: None if math.isnan(v) else v for bound, v in scores.estimate(name, metric)._asdict().items()},
+            "beats_controls": scores.beats(name, metric) if name in scores.controls and scores.decided else None,
         }
-        for row in scores.table()
-        for figure in scores.figures
+        for name in (*scores.controls, *(name for name in scores.values if name not in scores.controls))
+        for metric in scores.metrics
     ]
     text = io.StringIO(newline="")
     if path.endswith(".csv"):
@@ -228,7 +253,7 @@ def write(path: str, scores: Scores) -> None:
         writer.writerows(rows)
     else:
         of_images = {
-            name: {figure: scores.of_images(name, figure).tolist() for figure in scores.figures}
+            name: {metric: scores.of_images(name, metric).tolist() for metric in scores.metrics}
             for name in scores.values
         }
         json.dump(
@@ -247,8 +272,8 @@ def write(path: str, scores: Scores) -> None:
     write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-class _Files(Dataset[dict[str, Any]]):
-    """Image files as samples; of one that cannot be read, why."""
+class _Files(Dataset[Sample | Failure]):
+    """Image files as samples; an unreadable file is a `Failure`."""
 
     def __init__(self, paths: Sequence[str], preprocess: Preprocess) -> None:
         self.paths = paths
@@ -257,34 +282,35 @@ class _Files(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample | Failure:
         path = self.paths[index]
         try:
             return {**prepare(read_image(path), self.preprocess), "path": path}
         except DataError as error:
-            return {"failure": str(error)}
+            return Failure(path, error)
 
 
-def _collate_readable(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    good = [sample for sample in samples if "image" in sample]
-    failures = [sample["failure"] for sample in samples if "failure" in sample]
-    return {**(collate(good) if good else {}), "failures": failures}
+def _collate_readable(samples: Sequence[Sample | Failure]) -> _Loaded:
+    good = [sample for sample in samples if not isinstance(sample, Failure)]
+    failures = [sample for sample in samples if isinstance(sample, Failure)]
+    return _Loaded(collate(good) if good else None, failures)
 
 
 def _legend(scores: Scores) -> list[str]:
-    right = "" if scores.accuracy is None else f"; the model is right on {scores.accuracy:.3f}"
+    accuracy = "" if scores.accuracy is None else f"; the model is right on {scores.accuracy:.3f}"
     if not scores.decided:
         return [
-            f"  {scores.images} of {FEWEST} images that an interval takes, so nothing can be said to beat a control"
+            f"  A confidence interval needs at least {MIN_IMAGES} images; got {scores.images}, so no method counts as "
+            "better than a control"
         ]
     return [
-        f"  ± half of the 95 % interval over {scores.images} images{right}",
+        f"  ± half of the 95 % interval over {scores.images} images{accuracy}",
         f"  {_LOST} does not beat centre, and random and edges on the method's grid; {_WON} beats all",
     ]
 
 
 def _print_failures(console: Console, failures: Sequence[str]) -> None:
-    for reason in failures[:_LEAST]:
+    for reason in failures[:_MAX_FAILURES]:
         console.print(Text(f"  {printable(reason)}", "red"), soft_wrap=True)
-    if len(failures) > _LEAST:
-        console.print(Text(f"  and {len(failures) - _LEAST} more that cannot be read", "red"))
+    if len(failures) > _MAX_FAILURES:
+        console.print(Text(f"  and {len(failures) - _MAX_FAILURES} more that cannot be read", "red"))

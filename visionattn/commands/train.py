@@ -5,14 +5,21 @@ import argparse
 
 def parser(verb: str) -> argparse.ArgumentParser:
     """Build the parser of one of Lightning's verbs."""
-    from visionattn.training.command import parser_of
+    from visionattn.training import parser_of
 
     return parser_of(verb)
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line, whose first word is the verb, and return the exit code."""
-    from visionattn.training import command
+    """Run one of Lightning's verbs and return the exit code 0.
 
-    command.run(arguments[0], arguments[1:])
+    Args:
+        arguments: the command line after `visionattn`; its first word is the verb.
+
+    Raises:
+        UsageError, DataError: see `training.run_verb`.
+    """
+    from visionattn.training import run_verb
+
+    run_verb(arguments[0], arguments[1:])
     return 0

@@ -1,4 +1,4 @@
-"""From files to batches: decoding, placement, augmentation, data sets."""
+"""Data: decoding of images, placement, augmentation, annotations, data modules."""
 
 import lazy_loader
 

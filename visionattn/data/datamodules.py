@@ -1,4 +1,4 @@
-"""Data for image classification, as LightningDataModules."""
+"""Data modules for image classification: folders of images and torchvision's data sets."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,46 +11,51 @@ from torchvision.datasets import VisionDataset
 
 from visionattn.data.image_folder import ImageFolder, find_classes
 from visionattn.data.loading.batches import ImageData, Split
-from visionattn.data.loading.workers import PATIENCE, Unreadable
+from visionattn.data.loading.workers import WORKER_TIMEOUT, Unreadable
 from visionattn.data.placement import Preprocess
-from visionattn.data.samples import Transform, prepare
+from visionattn.data.samples import Sample, Transform, prepare
 from visionattn.errors import DataError, UsageError
 
 
 class ClassificationData(ImageData):
     """Images with one label each, in a train, a val and perhaps a test split.
 
-    A batch is a dict: `image` (B, 3, H, W) float32, normalised; `label` (B,) int64; `path` and `placement`, lists; and
-    where the place of the object is known `box` (B, 4), xyxy in pixels of the input, and `mask` (B, H, W) bool.
+    A batch is a dict (`Batch`): `image` (B, C, H, W) float32, normalised; `label` (B,) int64; `path` and `placement`,
+    lists. Where the position of the object is known, it also has `box` (B, 4), xyxy in pixels of the input, and `mask`
+    (B, H, W) bool.
 
     Args:
-        preprocess, batch_size, num_workers, seed, unreadable, patience: as `ImageData`.
+        preprocess, batch_size, num_workers, seed, unreadable, worker_timeout: see `ImageData`.
     """
 
     @property
     def class_counts(self) -> NDArray[np.int64] | None:
-        """Number of training images of each class, where it is known without reading them all."""
+        """Number of training images of each class, or None where counting would mean reading every image."""
         return None
 
 
 class ImageFolderData(ClassificationData):
-    """Images in folders, a sub-folder a class.
+    """Images in folders, with a sub-folder for each class.
 
-    Either `root` holds train/, perhaps val/ (also valid/ or validation/) and test/, with the classes inside each; or it
-    holds the classes themselves. Where there is no val/, it is drawn from the training images at random, the same share
-    of every class, by `seed`.
+    `root` holds either train/ and optionally val/ (also valid/ or validation/) and test/, each with a folder for each
+    class, or the class folders themselves. Without a val/, validation images are drawn at random from the training
+    images: the same fraction of every class, determined by `seed`.
 
     Args:
         root: the folder.
-        preprocess: to the model's input; 224 × 224 from the middle, with ImageNet's mean and deviation, by default.
-        augment: changes training images at random, e.g. `visionattn.data.transforms.Augmentation`.
-        val_share: where there is no val/: share of each class for validation.
-        test_share: where root holds the classes themselves: the same for testing; 0 makes no test split.
-        batch_size, num_workers, seed, unreadable, patience: as `ImageData`; the seed is that of the split too.
+        preprocess: converts an image to the model's input (default: scale the shorter side to 224 and take the central
+            224 × 224 pixels, with ImageNet's mean and standard deviation).
+        augment: random change of training images, e.g. `visionattn.data.transforms.Augmentation` (default: no change).
+        val_fraction: without a val/: fraction of each class for validation, in (0, 1).
+        test_fraction: where `root` holds the class folders themselves: fraction of each class for testing; 0 gives no
+            test split.
+        batch_size, num_workers, unreadable, worker_timeout: see `ImageData`.
+        seed: random seed of the order, the augmentation and the split.
 
     Raises:
-        DataError: the folder is missing, has no classes, one is empty or too small to split, or the splits have
+        DataError: the folder is missing or has no classes, a class is empty or too small to split, or the splits have
             different classes.
+        ValueError: val_fraction and test_fraction leave nothing to train on.
     """
 
     def __init__(
@@ -59,13 +64,13 @@ class ImageFolderData(ClassificationData):
         *,
         preprocess: Preprocess | None = None,
         augment: Transform | None = None,
-        val_share: float = 0.15,
-        test_share: float = 0.0,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.0,
         batch_size: int = 32,
         num_workers: int = 2,
         seed: int = 0,
         unreadable: Unreadable = "stop",
-        patience: float = PATIENCE,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
         super().__init__(
             preprocess=preprocess or Preprocess(),
@@ -73,24 +78,26 @@ class ImageFolderData(ClassificationData):
             num_workers=num_workers,
             seed=seed,
             unreadable=unreadable,
-            patience=patience,
+            worker_timeout=worker_timeout,
         )
-        if not (val_share > 0 and test_share >= 0 and val_share + test_share < 1):
-            raise ValueError(f"val_share and test_share must leave some to train on, got {val_share} and {test_share}")
+        if not (val_fraction > 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+            raise ValueError(
+                f"val_fraction must be > 0, test_fraction ≥ 0 and their sum < 1, got {val_fraction} and {test_fraction}"
+            )
         self.root = Path(root)
         self.augment = augment
-        self.val_share = val_share
+        self.val_fraction = val_fraction
         folders = {split: self._folder(split) for split in ("train", "val", "test")}
         if folders["train"]:
             self._files = self._from_folders(folders)
         else:
-            self._files = self._divided(find_classes(self.root), test_share)
+            self._files = self._divided(find_classes(self.root), test_fraction)
 
     @property
     def class_counts(self) -> NDArray[np.int64]:
         return np.bincount([label for _, label in self._files["train"]], minlength=len(self.class_names))
 
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
+    def dataset(self, split: Split) -> Dataset[Sample] | None:
         if split not in self._files:
             return None
         augment = self.augment if split == "train" else None
@@ -103,24 +110,25 @@ class ImageFolderData(ClassificationData):
     def _from_folders(self, folders: dict[str, Path | None]) -> dict[str, list[tuple[Path, int]]]:
         classes = {split: find_classes(folder) for split, folder in folders.items() if folder}
         self.class_names = tuple(classes["train"])
-        for split, found in classes.items():
-            if odd := sorted(set(found) ^ set(self.class_names)):
-                only = "only in" if odd[0] in found else "missing from"
+        for split, names in classes.items():
+            if odd := sorted(set(names) ^ set(self.class_names)):
+                only = "only in" if odd[0] in names else "missing from"
                 raise DataError(f"the class {odd[0]!r} is {only} {folders[split]}; every split needs the same classes")
         numbers = {name: number for number, name in enumerate(self.class_names)}
         files = {
-            split: [(path, numbers[name]) for name, paths in found.items() for path in paths]
-            for split, found in classes.items()
+            split: [(path, numbers[name]) for name, paths in by_name.items() for path in paths]
+            for split, by_name in classes.items()
         }
         return files if "val" in files else files | self._divided(classes["train"], 0.0)
 
-    def _divided(self, classes: dict[str, list[Path]], test_share: float) -> dict[str, list[tuple[Path, int]]]:
-        """Draw validation and test images from a folder of classes; the rest is for training."""
+    def _divided(self, classes: dict[str, list[Path]], test_fraction: float) -> dict[str, list[tuple[Path, int]]]:
+        """Draw validation and test images at random from each class; the rest is for training."""
         self.class_names = tuple(classes)
         random = np.random.default_rng(self.seed)
         files: dict[str, list[tuple[Path, int]]] = {"train": [], "val": [], "test": []}
         for label, (name, paths) in enumerate(classes.items()):
-            counts = [max(1, round(share * len(paths))) if share else 0 for share in (self.val_share, test_share)]
+            fractions = (self.val_fraction, test_fraction)
+            counts = [max(1, round(fraction * len(paths))) if fraction else 0 for fraction in fractions]
             if sum(counts) >= len(paths):
                 raise DataError(
                     f"the class {name!r} has {len(paths)} images, too few to split; add some, or a val folder"
@@ -128,23 +136,24 @@ class ImageFolderData(ClassificationData):
             order = random.permutation(len(paths))
             for split, chosen in zip(("val", "test", "train"), np.split(order, np.cumsum(counts)), strict=True):
                 files[split] += [(paths[index], label) for index in sorted(chosen)]
-        return {split: found for split, found in files.items() if found}
+        return {split: pairs for split, pairs in files.items() if pairs}
 
 
 class TorchvisionData(ClassificationData):
-    """MNIST, FashionMNIST, CIFAR10 or CIFAR100, as torchvision reads them.
+    """MNIST, FashionMNIST, CIFAR10 or CIFAR100, read by torchvision.
 
     Args:
         dataset: a class of torchvision.datasets that takes (root, train, download), e.g. `torchvision.datasets.MNIST`.
-        root: where its files lie, or shall lie.
-        download: fetch them where they are missing.
-        preprocess: to the model's input; the images as they are, with values in [−1, 1], by default.
-        augment: changes training images at random.
-        val_size: images of the training split that are kept for validation, the same share of every class.
-        batch_size, num_workers, seed: as `ImageData`.
+        root: folder of the data set's files, and of the download.
+        download: fetch missing files (default: False).
+        preprocess: converts an image to the model's input (default: keep its size, and scale its values to [−1, 1]).
+        augment: random change of training images (default: no change).
+        val_size: number of training images used for validation; every class gives the same fraction.
+        batch_size, num_workers, seed: see `ImageData`.
 
     Raises:
         DataError: the files are missing.
+        UsageError: val_size is not between 0 and the number of training images.
     """
 
     def __init__(
@@ -180,20 +189,20 @@ class TorchvisionData(ClassificationData):
         return np.bincount(self._labels[self._division()[0]], minlength=len(self.class_names))
 
     def arrays(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """All pictures of a split, (n, H, W) or (n, H, W, 3), and their labels (n,)."""
+        """Return all images of a split, (n, H, W) or (n, H, W, 3), and their labels (n,)."""
         if split == "test":
             test = self._open(train=False)
             return np.asarray(test.data), np.asarray(test.targets)
         chosen = self._division()[int(split == "val")]
         return np.asarray(self._train.data)[chosen], self._labels[chosen]
 
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
+    def dataset(self, split: Split) -> Dataset[Sample]:
         if split == "test":
             test = self._open(train=False)
-            return _Pictures(test, np.arange(len(test)), "test", preprocess=self.preprocess)
+            return _TorchvisionImages(test, np.arange(len(test)), "test", preprocess=self.preprocess)
         train, val = self._division()
         chosen, augment = (train, self.augment) if split == "train" else (val, None)
-        return _Pictures(self._train, chosen, "train", preprocess=self.preprocess, augment=augment)
+        return _TorchvisionImages(self._train, chosen, "train", preprocess=self.preprocess, augment=augment)
 
     def _division(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         from sklearn.model_selection import train_test_split
@@ -204,18 +213,18 @@ class TorchvisionData(ClassificationData):
         )
         return np.sort(train), np.sort(val)
 
-    def _open(self, *, train: bool) -> Any:
+    def _open(self, *, train: bool) -> Any:  # torchvision has no type with .classes, .data and .targets
         try:
             return self._make(self.root, train=train, download=self.download)
-        except RuntimeError as error:  # torchvision's "not found" and its failed downloads
+        except RuntimeError as error:  # raised by torchvision for missing files and failed downloads
             raise DataError(
                 f"{self.root} does not hold the files of {getattr(self._make, '__name__', self._make)}; "
                 "set download: true, or put them there"
             ) from error
 
 
-class _Pictures(Dataset[dict[str, Any]]):
-    """Some pictures of a torchvision data set."""
+class _TorchvisionImages(Dataset[Sample]):
+    """A subset of a torchvision data set: the images at the indices `chosen`."""
 
     def __init__(
         self,
@@ -235,17 +244,18 @@ class _Pictures(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, seed = key if isinstance(key, tuple) else (key, key)
         number = int(self.chosen[index])
         picture, label = self.source[number]
         sample = prepare(np.array(picture.convert("RGB")), self.preprocess, self.augment, seed)
-        return {**sample, "label": int(label), "path": self.path_of(index)}
+        sample["label"], sample["path"] = int(label), self.path_of(index)
+        return sample
 
     def path_of(self, index: int) -> str:
         return f"{self.name}/{self.chosen[index]:05d}.png"
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
-        """The picture, (H, W, 3) uint8 RGB, of a sample's path."""
+        """Read the source of a sample by its path: (H, W, 3) uint8 RGB."""
         picture, _ = self.source[int(path.rsplit("/", 1)[-1].removesuffix(".png"))]
         return np.array(picture.convert("RGB"))

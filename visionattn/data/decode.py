@@ -1,11 +1,11 @@
-"""The one place where image files are read and written."""
+"""Read and write image files: decoding with Pillow and OpenCV, encoding of images and animations."""
 
 import io
 import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypedDict
 
 import cv2
 import numpy as np
@@ -21,30 +21,31 @@ SUFFIXES = frozenset({
     ".pnm", ".ppm", ".tif", ".tiff", ".webp"
 })
 # fmt: on
-"""What a folder's images end with, in lower case. HEIC may not be readable here: better a failure than silence."""
+"""Suffixes of image files in a folder, in lower case. HEIC files may fail to decode; the failure is then reported."""
 
 MAX_PIXELS = 178_000_000
-"""Largest image that is decoded, in pixels; a small file may claim to be far larger than memory."""
+"""Default limit on the pixels of a decoded image; even a small file can declare an image larger than memory."""
 
-_ORIENTATION = 0x0112  # of EXIF
+_ORIENTATION = 0x0112  # EXIF tag
 _QUALITY = {".jpg": {"quality": 92}, ".jpeg": {"quality": 92}, ".webp": {"quality": 90}, ".png": {"compress_level": 3}}
 
 
 def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Read an image as it is meant to be seen.
+    """Read an image file as 8-bit RGB, upright.
 
-    The rotation that the camera noted is applied; 16-bit values are scaled; CMYK and palettes are converted;
-    transparency is laid over white; of an animation the first frame is taken.
+    The EXIF rotation is applied; 16-bit values are scaled to 8 bits; CMYK and palette images are converted to RGB;
+    transparent pixels are blended with white; only the first frame of an animation is read.
 
     Args:
-        path: any file name, also one that is no text.
-        max_pixels: larger images are refused before they are decoded.
+        path: file name, which may contain bytes that are not valid text.
+        max_pixels: largest H·W that is decoded (default: `MAX_PIXELS`). Larger images are refused before decoding.
 
     Returns:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        DataError: there is no such file, it is no image, it is cut short or damaged, or too large; names the file.
+        DataError: the file is missing, is not an image, is cut short or damaged, or is too large. The message names
+            the file.
     """
     name = os.fsdecode(path)
     if os.path.isdir(path):
@@ -61,16 +62,16 @@ def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_
 
 
 def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """As `read_image`, of a file's content; `name` is what errors call it."""
+    """Decode the content of an image file, as `read_image` does; error messages call the image `name`."""
     return _decode(io.BytesIO(content), name, max_pixels)
 
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> NDArray[np.uint8]:
-    if max_pixels > MAX_PIXELS:  # a wish for more goes past Pillow's own limit, which is this one
+    if max_pixels > MAX_PIXELS:  # Pillow has its own limit; raise it to the caller's
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own limit and remarks on metadata; ours is below
+            warnings.simplefilter("ignore")  # about large images and odd metadata; the check below decides
             with Image.open(file) as image:
                 width, height = image.size
                 if width * height > max_pixels:
@@ -85,30 +86,30 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> NDArray[np.uint8]:
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: more than {max_pixels / 1e6:,.0f} MP, which is the limit (--max-pixels)") from error
     except UnidentifiedImageError as error:
-        reason = "is empty" if file.seek(0, os.SEEK_END) == 0 else "is no image that can be read"
+        reason = "is empty" if file.seek(0, os.SEEK_END) == 0 else "is not an image that can be read"
         raise DataError(f"{name} {reason}") from error
     except MemoryError as error:
         raise DataError(f"{name}: no memory to decode it") from error
-    except Exception as error:  # Pillow raises whatever a damaged file leads it to
+    except Exception as error:  # on a damaged file Pillow may raise any exception
         reason = str(error) or type(error).__name__
         cut = "truncated" in reason.lower() or "cut" in reason.lower()
         raise DataError(f"{name}: {'cut short' if cut else 'damaged'} ({reason})") from error
 
 
 def upright(image: Image.Image) -> NDArray[np.uint8]:
-    """Make (H, W, 3) uint8 RGB of an open PIL image, as `read_image` would of its file; the image stays as it is."""
+    """Convert an open PIL image to (H, W, 3) uint8 RGB, as `read_image` does; the image itself is not changed."""
     return _to_rgb(image.copy())
 
 
 def write_image(path: "str | bytes | os.PathLike[str]", image_HWC: NDArray[np.uint8]) -> None:
-    """Write an image so that no half of it ever stands under its name.
+    """Write an image file atomically: a file under its final name is always complete.
 
     Args:
-        path: .jpg, .png or .webp; the folder must exist.
+        path: a name ending in .jpg, .jpeg, .png or .webp, in a folder that exists.
         image_HWC: (H, W, 3) uint8 RGB, or (H, W) uint8 or uint16 grey.
 
     Raises:
-        DataError: the folder is missing, the disk is full, or the suffix is no image's; names the file.
+        DataError: the folder is missing, the disk is full, or the suffix is not supported. The message names the file.
     """
     try:
         content = encode_image(image_HWC, Path(os.fsdecode(path)).suffix)
@@ -118,19 +119,19 @@ def write_image(path: "str | bytes | os.PathLike[str]", image_HWC: NDArray[np.ui
 
 
 def encode_image(image_HWC: NDArray[np.uint8] | NDArray[np.uint16], suffix: str) -> bytes:
-    """The content of an image file.
+    """Encode an image as the content of a file.
 
     Args:
         image_HWC: (H, W, 3) uint8 RGB, or (H, W) uint8 or uint16 grey.
         suffix: .jpg, .jpeg, .png or .webp.
 
     Raises:
-        UsageError: the suffix is another.
+        UsageError: the suffix is not supported.
     """
     suffix = suffix.lower()
     if suffix not in _QUALITY:
         raise UsageError(f"an image is written as one of {', '.join(_QUALITY)}")
-    if suffix in (".jpg", ".jpeg") and image_HWC.ndim == 3:  # what Pillow would write, in two thirds of the time
+    if suffix in (".jpg", ".jpeg") and image_HWC.ndim == 3:  # OpenCV takes two thirds of Pillow's time
         bgr_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
         return cv2.imencode(".jpg", bgr_HWC, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY[suffix]["quality"]])[1].tobytes()
     buffer = io.BytesIO()
@@ -142,15 +143,15 @@ def encode_image(image_HWC: NDArray[np.uint8] | NDArray[np.uint16], suffix: str)
 def write_animation(
     path: "str | bytes | os.PathLike[str]", frames: Sequence[NDArray[np.uint8]], *, seconds: float = 0.8
 ) -> None:
-    """Write an animation that runs for ever, so that no half of it ever stands under its name.
+    """Write an animation that loops forever, atomically: a file under its final name is always complete.
 
     Args:
-        path: .webp or .gif, see `encode_animation`; the folder must exist.
-        frames: at least one, (H, W, 3) uint8 RGB, all of one size.
-        seconds: of a frame; the last stays three times as long.
+        path: a name ending in .webp or .gif (see `encode_animation`), in a folder that exists.
+        frames: at least one frame, (H, W, 3) uint8 RGB, all of the same size.
+        seconds: duration of a frame (default: 0.8). The last frame is shown three times as long.
 
     Raises:
-        DataError: as `write_image`.
+        DataError: the folder is missing, the disk is full, or the suffix is not supported. The message names the file.
     """
     try:
         content = encode_animation(frames, Path(os.fsdecode(path)).suffix, seconds=seconds)
@@ -160,15 +161,15 @@ def write_animation(
 
 
 def encode_animation(frames: Sequence[NDArray[np.uint8]], suffix: str, *, seconds: float = 0.8) -> bytes:
-    """The content of a file with an animation that runs for ever.
+    """Encode an animation that loops forever as the content of a file.
 
     Args:
-        frames: at least one, (H, W, 3) uint8 RGB, all of one size.
-        suffix: .webp, without loss, or .gif, of 256 colours a frame.
-        seconds: of a frame; the last stays three times as long.
+        frames: at least one frame, (H, W, 3) uint8 RGB, all of the same size.
+        suffix: .webp (lossless) or .gif (256 colours per frame).
+        seconds: duration of a frame (default: 0.8). The last frame is shown three times as long.
 
     Raises:
-        UsageError: the suffix is another.
+        UsageError: the suffix is not supported.
     """
     suffix = suffix.lower()
     if suffix not in (".webp", ".gif"):
@@ -176,16 +177,21 @@ def encode_animation(frames: Sequence[NDArray[np.uint8]], suffix: str, *, second
     first, *others = [Image.fromarray(frame) for frame in frames]
     milliseconds = round(1000 * seconds)
     durations = [milliseconds] * len(others) + [3 * milliseconds]
-    how: dict[str, Any] = {"lossless": True} if suffix == ".webp" else {}
+    options: _WebpOptions = {"lossless": True} if suffix == ".webp" else {}
     buffer = io.BytesIO()
-    first.save(buffer, suffix[1:], save_all=True, append_images=others, duration=durations, loop=0, **how)
+    first.save(buffer, suffix[1:], save_all=True, append_images=others, duration=durations, loop=0, **options)
     return buffer.getvalue()
 
 
-def _plain_jpeg(file: BinaryIO) -> NDArray[np.uint8] | None:
-    """Decode a colour JPEG by OpenCV: the values of Pillow, which unpacks them twice, in two thirds of the time.
+class _WebpOptions(TypedDict, total=False):
+    lossless: bool
 
-    None where the file does not end as it should, which OpenCV would hide under grey, or where it cannot be decoded.
+
+def _plain_jpeg(file: BinaryIO) -> NDArray[np.uint8] | None:
+    """Decode a colour JPEG with OpenCV, in two thirds of Pillow's time and to the same values.
+
+    Returns None where OpenCV cannot decode the file, and where the end marker is missing. In a file that is cut short,
+    OpenCV would fill the missing rows with grey without an error.
     """
     file.seek(0)
     content = file.read()
@@ -212,7 +218,7 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _from_deep_grey(values_HW: NDArray[np.generic], *, wide: bool) -> NDArray[np.uint8]:
-    """Scale 16-bit integers, or floats of any range, to 8 bits; a 32-bit file (not `wide`) may hold 8 bits."""
+    """Scale 16-bit integers, or floats of any range, to 8 bits; if not `wide`, integers all ≤ 255 count as 8-bit."""
     values = values_HW.astype(np.float64)
     if np.issubdtype(values_HW.dtype, np.integer):
         top = 65535 if wide or values.max(initial=0) > 255 else 255

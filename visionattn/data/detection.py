@@ -1,43 +1,44 @@
-"""Data for object detection, as LightningDataModules."""
+"""Data modules for object detection: their base class, and annotated images."""
 
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from visionattn.data.annotations.boxes import Annotated, BoxFormat, Problem, refuse, settle, told
+from visionattn.data.annotations.boxes import Annotated, BoxFormat, Problem, count_kinds, refuse, settle
 from visionattn.data.annotations.checks import same_content, size_of
 from visionattn.data.annotations.reading import read_annotations
 from visionattn.data.decode import read_image
 from visionattn.data.loading.batches import ImageData, Split
-from visionattn.data.loading.workers import PATIENCE, Unreadable
+from visionattn.data.loading.workers import WORKER_TIMEOUT, Unreadable
 from visionattn.data.placement import Preprocess
-from visionattn.data.samples import Transform, prepare
+from visionattn.data.samples import Sample, Transform, prepare
 from visionattn.errors import DataError, UsageError
 
 
 class DetectionData(ImageData):
     """Images with boxes, in a train, a val and perhaps a test split.
 
-    A batch is a dict: `image` (B, 3, H, W) float32, normalised; `image_id` (B,) int64; and lists, an item an image:
-    `boxes` (N, 4) xyxy in pixels of the input, `labels` (N,) int64, `crowd` (N,) bool (see `Annotated`), `area` (N,) in
-    pixels of the source, `path` and `placement`.
+    A batch is a dict (`Batch`): `image` (B, 3, H, W) float32, normalised; `image_id` (B,) int64; and lists with one
+    item per image: `boxes` (N, 4) xyxy in pixels of the input, `labels` (N,) int64, `crowd` (N,) bool (see
+    `Annotated`), `area` (N,) in pixels of the source, `path` and `placement`.
 
     Args:
-        preprocess: to the model's input. All of an image must be seen: `letterbox` or `stretch`.
-        batch_size, num_workers, seed, unreadable, patience: as `ImageData`.
+        preprocess: converts an image to the model's input; its `fit` must be `letterbox` or `stretch`, which keep the
+            whole image.
+        batch_size, num_workers, seed, unreadable, worker_timeout: see `ImageData`.
 
     Raises:
         UsageError: `preprocess` crops.
     """
 
     category_ids: tuple[int, ...]
-    """The files' own number of each class, which COCO's json of predictions is written with."""
+    """Number of each class in the annotation files, written into the COCO .json of predictions."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class DetectionData(ImageData):
         num_workers: int,
         seed: int,
         unreadable: Unreadable = "stop",
-        patience: float = PATIENCE,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
         if preprocess.fit == "crop":
             raise UsageError("preprocess with fit: crop would cut objects off; detection needs letterbox or stretch")
@@ -57,33 +58,38 @@ class DetectionData(ImageData):
             num_workers=num_workers,
             seed=seed,
             unreadable=unreadable,
-            patience=patience,
+            worker_timeout=worker_timeout,
         )
 
 
 class AnnotatedData(DetectionData):
-    """Images with boxes in COCO's, Pascal VOC's or YOLO's files; see `read_annotations` for where they may lie.
+    """Images with boxes in COCO, Pascal VOC or YOLO files; see `read_annotations` for the folders it reads.
 
-    Where the files name no val split, it is drawn from the training images at random, by `seed`.
+    Where the files name no val split, validation images are drawn at random from the training images, determined by
+    `seed`.
 
     Args:
-        root: the folder, or COCO's .json or YOLO's .yaml.
-        preprocess: to the model's input; letterboxed to 320 × 320 with ImageNet's mean and deviation, by default.
-        augment: changes training images at random, e.g. `visionattn.data.transforms.Augmentation`.
-        images, class_names, splits, box_format: as `read_annotations`.
-        bad_boxes: of boxes and images that cannot be trained on (see `boxes.KINDS`): `drop` leaves them out, with a
-            warning that counts them; `refuse` raises. Boxes in another format than they are read as are refused always.
-        min_visible: a training box that the augmentation leaves less of than this share, or less than a pixel wide or
-            high, is left out; in [0, 1].
-        val_share: where there is no val split: share of the training images for validation.
-        test_share: where the files name no splits at all: the same for testing; 0 makes no test split.
-        batch_size, num_workers, seed, unreadable, patience: as `ImageData`.
+        root: the folder, a COCO .json or a YOLO .yaml.
+        preprocess: converts an image to the model's input (default: letterbox to 320 × 320, with ImageNet's mean and
+            standard deviation).
+        augment: random change of training images, e.g. `visionattn.data.transforms.Augmentation` (default: no change).
+        images, class_names, splits, box_format: see `read_annotations`.
+        bad_boxes: what to do with boxes and images that cannot be trained on (see `boxes.KINDS`): `drop` leaves them
+            out and warns with their counts; `refuse` raises DataError (default: refuse). Boxes that look like another
+            format always raise DataError.
+        min_visible: a training box is left out if less than this fraction of its area remains after the augmentation,
+            or if it becomes less than a pixel wide or high; in [0, 1] (default: 0.3).
+        val_fraction: without a val split: fraction of the training images for validation, in (0, 1).
+        test_fraction: where the files name no splits at all: fraction of the images for testing; 0 gives no test split.
+        batch_size, num_workers, seed, unreadable, worker_timeout: see `ImageData`.
 
     Attributes:
-        problems: all that was found wrong with the annotations.
+        problems: all problems found in the annotations.
 
     Raises:
-        DataError: the files cannot be used, or `bad_boxes` says so.
+        DataError: the files cannot be read, boxes look like another format, or there are problems and `bad_boxes` is
+            `refuse`.
+        ValueError: min_visible, val_fraction or test_fraction is out of its range.
     """
 
     def __init__(
@@ -98,13 +104,13 @@ class AnnotatedData(DetectionData):
         box_format: BoxFormat | None = None,
         bad_boxes: Literal["drop", "refuse"] = "refuse",
         min_visible: float = 0.3,
-        val_share: float = 0.15,
-        test_share: float = 0.0,
+        val_fraction: float = 0.15,
+        test_fraction: float = 0.0,
         batch_size: int = 16,
         num_workers: int = 2,
         seed: int = 0,
         unreadable: Unreadable = "stop",
-        patience: float = PATIENCE,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
         super().__init__(
             preprocess=preprocess or Preprocess(320, fit="letterbox"),
@@ -112,31 +118,38 @@ class AnnotatedData(DetectionData):
             num_workers=num_workers,
             seed=seed,
             unreadable=unreadable,
-            patience=patience,
+            worker_timeout=worker_timeout,
         )
         if not 0 <= min_visible <= 1:
             raise ValueError(f"min_visible must be in [0, 1], got {min_visible}")
-        if not (val_share > 0 and test_share >= 0 and val_share + test_share < 1):
-            raise ValueError(f"val_share and test_share must leave some to train on, got {val_share} and {test_share}")
+        if not (val_fraction > 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+            raise ValueError(
+                f"val_fraction must be > 0, test_fraction ≥ 0 and their sum < 1, got {val_fraction} and {test_fraction}"
+            )
         self.root = root
         self.augment = augment
         self.min_visible = min_visible
-        found = read_annotations(root, images=images, class_names=class_names, splits=splits, box_format=box_format)
-        settled = settle(found, size_of, doubt=box_format is None)
-        self.class_names, self.category_ids = found.class_names, found.category_ids
-        self.problems: list[Problem] = found.problems
+        annotations = read_annotations(
+            root, images=images, class_names=class_names, splits=splits, box_format=box_format
+        )
+        settled = settle(annotations, size_of, doubt=box_format is None)
+        self.class_names, self.category_ids = annotations.class_names, annotations.category_ids
+        self.problems: list[Problem] = annotations.problems
         doubts = [problem for problem in self.problems if problem.kind == "wrong format"]
         if doubts:
             raise DataError(f"{root}: {doubts[0].detail}")
         if bad_boxes == "refuse":
             refuse(self.problems, root)
         elif self.problems:
-            warnings.warn(f"{root}: without {told(self.problems)}; `visionattn data check {root}`", stacklevel=2)
-        self._images = _divided(settled, val_share, test_share, seed)
+            warnings.warn(
+                f"{root}: left out {count_kinds(self.problems)}; `visionattn data check {root}` lists them",
+                stacklevel=2,
+            )
+        self._images = _divided(settled, val_fraction, test_fraction, seed)
         if not any(self._images.values()):
             raise DataError(f"{root} has no image that can be used; `visionattn data check {root}` says why")
 
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
+    def dataset(self, split: Split) -> Dataset[Sample] | None:
         images = self._images.get(split)
         if split == "train":
             if not any(len(image.boxes) for image in images or ()):
@@ -149,17 +162,17 @@ class AnnotatedData(DetectionData):
         return AnnotatedImages(images, preprocess=self.preprocess) if images else None
 
 
-class AnnotatedImages(Dataset[dict[str, Any]]):
-    """Images with their boxes; a sample is asked for by its index, or by (index, seed of the augmentation).
+class AnnotatedImages(Dataset[Sample]):
+    """Images with their boxes; the key of a sample is its index, or (index, seed of the augmentation).
 
-    The boxes go where the augmentation and `preprocess` take the pixels. With a `min_visible` those that are left less
-    than that share of, or less than a pixel wide or high, are dropped; so none is degenerate.
+    The augmentation and `preprocess` move the boxes together with the pixels.
 
     Args:
-        images: what `settle` returns.
-        preprocess: to the model's input.
-        augment: changes each picture first.
-        min_visible: see above; None keeps every box, as a test must.
+        images: returned by `settle`.
+        preprocess: resizes and normalises each image.
+        augment: changes each image first (default: no change).
+        min_visible: boxes with less than this fraction of their area left, or less than a pixel wide or high, are
+            dropped, so that no box is degenerate. None keeps every box, as evaluation requires (default: None).
     """
 
     def __init__(
@@ -178,7 +191,7 @@ class AnnotatedImages(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, seed = key if isinstance(key, tuple) else (key, key)
         source = self.images[index]
         sample = prepare(read_image(source.path), self.preprocess, self.augment, seed, boxes=source.boxes)
@@ -204,14 +217,14 @@ class AnnotatedImages(Dataset[dict[str, Any]]):
         return str(self.images[index].path)
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
-        """The picture, (H, W, 3) uint8 RGB, of a sample's path."""
+        """Read the source of a sample by its path: (H, W, 3) uint8 RGB."""
         return read_image(Path(path))
 
 
 def _divided(
-    settled: Mapping[str, list[Annotated]], val_share: float, test_share: float, seed: int
+    settled: Mapping[str, list[Annotated]], val_fraction: float, test_fraction: float, seed: int
 ) -> dict[str, list[Annotated]]:
-    """Splits by the files' own names; what they leave open is drawn."""
+    """Divide images into the splits that the files name, and draw missing splits at random, determined by `seed`."""
     splits = {split: images for split, images in settled.items() if split and images}
     held_out = {image.path for split in ("val", "test") for image in splits.get(split, ())}
     pool = splits.get("train") or [image for image in settled.get("", ()) if image.path not in held_out]
@@ -219,8 +232,8 @@ def _divided(
         return splits
     if "val" in splits:
         return {**splits, "train": pool}
-    shares = {"val": val_share, "test": 0.0 if splits else test_share}
-    counts = [max(1, round(share * len(pool))) if share else 0 for share in shares.values()]
+    fractions = {"val": val_fraction, "test": 0.0 if splits else test_fraction}
+    counts = [max(1, round(fraction * len(pool))) if fraction else 0 for fraction in fractions.values()]
     if sum(counts) >= len(pool):
         raise DataError(f"{len(pool)} images are too few to split; add some, or a val split")
     order = np.random.default_rng(seed).permutation(len(pool))
@@ -228,7 +241,7 @@ def _divided(
     parts = np.split(order, np.cumsum(counts))
     drawn: dict[str, list[int]] = {name: part.tolist() for name, part in zip(("val", "test"), parts, strict=False)}
     taken = {int(firsts[index]) for part in drawn.values() for index in part}
-    # twins of validation and test images are not trained on
+    # copies of validation and test images are not trained on
     drawn["train"] = [int(index) for index in parts[2] if int(firsts[index]) not in taken]
     splits |= {name: [pool[index] for index in sorted(part)] for name, part in drawn.items() if part}
     return splits

@@ -1,4 +1,4 @@
-"""Which images and videos a run reads, in which order, and what their outputs are called."""
+"""Find the images and videos that a run reads, and order them."""
 
 import glob
 import os
@@ -10,81 +10,83 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from visionattn.data.decode import SUFFIXES
-from visionattn.data.image_list import LISTS, Wish, read_list
+from visionattn.data.image_list import LISTS, ImageRequest, read_list
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.files import printable
 
 AnyPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv"})
-"""What a video's name ends with, in lower case."""
+"""Suffixes of video files, in lower case."""
 
 
 @dataclass
-class Found:
-    """What stands at the paths a user gave.
+class FoundImages:
+    """The images found at the paths that a user gave.
 
     Attributes:
-        images: absolute paths, each once.
-        root: the folder below which the outputs mirror the images' places.
-        ignored: suffix → how many files of folders are no images.
-        links: how many linked folders were not entered.
-        unlisted: folders that cannot be listed, and why.
-        wishes: image → what a list says of it, where it says anything.
+        images: absolute paths, without duplicates.
+        root: the common folder of the inputs; the outputs mirror the folders below it.
+        requests: image → its target and boxes, where a list gives any.
+        ignored: suffix → number of files that were found but are not images.
+        links: number of links to folders; such folders are not searched.
+        unlisted: (folder, reason) of folders that cannot be listed.
     """
 
     images: list[str] = field(default_factory=list)
     root: str = ""
-    wishes: dict[str, Wish] = field(default_factory=dict)
+    requests: dict[str, ImageRequest] = field(default_factory=dict)
     ignored: Counter[str] = field(default_factory=Counter)
     links: int = 0
     unlisted: list[tuple[str, str]] = field(default_factory=list)
 
 
-def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = ()) -> Found:
-    """Find the images at some paths: files as they are, folders with all below them in natural order (2 before 10),
-    what matches a pattern (`holiday/**/IMG_*.jpg`), and what a list names (`lists.read_list`).
+def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = ()) -> FoundImages:
+    """Find the images at the given paths.
 
-    In folders, hidden files and folders are passed over, linked folders are not entered, and files with another suffix
-    than an image's are left. So are earlier outputs. Videos are taken where they are given, listed or matched, and
-    not where they merely lie in a folder.
+    A path is a file, a folder, a pattern (`holiday/**/IMG_*.jpg`) or a list (`image_list.read_list`). A folder gives
+    all images below it in natural order (2 before 10). Inside a folder, these are skipped: hidden files and folders,
+    linked folders, files without an image suffix, videos and earlier outputs. A video is read where its path is
+    given, listed or matched by a pattern.
 
     Args:
-        inputs: files, folders, patterns and lists (.csv, .jsonl); names that are no text are welcome.
-        out: where outputs go; it is not searched where it lies inside a folder of `inputs`.
+        inputs: files, folders, patterns and lists (.csv, .jsonl); names may contain bytes that are not valid text.
+        out: the folder of outputs; it is not searched, even if it lies inside a folder of `inputs`.
         written: absolute paths of earlier outputs.
 
     Raises:
-        UsageError: there are no inputs, or one does not exist (names what comes near), matches nothing, or is neither
-            file nor folder.
-        DataError: there is no image in any of them, or a list cannot be read.
+        UsageError: there are no inputs; or an input does not exist (the message names similar ones), matches nothing,
+            or is neither file nor folder.
+        DataError: no input has an image, or a list cannot be read.
     """
     if isinstance(inputs, (str, bytes, os.PathLike)):
         inputs = [inputs]
     paths = [os.path.abspath(os.fsdecode(path)) for path in inputs]
     if not paths:
         raise UsageError("there are no inputs; give files or folders of images")
-    found, seen, tops = Found(), set[str](), []
+    found, seen, tops = FoundImages(), set[str](), []
     skip = os.path.realpath(os.fsdecode(out))
     real = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in written}}
     outputs = {os.path.join(real[os.path.dirname(path)], os.path.basename(path)) for path in written}
 
     def below(path: str) -> Iterator[str]:
-        """The images that a path stands for."""
+        """Yield the images of one input, and note the folder that its outputs are relative to."""
         if glob.has_magic(path) and not os.path.lexists(path):
             matches = sorted(glob.glob(path, recursive=True), key=_natural)
             if not matches:
-                raise UsageError(f"nothing matches {printable(path)}; quote a pattern, so that the shell leaves it")
+                raise UsageError(
+                    f"nothing matches {printable(path)}; quote a pattern, so that the shell does not expand it"
+                )
             tops.append(_before_magic(path))
             own = os.path.join(skip, "") if not os.path.realpath(tops[-1]).startswith(skip) else "\0"
             for match in matches:
                 if os.path.isdir(match):
-                    continue  # what it holds is matched by **
+                    continue  # a pattern with ** also matches the files inside
                 suffix = os.path.splitext(match)[1].lower()
-                here = os.path.join(os.path.realpath(os.path.dirname(match)), os.path.basename(match))
+                resolved = os.path.join(os.path.realpath(os.path.dirname(match)), os.path.basename(match))
                 if suffix not in SUFFIXES | VIDEOS:
                     found.ignored[printable(suffix)] += 1
-                elif here not in outputs and not here.startswith(own):
+                elif resolved not in outputs and not resolved.startswith(own):
                     yield match
             return
         mode = _mode(path)
@@ -94,10 +96,10 @@ def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = 
         elif not stat.S_ISREG(mode):
             raise UsageError(f"{printable(path)} is neither a file nor a folder; give images or folders of them")
         elif os.path.splitext(path)[1].lower() in LISTS:
-            for image, wish in read_list(path):
+            for image, request in read_list(path):
                 tops.append(os.path.dirname(image))
-                if wish is not None:
-                    found.wishes[image] = wish if image not in found.wishes else found.wishes[image] + wish
+                if request is not None:
+                    found.requests[image] = request if image not in found.requests else found.requests[image] + request
                 yield image
         else:
             tops.append(os.path.dirname(path))
@@ -134,21 +136,21 @@ def _mode(path: str) -> int:
         raise UsageError(f"there is no {printable(os.path.join(parent, name))}.{near}") from error
 
 
-def _walk(folder: str, found: Found, skip: str, outputs: Container[str]) -> Iterator[str]:
-    """Yield a folder's images, then those of its folders; without recursion, so that depth does not matter.
+def _walk(folder: str, found: FoundImages, skip: str, outputs: Container[str]) -> Iterator[str]:
+    """Yield the images of a folder, then those of its sub-folders; not recursive, so the depth has no limit.
 
-    `skip` and `outputs` are real paths: the same folder may be given through a link.
+    `skip` and `outputs` are real paths, since the same folder may also be reached through a link.
     """
     stack = [folder]
     while stack:
-        here = stack.pop()
+        current = stack.pop()
         try:
-            with os.scandir(here) as entries:
+            with os.scandir(current) as entries:
                 listed = sorted(entries, key=lambda entry: _natural(entry.name))
         except OSError as error:
-            found.unlisted.append((here, f"cannot be listed: {error.strerror or error}"))
+            found.unlisted.append((current, f"cannot be listed: {error.strerror or error}"))
             continue
-        folders, real = [], os.path.realpath(here)
+        folders, real = [], os.path.realpath(current)
         for entry in listed:
             if entry.name.startswith("."):
                 continue
@@ -159,7 +161,7 @@ def _walk(folder: str, found: Found, skip: str, outputs: Container[str]) -> Iter
                     folders.append(entry.path)
             elif os.path.join(real, entry.name) not in outputs:
                 suffix = os.path.splitext(entry.name)[1].lower()
-                # a link that leads nowhere is an image that fails; a pipe or device of that name is none
+                # a broken link counts as an image, so that reading it reports an error; a pipe or device does not count
                 if suffix in SUFFIXES and _is(entry, stat.S_ISREG, broken=True):
                     yield entry.path
                 else:
@@ -168,8 +170,8 @@ def _walk(folder: str, found: Found, skip: str, outputs: Container[str]) -> Iter
 
 
 def _is(entry: "os.DirEntry[str]", kind: Callable[[int], bool], *, broken: bool = False) -> bool:
-    """Whether an entry, or what it links to, is of a kind; `broken` is the answer for links that lead nowhere."""
-    if not entry.is_symlink():  # known without asking the file system again
+    """Return whether an entry, or the target of its link, is of a kind; `broken` is the answer for a broken link."""
+    if not entry.is_symlink():  # scandir already knows the kind; no further system call
         return entry.is_dir() if kind is stat.S_ISDIR else entry.is_file()
     try:
         return kind(os.stat(entry.path).st_mode)
@@ -178,7 +180,7 @@ def _is(entry: "os.DirEntry[str]", kind: Callable[[int], bool], *, broken: bool 
 
 
 def _before_magic(pattern: str) -> str:
-    """The folder before a pattern's first part with * or ?."""
+    """Return the part of a pattern before its first folder or file name with a wildcard."""
     while glob.has_magic(pattern):
         pattern = os.path.dirname(pattern)
     return pattern
@@ -187,12 +189,12 @@ def _before_magic(pattern: str) -> str:
 def _common(folders: Collection[str]) -> str:
     try:
         return os.path.commonpath(folders)
-    except ValueError:  # drives of Windows
+    except ValueError:  # paths on different drives of Windows
         return ""
 
 
 def _natural(name: str) -> tuple[list[int | str], str]:
-    """Sorts img2 before img10; texts and numbers alternate, so that each meets its like."""
+    """Return a sort key that puts img2 before img10; text and numbers alternate, so the two are never compared."""
     parts: list[int | str] = []
     for place, part in enumerate(re.split("([0-9]+)", name)):
         parts.append(int(part) if place % 2 else part)
@@ -200,4 +202,5 @@ def _natural(name: str) -> tuple[list[int | str], str]:
 
 
 def is_video(path: str) -> bool:
+    """Return whether a path has the suffix of a video."""
     return os.path.splitext(path)[1].lower() in VIDEOS

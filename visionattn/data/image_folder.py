@@ -1,10 +1,9 @@
-"""A folder of images with a sub-folder a class."""
+"""Images in folders, with a sub-folder for each class."""
 
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,19 +11,19 @@ from torch.utils.data import Dataset
 
 from visionattn.data.decode import SUFFIXES, read_image
 from visionattn.data.placement import Preprocess
-from visionattn.data.samples import Transform, prepare
+from visionattn.data.samples import Sample, Transform, prepare
 from visionattn.errors import DataError, nearest
 
 
-class ImageFolder(Dataset[dict[str, Any]]):
+class ImageFolder(Dataset[Sample]):
     """Images with their labels.
 
-    A sample is asked for by its index, or by (index, seed), where the seed decides the augmentation.
+    The key of a sample is its index, or (index, seed of the augmentation).
 
     Args:
         files: (path, label) of each image.
-        preprocess: to the model's input.
-        augment: changes each picture first.
+        preprocess: resizes and normalises each image.
+        augment: changes each image first (default: no change).
     """
 
     def __init__(
@@ -37,34 +36,37 @@ class ImageFolder(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, seed = key if isinstance(key, tuple) else (key, key)
         path, label = self.files[index]
-        return {**prepare(read_image(path), self.preprocess, self.augment, seed), "label": label, "path": str(path)}
+        sample = prepare(read_image(path), self.preprocess, self.augment, seed)
+        sample["label"], sample["path"] = label, str(path)
+        return sample
 
     def path_of(self, index: int) -> str:
+        """Return the path of a sample."""
         return str(self.files[index][0])
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
-        """The picture, (H, W, 3) uint8 RGB, of a sample's path."""
+        """Read the image file of the sample with this path, before preprocessing: (H, W, 3) uint8 RGB."""
         return read_image(path)
 
 
 def find_classes(folder: Path) -> dict[str, list[Path]]:
     """Find the images of each class: name of the sub-folder → its images, both in natural order (2 before 10).
 
-    Hidden files and folders are passed over. Links to images and to classes are followed; links to folders inside of a
-    class are not, since they could lead round in a circle.
+    Hidden files and folders are skipped. Links to images and to class folders are followed; links to folders inside a
+    class are not, since they could form a cycle.
 
     Raises:
-        DataError: the folder does not exist, holds no sub-folders, or one of them holds no image.
+        DataError: the folder does not exist or has no sub-folders, or a sub-folder has no image.
     """
     if not folder.is_dir():
         siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise DataError(f"there is no folder {folder}.{nearest(folder.name, siblings)}")
     classes = {name: _images(folder / name) for name in _natural(_entries(folder, folders=True))}
     if not classes:
-        raise DataError(f"{folder} holds no sub-folders; it needs one a class, with the images of that class inside")
+        raise DataError(f"{folder} holds no sub-folders; it needs one for each class, with the images of that class")
     empty = [name for name, images in classes.items() if not images]
     if empty:
         raise DataError(

@@ -1,11 +1,11 @@
-"""Lists of images: a CSV or JSONL file that names them, and may say what to explain and what to draw in each."""
+"""Lists of images: CSV or JSONL files with image paths, targets to explain and boxes to draw."""
 
 import csv
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from visionattn.errors import DataError
 from visionattn.files import printable
@@ -15,34 +15,35 @@ _BOX = ("x0", "y0", "x1", "y1")
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a list says of an image.
+class ImageRequest:
+    """The target and boxes that a list gives for an image.
 
     Attributes:
-        target: the output to explain, its number or its class name; None for the one the run explains.
-        boxes: xyxy in pixels of the source, drawn on its pictures.
-        labels: one a box, or none.
+        target: number or name of the class to explain; None to use the target of the run.
+        boxes: xyxy in pixels of the source, drawn on the outputs.
+        labels: one per box, or empty.
     """
 
     target: int | str | None = None
     boxes: tuple[tuple[float, ...], ...] = ()
     labels: tuple[str, ...] = ()
 
-    def __add__(self, other: "Wish") -> "Wish":
-        """Both: an image may have several lines, a box each."""
+    def __add__(self, other: "ImageRequest") -> "ImageRequest":
+        """Merge two lines about the same image: keep all boxes and the last target."""
         target = self.target if other.target is None else other.target
-        return Wish(target, self.boxes + other.boxes, self.labels + other.labels)
+        return ImageRequest(target, self.boxes + other.boxes, self.labels + other.labels)
 
 
-def read_list(path: str) -> Iterator[tuple[str, Wish | None]]:
-    """Yield the absolute paths that a list names, and what it says of them; relative ones start at the list's folder.
+def read_list(path: str) -> Iterator[tuple[str, ImageRequest | None]]:
+    """Yield the absolute path of each listed image with its request, or None where the line has no target and no boxes.
 
-    A .csv has the columns `path` and, where wanted, `target`, `x0`, `y0`, `x1`, `y1` and `label`, and a line a box;
-    without a header, each line is a path. A .jsonl has the keys `path` and, where wanted, `target`, `boxes` and
-    `labels`; or `source`, so that the manifest of another run is a list.
+    Relative paths start at the list's folder. A .csv has the column `path` and the optional columns `target`, `x0`,
+    `y0`, `x1`, `y1` and `label`, one box per line; without a header, each line is a path. A .jsonl has the key `path`
+    and the optional keys `target`, `boxes` and `labels`. A .jsonl line may have `source` in place of `path`, so that
+    the manifest of another run can serve as a list.
 
     Raises:
-        DataError: it cannot be read, or a line names no image; tells which.
+        DataError: the list cannot be read, or a line has no path or a wrong value; the message gives the line number.
     """
     folder = os.path.dirname(path)
     try:
@@ -50,15 +51,15 @@ def read_list(path: str) -> Iterator[tuple[str, Wish | None]]:
             lines = _rows_of_csv(file) if path.lower().endswith(".csv") else _objects(file)
             for number, line in lines:
                 try:
-                    yield os.path.normpath(os.path.join(folder, _text(line, "path", "source"))), _wish(line)
+                    yield os.path.normpath(os.path.join(folder, _text(line, "path", "source"))), _request(line)
                 except (ValueError, TypeError, KeyError) as error:
-                    raise DataError(f"{printable(path)}, line {number}: {_words(error)}") from error
+                    raise DataError(f"{printable(path)}, line {number}: {_reason(error)}") from error
     except (OSError, csv.Error, json.JSONDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{printable(path)} cannot be read as a list of images: {reason}") from error
 
 
-def _rows_of_csv(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows_of_csv(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     rows = csv.reader(file)
     header: Sequence[str] | None = None
     for row in rows:
@@ -72,16 +73,16 @@ def _rows_of_csv(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         yield rows.line_num, {name: cell for name, cell in zip(header, row, strict=False) if cell.strip()}
 
 
-def _objects(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _objects(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(file, 1):
         if line.strip():
             value = json.loads(line)
             yield number, value if isinstance(value, dict) else {"path": value}
 
 
-def _wish(line: dict[str, Any]) -> Wish | None:
+def _request(line: dict[str, Any]) -> ImageRequest | None:
     if "path" not in line:
-        return None  # a manifest's line: its target was another run's
+        return None  # a line of a manifest; its target belongs to another run
     target = line.get("target")
     if isinstance(target, str) and target.strip().isdecimal():
         target = int(target)
@@ -93,9 +94,9 @@ def _wish(line: dict[str, Any]) -> Wish | None:
     labels = line.get("labels", [line["label"]] if "label" in line and boxes else [])
     boxes = tuple(tuple(float(edge) for edge in box) for box in boxes)
     if any(len(box) != 4 for box in boxes) or len(labels) not in (0, len(boxes)):
-        raise ValueError("a box is x0, y0, x1, y1, and there is one label a box, or none")
-    wish = Wish(target, boxes, tuple(map(str, labels)))
-    return None if wish == Wish() else wish
+        raise ValueError("a box must be x0, y0, x1, y1, with one label per box or no labels")
+    request = ImageRequest(target, boxes, tuple(map(str, labels)))
+    return None if request == ImageRequest() else request
 
 
 def _text(line: dict[str, Any], *keys: str) -> str:
@@ -105,5 +106,5 @@ def _text(line: dict[str, Any], *keys: str) -> str:
     raise ValueError(f"there is no {keys[0]}")
 
 
-def _words(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return f"there is no {error.args[0]}" if isinstance(error, KeyError) else str(error)

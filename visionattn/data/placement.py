@@ -1,4 +1,4 @@
-"""Where the pixels of a source image lie in the input of a model, and the way back.
+"""Affine maps from the pixels of a source image to the input of a model, and the preprocessing that returns them.
 
 Coordinates are continuous: pixel i covers [i, i + 1), (0, 0) is the outer corner of the top-left pixel, x runs right
 and y down.
@@ -17,15 +17,15 @@ Size = tuple[int, int]
 
 
 class Placement:
-    """An affine map from the pixels of a source image to those of a model's input.
+    """Map the pixels of a source image to those of a model's input, by an affine matrix.
 
     Args:
-        matrix: (2, 3): input xy = matrix @ (source x, source y, 1).
-        source_size: (height, width) of the source.
-        input_size: (height, width) of the input.
+        matrix: (2, 3); input (x, y) = matrix @ (source x, source y, 1).
+        source_size: (height, width) of the source, pixels.
+        input_size: (height, width) of the input, pixels.
     """
 
-    # no dataclass: Lightning refuses frozen ones in a batch, and copies the others field by field
+    # not a dataclass: Lightning refuses frozen dataclasses in a batch, and copies the others field by field
 
     def __init__(self, matrix: NDArray[np.floating], source_size: Size, input_size: Size) -> None:
         self.matrix: NDArray[np.float64] = np.asarray(matrix, np.float64)
@@ -37,37 +37,38 @@ class Placement:
 
     @classmethod
     def identity(cls, size: Size) -> "Placement":
+        """Return the placement of a source that is itself the input."""
         return cls(np.eye(2, 3), size, size)
 
     @classmethod
     def scaling(cls, source_size: Size, input_size: Size) -> "Placement":
-        """The whole source, resized to the input."""
+        """Return the placement of the whole source, resized to the input."""
         (source_h, source_w), (input_h, input_w) = source_size, input_size
         return cls(np.array([[input_w / source_w, 0, 0], [0, input_h / source_h, 0]], float), source_size, input_size)
 
     def __matmul__(self, inner: "Placement") -> "Placement":
-        """First `inner`, then this one."""
+        """Compose two placements: `inner` is applied first."""
         return Placement(_square(self.matrix)[:2] @ _square(inner.matrix), inner.source_size, self.input_size)
 
     def to_input(self, points_N2: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Carry points (x, y) of the source to the input."""
+        """Map (N, 2) points (x, y) from the source to the input."""
         return np.asarray(points_N2, float) @ self.matrix[:, :2].T + self.matrix[:, 2]
 
     def to_source(self, points_N2: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Carry points (x, y) of the input to the source."""
+        """Map (N, 2) points (x, y) from the input to the source."""
         inverse = np.linalg.inv(_square(self.matrix))
         return np.asarray(points_N2, float) @ inverse[:2, :2].T + inverse[:2, 2]
 
     def boxes_to_input(self, boxes_N4: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Carry boxes (xyxy) of the source to the input: the hull of their corners, cut at the input's edges."""
+        """Map (N, 4) xyxy boxes from source to input: bounding boxes of the mapped corners, clipped to the input."""
         return _clip(_hull(self.to_input(_corners(boxes_N4))), self.input_size)
 
     def boxes_to_source(self, boxes_N4: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Carry boxes (xyxy) of the input to the source: the hull of their corners, cut at the source's edges."""
+        """Map (N, 4) xyxy boxes from input to source: bounding boxes of the mapped corners, clipped to the source."""
         return _clip(_hull(self.to_source(_corners(boxes_N4))), self.source_size)
 
     def seen(self) -> NDArray[np.bool_]:
-        """Which pixels (H, W) of the source have their centre inside the input."""
+        """Return the (H, W) mask of source pixels with their centre inside the input."""
         (height, width), (input_h, input_w) = self.source_size, self.input_size
         centres = self.to_input(
             np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1).reshape(-1, 2)
@@ -76,24 +77,24 @@ class Placement:
         return inside.reshape(height, width)
 
     def carry(self, heatmap_hw: NDArray[np.floating]) -> NDArray[np.float32]:
-        """Carry a heatmap to the pixels of the source.
+        """Resample a heatmap from the model's input to the pixels of the source.
 
         Args:
-            heatmap_hw: any resolution; it spans the whole input.
+            heatmap_hw: (h, w), any resolution; the heatmap spans the whole input.
 
         Returns:
-            (H, W): bilinear between the centres of the heatmap's cells, flat outside the outermost centres, and 0 where
-            the model saw nothing of the source.
+            (H, W) float32 at the source's size: bilinear between the centres of the heatmap's cells, constant beyond
+            the outermost centres, and 0 at source pixels outside the input.
         """
         heatmap_hw = np.ascontiguousarray(heatmap_hw, np.float32)
         to_cells = np.diag([heatmap_hw.shape[1] / self.input_size[1], heatmap_hw.shape[0] / self.input_size[0], 1.0])
         matrix = to_cells @ _square(self.matrix)
         height, width = self.source_size
-        if matrix[0, 1] == matrix[1, 0] == 0:  # nothing is turned: exact, one axis after the other
+        if matrix[0, 1] == matrix[1, 0] == 0:  # no rotation or shear: resample each axis on its own, exactly
             columns_W = matrix[0, 0] * (np.arange(width) + 0.5) + matrix[0, 2]
             rows_H = matrix[1, 1] * (np.arange(height) + 0.5) + matrix[1, 2]
-            return _between(np.ascontiguousarray(_between(heatmap_hw.T, columns_W).T), rows_H)
-        matrix[:2, 2] += matrix[:2, :2] @ (0.5, 0.5) - 0.5  # OpenCV counts from the centres of pixels
+            return _interpolate_rows(np.ascontiguousarray(_interpolate_rows(heatmap_hw.T, columns_W).T), rows_H)
+        matrix[:2, 2] += matrix[:2, :2] @ (0.5, 0.5) - 0.5  # in OpenCV, integer coordinates are pixel centres
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         carried = cv2.warpAffine(heatmap_hw, matrix[:2], (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
         return np.where(self.seen(), carried, np.float32(0))
@@ -101,17 +102,21 @@ class Placement:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Bring an image to the size and the value range that a model wants.
+    """Resize an image to a model's input and normalise its values.
 
     Attributes:
-        size: of the model's input, a number of pixels for a square one, or (height, width).
-        fit: `crop` scales the image until it covers the input and takes the middle; `letterbox` scales it until it
-            fits and pads with the mean colour; `stretch` scales each side by its own factor.
-        crop_fraction: with `crop`, the share of the scaled image's shorter side that the input covers, in (0, 1];
-            timm's `crop_pct`.
-        mean: of red, green and blue in [0, 1], subtracted; one number for grey images, whose value is the luma
-            0.299 R + 0.587 G + 0.114 B.
-        std: of the same channels, divided by.
+        size: size of the input in pixels: one number for a square, or (height, width) (default: 224).
+        fit: `crop` scales the image until it covers the input and takes the centre; `letterbox` scales the image until
+            it fits into the input and pads with the mean colour; `stretch` scales each side by its own factor
+            (default: crop).
+        crop_fraction: with `crop`, the fraction of the scaled image's shorter side that the input covers, in (0, 1];
+            the same as timm's `crop_pct` (default: 1).
+        mean: subtracted from red, green and blue, which are in [0, 1] (default: ImageNet's). With one number, the input
+            has one grey channel, 0.299 R + 0.587 G + 0.114 B.
+        std: each channel is divided by it after the subtraction (default: ImageNet's).
+
+    Raises:
+        ValueError: an attribute is out of its range.
     """
 
     size: int | Size = 224
@@ -132,22 +137,22 @@ class Preprocess:
 
     @property
     def input_size(self) -> Size:
-        """(height, width) of the input."""
+        """(height, width) of the input, pixels."""
         return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
 
     @property
     def channels(self) -> int:
-        """C of the input: 3, or 1 for grey images."""
+        """Number of input channels: 3, or 1 for grey."""
         return len(self.mean)
 
     def __call__(self, image_HWC: NDArray[np.uint8]) -> tuple[NDArray[np.float32], Placement]:
-        """Prepare one image.
+        """Resize and normalise one image.
 
         Args:
-            image_HWC: uint8 RGB.
+            image_HWC: (H, W, 3) uint8 RGB.
 
         Returns:
-            (3 or 1, height, width) float32, normalised, and where the source's pixels went.
+            The input, (C, height, width) float32, normalised, and the placement of the source in it.
         """
         source = image_HWC.shape[0], image_HWC.shape[1]
         scaled = self._scaled_size(source)
@@ -158,7 +163,7 @@ class Preprocess:
         height, width = self.input_size
         canvas = image[max(0, top) : max(0, top) + height, max(0, left) : max(0, left) + width]
         normal = cv2.LUT(canvas, self._lookup).reshape(canvas.shape)
-        if top < 0 or left < 0:  # the padding is the mean colour: 0 once normalised
+        if top < 0 or left < 0:  # pad with the mean colour, which is 0 after normalisation
             padding = [
                 (-min(0, top), height + min(0, top) - canvas.shape[0]),
                 (-min(0, left), width + min(0, left) - canvas.shape[1]),
@@ -168,7 +173,7 @@ class Preprocess:
         return np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32), shift @ Placement.scaling(source, scaled)
 
     def denormalise(self, image_CHW: NDArray[np.floating]) -> NDArray[np.uint8]:
-        """Turn a prepared image (C, H, W) back into a picture (H, W, 3), uint8 RGB."""
+        """Undo the normalisation: (C, H, W) → (H, W, 3) uint8 RGB."""
         values = np.asarray(image_CHW).transpose(1, 2, 0) * self._std + self._mean
         return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8).repeat(3 // self.channels, 2)
 
@@ -178,13 +183,13 @@ class Preprocess:
             return self.input_size
         scale = max(ratios) / self.crop_fraction if self.fit == "crop" else min(ratios)
         height, width = (max(1, round(have * scale)) for have in source)
-        if self.fit == "crop":  # rounding must not leave a gap
+        if self.fit == "crop":  # rounding must not leave part of the input uncovered
             return max(height, self.input_size[0]), max(width, self.input_size[1])
         return min(height, self.input_size[0]), min(width, self.input_size[1])
 
     @cached_property
     def _lookup(self) -> NDArray[np.float32]:
-        """(1, 256, 3): the normalised value of every byte in every channel."""
+        """(1, 256, C): the normalised value of every byte value in every channel."""
         values = np.arange(256, dtype=np.float32)[None, :, None] / 255
         return np.ascontiguousarray((values - self._mean) / self._std)
 
@@ -205,23 +210,23 @@ def _resize(image_HWC: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
     return np.asarray(cv2.resize(image_HWC, (size[1], size[0]), interpolation=interpolation), np.uint8)
 
 
-def _between(values_nK: NDArray[np.float32], places_N: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Rows at some places, counted in rows: linear between the middles of two, 0 outside of all.
+def _interpolate_rows(values_nK: NDArray[np.float32], position_N: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Interpolate linearly between the centres of rows, at positions in units of rows; 0 outside [0, n].
 
-    No product of matrices: the library that numpy has for those starts threads, which wait for each other by spinning.
+    It avoids a matrix product, because NumPy's BLAS would start threads that wait for each other by spinning.
     """
-    place_N = np.clip(places_N - 0.5, 0, len(values_nK) - 1)
-    below_N = np.minimum(place_N.astype(int), max(0, len(values_nK) - 2))
-    inside_N = (places_N >= 0) & (places_N <= len(values_nK))
-    share_N1 = np.where(inside_N, place_N - below_N, 0).astype(np.float32)[:, None]
-    rest_N1 = np.where(inside_N, 1 - share_N1[:, 0], 0).astype(np.float32)[:, None]
-    found_NK = values_nK.take(below_N, axis=0)
-    found_NK *= rest_N1
+    offset_N = np.clip(position_N - 0.5, 0, len(values_nK) - 1)
+    below_N = np.minimum(offset_N.astype(int), max(0, len(values_nK) - 2))
+    inside_N = (position_N >= 0) & (position_N <= len(values_nK))
+    upper_weight_N1 = np.where(inside_N, offset_N - below_N, 0).astype(np.float32)[:, None]
+    lower_weight_N1 = np.where(inside_N, 1 - upper_weight_N1[:, 0], 0).astype(np.float32)[:, None]
+    result_NK = values_nK.take(below_N, axis=0)
+    result_NK *= lower_weight_N1
     if len(values_nK) > 1:
         upper_NK = values_nK.take(below_N + 1, axis=0)
-        upper_NK *= share_N1
-        found_NK += upper_NK
-    return found_NK
+        upper_NK *= upper_weight_N1
+        result_NK += upper_NK
+    return result_NK
 
 
 def _square(matrix_23: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -243,7 +248,7 @@ def _clip(boxes_N4: NDArray[np.float64], size: Size) -> NDArray[np.float64]:
 
 
 def image_shape(model: object) -> tuple[int, int, int]:
-    """The shape of the images that a model was configured for, 3 × 224 × 224 unless it says."""
+    """Return (channels, height, width) of the images that a model is configured for (default: 3 × 224 × 224)."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "image_size", None)

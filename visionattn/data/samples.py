@@ -1,23 +1,78 @@
-"""From a picture to a sample, and from samples to a batch."""
+"""Samples of images, their preprocessing, and their collation into batches."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from visionattn.data.placement import Placement, Preprocess
 
 
+class Sample(TypedDict, total=False):
+    """One image of a data set; which keys are present depends on the task.
+
+    Attributes:
+        image: (C, h, w) float32, normalised.
+        placement: maps pixels of the source to pixels of `image`.
+        path: of the source.
+        label: number of the class.
+        box: (4,) xyxy of the object in pixels of the input.
+        mask: (h, w) bool, True on the object.
+        boxes: (N, 4) xyxy in pixels of the input.
+        labels: (N,) int64, class of each box.
+        crowd: (N,) bool, see `Annotated`.
+        area: (N,) in pixels of the source.
+        image_id: the image's id in a COCO file, otherwise a running number.
+    """
+
+    image: Tensor
+    placement: Placement
+    path: str
+    label: int
+    box: Tensor
+    mask: Tensor
+    boxes: Tensor
+    labels: Tensor
+    crowd: Tensor
+    area: Tensor
+    image_id: int
+
+
+class Batch(TypedDict, total=False):
+    """B samples: numbers and tensors of equal size are stacked, the rest are lists of B items. Keys: see `Sample`."""
+
+    image: Tensor
+    placement: list[Placement]
+    path: list[str]
+    label: Tensor
+    box: Tensor
+    mask: Tensor
+    boxes: list[Tensor]
+    labels: list[Tensor]
+    crowd: list[Tensor]
+    area: list[Tensor]
+    image_id: Tensor
+
+
 class Transform(ABC):
-    """Changes a picture at random, and says where its pixels went."""
+    """A random change of an image that also returns where each pixel moved."""
 
     @abstractmethod
     def __call__(self, image_HWC: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint8], Placement]:
-        """Change one picture: (H, W, 3) uint8 RGB → the same of any size; equal seeds give equal changes."""
+        """Change one image.
+
+        Args:
+            image_HWC: (H, W, 3) uint8 RGB.
+            seed: equal seeds give equal changes.
+
+        Returns:
+            The changed image, (h, w, 3) uint8 RGB of any size, and the placement of the original in it.
+        """
 
 
 def prepare(
@@ -27,32 +82,40 @@ def prepare(
     seed: int = 0,
     *,
     boxes: NDArray[np.float64] | None = None,
-) -> dict[str, Any]:
-    """Make the `image` (3, h, w) and the `placement` of a sample from its picture (H, W, 3), uint8 RGB.
+) -> Sample:
+    """Make a sample from a decoded image.
 
-    Boxes (N, 4) of the picture come along as `boxes`, cut where the augmentation cut the picture.
+    Args:
+        image_HWC: (H, W, 3) uint8 RGB.
+        preprocess: resizes and normalises, after `augment`.
+        augment: changes the image first (default: no change).
+        seed: random seed of `augment`.
+        boxes: (N, 4) xyxy in pixels of the image (default: the sample has no boxes).
+
+    Returns:
+        `image` (C, h, w), `placement`, and with `boxes` also `boxes` (N, 4), clipped at the edges of the augmented
+        image and of the input.
     """
     if augment is not None:
         image_HWC, moved = augment(image_HWC, seed)
         boxes = None if boxes is None else moved.boxes_to_input(boxes)
     image_CHW, placement = preprocess(image_HWC)
-    sample: dict[str, Any] = {"image": torch.from_numpy(image_CHW)}
+    sample: Sample = {"image": torch.from_numpy(image_CHW)}
     if boxes is not None:
         sample["boxes"] = torch.from_numpy(placement.boxes_to_input(boxes)).float()
-    return {**sample, "placement": placement if augment is None else placement @ moved}
+    sample["placement"] = placement if augment is None else placement @ moved
+    return sample
 
 
-def collate(samples: Sequence[dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
-    """Join samples into a batch: tensors and numbers are stacked; paths, placements and boxes become lists.
+_LISTS = frozenset({"path", "placement", "boxes", "labels", "crowd", "area"})
 
-    What is a batch already, from a data set that draws many samples at once, stays as it is.
-    """
-    if isinstance(samples, dict):
-        return samples
-    listed = {"path", "placement", "boxes", "labels", "crowd", "area"}
-    return {
+
+def collate(samples: Sequence[Mapping[str, object]]) -> Batch:
+    """Join samples into a batch: tensors and numbers are stacked; paths, placements, boxes and labels become lists."""
+    batch = {
         key: [sample[key] for sample in samples]
-        if key in listed
+        if key in _LISTS
         else default_collate([sample[key] for sample in samples])
         for key in samples[0]
     }
+    return cast(Batch, batch)

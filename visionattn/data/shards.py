@@ -1,9 +1,9 @@
-"""Images in tar files, as WebDataset has them: for data that is larger than a disk.
+"""Images in tar files (shards) in WebDataset's layout, for data larger than a disk.
 
-A sample is the members of a shard that follow each other and share their name up to its first dot: KEY.jpg, or another
-image, and KEY.cls with the number of its class, or its name. Shards are read where they lie, or fetched whole into a
-folder that is kept below a size. A sample is known by its place, so that a training finds the next one again without
-any state: the same resume as of a folder.
+A sample consists of consecutive members of a shard with the same name up to the first dot: KEY.jpg (or another image
+suffix) and KEY.cls with the number or name of its class. A local shard is read in place. A remote shard is fetched
+whole into a cache folder of limited size. A sample is identified by its position. So the data set saves no state, and
+interrupted training resumes exactly, as with a folder of images.
 """
 
 import fcntl
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -30,17 +30,17 @@ from visionattn.data.decode import SUFFIXES, decode_image
 from visionattn.data.loading.batches import Split
 from visionattn.data.loading.workers import Unreadable
 from visionattn.data.placement import Preprocess
-from visionattn.data.samples import Transform, prepare
+from visionattn.data.samples import Sample, Transform, prepare
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.files import write_file
 
-_OPEN = 32  # shards that a process holds open
-_FETCH = 600.0  # seconds that a sample may take, with the shard it lies in
+_OPEN = 32  # shards that a process keeps open
+_FETCH = 600.0  # time limit for one image in seconds, including the download of its shard
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar file: its name, and where its content lies."""
+    """A file inside a tar file: its name, and the offset and size of its content in bytes."""
 
     name: str
     at: int
@@ -48,14 +48,14 @@ class Member:
 
 
 class Shard:
-    """A tar file that is open.
+    """An open tar file.
 
     Args:
-        handle: of the file; closed with the shard.
-        url: what errors call it.
+        handle: file descriptor, closed with the shard.
+        url: name of the shard in error messages.
 
     Raises:
-        DataError: it is no tar file, is cut short, or a sample has no image or no class.
+        DataError: the file is not a tar file or is cut short, or a sample lacks its image or its class.
     """
 
     def __init__(self, handle: int, url: str) -> None:
@@ -80,42 +80,46 @@ class Shard:
         os.close(self._handle)
 
     def content(self, member: Member) -> bytes:
-        return os.pread(self._handle, member.size, member.at)  # processes that share the handle share its place too
+        """Read the content of a member."""
+        # pread, since forked processes share the position of the handle
+        return os.pread(self._handle, member.size, member.at)
 
     def _add(self, sample: dict[str, Member]) -> None:
         if not sample:
             return
         images = [member for extension, member in sample.items() if os.path.splitext(f"x.{extension}")[1] in SUFFIXES]
-        some = next(iter(sample.values())).name
+        first = next(iter(sample.values())).name
         if len(images) != 1 or "cls" not in sample:
-            raise DataError(f"{self.url}: the sample of {some} needs one image and a .cls, and has {', '.join(sample)}")
+            raise DataError(
+                f"{self.url}: the sample of {first} needs one image and a .cls, and has {', '.join(sample)}"
+            )
         self.samples.append((images[0], sample["cls"]))
 
 
-def _members(file: Any, size: int, url: str) -> "list[Member]":
-    found = []
+def _members(file: BinaryIO, size: int, url: str) -> list[Member]:
+    members = []
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
             for info in archive:
                 if info.offset_data + info.size > size:
                     raise DataError(f"{url} is cut short")
                 if info.isreg() and not info.issparse():
-                    found.append(Member(info.name, info.offset_data, info.size))
+                    members.append(Member(info.name, info.offset_data, info.size))
     except tarfile.TarError as error:
-        raise DataError(f"{url} is no tar file, or is damaged: {error}") from error
-    return found
+        raise DataError(f"{url} is not a tar file, or is damaged: {error}") from error
+    return members
 
 
-class Shards(Dataset[dict[str, Any]]):
+class Shards(Dataset[Sample]):
     """The samples of many shards, one shard after the other.
 
     Args:
-        shards: (path or URL, number of samples) of each.
-        class_names: that the numbers stand for.
-        preprocess: to the model's input.
-        augment: changes each picture first.
-        store: where shards of other machines are kept.
-        mixed: shards whose samples are shuffled together.
+        shards: (path or URL, number of samples) of each shard.
+        class_names: in the order of their numbers.
+        preprocess: resizes and normalises each image.
+        store: cache of remote shards.
+        augment: changes each image first (default: no change).
+        mixed: number of shards whose samples are shuffled together.
     """
 
     def __init__(
@@ -140,26 +144,32 @@ class Shards(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": OrderedDict()}  # handles are of this process
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_held": OrderedDict()}  # file handles are valid in this process only
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, seed = key if isinstance(key, tuple) else (key, key)
         number, place = self._locate(index)
         shard = self._opened(number)
         image, label = shard.samples[place]
         name = f"{shard.url}/{image.name}"
         sample = prepare(decode_image(shard.content(image), name), self.preprocess, self.augment, seed)
-        return {**sample, "label": self._label(shard.content(label), name), "path": name}
+        sample["label"], sample["path"] = self._label(shard.content(label), name), name
+        return sample
 
     def path_of(self, index: int) -> str:
+        """Return the path of a sample: its shard and member, or its position in a shard that is not open."""
         number, place = self._locate(index)
         if number not in self._held:
             return f"sample {place} of {self.shards[number][0]}"
         return f"{self.shards[number][0]}/{self._held[number].samples[place][0].name}"
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
-        """The picture, (H, W, 3) uint8 RGB, of a sample's path."""
+        """Read the source of a sample by its path: (H, W, 3) uint8 RGB.
+
+        Raises:
+            DataError: no shard has a member with this path.
+        """
         for number, (url, _) in enumerate(self.shards):
             if path.startswith(f"{url}/"):
                 shard = self._opened(number)
@@ -169,12 +179,12 @@ class Shards(Dataset[dict[str, Any]]):
         raise DataError(f"no shard holds {path}")
 
     def shuffled(self, seed: int) -> list[int]:
-        """All indices: the shards in a random order, and those of each `mixed` that follow each other shuffled."""
+        """Return all indices in random order: shuffle the shards, then the samples of each group of `mixed` shards."""
         generator = torch.Generator().manual_seed(seed)
         begins = self._ends - [count for _, count in self.shards]
         order: list[int] = []
-        for some in torch.randperm(len(self.shards), generator=generator).split(self.mixed):
-            together = torch.cat([torch.arange(int(begins[n]), int(self._ends[n])) for n in some.tolist()])
+        for group in torch.randperm(len(self.shards), generator=generator).split(self.mixed):
+            together = torch.cat([torch.arange(int(begins[n]), int(self._ends[n])) for n in group.tolist()])
             order += together[torch.randperm(len(together), generator=generator)].tolist()
         return order
 
@@ -187,7 +197,7 @@ class Shards(Dataset[dict[str, Any]]):
             url, count = self.shards[number]
             shard = Shard(self.store.open(url), url)
             if len(shard.samples) != count:
-                raise DataError(f"{url} holds {len(shard.samples)} samples, and {count} were announced")
+                raise DataError(f"{url} has {len(shard.samples)} samples, but its index says {count}")
             self._held[number] = shard
             while len(self._held) > _OPEN:
                 self._held.popitem(last=False)
@@ -206,26 +216,31 @@ class Shards(Dataset[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class Store:
-    """A folder for shards that were fetched, shared by all processes of a machine.
+    """A cache folder of fetched shards, shared by all processes of a machine.
 
     Attributes:
-        folder: of its own.
-        limit: bytes; the shards that were used the longest ago go first.
+        folder: path of the cache; it must hold no other files.
+        limit: largest size of the cache in bytes; the least recently used shards are deleted first.
     """
 
     folder: str
     limit: int
 
     def open(self, url: str) -> int:
-        """Open a shard, which is fetched where it is another machine's and not there yet; what is open stays readable,
-        whatever goes."""
+        """Return a file descriptor of a shard; first fetch the shard if it is remote and not in the cache.
+
+        The descriptor stays readable when the cache deletes the file.
+
+        Raises:
+            DataError: the shard cannot be read or fetched.
+        """
         if "://" not in url:
             return _open(url)
         os.makedirs(self.folder, exist_ok=True)
         digits = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
         place = os.path.join(self.folder, f"{digits}.tar")
         with open(os.path.join(self.folder, f".{digits}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait, and find it there
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait here, and then find the fetched file
             try:
                 handle = os.open(place, os.O_RDONLY)
                 os.utime(place)
@@ -240,20 +255,22 @@ class Store:
             with fsspec.open(url, "rb") as source:
                 write_file(place, lambda file: shutil.copyfileobj(source, file, 1 << 20))
             handle = os.open(place, os.O_RDONLY)
-        except Exception as error:  # each file system has its own
+        except Exception as error:  # each file system of fsspec raises errors of its own
             reason = error.__cause__ or error
             raise DataError(f"{url} cannot be fetched: {reason or type(reason).__name__}") from error
         self._make_room(place)
         return handle
 
-    def _make_room(self, kept: str) -> None:
+    def _make_room(self, fetched: str) -> None:
         with os.scandir(self.folder) as entries:
-            found = sorted((e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in entries if e.name.endswith(".tar"))
-        size = sum(each for _, each, _ in found)
-        for _, each, path in found:
-            if size > self.limit and path != kept:
+            oldest = sorted(
+                (e.stat().st_mtime_ns, e.stat().st_size, e.path) for e in entries if e.name.endswith(".tar")
+            )
+        total = sum(size for _, size, _ in oldest)
+        for _, size, path in oldest:
+            if total > self.limit and path != fetched:
                 Path(path).unlink(missing_ok=True)
-                size -= each
+                total -= size
 
 
 def _open(path: str) -> int:
@@ -264,18 +281,19 @@ def _open(path: str) -> int:
 
 
 def find_shards(where: str) -> list[tuple[str, int]]:
-    """The shards of a split and how many samples each has.
+    """Find the shards of a split: (path or URL, number of samples) of each.
 
     Args:
-        where: a pattern of tar files on this machine, which are counted; or an index, the path or URL of a .json:
-            `{"shardlist": [{"url": "train-000.tar", "nsamples": 1000}, …]}`, with names that lie beside it.
+        where: a pattern that matches local tar files (their samples are counted), or the path or URL of a .json index:
+            `{"shardlist": [{"url": "train-000.tar", "nsamples": 1000}, …]}`. The shards must be in the index's folder.
 
     Raises:
-        DataError: there are none, or the index is none.
+        UsageError: `where` is a URL that does not end in .json.
+        DataError: there are no shards, or the index is not valid.
     """
     if not where.endswith(".json"):
         if "://" in where:
-            raise UsageError(f"shards of another machine are named by an index, a .json, and not by {where}")
+            raise UsageError(f"{where}: remote shards need an index; give the URL of a .json")
         paths = sorted(glob(where, recursive=True))
         if not paths:
             raise DataError(f"no file matches {where}")
@@ -287,12 +305,12 @@ def find_shards(where: str) -> list[tuple[str, int]]:
         with fsspec.open(where, "rb") as file:
             listed = [(str(entry["url"]), int(entry["nsamples"])) for entry in json.load(file)["shardlist"]]
     except Exception as error:
-        raise DataError(f"{where} is no index of shards: {error or type(error).__name__}") from error
+        raise DataError(f"{where} is not a valid index of shards: {error or type(error).__name__}") from error
     shards = []
     for url, count in listed:
         name = url.removeprefix(f"{home}/")
         if "::" in name or "://" in name or name.startswith(("/", "~")) or ".." in name.split("/") or count < 1:
-            raise DataError(f"{where}: {url!r} with {count} samples does not lie beside the index")
+            raise DataError(f"{where}: {url!r} with {count} samples must be in the index's folder and not empty")
         shards.append((f"{home}/{name}" if home else name, count))
     if not shards:
         raise DataError(f"{where} names no shards")
@@ -300,19 +318,21 @@ def find_shards(where: str) -> list[tuple[str, int]]:
 
 
 class ShardData(ClassificationData):
-    """Images in WebDataset's shards, on this machine or another; see `shards`.
+    """Images in WebDataset shards, local or remote (layout: see `visionattn.data.shards`).
 
     Args:
         train, val, test: the shards of each split, see `find_shards`.
-        class_names: a list, or a text file with a name a line; the numbers in .cls count them from 0.
-        cache: folder for shards of other machines; one for temporary files by default.
-        cache_gb: what it may hold, and at least `mixed` shards.
-        mixed: shards whose samples are shuffled together, in training.
-        preprocess, augment, batch_size, num_workers, seed, unreadable: as `ImageFolderData`.
-        patience: seconds that a process may take for one image, and to fetch its shard.
+        class_names: a list of names, or the path of a text file with one name per line; a number in a .cls
+            file is the position of the name, from 0.
+        cache: folder for remote shards (default: visionattn-shards in the system's folder for temporary files).
+        cache_gb: limit on the size of `cache`, in GB (10⁹ bytes); it must hold at least `mixed` shards.
+        mixed: number of shards whose samples are shuffled together in training.
+        preprocess, augment, batch_size, num_workers, seed, unreadable: see `ImageFolderData`.
+        worker_timeout: seconds that a worker may take for one image, including the download of its shard.
 
     Raises:
-        DataError: there are no shards, or no names.
+        DataError: there are no shards, or no class names.
+        ValueError: mixed is < 1, or cache_gb is not > 0.
     """
 
     def __init__(
@@ -331,7 +351,7 @@ class ShardData(ClassificationData):
         num_workers: int = 2,
         seed: int = 0,
         unreadable: Unreadable = "stop",
-        patience: float = _FETCH,
+        worker_timeout: float = _FETCH,
     ) -> None:
         super().__init__(
             preprocess=preprocess or Preprocess(),
@@ -339,7 +359,7 @@ class ShardData(ClassificationData):
             num_workers=num_workers,
             seed=seed,
             unreadable=unreadable,
-            patience=patience,
+            worker_timeout=worker_timeout,
         )
         if mixed < 1 or cache_gb <= 0:
             raise ValueError(f"mixed must be ≥ 1 and cache_gb > 0, got {mixed} and {cache_gb}")

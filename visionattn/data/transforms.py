@@ -1,4 +1,4 @@
-"""Augmentation; the one file that imports albumentations."""
+"""Augmentation by albumentations; this is the only file that imports albumentations."""
 
 import os
 import warnings
@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for a newer version of itself
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else albumentations looks for a newer version on the network
 import albumentations as A
 
 from visionattn.data.placement import Placement, Size
@@ -19,8 +19,9 @@ from visionattn.errors import UsageError
 class Augmentation(Transform):
     """Albumentations' transforms, one after the other.
 
-    Where the pixels went is measured, not looked up: the source's coordinates pass through the same transforms as the
-    picture, and the affine map is fitted to what comes out. So every affine transform works, whatever it is called.
+    The placement is measured: the transforms are applied to the pixel coordinates of the source as well as to the
+    image, and an affine map is fitted to the result. So every affine transform works, without a list of known
+    transforms.
 
     In YAML:
 
@@ -31,12 +32,12 @@ class Augmentation(Transform):
               - {class_path: albumentations.HorizontalFlip, init_args: {p: 0.5}}
 
     Args:
-        transforms: of pictures (H, W, 3) uint8 RGB. Normalisation and conversion to tensors are not among them:
-            `Preprocess` does the first, the data set the second.
+        transforms: take images (H, W, 3) uint8 RGB. Leave out normalisation, which `Preprocess` does, and conversion to
+            tensors, which the data set does.
 
     Raises:
-        UsageError: on the first picture that such a transform bends (ElasticTransform, Perspective, …), since no
-            heatmap could be carried back, or turns into something else than uint8.
+        UsageError: when called, if a transform bends the image (ElasticTransform, Perspective, …), since heatmaps
+            could not be mapped back, or if a transform changes the data type from uint8.
     """
 
     def __init__(self, transforms: list[A.BasicTransform]) -> None:
@@ -66,18 +67,18 @@ class Augmentation(Transform):
             raise UsageError(
                 f"the transforms turn pictures into {picture.dtype}; leave normalisation to preprocess: mean and std"
             )
-        return picture  # type: ignore[return-value]
+        return picture.view(np.uint8)
 
 
 def fit_affine(coordinates_HW2: NDArray[np.float32]) -> NDArray[np.float64] | None:
-    """Find the affine map from source to result in a picture of the source's coordinates.
+    """Fit the affine map from source to result, given the source coordinates of each pixel of the result.
 
     Args:
-        coordinates_HW2: at each pixel of the result the (x, y) that came there, plus 1; 0 where it was filled.
+        coordinates_HW2: for each pixel of the result, its (x, y) in the source plus 1; 0 marks pixels that were filled.
 
     Returns:
-        (2, 3) source xy → result xy, or None where most of the picture does not follow one affine map to a tenth of a
-        pixel.
+        (2, 3) source xy → result xy, or None if fewer than half of the sampled pixels, without the filled ones, follow
+        one affine map to within a tenth of a pixel.
     """
     height, width = coordinates_HW2.shape[:2]
     rows, columns = np.mgrid[0 : height : max(1, height // 24), 0 : width : max(1, width // 24)]
@@ -89,8 +90,8 @@ def fit_affine(coordinates_HW2: NDArray[np.float32]) -> NDArray[np.float64] | No
         return None
     to_source, close = _least_squares(places_N3, values_N2, np.ones(len(places_N3), bool))
     if not close.all():
-        # reflected borders and pixels mixed with the fill follow other maps: the one that most pixels follow is looked
-        # for, by trying the maps through some triples of pixels (RANSAC)
+        # Reflected borders and pixels blended with the fill colour follow other maps. Find the map that most pixels
+        # follow: try the maps through random triples of pixels (RANSAC).
         triples = np.random.default_rng(0).integers(0, len(places_N3), (32, 3))
         triples = triples[abs(np.linalg.det(places_N3[triples])) > 1]
         if not len(triples):
@@ -104,16 +105,16 @@ def fit_affine(coordinates_HW2: NDArray[np.float32]) -> NDArray[np.float64] | No
 
 
 def _least_squares(
-    places_N3: NDArray[np.float64], values_N2: NDArray[np.float64], some_N: NDArray[np.bool_]
+    places_N3: NDArray[np.float64], values_N2: NDArray[np.float64], chosen_N: NDArray[np.bool_]
 ) -> tuple[NDArray[np.floating], NDArray[np.bool_]]:
-    """The map that some pixels follow best, and which of all follow it to a tenth of a pixel."""
-    to_source, *_ = np.linalg.lstsq(places_N3[some_N], values_N2[some_N], rcond=None)
+    """Fit a map to the chosen pixels by least squares; also return which pixels follow it to within 0.1 pixel."""
+    to_source, *_ = np.linalg.lstsq(places_N3[chosen_N], values_N2[chosen_N], rcond=None)
     close_N: NDArray[np.bool_] = np.all(abs(places_N3 @ to_source - values_N2) < 0.1, axis=1)
     return to_source, close_N
 
 
 def _coordinates(size: Size) -> NDArray[np.float32]:
-    """(H, W, 2): the (x, y) of each pixel's centre, plus 1 so that 0 stands for nothing."""
+    """(H, W, 2): the (x, y) of each pixel's centre, plus 1 so that 0 marks filled pixels."""
     height, width = size
     field = np.empty((height, width, 2), np.float32)
     field[..., 0] = np.arange(width, dtype=np.float32) + 1.5

@@ -1,4 +1,4 @@
-"""Heatmaps, boxes and glimpses as pictures. NumPy, OpenCV and Pillow; no torch."""
+"""Draw heatmaps, boxes and glimpses with NumPy, OpenCV and Pillow. No torch."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
-"""Boxes and labels on pictures: NumPy, OpenCV and Pillow, no torch.
+"""Draw boxes and labels on pictures.
 
-Pictures are (H, W, 3) uint8 RGB and never changed in place; boxes are xyxy in pixels.
+Pictures are (H, W, 3) uint8 RGB and are not changed in place, except by `outline`; boxes are xyxy in pixels.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,23 @@ _PALETTE: tuple[Colour, ...] = ((80, 220, 255), (255, 176, 0), (220, 130, 255), 
 
 
 FOUND: Colour = _PALETTE[1]
-"""Of boxes that a model found, where the true ones are drawn in the first colour."""
+"""Colour of detected boxes; ground-truth boxes have the first colour of the palette."""
 
 
 def draw_box(
     image_HWC: NDArray[np.uint8], box: Sequence[float], *, colour: Colour = _PALETTE[0], thickness: int | None = None
 ) -> NDArray[np.uint8]:
-    """Draw a box (xyxy) on a copy of a picture: its outer edge on the box's edge, a dark rim inside."""
+    """Draw a box on a copy of a picture: the outer edge of the line is the box's edge; a dark rim lies inside.
+
+    Args:
+        image_HWC: the picture.
+        box: xyxy in pixels.
+        colour: RGB.
+        thickness: of the line in pixels, without the rim. Default: `line_width(image_HWC)`.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
     drawn = np.array(image_HWC, order="C")
     outline(drawn, box, colour, thickness or line_width(image_HWC))
     return drawn
@@ -39,7 +49,15 @@ def outline(
     *,
     rim: bool = True,
 ) -> None:
-    """Draw a box as `draw_box` does, in place; what lies outside of the picture is not seen."""
+    """Draw a box as `draw_box` does, but in place; parts outside the picture are clipped.
+
+    Args:
+        drawn: the picture to draw on.
+        box: xyxy in pixels.
+        colour: RGB.
+        thickness: of the line in pixels.
+        rim: whether to draw the dark rim.
+    """
     left, upper, right, lower = (round(float(edge)) for edge in box)
     for inset in range(thickness + rim):
         corners = (left + inset, upper + inset), (right - 1 - inset, lower - 1 - inset)
@@ -51,7 +69,17 @@ def outline(
 def label(
     image_HWC: NDArray[np.uint8], text: str, *, place: tuple[int, int] = (0, 0), colour: Colour = _PALETTE[0]
 ) -> NDArray[np.uint8]:
-    """Write a line on a copy of a picture, on a ground of its own; its left upper corner at (x, y)."""
+    """Write a line of text with a background on a copy of a picture.
+
+    Args:
+        image_HWC: the picture.
+        text: one line; shortened, with … at its end, if it is wider than the picture.
+        place: (x, y) of the upper left corner.
+        colour: of the background, RGB.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
     page = Image.fromarray(image_HWC)
     _label(page, text, place, colour, _text_size(image_HWC))
     return np.array(page)
@@ -64,13 +92,24 @@ def draw_boxes(
     labels: Sequence[str] = (),
     colours: Sequence[Colour] = _PALETTE,
 ) -> NDArray[np.uint8]:
-    """Draw boxes with their labels, which stand above a box, or inside where there is no room above.
+    """Draw boxes with their labels on a copy of a picture.
+
+    A label is above its box, or inside if there is no room above.
+
+    Args:
+        image_HWC: the picture.
+        boxes_N4: xyxy in pixels.
+        labels: one for each box, or none.
+        colours: RGB; repeated if there are more boxes.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
 
     Raises:
-        UsageError: there are labels, but not one a box.
+        UsageError: the number of labels differs from the number of boxes.
     """
     if len(labels) not in (0, len(boxes_N4)):
-        raise UsageError(f"{len(labels)} labels for {len(boxes_N4)} boxes; give one a box, or none")
+        raise UsageError(f"{len(labels)} labels for {len(boxes_N4)} boxes; give one label for each box, or none")
     drawn = np.array(image_HWC, order="C")
     for number, box in enumerate(boxes_N4):
         drawn = draw_box(drawn, box, colour=colours[number % len(colours)])
@@ -84,12 +123,21 @@ def draw_boxes(
     return np.array(page)
 
 
-def fitted(
+def fit_to_side(
     image_HWC: NDArray[np.uint8], boxes: NDArray[np.floating], side: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Bring a picture and its boxes (…, 4) to the size that is to be drawn on, so that lines and text are sharp.
+    """Resize a picture and its boxes before drawing, so that lines and text are sharp.
 
-    The longer side becomes `side`; a small picture is enlarged by a whole number, as far as `side` allows.
+    A picture with a longer side above `side` is shrunk to `side`; a smaller one is enlarged by the largest whole factor
+    that keeps its longer side within `side`.
+
+    Args:
+        image_HWC: the picture.
+        boxes: (…, 4) xyxy in pixels of the picture.
+        side: limit on the longer side in pixels.
+
+    Returns:
+        The resized picture, and the boxes in pixels of the resized picture.
     """
     height, width = image_HWC.shape[:2]
     scale = side / max(height, width)

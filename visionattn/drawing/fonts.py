@@ -1,4 +1,4 @@
-"""Text on pictures: fonts, letters that a font lacks, lines that fit their place."""
+"""Write text on pictures: choose a font that has the letters, and cut lines that are too long."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ INK: Colour = (236, 236, 236)
 FAINT: Colour = (158, 158, 158)
 PAPER: Colour = (24, 24, 27)
 
-# Pillow's own font draws little beyond ASCII; of these the first that is installed and has the letters is taken.
+# Pillow's own font has few letters beyond ASCII. For other letters, the first installed font that has them is used.
 _WIDER_FONTS = (
     "DejaVuSans.ttf",
     "NotoSans-Regular.ttf",
@@ -28,7 +28,16 @@ _WIDER_FONTS = (
 
 
 def write(page: Image.Image, xy: tuple[int, int], text: str, *, size: int, colour: Colour = INK, width: int) -> None:
-    """Write one line with its top left corner at `xy`, cut with … where it is wider than `width` pixels."""
+    """Write one line on a page, in place.
+
+    Args:
+        page: the picture.
+        xy: upper left corner in pixels.
+        text: one line; shortened, with … at its end, if it is wider than `width`.
+        size: of the font in pixels.
+        colour: RGB.
+        width: largest width in pixels.
+    """
     font, line = fit(text, size=size, width=width)
     ImageDraw.Draw(page).text(xy, line, font=font, fill=colour)
 
@@ -36,13 +45,22 @@ def write(page: Image.Image, xy: tuple[int, int], text: str, *, size: int, colou
 def fit(text: str, *, size: int, width: int) -> tuple[Font, str]:
     """Choose a font that has the letters of a text, and cut the text to a width.
 
-    Letters that no installed font has lose their accents, or become `?`; so do bytes of a file name that are no text.
+    A letter that the font lacks loses its accent or becomes `?`. A byte of a file name that is not valid text becomes
+    `?`.
+
+    Args:
+        text: one line.
+        size: of the font in pixels.
+        width: largest width in pixels.
+
+    Returns:
+        The font, and the text to draw: shortened, with … at its end, if it is too wide; "" if not even … fits.
     """
     text = " ".join("".join(letter if letter.isprintable() or _is_byte(letter) else " " for letter in text).split())
     font, text = _legible(text, size)
     if font.getlength(text) <= width:
         return font, text
-    keep, drop = 0, len(text)  # the longest start that fits lies in keep … drop
+    keep, drop = 0, len(text)  # the longest start that fits has between keep and drop letters
     while drop - keep > 1:
         middle = (keep + drop) // 2
         keep, drop = (middle, drop) if font.getlength(f"{text[:middle].rstrip()}…") <= width else (keep, middle)
@@ -51,7 +69,7 @@ def fit(text: str, *, size: int, width: int) -> tuple[Font, str]:
 
 
 def _legible(text: str, size: int) -> tuple[Font, str]:
-    """The first font that has all the letters, or else the one that has the most."""
+    """Return the first font that has all letters, or else most of them, and the text with missing letters replaced."""
     letters = set(text)
     best, most = _own_font(size), -1
     for font in _fonts(size):
@@ -91,7 +109,7 @@ def _installed(name: str, size: int) -> Font | None:
 
 @lru_cache(maxsize=8192)
 def _draws(font: Font, letter: str) -> bool:
-    """Whether a font has a letter: it draws something else than the box of a missing one."""
+    """Return whether a font has a letter: whether it draws something other than the box of a missing letter."""
     if letter == " ":
         return True
     if not letter.isprintable():
@@ -101,5 +119,5 @@ def _draws(font: Font, letter: str) -> bool:
 
 
 def _is_byte(letter: str) -> bool:
-    """Whether this stands for a byte of a file name that is no text."""
+    """Return whether a letter stands for a byte of a file name that is not valid text."""
     return "\udc80" <= letter <= "\udcff"

@@ -1,4 +1,4 @@
-"""One image: its heatmap carried to the pixels of the source, drawn over it, and where it is hottest. No torch."""
+"""Render heatmaps of the model's input over source pictures, and measure their peak and difference."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,25 +7,28 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from visionattn.data.placement import Placement
+from visionattn.data import Placement
 from visionattn.drawing.overlay import COLORMAPS, DIFFERENCE, blend, contour, shade
 from visionattn.errors import UsageError, nearest
 
-_BAND = 1 << 18  # pixels at a time: memory beyond the picture and its overlay stays small, however large they are
+_BAND = 1 << 18  # pixels per band, so that large pictures need little memory beyond the picture and its overlay
 
 
 @dataclass(frozen=True)
 class Style:
-    """What overlays look like.
+    """The style of overlays.
 
     Attributes:
-        colormap: a name in `draw.COLORMAPS`.
-        alpha: opacity where the heatmap is hottest, in [0, 1].
-        saturation: share of the picture's own colour that is kept, in [0, 1].
-        contours: levels in (0, 1] whose lines are drawn as well.
-        top: the share of hottest pixels that a mask keeps, in (0, 1].
+        colormap: a name in `COLORMAPS`.
+        alpha: opacity of the hottest pixel, in [0, 1].
+        saturation: fraction of the picture's own colour that is kept, in [0, 1].
+        contours: levels in (0, 1] at which lines of equal heat are drawn.
+        top: fraction of the pixels that mask and spotlight keep, in (0, 1].
         caption: whether the prediction is written into overlays.
-        suffix: of the pictures, and so their format.
+        suffix: suffix of the picture files; it sets their format.
+
+    Raises:
+        UsageError: there is no such colormap or format, or a number is out of range.
     """
 
     colormap: str = "inferno"
@@ -46,7 +49,7 @@ class Style:
                 f"and {self.contours}"
             )
         if not 0 < self.top <= 1:
-            raise UsageError(f"the share of hottest pixels must be in (0, 1], got {self.top}")
+            raise UsageError(f"the fraction of hottest pixels must be in (0, 1], got {self.top}")
         if self.suffix not in (".jpg", ".png", ".webp"):
             raise UsageError(f"overlays are written as .jpg, .png or .webp, not {self.suffix!r}")
 
@@ -57,27 +60,31 @@ def render(
     """Draw a heatmap of the model's input over the source picture.
 
     Args:
-        image_HWC: the source, as `placement` knows it.
-        heatmap_hw: in [0, 1], any resolution; it spans the model's input.
-        placement: of the source in the input.
+        image_HWC: the source, (H, W, 3) uint8 RGB.
+        heatmap_hw: heatmap in [0, 1], of any resolution; it spans the model's input.
+        placement: placement of the source in the input.
+        style: style of the overlay.
+
+    Returns:
+        (H, W, 3) uint8 RGB; pixels outside of the model's input are dark and grey.
 
     Raises:
-        UsageError: the picture is not the one that was placed.
+        UsageError: the size of the picture differs from the source size of the placement.
     """
     _check(image_HWC, placement)
     rows, columns, whole = _seen_box(placement)
     out_HWC = np.empty_like(image_HWC) if (rows, columns) == _all(placement) else shade(image_HWC)
     inner = _part(placement, rows, columns)
-    for some, (band,) in _bands(inner):
-        out_HWC[rows, columns][some] = blend(
-            image_HWC[rows, columns][some],
+    for band_rows, (band,) in _bands(inner):
+        out_HWC[rows, columns][band_rows] = blend(
+            image_HWC[rows, columns][band_rows],
             band.carry(heatmap_hw),
             colormap=style.colormap,
             alpha=style.alpha,
             saturation=style.saturation,
             seen_HW=None if whole else band.seen(),
         )
-    if style.contours:  # lines do not stop at bands
+    if style.contours:  # on the whole picture, because lines cross the bands
         out_HWC = contour(out_HWC, placement.carry(heatmap_hw), levels=style.contours)
     return out_HWC
 
@@ -92,7 +99,7 @@ def render_difference(
 ) -> NDArray[np.uint8]:
     """Draw where the second heatmap is hotter than the first (orange) and where it is colder (blue).
 
-    What one of the two models never saw is dark.
+    Pixels outside of the input of either model are dark and grey. The arguments are as for `render`, for two heatmaps.
     """
     _check(image_HWC, first_placement)
     _check(image_HWC, second_placement)
@@ -107,9 +114,10 @@ def render_difference(
 
 
 def peak(heatmap_hw: NDArray[np.floating], placement: Placement) -> tuple[float, float] | None:
-    """Where a heatmap is hottest, (x, y) in pixels of the source; None where it is constant.
+    """Return the hottest point of a heatmap, (x, y) in pixels of the source, or None if the heatmap is constant.
 
-    That is the centre of the hottest cell, or the hottest place of the source where that cell lies in the padding.
+    The point is the centre of the hottest cell. If that cell lies in the padding, the point is the hottest pixel of the
+    source.
     """
     heatmap_hw = np.asarray(heatmap_hw)
     if heatmap_hw.max() <= heatmap_hw.min():
@@ -124,15 +132,19 @@ def peak(heatmap_hw: NDArray[np.floating], placement: Placement) -> tuple[float,
     return float(x), float(y)
 
 
-def unlike(
+def heatmap_difference(
     first: tuple[NDArray[np.floating], Placement], second: tuple[NDArray[np.floating], Placement]
 ) -> tuple[float, tuple[float, float] | None]:
-    """How far two heatmaps of one picture are apart, and where most.
+    """Measure the difference of two heatmaps of one picture.
 
-    Measured on at most 128 × 128 even parts of the picture, where both models saw it.
+    The heatmaps are compared on a grid of at most 128 × 128 points, where both inputs cover the picture.
+
+    Args:
+        first, second: a heatmap in [0, 1] and its placement.
 
     Returns:
-        The mean of |second − first| in [0, 1], and (x, y) in pixels of the source; None where they are equal.
+        The mean of |second − first| in [0, 1], and the point of the largest difference, (x, y) in pixels of the source.
+        The point is None for equal heatmaps.
     """
     height, width = first[1].source_size
     size = min(height, 128), min(width, 128)
@@ -149,7 +161,10 @@ def unlike(
 
 
 def seen(placement: Placement) -> NDArray[np.bool_] | None:
-    """As `Placement.seen`, quicker where nothing is turned; None where all is seen."""
+    """Return which pixels of the source lie in the model's input, (H, W) bool, or None if all do.
+
+    The result is that of `Placement.seen`, but faster for placements without rotation.
+    """
     rows, columns, whole = _seen_box(placement)
     if not whole:
         return placement.seen()
@@ -161,7 +176,7 @@ def seen(placement: Placement) -> NDArray[np.bool_] | None:
 
 
 def _seen_box(placement: Placement) -> tuple[slice, slice, bool]:
-    """Rows and columns of the source around all that the model saw, and whether it saw all between them."""
+    """Return the rows and columns of the source in the model's input, and whether all pixels of this box are in it."""
     (height, width), (input_h, input_w) = placement.source_size, placement.input_size
     (x_scale, x_turn, left), (y_turn, y_scale, top) = placement.matrix
     if x_turn or y_turn:
@@ -184,11 +199,11 @@ def _span(inside: NDArray[np.bool_]) -> slice:
 def _check(image_HWC: NDArray[np.uint8], placement: Placement) -> None:
     height, width = image_HWC.shape[:2]
     if (height, width) != tuple(placement.source_size):
-        raise UsageError(f"the picture is {height} × {width}, and the one placed was {placement.source_size}")
+        raise UsageError(f"the picture is {height} × {width}, but the placement is of one of {placement.source_size}")
 
 
 def _bands(*placements: Placement) -> Iterator[tuple[slice, list[Placement]]]:
-    """Some rows of the source at a time, and where each placement puts them."""
+    """Yield bands of rows of the source, each with the placements of that band."""
     height, width = placements[0].source_size
     step = max(1, _BAND // max(1, width))
     for top in range(0, height, step):
@@ -197,7 +212,7 @@ def _bands(*placements: Placement) -> Iterator[tuple[slice, list[Placement]]]:
 
 
 def _part(placement: Placement, rows: slice, columns: slice) -> Placement:
-    """Of some rows and columns of the source."""
+    """Return the placement of some rows and columns of the source."""
     size = rows.stop - rows.start, columns.stop - columns.start
     shift = Placement(np.array([[1.0, 0, columns.start], [0, 1.0, rows.start]]), size, placement.source_size)
     return placement @ shift

@@ -1,4 +1,4 @@
-"""Pictures made smaller or larger. Pictures are (H, W, 3) uint8 RGB and never changed in place."""
+"""Shrink and enlarge pictures. Pictures are (H, W, 3) uint8 RGB and are not changed in place."""
 
 import cv2
 import numpy as np
@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 
 def shrink(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Return a picture whose longer side has at most `side` pixels: each pixel is the mean of those it replaces."""
+    """Return a picture with a longer side of at most `side` pixels. Each pixel is the mean of the pixels under it."""
     height, width = image_HWC.shape[:2]
     scale = side / max(height, width)
     if scale >= 1:
@@ -16,5 +16,5 @@ def shrink(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def enlarge(image_HWC: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    """Return a picture in which each pixel is a square of `factor` pixels a side."""
+    """Return a picture in which each pixel has become a square of `factor` × `factor` pixels."""
     return image_HWC.repeat(factor, 0).repeat(factor, 1)

@@ -1,7 +1,7 @@
-"""Glimpses as pictures: their path over the image, what was seen by and by, and where a whole test set was looked at.
+"""Draw glimpses: their path over an image, an animation, and the density of fixations over a data set.
 
-NumPy, OpenCV and Pillow, no torch. Shapes: T glimpses, S scales, h × w values of a patch, K classes, H × W pixels.
-Boxes are xyxy in pixels of the picture, the finest scale first; they may reach out of it.
+Shapes: T glimpses, S scales, h × w values of a patch, K classes, H × W pixels.
+Boxes are xyxy in pixels of the picture, the finest scale first; they may reach beyond the picture.
 """
 
 import itertools
@@ -13,20 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from visionattn.data.placement import Placement
-from visionattn.drawing.boxes import fitted, outline
+from visionattn.data import Placement
+from visionattn.drawing.boxes import fit_to_side, outline
 from visionattn.drawing.fonts import FAINT, INK, PAPER, Colour, fit, write
 from visionattn.drawing.overlay import heat
 from visionattn.drawing.sheets import Tile, sheet
 from visionattn.errors import UsageError
 
-_SIDE = 448  # pixels that the longer side of a picture needs for its numbers to be read
-_UNSEEN = 0.3, 40  # grey · share + more: on a black picture too, what was not seen is told from what was
-_CLASSES = 5  # of which an animation tells the belief
+_SIDE = 448  # pixels of the longer side of a picture, so that its numbers can be read
+_UNSEEN = 0.3, 40  # unread pixels: 0.3 · grey + 40, which is distinguishable from read pixels on black pictures too
+_CLASSES = 5  # largest number of classes whose probabilities an animation shows
 
 
 def boxes_in_source(boxes_TS4: NDArray[np.floating], placement: Placement) -> NDArray[np.float64]:
-    """Carry boxes of the model's input to the source; not cut at its edges, so that their middles stay where they are.
+    """Convert boxes from pixels of the model's input to pixels of the source.
+
+    Boxes are not clipped at the edges of the source, so that their centres stay correct.
 
     Shape: (…, 4) → the same.
     """
@@ -36,27 +38,31 @@ def boxes_in_source(boxes_TS4: NDArray[np.floating], placement: Placement) -> ND
 
 
 def centres(boxes_TS4: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Where each glimpse was: (T, 2) xy, the middle of its finest box."""
+    """Return the location of each glimpse, (T, 2) xy: the centre of its finest box."""
     finest_T4 = np.asarray(boxes_TS4, np.float64)[:, 0]
     return (finest_T4[:, :2] + finest_T4[:, 2:]) / 2
 
 
-def draw_gaze(
+def draw_scanpath(
     image_HWC: NDArray[np.uint8], boxes_TS4: NDArray[np.floating], *, side: int | None = None
 ) -> NDArray[np.uint8]:
-    """Draw the path of the glimpses: numbers in the order of looking, a ring around the first, every scale's box.
+    """Draw the path of the glimpses: numbers in temporal order, a ring around the first, and the box of every scale.
 
-    Colours run from violet for the first glimpse to yellow for the last. The finest box has a bold line, the wider ones
-    thinner and fainter ones. A number stands on its fixation, or beside it, tied to it by a line, where another stands.
+    Colours run from violet for the first glimpse to yellow for the last. The finest box has a bold line, the wider
+    boxes have thinner and fainter ones. A number is drawn on its fixation, or next to it with a connecting line if
+    another number is there.
 
     Args:
         image_HWC: (H, W, 3) uint8 RGB.
-        boxes_TS4: what each glimpse covered.
-        side: longer side of the result at most, in pixels; None for that of the picture. Small pictures are enlarged by
-            a whole number, as far as `side` allows, or to 448 pixels.
+        boxes_TS4: box of each glimpse at each scale.
+        side: upper bound on the longer side of the result, in pixels (default: 448, or the picture's longer side if
+            that is larger). Smaller pictures are enlarged by an integer factor.
+
+    Returns:
+        (H', W', 3) uint8 RGB.
 
     Raises:
-        UsageError: the boxes have another shape, or there is no picture.
+        UsageError: the picture or the boxes have a wrong shape or are empty.
     """
     picture, boxes_TS4 = _fitted(image_HWC, boxes_TS4, side)
     drawn = np.array(picture, order="C")
@@ -72,7 +78,7 @@ def draw_gaze(
     return _numbered(drawn, points, colours, unit)
 
 
-def gaze_animation(
+def animate_glimpses(
     image_HWC: NDArray[np.uint8],
     boxes_TS4: NDArray[np.floating],
     patches_TShw3: NDArray[np.uint8],
@@ -82,28 +88,29 @@ def gaze_animation(
     truth: int | None = None,
     side: int = _SIDE,
 ) -> list[NDArray[np.uint8]]:
-    """Show glimpse after glimpse: what has been seen so far, as sharp as it was seen, and what is believed after it.
+    """Animate the glimpses: the patches read so far, as sharp as they were read, and the class probabilities.
 
-    The rest of the picture is grey; the boxes are those of the current glimpse, the line is the path so far. Beside it
-    stand the probabilities of the classes that are likeliest at any time, five at most, always in the same order.
+    The rest of the picture is grey. The boxes are those of the current glimpse and the line is the path so far. The
+    panel shows the class probabilities after each glimpse, for up to five classes: those with the highest probability
+    after any glimpse, and always the true class if `truth` is given. Their order is the same in all frames.
 
     Args:
         image_HWC: (H, W, 3) uint8 RGB.
-        boxes_TS4: what each glimpse covered.
-        patches_TShw3: what was seen there.
-        probabilities_TK: after each glimpse.
-        class_names: K, or none.
-        truth: the right class, which is marked.
-        side: as `draw_gaze`.
+        boxes_TS4: box of each glimpse at each scale.
+        patches_TShw3: uint8 RGB, the pixels that were read in each box.
+        probabilities_TK: class probabilities after each glimpse (default: none, and no panel).
+        class_names: K names; without names, the panel shows class indices.
+        truth: index of the true class, which is marked.
+        side: as in `draw_scanpath`, for the picture without the panel (default: 448).
 
     Returns:
         T frames, (H', W', 3) uint8 RGB, for `data.write_animation`.
     """
     picture, boxes_TS4 = _fitted(image_HWC, boxes_TS4, side)
-    share, more = _UNSEEN
+    factor, offset = _UNSEEN
     grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
-    shown = (share * grey + more).astype(np.uint8)[..., None].repeat(3, 2)
-    sharpness = np.full(shown.shape[:2], boxes_TS4.shape[1])  # scale by which a pixel was seen; S for none
+    shown = (factor * grey + offset).astype(np.uint8)[..., None].repeat(3, 2)
+    sharpness = np.full(shown.shape[:2], boxes_TS4.shape[1])  # finest scale at which a pixel was read; S for none
     unit = _unit(picture)
     colours, points = _ramp(len(boxes_TS4)), centres(boxes_TS4)
     frames = []
@@ -121,40 +128,45 @@ def gaze_animation(
     return frames
 
 
-def gaze_density(maps: Mapping[str, NDArray[np.floating]], *, title: str = "", caption: str = "") -> NDArray[np.uint8]:
-    """Draw how often each pixel of the model's input was looked at: a map beside the next, its largest value below.
+def draw_fixation_density(
+    maps: Mapping[str, NDArray[np.floating]], *, title: str = "", caption: str = ""
+) -> NDArray[np.uint8]:
+    """Draw how often each pixel of the model's input was read: the maps side by side, with their largest values below.
 
     Args:
-        maps: name → (H, W) ≥ 0, such as the mean over a test set of how many glimpses saw a pixel sharply, the first
-            glimpse and the later ones apart; black is 0.
-        title, caption: above and below all.
+        maps: name → (H, W) ≥ 0, e.g. the mean number of glimpses that read a pixel at the finest scale; black is 0.
+        title: above the maps.
+        caption: below the maps.
+
+    Returns:
+        (H', W', 3) uint8 RGB.
     """
     tiles = []
     for name, map_HW in maps.items():
-        most = float(map_HW.max())
-        shown = heat(map_HW / most if most > 0 else map_HW)
-        tiles.append(Tile(shown, [name, f"at most {most:.3g} an image"]))
+        largest = float(map_HW.max())
+        shown = heat(map_HW / largest if largest > 0 else map_HW)
+        tiles.append(Tile(shown, [name, f"at most {largest:.3g} an image"]))
     return sheet(tiles, title=title, caption=caption, columns=len(tiles), width=300)
 
 
 def _fitted(
     image_HWC: NDArray[np.uint8], boxes_TS4: NDArray[np.floating], side: int | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Picture and boxes at the size that is drawn on."""
+    """Return the picture and the boxes at the size for drawing."""
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or not image_HWC.size:
         raise UsageError(f"a picture is (H, W, 3) uint8 RGB, got {image_HWC.shape} {image_HWC.dtype}")
     if boxes_TS4.ndim != 3 or boxes_TS4.shape[2] != 4 or not boxes_TS4.size:
         raise UsageError(f"boxes of glimpses are (T, S, 4), got {boxes_TS4.shape}")
-    return fitted(image_HWC, boxes_TS4, side or max(_SIDE, *image_HWC.shape[:2]))
+    return fit_to_side(image_HWC, boxes_TS4, side or max(_SIDE, *image_HWC.shape[:2]))
 
 
 def _unit(picture: NDArray[np.uint8]) -> float:
-    """What is one pixel in a picture of 448; in smaller ones not much less, or its numbers could not be read."""
+    """Return the unit of length for drawing: 1 pixel at a longer side of 448, proportional to it, at least 0.75."""
     return max(0.75, max(picture.shape[:2]) / _SIDE)
 
 
 def _ramp(count: int) -> list[Colour]:
-    """Colours in an order that is seen, none of them dark."""
+    """Return bright colours from violet to yellow."""
     levels = np.linspace(75, 250, count).round().astype(np.uint8)[:, None]
     return [(int(r), int(g), int(b)) for b, g, r in cv2.applyColorMap(levels, cv2.COLORMAP_PLASMA)[:, 0]]
 
@@ -165,7 +177,7 @@ def _lines(
     colours: Sequence[Colour],
     unit: float,
 ) -> None:
-    """Lines with a dark rim, to a sixteenth of a pixel."""
+    """Draw lines with a dark rim; their ends are exact to a sixteenth of a pixel."""
     for (start, end), colour in zip(ends, colours, strict=False):
         a, b = (tuple(int(v) for v in np.rint(16 * (point - 0.5))) for point in (start, end))
         width = max(1, round(2 * unit))
@@ -181,8 +193,8 @@ def _numbered(
     _lines(drawn, list(zip(points_T2, places, strict=True)), [INK] * len(places), unit / 2)
     page = Image.fromarray(drawn)
     pen = ImageDraw.Draw(page)
-    for number in reversed(range(len(places))):  # the first on top
-        (x, y), colour = places[number] - 0.5, colours[number]  # Pillow counts from the middle of the first pixel
+    for number in reversed(range(len(places))):  # so that the first is on top
+        (x, y), colour = places[number] - 0.5, colours[number]  # Pillow's origin is the centre of the first pixel
         rings: list[tuple[float, Colour]] = [(radius, colour)]
         if number == 0:
             rings = [(radius + 3 * unit, INK), (radius + 1.5 * unit, PAPER), *rings]
@@ -196,7 +208,7 @@ def _numbered(
 
 
 def _apart(points_T2: NDArray[np.float64], radius: float, width: int, height: int) -> NDArray[np.float64]:
-    """Places for discs that do not overlap: on their points, or as near as there is room."""
+    """Return centres of discs that do not overlap: on their points, or at the nearest free position."""
     places: list[NDArray[np.float64]] = []
     edge = np.array([width, height], np.float64)
     for point in points_T2:
@@ -209,7 +221,7 @@ def _apart(points_T2: NDArray[np.float64], radius: float, width: int, height: in
             if all(np.hypot(*(inside - place)) >= 2.1 * radius for place in places):
                 break
         else:
-            inside = point  # there are too many
+            inside = point  # no free position
         places.append(inside)
     return np.array(places)
 
@@ -221,22 +233,22 @@ def _paste(
     box: NDArray[np.float64],
     scale: int,
 ) -> None:
-    """Lay a patch into its box, where nothing was seen more sharply."""
+    """Draw a patch into its box, except over pixels that were read at a finer scale."""
     (height, width), (left, top, right, bottom) = patch_hw3.shape[:2], box
     y, x = np.arange(len(shown)) + 0.5, np.arange(shown.shape[1]) + 0.5
     rows, columns = np.flatnonzero((y > top) & (y < bottom)), np.flatnonzero((x > left) & (x < right))
     i = ((y[rows] - top) * (height / (bottom - top))).astype(int).clip(0, height - 1)
     j = ((x[columns] - left) * (width / (right - left))).astype(int).clip(0, width - 1)
-    here = np.ix_(rows, columns)
-    fresh = sharpness[here] >= scale
-    shown[here] = np.where(fresh[..., None], patch_hw3[np.ix_(i, j)], shown[here])
-    sharpness[here] = np.minimum(sharpness[here], scale)
+    box_pixels = np.ix_(rows, columns)
+    replaced = sharpness[box_pixels] >= scale
+    shown[box_pixels] = np.where(replaced[..., None], patch_hw3[np.ix_(i, j)], shown[box_pixels])
+    sharpness[box_pixels] = np.minimum(sharpness[box_pixels], scale)
 
 
 def _belief(
     height: int, turn: int, probabilities_TK: NDArray[np.floating], class_names: Sequence[str], truth: int | None
 ) -> NDArray[np.uint8]:
-    """The panel beside a frame."""
+    """Draw the panel of class probabilities next to a frame."""
     size = max(11, min(30, height // 22))
     width, row = 13 * size, round(size * 2.3)
     page = Image.new("RGB", (width, height), PAPER)

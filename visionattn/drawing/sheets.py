@@ -1,6 +1,6 @@
-"""Pictures beside each other, with captions: NumPy, OpenCV and Pillow, no torch.
+"""Arrange pictures in rows and sheets, with captions.
 
-Pictures are (H, W, 3) uint8 RGB and never changed in place; heatmaps (H, W) in [0, 1].
+Pictures are (H, W, 3) uint8 RGB and are not changed in place; heatmaps are (H, W) in [0, 1].
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,20 @@ from visionattn.drawing.overlay import DIFFERENCE, blend, check_pair, heat
 from visionattn.drawing.resizing import enlarge, shrink
 from visionattn.errors import UsageError
 
-_UNSEEN: Colour = (58, 58, 62)  # in a heatmap without its picture
+_UNSEEN: Colour = (58, 58, 62)  # colour of pixels outside of the model's input, in a heatmap without its picture
 
 
 def colour_bar(height: int, *, width: int | None = None, colormap: str = "inferno") -> NDArray[np.uint8]:
-    """An upright scale of the heat's colours, 1 at the top (of `DIFFERENCE` +1), with its ends and middle named."""
+    """Draw a vertical scale of a colormap with numbers: 1, 0.5 and 0 from the top, or +1, 0 and −1 for `DIFFERENCE`.
+
+    Args:
+        height: height in pixels.
+        width: width of the scale without its numbers, in pixels (default: chosen from the height).
+        colormap: a name in `COLORMAPS`, or `DIFFERENCE`.
+
+    Returns:
+        (height, W, 3) uint8 RGB.
+    """
     size = max(10, min(28, height // 22))
     bar = width or max(10, round(size * 0.9))
     ramp_HW = np.repeat(np.linspace(1, 0, height, dtype=np.float32)[:, None], bar, axis=1)
@@ -42,7 +51,18 @@ def side_by_side(
     alpha: float = 0.75,
     seen_HW: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.uint8]:
-    """Put the picture, its overlay and the heatmap alone beside each other, with a colour bar; as `blend` otherwise."""
+    """Draw the picture, its overlay and the heatmap side by side, with a colour bar.
+
+    Args:
+        title: text above the row.
+        image_HWC, heatmap_HW, colormap, alpha, seen_HW: as for `blend`.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        UsageError: as for `blend`.
+    """
     check_pair(image_HWC, heatmap_HW)
     overlay = blend(image_HWC, heatmap_HW, colormap=colormap, alpha=alpha, seen_HW=seen_HW)
     hot = heat(heatmap_HW, colormap=colormap)
@@ -54,9 +74,17 @@ def side_by_side(
 def row(
     panels: Sequence[tuple[NDArray[np.uint8], str]], *, title: str = "", colormap: str = "inferno"
 ) -> NDArray[np.uint8]:
-    """Put pictures of equal size beside each other, a line below each, and a colour bar behind the last.
+    """Draw pictures of equal size side by side with a colour bar at the right.
 
-    Small pictures are enlarged by a whole number, so that the text below them can be read.
+    Small pictures are enlarged by a whole factor, so that the text below them can be read.
+
+    Args:
+        panels: pictures, each with the line of text below it.
+        title: text above the row.
+        colormap: colormap of the colour bar.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
     """
     height, width = panels[0][0].shape[:2]
     scale = max(1, -(-240 // min(height, width)))
@@ -79,13 +107,14 @@ def row(
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture of a sheet.
+    """One picture of a sheet.
 
     Attributes:
         picture: (H, W, 3) uint8 RGB.
-        caption: lines under it, as the prediction with its probability, and the truth.
-        right: whether the answer was right: a green tick or a red cross before the first line; None for neither.
-        box: the true place of the object, xyxy in the picture's pixels.
+        caption: lines below the picture, e.g. the prediction with its probability, and the true class.
+        right: whether the prediction is correct. True draws a green tick before the first line, False a red cross, and
+            None neither.
+        box: the true box of the object, xyxy in pixels of the picture.
     """
 
     picture: NDArray[np.uint8]
@@ -97,16 +126,19 @@ class Tile:
 def sheet(
     tiles: Sequence[Tile], *, title: str = "", caption: str = "", columns: int = 6, width: int = 200
 ) -> NDArray[np.uint8]:
-    """Arrange pictures in rows, each scaled to a square of `width` pixels, with its caption below.
+    """Arrange pictures in rows, each scaled to fit a square of `width` pixels, with its caption below.
 
-    Pictures of less than half that size are enlarged by a whole number, each pixel a square.
+    Pictures of at most half that size are enlarged by a whole factor, so that their pixels become equal squares.
 
     Args:
-        tiles: at least one.
-        title: above all.
-        caption: below all.
-        columns: pictures a row.
-        width: of a tile, in pixels.
+        tiles: the pictures, at least one.
+        title: text above the rows.
+        caption: text below the rows.
+        columns: largest number of pictures in a row.
+        width: width of a tile, in pixels.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
 
     Raises:
         UsageError: there are no tiles, or no columns.
@@ -142,10 +174,10 @@ def sheet(
 
 
 def _scaled(tile: Tile, width: int) -> NDArray[np.uint8]:
-    """The picture of a tile with a longer side of `width`, or less where its pixels are enlarged by a whole number."""
+    """Scale a tile's picture to a longer side of `width`, or a little less for a whole factor; draw the tile's box."""
     height, wide = tile.picture.shape[:2]
     scale = width / max(height, wide)
-    if scale >= 2:  # keep every pixel visible and of equal size
+    if scale >= 2:  # every pixel becomes a square of equal size
         scale = int(scale)
         picture = enlarge(tile.picture, scale)
     elif scale >= 1:
@@ -154,12 +186,12 @@ def _scaled(tile: Tile, width: int) -> NDArray[np.uint8]:
     else:
         picture = shrink(tile.picture, width)
     if tile.box is None:
-        return picture  # boxes come after, so that their lines stay thin
+        return picture  # the box is drawn after scaling, so that its line stays thin
     return draw_box(picture, [edge * scale for edge in tile.box], thickness=2)
 
 
 def _mark(page: Image.Image, xy: tuple[int, int], size: int, right: bool) -> None:
-    """A tick or a cross: told apart by shape, not by colour alone."""
+    """Draw a tick or a cross, which differ in shape and not only in colour."""
     x, y = xy
     points = [[(1, 8), (5, 12), (13, 2)]] if right else [[(2, 2), (12, 12)], [(2, 12), (12, 2)]]
     pen = ImageDraw.Draw(page)
@@ -170,12 +202,12 @@ def _mark(page: Image.Image, xy: tuple[int, int], size: int, right: bool) -> Non
 
 
 def heat_of_range(map_hw: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Colour a map from its smallest value to its largest; a constant map is black."""
+    """Colour a map from its smallest value to its largest, (h, w, 3) uint8 RGB; a constant map is black."""
     low, high = float(map_hw.min()), float(map_hw.max())
     return heat((map_hw - low) / (high - low) if high > low else np.zeros_like(map_hw))
 
 
 def heatmap_sheet(heatmaps_Bhw: NDArray[np.floating], title: str) -> NDArray[np.uint8]:
-    """Draw the heatmaps of the first 16 images of a batch, each in the colours of its own range."""
+    """Draw a sheet of the heatmaps of the first 16 images of a batch, each coloured over its own range."""
     tiles = [Tile(heat_of_range(map_hw), [f"image {number}"]) for number, map_hw in enumerate(heatmaps_Bhw[:16])]
     return sheet(tiles, title=title, columns=4, width=180)

@@ -1,6 +1,6 @@
-"""Heatmaps of no method: what a method must beat before it is believed.
+"""Controls: heatmaps that do not depend on the model, which a method must beat before its heatmaps are believed.
 
-They are called as methods are, and do not look at the model.
+A control is called in the same way as a method.
 
 Shapes: B images, C channels, H × W pixels, h × w cells of a heatmap.
 """
@@ -15,42 +15,46 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from visionattn.capture.running import run
+from visionattn.capture import run
 from visionattn.errors import UsageError
-from visionattn.maps.method import Explanation, Method, Target
+from visionattn.maps import Explanation, Method, Target
 
-FIGURES = {"deletion": -1, "insertion": 1, "pointing": 1, "energy": 1, "iou": 1, "shuffled": -1}
-"""Figure → 1 where higher is better, −1 where lower is.
+METRICS = {"deletion": -1, "insertion": 1, "pointing": 1, "energy": 1, "iou": 1, "shuffled": -1}
+"""Metric → 1 if a higher value is better, −1 if a lower value is better.
 
-`deletion` and `insertion`: areas under the curves of those functions. `pointing`, `energy`: on the
-object's box, or its mask where there is no box. `iou`: with its mask, or its box where there is no mask, at the
-threshold that is best for the method. `shuffled`: |rank correlation| with the maps of the model without what it has
-learned, the mean over copies; |…|, since a map turned upside down shows the same things.
+- `deletion`, `insertion`: area under the curve that the function of the same name returns.
+- `pointing`, `energy`: on the object's box, or on its mask if there is no box.
+- `iou`: with the object's mask, or with its box if there is no mask, at the threshold that is best for the method.
+- `shuffled`: |rank correlation| between the method's heatmaps of the model and of a copy with shuffled weights,
+  averaged over copies. The absolute value is taken, since an inverted map shows the same regions.
 """
 
 Value = TypeVar("Value", float, NDArray[np.floating])
 
 
 class Control(Method):
-    """A heatmap that is drawn without a look at the model."""
+    """A heatmap that does not depend on the model. Subclasses compute it in `draw`."""
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
         return Explanation(self.draw(images_BCHW), run(model, images_BCHW), None, "no layer")
 
     @abstractmethod
     def draw(self, images_BCHW: Tensor) -> Tensor:
-        """Make the (B, h, w) maps."""
+        """Return the maps, (B, h, w)."""
 
 
 class RandomMap(Control):
-    """Independent uniform numbers; the same image has the same map every time.
+    """Independent uniform random numbers in [0, 1). The same image always gets the same map.
 
-    A coarse random map changes an image patch by patch, and a fine one dot by dot, which is another change altogether:
-    compare a method with the random map of its own grid.
+    Compare a method with the random map of the method's own grid: a coarse map perturbs an image patch by patch, a fine
+    map pixel by pixel, and the two perturbations have different effects on a model.
 
     Args:
-        grid: (rows, columns).
-        seed: another one gives other maps.
+        grid: (rows, columns), each ≥ 1.
+        seed: seed of the numbers; a different seed gives different maps.
+
+    Raises:
+        UsageError: the grid has no cells.
     """
 
     name = "random"
@@ -68,10 +72,13 @@ class RandomMap(Control):
 
 
 class CentreGaussian(Control):
-    """exp(−(x² + y²) / 2σ²) about the middle of the image: objects stand in the middle of photographs.
+    """A Gaussian at the centre of the image, exp(−(x² + y²) / (2σ²)): most photographs show their object there.
 
     Args:
-        sigma: as a share of each side.
+        sigma: σ as a fraction of each side, > 0.
+
+    Raises:
+        UsageError: sigma is not positive.
     """
 
     name = "centre"
@@ -89,14 +96,17 @@ class CentreGaussian(Control):
 
 
 class Edges(Control):
-    """The gradient's length, √(gx² + gy²), by Sobel's 3 × 3 filters, of the mean over channels: where ink and outlines
-    are (Adebayo et al. 2018, 1810.03292, found methods that show no more).
+    """The length of the image gradient, √(gx² + gy²), by Sobel's 3 × 3 filters on the mean over channels.
 
-    Drawn dot by dot it puts just the sharpest pixels back into a blurred image, which no method on a coarse grid can;
-    so compare it on the method's grid, as `RandomMap`.
+    Adebayo et al. 2018 (1810.03292) found that the heatmaps of some methods show no more than such edges. Compare a
+    method with the edges on the method's own grid: with one cell per pixel, insertion would restore only the sharpest
+    pixels of a blurred image, which no method with a coarse grid can do.
 
     Args:
-        grid: (rows, columns) of cells, each the mean of its pixels; the image's own pixels by default.
+        grid: (rows, columns) of cells, each ≥ 1; a cell is the mean of its pixels (default: one cell per pixel).
+
+    Raises:
+        UsageError: the grid has no cells.
     """
 
     name = "edges"
@@ -113,6 +123,7 @@ class Edges(Control):
 
 
 def check_grid(grid: tuple[int, int]) -> tuple[int, int]:
+    """Return the grid; raise a UsageError if it has no cells."""
     rows, columns = grid
     if min(rows, columns) < 1:
         raise UsageError(f"grid must be at least 1×1, got {rows}×{columns}")
@@ -120,9 +131,13 @@ def check_grid(grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def controls_of(heatmaps_Bhw: Tensor, *, seed: int = 0) -> dict[str, Control]:
-    """Make the controls that a method with these heatmaps must beat: name → control.
+    """Return the controls that a method with these heatmaps must beat: name → control.
 
-    They are a Gaussian at the centre, and a random map and an edge detector on the method's own grid.
+    The controls are a Gaussian at the centre, and a random map and an edge detector on the method's own grid.
+
+    Args:
+        heatmaps_Bhw: the heatmaps of the method; only their grid (h, w) matters.
+        seed: seed of the random map.
     """
     rows, columns = heatmaps_Bhw.shape[1:]
     return {
@@ -132,6 +147,12 @@ def controls_of(heatmaps_Bhw: Tensor, *, seed: int = 0) -> dict[str, Control]:
     }
 
 
-def lead(figure: str, value: Value, control: Value) -> Value:
-    """Return by how much `value` is better than a control's in a figure of `FIGURES`; a method beats it if > 0."""
-    return FIGURES[figure] * (value - control)
+def margin(metric: str, value: Value, control: Value) -> Value:
+    """Return how much better a method's value of a metric is than a control's. A positive result favours the method.
+
+    Args:
+        metric: a key of `METRICS`.
+        value: the method's value, or an array of values.
+        control: the control's value, of the same shape.
+    """
+    return METRICS[metric] * (value - control)

@@ -1,8 +1,9 @@
-"""Does the score follow the heatmap? Deletion and insertion.
+"""Faithfulness: does the model's score depend on the pixels that a heatmap marks? Deletion and insertion.
 
-Shapes: B images, C channels, H × W pixels, N = H·W, h × w cells of a heatmap, S steps, F images on the way.
+Shapes: B images, C channels, H × W pixels, N = H·W, h × w cells of a heatmap, S steps, F perturbed images in total.
 """
 
+import html
 import math
 from dataclasses import dataclass
 
@@ -10,22 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.capture.running import run, undisturbed
+from visionattn.capture import compact_state, run, undisturbed
 from visionattn.errors import DataError, UsageError
 from visionattn.evaluation.localisation import to_pixels
-from visionattn.maps.method import Target, check_images, culprit, pick, scores_of
+from visionattn.maps import Target, check_images, find_non_finite, pick, scores_of
 
 STEPS = 16
 BLUR = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Curve:
-    """What becomes of a probability while images are changed, hottest pixels first.
+    """The target's probability while the pixels of an image are changed, hottest first.
+
+    `print(curve)` shows the areas under the curves, and a notebook draws the mean curve.
 
     Attributes:
-        fractions: (S + 1,) of the pixels that are changed, from 0 to 1.
-        scores: (B, S + 1), the target's probability.
+        fractions: (S + 1,), the fraction of pixels that are changed, from 0 to 1.
+        scores: (B, S + 1), the target's probability at each fraction.
     """
 
     fractions: Tensor
@@ -33,8 +36,36 @@ class Curve:
 
     @property
     def auc(self) -> Tensor:
-        """(B,) area under the curve, by trapezoids."""
+        """The area under each image's curve by the trapezoidal rule, (B,)."""
         return torch.trapezoid(self.scores, self.fractions, dim=1)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the curves as plain data for `json.dumps`: `fractions`, `scores` and `auc`."""
+        return {"fractions": self.fractions.tolist(), "scores": self.scores.tolist(), "auc": self.auc.tolist()}
+
+    def __repr__(self) -> str:
+        areas = self.auc.tolist()
+        shown = ", ".join(f"{area:.3f}" for area in areas[:8]) + (", …" if len(areas) > 8 else "")
+        mean, steps = sum(areas) / max(1, len(areas)), len(self.fractions) - 1
+        images = f"{len(areas)} image{'' if len(areas) == 1 else 's'}"
+        return f"Curve(mean area {mean:.3f} over {images}, {steps} steps: {shown})"
+
+    def _repr_html_(self) -> str:
+        """Draw the mean curve in a notebook, above its area."""
+        mean_S = self.scores.float().mean(0).tolist()
+        points = " ".join(
+            f"{10 + 280 * x:.1f},{130 - 120 * min(1, max(0, y)):.1f}"
+            for x, y in zip(self.fractions.tolist(), mean_S, strict=True)
+        )
+        return (
+            '<svg width="300" height="140" role="img" aria-label="mean curve">'
+            '<rect x="10" y="10" width="280" height="120" fill="none" stroke="#999"/>'
+            f'<polyline points="{points}" fill="none" stroke="#d60" stroke-width="2"/></svg>'
+            f"<pre>{html.escape(repr(self))}</pre>"
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        return compact_state(self)
 
 
 def deletion(
@@ -48,11 +79,15 @@ def deletion(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Curve:
-    """Take an image's pixels away, hottest first (Petsiuk et al. 2018, 1806.07421, algorithm 1): lower is better.
+    """Remove an image's pixels, hottest first (Petsiuk et al. 2018, 1806.07421, algorithm 1): a lower area is better.
 
-    Deviations from the paper: S equal steps; pixels become their image's mean colour and not zero, which is the mean of
-    photographs that were normalised by their data set's mean, but a glaring grey on white paper or in the dark; equal
-    pixels come in random order and not by position, so that a constant map scores as a random order does.
+    Deviations from the paper:
+
+    - There are S equal steps.
+    - Removed pixels get their image's mean colour instead of zero. For photographs that are normalised by the mean of
+      their data set, zero is the mean colour. On white paper or in a dark image, zero is a conspicuous grey.
+    - Pixels of equal heat are removed in random order instead of by position, so that a constant map gets the score of
+      a random order.
 
         >>> import timm, torch
         >>> from visionattn.maps import GradCAM
@@ -61,22 +96,23 @@ def deletion(
         torch.Size([2])
 
     Args:
-        model: any vision model; it is left as it was.
-        images_BCHW: normalised as the model wants it.
-        heatmaps_Bhw: of any resolution, each spanning the whole input.
-        target: as a method takes it; what the model says of the whole image by default. Of an index the softmax is
-            followed, of a function its value; a function sees any number of images in any order.
-        steps: S.
-        baseline: what takes the place of pixels, broadcast to the images; their mean colours by default.
+        model: any vision model; unchanged afterwards.
+        images_BCHW: images, normalised for the model.
+        heatmaps_Bhw: heatmaps of any resolution, each spanning the whole input.
+        target: the output to follow, as a `Method` takes it (default: the prediction for the whole image). For an index
+            the curve is the softmax probability of that output; for a function it is the function's value. A function
+            is called with any number of images in any order.
+        steps: S, in [1, H·W].
+        baseline: value of removed pixels, broadcast to the images (default: each image's mean colour).
         batch_size: images in one forward pass.
-        seed: of the order of equal pixels.
+        seed: seed of the order of pixels with equal heat.
 
     Raises:
         UsageError: the target does not fit the model's output, or there are more steps than pixels.
         DataError: the images or the model's output hold NaN or infinity.
     """
-    change = deleting(model, images_BCHW, target=target, baseline=baseline)
-    return follow(model, change, heatmaps_Bhw, steps=steps, batch_size=batch_size, seed=seed)
+    change = deletion_perturbation(model, images_BCHW, target=target, baseline=baseline)
+    return perturbation_curve(model, change, heatmaps_Bhw, steps=steps, batch_size=batch_size, seed=seed)
 
 
 def insertion(
@@ -90,29 +126,32 @@ def insertion(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Curve:
-    """Put an image's pixels back into a blurred copy, hottest first (Petsiuk et al. 2018, 1806.07421, §4.1): higher is
-    better.
+    """Restore an image's pixels in a blurred copy, hottest first (Petsiuk et al. 2018, 1806.07421, §4.1).
 
-    Deviations from the paper: S equal steps and equal pixels as in `deletion`; the blur is relative to the image's
-    side, so that it fits images of any size (the paper's is σ = 5 of 224 pixels, cut at 11 × 11).
+    A higher area is better. Deviations from the paper: the steps and the order of equal pixels are those of `deletion`;
+    the blur is relative to the image's side, so that it suits images of any size (the paper blurs images of 224 pixels
+    with σ = 5 pixels and a kernel of 11 × 11).
 
     Args:
-        blur: σ of the Gaussian, as a share of the image's shorter side.
-        The others, and what is raised, as for `deletion`.
+        model, images_BCHW, heatmaps_Bhw, target, steps, batch_size, seed: as for `deletion`.
+        blur: σ of the Gaussian as a fraction of the image's shorter side, > 0.
+
+    Raises:
+        UsageError, DataError: as for `deletion`.
     """
-    change = inserting(model, images_BCHW, target=target, blur=blur)
-    return follow(model, change, heatmaps_Bhw, steps=steps, batch_size=batch_size, seed=seed)
+    change = insertion_perturbation(model, images_BCHW, target=target, blur=blur)
+    return perturbation_curve(model, change, heatmaps_Bhw, steps=steps, batch_size=batch_size, seed=seed)
 
 
 @dataclass(frozen=True)
-class Change:
-    """From some images to others, whichever pixels come first: what all heatmaps of the same images share.
+class Perturbation:
+    """The first and last images of a deletion or insertion curve. All heatmaps of the same images share them.
 
     Attributes:
-        before: (B, C, H, W).
-        after: (B, C, H, W).
-        ends: (B, 2) probabilities before and after.
-        target: of the whole images: (B,) indices, or a function.
+        before: (B, C, H, W), the images that the curve starts from.
+        after: (B, C, H, W), the images that the curve ends with.
+        ends: (B, 2), the target's probability before and after.
+        target: the output to follow: (B,) indices, or a function.
     """
 
     before: Tensor
@@ -121,32 +160,49 @@ class Change:
     target: Target
 
 
-def deleting(
+def deletion_perturbation(
     model: nn.Module, images_BCHW: Tensor, *, target: Target = None, baseline: float | Tensor | None = None
-) -> Change:
-    """Prepare `deletion` for any number of heatmaps, to `follow`; arguments as there."""
+) -> Perturbation:
+    """Prepare `deletion` for `perturbation_curve` with any number of heatmaps. Arguments are those of `deletion`."""
     check_images(images_BCHW)
     gone = images_BCHW.mean((2, 3), keepdim=True) if baseline is None else torch.as_tensor(baseline).to(images_BCHW)
     score_B, target = probability(model, images_BCHW, target)
     gone_BCHW = gone.expand_as(images_BCHW)
     gone_B, _ = probability(model, gone_BCHW, target)
-    return Change(images_BCHW, gone_BCHW, torch.stack([score_B, gone_B], 1), target)
+    return Perturbation(images_BCHW, gone_BCHW, torch.stack([score_B, gone_B], 1), target)
 
 
-def inserting(model: nn.Module, images_BCHW: Tensor, *, target: Target = None, blur: float = BLUR) -> Change:
-    """Prepare `insertion` for any number of heatmaps, to `follow`; arguments as there."""
+def insertion_perturbation(
+    model: nn.Module, images_BCHW: Tensor, *, target: Target = None, blur: float = BLUR
+) -> Perturbation:
+    """Prepare `insertion` for `perturbation_curve` with any number of heatmaps. Arguments are those of `insertion`."""
     check_images(images_BCHW)
     score_B, target = probability(model, images_BCHW, target)
     blurred_BCHW = blurred(images_BCHW, blur)
     blurred_B, _ = probability(model, blurred_BCHW, target)
-    return Change(blurred_BCHW, images_BCHW, torch.stack([blurred_B, score_B], 1), target)
+    return Perturbation(blurred_BCHW, images_BCHW, torch.stack([blurred_B, score_B], 1), target)
 
 
 @torch.no_grad()
-def follow(
-    model: nn.Module, change: Change, heatmaps_Bhw: Tensor, *, steps: int = STEPS, batch_size: int = 32, seed: int = 0
+def perturbation_curve(
+    model: nn.Module,
+    change: Perturbation,
+    heatmaps_Bhw: Tensor,
+    *,
+    steps: int = STEPS,
+    batch_size: int = 32,
+    seed: int = 0,
 ) -> Curve:
-    """Change the images by the order of their heatmaps' pixels; arguments as for `deletion`."""
+    """Return the curve of a prepared perturbation that changes the hottest pixels of the heatmaps first.
+
+    Args:
+        model, heatmaps_Bhw, steps, batch_size, seed: as for `deletion`.
+        change: as `deletion_perturbation` or `insertion_perturbation` returns it.
+
+    Raises:
+        UsageError: steps or batch_size is out of range, or the shape of the heatmaps is not (B, h, w).
+        DataError: the model's output is not finite.
+    """
     before_BCHW, after_BCHW = change.before, change.after
     count, _, height, width = before_BCHW.shape
     if not 1 <= steps <= height * width:
@@ -166,14 +222,14 @@ def follow(
             change.target[b] if isinstance(change.target, Tensor) else change.target,
         )[0]
         for b, n in zip(image_F.split(batch_size), changed_F.split(batch_size), strict=True)
-        if len(b)  # a single step has nothing in between
+        if len(b)  # with a single step there are no images between the ends
     ]
     between_BS = torch.cat([change.ends.new_empty(0), *scores]).view(count, steps - 1)
     return Curve(changed_S1 / (height * width), torch.cat([change.ends[:, :1], between_BS, change.ends[:, 1:]], 1))
 
 
 def probability(model: nn.Module, images_BCHW: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """The target's probability, (B,) float32, and the target itself, settled: (B,) indices, or the function.
+    """Return the target's probability, (B,) float32, and the target: (B,) indices, or the function as it was passed.
 
     Raises:
         UsageError: the target does not fit the model's output, or the model has a single output.
@@ -186,31 +242,32 @@ def probability(model: nn.Module, images_BCHW: Tensor, target: Target) -> tuple[
             logits_BK = scores_of(output).float()
             if logits_BK.shape[1] == 1:
                 raise UsageError(
-                    "the model has a single output, whose softmax is always 1, so nothing can be scored by it; give "
-                    "deletion and insertion target=a function from the output to (B,) scores"
+                    "the model has a single output, whose softmax is always 1, so its probability cannot be followed; "
+                    "pass deletion and insertion target=a function from the output to (B,) scores"
                 )
             score_B = logits_BK.softmax(1).gather(1, index_B[:, None])[:, 0]
         if len(score_B) != len(images_BCHW):
             raise UsageError(
-                f"the target function returned {len(score_B)} scores for {len(images_BCHW)} images; it sees any number "
-                "of them in any order, so it must not know which they are: give indices image by image as a tensor"
+                f"the target function returned {len(score_B)} scores for {len(images_BCHW)} images; it is called with "
+                "any number of images in any order, so pass one index an image as a tensor instead"
             )
         if not score_B.isfinite().all():
-            raise DataError(f"the model's output is not finite; {culprit(bare)}")
+            raise DataError(f"the model's output is not finite; {find_non_finite(bare)}")
         return score_B.float(), target if index_B is None else index_B
 
 
 def rank(heatmaps_Bhw: Tensor, size: tuple[int, int], *, seed: int = 0) -> Tensor:
-    """Place of every pixel in the order from hottest (0) to coldest, (B, H, W); equal pixels are shuffled."""
+    """Return the rank of every pixel from hottest (0) to coldest, (B, H, W); the order of equal pixels is random."""
     fine_BN = to_pixels(heatmaps_Bhw, size).flatten(1)
     shuffle_BN = torch.rand(fine_BN.shape, generator=torch.Generator().manual_seed(seed)).argsort(1).to(fine_BN.device)
     order_BN = shuffle_BN.gather(1, fine_BN.gather(1, shuffle_BN).argsort(dim=1, descending=True, stable=True))
     place_N = torch.arange(order_BN.shape[1], device=order_BN.device)
-    return torch.empty_like(order_BN).scatter_(1, order_BN, place_N.expand_as(order_BN)).unflatten(1, size)
+    rank_BN = torch.empty_like(order_BN).scatter_(1, order_BN, place_N.expand_as(order_BN))
+    return rank_BN.view(len(rank_BN), *size)
 
 
 def blurred(images_BCHW: Tensor, blur: float = BLUR) -> Tensor:
-    """Blur images by a Gaussian of σ = blur · shorter side, cut at 3 σ; beyond the edges the edge's pixels go on."""
+    """Blur images by a Gaussian of σ = blur · shorter side, cut at 3 σ. The border pixels are repeated as padding."""
     sigma = blur * min(images_BCHW.shape[2:])
     if not sigma > 0:
         raise UsageError(f"blur must be > 0, got {blur}")

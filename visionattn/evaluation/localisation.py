@@ -1,4 +1,4 @@
-"""Does a heatmap lie on the object? The pointing game, the energy inside, and the overlap at the best threshold.
+"""Localisation: does a heatmap lie on the object? Pointing game, energy inside the object, and overlap.
 
 Shapes: B images, h × w cells of a heatmap, H × W pixels of the model's input, T thresholds; boxes xyxy in pixels.
 """
@@ -13,14 +13,19 @@ THRESHOLDS = 100
 def to_pixels(heatmaps_Bhw: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolate heatmaps bilinearly to the (height, width) of the input: (B, H, W) float32.
 
-    In double precision on the way, so that equal neighbours stay exactly equal.
+    The interpolation runs in double precision, so that equal neighbours stay exactly equal.
     """
     fine_B1HW = F.interpolate(heatmaps_Bhw[:, None].double(), size=size, mode="bilinear", align_corners=False)
     return fine_B1HW[:, 0].float()
 
 
 def inside(boxes_B4: Tensor, size: tuple[int, int]) -> Tensor:
-    """Fill boxes: (B, H, W) bool, true for the pixels whose centre is inside."""
+    """Return masks of boxes, (B, H, W) bool: true for pixels whose centre lies in the box.
+
+    Args:
+        boxes_B4: xyxy in pixels.
+        size: (H, W).
+    """
     y_H = torch.arange(size[0], device=boxes_B4.device) + 0.5
     x_W = torch.arange(size[1], device=boxes_B4.device) + 0.5
     rows_BH = (y_H >= boxes_B4[:, 1:2]) & (y_H <= boxes_B4[:, 3:4])
@@ -29,14 +34,14 @@ def inside(boxes_B4: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def hit_share(heatmaps_Bhw: Tensor, object_BHW: Tensor) -> Tensor:
-    """Tell how much of each heatmap's peak lies on its object, (B,) in [0, 1].
+    """Return the fraction of each heatmap's highest pixels that lie on its object, (B,) in [0, 1].
 
-    The share is 0 or 1 where one pixel is highest; of equal peaks it is the share of them on the object, what a draw
-    among them would hit on average. So a constant map scores as a uniform guess does.
+    If one pixel is highest, the fraction is 0 or 1. If several pixels are equally high, the fraction is what a random
+    choice among them hits on average, so that a constant map scores as a uniform guess does.
 
     Args:
-        heatmaps_Bhw: of any resolution, each spanning the whole input.
-        object_BHW: true on the object; for a box see `inside`.
+        heatmaps_Bhw: heatmaps of any resolution, each spanning the whole input.
+        object_BHW: bool, true on the object; for a box see `inside`.
     """
     fine_BHW = to_pixels(heatmaps_Bhw, _size(object_BHW))
     top_BHW = fine_BHW == fine_BHW.amax((1, 2), keepdim=True)
@@ -46,9 +51,15 @@ def hit_share(heatmaps_Bhw: Tensor, object_BHW: Tensor) -> Tensor:
 def pointing(heatmaps_Bhw: Tensor, boxes_B4: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
     """Play the pointing game (Zhang et al. 2016, 1608.00507, section 4.2, without its margin of 15 pixels).
 
+    Args:
+        heatmaps_Bhw: heatmaps of any resolution, each spanning the whole input.
+        boxes_B4: the objects' boxes, xyxy in pixels of the input.
+        size: (H, W) of the input.
+
     Returns:
-        (B,) each: `pointing` 1 where the peak lies in the box (see `hit_share`); `centre` the same for a guess at the
-        middle of the input; `chance` the share of the input that the box covers, which a uniform guess hits.
+        A dict of three tensors (B,) in [0, 1]: `pointing` is 1 where the peak lies in the box (see `hit_share`);
+        `centre` is the same for a guess at the centre of the input; `chance` is the fraction of the input that the box
+        covers, which is what a uniform guess hits.
     """
     height, width = size
     middle_2 = torch.tensor([width / 2, height / 2], device=boxes_B4.device)
@@ -62,13 +73,14 @@ def pointing(heatmaps_Bhw: Tensor, boxes_B4: Tensor, size: tuple[int, int]) -> d
 
 
 def energy(heatmaps_Bhw: Tensor, object_BHW: Tensor) -> Tensor:
-    """Share of each heatmap's sum that lies on its object (Wang et al. 2020, 1910.01279, section 4.3), (B,) in [0, 1].
+    """Return the fraction of each heatmap's sum that lies on its object, (B,) in [0, 1].
 
-    A heatmap of zeros scores as a constant one does, by the object's share of the input.
+    This is the energy-based pointing game (Wang et al. 2020, 1910.01279, section 4.3). A heatmap of zeros scores as a
+    constant heatmap does: the fraction of the input that the object covers.
 
     Args:
-        heatmaps_Bhw: ≥ 0, of any resolution, each spanning the whole input.
-        object_BHW: true on the object; for a box see `inside`.
+        heatmaps_Bhw: heatmaps ≥ 0 of any resolution, each spanning the whole input.
+        object_BHW: bool, true on the object; for a box see `inside`.
     """
     fine_BHW = to_pixels(heatmaps_Bhw, _size(object_BHW)).double()
     fine_BHW = torch.where((fine_BHW == 0).all(2, keepdim=True).all(1, keepdim=True), 1, fine_BHW)
@@ -76,16 +88,16 @@ def energy(heatmaps_Bhw: Tensor, object_BHW: Tensor) -> Tensor:
 
 
 def overlap(heatmaps_Bhw: Tensor, object_BHW: Tensor, *, thresholds: int = THRESHOLDS) -> Tensor:
-    """Intersection over union of the object and of where the heatmap is ≥ t, for t = 0, 1/T … (T − 1)/T: (B, T).
+    """Return the intersection over union of the object and {heatmap ≥ t}, for t = 0, 1/T … (T − 1)/T: (B, T).
 
-    After Choe et al. 2020 (2001.07437, section 4): a threshold belongs to a method and not to an image, so take the one
-    whose mean over all images is highest. The best of each image would flatter. Deviations from the paper: the mean of
-    the IoU instead of the share of images above some IoU; a box is compared with all that is above the threshold, not
-    with the box around its largest part.
+    After Choe et al. 2020 (2001.07437, section 4). Choose one threshold for a method, the one with the highest mean
+    over all images; the best threshold of each image would overstate the overlap. Deviations from the paper: the result
+    is the IoU instead of the fraction of images above some IoU, and a box is compared with every pixel above the
+    threshold instead of with the box around the largest connected part.
 
     Args:
-        heatmaps_Bhw: in [0, 1], of any resolution, each spanning the whole input.
-        object_BHW: true on the object; for a box see `inside`.
+        heatmaps_Bhw: heatmaps in [0, 1] of any resolution, each spanning the whole input.
+        object_BHW: bool, true on the object; for a box see `inside`.
         thresholds: T.
     """
     fine_BN = to_pixels(heatmaps_Bhw, _size(object_BHW)).flatten(1)

@@ -1,6 +1,6 @@
-"""Can these maps be believed? Methods and controls, scored on the same images, with intervals.
+"""Scores of heatmap methods and of controls on the same images, with confidence intervals.
 
-Shapes: N images in all, B of a batch, C channels, H × W pixels, R resamples, T thresholds.
+Shapes: N images in total, B images in a batch, C channels, H × W pixels, R resamples, T thresholds.
 """
 
 import html
@@ -9,55 +9,60 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from visionattn.capture.running import unwrap
+from visionattn.capture import to_plain, unwrap
 from visionattn.errors import DataError, MapWarning, UsageError
-from visionattn.evaluation.controls import FIGURES, controls_of, lead
-from visionattn.evaluation.faithfulness import STEPS, deleting, follow, inserting
+from visionattn.evaluation.controls import METRICS, controls_of, margin
+from visionattn.evaluation.faithfulness import STEPS, deletion_perturbation, insertion_perturbation, perturbation_curve
 from visionattn.evaluation.localisation import energy, hit_share, inside, overlap
 from visionattn.evaluation.randomisation import rank_correlation, shuffled
-from visionattn.maps.method import Method
-from visionattn.maps.selection import methods_that_fit
+from visionattn.maps import Method, methods_that_fit
 
 RESAMPLES = 2_000
-FEWEST = 10
-"""Images for an interval: the bootstrap's is much too narrow with fewer (three that agree by chance would pass)."""
+MIN_IMAGES = 10
+"""Smallest number of images for a confidence interval. With fewer images the bootstrap interval is much too narrow: a
+method could beat a control on three images that agree by chance."""
+
+Row: TypeAlias = dict[str, str | float | list[str]]
 
 
 class Estimate(NamedTuple):
-    """A mean and its 95 % interval; of fewer than `FEWEST` images there is none, and the bounds are NaN."""
+    """A mean and its 95 % confidence interval. With fewer than `MIN_IMAGES` images both bounds are NaN."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        """`.91±.02`, half of the interval after the mean"""
+        """Return the mean and half the width of the interval, e.g. `.91±.02`."""
         value = _short(self.value)
         return value if math.isnan(self.low) else f"{value}±{_short((self.high - self.low) / 2)}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Scores:
-    """Figures of every image, by every method and control.
+    """The metrics of every method and control on every image.
 
-    The intervals are percentiles of the bootstrap over images; those of a difference are paired, image by image. The
-    threshold of `iou` is chosen anew in each resample.
+    `print(scores)` and a notebook show the table of metrics with their intervals and the verdict on each method.
+    `pandas.DataFrame(scores.table())` makes a data frame.
+
+    Confidence intervals are percentiles of the bootstrap over images. The interval of a difference is paired: both
+    sides use the same resamples of the images. Each resample chooses its own best threshold for `iou`.
 
     Attributes:
-        values: method or control → figure → (N,) of the images; `iou` (N, T) at each threshold.
-        controls: method → the controls that it is held against.
-        failed: method → why it could not be scored.
-        accuracy: share of the images that the model names right; None where the data has no labels.
-        paths: of the images, where the data has them.
-        seed: of the resamples.
-        resamples: R.
+        values: method or control → metric → (N,) values, one per image; `iou` is (N, T), one value per threshold.
+        controls: method → names of the controls that the method is compared with.
+        failed: method → the reason why it could not be scored.
+        accuracy: fraction of the images that the model classifies correctly; None if the data has no labels.
+        paths: paths of the images; empty if the data has none.
+        seed: seed of the resamples.
+        resamples: R, the number of resamples.
     """
 
     values: Mapping[str, Mapping[str, NDArray[np.float32]]]
@@ -70,90 +75,148 @@ class Scores:
 
     @property
     def images(self) -> int:
-        """N"""
+        """The number of images, N."""
         return len(next(iter(next(iter(self.values.values())).values())))
 
     @property
     def decided(self) -> bool:
-        """Whether there are images enough for intervals; without them no method beats a control."""
-        return self.images >= FEWEST
+        """Whether there are at least `MIN_IMAGES` images. With fewer, no method counts as better than a control."""
+        return self.images >= MIN_IMAGES
 
     @property
-    def figures(self) -> list[str]:
-        """Those that these images allow, in the order of `FIGURES`."""
-        return [figure for figure in FIGURES if figure in next(iter(self.values.values()))]
+    def metrics(self) -> list[str]:
+        """The metrics that the data allows, in the order of `METRICS`. Some need boxes or masks."""
+        return [metric for metric in METRICS if metric in next(iter(self.values.values()))]
 
-    def of_images(self, name: str, figure: str) -> NDArray[np.float32]:
-        """(N,) of a method or control; `iou` at the threshold that is best for all images together."""
-        values = self.values[name][figure]
+    def of_images(self, name: str, metric: str) -> NDArray[np.float32]:
+        """Return the values of a method or control, (N,). `iou` is taken at the threshold that is best on average."""
+        values = self.values[name][metric]
         return values if values.ndim == 1 else values[:, values.mean(0).argmax()]
 
-    def estimate(self, name: str, figure: str) -> Estimate:
-        """The mean of a method or control over the images."""
-        return self._interval(self._means(name, figure))
+    def estimate(self, name: str, metric: str) -> Estimate:
+        """Return the mean of a method or control over the images, with its interval."""
+        return self._interval(self._means(name, metric))
 
-    def lead(self, method: str, control: str, figure: str) -> Estimate:
-        """By how much a method is better than a control: positive is better, also where lower is."""
-        return self._interval(lead(figure, self._means(method, figure), self._means(control, figure)))
+    def margin(self, method: str, control: str, metric: str) -> Estimate:
+        """Return how much better a method is than a control, with the interval of this difference.
 
-    def beats(self, method: str, figure: str) -> bool:
-        """Whether a method is better than each of its controls, by the lower bound of its lead.
-
-        The maps of a control do not depend on the model, so its `shuffled` is 1: beating it says that a map depends on
-        the weights at all, and only the figure itself how much.
+        A positive value means that the method is better, also for metrics where a lower value is better.
         """
-        return all(self.lead(method, control, figure).low > 0 for control in self.controls[method])
+        return self._interval(margin(metric, self._means(method, metric), self._means(control, metric)))
+
+    def beats(self, method: str, metric: str) -> bool:
+        """Return whether a method is better than each of its controls: the lower bound of each margin is above 0.
+
+        The maps of a control do not depend on the model, so a control has a `shuffled` of 1. A method with a lower
+        value depends on the weights of the model. The value itself shows how much: the lower, the more.
+        """
+        return all(self.margin(method, control, metric).low > 0 for control in self.controls[method])
 
     def unbeaten(self, method: str) -> list[str]:
-        """The verdict: figures in which a method does not beat the controls; none is good."""
-        return [figure for figure in self.figures if not self.beats(method, figure)]
+        """Return the verdict: the metrics in which a method does not beat each of its controls. Empty is good."""
+        return [metric for metric in self.metrics if not self.beats(method, metric)]
 
-    def table(self) -> list[dict[str, Any]]:
-        """A row a method, then a row a control: `name`, `kind`, an `Estimate` a figure, and of a method `unbeaten`."""
-        methods = [
-            {"name": name, "kind": "method", **self._estimates(name), "unbeaten": self.unbeaten(name)}
-            for name in self.controls
-        ]
-        controls = [
-            {"name": name, "kind": "control", **self._estimates(name)}
-            for name in self.values
-            if name not in self.controls
-        ]
-        return methods + controls
+    def table(self) -> list[Row]:
+        """Return the rows of a table for `pandas.DataFrame`: one row per method, then one row per control.
+
+        Each row has `name`, `kind` ("method" or "control") and three numbers for every metric: the mean under the
+        metric's name, and the bounds of its interval under that name plus `_low` and `_high`. The row of a method also
+        has `unbeaten`, a list of metrics.
+        """
+        return [self._row(name) for name in self._names()]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the scores as plain data for `json.dumps`: the rows of `table` and the values of every image."""
+        return {
+            "images": self.images,
+            "accuracy": self.accuracy,
+            "seed": self.seed,
+            "resamples": self.resamples,
+            "controls": to_plain(self.controls),
+            "failed": dict(self.failed),
+            "table": to_plain(self.table()),
+            "paths": list(self.paths),
+            "values": {name: {m: self.of_images(name, m).tolist() for m in self.metrics} for name in self.values},
+        }
 
     def __repr__(self) -> str:
-        return f"Scores({', '.join(self.values)}: {', '.join(self.figures)} of {self.images} images)"
+        """Return the table of metrics with intervals, and the verdict, as text."""
+        names = self._names()
+        cells = {name: self._cells(name) for name in names}
+        first = max(len(f"  {name}") for name in names)
+        widths = [
+            max(len(metric) + 2, *(len(cells[name][i]) for name in names)) for i, metric in enumerate(self.metrics)
+        ]
+        titles = " ".join(f"{f'{m} {_arrow(m)}':>{width}}" for m, width in zip(self.metrics, widths, strict=True))
+        lines = [f"{'':{first}} {titles}".rstrip()]
+        for name in names:
+            row = " ".join(f"{cell:>{width}}" for cell, width in zip(cells[name], widths, strict=True))
+            lines.append(f"{f'{self._mark(name):2}{name}':{first}} {row}".rstrip())
+        return "\n".join([*lines, *self._notes()])
 
     def _repr_html_(self) -> str:
-        """A notebook shows the table."""
-        heads = "".join(f"<th>{figure} {'↑' if FIGURES[figure] > 0 else '↓'}</th>" for figure in self.figures)
+        """Show the table in a notebook."""
+        heads = "".join(f"<th>{metric} {_arrow(metric)}</th>" for metric in self.metrics)
         rows = []
-        for row in self.table():
-            unbeaten = row.get("unbeaten", ()) if self.decided else ()
-            mark = ("✗ " if unbeaten else "✓ ") if self.decided and row["kind"] == "method" else ""
-            cells = "".join(f"<td>{row[figure]}{' ✗' if figure in unbeaten else ''}</td>" for figure in self.figures)
-            rows.append(f"<tr><th>{mark}{html.escape(row['name'])}</th><td>{row['kind']}</td>{cells}</tr>")
-        note = f"± half of the 95 % interval over {self.images} images; ✗ does not beat each of its controls"
-        if not self.decided:
-            note = f"{self.images} of {FEWEST} images that an interval takes, so nothing can be said to beat a control"
-        right = "" if self.accuracy is None else f"; the model is right on {self.accuracy:.3f}"
-        return f"<table><tr><th></th><th></th>{heads}</tr>{''.join(rows)}</table><p>{note}{right}</p>"
+        for name in self._names():
+            cells = "".join(f"<td>{cell.rstrip()}</td>" for cell in self._cells(name))
+            kind = "method" if name in self.controls else "control"
+            rows.append(f"<tr><th>{self._mark(name)}{html.escape(name)}</th><td>{kind}</td>{cells}</tr>")
+        notes = "<br>".join(map(html.escape, self._notes()))
+        return f"<table><tr><th></th><th></th>{heads}</tr>{''.join(rows)}</table><p>{notes}</p>"
 
-    def _estimates(self, name: str) -> dict[str, Estimate]:
-        return {figure: self.estimate(name, figure) for figure in self.figures}
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle without the cached weights of the resamples, which are large and can be computed from the seed."""
+        return {name: value for name, value in vars(self).items() if name != "_weights"}
 
-    def _means(self, name: str, figure: str) -> NDArray[np.floating]:
-        """(1 + R,): the mean over the images, and over each resample of them."""
-        means = self._weights @ self.values[name][figure]
+    def _names(self) -> list[str]:
+        return [*self.controls, *(name for name in self.values if name not in self.controls)]
+
+    def _row(self, name: str) -> Row:
+        row: Row = {"name": name, "kind": "method" if name in self.controls else "control"}
+        for metric in self.metrics:
+            row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = self.estimate(name, metric)
+        if name in self.controls:
+            row["unbeaten"] = self.unbeaten(name)
+        return row
+
+    def _cells(self, name: str) -> list[str]:
+        """Return the text of each metric, with a cross if a method does not beat its controls."""
+        unbeaten = self.unbeaten(name) if self.decided and name in self.controls else ()
+        return [f"{self.estimate(name, metric)} {'✗' if metric in unbeaten else ' '}" for metric in self.metrics]
+
+    def _mark(self, name: str) -> str:
+        if not self.decided or name not in self.controls:
+            return ""
+        return "✗ " if self.unbeaten(name) else "✓ "
+
+    def _notes(self) -> list[str]:
+        """Return the lines below the table: how to read it, the accuracy, and the methods that failed."""
+        if self.decided:
+            note = (
+                f"± is half of the 95 % interval over {self.images} images; "
+                "✗ marks a metric in which a method does not beat each of its controls."
+            )
+        else:
+            note = (
+                f"A confidence interval needs at least {MIN_IMAGES} images; got {self.images}. "
+                "Without intervals no method counts as better than a control."
+            )
+        right = [] if self.accuracy is None else [f"The model's accuracy on these images is {self.accuracy:.3f}."]
+        return [note, *right, *(f"{name} could not be scored: {reason}" for name, reason in self.failed.items())]
+
+    def _means(self, name: str, metric: str) -> NDArray[np.floating]:
+        """Return the mean over the images and over each resample of them, (1 + R,)."""
+        means = self._weights @ self.values[name][metric]
         return means if means.ndim == 1 else means.max(1)
 
     @cached_property
     def _weights(self) -> NDArray[np.float32]:
-        """(1 + R, N): how often each image is drawn, as a share; at first each once."""
-        count, some = self.images, 50  # at a time, so that many images need no more memory than the result
+        """The weight of each image in each mean, (1 + R, N). The first row weighs all images equally."""
+        count, chunk = self.images, 50  # resamples at a time, so that the temporary arrays stay small
         random, weights = np.random.default_rng(self.seed), np.ones((1 + self.resamples, count), np.float32)
-        for start in range(1, 1 + self.resamples, some):
-            rows = weights[start : start + some]
+        for start in range(1, 1 + self.resamples, chunk):
+            rows = weights[start : start + chunk]
             rows[:] = random.multinomial(count, np.full(count, 1 / count), len(rows))
         weights /= count
         return weights
@@ -167,6 +230,10 @@ def _short(number: float) -> str:
     return f"{number:.2f}".removeprefix("0")
 
 
+def _arrow(metric: str) -> str:
+    return "↑" if METRICS[metric] > 0 else "↓"
+
+
 def score(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
@@ -178,24 +245,25 @@ def score(
     seed: int = 0,
     advance: Callable[[float], None] | None = None,
 ) -> Scores:
-    """Score methods, and the controls that they must beat, on the same images.
+    """Score heatmap methods, and the controls that they must beat, on the same images.
 
-    Every map explains what the model says of the whole image, right or wrong. Controls: a centre Gaussian, and on each
-    method's grid a random map and an edge detector.
+    Every map explains the model's prediction for the whole image, correct or not. The controls are a Gaussian at the
+    centre, and a random map and an edge detector on the grid of each method.
 
     Args:
-        model: any vision model; it is left as it was.
-        batches: dicts with `image` (B, C, H, W), all of one size, and where they are known `box` (B, 4) xyxy in pixels,
-            `mask` (B, H, W), `label` (B,) and `path`.
-        methods: name → method; by default all that fit the model but Score-CAM, which takes a forward pass a channel.
-        steps: of deletion and insertion.
-        copies: of the model, with shuffled weights.
-        batch_size: changed images in one forward pass.
-        seed: of all that is drawn.
-        advance: called with the number of images that were done since, in fractions.
+        model: any vision model; unchanged afterwards.
+        batches: dicts with `image` (B, C, H, W), and optionally `box` (B, 4) xyxy in pixels, `mask` (B, H, W), `label`
+            (B,) and `path` (B strings). All images have the same size, and all batches have the same keys.
+        methods: name → method (default: every method that fits the model, except the slow Score-CAM).
+        steps: steps of deletion and insertion, ≥ 2.
+        copies: copies of the model with shuffled weights, ≥ 1.
+        batch_size: perturbed images in one forward pass.
+        seed: seed of all random numbers, in [0, 2³²).
+        advance: called with the number of images scored since its last call, which may be a fraction.
 
     Raises:
-        UsageError: no method fits, the sizes of images differ, or only some batches have boxes or masks.
+        UsageError: no method fits, the sizes of images differ, the keys of batches differ, a method has
+            the name of a control, or an argument is out of range.
         DataError: there are no images, or the images or the model's output hold NaN or infinity.
     """
     if copies < 1 or steps < 2:
@@ -205,19 +273,20 @@ def score(
     model = unwrap(model)
     like = next(model.parameters(), torch.zeros(()))
     randoms = [shuffled(model, seed=seed + number) for number in range(copies)]
-    found: dict[str, list[dict[str, Tensor]]] = {}  # method or control → figures of each batch
+    measured: dict[str, list[dict[str, Tensor]]] = {}  # method or control → metrics of each batch
     failed: dict[str, Exception] = {}
     controls: dict[str, tuple[str, ...]] = {}
     right: list[Tensor] = []
     paths: list[str] = []
-    kind, images = None, 0
+    kind: _Kind | None = None
+    images = 0
     for batch in batches:
         images_BCHW = batch["image"].to(like.device, like.dtype)
         kind = _same_kind(batch, kind)
-        removal = deleting(model, images_BCHW)
+        removal = deletion_perturbation(model, images_BCHW)
         target_B = removal.target
         assert isinstance(target_B, Tensor)
-        restoration = inserting(model, images_BCHW, target=target_B)
+        restoration = insertion_perturbation(model, images_BCHW, target=target_B)
         if methods is None:
             methods = methods_that_fit(model, images_BCHW)
         maps: dict[str, tuple[Tensor, Tensor]] = {}
@@ -229,23 +298,24 @@ def score(
             except (UsageError, DataError) as error:
                 failed[name] = error
         if not maps:
-            raise next(iter(failed.values()), UsageError("there is no method to score"))
-        against = {name: controls_of(maps[name][0], seed=seed) for name in maps}
-        controls = {name: tuple(some) for name, some in against.items()}
-        for name, control in {name: control for some in against.values() for name, control in some.items()}.items():
+            raise next(iter(failed.values()), UsageError("there is no method to score; pass at least one"))
+        controls_by_method = {name: controls_of(maps[name][0], seed=seed) for name in maps}
+        controls = {name: tuple(group) for name, group in controls_by_method.items()}
+        unique = {name: control for group in controls_by_method.values() for name, control in group.items()}
+        for name, control in unique.items():
             if name in methods:
-                raise UsageError(f"{name!r} is the name of a control; give the method another")
-            # it does not look at the model, so it is the same with any weights
+                raise UsageError(f"{name!r} is the name of a control; rename the method")
+            # a control does not depend on the model, so shuffled weights leave its map unchanged
             maps[name] = control(model, images_BCHW).heatmaps, torch.ones(len(images_BCHW))
-        way: dict[str, int] = {"steps": steps, "batch_size": batch_size, "seed": seed + images}
+        options: dict[str, int] = {"steps": steps, "batch_size": batch_size, "seed": seed + images}
         for name, (heatmaps_Bhw, shuffled_B) in maps.items():
-            figures = {
-                "deletion": follow(model, removal, heatmaps_Bhw, **way).auc,
-                "insertion": follow(model, restoration, heatmaps_Bhw, **way).auc,
+            metrics = {
+                "deletion": perturbation_curve(model, removal, heatmaps_Bhw, **options).auc,
+                "insertion": perturbation_curve(model, restoration, heatmaps_Bhw, **options).auc,
                 **_localisation(batch, heatmaps_Bhw, images_BCHW),
                 "shuffled": shuffled_B,
             }
-            found.setdefault(name, []).append({figure: value.cpu() for figure, value in figures.items()})
+            measured.setdefault(name, []).append({metric: value.cpu() for metric, value in metrics.items()})
             if advance:
                 advance(len(images_BCHW) / len(maps))
         if "label" in batch:
@@ -253,12 +323,12 @@ def score(
         paths += batch.get("path", ())
         images += len(images_BCHW)
     if not images:
-        raise DataError("there are no images to score")
-    kept = [*controls, *dict.fromkeys(name for some in controls.values() for name in some)]
+        raise DataError("there are no images to score; pass at least one batch")
+    scored = [*controls, *dict.fromkeys(name for group in controls.values() for name in group)]
     return Scores(
         values={
-            name: {figure: torch.cat([part[figure] for part in found[name]]).numpy() for figure in found[name][0]}
-            for name in kept
+            name: {metric: torch.cat([part[metric] for part in measured[name]]).numpy() for metric in measured[name][0]}
+            for name in scored
         },
         controls=controls,
         failed={name: str(error) for name, error in failed.items()},
@@ -271,13 +341,13 @@ def score(
 def _explain(
     method: Method, model: nn.Module, randoms: Sequence[nn.Module], images_BCHW: Tensor, target_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The heatmaps of a method, and how near they are to those of models with shuffled weights."""
+    """Return a method's heatmaps, and how similar they are to its heatmaps of models with shuffled weights."""
     heatmaps_Bhw = method(model, images_BCHW, target=target_B).heatmaps
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapWarning)  # a model without its weights may show nothing
+        warnings.simplefilter("ignore", MapWarning)  # maps of a model with shuffled weights are often constant
         others = [method(random, images_BCHW, target=target_B).heatmaps for random in randoms]
-    near = [rank_correlation(heatmaps_Bhw, other_Bhw).abs() for other_Bhw in others]
-    return heatmaps_Bhw, torch.stack(near).mean(0)
+    similar = [rank_correlation(heatmaps_Bhw, other_Bhw).abs() for other_Bhw in others]
+    return heatmaps_Bhw, torch.stack(similar).mean(0)
 
 
 def _localisation(batch: Mapping[str, Any], heatmaps_Bhw: Tensor, images_BCHW: Tensor) -> dict[str, Tensor]:
@@ -295,12 +365,16 @@ def _localisation(batch: Mapping[str, Any], heatmaps_Bhw: Tensor, images_BCHW: T
     }
 
 
-def _same_kind(batch: Mapping[str, Any], before: Any) -> Any:
-    """What all batches must have in common: the size of the images, and what is known of them."""
+_Kind: TypeAlias = tuple[tuple[int, ...], set[str]]
+"""What all batches have in common: the shape (C, H, W) of the images, and which of box, mask and label exist."""
+
+
+def _same_kind(batch: Mapping[str, Any], before: _Kind | None) -> _Kind:
+    """Return the kind of a batch; raise if it differs from the kind of the batches before."""
     kind = tuple(batch["image"].shape[1:]), {"box", "mask", "label"} & batch.keys()
     if before is not None and kind != before:
         now, then = (
             f"images of {shape} with {', '.join(sorted(known)) or 'nothing'}" for shape, known in (kind, before)
         )
-        raise UsageError(f"batches differ: {now} after {then}")
+        raise UsageError(f"batches differ: {now} after {then}; give every batch the same size and keys")
     return kind

@@ -1,13 +1,12 @@
-"""What a page shows of one image: all of its attention, its gates, heatmaps by every method, and whether they hold.
+"""The analysis of one image for the page: attention, gates, heatmaps by every method, and their scores.
 
-Shapes: B images (one here), W windows, H heads, Q queries, K keys, C channels, S steps, h × w grid.
+Shapes: B images (always one), W windows, H heads, Q queries, K keys, C channels, S steps, h × w grid.
 """
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,21 +14,23 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from visionattn.capture.recording import capture
-from visionattn.capture.records import Record, Records, on_grid
-from visionattn.capture.reductions import Full
-from visionattn.capture.running import look, run, undisturbed
-from visionattn.capture.token_layout import Site
+from visionattn.capture import FullAttention, Record, Records, Site, capture, on_grid, run, survey_images, undisturbed
 from visionattn.errors import DataError, MapWarning, UsageError
-from visionattn.evaluation.controls import controls_of, lead
-from visionattn.evaluation.faithfulness import Change, deleting, follow, inserting
+from visionattn.evaluation import (
+    Perturbation,
+    controls_of,
+    deletion_perturbation,
+    insertion_perturbation,
+    margin,
+    perturbation_curve,
+)
 from visionattn.explorer.encoding import Rows
-from visionattn.maps.method import Method, Target, scores_of
+from visionattn.maps import Method, Target, scores_of
 
 CHANNELS = 8
-"""Strongest channels of a gate whose feature maps are shown."""
+"""Number of channels per gate for which the page shows feature maps; the strongest channels are shown."""
 
-_MOST_CELLS = 56  # a side; finer maps are averaged, since a page shows no more of them
+_MOST_CELLS = 56  # largest height and width of a map on the page; larger maps are averaged down to this size
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,18 @@ class Attention:
     """One layer's attention in one image.
 
     Attributes:
-        name: of the module.
-        heads: H.
+        name: name of the module.
+        heads: H, the number of heads.
         grid: (h, w) of the keys.
-        query_grid: of the queries; None where they have no place.
-        asks: whose row `whole` is: the class token's, or the mean over all patches.
-        class_at: the class token's place among the keys; None without one.
-        queries: (W, Q) int32, the cell of each query, −1 for class and register tokens; None with `query_grid`.
-        keys: (W, K) int32, the same of the keys, those that never have a place behind the others.
-        whole: rows (W · H, K).
-        rows: rows (W · H · Q, K); None where only class tokens ask.
-        chains: the same tokens ask and are asked, so that layers can be multiplied.
+        query_grid: (h, w) of the queries; None for queries without positions.
+        asks: text that says which query `whole` belongs to: the class token, or all patches on average.
+        class_at: index of the class token among the keys; None without a class token.
+        queries: (W, Q) int32, the cell of each query, −1 for class and register tokens; None for queries without
+            positions.
+        keys: (W, K) int32, the cell of each key; keys without a position in any window come last.
+        whole: the rows (W · H, K) of the class token, or without one the mean rows over all patches.
+        rows: the rows (W · H · Q, K) of all queries; None for queries without positions.
+        chains: whether queries and keys are the same tokens, so that layers can be multiplied.
     """
 
     name: str
@@ -65,8 +67,15 @@ class Attention:
 
 @dataclass(frozen=True)
 class Weights:
-    """Rows of attention: to tokens that lie on the grid, and to the others (class and register tokens, padding), which
-    often get most of it and would leave few levels to the grid."""
+    """Rows of attention, encoded in two parts.
+
+    Tokens without a position (class and register tokens, padding) often get most of the attention. If they were encoded
+    together with the grid, only few levels would remain for the weights on the grid.
+
+    Attributes:
+        placed: the weights of keys on the grid.
+        rest: the weights of keys without a position; None if there are none.
+    """
 
     placed: Rows
     rest: Rows | None
@@ -85,9 +94,10 @@ class ChannelGate:
     """A gate over channels.
 
     Attributes:
-        weights: (C,).
-        channels: the strongest, the first the strongest of all.
-        features: (those, h, w), the feature maps that the gate weighs; None where they were not found.
+        name: name of the gate.
+        weights: (C,), the gate's weights.
+        channels: indices of the strongest channels, in descending order of their weights.
+        features: (len(channels), h, w), the feature maps of these channels; None if they were not found.
     """
 
     name: str
@@ -97,14 +107,16 @@ class ChannelGate:
 
 
 @dataclass(frozen=True)
-class Heatmap:
-    """A method's or a control's heatmap, (h, w) in [0, 1], and how the answer follows it.
+class AnalysedHeatmap:
+    """The heatmap of a method or a control, and its deletion and insertion curves.
 
     Attributes:
-        source: what is shown.
-        control: it does not look at the model.
-        deletion, insertion: (S + 1,) probabilities; None where they were not asked for.
-        unbeaten: figure → the controls that do at least as well in this image.
+        name: name of the method or control.
+        source: what the heatmap shows.
+        values: (h, w) in [0, 1].
+        control: whether this is a control.
+        deletion, insertion: (S + 1,) probabilities of the curve; None if no curves were computed.
+        unbeaten: metric → the controls that are at least as good on this image.
     """
 
     name: str
@@ -117,41 +129,47 @@ class Heatmap:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """All that was found in one image.
+class Analysis:
+    """The analysis of one image.
 
     Attributes:
-        scores: (K,) probabilities of the outputs; None where the model has no such outputs.
-        target: the output that is explained.
-        failed: method → why it has no heatmap.
+        scores: (K,) probabilities of the outputs; None if the model has no scores.
+        target: index of the output that is explained; None if the model has no scores.
+        attention: the attention of every layer.
+        gates: the gates of the model.
+        heatmaps: heatmaps of the methods, then of the controls.
+        failed: method → the reason why it has no heatmap.
     """
 
     scores: NDArray[np.float32] | None
     target: int | None
     attention: Sequence[Attention] = ()
     gates: Sequence[SpatialGate | ChannelGate] = ()
-    heatmaps: Sequence[Heatmap] = ()
+    heatmaps: Sequence[AnalysedHeatmap] = ()
     failed: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_out(
+def analyse(
     model: nn.Module, image_1CHW: Tensor, methods: Mapping[str, Method], *, steps: int, batch_size: int
-) -> Findings:
-    """Look at one image in every way that fits the model.
+) -> Analysis:
+    """Analyse one image: attention, gates, and the heatmaps of methods.
 
     Args:
-        model: any vision model; it is left as it was.
-        image_1CHW: normalised as the model wants it.
+        model: any vision model; unchanged afterwards.
+        image_1CHW: the image, normalised for the model.
         methods: name → method.
-        steps: of deletion and insertion; 0 for none.
-        batch_size: changed images in one forward pass.
+        steps: steps of deletion and insertion; 0 for no curves.
+        batch_size: perturbed images in one forward pass.
+
+    Raises:
+        DataError: the model's output is not finite.
     """
     with undisturbed(model) as bare:
-        survey = look(bare, image_1CHW)
+        survey = survey_images(bare, image_1CHW)
         gates = [name for name, spatial in survey.gates.items() if not spatial]
         with _features(bare, gates) as features:
             if survey.attention or survey.gates:
-                with capture(bare, Full()) as records:
+                with capture(bare, FullAttention()) as records:
                     output = run(bare, image_1CHW)
             else:
                 records, output = Records(), run(bare, image_1CHW)
@@ -161,14 +179,15 @@ def find_out(
             for site, record in zip(survey.attention, records.attention, strict=False)
             if record.weights is not None
         ]
-        found_gates = _gates(records, features)
+        gates_shown = _gates(records, features)
     target = None if scores_K is None else int(scores_K.argmax())
     heatmaps, failed = _heatmaps(model, image_1CHW, methods, target, steps, batch_size)
-    return Findings(scores_K, target, attention, found_gates, heatmaps, failed)
+    return Analysis(scores_K, target, attention, gates_shown, heatmaps, failed)
 
 
-def _probabilities(model: nn.Module, output: Any) -> NDArray[np.float32] | None:
-    if getattr(model, "num_classes", None) == 0:  # what a timm model without its head returns are features
+def _probabilities(model: nn.Module, output: object) -> NDArray[np.float32] | None:
+    """Return the softmax of the model's scores, (K,); None if the output has no scores of two classes or more."""
+    if getattr(model, "num_classes", None) == 0:  # a timm model without its head returns features
         return None
     try:
         scores_1K = scores_of(output).float()
@@ -177,8 +196,9 @@ def _probabilities(model: nn.Module, output: Any) -> NDArray[np.float32] | None:
     if scores_1K.shape[1] < 2:
         return None
     if not scores_1K.isfinite().all():
-        raise DataError("the model's output is not finite")
-    return scores_1K.softmax(1)[0].cpu().numpy()
+        raise DataError("the model's output is not finite; check its weights, or try float32")
+    probabilities_K: NDArray[np.float32] = scores_1K.softmax(1)[0].cpu().numpy()
+    return probabilities_K
 
 
 def _attention(site: Site, record: Record) -> Attention:
@@ -221,14 +241,15 @@ def _attention(site: Site, record: Record) -> Attention:
 
 
 def _gates(records: Records, features: Mapping[str, Tensor]) -> list[SpatialGate | ChannelGate]:
-    found: list[SpatialGate | ChannelGate] = []
+    """Return the gates of the records, without the suffixes that `insert` adds to their names."""
+    gates: list[SpatialGate | ChannelGate] = []
     for name in dict.fromkeys(record.name for record in records.gates):
         calls = [record for record in records.gates if record.name == name]
-        shown = name.removesuffix(".gate").replace(".inserted.mechanism", "")  # as `insert` puts them around a module
+        shown = name.removesuffix(".gate").replace(".inserted.mechanism", "")
         weights = calls[-1].weights
         assert weights is not None
         if calls[-1].kind == "spatial_gate" and calls[-1].grid != (1, 1):
-            found.append(SpatialGate(shown, _coarse(on_grid(calls))[0].cpu().numpy()))
+            gates.append(SpatialGate(shown, _coarse(on_grid(calls))[0].cpu().numpy()))
             continue
         weights_C = weights[0, :, 0, 0].cpu()
         order = weights_C.argsort(descending=True, stable=True)[:CHANNELS]
@@ -237,18 +258,21 @@ def _gates(records: Records, features: Mapping[str, Tensor]) -> list[SpatialGate
             shown_Chw = _coarse(maps[0, order].float()).cpu().numpy()
         else:
             shown_Chw = None
-        found.append(ChannelGate(shown, weights_C.numpy(), order.numpy().astype(np.int32), shown_Chw))
-    return found
+        gates.append(ChannelGate(shown, weights_C.numpy(), order.numpy().astype(np.int32), shown_Chw))
+    return gates
 
 
 @contextlib.contextmanager
 def _features(model: nn.Module, gates: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Keep what each gate over channels weighs: the first map that the nearest module around it with one is given."""
+    """Yield a dict that a forward pass fills: name of a gate over channels → the feature maps that the gate multiplies.
+
+    Of the modules around the gate, the innermost one that takes a feature map as its first argument gives the maps.
+    """
     kept: dict[str, Tensor] = {}
     handles = []
 
-    def keep(gate: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def keep(gate: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        def hook(module: nn.Module, args: tuple[object, ...]) -> None:
             if args and isinstance(args[0], Tensor) and args[0].ndim == 4 and args[0].shape[2:].numel() > 1:
                 kept[gate] = args[0].detach().clone()  # the innermost module is called last
 
@@ -267,7 +291,7 @@ def _features(model: nn.Module, gates: Sequence[str]) -> Iterator[dict[str, Tens
 
 
 def _coarse(maps: Tensor) -> Tensor:
-    """Average maps (N, h, w) that are finer than a page shows."""
+    """Reduce maps (N, h, w) to at most `_MOST_CELLS` cells per side, by averaging cells."""
     height, width = (min(side, _MOST_CELLS) for side in maps.shape[-2:])
     same = (height, width) == tuple(maps.shape[-2:])
     return maps if same else F.adaptive_avg_pool2d(maps[None], (height, width))[0]
@@ -275,12 +299,13 @@ def _coarse(maps: Tensor) -> Tensor:
 
 def _heatmaps(
     model: nn.Module, image_1CHW: Tensor, methods: Mapping[str, Method], target: Target, steps: int, batch_size: int
-) -> tuple[list[Heatmap], dict[str, str]]:
+) -> tuple[list[AnalysedHeatmap], dict[str, str]]:
+    """Return the heatmaps of methods and controls with their curves, and the reasons why methods failed."""
     found: dict[str, tuple[Tensor, str]] = {}
     controls: dict[str, list[str]] = {}
     failed: dict[str, str] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapWarning)  # a constant map is seen to be one
+        warnings.simplefilter("ignore", MapWarning)  # the page shows that a map is constant
         for name, method in methods.items():
             try:
                 maps = method(model, image_1CHW, target=target)
@@ -295,15 +320,15 @@ def _heatmaps(
                     found[label] = control(model, image_1CHW).heatmaps, "no layer"
     curves: dict[str, dict[str, tuple[float, ...]]] = {}
     if controls:
-        removal = deleting(model, image_1CHW, target=target)
-        restoration = inserting(model, image_1CHW, target=target)
+        removal = deletion_perturbation(model, image_1CHW, target=target)
+        restoration = insertion_perturbation(model, image_1CHW, target=target)
         for name, (heatmap_1hw, _) in found.items():
             curves[name] = {
                 "deletion": _curve(model, removal, heatmap_1hw, steps, batch_size),
                 "insertion": _curve(model, restoration, heatmap_1hw, steps, batch_size),
             }
     return [
-        Heatmap(
+        AnalysedHeatmap(
             name,
             source,
             _coarse(heatmap_1hw)[0].cpu().numpy(),
@@ -315,22 +340,24 @@ def _heatmaps(
     ], failed
 
 
-def _curve(model: nn.Module, change: Change, heatmap_1hw: Tensor, steps: int, batch_size: int) -> tuple[float, ...]:
-    return tuple(follow(model, change, heatmap_1hw, steps=steps, batch_size=batch_size).scores[0].tolist())
+def _curve(
+    model: nn.Module, change: Perturbation, heatmap_1hw: Tensor, steps: int, batch_size: int
+) -> tuple[float, ...]:
+    return tuple(perturbation_curve(model, change, heatmap_1hw, steps=steps, batch_size=batch_size).scores[0].tolist())
 
 
 def _unbeaten(
     curves: Mapping[str, Mapping[str, tuple[float, ...]]], name: str, controls: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    """The controls that do at least as well, by the area under each curve."""
-    areas = {label: {figure: area(scores) for figure, scores in some.items()} for label, some in curves.items()}
+    """Return metric → the controls that are at least as good, by the area under each curve."""
+    areas = {label: {metric: area(scores) for metric, scores in group.items()} for label, group in curves.items()}
     lost = {
-        figure: tuple(control for control in controls if lead(figure, value, areas[control][figure]) <= 0)
-        for figure, value in areas.get(name, {}).items()
+        metric: tuple(control for control in controls if margin(metric, value, areas[control][metric]) <= 0)
+        for metric, value in areas.get(name, {}).items()
     }
-    return {figure: names for figure, names in lost.items() if names}
+    return {metric: names for metric, names in lost.items() if names}
 
 
 def area(scores: Sequence[float]) -> float:
-    """Under a curve of equal steps, by trapezoids."""
+    """Return the area under a curve of equal steps by the trapezoidal rule."""
     return (sum(scores) - (scores[0] + scores[-1]) / 2) / (len(scores) - 1)

@@ -1,4 +1,4 @@
-"""Numbers as a web page carries them: few levels, deflated, base64. No torch.
+"""Encoding of arrays for a web page: rounded to few levels, compressed with zlib, in base64. No torch is imported.
 
 Shapes: R rows, K values of a row.
 """
@@ -7,33 +7,40 @@ import base64
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 LEVELS = (256, 64, 32, 16, 12, 10, 8, 6, 5, 4, 3)
-"""What the values of a row may be rounded to, the finest first."""
+"""Numbers of levels that the values of a row can be rounded to, in descending order."""
 
-_STEPS = 2048  # in which a row's top doubles
-_NONE = 65_535  # of a row that is all zero, or nearly: 2^−32
+_STEPS = 2048  # the upper bound halves each time `top` grows by this number
+_NONE = 65_535  # `top` of a row in which all values are below 2^−32
 _KINDS = ("u1", "i1", "u2", "i4", "f4")
+
+
+class Encoded(TypedDict):
+    """An array in a pack, as JSON."""
+
+    at: int
+    kind: str
+    shape: list[int]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of non-negative values, each between its own bounds, on the way to fewer levels.
+    """Rows of non-negative values before they are rounded to levels. Each row has its own bounds.
 
         value = low + code / (levels − 1) · (high − low)        high = 2^(−top / 2048), low = high · base / 256
 
-    Bounds are rounded outwards: `high − low` is what the row spans and at most 0.5 % of its largest value more.
-
-    A value is off by at most half a level, a level being (high − low) / (levels − 1).
+    Bounds are rounded outwards: `high − low` exceeds the span of the row by at most 0.5 % of the row's largest value.
+    The error of a value is at most half a level, where a level is (high − low) / (levels − 1).
 
     Attributes:
-        top: (R,) uint16.
-        base: (R,) uint8.
-        share: (R, K) uint16, the place of each value between its bounds, 65,535 for the upper.
+        top: (R,) uint16, which gives the upper bound.
+        base: (R,) uint8, which gives the lower bound.
+        share: (R, K) uint16, the position of each value between its bounds; 65,535 is the upper bound.
     """
 
     top: NDArray[np.uint16]
@@ -42,7 +49,7 @@ class Rows:
 
     @classmethod
     def of(cls, values_RK: NDArray[np.floating]) -> "Rows":
-        """Take rows of values in [0, 1]."""
+        """Make rows of values in [0, 1]."""
         values_RK = np.asarray(values_RK, np.float32)
         most_R, least_R = values_RK.max(1), values_RK.min(1)
         steps_R = -_STEPS * np.log2(np.clip(most_R, 2.0**-40, 1), dtype=np.float64)
@@ -56,46 +63,47 @@ class Rows:
         share_RK[top_R == _NONE] = 0
         return cls(top_R, base_R, np.rint(65_535 * share_RK).astype(np.uint16))
 
-    def add_to(self, pack: "Pack", levels: int) -> dict[str, Any]:
-        """Say in a pack what they are."""
-        told = {"levels": levels, "length": self.share.shape[1], "top": pack.add(self.top), "base": pack.add(self.base)}
+    def encode_into(self, pack: "EncodedArrays", levels: int) -> dict[str, object]:
+        """Round the values to levels, add them to a pack, and return their description as JSON."""
+        top, base = pack.add(self.top), pack.add(self.base)
         codes_RK = np.rint(self.share * np.float32((levels - 1) / 65_535)).astype(np.int16)
-        return {**told, "codes": pack.add(_together(codes_RK, levels))}
+        codes = pack.add(_together(codes_RK, levels))
+        return {"levels": levels, "length": self.share.shape[1], "top": top, "base": base, "codes": codes}
 
 
 def _together(codes: NDArray[np.int16], levels: int) -> NDArray[np.uint8]:
-    """As many codes in a byte as fit: the first is the remainder by `levels`."""
+    """Pack as many codes as fit into each byte. The first code is the byte modulo `levels`."""
     each = together(levels)
     flat = codes.astype(np.uint8).ravel()
     parts = np.pad(flat, (0, -len(flat) % each)).reshape(-1, each)
-    whole = parts[:, 0].copy()
+    whole: NDArray[np.uint8] = parts[:, 0].copy()
     for turn in range(1, each):
         whole += parts[:, turn] * np.uint8(levels**turn)
     return whole
 
 
 def high(top: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """The upper bounds."""
+    """Return the upper bounds of rows."""
     return np.where(top == _NONE, 0, np.exp2(-top.astype(np.float64) / _STEPS)).astype(np.float32)
 
 
 def together(levels: int) -> int:
-    """How many codes of so many levels fit into a byte."""
+    """Return how many codes, each in 0 … levels − 1, fit into a byte."""
     count = 1
     while levels ** (count + 1) <= 256:
         count += 1
     return count
 
 
-class Pack:
-    """Arrays one behind the other; `add` says where each lies, as JSON can hold it."""
+class EncodedArrays:
+    """A pack of arrays, stored one after the other."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._length = 0
 
-    def add(self, array: NDArray[Any]) -> dict[str, Any]:
-        """Append int8, uint8, uint16, int32 or float32 numbers."""
+    def add(self, array: NDArray[Any]) -> Encoded:  # any of `_KINDS`
+        """Append an array of int8, uint8, uint16, int32 or float32; return its position, type and shape."""
         kind = f"{array.dtype.kind}{array.dtype.itemsize}"
         assert kind in _KINDS
         content = np.ascontiguousarray(array, f"<{kind}").tobytes()
@@ -105,5 +113,5 @@ class Pack:
 
     @cached_property
     def text(self) -> str:
-        """All of it, deflated, in base64; nothing is added any more."""
+        """The whole pack, compressed with zlib, in base64. The result is cached, so add all arrays first."""
         return base64.b64encode(zlib.compress(b"".join(self._parts), 9)).decode()

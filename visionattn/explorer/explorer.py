@@ -1,4 +1,4 @@
-"""One page to explore where a model looks: a single HTML file that needs no network and no server.
+"""The explorer: one HTML file that shows where a model looks. The file needs no network and no server.
 
     explore(model, ["cat.jpg", "dog.jpg"]).save("seen.html")
 
@@ -10,7 +10,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -20,60 +20,73 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor, nn
 
-from visionattn.data.decode import MAX_PIXELS, read_image
-from visionattn.data.image_files import AnyPath
-from visionattn.data.placement import Placement, Preprocess
-from visionattn.drawing.resizing import shrink
+from visionattn.data import MAX_PIXELS, AnyPath, Placement, Preprocess, read_image
+from visionattn.drawing import shrink
 from visionattn.errors import DataError, UsageError
-from visionattn.explorer.analysis import Findings, find_out
-from visionattn.explorer.document import GENERATOR, Shown, compose, data_uri
+from visionattn.explorer.analysis import Analysis, analyse
+from visionattn.explorer.document import GENERATOR, Arrays, PageImage, build_document, data_uri
 from visionattn.explorer.encoding import LEVELS
 from visionattn.files import printable, write_file
-from visionattn.maps.boxes import AllBoxes, BoxMethod, default_box_method
-from visionattn.maps.method import Method
-from visionattn.maps.selection import methods_that_fit
-from visionattn.models.glimpse_network import GlimpseNetwork
-from visionattn.overlays.explainer import detects, known_of
-from visionattn.overlays.glimpses import follow_gaze
-from visionattn.overlays.per_box import told_of_boxes
+from visionattn.maps import BoxMethod, MaxOverBoxes, Method, default_box_method, methods_that_fit
+from visionattn.models import GlimpseNetwork
+from visionattn.overlays import describe_model, is_detector, page_detections, trace_glimpses
 
 LIMIT = 15_000_000
 STEPS = 8
 
-_SIDE = 512  # pixels of a shown picture's longer side
-_SAMPLE = 4  # images by which the levels are chosen
+_SIDE = 512  # longest side of a picture on the page, in pixels
+_SAMPLE = 4  # images from which the size of the page is estimated
 _MOST_BOXES = 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Page:
-    """A page, whole; the last expression of a notebook's cell shows it.
+    """The explorer's page. A notebook shows the page itself; `print` shows its size and what is missing.
 
     Attributes:
-        html: the file's text, UTF-8 once written.
-        images: how many it shows.
-        levels: to which the weights of each patch's row are rounded; None where no attention is shown.
-        failures: (image, why it is not shown).
-        left_out: method → why it has no heatmap.
+        html: the text of the file, which `save` writes as UTF-8.
+        images: number of images on the page.
+        levels: number of levels that the weights of each patch's row are rounded to; None if no attention is shown.
+        failures: pairs of an image's name and the reason why the page does not show it.
+        left_out: method → the reason why it has no heatmap.
     """
 
-    html: str = field(repr=False)
+    html: str
     images: int
     levels: int | None
     failures: Sequence[tuple[str, str]] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, path: AnyPath) -> None:
-        """Write the file.
+        """Write the page to a file. An earlier page is overwritten.
 
         Raises:
-            UsageError: another file than such a page stands there.
-            DataError: it cannot be written.
+            UsageError: the file exists and is not a page of the explorer.
+            DataError: the file cannot be written.
         """
-        refuse_stranger(path)
+        refuse_foreign_file(path)
         write_file(path, self.html.encode())
 
+    def to_dict(self) -> dict[str, object]:
+        """Return the attributes of the page, without its HTML, and its size in bytes as plain data for `json.dumps`."""
+        return {
+            "images": self.images,
+            "bytes": len(self.html.encode()),
+            "levels": self.levels,
+            "failures": [list(failure) for failure in self.failures],
+            "left_out": dict(self.left_out),
+        }
+
+    def __repr__(self) -> str:
+        size = f"{len(self.html.encode()) / 1e6:.1f} MB, {self.images} image{'' if self.images == 1 else 's'}"
+        levels = "" if self.levels is None else f", weights of patches in {self.levels} levels"
+        lines = [f"Page({size}{levels})"]
+        lines += [f"  {image} is not shown: {reason}" for image, reason in self.failures]
+        lines += [f"  {method} has no heatmap: {reason}" for method, reason in self.left_out.items()]
+        return "\n".join(lines)
+
     def _repr_html_(self) -> str:
+        """Show the page in a notebook."""
         return (
             '<iframe sandbox="allow-scripts" title="visionattn explore" width="100%" height="860" '
             f'style="border: 0" srcdoc="{html.escape(self.html)}"></iframe>'
@@ -82,32 +95,37 @@ class Page:
 
 @dataclass
 class _Images:
-    """Prepares images; keeps why some could not be read."""
+    """Reads and preprocesses images, and collects the reasons why images could not be read."""
 
     preprocess: Preprocess | None
     max_pixels: int
     root: str
     failures: list[tuple[str, str]] = field(default_factory=list)
 
-    def prepare(self, image: Any, number: int) -> tuple[str, NDArray[np.uint8], Placement, Tensor] | None:
-        """Name, picture, where it lies in the model's input, and that input (C, H, W)."""
+    def prepare(
+        self, image: "Tensor | AnyPath | NDArray[np.uint8]", number: int
+    ) -> tuple[str, NDArray[np.uint8], Placement, Tensor] | None:
+        """Return an image's name, its picture, its position in the model's input, and the model's input (C, H, W).
+
+        Return None if the file cannot be read.
+        """
         if isinstance(image, Tensor):
             picture = (self.preprocess or Preprocess()).denormalise(image.detach().float().cpu().numpy())
             size = picture.shape[0], picture.shape[1]
             return f"image {number + 1}", picture, Placement.identity(size), image
         if self.preprocess is None:
-            raise UsageError("explore cannot tell how this model wants its images; pass preprocess=Preprocess(…)")
+            raise UsageError("the preprocessing of this model is not known; pass preprocess=Preprocess(…)")
         name = f"image {number + 1}"
         if not isinstance(image, np.ndarray):
             name = _below(image, self.root)
-            path = image
+            path = os.fsdecode(image)
             try:
                 image = read_image(path, max_pixels=self.max_pixels)
             except (DataError, OSError) as error:
-                self.failures.append((name, str(error).removeprefix(f"{os.fsdecode(path)}: ")))
+                self.failures.append((name, str(error).removeprefix(f"{path}: ")))
                 return None
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UsageError(f"a picture is (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
+            raise UsageError(f"a picture must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}")
         values, placement = self.preprocess(image)
         return name, image, placement, torch.from_numpy(values)
 
@@ -117,22 +135,22 @@ def explore(
     images: "Tensor | Sequence[AnyPath | NDArray[np.uint8]]",
     *,
     preprocess: Preprocess | None = None,
-    methods: Mapping[str, Method | BoxMethod | AllBoxes] | None = None,
+    methods: Mapping[str, Method | BoxMethod | MaxOverBoxes] | None = None,
     class_names: Sequence[str] = (),
     model_name: str = "",
     steps: int = STEPS,
     batch_size: int = 32,
     limit: int = LIMIT,
-    glimpses: Sequence[Mapping[str, Any]] = (),
-    detections: Sequence[Mapping[str, Any]] = (),
+    glimpses: Sequence[Arrays] = (),
+    detections: Sequence[Arrays] = (),
     max_pixels: int = MAX_PIXELS,
     console: Console | None = None,
 ) -> Page:
-    """Look at images in every way that fits the model, and make a page of what is found.
+    """Make a page of a model's attention, gates, glimpses and boxes on images, and of every heatmap method that fits.
 
-    What remains of the numbers: weights of patches are rounded to as many levels between the bounds of their row as
-    keep the page below `limit`, 256 at most and 3 at least, so that each is off by at most 1 / 2 (levels − 1) of what
-    its row spans; the page says how many. The class token's rows, gates and heatmaps always have 256.
+    The weights of patches are rounded to levels between the bounds of their row. The number of levels is the largest
+    that keeps the page below `limit`, from 256 down to 3; the page shows the number. The error of a weight is at most
+    1 / (2 (levels − 1)) of the span of its row. The class token's rows, gates and heatmaps always have 256 levels.
 
         >>> import timm, torch
         >>> vit = timm.create_model("test_vit", img_size=64, num_classes=3)
@@ -140,40 +158,41 @@ def explore(
         >>> page.save("seen.html")
 
     Args:
-        model: any vision model, on any device, or a task that `visionattn.load` returned; None to show only the
-            `glimpses` or `detections`.
-        images: files, pictures (H, W, 3) uint8 RGB, or a batch (B, C, H, W) as the model takes it.
-        preprocess: brings a picture to the model's input; models of timm and torchvision and tasks say their own. Of a
-            batch, only its mean and std matter, by which the pictures are shown; ImageNet's by default.
-        methods: name → method; by default all that fit the model but Score-CAM, which takes a forward pass a channel.
-            Of a detector, the first one for its boxes, and those for whole images that are given.
-        class_names: of the model's outputs; timm's models and tasks know theirs.
-        model_name: for the title; the class of the model by default.
-        steps: of deletion and insertion, which follow every method's and control's heatmap; 0 for none.
-        batch_size: changed images in one forward pass.
-        limit: bytes of the page.
-        glimpses: of each image: `locations` (T, 2) xy and `boxes` (T, S, 4) xyxy in pixels of the source, `patches`
-            (T, S, h, w, 3) uint8, `probabilities` (T, K) after each glimpse; those of a `GlimpseNetwork` are found.
-        detections: of each image: `boxes` (N, 4) xyxy in pixels of the source, `labels` and `scores` (N,), `maps`
-            (N, h, w) in [0, 1], each spanning the model's input, and if you like `shows`, what they show; those of a
-            detector are found.
-        max_pixels: larger images fail.
-        console: where a bar goes; none by default.
+        model: any vision model on any device, or a task that `visionattn.load` returns; None to show only `glimpses`
+            or `detections`.
+        images: paths of files, pictures (H, W, 3) uint8 RGB, or a batch (B, C, H, W) normalised for the model.
+        preprocess: turns a picture into the model's input (default: that of the timm or torchvision model, or of the
+            task). For a batch it only gives the mean and std that turn the batch into pictures (default: ImageNet's).
+        methods: name → method (default: every method that fits the model, except the slow Score-CAM). For a detector
+            the page shows the first method for boxes and all methods for whole images.
+        class_names: names of the model's outputs (default: those of the timm model or the task).
+        model_name: name in the title (default: the class of the model).
+        steps: steps of deletion and insertion for every heatmap, ≥ 2; 0 for no curves.
+        batch_size: perturbed images in one forward pass.
+        limit: largest size of the page in bytes.
+        glimpses: one dict per image: `locations` (T, 2) xy and `boxes` (T, S, 4) xyxy in pixels of the source,
+            `patches` (T, S, h, w, 3) uint8, and `probabilities` (T, K) after each glimpse (default: the glimpses of
+            the model if it is a `GlimpseNetwork`).
+        detections: one dict per image: `boxes` (N, 4) xyxy in pixels of the source, `labels` and `scores` (N,), `maps`
+            (N, h, w) in [0, 1], each spanning the model's input, and optionally `shows`, a text that says what the maps
+            show (default: the detections of the model if it is a detector).
+        max_pixels: largest number of pixels of an image file; larger files fail.
+        console: console for a progress bar (default: no bar).
 
     Raises:
-        UsageError: no image, no method or no attention to show; lists that do not fit each other; or a page that is
-            larger than `limit` with the coarsest numbers.
-        DataError: no image can be read, or the model's values are not finite.
+        UsageError: there are no images, or there is nothing to show; lists have different lengths; or the page is
+            larger than `limit` with 3 levels.
+        DataError: no image can be read, or the model's output is not finite.
     """
     _check(images, steps, batch_size, limit, glimpses, detections)
     if model is not None:
-        model, own, own_names = known_of(model)
+        model, own, own_names = describe_model(model)
         preprocess, class_names = preprocess or own, tuple(class_names) or own_names
         model_name = model_name or type(model).__name__
     loaded = _Images(preprocess, max_pixels, _root(images))
     like = next(model.parameters(), torch.zeros(())) if model is not None else torch.zeros(())
     by_box, methods = _apart(model, methods)
-    shown: list[Shown] = []
+    shown: list[PageImage] = []
     columns = (
         TextColumn("  exploring"),
         BarColumn(20),
@@ -185,79 +204,87 @@ def explore(
         for number in progress.track(range(len(images)), description=""):
             prepared = loaded.prepare(images[number], number)
             if prepared is None:
-                continue  # why is kept
+                continue  # `loaded.failures` holds the reason
             name, picture, placement, values = prepared
-            findings = Findings(None, None)
+            analysis = Analysis(None, None)
             if model is not None:
                 image_1CHW = values[None].to(like.device, like.dtype)
                 if methods is None:
                     methods = methods_that_fit(model, image_1CHW)
                 try:
-                    findings = find_out(model, image_1CHW, methods, steps=steps, batch_size=batch_size)
+                    analysis = analyse(model, image_1CHW, methods, steps=steps, batch_size=batch_size)
                 except torch.OutOfMemoryError as error:
                     raise UsageError(
-                        f"{batch_size} changed images at once do not fit the device's memory; take a smaller batch size"
+                        f"{batch_size} perturbed images do not fit into the memory of the device; reduce batch_size"
                     ) from error
-                if len(class_names) and findings.scores is not None and len(class_names) != len(findings.scores):
+                if len(class_names) and analysis.scores is not None and len(class_names) != len(analysis.scores):
                     raise UsageError(
-                        f"there are {len(class_names)} class names, and the model has {len(findings.scores)} outputs"
+                        f"there are {len(class_names)} class names, but the model has {len(analysis.scores)} outputs; "
+                        "pass one name an output"
                     )
             gaze = glimpses[number] if glimpses else None
             if gaze is None and isinstance(model, GlimpseNetwork):
-                (gaze,) = follow_gaze(model, image_1CHW, [placement], loaded.preprocess or Preprocess())
+                (gaze,) = trace_glimpses(model, image_1CHW, [placement], loaded.preprocess or Preprocess())
             boxes = detections[number] if detections else None
             if boxes is None and by_box is not None and model is not None:
-                (found,) = by_box(model, image_1CHW, most=_MOST_BOXES)
-                boxes = told_of_boxes(found, placement)
+                (found,) = by_box(model, image_1CHW, max_boxes=_MOST_BOXES)
+                boxes = page_detections(found, placement)
             small = shrink(picture, _SIDE)
-            seen = Shown(name, data_uri(small), (small.shape[1], small.shape[0]), placement, findings, gaze, boxes)
-            _refuse_nothing(seen, model_name)
-            shown.append(seen)
+            size = small.shape[1], small.shape[0]
+            page_image = PageImage(name, data_uri(small), size, placement, analysis, gaze, boxes)
+            _refuse_nothing(page_image, model_name)
+            shown.append(page_image)
             _refuse_too_much(shown, len(images), limit)
     if not shown:
-        raise DataError(f"none of the {len(images)} images can be read: {loaded.failures[0][1]}")
+        raise DataError(f"none of the {len(images)} images can be read; the first: {loaded.failures[0][1]}")
     levels, text = _fitting(shown, model_name, class_names, limit)
-    left_out = {name: why for one in shown for name, why in one.findings.failed.items()}
+    left_out = {name: reason for image in shown for name, reason in image.analysis.failed.items()}
     return Page(text, len(shown), levels, tuple(loaded.failures), left_out)
 
 
 def _apart(
-    model: nn.Module | None, methods: Mapping[str, Method | BoxMethod | AllBoxes] | None
+    model: nn.Module | None, methods: Mapping[str, Method | BoxMethod | MaxOverBoxes] | None
 ) -> tuple[BoxMethod | None, dict[str, Method] | None]:
-    """The method for a detector's boxes, and those for whole images; None for all that fit."""
+    """Return the method for a detector's boxes (or None), and the methods for whole images (None: all that fit)."""
     whole: dict[str, Method] = {}
     of_boxes: list[BoxMethod] = []
     for name, method in (methods or {}).items():
-        method = method.method if isinstance(method, AllBoxes) else method
+        method = method.method if isinstance(method, MaxOverBoxes) else method
         if isinstance(method, BoxMethod):
             of_boxes.append(method)
         else:
             whole[name] = method
-    if model is None or not detects(model):
+    if model is None or not is_detector(model):
         if of_boxes:
-            raise UsageError(f"{of_boxes[0].name} shows the boxes of a detector, and this model is none")
+            raise UsageError(f"{of_boxes[0].name} explains the boxes of a detector, but this model is not a detector")
         return None, None if methods is None else whole
     return of_boxes[0] if of_boxes else default_box_method(model), whole
 
 
 def _check(
-    images: Any, steps: int, batch_size: int, limit: int, glimpses: Sequence[Any], detections: Sequence[Any]
+    images: "Tensor | Sequence[AnyPath | NDArray[np.uint8]]",
+    steps: int,
+    batch_size: int,
+    limit: int,
+    glimpses: Sequence[Arrays],
+    detections: Sequence[Arrays],
 ) -> None:
+    """Raise a UsageError if an argument of `explore` is out of range."""
     if isinstance(images, Tensor) and images.ndim != 4:
         raise UsageError(f"images must be (B, C, H, W), got {tuple(images.shape)}; for a single image pass image[None]")
     if _is_path(images):
-        raise UsageError("images is a list of files; for a single one pass [file]")
+        raise UsageError("images must be a list of files; for a single file pass [file]")
     if not len(images):
         raise UsageError("there are no images; pass at least one")
     if steps == 1 or steps < 0 or batch_size < 1 or limit < 1:
         raise UsageError(f"steps must be 0 or ≥ 2, batch_size and limit ≥ 1, got {steps}, {batch_size} and {limit}")
-    for name, some in (("glimpses", glimpses), ("detections", detections)):
-        if len(some) not in (0, len(images)):
-            raise UsageError(f"there are {len(some)} {name} for {len(images)} images; give one an image, or none")
+    for name, items in (("glimpses", glimpses), ("detections", detections)):
+        if len(items) not in (0, len(images)):
+            raise UsageError(f"there are {len(items)} {name} for {len(images)} images; pass one an image, or none")
 
 
-def _root(images: Any) -> str:
-    """The folder that all files have in common, which is nobody's business but the user's."""
+def _root(images: "Tensor | Sequence[AnyPath | NDArray[np.uint8]]") -> str:
+    """Return the common folder of all files. The page shows file names without it."""
     folders = [os.path.dirname(os.path.abspath(os.fsdecode(image))) for image in images if _is_path(image)]
     try:
         return os.path.commonpath(folders) if folders else ""
@@ -265,53 +292,58 @@ def _root(images: Any) -> str:
         return ""
 
 
-def _below(path: Any, root: str) -> str:
+def _below(path: AnyPath, root: str) -> str:
+    """Return the path relative to the common folder."""
     name = os.path.abspath(os.fsdecode(path))
     return printable(os.path.relpath(name, root) if root else os.path.basename(name)).replace(os.sep, "/")
 
 
-def _is_path(image: Any) -> bool:
+def _is_path(image: object) -> TypeGuard[AnyPath]:
     return isinstance(image, (str, bytes, os.PathLike))
 
 
-def _refuse_nothing(seen: Shown, model_name: str) -> None:
-    found = seen.findings
-    if not (found.attention or found.gates or found.heatmaps or seen.glimpses or seen.detections):
-        reason = next(iter(found.failed.values()), "no method fits, and nothing in it attends")
+def _refuse_nothing(image: PageImage, model_name: str) -> None:
+    """Raise a UsageError if the page would show nothing for an image."""
+    analysis = image.analysis
+    if not (analysis.attention or analysis.gates or analysis.heatmaps or image.glimpses or image.detections):
+        reason = next(iter(analysis.failed.values()), "no method fits, and nothing in it attends")
         raise UsageError(f"there is nothing to show of this {model_name or 'list of images'}: {reason}")
 
 
-def _refuse_too_much(shown: Sequence[Shown], images: int, limit: int) -> None:
-    """Stop early where even half a bit a weight, which the coarsest numbers need at least, goes beyond the limit."""
-    weights = sum(one.rows.placed.share.size for one in shown[0].findings.attention if one.rows is not None)
+def _refuse_too_much(shown: Sequence[PageImage], images: int, limit: int) -> None:
+    """Raise a UsageError after the first image if the weights exceed the limit even at half a bit each, the minimum."""
+    weights = sum(layer.rows.placed.share.size for layer in shown[0].analysis.attention if layer.rows is not None)
     if len(shown) == 1 and weights * images / 16 * 4 / 3 > limit:
         raise UsageError(
-            f"{weights / 1e6:.0f} million attention weights an image do not fit {images} times into "
+            f"{images} images with {weights / 1e6:.0f} million attention weights each do not fit into "
             f"{limit / 1e6:.0f} MB; explore fewer images, or raise the limit"
         )
 
 
-def _fitting(shown: Sequence[Shown], model_name: str, class_names: Sequence[str], limit: int) -> tuple[int | None, str]:
-    """Make the page with the finest numbers that fit."""
-    if not any(one.findings.attention for one in shown):
-        text = compose(shown, LEVELS[0], model_name, class_names)
+def _fitting(
+    shown: Sequence[PageImage], model_name: str, class_names: Sequence[str], limit: int
+) -> tuple[int | None, str]:
+    """Return the largest number of levels for which the page fits into the limit, and the text of that page."""
+    if not any(image.analysis.attention for image in shown):
+        text = build_document(shown, LEVELS[0], model_name, class_names)
         return None, _checked(text, limit)
     sample = shown[:: -(-len(shown) // _SAMPLE)]
-    bare = len(compose((), LEVELS[0], model_name, class_names))
+    bare = len(build_document((), LEVELS[0], model_name, class_names))
 
     def fits(levels: int) -> bool:
-        each = (len(compose(sample, levels, model_name, class_names)) - bare) / len(sample)
+        each = (len(build_document(sample, levels, model_name, class_names)) - bare) / len(sample)
         return bare + each * len(shown) <= limit
 
-    first = bisect_left(LEVELS[:-1], True, key=fits)  # pages get smaller from one to the next
+    first = bisect_left(LEVELS[:-1], True, key=fits)  # pages get smaller with fewer levels
     for levels in LEVELS[first:]:
-        text = compose(shown, levels, model_name, class_names)
+        text = build_document(shown, levels, model_name, class_names)
         if len(text.encode()) <= limit:
             return levels, text
     return LEVELS[-1], _checked(text, limit)
 
 
 def _checked(text: str, limit: int) -> str:
+    """Return the text of a page; raise a UsageError if it exceeds the limit."""
     if (size := len(text.encode())) > limit:
         raise UsageError(
             f"the page has {size / 1e6:.1f} MB, and the limit is {limit / 1e6:g} MB; explore fewer images, or "
@@ -320,26 +352,34 @@ def _checked(text: str, limit: int) -> str:
     return text
 
 
-def refuse_stranger(path: AnyPath) -> None:
-    """Refuse to write a page over another file.
+def refuse_foreign_file(path: AnyPath) -> None:
+    """Check that a page may be written to a path.
 
     Raises:
-        UsageError: something else stands there.
+        UsageError: the path exists and is not a page of the explorer.
     """
     name = os.fsdecode(path)
     if os.path.lexists(name) and not _is_page(name):
-        raise UsageError(f"{printable(name)} exists and is no page of explore's; choose another name")
+        raise UsageError(f"{printable(name)} exists and is not a page of explore; choose another name")
 
 
 def tell(page: Page, path: AnyPath, *, total: int, console: Console) -> None:
-    """Say on a terminal what was made of `total` images."""
+    """Print the size of a page, how many of `total` images it shows, and what is missing.
+
+    Args:
+        page: the page.
+        path: the file that it was written to.
+        total: number of images that were found.
+        console: the console to print to.
+    """
     name = printable(os.fsdecode(path))
-    some = "" if total == page.images + len(page.failures) else f" of {total}, taken evenly"
-    console.print(Text(f"  {name}   {len(page.html) / 1e6:.1f} MB   {page.images} images{some}"), soft_wrap=True)
+    sample = "" if total == page.images + len(page.failures) else f" of {total}, taken evenly"
+    console.print(Text(f"  {name}   {len(page.html) / 1e6:.1f} MB   {page.images} images{sample}"), soft_wrap=True)
     if page.levels is not None and page.levels < 256:
         off = 50 / (page.levels - 1)
         line = (
-            f"  weights of patches in {page.levels} levels, within {off:.2g} % of their row's span; fewer images: finer"
+            f"  weights of patches have {page.levels} levels, an error of at most {off:.2g} % of their row's span; "
+            "fewer images get more levels"
         )
         console.print(Text(line), soft_wrap=True)
     for method, reason in page.left_out.items():

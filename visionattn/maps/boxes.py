@@ -1,7 +1,8 @@
-"""A heatmap for every box that a detector finds.
+"""Heatmaps of detectors: one for every box.
 
-A detector is any module that returns, for each image, a dict with `boxes` (N, 4) xyxy in pixels of the input, `scores`
-(N,) and `labels` (N,), the best first: those of `visionattn.models` and of torchvision.
+A detector is any module that returns a list with one dict per image: `boxes` (N, 4) xyxy in pixels of the input,
+`scores` (N,) and `labels` (N,), in descending order of the scores. The detectors of `visionattn.models` and of
+torchvision are such modules.
 
 Shapes: B batch, N boxes of an image, C channels, H × W the input, h × w a map; Q queries, M heads, L maps, K points.
 """
@@ -10,35 +11,39 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.attention.self_attention.deformable import DeformableAttention
-from visionattn.capture.recording import capture, place
-from visionattn.capture.reductions import Full
-from visionattn.capture.running import undisturbed
+from visionattn.attention import DeformableAttention
+from visionattn.capture import FullAttention, capture, compact_state, place, undisturbed
+from visionattn.data import encode_image
+from visionattn.drawing import Tile, heat_of_range, sheet
 from visionattn.errors import DataError, UsageError, nearest
-from visionattn.maps.method import Maps, Method, check_images, culprit, detach, stretch
+from visionattn.maps.method import Heatmaps, Method, check_images, describe_map, detach, find_non_finite, normalise
 from visionattn.maps.transformers.raw import RawAttention
 
 SURE = 0.3
-"""Score from which on a box is shown."""
+"""Default of `min_score`, the lowest score of a box to explain."""
+
+_SHOWN, _DRAWN = 8, 16  # largest number of boxes to print, and of heatmaps to draw
 
 
-@dataclass(frozen=True)
-class BoxMaps:
-    """The boxes of one image, and where the detector looked for each.
+@dataclass(frozen=True, repr=False)
+class BoxHeatmaps:
+    """The boxes that a detector finds in one image, and a heatmap of each.
+
+    `print` shows each box with its peak, and a notebook draws the heatmaps.
 
     Attributes:
-        boxes: (N, 4) xyxy in pixels of the input, the best first.
-        scores: (N,).
+        boxes: (N, 4) xyxy in pixels of the input, in descending order of the scores.
+        scores: (N,) in [0, 1].
         labels: (N,) int64.
-        heatmaps: (N, h, w) float32 in [0, 1], each spanning the whole input; 0 everywhere where the map is constant.
-        raw: (N, h, w) float32, the same before.
-        source: what is shown, e.g. `"score by features"`.
+        heatmaps: (N, h, w) float32 in [0, 1], each spanning the whole input; a constant map is 0 everywhere.
+        raw: (N, h, w) float32, the map before it was scaled to [0, 1].
+        source: what the heatmaps show, e.g. `"score by features"`.
         method: name of the method.
     """
 
@@ -50,63 +55,108 @@ class BoxMaps:
     source: str
     method: str
 
+    def to_dict(self) -> dict[str, object]:
+        """Return the result as plain data for `json.dumps`. Arrays are nested lists."""
+        return {
+            "method": self.method,
+            "source": self.source,
+            "boxes": self.boxes.tolist(),
+            "scores": self.scores.tolist(),
+            "labels": self.labels.tolist(),
+            "heatmaps": self.heatmaps.tolist(),
+            "raw": self.raw.tolist(),
+        }
+
+    def __repr__(self) -> str:
+        count = len(self.boxes)
+        lines = [f"BoxHeatmaps({self.method} of {self.source}, {count} box{'' if count == 1 else 'es'})"]
+        for box, score, label, raw_hw in list(zip(self.boxes, self.scores, self.labels, self.raw, strict=True))[
+            :_SHOWN
+        ]:
+            corners = ", ".join(f"{edge:.0f}" for edge in box.tolist())
+            lines.append(f"  label {int(label)}, score {float(score):.2f}, box ({corners}): {describe_map(raw_hw)}")
+        if count > _SHOWN:
+            lines.append(f"  and {count - _SHOWN} more boxes")
+        return "\n".join(lines)
+
+    def _repr_png_(self) -> bytes | None:
+        """Show the heatmaps of the first boxes in a notebook; None without boxes, so that the text is shown."""
+        if not len(self.heatmaps):
+            return None
+        tiles = [
+            Tile(heat_of_range(map_hw.float().cpu().numpy()), [f"label {int(label)}, {float(score):.2f}"])
+            for map_hw, label, score in list(zip(self.heatmaps, self.labels, self.scores, strict=True))[:_DRAWN]
+        ]
+        return encode_image(sheet(tiles, title=f"{self.method} of {self.source}", columns=4, width=180), ".png")
+
+    def __getstate__(self) -> dict[str, object]:
+        return compact_state(self)
+
 
 class BoxMethod(ABC):
-    """Turns a detector and images into a heatmap for every box.
+    """A heatmap method for detectors: it turns a detector and images into a heatmap of every box.
 
-    Leaves the detector as it was, as `Method` does, and works under `torch.inference_mode` and `torch.no_grad`.
+    A call leaves the detector unchanged, as `Method` does, and works under `torch.inference_mode` and `torch.no_grad`.
     """
 
     name: ClassVar[str]
+    """Name of the method on the command line."""
 
     def __call__(
-        self, detector: nn.Module, images_BCHW: Tensor, *, most: int = 10, lowest: float = SURE
-    ) -> list[BoxMaps]:
-        """Explain the best boxes of each image.
+        self, detector: nn.Module, images_BCHW: Tensor, *, max_boxes: int = 10, min_score: float = SURE
+    ) -> list[BoxHeatmaps]:
+        """Explain the boxes with the highest scores in each image.
 
         Args:
-            detector: see the top of this file.
-            images_BCHW: normalised as the detector wants it.
-            most: boxes an image.
-            lowest: score of a box that is explained.
+            detector: a detector, as the docstring of this module defines it.
+            images_BCHW: images, normalised for the detector.
+            max_boxes: largest number of boxes to explain in each image, ≥ 1.
+            min_score: lowest score of a box to explain.
+
+        Returns:
+            One `BoxHeatmaps` per image.
 
         Raises:
-            UsageError: it is no detector, or the method does not fit it.
-            DataError: the images or the weights hold NaN or infinity.
+            UsageError: the model is not a detector, or the method does not fit it.
+            DataError: the images or the weights hold NaN or infinity, or the batch is empty.
         """
         check_images(images_BCHW)
-        if most < 1:
-            raise UsageError(f"most must be at least one box, got {most}")
+        if max_boxes < 1:
+            raise UsageError(f"max_boxes must be ≥ 1, got {max_boxes}")
         with undisturbed(detector) as bare:
             images_BCHW = images_BCHW.clone() if images_BCHW.is_inference() else images_BCHW.detach()
-            found, raws, source = self.explain(bare, images_BCHW, most, lowest)
+            detections, raws, source = self.explain(bare, images_BCHW, max_boxes, min_score)
         maps = []
-        for some, raw_Nhw in zip(found, raws, strict=True):
+        for detected, raw_Nhw in zip(detections, raws, strict=True):
             raw_Nhw = raw_Nhw.detach().float()
             if not raw_Nhw.isfinite().all():
-                raise DataError(f"a {self.name} heatmap of {source} is not finite; {culprit(bare)}")
-            heat_Nhw = stretch(raw_Nhw, self.name, source) if len(raw_Nhw) else raw_Nhw
-            some = detach(some)
-            maps.append(BoxMaps(some["boxes"], some["scores"], some["labels"], heat_Nhw, raw_Nhw, source, self.name))
+                raise DataError(f"a {self.name} heatmap of {source} is not finite; {find_non_finite(bare)}")
+            heat_Nhw = normalise(raw_Nhw, self.name, source) if len(raw_Nhw) else raw_Nhw
+            boxes, scores, labels = (detach(detected[key]) for key in ("boxes", "scores", "labels"))
+            maps.append(BoxHeatmaps(boxes, scores, labels, heat_Nhw, raw_Nhw, source, self.name))
         return maps
 
     @abstractmethod
     def explain(
-        self, model: nn.Module, images_BCHW: Tensor, most: int, lowest: float
+        self, model: nn.Module, images_BCHW: Tensor, max_boxes: int, min_score: float
     ) -> tuple[list[dict[str, Tensor]], list[Tensor], str]:
-        """What was found in each image, its raw maps (N, h, w), and what they show."""
+        """Return the detections of each image, their raw maps (N, h, w), and what the maps show."""
 
 
 class ODAM(BoxMethod):
-    """The gradient of a score times the activation (Zhao & Chan 2023, 2304.06354): relu(Σ_c ∂score/∂A_c · A_c).
+    """ODAM, the gradient of a box's score times the activation (Zhao & Chan 2023, 2304.06354).
 
-    For any detector. Of a pyramid the map of every level is taken, shared out over the cells of the finest, and added;
-    where a level ends behind the image, which is no multiple of its stride, the pyramid's `strides` tell it.
-    Deviations from the paper: the gradient is not smoothed, and only the class score is explained, not the edges.
+        relu(Σ_c ∂score/∂A_c · A_c)
+
+    For any detector. The maps of all levels of a feature pyramid are resampled to the finest level, so that each keeps
+    its sum, and are then added. If the image's size is not a multiple of a level's stride, the level extends beyond the
+    image; the method takes the strides from the pyramid's attribute `strides`. Deviations from the paper: the gradient
+    is not smoothed, and only the class score is explained, not the box's edges.
 
     Args:
-        layer: name of a module that returns a map (B, C, h, w), or several in a list, tuple or dict, once a forward
-            pass; None for the first that returns a list, tuple or dict of them: the pyramid, or the backbone.
+        layer: name of a module that returns one map (B, C, h, w), or a list, tuple or dict of maps, and runs once in a
+            forward pass (default: the first module that returns a list, tuple or dict of maps: the pyramid, or the
+            backbone).
     """
 
     name = "odam"
@@ -115,26 +165,30 @@ class ODAM(BoxMethod):
         self.layer = layer
 
     def explain(
-        self, model: nn.Module, images_BCHW: Tensor, most: int, lowest: float
+        self, model: nn.Module, images_BCHW: Tensor, max_boxes: int, min_score: float
     ) -> tuple[list[dict[str, Tensor]], list[Tensor], str]:
         name = self.layer or _first_with_maps(model, images_BCHW)
         names = dict(model.named_modules())
         if name not in names:
             raise UsageError(f"the detector has no layer {name!r}.{nearest(name, [n for n in names if n])}")
         with torch.enable_grad(), _cut(names[name], name) as leaves:
-            found = [_best(some, most, lowest) for some in detect(model, images_BCHW)]
+            detections = [_best(detected, max_boxes, min_score) for detected in detect(model, images_BCHW)]
         if not leaves:
-            raise UsageError(f"{name!r} did not run; name a layer that does")
+            raise UsageError(f"the layer {name!r} did not run; name a layer that runs")
         size = max((leaf.shape[2], leaf.shape[3]) for leaf in leaves)
-        seen = _cells(names[name], leaves, (images_BCHW.shape[2], images_BCHW.shape[3]))
-        raws = [leaves[0].new_zeros(len(some["scores"]), *size, dtype=torch.float32) for some in found]
+        image_cells = _cells(names[name], leaves, (images_BCHW.shape[2], images_BCHW.shape[3]))
+        raws = [leaves[0].new_zeros(len(detected["scores"]), *size, dtype=torch.float32) for detected in detections]
         for rank in range(max((len(raw) for raw in raws), default=0)):
             with torch.enable_grad():
-                score = torch.stack([some["scores"][rank] for some in found if len(some["scores"]) > rank]).sum()
+                scores = [detected["scores"][rank] for detected in detections if len(detected["scores"]) > rank]
+                score = torch.stack(scores).sum()
             if not score.requires_grad:
-                raise UsageError(f"no gradient of a score reaches {name}; the detector computes without gradients")
+                raise UsageError(
+                    f"no gradient of a score reaches {name}, since the detector computes without gradients; "
+                    "name a later layer"
+                )
             gradients = torch.autograd.grad(score, leaves, retain_graph=True, allow_unused=True)
-            for leaf, gradient, cells in zip(leaves, gradients, seen, strict=True):
+            for leaf, gradient, cells in zip(leaves, gradients, image_cells, strict=True):
                 if gradient is None:
                     continue
                 share = cells[0] * cells[1] / (size[0] * size[1])
@@ -142,16 +196,17 @@ class ODAM(BoxMethod):
                 for raw_Nhw, fine_hw in zip(raws, fine_Bhw, strict=True):
                     if len(raw_Nhw) > rank:
                         raw_Nhw[rank] += share * fine_hw.detach()
-        return found, raws, f"score by {name or 'the input'}"
+        return detections, raws, f"score by {name or 'the input'}"
 
 
 class QuerySampling(BoxMethod):
-    """Where the query of a box sampled the image: the weights of its deformable attention at their places.
+    """Where the query of a box samples the image: its deformable attention weights at the sampled positions.
 
-    For detectors with `DeformableAttention` that tell the `index` of a box's query; layers, heads and maps are added.
+    For detectors with `DeformableAttention` that also return the `index` (N,) of each box's query. The weights of all
+    layers, heads and maps are added.
 
     Args:
-        layer: one of them, by its place in their order, −1 the last; None for all.
+        layer: index of one layer of deformable attention in the detector, −1 for the last (default: all layers).
     """
 
     name = "sampling"
@@ -160,49 +215,51 @@ class QuerySampling(BoxMethod):
         self.layer = layer
 
     def explain(
-        self, model: nn.Module, images_BCHW: Tensor, most: int, lowest: float
+        self, model: nn.Module, images_BCHW: Tensor, max_boxes: int, min_score: float
     ) -> tuple[list[dict[str, Tensor]], list[Tensor], str]:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, DeformableAttention)}
         if not layers:
             raise UsageError(
-                f"sampling needs deformable attention of queries; this {type(model).__name__} has none; odam fits"
+                f"sampling needs deformable attention of queries; this {type(model).__name__} has none; use odam"
             )
         if self.layer is not None:
             names = list(layers)
             name = names[place(self.layer, names)]
             layers = {name: layers[name]}
-        seen: list[tuple[Tensor, Tensor]] = []
+        samples: list[tuple[Tensor, Tensor]] = []
         sizes: list[tuple[int, int]] = []
         handles = []
         for module in layers.values():
             handles.append(module.register_forward_pre_hook(lambda _, args: sizes.extend(x.shape[2:] for x in args[2])))
-            handles.append(module.sampling.register_forward_hook(lambda _, args, out: seen.append(out)))
+            handles.append(module.sampling.register_forward_hook(lambda _, args, out: samples.append(out)))
         try:
-            found = [_best(some, most, lowest) for some in detect(model, images_BCHW)]
+            detections = [_best(detected, max_boxes, min_score) for detected in detect(model, images_BCHW)]
         finally:
             for handle in handles:
                 handle.remove()
-        if any("index" not in some for some in found):
-            raise UsageError(f"this {type(model).__name__} does not tell which query a box came from")
+        if any("index" not in detected for detected in detections):
+            raise UsageError(
+                f"the detections of this {type(model).__name__} do not hold the index of each box's query; use odam"
+            )
         size = max(sizes)
         raws = []
-        for number, some in enumerate(found):
-            query_N = some["index"]
+        for number, detected in enumerate(detections):
+            query_N = detected["index"]
             raw_Nhw = images_BCHW.new_zeros(len(query_N), *size, dtype=torch.float32)
-            for places, weights in seen:
+            for places, weights in samples:
                 splat(raw_Nhw, places[number, query_N].flatten(1, 3), weights[number, query_N].flatten(1))
             raws.append(raw_Nhw)
-        return found, raws, "sampling of the query"
+        return detections, raws, "sampling of the query"
 
 
 class BoxAttention(BoxMethod):
-    """What the tokens inside of a box attend to in the backbone: the mean of their rows, over heads too.
+    """Attention of the tokens inside a box, in the backbone: their attention rows, averaged over tokens and heads.
 
-    For detectors on a ViT, or another backbone with self-attention on a grid.
+    For detectors with a ViT as backbone, or another backbone with self-attention on a grid.
 
     Args:
-        backbone: name of the backbone within the detector.
-        layer: of those that attend, by name or place; −1 for the last.
+        backbone: name of the backbone inside the detector.
+        layer: an attention layer of the backbone: its name, or its index among the attention layers, −1 for the last.
     """
 
     name = "attention"
@@ -212,100 +269,109 @@ class BoxAttention(BoxMethod):
         self.layer = layer
 
     def explain(
-        self, model: nn.Module, images_BCHW: Tensor, most: int, lowest: float
+        self, model: nn.Module, images_BCHW: Tensor, max_boxes: int, min_score: float
     ) -> tuple[list[dict[str, Tensor]], list[Tensor], str]:
         parts = dict(model.named_modules())
         if self.backbone not in parts:
             raise UsageError(f"the detector has no part {self.backbone!r}.{nearest(self.backbone, parts)}")
-        found = [_best(some, most, lowest) for some in detect(model, images_BCHW)]
+        detections = [_best(detected, max_boxes, min_score) for detected in detect(model, images_BCHW)]
         try:
-            with capture(parts[self.backbone], Full(), layers=[self.layer]) as records:
+            with capture(parts[self.backbone], FullAttention(), layers=[self.layer]) as records:
                 parts[self.backbone](images_BCHW)
             record, keys, weights = records.kept()
         except UsageError as error:
-            raise UsageError(f"{self.name} needs self-attention in {self.backbone}: {error}; odam fits") from error
+            raise UsageError(f"{self.name} needs self-attention in {self.backbone}: {error}; or use odam") from error
         queries = record.queries
         if queries is None or record.windowed or queries.grid != keys.grid:
-            raise UsageError(f"{record.name} does not attend from the whole grid to the whole grid; odam fits")
+            raise UsageError(f"{record.name} does not attend from the whole grid to the whole grid; use odam")
         h, w = queries.grid
         size = images_BCHW.shape[2], images_BCHW.shape[3]
         raws = []
-        for number, some in enumerate(found):
+        for number, detected in enumerate(detections):
             rows_QK = weights[number, 0].mean(0)  # over heads
             index_Q = queries.index_WN[0].to(rows_QK.device)
             y_Q, x_Q = (index_Q // w + 0.5) * size[0] / h, (index_Q % w + 0.5) * size[1] / w
             raw = []
-            for box in some["boxes"]:
+            for box in detected["boxes"]:
                 inside_Q = (index_Q >= 0) & (x_Q >= box[0]) & (x_Q <= box[2]) & (y_Q >= box[1]) & (y_Q <= box[3])
-                if not inside_Q.any():  # smaller than a token: the nearest
+                if not inside_Q.any():  # the box is smaller than a token, so take the nearest token
                     far_Q = (x_Q - (box[0] + box[2]) / 2).square() + (y_Q - (box[1] + box[3]) / 2).square()
                     inside_Q = far_Q == far_Q.masked_fill(index_Q < 0, torch.inf).min()
                 raw.append(keys.to_grid(rows_QK[inside_Q].mean(0)[None, None])[0])
             raws.append(torch.stack(raw) if raw else rows_QK.new_zeros(0, h, w))
-        return found, raws, f"attention of {record.name}"
+        return detections, raws, f"attention of {record.name}"
 
 
-class SameForAll(BoxMethod):
-    """A method's heatmap of the whole image, for every box: of gates above all, which do not ask for what.
+class SameForAllBoxes(BoxMethod):
+    """A method's heatmap of the whole image, repeated for every box. It suits gates, which explain no single output.
 
     Args:
-        method: e.g. `Gate`.
+        method: a method for whole images, e.g. `Gate`.
+
+    Raises:
+        UsageError: the method is `RawAttention`; `BoxAttention` shows the attention of a box's own tokens.
     """
 
     name = "whole"
 
     def __init__(self, method: Method) -> None:
         if isinstance(method, RawAttention) and method.query is None:
-            raise UsageError("BoxAttention shows the self-attention of a box's own tokens")
+            raise UsageError("raw attention of the whole image is the same for all boxes; use BoxAttention instead")
         self.method = method
 
     def explain(
-        self, model: nn.Module, images_BCHW: Tensor, most: int, lowest: float
+        self, model: nn.Module, images_BCHW: Tensor, max_boxes: int, min_score: float
     ) -> tuple[list[dict[str, Tensor]], list[Tensor], str]:
-        found = [_best(some, most, lowest) for some in detect(model, images_BCHW)]
+        detections = [_best(detected, max_boxes, min_score) for detected in detect(model, images_BCHW)]
         maps = self.method(model, images_BCHW)
-        raws = [raw_hw.expand(len(some["scores"]), -1, -1) for raw_hw, some in zip(maps.raw, found, strict=True)]
-        return found, raws, maps.source
+        raws = [
+            raw_hw.expand(len(detected["scores"]), -1, -1)
+            for raw_hw, detected in zip(maps.raw, detections, strict=True)
+        ]
+        return detections, raws, maps.source
 
 
 @dataclass(frozen=True)
-class AllBoxes:
-    """A method for boxes, called as one for whole images: a place is as hot as for the box that it is hottest for.
+class MaxOverBoxes:
+    """Use a method for boxes as a method for whole images. The heatmap is the maximum over the boxes' heatmaps.
 
-    The `output` of what it returns is a dict an image: `boxes`, `scores` and `labels` of the boxes that were explained,
-    as `BoxMaps`, and their heatmaps as `maps` (N, h, w). A target, (B,) int64, leaves only the boxes of that class.
+    The `output` of the returned `Heatmaps` is a list with one dict per image: `boxes`, `scores` and `labels` of the
+    explained boxes, as in `BoxHeatmaps`, and their heatmaps as `maps` (N, h, w). With a target, (B,) int64, only boxes
+    of that class are kept.
 
     Args:
-        method: e.g. `ODAM`.
-        most, lowest: as `BoxMethod` takes them.
+        method: a method for boxes, e.g. `ODAM`.
+        max_boxes, min_score: as for `BoxMethod`.
     """
 
     method: BoxMethod
-    most: int = 20
-    lowest: float = SURE
+    max_boxes: int = 20
+    min_score: float = SURE
 
     @property
     def name(self) -> str:
         return self.method.name
 
-    def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Tensor | None = None) -> Maps:
-        found = self.method(model, images_BCHW, most=self.most, lowest=self.lowest)
+    def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Tensor | None = None) -> Heatmaps:
+        explained = self.method(model, images_BCHW, max_boxes=self.max_boxes, min_score=self.min_score)
         output: list[dict[str, Tensor]] = []
         heatmaps: list[Tensor] = []
         raws: list[Tensor] = []
-        for number, some in enumerate(found):
-            kept_N = torch.ones_like(some.labels, dtype=torch.bool) if target is None else some.labels == target[number]
+        for number, image in enumerate(explained):
+            keep_N = (
+                torch.ones_like(image.labels, dtype=torch.bool) if target is None else image.labels == target[number]
+            )
             output.append(
                 {
-                    "boxes": some.boxes[kept_N],
-                    "scores": some.scores[kept_N],
-                    "labels": some.labels[kept_N],
-                    "maps": some.heatmaps[kept_N],
+                    "boxes": image.boxes[keep_N],
+                    "scores": image.scores[keep_N],
+                    "labels": image.labels[keep_N],
+                    "maps": image.heatmaps[keep_N],
                 }
             )
-            for hottest, maps_Nhw in ((heatmaps, some.heatmaps[kept_N]), (raws, some.raw[kept_N])):
-                hottest.append(maps_Nhw.amax(0) if len(maps_Nhw) else maps_Nhw.new_zeros(maps_Nhw.shape[1:]))
-        return Maps(torch.stack(heatmaps), torch.stack(raws), output, target, found[0].source, self.method.name)
+            for maxima, maps_Nhw in ((heatmaps, image.heatmaps[keep_N]), (raws, image.raw[keep_N])):
+                maxima.append(maps_Nhw.amax(0) if len(maps_Nhw) else maps_Nhw.new_zeros(maps_Nhw.shape[1:]))
+        return Heatmaps(torch.stack(heatmaps), torch.stack(raws), output, target, explained[0].source, self.method.name)
 
 
 BOX_METHODS: dict[str, type[BoxMethod]] = {method.name: method for method in (ODAM, QuerySampling, BoxAttention)}
@@ -313,28 +379,32 @@ BOX_METHODS: dict[str, type[BoxMethod]] = {method.name: method for method in (OD
 
 
 def default_box_method(detector: nn.Module) -> BoxMethod:
-    """The method that says most of a detector: where its queries sampled, or the gradient of a box's score."""
+    """Choose the default method of a detector: `QuerySampling` if it has deformable attention, otherwise `ODAM`."""
     return QuerySampling() if any(isinstance(part, DeformableAttention) for part in detector.modules()) else ODAM()
 
 
 def detect(model: nn.Module, images_BCHW: Tensor) -> list[dict[str, Tensor]]:
-    """Run a detector.
+    """Run a detector on images, and return its detections: one dict per image (see the docstring of this module).
 
     Raises:
-        UsageError: what it returns is no list of detections.
+        UsageError: the model does not return a list of detections.
     """
     takes_list = type(model).__module__.startswith("torchvision.models.detection")
-    found: Any = model(list(images_BCHW) if takes_list else images_BCHW)
+    output = model(list(images_BCHW) if takes_list else images_BCHW)
     keys = {"boxes", "scores", "labels"}
-    if not isinstance(found, list) or not all(isinstance(some, dict) and keys <= some.keys() for some in found):
+    if not isinstance(output, list) or not all(isinstance(item, dict) and keys <= item.keys() for item in output):
         raise UsageError(
-            f"this {type(model).__name__} is no detector: it must return a list of dicts with boxes, scores and labels"
+            f"this {type(model).__name__} is not a detector: a detector returns a list of dicts with boxes, scores and "
+            "labels"
         )
-    return found
+    return output
 
 
 def splat(raw_Nhw: Tensor, places_NP2: Tensor, weights_NP: Tensor) -> None:
-    """Add weights to the four cells around their places, x and y as shares of the map, in place; outside is lost."""
+    """Add each weight to the four cells around its position, in bilinear shares. The maps are changed in place.
+
+    Positions are (x, y) as fractions of the map. Shares that fall outside the map are dropped.
+    """
     count, height, width = raw_Nhw.shape
     flat_NS = raw_Nhw.view(count, height * width)
     x_NP, y_NP = places_NP2[..., 0] * width - 0.5, places_NP2[..., 1] * height - 0.5
@@ -347,22 +417,23 @@ def splat(raw_Nhw: Tensor, places_NP2: Tensor, weights_NP: Tensor) -> None:
             flat_NS.scatter_add_(1, index, torch.where(inside, weights_NP * share, 0).float())
 
 
-def _best(found: dict[str, Tensor], most: int, lowest: float) -> dict[str, Tensor]:
-    count = min(most, int((found["scores"].detach() >= lowest).sum()))
-    return {name: value[:count] for name, value in found.items()}
+def _best(detected: dict[str, Tensor], max_boxes: int, min_score: float) -> dict[str, Tensor]:
+    """Return at most `max_boxes` detections of an image, those with the highest scores of at least `min_score`."""
+    count = min(max_boxes, int((detected["scores"].detach() >= min_score).sum()))
+    return {name: value[:count] for name, value in detected.items()}
 
 
 @contextlib.contextmanager
 def _cut(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    """Make the maps that a module returns leaves of the graph, and yield them."""
+    """Turn the maps that a module returns into leaves of the graph, and yield the list of leaves."""
     leaves: list[Tensor] = []
 
-    def cut(_: nn.Module, __: Any, out: Any) -> Any:
+    def cut(_: nn.Module, __: object, out: object) -> object:
         maps = list(_maps(out))
         if not maps:
             raise UsageError(f"{name!r} returns no maps (B, C, h, w); name a layer that does")
         if leaves:
-            raise UsageError(f"{name!r} runs more than once a forward pass; name a layer that runs once")
+            raise UsageError(f"{name!r} runs more than once in a forward pass; name a layer that runs once")
         leaves.extend(x.detach().requires_grad_() for x in maps)
         after = iter(leaves)
         return _replaced(out, after)
@@ -375,7 +446,7 @@ def _cut(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
 
 
 def _cells(module: nn.Module, leaves: Sequence[Tensor], size: tuple[int, int]) -> list[tuple[float, float]]:
-    """Rows and columns of each map that the image has."""
+    """Return how many rows and columns of each map the image covers, which need not be whole numbers."""
     strides = getattr(module, "strides", ())
     if len(strides) != len(leaves):
         return [(leaf.shape[2], leaf.shape[3]) for leaf in leaves]
@@ -383,34 +454,37 @@ def _cells(module: nn.Module, leaves: Sequence[Tensor], size: tuple[int, int]) -
 
 
 def _enlarged(map_Bhw: Tensor, size: tuple[int, int], cells: tuple[float, float]) -> Tensor:
-    """The first `cells` rows and columns of a map at another size, bilinear between the centres of cells."""
+    """Resample the first `cells` rows and columns of a map to another size, bilinearly between centres of cells."""
     ratio_y, ratio_x = cells[0] / map_Bhw.shape[1], cells[1] / map_Bhw.shape[2]
     to_map = map_Bhw.new_tensor([[ratio_x, 0, ratio_x - 1], [0, ratio_y, ratio_y - 1]]).expand(len(map_Bhw), 2, 3)
     grid = F.affine_grid(to_map, [len(map_Bhw), 1, *size], align_corners=False)
     return F.grid_sample(map_Bhw[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
 
 
-def _maps(out: Any) -> Sequence[Tensor]:
+def _maps(out: object) -> Sequence[Tensor]:
+    """Return the maps (B, C, h, w) in a module's output; none if it holds anything else."""
     values = list(out.values()) if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else [out]
-    return values if all(isinstance(x, Tensor) and x.ndim == 4 for x in values) else []
+    maps = [value for value in values if isinstance(value, Tensor) and value.ndim == 4]
+    return maps if len(maps) == len(values) else []
 
 
-def _replaced(out: Any, leaves: Iterator[Tensor]) -> Any:
-    # a clone, so that an in-place activation that follows neither fails nor spoils the leaf
+def _replaced(out: object, leaves: Iterator[Tensor]) -> object:
+    """Return a module's output with a clone of a leaf in place of each map."""
+    # a clone, since a later in-place activation would fail on the leaf, or change it
     if isinstance(out, dict):
         return type(out)((key, next(leaves).clone()) for key in out)
     return type(out)(x.clone() for x in leaves) if isinstance(out, (list, tuple)) else next(leaves).clone()
 
 
 def _first_with_maps(model: nn.Module, images_BCHW: Tensor) -> str:
-    """Name of the first module, outer ones before inner ones, that returns maps in a list, tuple or dict."""
+    """Return the name of the first module, from the outermost inwards, that returns a list, tuple or dict of maps."""
     several: set[nn.Module] = set()
 
-    def look(module: nn.Module, _: Any, out: Any) -> None:
+    def note(module: nn.Module, _: object, out: object) -> None:
         if isinstance(out, (list, tuple, dict)) and len(_maps(out)):
             several.add(module)
 
-    handles = [module.register_forward_hook(look) for module in model.modules()]
+    handles = [module.register_forward_hook(note) for module in model.modules()]
     try:
         detect(model, images_BCHW[:1])
     finally:
@@ -419,4 +493,4 @@ def _first_with_maps(model: nn.Module, images_BCHW: Tensor) -> str:
     for name, module in model.named_modules():
         if module in several:
             return name
-    raise UsageError(f"no part of this {type(model).__name__} returns a list of maps; give the layer to look at")
+    raise UsageError(f"no part of this {type(model).__name__} returns a list of maps; name the layer to explain")

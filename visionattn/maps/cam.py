@@ -1,4 +1,4 @@
-"""Class activation maps: what a layer saw, weighted by how it moved the score.
+"""Class activation maps: the output of a layer, weighted by its effect on the score.
 
 Shapes: B batch, C channels of the layer, h × w its grid, K outputs.
 """
@@ -7,26 +7,32 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.capture.hooks import in_python
-from visionattn.capture.running import look, run
-from visionattn.capture.survey import Survey
-from visionattn.capture.token_layout import Activation, Tokens
+from visionattn.capture import Activation, Survey, Tokens, in_python, run, survey_images
 from visionattn.errors import UsageError, nearest
-from visionattn.maps.fitting import fitting_survey
-from visionattn.maps.method import Explanation, Method, Target, pick
+from visionattn.maps.method import Explanation, Method, Target, fitting, pick
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
 class Cut:
-    """Cuts the graph at one module: its output becomes a leaf, and only what follows carries gradients."""
+    """A context manager that makes a module's output a leaf of the graph, so that only later modules have gradients.
+
+    Attributes:
+        leaf: the output of the module's last call; None before the first.
+
+    Args:
+        model: the model.
+        name: dotted name of the module.
+        grad: compute gradients after the module. If False, the output is only kept.
+    """
 
     def __init__(self, model: nn.Module, name: str, *, grad: bool = True) -> None:
         self.module, self.grad = model.get_submodule(name), grad
@@ -38,40 +44,41 @@ class Cut:
         self._handle = self.module.register_forward_hook(self._cut)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._handle.remove()
         in_python.__exit__()
         torch.set_grad_enabled(self._before)
 
-    def _cut(self, module: nn.Module, args: Any, out: Any) -> Any:
+    def _cut(self, module: nn.Module, args: object, out: Any) -> Any:  # `out` is whatever the user's module returns
         if threading.get_ident() != self._thread:
             return None
         value = out[0] if isinstance(out, (tuple, list)) else out
         if not self.grad:
-            self.leaf = value.detach().clone()  # an in-place activation that follows would spoil it
+            self.leaf = value.detach().clone()  # a later in-place activation would change it
             return None
         self.leaf = value.detach()
         self.leaf.requires_grad_(True)
         torch.set_grad_enabled(True)
-        after = self.leaf.clone()  # so that an in-place activation that follows neither fails nor spoils the leaf
-        vars(after).update(vars(value))  # what a model notes on its tensors
+        after = self.leaf.clone()  # a later in-place activation would fail on the leaf, or change it
+        vars(after).update(vars(value))  # attributes that a model sets on its tensors
         return type(out)((after, *out[1:])) if isinstance(out, (tuple, list)) else after
 
 
 class CAM(Method):
-    """What all class activation maps share: the layer, and the weights over its channels.
+    """Base class of the class activation maps that weight a layer's channels by gradients.
 
     Args:
-        layer: name of a module whose output is a feature map or tokens; None for the last one that the score depends on
-            at every position.
+        layer: name of a module that returns a feature map or tokens (default: the last module where the output at every
+            position affects the score; see `target_layer`).
     """
 
     def __init__(self, layer: str | None = None) -> None:
         self.layer = layer
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        found = look(model, images_BCHW)
-        activation = target_layer(model, found, self.layer)
+        activation = target_layer(model, survey_images(model, images_BCHW), self.layer)
         with Cut(model, activation.name) as cut:
             output = run(model, images_BCHW)
         with torch.enable_grad():
@@ -87,17 +94,24 @@ class CAM(Method):
 
     @abstractmethod
     def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
-        """Make the (B, N) map from the layer's output and the gradient of the score, N tokens or positions."""
+        """Return the map (B, N) of a layer's output and of the score's gradient; N is the number of positions."""
 
 
 class GradCAM(CAM):
     """Grad-CAM (Selvaraju et al. 2017, 1610.02391, eq. 1–2): relu(Σ_c α_c A_c), α_c the mean gradient of channel c.
 
-    For networks whose score depends on the whole of a feature map: convolutional ones, and transformers, whose patch
-    tokens take the place of positions. Only the layers after the target compute gradients.
+    For networks in which the score depends on a whole feature map. These are convolutional networks, and transformers,
+    where patch tokens replace the positions of a feature map. Only the layers after the explained layer compute
+    gradients.
     """
 
     name = "gradcam"
+    needs = "feature maps"
+    cost = "a forward and a backward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return survey.has_feature_maps
 
     def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
         return (gradient_BCN.mean(2, keepdim=True) * values_BCN).sum(1).relu()
@@ -108,10 +122,16 @@ class GradCAMPlusPlus(CAM):
 
         α_cn = g_cn² / (2 g_cn² + g_cn³ Σ_m A_cm),        g the gradient of the score
 
-    For the same models as `GradCAM`; several objects of one class are covered more evenly.
+    For the same models as `GradCAM`. The map covers several objects of one class more evenly.
     """
 
     name = "gradcam++"
+    needs = "feature maps"
+    cost = "a forward and a backward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return survey.has_feature_maps
 
     def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
         square_BCN = gradient_BCN.square()
@@ -125,10 +145,16 @@ class GradCAMPlusPlus(CAM):
 class LayerCAM(CAM):
     """LayerCAM (Jiang et al. 2021, IEEE TIP 30, eq. 5–6): relu(Σ_c relu(g_c) A_c), weighted position by position.
 
-    For the same models as `GradCAM`; also for early layers, whose maps are fine.
+    For the same models as `GradCAM`. The method also works for early layers, which have finer grids.
     """
 
     name = "layercam"
+    needs = "feature maps"
+    cost = "a forward and a backward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return survey.has_feature_maps
 
     def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
         return (gradient_BCN.relu() * values_BCN).sum(1).relu()
@@ -137,20 +163,27 @@ class LayerCAM(CAM):
 class EigenCAM(Method):
     """Eigen-CAM (Muhammad & Yeasin 2020, 2008.00299, eq. 3): A v₁, v₁ the first right singular vector of A, (N, C).
 
-    Without gradient or class: what varies most in the layer. For any model with a feature map or tokens.
-    Deviation from the paper: the sign of a singular vector is arbitrary, so the map's is chosen for a positive sum.
+    The map shows the largest variation in the layer; it uses no gradient and no class. For any model with a feature map
+    or tokens. Deviation from the paper: the sign of a singular vector is arbitrary, so the sign is chosen such that the
+    sum of the map is positive.
 
     Args:
         layer: as for `GradCAM`.
     """
 
     name = "eigencam"
+    needs = "feature maps"
+    cost = "a forward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return survey.has_feature_maps
 
     def __init__(self, layer: str | None = None) -> None:
         self.layer = layer
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        activation = target_layer(model, look(model, images_BCHW), self.layer)
+        activation = target_layer(model, survey_images(model, images_BCHW), self.layer)
         with Cut(model, activation.name, grad=False) as cut:
             output = run(model, images_BCHW)
         assert cut.leaf is not None
@@ -161,7 +194,7 @@ class EigenCAM(Method):
         values_BNC = values_BCN.mT
         broken_B = ~values_BNC.isfinite().all(2).all(1)
         values_BNC = torch.where(broken_B[:, None, None], 0, values_BNC)
-        if values_BNC.shape[1] < values_BNC.shape[2]:  # A v₁ = σ₁ u₁: of A Aᵀ and Aᵀ A, the smaller
+        if values_BNC.shape[1] < values_BNC.shape[2]:  # A v₁ = σ₁ u₁, so take the smaller of A Aᵀ and Aᵀ A
             square_B, left_BNN = torch.linalg.eigh(values_BNC @ values_BNC.mT)
             raw_BN = square_B[:, -1:].clamp(min=0).sqrt() * left_BNN[:, :, -1]
         else:
@@ -172,18 +205,26 @@ class EigenCAM(Method):
 
 
 class ScoreCAM(Method):
-    """Score-CAM (Wang et al. 2020, 1910.01279, algorithm 1): relu(Σ_c α_c A_c), α the softmax over channels of the
-    scores.
+    """Score-CAM (Wang et al. 2020, 1910.01279, algorithm 1): relu(Σ_c α_c A_c), α the softmax of the channels' scores.
 
-    The score of channel c is the model's on the image times A_c, enlarged to the image and brought to [0, 1]; no
-    gradient. For the same models as `GradCAM`, at the price of one forward pass a channel.
+    The score of channel c is the model's score of the image times A_c, where A_c is enlarged to the image and scaled to
+    [0, 1]. The method needs no gradient, but one forward pass a channel. For the same models as `GradCAM`.
 
     Args:
         layer: as for `GradCAM`.
-        batch_size: masked images in one forward pass.
+        batch_size: masked images in one forward pass, ≥ 1.
+
+    Raises:
+        UsageError: batch_size is below 1.
     """
 
     name = "scorecam"
+    needs = "feature maps"
+    cost = "a forward pass a channel"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return survey.has_feature_maps
 
     def __init__(self, layer: str | None = None, *, batch_size: int = 32) -> None:
         if batch_size < 1:
@@ -191,17 +232,17 @@ class ScoreCAM(Method):
         self.layer, self.batch_size = layer, batch_size
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        activation = target_layer(model, look(model, images_BCHW), self.layer)
+        activation = target_layer(model, survey_images(model, images_BCHW), self.layer)
         with Cut(model, activation.name, grad=False) as cut:
             output = run(model, images_BCHW)
         _, target_B = pick(output, target)
         assert cut.leaf is not None
         raw = []
         for b, image_CHW in enumerate(images_BCHW):
-            here = replace(activation, tokens=activation.tokens.of_image(b))
-            (values_CN,) = _on_grid(cut.leaf[b : b + 1], here)
+            own = replace(activation, tokens=activation.tokens.of_image(b))
+            (values_CN,) = _on_grid(cut.leaf[b : b + 1], own)
             target_b = target if target_B is None else target_B[b]
-            raw.append(self._explain_one(model, image_CHW, values_CN, _tokens_on_grid(here), target_b))
+            raw.append(self._explain_one(model, image_CHW, values_CN, _tokens_on_grid(own), target_b))
         return Explanation(torch.stack(raw), output, target_B, activation.name)
 
     def _explain_one(
@@ -209,8 +250,8 @@ class ScoreCAM(Method):
     ) -> Tensor:
         maps_Chw = tokens.to_grid(values_CN[:, None])
         scores = []
-        for some_Chw in maps_Chw.split(self.batch_size):
-            masks_CHW = F.interpolate(some_Chw[:, None], image_CHW.shape[1:], mode="bilinear")[:, 0]
+        for part_Chw in maps_Chw.split(self.batch_size):
+            masks_CHW = F.interpolate(part_Chw[:, None], image_CHW.shape[1:], mode="bilinear")[:, 0]
             low, high = masks_CHW.amin((1, 2), keepdim=True), masks_CHW.amax((1, 2), keepdim=True)
             masks_CHW = torch.where(high > low, (masks_CHW - low) / torch.where(high > low, high - low, 1), 0)
             scores.append(pick(model(image_CHW * masks_CHW[:, None].to(image_CHW.dtype)), target)[0])
@@ -218,24 +259,30 @@ class ScoreCAM(Method):
         return (weights_C[:, None, None] * maps_Chw).sum(0).relu()
 
 
-def target_layer(model: nn.Module, found: Survey, layer: str | None) -> Activation:
-    """Find the layer to explain.
+def target_layer(model: nn.Module, survey: Survey, layer: str | None) -> Activation:
+    """Return the layer to explain.
 
-    Without a name: the last output that lies on a grid of more than one cell. Where the last attention has a class
-    token, or other queries without a place, what it reads: the output just before it, since behind it only that token's
-    output reaches the score.
+    Args:
+        model: the model.
+        survey: its survey.
+        layer: name of the layer. None chooses the last output on a grid of more than one cell. If the last attention
+            layer has a class token, or other queries without a position, None chooses the last such output before this
+            attention, since after it only the output of that token reaches the score.
+
+    Raises:
+        UsageError: there is no such layer, or its output does not lie on a grid.
     """
-    grids = [a for a in found.activations if a.tokens.grid != (1, 1) and a.name]
+    grids = [a for a in survey.activations if a.tokens.grid != (1, 1) and a.name]
     if layer is not None:
-        for activation in reversed(found.activations):
+        for activation in reversed(survey.activations):
             if activation.name == layer:
                 return activation
         names = [name for name, _ in model.named_modules() if name]
         if layer in names:
             known = ", ".join(dict.fromkeys(a.name for a in grids[-3:]))
-            raise UsageError(f"the output of {layer!r} does not lie on a grid; layers that do: {known} …")
+            raise UsageError(f"the output of {layer!r} does not lie on a grid; choose another layer, e.g. {known}")
         raise UsageError(f"the model has no layer {layer!r}.{nearest(layer, names)}")
-    places = [(time, site) for time, (_, site) in zip(found.times, found.sites, strict=True) if site is not None]
+    places = [(time, site) for time, (_, site) in zip(survey.times, survey.sites, strict=True) if site is not None]
     if places and places[-1][1].class_query is not None:
         name = places[-1][1].name
         before = [a for a in grids if a.time <= places[-1][0] and not a.name.startswith(f"{name}.")]
@@ -243,7 +290,7 @@ def target_layer(model: nn.Module, found: Survey, layer: str | None) -> Activati
     if not grids:
         raise UsageError(
             f"no output of this {type(model).__name__} lies on a grid, so no class activation map fits."
-            f"{fitting_survey(found)}"
+            f"{fitting(survey)}"
         )
     return grids[-1]
 
@@ -251,14 +298,15 @@ def target_layer(model: nn.Module, found: Survey, layer: str | None) -> Activati
 def _unreached(activation: Activation) -> str:
     return (
         f"no gradient reaches {activation.name}: the score does not depend on it, or the model computes without "
-        "gradients after it; choose another layer, or eigencam or scorecam"
+        "gradients after it; choose another layer, or use eigencam or scorecam"
     )
 
 
 def _mapped(activation: Activation, make: Callable[..., Tensor], *outputs: Tensor) -> Tensor:
-    """Make a value a token, (B, N), from what the layer has for those on the grid, (B, C, N) each, and put it there.
+    """Return the map (B, h, w) that `make` computes from `outputs`, after reducing each to the grid, (B, C, N).
 
-    Where tokens are picked it is done image by image: in another image, other ones may have no place.
+    If the model picks its tokens, each image is handled separately, since the tokens without a position differ between
+    images.
     """
     tokens = activation.tokens
     if tokens.index_BWN is not None:
@@ -268,7 +316,7 @@ def _mapped(activation: Activation, make: Callable[..., Tensor], *outputs: Tenso
 
 
 def _on_grid(value: Tensor, activation: Activation) -> Tensor:
-    """(B, C, N) of the positions that lie on the grid, without class and register tokens."""
+    """Return the values of the positions on the grid, (B, C, N), without class and register tokens."""
     value_BCN = value.detach().float().movedim(activation.channel_axis, 1).flatten(2)
     if activation.tokens.in_order:
         return value_BCN[:, :, activation.tokens.num_prefix_tokens :]

@@ -1,49 +1,52 @@
-"""Gates as heatmaps.
+"""Heatmaps of gates over positions.
 
 Shapes: B batch, C channels, h × w the gate's grid.
 """
 
 from torch import Tensor, nn
 
-from visionattn.capture.recording import capture
-from visionattn.capture.records import Record, Records, on_grid
-from visionattn.capture.reductions import Nothing
-from visionattn.capture.running import run
+from visionattn.capture import NoWeights, Record, Records, Survey, capture, on_grid, run, survey_images
 from visionattn.errors import UsageError, nearest
-from visionattn.maps.fitting import fitting
-from visionattn.maps.method import Explanation, Method, Target
+from visionattn.maps.method import Explanation, Method, Target, fitting
 
 
 class Gate(Method):
-    """The weights of a spatial gate as they are (CBAM: Woo et al. 2018, 1807.06521, fig. 3; BAM and others).
+    """The weights of a spatial gate (CBAM: Woo et al. 2018, 1807.06521, fig. 3; BAM and others).
 
-    For networks with gates over positions. A gate with channels, (B, C, h, w), is shown as its mean over them; two
-    gates of one mechanism, along rows and along columns, are multiplied. Channel gates show nothing of where.
+    For networks with gates over positions. A gate with channels, (B, C, h, w), is averaged over its channels. If one
+    mechanism has two gates, one along rows and one along columns, the map is their product. A channel gate has no
+    heatmap, since its weights are the same at all positions.
 
     Args:
-        layer: name of the gate, or of a module around it; None for the last spatial gate.
+        layer: name of the gate, or of a module around it (default: the last spatial gate).
     """
 
     name = "gate"
+    needs = "gates over positions"
+    cost = "a forward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return any(survey.gates.values())
 
     def __init__(self, layer: str | None = None) -> None:
         self.layer = layer
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        watch = capture(model, Nothing())
-        with watch as records:
+        with capture(model, NoWeights()) as records:
             output = run(model, images_BCHW)
             if not records:
                 raise UsageError(
                     f"gate needs gates over positions; this {type(model).__name__} has none."
-                    f"{fitting(model, images_BCHW)}"
+                    f"{fitting(survey_images(model, images_BCHW))}"
                 )
         spatial = spatial_gates(records)
         if not spatial:
             others = "attention" if records.attention else "glimpses"
             has = "gates over channels only" if records.gates else f"{others} and no gates"
             raise UsageError(
-                f"gate needs gates over positions; this {type(model).__name__} has {has}.{fitting(model, images_BCHW)}"
+                f"gate needs gates over positions; this {type(model).__name__} has {has}."
+                f"{fitting(survey_images(model, images_BCHW))}"
             )
         name = spatial[-1].name
         if self.layer is not None:
@@ -57,5 +60,5 @@ class Gate(Method):
 
 
 def spatial_gates(records: Records) -> list[Record]:
-    """The gates over more than one position, in order."""
+    """Return the records of gates over more than one position, in order."""
     return [r for r in records.gates if r.kind == "spatial_gate" and r.grid != (1, 1)]

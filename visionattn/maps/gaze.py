@@ -1,68 +1,73 @@
-"""Glimpses as heatmaps: how much was seen of every pixel.
+"""Heatmaps of glimpses: how much of every pixel a glimpse network reads.
 
-Shapes: B batch, R looks at once, T glimpses of an image in all, N = T·S boxes, S scales, H × W the model's input.
+Shapes: B batch, R simultaneous glimpses, T glimpses of an image in total, S scales, N = T·S boxes, H × W the model's
+input.
 """
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture.recording import capture
-from visionattn.capture.records import Record
-from visionattn.capture.reductions import Nothing
-from visionattn.capture.running import run
+from visionattn.capture import NoWeights, Record, Survey, capture, run, survey_images
 from visionattn.errors import UsageError
-from visionattn.maps.fitting import fitting
-from visionattn.maps.method import Explanation, Method, Target
+from visionattn.maps.method import Explanation, Method, Target, fitting
 
 
 class Gaze(Method):
     """How much of every pixel reaches the network through its glimpses.
 
-    For networks that look through a `Retina`. Each value of the patch at scale s is the mean of f^s × f^s pixels, so
+    For networks with a `Retina`. Glimpse t reads an h × w patch from the box box_ts at each scale s = 0 … S − 1. Each
+    value of this patch is the mean of f^s × f^s pixels, where f is the retina's `factor`, so
 
         raw(p) = Σ_t Σ_s |p ∩ box_ts| · area(box_t0) / area(box_ts),    area(box_t0) / area(box_ts) = f^(−2s)
 
-    with |p ∩ box| the share of the pixel that a box covers: the derivative of the sum of all values seen by the pixel
-    (of a retina that looks between pixels, the mean of it over the f^s × f^s pixels that are kept together). A glimpse
-    spreads a total of S · h · w over its boxes, sharp in the middle and faint around; what falls outside the image is
-    cut. The first fixation counts as the others do. The heatmap has the input's own resolution.
+    where |p ∩ box| is the fraction of the pixel p that a box covers. raw(p) is the derivative of the sum of all patch
+    values with respect to the pixel; for a retina that interpolates between pixels it is the mean of this derivative
+    over the f^s × f^s pixels that are averaged together. A glimpse spreads a total of S · h · w over its boxes, with
+    the highest values in the middle. The part of a box outside the image is cut off. The first glimpse has the same
+    weight as the others. The heatmap has the resolution of the input.
 
-    It shows where the network looked and not what it made of it, so it explains no output in particular.
+    The heatmap shows where the network looked, not how it used what it read, so it explains no particular output.
     """
 
     name = "gaze"
+    needs = "glimpses"
+    cost = "a forward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return bool(survey.glimpses)
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        with capture(model, Nothing()) as records:
+        with capture(model, NoWeights()) as records:
             output = run(model, images_BCHW)
             if not records.glimpses:
                 raise UsageError(
-                    f"gaze needs a network that looks through a Retina; this {type(model).__name__} does not."
-                    f"{fitting(model, images_BCHW)}"
+                    f"gaze needs a network that looks through a Retina; this {type(model).__name__} has none."
+                    f"{fitting(survey_images(model, images_BCHW))}"
                 )
         size = images_BCHW.shape[-2], images_BCHW.shape[-1]
         for record in records.glimpses:
             if record.grid != size or len(_boxes(record)) != len(images_BCHW):
                 raise UsageError(
-                    f"{record.name} looks at {len(_boxes(record))} images of {record.grid}, and the model was given "
-                    f"{len(images_BCHW)} of {size}; where those lie in these is not known"
+                    f"{record.name} looks at {len(_boxes(record))} images of {record.grid}, but the model was called "
+                    f"with {len(images_BCHW)} images of {size}; gaze needs a retina that looks at the model's own input"
                 )
         boxes = [_boxes(record) for record in records.glimpses]
         raw_BHW = torch.stack([coverage(boxes_BTS4, size) for boxes_BTS4 in boxes]).sum(0)
         most = max(boxes_BTS4.shape[2] for boxes_BTS4 in boxes)
         scales = [[min(scale, boxes_BTS4.shape[2] - 1) for scale in range(most)] for boxes_BTS4 in boxes]
-        # a retina of fewer scales than another has its widest box more than once
-        ordered = [boxes_BTS4[:, :, some] for boxes_BTS4, some in zip(boxes, scales, strict=True)]
+        # a retina with fewer scales than another repeats its widest box
+        ordered = [boxes_BTS4[:, :, indices] for boxes_BTS4, indices in zip(boxes, scales, strict=True)]
         names = ", ".join(dict.fromkeys(record.name for record in records.glimpses))
         return Explanation(raw_BHW, output, None, f"glimpses of {names}", torch.cat(ordered, 1))
 
 
 def coverage(boxes_BTS4: Tensor, size: tuple[int, int]) -> Tensor:
-    """Sum what glimpses see of each pixel: (B, H, W); see `Gaze` for the equation.
+    """Return how much of each pixel glimpses read, (B, H, W) ≥ 0; see `Gaze` for the equation.
 
     Args:
-        boxes_BTS4: xyxy in pixels, the finest scale first.
-        size: (H, W).
+        boxes_BTS4: boxes of the glimpses, xyxy in pixels, the finest scale first.
+        size: (H, W) of the image.
     """
     sides_BTS2 = boxes_BTS4[..., 2:] - boxes_BTS4[..., :2]
     area_BTS = sides_BTS2.prod(-1)
@@ -78,6 +83,6 @@ def coverage(boxes_BTS4: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _boxes(record: Record) -> Tensor:
-    """(B, T · R, S, 4): those of a turn behind each other."""
+    """Return the boxes of a record in time order, (B, T, S, 4); simultaneous glimpses are adjacent."""
     assert record.boxes is not None
     return record.boxes.transpose(1, 2).flatten(1, 2)

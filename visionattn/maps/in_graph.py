@@ -1,64 +1,72 @@
-"""A model and its heatmap as one graph, which `torch.export` and ONNX can take: both come from one forward pass.
+"""A model and its heatmap method as one graph for `torch.export` and ONNX: one forward pass computes both outputs.
 
-What a method does outside of the model is part of the graph; so it may not need gradients, nor look at values to decide
-what to do. Four do not: raw attention, rollout, gates, and Grad-CAM where the head is linear.
+The method's computation is part of the graph, so it can neither use gradients nor branch on values. Four methods meet
+these conditions: raw attention, rollout, gates, and Grad-CAM of a model with a linear head.
 
 Shapes: B images, C channels, K outputs, W windows, H heads, Q queries, N keys or positions, h × w grid.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture.recording import Interception, capture
-from visionattn.capture.records import on_grid
-from visionattn.capture.reductions import Call, Keep, Nothing
-from visionattn.capture.running import look, run
-from visionattn.capture.token_layout import Activation, Site, Tokens
+from visionattn.capture import (
+    Activation,
+    Call,
+    Interception,
+    NoWeights,
+    Reduction,
+    Site,
+    Tokens,
+    capture,
+    on_grid,
+    run,
+    survey_images,
+)
 from visionattn.errors import UsageError
 from visionattn.maps.cam import Cut, target_layer
 from visionattn.maps.gates import Gate, spatial_gates
-from visionattn.maps.method import attending, fuse_heads, scores_of
+from visionattn.maps.method import fuse_heads, require_attention, scores_of
 from visionattn.maps.transformers.rollout import Row, check_chain, class_row_only
 
 
 class Graph(nn.Module, ABC):
-    """(B, C, H, W) → scores (B, K), heatmap (B, h, w) in [0, 1], spanning the model's input.
+    """A model and its heatmap method: (B, C, H, W) → scores (B, K), heatmaps (B, h, w) in [0, 1].
 
-    The heatmap is that of the method of the same name: every image's smallest value is 0 and its largest 1, unless the
-    map is constant: then all are 0.
+    The heatmaps equal those of the method of the same name. Each spans the whole input of the model. The smallest value
+    of each map is 0 and the largest 1; a constant map is 0 everywhere.
 
     Args:
-        model: in evaluation mode, its parameters without gradients.
-        image_1CHW: an example of its input. The graph takes images of that size, any number of them.
+        model: in evaluation mode, with parameters that do not require gradients.
+        image_1CHW: an example of the model's input. The graph takes any number of images of that size.
 
     Raises:
-        UsageError: the model has not what the method needs.
+        UsageError: the model does not meet the needs of the method, or selects its tokens by the image's content.
     """
 
     method: ClassVar[str]
-    """Name of the method, as `maps.METHODS` has it."""
+    """Name of the method, a key of `maps.METHODS`."""
 
     def __init__(self, model: nn.Module, image_1CHW: Tensor) -> None:
         super().__init__()
         self.model = model
-        if look(model, image_1CHW).picks:
+        if survey_images(model, image_1CHW).picks:
             raise UsageError(
-                f"this {type(model).__name__} picks its tokens by what an image shows, and a graph cannot tell where "
-                "they lie; export it without its token reduction"
+                f"this {type(model).__name__} picks its tokens by what an image shows, so the graph cannot know the "
+                "tokens' positions; export the model without its token reduction"
             )
         self.plan(image_1CHW)
-        self(image_1CHW)  # what is worked out once about the places of tokens is, before anything is traced
+        self(image_1CHW)  # computes the cached positions of tokens before the graph is traced
 
     @abstractmethod
     def plan(self, image_1CHW: Tensor) -> None:
-        """Find in the model what the method needs, and raise where it is not there."""
+        """Prepare the method for the model; raise a UsageError if the model does not meet the method's needs."""
 
     @abstractmethod
-    def watch(self, images_BCHW: Tensor) -> tuple[Any, Tensor]:
-        """The model's output, and the map (B, h, w) before it is brought to [0, 1]."""
+    def watch(self, images_BCHW: Tensor) -> tuple[object, Tensor]:
+        """Return the model's output, and the map (B, h, w) before it is scaled to [0, 1]."""
 
     def forward(self, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         output, raw_Bhw = self.watch(images_BCHW)
@@ -75,17 +83,17 @@ class RawGraph(Graph):
     method = "raw"
 
     def plan(self, image_1CHW: Tensor) -> None:
-        attending("raw", self.model, image_1CHW)
+        require_attention("raw", self.model, image_1CHW)
 
-    def watch(self, images_BCHW: Tensor) -> tuple[Any, Tensor]:
+    def watch(self, images_BCHW: Tensor) -> tuple[object, Tensor]:
         with capture(self.model, _Row(), layers=[-1]) as records:
             output = self.model(images_BCHW)
         _, keys, weights_BWHN = records.kept()
         return output, keys.to_grid(fuse_heads(weights_BWHN, "mean", 2), shared=True)
 
 
-class _Row(Keep):
-    """As `keep.ClassRow`, without loops over images."""
+class _Row(Reduction):
+    """The same as `ClassRow`, without loops over images."""
 
     def __call__(self, call: Call) -> Tensor:
         index = call.site.class_query
@@ -101,11 +109,11 @@ class RolloutGraph(Graph):
     method = "rollout"
 
     def plan(self, image_1CHW: Tensor) -> None:
-        sites = attending("rollout", self.model, image_1CHW).attention
+        sites = require_attention("rollout", self.model, image_1CHW).attention
         check_chain("rollout", sites)
         self.count = len(sites)
 
-    def watch(self, images_BCHW: Tensor) -> tuple[Any, Tensor]:
+    def watch(self, images_BCHW: Tensor) -> tuple[object, Tensor]:
         with _Layers(self.model, self.count) as tape:
             output = self.model(images_BCHW)
         row = Row.start(tape.layers[-1][0], images_BCHW.shape[0], images_BCHW.device)
@@ -115,6 +123,11 @@ class RolloutGraph(Graph):
 
 
 class _Layers(Interception):
+    """Keeps the attention of every layer, averaged over heads.
+
+    If the last layer has a class token, only the row of this token is kept there.
+    """
+
     def __init__(self, model: nn.Module, count: int) -> None:
         super().__init__(model)
         self.count = count
@@ -135,18 +148,20 @@ class GateGraph(Graph):
     def plan(self, image_1CHW: Tensor) -> None:
         Gate().explain(self.model, image_1CHW, None)
 
-    def watch(self, images_BCHW: Tensor) -> tuple[Any, Tensor]:
-        with capture(self.model, Nothing()) as records:
+    def watch(self, images_BCHW: Tensor) -> tuple[object, Tensor]:
+        with capture(self.model, NoWeights()) as records:
             output = self.model(images_BCHW)
         spatial = spatial_gates(records)
         return output, on_grid([record for record in spatial if record.name == spatial[-1].name])
 
 
 class LinearCAMGraph(Graph):
-    """`maps.GradCAM` of the model's answer, where a linear head follows a mean over positions: class activation
-    mapping (Zhou et al. 2016, 1512.04150, eq. 2), whose weights are the gradients.
+    """`maps.GradCAM` of the predicted class, for a model with a linear head after a mean over positions.
 
-        relu(Σ_c w_kc A_c)        k the answer, w the head, A the layer before the mean
+        relu(Σ_c w_kc A_c)        k the predicted class, w the head's weights, A the layer before the mean
+
+    This is class activation mapping (Zhou et al. 2016, 1512.04150, eq. 2): for such a model the head's weights are the
+    gradients.
     """
 
     method = "gradcam"
@@ -154,20 +169,24 @@ class LinearCAMGraph(Graph):
     on_grid_N: Tensor  # noqa: N815
 
     def plan(self, image_1CHW: Tensor) -> None:
-        self.activation = target_layer(self.model, look(self.model, image_1CHW), None)
+        self.activation = target_layer(self.model, survey_images(self.model, image_1CHW), None)
         self.tokens, on_grid_N = tokens_on_grid(self.activation)
         self.register_buffer("weight_KC", self._linear(image_1CHW), persistent=False)
         self.register_buffer("on_grid_N", on_grid_N, persistent=False)
 
     def _linear(self, image_1CHW: Tensor) -> Tensor:
-        """The head's weights (K, C), held against the gradients of some scores on noise."""
+        """Return the head's weights (K, C), after comparing them with the gradients of some scores on noise.
+
+        Raises:
+            UsageError: the weights differ from the gradients.
+        """
         noise_2CHW = torch.randn(2, *image_1CHW.shape[1:], generator=torch.Generator().manual_seed(0)).to(image_1CHW)
         with Cut(self.model, self.activation.name) as cut:
             output = run(self.model, noise_2CHW)
         scores_2K = scores_of(output)
         refusal = UsageError(
-            f"gradcam needs no gradients only where a linear head follows a mean over positions, and behind "
-            f"{self.activation.name} of this {type(self.model).__name__} there is something else"
+            "gradcam can be exported only if a linear head follows a mean over positions; other layers follow "
+            f"{self.activation.name} of this {type(self.model).__name__}, so export another method"
         )
         heads = [part for part in self.model.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
         fitting = [part.weight.flatten(1) for part in heads if part.weight.shape[0] == scores_2K.shape[1]]
@@ -186,27 +205,27 @@ class LinearCAMGraph(Graph):
                 raise refusal
         return weight_KC.detach().clone()
 
-    def watch(self, images_BCHW: Tensor) -> tuple[Any, Tensor]:
-        seen: list[Tensor] = []
+    def watch(self, images_BCHW: Tensor) -> tuple[object, Tensor]:
+        outputs: list[Tensor] = []
 
-        def keep(module: nn.Module, args: Any, out: Any) -> None:
-            seen.append(out[0] if isinstance(out, (tuple, list)) else out)
+        def keep(module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...] | list[Tensor]) -> None:
+            outputs.append(out[0] if isinstance(out, (tuple, list)) else out)
 
         handle = self.model.get_submodule(self.activation.name).register_forward_hook(keep)
         try:
             output = self.model(images_BCHW)
         finally:
             handle.remove()
-        values_BCN = seen[-1].movedim(self.activation.channel_axis, 1).flatten(2)[:, :, self.on_grid_N].float()
+        values_BCN = outputs[-1].movedim(self.activation.channel_axis, 1).flatten(2)[:, :, self.on_grid_N].float()
         weight_B1C = self.weight_KC[scores_of(output).argmax(1)][:, None]
         return output, self.tokens.to_grid((weight_B1C @ values_BCN).relu())
 
 
 def tokens_on_grid(activation: Activation) -> tuple[Tokens, Tensor]:
-    """Where the positions of a layer's output lie, and which of them do, without class and register tokens."""
+    """Return the tokens of a layer's output that lie on the grid, and their indices (N,)."""
     placed_N = activation.tokens.index_WN[0] >= 0
     return activation.tokens.some(placed_N), placed_N.nonzero()[:, 0]
 
 
 GRAPHS: dict[str, type[Graph]] = {graph.method: graph for graph in (RawGraph, RolloutGraph, GateGraph, LinearCAMGraph)}
-"""Method → graph."""
+"""Name of the method → class of its graph."""

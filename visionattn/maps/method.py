@@ -1,4 +1,4 @@
-"""What every method shares: the heatmaps it returns, the class it explains, and the care it takes of the model.
+"""The base class of heatmap methods, the heatmaps that they return, and the choice of the output to explain.
 
 Shapes: B batch, C channels, H rows and W columns of the image, h rows and w columns of the grid, K outputs.
 """
@@ -6,87 +6,133 @@ Shapes: B batch, C channels, H rows and W columns of the image, h rows and w col
 import inspect
 import operator
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, SupportsIndex, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture.records import Record
-from visionattn.capture.running import look, undisturbed
-from visionattn.capture.survey import Survey
-from visionattn.capture.token_layout import Site
-from visionattn.data.decode import encode_image
-from visionattn.drawing.sheets import heatmap_sheet
+from visionattn.capture import Record, Site, Survey, compact_state, survey_images, undisturbed
+from visionattn.data import encode_image
+from visionattn.drawing import heatmap_sheet
 from visionattn.errors import DataError, UsageError, warn
-from visionattn.maps.fitting import fitting
 
-Target: TypeAlias = "int | Tensor | Callable[[Any], Tensor] | None"
+Target: TypeAlias = "int | Tensor | Callable[[Any], Tensor] | None"  # a function gets the model's output, of any type
+
+_Output = TypeVar("_Output")
+
+Needs: TypeAlias = Literal["glimpses", "attention over positions", "gates over positions", "feature maps"]
+Cost: TypeAlias = Literal["a forward pass", "a forward and a backward pass", "a forward pass a channel"]
+
+
+_SHOWN = 8  # number of images with a peak in `repr`
 
 
 @dataclass(frozen=True, repr=False)
-class Maps:
+class Heatmaps:
     """Heatmaps of a batch of images, at the resolution of the model's grid.
 
+    A notebook shows the heatmaps of the first 16 images as a picture; `print` shows the peaks of the first 8.
+
     Attributes:
-        heatmaps: (B, h, w) float32 in [0, 1], each spanning the whole input of the model; every image's smallest value
-            is 0 and its largest 1, unless the map is constant: then all are 0.
-        raw: (B, h, w) float32, the same before it was brought to [0, 1].
-        output: what the model returned, detached.
-        target: (B,) int64, the output that is explained; None where the method explains no output in particular.
-        source: what is shown, e.g. `"gate of layer4.1"`.
+        heatmaps: (B, h, w) float32 in [0, 1]. Each map spans the whole input of the model. Its smallest value is 0 and
+            its largest 1; a constant map is 0 everywhere.
+        raw: (B, h, w) float32, the map before it was scaled to [0, 1].
+        output: the model's output, detached.
+        target: (B,) int64, the output that is explained; None if the method explains no particular output.
+        source: what the heatmaps show, e.g. `"gate of layer4.1"`.
         method: name of the method.
-        boxes: (B, T, S, 4), what T glimpses covered at S scales, in order: xyxy in pixels of the model's input; None
-            where the model takes none, or the method is another.
+        boxes: (B, T, S, 4), the boxes that T glimpses covered at S scales, in order, xyxy in pixels of the model's
+            input; None if the method is not `Gaze`.
     """
 
     heatmaps: Tensor
     raw: Tensor
-    output: Any
+    output: Any  # whatever the user's model returns
     target: Tensor | None
     source: str
     method: str
     boxes: Tensor | None = None
 
+    def to_dict(self) -> dict[str, object]:
+        """Return the result as plain data for `json.dumps`, without the model's output. Arrays are nested lists."""
+        return {
+            "method": self.method,
+            "source": self.source,
+            "target": None if self.target is None else self.target.tolist(),
+            "heatmaps": self.heatmaps.tolist(),
+            "raw": self.raw.tolist(),
+            "boxes": None if self.boxes is None else self.boxes.tolist(),
+        }
+
     def __repr__(self) -> str:
-        return f"Maps({self.method} of {self.source}, heatmaps {tuple(self.heatmaps.shape)})"
+        lines = [f"Heatmaps({self.method} of {self.source}, heatmaps {tuple(self.heatmaps.shape)})"]
+        targets = [None] * len(self.raw) if self.target is None else self.target.tolist()
+        for number, (raw_hw, target) in enumerate(zip(self.raw[:_SHOWN], targets, strict=False)):
+            output = "" if target is None else f"output {target}, "
+            lines.append(f"  image {number}: {output}{describe_map(raw_hw)}")
+        if len(self.raw) > _SHOWN:
+            lines.append(f"  and {len(self.raw) - _SHOWN} more images")
+        return "\n".join(lines)
 
     def _repr_png_(self) -> bytes:
-        """A notebook shows the heatmaps."""
+        """Show the heatmaps in a notebook."""
         heatmaps_Bhw = self.heatmaps.float().cpu().numpy()
         return encode_image(heatmap_sheet(heatmaps_Bhw, f"{self.method} of {self.source}"), ".png")
 
+    def __getstate__(self) -> dict[str, object]:
+        return compact_state(self)
+
+
+def describe_map(raw_hw: Tensor) -> str:
+    """Return the place of a map's peak and the range of its values as text."""
+    row, column = divmod(int(raw_hw.flatten().argmax()), raw_hw.shape[1])
+    return f"peak at row {row}, column {column}; raw values {float(raw_hw.min()):.3g} to {float(raw_hw.max()):.3g}"
+
 
 class Explanation(NamedTuple):
-    """What a method found: raw (B, h, w), the model's output, the target, what is shown, and the boxes of glimpses."""
+    """The result of `Method.explain`: the raw map (B, h, w), the model's output, the explained output (B,), what the
+    map shows, and the boxes of glimpses."""
 
     raw_Bhw: Tensor  # noqa: N815
-    output: Any
+    output: Any  # whatever the user's model returns
     target_B: Tensor | None  # noqa: N815
     source: str
     boxes_BTS4: Tensor | None = None  # noqa: N815
 
 
 class Method(ABC):
-    """Turns a model and images into heatmaps.
+    """A heatmap method: it turns a model and images into heatmaps.
 
-    Calling a method leaves the model as it was: training flags, `requires_grad`, `.grad`, hooks. The model runs in
-    evaluation mode. It works under `torch.inference_mode` and `torch.no_grad`, and on frozen parameters.
+    A call leaves the model unchanged: training flags, `requires_grad`, `.grad` and hooks. The model runs in evaluation
+    mode. Methods work under `torch.inference_mode` and `torch.no_grad`, and on frozen parameters.
     """
 
     name: ClassVar[str]
-    """As the command line spells it."""
+    """Name of the method on the command line."""
 
-    def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Target = None) -> Maps:
-        """Explain what the model sees in each image.
+    needs: ClassVar[Needs]
+    """What a model must have for the method to fit."""
+
+    cost: ClassVar[Cost]
+    """What one batch of images costs."""
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        """Return whether the method fits a model, given the model's survey."""
+        return True
+
+    def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Target = None) -> Heatmaps:
+        """Explain the model's output for each image.
 
         Args:
-            model: any vision model.
-            images_BCHW: normalised as the model wants it.
-            target: the output to explain: None for the highest, an index, one index an image, or a function that takes
-                the model's output and returns (B,) scores.
+            model: any vision model; unchanged afterwards.
+            images_BCHW: images, normalised for the model.
+            target: the output to explain: None for the highest, an index, a tensor with one index per image, or a
+                function that takes the model's output and returns (B,) scores.
 
         Raises:
             UsageError: the method does not fit the model, or the target does not fit its output.
@@ -99,16 +145,25 @@ class Method(ABC):
             output = detach(output)
         raw = raw.detach().float()
         if not raw.isfinite().all():
-            raise DataError(f"the {self.name} heatmap of {source} is not finite; {culprit(bare)}")
-        return Maps(stretch(raw, self.name, source), raw, output, target_B, source, self.name, boxes_BTS4)
+            raise DataError(f"the {self.name} heatmap of {source} is not finite; {find_non_finite(bare)}")
+        return Heatmaps(normalise(raw, self.name, source), raw, output, target_B, source, self.name, boxes_BTS4)
 
     @abstractmethod
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        """Do it; gradients are off, the model is in evaluation mode and its parameters do not require gradients."""
+        """Compute the raw maps.
+
+        `__call__` has checked the images, turned gradients off, put the model into evaluation mode and frozen its
+        parameters.
+        """
 
 
 def check_images(images_BCHW: Tensor) -> None:
-    """Raise where a batch of images cannot be explained."""
+    """Check that a batch of images can be explained.
+
+    Raises:
+        UsageError: the images are not (B, C, H, W), or not floating point.
+        DataError: the batch is empty, or holds NaN or infinity.
+    """
     if images_BCHW.ndim != 4:
         raise UsageError(
             f"images must be (B, C, H, W), got {tuple(images_BCHW.shape)}; for a single image pass image[None]"
@@ -117,13 +172,13 @@ def check_images(images_BCHW: Tensor) -> None:
         raise DataError("the batch of images is empty; pass at least one image")
     if not images_BCHW.is_floating_point():
         raise UsageError(f"images must be normalised floating point, got {images_BCHW.dtype}")
-    # a sum is not finite where a value is not; it is quicker, and settles it but for sums that overflow
+    # if a value is not finite, the sum is not finite either; the sum is faster, but it may overflow
     if not images_BCHW.sum(dtype=torch.float32).isfinite() and not images_BCHW.isfinite().all():
-        raise DataError("the images hold NaN or infinity; look at how they were normalised")
+        raise DataError("the images hold NaN or infinity; check how they were normalised")
 
 
-def stretch(raw_Bhw: Tensor, method: str, source: str) -> Tensor:
-    """Bring each map to [0, 1]; warn of those that are constant."""
+def normalise(raw_Bhw: Tensor, method: str, source: str) -> Tensor:
+    """Scale each map to [0, 1], and warn of constant maps, which become 0."""
     low = raw_Bhw.amin((1, 2), keepdim=True)
     span = raw_Bhw.amax((1, 2), keepdim=True) - low
     scale = raw_Bhw.abs().amax((1, 2), keepdim=True)
@@ -137,31 +192,44 @@ def stretch(raw_Bhw: Tensor, method: str, source: str) -> Tensor:
     return torch.where(flat, 0, (raw_Bhw - low) / torch.where(flat, 1, span))
 
 
-def detach(output: Any) -> Any:
-    """Detach every tensor in a model's output."""
+def detach(output: _Output) -> _Output:
+    """Return a model's output with every tensor in it detached."""
+    detached: _Output = _detached(output)
+    return detached
+
+
+def _detached(output: Any) -> Any:  # whatever the user's model returns
     if isinstance(output, Tensor):
         return output.detach()
     if isinstance(output, dict):
-        items = {key: detach(value) for key, value in output.items()}
+        items = {key: _detached(value) for key, value in output.items()}
         return type(output)(**items) if type(output) is not dict else items
     if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*map(detach, output))
+        return type(output)(*map(_detached, output))
     if isinstance(output, (tuple, list)):
-        return type(output)(map(detach, output))
+        return type(output)(map(_detached, output))
     return output
 
 
-def culprit(model: nn.Module) -> str:
-    """Say which weights are not finite, as the end of an error message."""
+def find_non_finite(model: nn.Module) -> str:
+    """Return the first weight or buffer that is not finite, or else advice, as the end of an error message."""
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if parameter.is_floating_point() and not parameter.isfinite().all():
             return f"{name} holds NaN or infinity"
     return "the weights are finite, so an activation overflows: try float32"
 
 
-def scores_of(output: Any) -> Tensor:
-    """Find the (B, K) scores in what a model returned: a tensor, or the first 2-D one in an object, dict or tuple."""
-    candidates: list[Any] = [output, getattr(output, "logits", None)]
+def scores_of(output: object) -> Tensor:
+    """Return the (B, K) scores in a model's output.
+
+    Args:
+        output: a tensor (B, K); an object with `logits`; or a dict, tuple or list. From the last three, the first 2-D
+            tensor is taken (from a dict first `logits`, then `out`).
+
+    Raises:
+        UsageError: the output is that of a detector, or has no 2-D tensor.
+    """
+    candidates: list[object] = [output, getattr(output, "logits", None)]
     if isinstance(output, dict):
         candidates += [output.get("logits"), output.get("out"), *output.values()]
     elif isinstance(output, (tuple, list)):
@@ -170,7 +238,7 @@ def scores_of(output: Any) -> Tensor:
         if isinstance(candidate, Tensor) and candidate.ndim == 2:
             return candidate
     if isinstance(output, list) and output and isinstance(output[0], dict) and "boxes" in output[0]:
-        raise UsageError("a detector has no scores of the whole image; odam shows the evidence of each box")
+        raise UsageError("a detector has no scores of the whole image; use odam, which explains each box")
     shapes = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
     raise UsageError(
         f"the model's output ({shapes}) has no (B, K) scores to choose a class from; "
@@ -178,8 +246,12 @@ def scores_of(output: Any) -> Tensor:
     )
 
 
-def pick(output: Any, target: Target) -> tuple[Tensor, Tensor | None]:
-    """Choose what to explain: (B,) scores, and (B,) indices where the target is an index."""
+def pick(output: object, target: Target) -> tuple[Tensor, Tensor | None]:
+    """Return the scores to explain, (B,), and their indices, (B,) int64; None for the indices if target is a function.
+
+    Raises:
+        UsageError: the target is out of range, of a wrong type, or does not fit the batch.
+    """
     if callable(target):
         score_B = target(output)
         if not isinstance(score_B, Tensor) or score_B.ndim != 1:
@@ -193,7 +265,9 @@ def pick(output: Any, target: Target) -> tuple[Tensor, Tensor | None]:
         if target.is_floating_point() or target.is_complex():
             raise UsageError(f"target must be int64 or another integer type, got {target.dtype}")
         if target.numel() not in (1, len(scores_BK)):
-            raise UsageError(f"target holds {target.numel()} indices for {len(scores_BK)} images")
+            raise UsageError(
+                f"target holds {target.numel()} indices for {len(scores_BK)} images; pass one, or one an image"
+            )
         index_B = target.to(scores_BK.device, torch.long).reshape(-1).expand(len(scores_BK)).clone()
     elif isinstance(target, SupportsIndex):
         index_B = torch.full((len(scores_BK),), operator.index(target), device=scores_BK.device)
@@ -204,48 +278,83 @@ def pick(output: Any, target: Target) -> tuple[Tensor, Tensor | None]:
     return scores_BK.gather(1, index_B[:, None])[:, 0], index_B
 
 
+def methods() -> dict[str, type[Method]]:
+    """Return every method in the public list of `visionattn.maps`: name → class, ordered by needs, cost and name."""
+    face = sys.modules[__package__]
+    listed = [getattr(face, name, None) for name in face.__all__]  # METHODS does not exist during the import
+    public = [kind for kind in listed if isinstance(kind, type) and issubclass(kind, Method) and hasattr(kind, "name")]
+    order = {text: number for number, text in enumerate((*get_args(Needs), *get_args(Cost)))}
+    return {
+        kind.name: kind for kind in sorted(public, key=lambda kind: (order[kind.needs], order[kind.cost], kind.name))
+    }
+
+
+def fitting(survey: Survey) -> str:
+    """Return the names of the methods that fit a model, as the end of an error message."""
+    names = [name for name, kind in methods().items() if kind.fits(survey)]
+    return f" Methods that fit: {', '.join(names)}." if names else " No method fits."
+
+
 def check_fuse(fuse: str) -> None:
+    """Raise a UsageError unless `fuse` is mean, max or min."""
     if fuse not in ("mean", "max", "min"):
         raise UsageError(f"fuse must be mean, max or min, got {fuse!r}")
 
 
 def fuse_heads(weights: Tensor, fuse: str, axis: int) -> Tensor:
-    """Fuse heads by their mean, max or min."""
+    """Return the mean, maximum or minimum of the weights over the axis of heads."""
     if fuse == "mean":
         return weights.mean(axis)
     return weights.amax(axis) if fuse == "max" else weights.amin(axis)
 
 
 def attention_source(record: Record | Site) -> str:
+    """Return the `source` of heatmaps that show the attention of a module."""
     return f"attention of {record.name}"
 
 
-def attending(method: str, model: nn.Module, images_BCHW: Tensor) -> Survey:
-    """What a survey finds in a model that attends over positions.
+def require_attention(method: str, model: nn.Module, images_BCHW: Tensor) -> Survey:
+    """Return the survey of a model that attends over positions.
 
     Raises:
-        UsageError: there are none; the message names methods that fit.
+        UsageError: the model does not attend over positions; the message names the methods that fit.
     """
-    found = look(model, images_BCHW)
-    if not found.attention:
-        reasons = [f"{name}: {why}" for name, why in (found.unlabelled | found.other).items()][:2]
+    survey = survey_images(model, images_BCHW)
+    if not survey.attention:
+        reasons = [f"{name}: {why}" for name, why in (survey.unlabelled | survey.other).items()][:2]
         because = f" ({'; '.join(reasons)})" if reasons else ""
         raise UsageError(
-            f"{method} needs attention over positions; this {type(model).__name__} has none{because}."
-            f"{fitting(model, images_BCHW)}"
+            f"{method} needs attention over positions; this {type(model).__name__} has none{because}.{fitting(survey)}"
         )
-    return found
+    return survey
 
 
-def at_layer(kind: Any, layer: int | str | None) -> Any:
-    """A method of some kind at a layer, as `method_of` takes it."""
+class _Named(Protocol):
+    name: ClassVar[str]
+
+
+_Kind = TypeVar("_Kind", bound=_Named)
+
+
+def at_layer(kind: type[_Kind], layer: int | str | None) -> _Kind:
+    """Create a method from its class, for one layer.
+
+    Args:
+        kind: the class of the method, with an argument `layer` or without one.
+        layer: name of a module, or its index among the modules that the method uses (an int or a string of digits);
+            None for the default.
+
+    Raises:
+        UsageError: the method takes no layer, or takes only a name.
+    """
+    make: Callable[..., _Kind] = kind
     if layer is None:
-        return kind()
+        return make()
     parameters = inspect.signature(kind).parameters
     if "layer" not in parameters:
-        raise UsageError(f"{kind.name} combines all layers and takes no layer")
+        raise UsageError(f"{kind.name} combines all layers and takes no layer; leave the layer out")
     if "int" in str(parameters["layer"].annotation):
         layer = int(layer) if re.fullmatch(r"-?\d+", str(layer)) else layer
     elif isinstance(layer, int):
         raise UsageError(f"{kind.name} takes the name of a layer, not its place {layer}")
-    return kind(layer=layer)
+    return make(layer=layer)

@@ -1,72 +1,53 @@
-"""Which method to take where nobody says."""
+"""The choice of heatmap methods: by name, the default of a model, or every method that fits a model."""
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention.hard.retina import Retina
-from visionattn.capture.running import look, undisturbed
-from visionattn.data.placement import image_shape
+from visionattn.attention import Retina
+from visionattn.capture import survey_images, undisturbed
+from visionattn.data import image_shape
 from visionattn.errors import UsageError, nearest
-from visionattn.maps.cam import EigenCAM, GradCAM, GradCAMPlusPlus, LayerCAM, ScoreCAM
-from visionattn.maps.fitting import names_that_fit
-from visionattn.maps.gates import Gate
+from visionattn.maps.cam import GradCAM
 from visionattn.maps.gaze import Gaze
-from visionattn.maps.method import Method, at_layer
-from visionattn.maps.transformers.gradient_attention import GradientAttention
-from visionattn.maps.transformers.raw import DinoHeads, RawAttention, ValueNorm
-from visionattn.maps.transformers.relevance import Chefer, GradientRollout
-from visionattn.maps.transformers.rollout import Rollout
+from visionattn.maps.method import Method, at_layer, methods
+from visionattn.maps.transformers.raw import RawAttention
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        RawAttention,
-        DinoHeads,
-        ValueNorm,
-        Rollout,
-        GradientAttention,
-        GradientRollout,
-        Chefer,
-        Gate,
-        Gaze,
-        GradCAM,
-        GradCAMPlusPlus,
-        LayerCAM,
-        EigenCAM,
-        ScoreCAM,
-    )
-}
-"""Name on the command line → class."""
+METHODS: dict[str, type[Method]] = methods()
+"""Name on the command line → class, ordered by needs, cost and name."""
 
 
 def default_method(model: nn.Module, images_BCHW: Tensor | None = None) -> Method:
-    """Choose a method: gaze where a retina looks, raw attention where class tokens or learned queries read the grid
-    last, else Grad-CAM.
+    """Choose the default heatmap method of a model.
+
+    The default is `Gaze` for a model with a `Retina`. It is `RawAttention` if class tokens or learned queries attend to
+    the grid in the last layer of attention. Otherwise it is `GradCAM`.
 
     Args:
         model: any vision model.
-        images_BCHW: an example of its input; without one, an image of the size the model was configured for.
+        images_BCHW: an example of its input (default: a grey image of the size that the model was configured for).
     """
     with undisturbed(model) as bare:
         if any(isinstance(module, Retina) for module in bare.modules()):
             return Gaze()
-        sites = look(bare, example(bare) if images_BCHW is None else images_BCHW[:1]).attention
-    if sites and sites[-1].class_query is not None and not sites[-1].context and not sites[-1].windowed:
+        sites = survey_images(bare, example(bare) if images_BCHW is None else images_BCHW[:1]).attention
+    if sites and sites[-1].reads_the_grid:
         return RawAttention()
     return GradCAM()
 
 
-def method_of(name: str | None, layer: int | str | None, model: nn.Module, images_BCHW: Tensor | None = None) -> Method:
-    """The method of a name, at a layer.
+def make_method(
+    name: str | None, layer: int | str | None, model: nn.Module, images_BCHW: Tensor | None = None
+) -> Method:
+    """Create a method from its name, for one layer.
 
     Args:
-        name: in `METHODS`; None for `default_method`.
-        layer: the name of a module, or its place in the order, which may be written in digits; None for the method's
-            own choice.
-        model, images_BCHW: as `default_method`.
+        name: a key of `METHODS`; None for the default method of the model.
+        layer: name of a module, or its index among the modules that the method uses (an int or a string of digits);
+            None for the default layer of the method.
+        model, images_BCHW: as for `default_method`.
 
     Raises:
-        UsageError: there is no such method, or it takes no layer, or none by its place.
+        UsageError: there is no such method, the method takes no layer, or the method takes only the name of a layer.
     """
     if name is not None and name not in METHODS:
         raise UsageError(f"there is no method {name!r}.{nearest(name, METHODS)} All: {', '.join(METHODS)}.")
@@ -77,13 +58,22 @@ def method_of(name: str | None, layer: int | str | None, model: nn.Module, image
 
 
 def methods_that_fit(model: nn.Module, images_BCHW: Tensor) -> dict[str, Method]:
-    """All methods that fit a model, as they are by default, but Score-CAM, which takes a forward pass a channel."""
+    """Make every method that fits a model, with default arguments: name → method.
+
+    Methods that need one forward pass per channel (Score-CAM) are left out.
+
+    Args:
+        model: any vision model.
+        images_BCHW: an example of its input.
+    """
     with undisturbed(model) as bare:
-        names = names_that_fit(look(bare, images_BCHW[:1]))
-    return {name: METHODS[name]() for name in names if METHODS[name] is not ScoreCAM}
+        survey = survey_images(bare, images_BCHW[:1])
+    return {
+        name: kind() for name, kind in METHODS.items() if kind.fits(survey) and kind.cost != "a forward pass a channel"
+    }
 
 
 def example(model: nn.Module) -> Tensor:
-    """Make a grey image of the size that a model was configured for, 224 × 224 unless it says."""
+    """Return a grey image (1, C, H, W) of the size that a model was configured for (default: 224 × 224)."""
     like = next(model.parameters(), torch.zeros(()))
     return torch.zeros(1, *image_shape(model), device=like.device, dtype=like.dtype)

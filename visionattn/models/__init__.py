@@ -1,4 +1,4 @@
-"""Networks made of mechanisms."""
+"""Networks: classifiers, glimpse networks and detectors."""
 
 import lazy_loader
 

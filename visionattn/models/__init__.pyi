@@ -1,6 +1,10 @@
+from .backbone import class_names_of as class_names_of
+from .backbone import create_backbone as create_backbone
+from .backbone import preprocess_of as preprocess_of
 from .classifier import Classifier as Classifier
 from .convnet import ConvNet as ConvNet
 from .detectors.dense import DenseDetector as DenseDetector
+from .detectors.detector import Detections as Detections
 from .detectors.detector import Detector as Detector
 from .detectors.feature_pyramid import FeaturePyramid as FeaturePyramid
 from .detectors.query import QueryDetector as QueryDetector
@@ -10,3 +14,5 @@ from .encoders import Glance as Glance
 from .encoders import MLPEncoder as MLPEncoder
 from .encoders import TimmEncoder as TimmEncoder
 from .glimpse_network import GlimpseNetwork as GlimpseNetwork
+from .glimpse_network import LocationMode as LocationMode
+from .glimpse_network import Rollout as Rollout

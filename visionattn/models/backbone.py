@@ -1,15 +1,14 @@
-"""Any timm model by its name, with weights from the hub or from a file."""
+"""timm models by name, with weights from the hub or from a file, and their preprocessing and class names."""
 
 import logging
 import os
-from typing import Any
+from typing import Any, Protocol, cast
 
 import timm
 import timm.models
 from torch import Tensor, nn
 
-from visionattn.data import Preprocess
-from visionattn.data.placement import image_shape
+from visionattn.data import Preprocess, image_shape
 from visionattn.errors import DataError, UsageError, nearest
 
 
@@ -24,16 +23,16 @@ def create_backbone(
     """Create a timm model.
 
     Args:
-        name: as timm spells it, e.g. `resnet50` or `vit_small_patch16_224.augreg_in1k`.
-        num_classes: outputs of the head; None keeps the head of the weights. Another number than theirs makes a new
-            head.
-        pretrained: load the weights that timm names for this model from the hub.
-        weights: load these weights instead: a state dict as .safetensors or .pth; nothing in it is executed.
+        name: timm's name, e.g. `resnet50` or `vit_small_patch16_224.augreg_in1k`.
+        num_classes: number of outputs of the head (default: as in the weights, whose head is kept). If the number
+            differs from that of the weights, the model gets a new head.
+        pretrained: load the model's default weights from the hub (default: False).
+        weights: file of weights to load instead, a state dict as .safetensors or .pth; no code in it is executed.
         options: further arguments of the timm model, e.g. `img_size`, `drop_path_rate`.
 
     Raises:
-        UsageError: timm has no such model, or the model takes no such option.
-        DataError: the weights cannot be had, or do not fit the model.
+        UsageError: timm has no such model, or the model has no such option.
+        DataError: the weights cannot be loaded, or do not fit the model.
     """
     known = timm.list_models(exclude_filters="test_*") + timm.list_models("test_*")
     if name.split(".")[0] not in known:
@@ -41,7 +40,7 @@ def create_backbone(
     if weights is None and not pretrained:
         return _create(name, num_classes=num_classes, **options)
     if weights is None:
-        # offline, the hub's client tells of eleven tries; what it comes to is told once, below
+        # offline, the hub's client warns at each of its eleven attempts; the error below reports the failure once
         client = logging.getLogger("huggingface_hub")
         level = client.level
         try:
@@ -49,9 +48,9 @@ def create_backbone(
             return _create(name, pretrained=True, num_classes=num_classes, **options)
         except UsageError:
             raise
-        except Exception as error:  # every hub client fails in its own way
+        except Exception as error:  # each hub client raises errors of its own
             raise DataError(
-                f"the weights of {name!r} could not be had from the hub ({_first_line(error)}); "
+                f"the weights of {name!r} could not be loaded from the hub ({_first_line(error)}); "
                 "give a local file instead: weights: FILE, a state dict as .safetensors or .pth"
             ) from error
         finally:
@@ -67,15 +66,15 @@ def create_backbone(
             f"the weights in {os.fspath(weights)} are not those of a {name}: {_first_line(error)}"
         ) from error
     if num_classes is not None and num_classes != rows:
-        model.reset_classifier(num_classes)  # type: ignore[operator]  # every timm model has it
+        cast(_Resettable, model).reset_classifier(num_classes)
     return model
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:
-    """Tell how a timm model wants its images: size, crop, mean and standard deviation, from its own configuration."""
+    """Return a timm model's preprocessing (size, crop, mean and standard deviation) from its own configuration."""
     config = timm.data.resolve_model_data_config(model)
     return Preprocess(
-        size=image_shape(model)[1:],  # a ViT may have been made for another size than its weights were
+        size=image_shape(model)[1:],  # a ViT may be built for another size than its weights
         fit="crop",
         crop_fraction=config["crop_pct"],
         mean=config["mean"],
@@ -84,7 +83,7 @@ def preprocess_of(model: nn.Module) -> Preprocess:
 
 
 def class_names_of(model: nn.Module) -> tuple[str, ...]:
-    """Tell the names of a timm model's outputs, where timm knows them: those of ImageNet and its subsets."""
+    """Return the names of a timm model's outputs if timm knows them (ImageNet and its subsets), else ()."""
     subset = timm.data.infer_imagenet_subset(model)
     if subset is None:
         return ()
@@ -92,11 +91,17 @@ def class_names_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(info.index_to_description(index) for index in range(info.num_classes()))
 
 
+class _Resettable(Protocol):
+    """A timm model: every timm model has this method, which replaces its head."""
+
+    def reset_classifier(self, num_classes: int) -> None: ...
+
+
 def _create(name: str, **options: Any) -> nn.Module:
     try:
         return timm.create_model(name, **{key: value for key, value in options.items() if value is not None})
     except TypeError as error:
-        raise UsageError(f"{name} takes other options: {_first_line(error)}") from error
+        raise UsageError(f"{name} does not accept these options: {_first_line(error)}") from error
 
 
 def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -104,7 +109,7 @@ def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise DataError(f"there is no weights file {os.fspath(path)}")
     try:
         return timm.models.load_state_dict(os.fspath(path), use_ema=False)
-    except Exception as error:  # truncated, not a checkpoint, or a pickle that would run code
+    except Exception as error:  # a truncated file, not a checkpoint, or a pickle that would run code
         raise DataError(f"{os.fspath(path)} holds no weights that can be read safely: {_first_line(error)}") from error
 
 

@@ -1,6 +1,6 @@
-"""A timm backbone as a classifier."""
+"""A timm backbone as a classifier, with optional attention and token reduction."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,28 +11,29 @@ from visionattn.models.backbone import create_backbone
 
 
 class Classifier(nn.Module):
-    """Any timm backbone with a head of `num_classes` outputs.
+    """A timm backbone with a head of `num_classes` outputs.
 
     Args:
         backbone: name of a timm model.
         num_classes: K.
-        pretrained: start from the weights that timm names for this model, from the hub.
-        weights: start from this file instead (.safetensors or .pth).
+        pretrained: load the model's default weights from the hub (default: False).
+        weights: file of weights to load instead (.safetensors or .pth).
         options: further arguments of the timm model, e.g. `{drop_path_rate: 0.1, img_size: 96}`.
-        attention: makes a mechanism from a number of channels, which is inserted after the weights are loaded; None for
-            the backbone as it is.
-        attention_at: where, as `insert` takes it: `stages`, `blocks`, `branches`, or names of the backbone's modules.
-        attention_preserve: behind gates that start closed, so that the weights keep their accuracy; false for the
-            papers' form.
-        self_attention: make what takes the place of a ViT's self-attention from a number of heads, with the weights
-            kept, e.g. `visionattn.attention.Windowed`; they take turns over the layers. None for the backbone's own.
-            Always a list: a parser of types cannot write down what may be one or several.
-        self_attention_at: which of the ViT's modules, as `swap_attention` takes them; None for all.
-        tokens: merges or prunes tokens from block to block of a ViT, e.g. `visionattn.attention.TokenMerging`; without
-            weights, so a checkpoint that was trained without it can be tested with it, and the other way round.
+        attention: function that makes a mechanism from a number of channels; the mechanisms are inserted after the
+            weights are loaded (default: no insertion).
+        attention_at: places for `insert`: `stages`, `blocks`, `branches`, or names of the backbone's modules (default:
+            stages).
+        attention_preserve: insert each mechanism behind a gate that starts closed, so that the pretrained accuracy is
+            kept (default); False inserts it as in its paper.
+        self_attention: list of functions that make a mechanism from a number of heads, e.g.
+            `visionattn.attention.Windowed`. They replace a ViT's self-attention but keep its weights; the layers use
+            the functions in turn (default: no replacement).
+        self_attention_at: names of the ViT's attention modules for `swap_attention` (default: all).
+        tokens: merges or prunes tokens from block to block of a ViT, e.g. `visionattn.attention.TokenMerging` (default:
+            all tokens). It has no weights, so a model can be trained and tested with or without it.
 
     Raises:
-        UsageError, DataError: as `create_backbone`, `insert`, `swap_attention` and `reduce_tokens`.
+        UsageError, DataError: see `create_backbone`, `insert`, `swap_attention` and `reduce_tokens`.
 
     Shape: (B, 3, H, W), normalised → logits (B, K).
     """
@@ -48,7 +49,7 @@ class Classifier(nn.Module):
         attention: Callable[[int], nn.Module] | None = None,
         attention_at: str | Sequence[str] = "stages",
         attention_preserve: bool = True,
-        self_attention: list[Callable[[int], SelfAttention]] | None = None,
+        self_attention: list[Callable[[int], SelfAttention]] | None = None,  # jsonargparse cannot parse "one or a list"
         self_attention_at: str | list[str] | None = None,
         tokens: TokenReduction | None = None,
     ) -> None:
@@ -69,8 +70,8 @@ class Classifier(nn.Module):
         return self.backbone(x_BCHW)
 
 
-def example_image(options: dict[str, Any]) -> Tensor | None:
-    """An image as the options want it; None where they leave it to the model's own configuration."""
+def example_image(options: Mapping[str, Any]) -> Tensor | None:
+    """Return an image of the size and channels in a timm model's options, or None if the options leave both open."""
     if not {"img_size", "in_chans"} & options.keys():
         return None
     size = options.get("img_size", 224)

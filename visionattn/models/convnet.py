@@ -1,4 +1,4 @@
-"""A small residual network to learn with: it trains in a minute on a CPU.
+"""A small residual network for experiments: it trains in a minute on a CPU.
 
 Shapes: B batch, C channels, H rows, W columns, K classes.
 """
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Module):
-    """Stages of residual blocks, each block attending at the end of its residual branch.
+    """A residual network with a mechanism at the end of each residual branch.
 
         block:  x + attention(BN(conv(relu(BN(conv(x))))))        (He et al. 2016, 1512.03385; Woo et al. 2018, fig. 3)
 
-    Two convolutions come first, and the first block of every stage but the first halves the resolution again: behind a
-    stem of stride 4, two stages end at an eighth of the image's size.
+    The stem has two convolutions. The first block of every stage except the first halves the resolution: with a stem of
+    stride 4, two stages end at an eighth of the image's size.
 
     The last stage is pooled by its generalised mean (Radenović et al. 2018, 1711.02512, eq. 3; p is not learned):
 
@@ -24,15 +24,18 @@ class ConvNet(nn.Module):
 
     Args:
         num_classes: K.
-        widths: channels of each stage.
-        pool: p, ≥ 1; 1 is the mean, and the larger it is the nearer to the maximum, for objects that fill little of the
-            image.
-        depth: blocks a stage.
-        stem_stride: of the two first convolutions together; 1, 2 or 4, and the smaller the images the smaller.
-        attention: makes a mechanism from a number of channels; None for a plain network.
-        head: makes what turns the last feature map into logits, from (its channels, K), e.g. `attention.AttentionHead`;
-            None for pooling and a linear layer.
-        in_chans: C of the images.
+        widths: channels of each stage (default: 32, 64).
+        depth: blocks per stage (default: 1).
+        stem_stride: of both stem convolutions together, 1, 2 or 4 (default: 4); use less for small images.
+        pool: p, ≥ 1 (default: 1, the mean). A larger p is closer to the maximum, for objects that fill a small part of
+            the image.
+        attention: function that makes a mechanism from a number of channels (default: no mechanism).
+        head: function that makes a head from (channels of the last feature map, K), e.g. `attention.AttentionHead`; the
+            head turns this map into logits (default: pooling and a linear layer).
+        in_chans: C of the images (default: 3).
+
+    Raises:
+        ValueError: an argument is out of its range, or `pool` is combined with a head.
 
     Shape: (B, in_chans, H, W) → logits (B, K).
     """
@@ -59,7 +62,9 @@ class ConvNet(nn.Module):
         if pool < 1:
             raise ValueError(f"pool must be ≥ 1, got {pool}")
         if head is not None and pool != 1:
-            raise ValueError(f"a head of its own does the pooling; leave pool out, got {pool}")
+            raise ValueError(
+                f"pool does not apply to a custom head, which does the pooling; leave pool out, got {pool}"
+            )
         self.num_classes = num_classes
         self.pool = pool
         self.stem = nn.Sequential(
@@ -82,17 +87,18 @@ class ConvNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)  # a third faster on CPUs
-        x_BCHW = self.blocks(self.stem(x_BCHW))  # ≥ 0; at 0 the root has no gradient
+        x_BCHW = self.blocks(self.stem(x_BCHW))  # ≥ 0
         if not self.pools:
             return self.head(x_BCHW)
-        # mean rather than adaptive pooling: it exports to ONNX for any size
+        # the mean exports to ONNX for any size, unlike adaptive pooling
         if self.pool == 1:
             return self.head(x_BCHW.mean((2, 3)))
+        # the clamp keeps the gradient of the root finite
         return self.head(x_BCHW.clamp(min=1e-5).pow(self.pool).mean((2, 3)).pow(1 / self.pool))
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 × 3 convolutions beside a shortcut, with a mechanism at the end of the branch; see `ConvNet`."""
+    """Two 3 × 3 convolutions with a shortcut, and a mechanism at the end of the branch; see `ConvNet`."""
 
     def __init__(
         self, in_chans: int, out_chans: int, *, stride: int = 1, attention: Callable[[int], nn.Module] | None = None

@@ -1,4 +1,4 @@
-"""Encoders: from what a glimpse saw, or from a glance at the whole image, to features.
+"""Encoders: from the patches of a glimpse, or from the whole image, to features.
 
 Shapes: N patches, B images, C channels, H × W image, h × w patch.
 """
@@ -14,18 +14,18 @@ from visionattn.models.backbone import create_backbone
 
 
 class Encoder(nn.Module, ABC):
-    """(N, C, h, w) → (N, out_features)."""
+    """Base of the encoders: (N, C, h, w) → (N, out_features)."""
 
     out_features: int
 
 
 class MLPEncoder(Encoder):
-    """One hidden layer, relu(Linear(patches)), as Mnih et al. 2014 (1406.6247, section 4) have it.
+    """One hidden layer, relu(Linear(patches)), as in Mnih et al. 2014 (1406.6247, section 4).
 
     Args:
         in_chans: C.
         patch_size: (h, w).
-        features: of the layer.
+        features: size of the hidden layer (default: 128).
     """
 
     def __init__(self, in_chans: int, patch_size: tuple[int, int], *, features: int = 128) -> None:
@@ -40,12 +40,12 @@ class MLPEncoder(Encoder):
 
 
 class ConvEncoder(Encoder):
-    """Convolutions of 3 × 3, each after the first at half the resolution of the one before, then flattened.
+    """3 × 3 convolutions with ReLU, all but the first of stride 2, then flattened.
 
     Args:
         in_chans: C.
         patch_size: (h, w).
-        widths: channels of each convolution.
+        widths: channels of each convolution (default: 16, 32).
     """
 
     def __init__(self, in_chans: int, patch_size: tuple[int, int], *, widths: Sequence[int] = (16, 32)) -> None:
@@ -67,10 +67,10 @@ class TimmEncoder(Encoder):
     """A timm model without its head, for colour photographs.
 
     Args:
-        in_chans: C, e.g. 3 scales of 3 channels; pretrained first convolutions are repeated to fit, as timm does.
+        in_chans: C, e.g. 3 scales of 3 channels; timm repeats the weights of a pretrained first convolution to fit.
         patch_size: (h, w); unused by convolutional models.
         backbone: name of the model.
-        pretrained, weights, options: as `models.Classifier`.
+        pretrained, weights, options: see `models.Classifier`.
     """
 
     def __init__(
@@ -87,19 +87,19 @@ class TimmEncoder(Encoder):
         self.backbone = create_backbone(
             backbone, num_classes=0, pretrained=pretrained, weights=weights, in_chans=in_chans, **(options or {})
         )
-        self.out_features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        self.out_features = int(self.backbone.num_features)  # type: ignore[arg-type]  # an int in every timm model
 
     def forward(self, x_NChw: Tensor) -> Tensor:
         return self.backbone(x_NChw)
 
 
 class Glance(Encoder):
-    """The whole image at a low resolution: the mean over areas, then an encoder.
+    """The whole image, reduced to a low resolution by area averaging, followed by an encoder.
 
     Args:
         in_chans: C.
-        size: (h, w) that images are brought to, or one number for both.
-        encoder: makes the encoder from (C, (h, w)).
+        size: (h, w) of the reduced image, or one number for both (default: 12).
+        encoder: function that makes the encoder from (C, (h, w)) (default: `ConvEncoder`).
     """
 
     def __init__(

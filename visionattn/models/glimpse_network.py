@@ -1,6 +1,6 @@
-"""The recurrent attention model: it looks at an image through a sequence of glimpses.
+"""The recurrent attention model, which classifies an image from a sequence of glimpses.
 
-Shapes: B images, R rollouts of each, N = B·R, T glimpses, t choices of a location, D features of the state, K classes,
+Shapes: B images, R rollouts per image, N = B·R, T glimpses, t chosen locations, D features of the state, K classes,
 S scales, C channels, H × W image, h × w patch.
 """
 
@@ -11,23 +11,22 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention.hard.policies import Choice, Policy
-from visionattn.attention.hard.retina import Retina, View
+from visionattn.attention import Choice, Policy, Retina, View
 from visionattn.errors import UsageError
 from visionattn.models.encoders import Encoder
 
-Look = Literal["sample", "mean", "random", "centre"]
+LocationMode = Literal["sample", "mean", "random", "centre"]
 
 
 class Answer(NamedTuple):
-    """`logits` (B, K), and after how many glimpses (B,) they were given."""
+    """`logits` (B, K), and the number of glimpses (B,) that were used for them."""
 
     logits: Tensor
     glimpses: Tensor
 
 
 class Memory(NamedTuple):
-    """State of the core, (N, D) each; `cell` is that of an LSTM and elsewhere unused."""
+    """State of the core, (N, D) each; `cell` is the cell state of an LSTM, and unused by other cores."""
 
     hidden: Tensor
     cell: Tensor
@@ -35,17 +34,18 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a glimpse network did with a batch.
+    """The locations and predictions of a glimpse network for a batch.
 
     Attributes:
-        location: (B, R, T, 2), where it looked, (x, y) in [−1, 1].
-        logits: (B, R, T, K), its belief after each glimpse.
-        state: (B, R, t, D), what each choice of a location was made from, without gradient.
-        log_prob: (B, R, t) of those choices. The first location is nobody's choice (t = T − 1) unless there is a
-            glance (t = T); no location is chosen that is not looked at.
+        location: (B, R, T, 2), the locations of the glimpses, (x, y) in [−1, 1].
+        logits: (B, R, T, K), the prediction after each glimpse.
+        state: (B, R, t, D), the input of the policy for each choice, without gradient.
+        log_prob: (B, R, t) of the choices. With a glance the policy chooses every location (t = T); without one it does
+            not choose the first location (t = T − 1). It chooses no location after the last glimpse.
         entropy: (B, R, t), nats.
         clipped: (B, R, t), whether the action lay outside the image.
-        parameters: of each choice, (N, P), those of its distribution, through which alone the policy learns.
+        parameters: for each choice, the P parameters of its distribution, (N, P); the policy gets its gradients only
+            through these.
     """
 
     location: Tensor
@@ -58,31 +58,38 @@ class Rollout:
 
 
 class GlimpseNetwork(nn.Module):
-    """Recurrent models of visual attention (Mnih et al. 2014, 1406.6247).
+    """A recurrent model of visual attention (Mnih et al. 2014, 1406.6247).
 
         g_i = relu(what(patches_i) + where(l_i)),   h_i = core(h_{i−1}, g_i),   l_{i+1} ~ policy(h_i)
 
-    with what = Linear(encoder(patches)) and where = Linear(relu(Linear(l))). Logits are a linear map of h_i after every
-    glimpse. With a glance (the context network of Ba et al. 2015, 1412.7755, or the first step of Wang et al. 2020,
-    2010.05300), h_0 is a map of it and the first location is chosen as well.
+    with what = Linear(encoder(patches)) and where = Linear(relu(Linear(l))). After every glimpse the logits are a
+    linear map of h_i. With a glance (the context network of Ba et al. 2015, 1412.7755, or the first step of Wang et al.
+    2020, 2010.05300), h_0 is computed from the whole image, and the policy also chooses the first location.
 
-    Deviations from the paper: the policy sees the state without passing a gradient to it, so that what the core keeps
-    is decided by the classification alone; the first location is the image's centre unless `start` is random.
+    Deviations from the paper: no gradient flows from the policy to the state, so that the core is trained by the
+    classification alone; the first location is the image's centre unless `start` is random.
 
     Args:
         num_classes: K.
-        retina: what a glimpse sees.
-        policy: makes the policy from D.
-        encoder: makes what turns patches (N, S·C, h, w) into features (N, out_features), from (S·C, (h, w)).
-        core: makes the recurrent cell from (features of a glimpse, D): torch.nn.LSTMCell, GRUCell or RNNCell.
-        num_glimpses: T.
-        hidden_size: D.
-        glimpse_features: of a glimpse.
-        where_features: of a location, before it joins the patches.
-        start: the first location, where there is no glance; `random` is uniform, and the centre under the mean policy.
-        glance: makes what turns the whole image into features (B, out_features), from C; see `Glance`.
-        dropout: of the states that the logits are made from.
-        in_chans: C.
+        retina: reads the patches of a glimpse.
+        policy: function that makes the policy from D.
+        encoder: function that makes the encoder from (S·C, (h, w)); the encoder turns patches (N, S·C, h, w) into
+            features (N, out_features).
+        core: function that makes the recurrent cell from (glimpse_features, D): torch.nn.LSTMCell (default), GRUCell or
+            RNNCell.
+        num_glimpses: T (default: 6).
+        hidden_size: D (default: 256).
+        glimpse_features: size of g (default: 256).
+        where_features: size of the hidden layer of `where` (default: 128).
+        start: the first location without a glance (default: centre); `random` draws it uniformly, but the mean policy
+            still starts at the centre.
+        glance: function that makes a module from C; the module turns the whole image into features (B, out_features),
+            see `Glance` (default: no glance).
+        dropout: of the states, before the logits (default: 0).
+        in_chans: C (default: 3).
+
+    Raises:
+        ValueError: num_glimpses or start is out of its range.
 
     Shape: (B, C, H, W) → logits (B, K) after the last glimpse, under the mean policy.
     """
@@ -125,63 +132,67 @@ class GlimpseNetwork(nn.Module):
         self.begin = nn.Linear(self.glance.out_features, hidden_size) if self.glance else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.rollout(x_BCHW, look="mean").logits[:, 0, -1]
+        return self.rollout(x_BCHW, locations="mean").logits[:, 0, -1]
 
     def rollout(
-        self, x_BCHW: Tensor, *, rollouts: int = 1, look: Look = "sample", num_glimpses: int | None = None
+        self, x_BCHW: Tensor, *, rollouts: int = 1, locations: LocationMode = "sample", num_glimpses: int | None = None
     ) -> Rollout:
-        """Look at every image `rollouts` times over.
+        """Run `rollouts` sequences of glimpses on every image.
 
         Args:
             x_BCHW: images.
-            rollouts: R.
-            look: `sample` draws locations from the policy, `mean` takes its most likely ones; `random` (uniform) and
-                `centre` are controls that take no notice of it.
-            num_glimpses: T, another than in training.
+            rollouts: R (default: 1).
+            locations: `sample` draws locations from the policy (default), `mean` takes the most likely ones; `random`
+                (uniform) and `centre` are controls that ignore the policy.
+            num_glimpses: T (default: that of the network).
+
+        Raises:
+            UsageError: `locations` is none of these.
         """
-        if look not in ("sample", "mean", "random", "centre"):
-            raise UsageError(f"look must be sample, mean, random or centre, got {look!r}")
+        if locations not in ("sample", "mean", "random", "centre"):
+            raise UsageError(f"locations must be sample, mean, random or centre, got {locations!r}")
         batch = len(x_BCHW)
         view = self.retina.view(x_BCHW)
-        memory, choice = self._start(x_BCHW, rollouts, look)
-        choices, asked, locations, states = [], [], [], []
+        memory, choice = self._start(x_BCHW, rollouts, locations)
+        choices, policy_inputs, visited, states = [], [], [], []
         if choice is not None:
             choices.append(choice)
-            asked.append(memory.hidden.detach())
-        location_N2 = self._first(choice, memory, look)
+            policy_inputs.append(memory.hidden.detach())
+        location_N2 = self._first(choice, memory, locations)
         for turn in range(num_glimpses or self.num_glimpses):
             if turn:
-                asked.append(memory.hidden.detach())
-                choices.append(self.policy(asked[-1], greedy=look == "mean"))
-                location_N2 = _controlled(choices[-1].location, look)
-            memory = self._see(view, location_N2, memory)
-            locations.append(location_N2)
+                policy_inputs.append(memory.hidden.detach())
+                choices.append(self.policy(policy_inputs[-1], greedy=locations == "mean"))
+                location_N2 = _controlled(choices[-1].location, locations)
+            memory = self._glimpse(view, location_N2, memory)
+            visited.append(location_N2)
             states.append(memory.hidden)
 
-        def apart(steps: list[Tensor], *shape: int) -> Tensor:
+        def by_rollout(steps: list[Tensor], *shape: int) -> Tensor:
             if not steps:
                 return x_BCHW.new_zeros(batch, rollouts, 0, *shape)
             return torch.stack(steps, 1).unflatten(0, (batch, rollouts))
 
         return Rollout(
-            location=apart(locations),
-            logits=self.head(self.dropout(apart(states))),
-            state=apart(asked, self.hidden_size),
-            log_prob=apart([choice.log_prob for choice in choices]),
-            entropy=apart([choice.entropy for choice in choices]),
-            clipped=apart([choice.clipped for choice in choices]),
+            location=by_rollout(visited),
+            logits=self.head(self.dropout(by_rollout(states))),
+            state=by_rollout(policy_inputs, self.hidden_size),
+            log_prob=by_rollout([choice.log_prob for choice in choices]),
+            entropy=by_rollout([choice.entropy for choice in choices]),
+            clipped=by_rollout([choice.clipped for choice in choices]),
             parameters=tuple(choice.parameters for choice in choices),
         )
 
     @torch.no_grad()
     def answer(self, x_BCHW: Tensor, *, confidence: float, num_glimpses: int | None = None) -> Answer:
-        """Look at each image, by the mean policy, until the likeliest class has this probability (Wang et al. 2020,
-        2010.05300, section 3.3); images that are done cost nothing more.
+        """Classify each image with the mean policy, and stop when the top class reaches a probability.
+
+        As in Wang et al. 2020, 2010.05300, section 3.3. Images that have stopped cost no further computation.
 
         Args:
             x_BCHW: images.
-            confidence: in [0, 1]; above 1, every image gets all glimpses.
-            num_glimpses: the most glimpses of an image.
+            confidence: the probability, in [0, 1]; above 1, every image gets all glimpses.
+            num_glimpses: maximum of glimpses per image (default: that of the network).
         """
         most = num_glimpses or self.num_glimpses
         view = self.retina.view(x_BCHW)
@@ -191,35 +202,36 @@ class GlimpseNetwork(nn.Module):
         glimpses_B = torch.full((len(x_BCHW),), most, device=x_BCHW.device)
         open_N = torch.arange(len(x_BCHW), device=x_BCHW.device)
         for turn in range(1, most + 1):
-            memory = self._see(view, location_N2, memory)
+            memory = self._glimpse(view, location_N2, memory)
             logits_NK = self.head(memory.hidden)
             logits_BK[open_N] = logits_NK
-            goes_on_N = logits_NK.softmax(-1).amax(-1) < confidence
-            glimpses_B[open_N[~goes_on_N]] = turn
-            open_N = open_N[goes_on_N]
+            continue_N = logits_NK.softmax(-1).amax(-1) < confidence
+            glimpses_B[open_N[~continue_N]] = turn
+            open_N = open_N[continue_N]
             if turn == most or not len(open_N):
                 break
-            memory = Memory(*(part[goes_on_N] for part in memory))
-            view = view.of(goes_on_N)
+            memory = Memory(*(part[continue_N] for part in memory))
+            view = view.of(continue_N)
             location_N2 = self.policy(memory.hidden, greedy=True).location
         return Answer(logits_BK, glimpses_B)
 
-    def _start(self, x_BCHW: Tensor, rollouts: int, look: Look) -> tuple[Memory, Choice | None]:
-        """What is known before the first glimpse, and where to look first if that is chosen."""
-        nothing_ND = x_BCHW.new_zeros(len(x_BCHW) * rollouts, self.hidden_size)
+    def _start(self, x_BCHW: Tensor, rollouts: int, locations: LocationMode) -> tuple[Memory, Choice | None]:
+        """Return the memory before the first glimpse, and the choice of the first location if there is a glance."""
+        zeros_ND = x_BCHW.new_zeros(len(x_BCHW) * rollouts, self.hidden_size)
         if self.glance is None or self.begin is None:
-            return Memory(nothing_ND, nothing_ND), None
+            return Memory(zeros_ND, zeros_ND), None
         hidden_ND = self.begin(self.glance(x_BCHW)).tanh().repeat_interleave(rollouts, 0)
-        return Memory(hidden_ND, nothing_ND), self.policy(hidden_ND.detach(), greedy=look == "mean")
+        return Memory(hidden_ND, zeros_ND), self.policy(hidden_ND.detach(), greedy=locations == "mean")
 
-    def _first(self, choice: Choice | None, memory: Memory, look: Look) -> Tensor:
+    def _first(self, choice: Choice | None, memory: Memory, locations: LocationMode) -> Tensor:
         if choice is not None:
-            return _controlled(choice.location, look)
+            return _controlled(choice.location, locations)
         location_N2 = memory.hidden.new_zeros(len(memory.hidden), 2)
-        drawn = look == "random" or (look == "sample" and self.start == "random")
+        drawn = locations == "random" or (locations == "sample" and self.start == "random")
         return location_N2.uniform_(-1, 1) if drawn else location_N2
 
-    def _see(self, view: View, location_N2: Tensor, memory: Memory) -> Memory:
+    def _glimpse(self, view: View, location_N2: Tensor, memory: Memory) -> Memory:
+        """Read the patches at a location, and update the memory."""
         batch = len(view.planes[0])
         patch_BRSChw = self.retina.look(view, location_N2.unflatten(0, (batch, -1)))
         what_NG = self.what(self.encoder(patch_BRSChw.flatten(0, 1).flatten(1, 2)))
@@ -229,8 +241,8 @@ class GlimpseNetwork(nn.Module):
         return Memory(self.core(glimpse_NG, memory.hidden), memory.cell)
 
 
-def _controlled(location_N2: Tensor, look: Look) -> Tensor:
-    """The location, or what a control puts in its place."""
-    if look == "random":
+def _controlled(location_N2: Tensor, locations: LocationMode) -> Tensor:
+    """Return the policy's locations, or those of a control."""
+    if locations == "random":
         return torch.empty_like(location_N2).uniform_(-1, 1)
-    return torch.zeros_like(location_N2) if look == "centre" else location_N2
+    return torch.zeros_like(location_N2) if locations == "centre" else location_N2

@@ -1,8 +1,8 @@
-"""Compile the parts of a model that nobody watches.
+"""Compile the parts of a model that the heatmap method does not watch.
 
-Attention, gates and the layer of a class activation map are watched from Python, by functions and hooks, and stay as
-they are. The largest modules around which nothing is watched, as the MLPs of a transformer or the stages of a
-convolutional network before the last, run as compiled copies that share their weights, but where gradients are wanted.
+Python functions and hooks watch attention, gates and the layer of a class activation map, so these cannot be compiled.
+The largest other modules run as compiled copies that share the weights: for example the MLPs of a transformer, or the
+stages of a convolutional network before the last. Passes that need gradients use the original modules.
 """
 
 import contextlib
@@ -10,46 +10,51 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture.running import look, undisturbed, unwrap
+from visionattn.capture import survey_images, undisturbed, unwrap
 from visionattn.errors import MapWarning, UsageError
-from visionattn.maps.method import Maps
+from visionattn.maps import Heatmaps
 
 
 @contextlib.contextmanager
 def compiled(
-    model: nn.Module, method: Callable[..., Maps], images_BCHW: Tensor, *, backend: str = "inductor"
+    model: nn.Module, method: Callable[..., Heatmaps], images_BCHW: Tensor, *, backend: str = "inductor"
 ) -> Iterator[list[str]]:
-    """Inside, a model's unwatched parts are compiled; yields their names. On leaving it is as it was.
+    """Compile a model's unwatched parts inside the `with` block; restore the model on exit.
 
     Args:
-        method: whose watching is to go on as before.
-        images_BCHW: an example of what the model gets.
+        model: any vision model.
+        method: the heatmap method; its results do not change.
+        images_BCHW: an example of the model's input.
         backend: of `torch.compile`.
 
+    Yields:
+        The names of the compiled modules.
+
     Raises:
-        UsageError: the model picks tokens by what an image shows, nothing is left to compile, or there is no compiler.
+        UsageError: the model selects tokens by the content of the image, the method watches the whole model, or there
+            is no compiler.
     """
     bare = unwrap(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapWarning)  # of an image that shows nothing
-        source = method(model, images_BCHW).source  # surveys the model, which cannot be done once parts are compiled
+        warnings.simplefilter("ignore", MapWarning)  # the heatmap of the example may be constant
+        source = method(model, images_BCHW).source  # also surveys the model: impossible once parts are compiled
         with undisturbed(model):
-            found = look(bare, images_BCHW)
-        if found.picks:
-            raise UsageError("a model that picks tokens by what an image shows is watched all over; leave compile out")
-        parts = _unwatched(bare, {name for name, _ in found.sites}, {*found.gates, source})
-        if not parts:
+            survey = survey_images(bare, images_BCHW)
+        if survey.picks:
             raise UsageError(
-                "all of this model is watched by the method, so nothing can be compiled; leave compile out"
+                "a model that selects tokens by the content of the image is watched in every block, so nothing can be "
+                "compiled; leave compile out"
             )
+        parts = _unwatched(bare, {name for name, _ in survey.sites}, {*survey.gates, source})
+        if not parts:
+            raise UsageError("the method watches all of this model, so nothing can be compiled; leave compile out")
         try:
             for part in parts.values():
-                part.forward = _quick(part, backend)
+                part.forward = _compiled_forward(part, backend)
             try:
                 method(model, images_BCHW)
             except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -62,26 +67,29 @@ def compiled(
 
 
 def _unwatched(model: nn.Module, attending: set[str], watched: set[str]) -> dict[str, nn.Module]:
-    """The largest modules that hold more than one other, neither attend nor lie inside of what does, and hold nothing
-    watched."""
+    """Return the largest modules that can be compiled: name → module.
+
+    They have several children, contain no module that attends or is watched, and are not inside a module that attends.
+    """
     parts: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not name or any(name.startswith(f"{part}.") for part in parts):
             continue
-        near = any(other == name or other.startswith(f"{name}.") for other in attending | watched)
+        contains = any(other == name or other.startswith(f"{name}.") for other in attending | watched)
         inside = any(name.startswith(f"{other}.") for other in attending)
-        if not near and not inside and len(list(module.children())) > 1:
+        if not contains and not inside and len(list(module.children())) > 1:
             parts[name] = module
     return parts
 
 
-def _quick(part: nn.Module, backend: str) -> Callable[..., Any]:
-    shared = {id(tensor): tensor for tensor in itertools.chain(part.parameters(), part.buffers())}
-    twin = torch.compile(copy.deepcopy(part, shared), backend=backend)  # no watcher puts its hooks into this one
+def _compiled_forward(part: nn.Module, backend: str) -> Callable[..., object]:
+    """Return a forward function that runs a compiled copy of a module, which shares its weights."""
+    shared: dict[int, object] = {id(tensor): tensor for tensor in itertools.chain(part.parameters(), part.buffers())}
+    twin = torch.compile(copy.deepcopy(part, shared), backend=backend)  # methods put no hooks into the copy
     plain = part.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():  # the little that comes after a layer whose gradient is wanted
+    def forward(*args: object, **kwargs: object) -> object:
+        if torch.is_grad_enabled():  # only after the layer for which a method needs a gradient
             return plain(*args, **kwargs)
         with torch.compiler.set_stance("default"), torch._C.DisableTorchFunction():
             return twin(*args, **kwargs)

@@ -1,5 +1,5 @@
-"""Heatmaps of single images, for notebooks and scripts: one call from a model and a picture to the picture that shows
-where the model looked. Folders go by `overlay.export.export`, which reads ahead, keeps a manifest and goes on.
+"""Heatmaps and overlays of single images, for notebooks and scripts. For folders use `overlays.export`, which reads
+images ahead, keeps a manifest, and continues after an interruption.
 
 Shapes: B images, C channels, H × W pixels of a picture, h × w grid of the model.
 """
@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeGuard, overload
 
 import numpy as np
 import torch
@@ -16,37 +16,45 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from visionattn.data.decode import encode_image, read_image, upright, write_image
-from visionattn.data.placement import Placement, Preprocess
-from visionattn.drawing.rendering import Style, peak
-from visionattn.drawing.resizing import shrink
+from visionattn.data import Placement, Preprocess, encode_image, read_image, upright, write_image
+from visionattn.drawing import Style, peak, shrink
 from visionattn.errors import UsageError
-from visionattn.maps.method import Method
+from visionattn.maps import Method
 from visionattn.overlays import outputs
-from visionattn.overlays.explainer import Explain, View, known_of, looks_of, method_for, predictions_of
-from visionattn.overlays.outputs import Look, Scene
+from visionattn.overlays.explainer import (
+    Explain,
+    Explainer,
+    describe_model,
+    explained_images,
+    find_method,
+    predictions_of,
+)
+from visionattn.overlays.outputs import ExplainedImage, OutputScene
 
 Picture: TypeAlias = str | bytes | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
-"""A file, a PIL image, (H, W, 3) uint8 RGB, or (C, H, W) as the model takes it."""
+"""A file, a PIL image, (H, W, 3) uint8 RGB, or a normalised tensor (C, H, W)."""
 
 Target: TypeAlias = int | str | Sequence[int] | Tensor | Callable[[Any], Tensor] | None
+"""An output's index or class name, one index for each picture, or a function from the model's output to (B,) scores."""
 
-_SHOWN = 768  # pixels of the longer side in a notebook: a photograph at its full size would make the notebook huge
+_SHOWN = 768  # pixels of the longer side in a notebook; a photograph at its full size would make the notebook huge
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Heatmap:
-    """Where a model looked in a picture; the last expression of a notebook's cell shows it.
+    """The heatmap of one picture, with the model's prediction. A notebook shows it as its overlay.
+
+    It can be pickled; the pickle holds the picture and the heatmap on the model's grid, not the heat of every pixel.
 
     Attributes:
         image: (H, W, 3) uint8 RGB, the source.
         method: name of the method.
-        source: what is shown, e.g. `"gate of layer4.1"`.
-        target: the output that is explained; None where the method explains none in particular.
-        prediction: the model's likeliest class; None where the model is no classifier.
-        class_name: what that class is called; None where that is not known.
-        probability: of that class, by softmax.
-        look: the heatmap on the model's grid (`heatmap_hw`), and where it lies in the picture (`placement`).
+        source: what the heatmap shows, e.g. `"gate of layer4.1"`.
+        target: index of the explained output; None if the method explains no particular output.
+        prediction: index of the most probable class; None if the model is no classifier.
+        class_name: of the prediction; None if unknown.
+        probability: of the prediction, by softmax.
+        explained: the explanation: the heatmap on the model's grid (`heatmap_hw`), and its `placement` in the picture.
     """
 
     image: NDArray[np.uint8]
@@ -56,17 +64,41 @@ class Heatmap:
     prediction: int | None
     class_name: str | None
     probability: float | None
-    look: Look
+    explained: ExplainedImage
 
     @cached_property
     def values(self) -> NDArray[np.float32]:
-        """The heat of every pixel of the source, (H, W) in [0, 1]; 0 where the model saw nothing."""
-        return self.look.placement.carry(self.look.heatmap_hw)
+        """The heat of every pixel of the source, (H, W) in [0, 1]; 0 outside of the model's input."""
+        return self.explained.placement.carry(self.explained.heatmap_hw)
 
     @property
     def peak(self) -> tuple[float, float] | None:
-        """Where it is hottest, (x, y) in pixels of the source; None where it is constant."""
-        return peak(self.look.heatmap_hw, self.look.placement)
+        """The hottest point, (x, y) in pixels of the source; None if the heatmap is constant."""
+        return peak(self.explained.heatmap_hw, self.explained.placement)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the facts as plain data, ready for JSON.
+
+        Returns:
+            `width` and `height` of the source, `method`, `layer`, `target`, `prediction`, `class`, `probability` and
+            `peak` as in the manifest of `overlays.export`, and `heatmap`: rows of the model's grid, in [0, 1].
+        """
+        height, width = self.image.shape[:2]
+        return {
+            "width": width,
+            "height": height,
+            "method": self.method,
+            "layer": self.source,
+            "target": self.target,
+            "prediction": self.prediction,
+            "class": self.class_name,
+            "probability": self.probability,
+            "peak": None if self.peak is None else list(self.peak),
+            "heatmap": self.explained.heatmap_hw.tolist(),
+        }
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "values"}  # `values` is computed again
 
     def overlay(
         self,
@@ -77,36 +109,39 @@ class Heatmap:
         contours: Sequence[float] = (),
         caption: bool = False,
     ) -> NDArray[np.uint8]:
-        """Lay the heatmap over the picture; what the model did not see is dark.
+        """Draw the heatmap over the picture; pixels outside of the model's input are dark.
 
         Args:
             colormap: inferno, magma, plasma, viridis, cividis, turbo or bone.
-            alpha: opacity where the heatmap is hottest, in [0, 1].
-            saturation: share of the picture's own colour that is kept, in [0, 1].
-            contours: levels in (0, 1] whose lines are drawn as well.
-            caption: whether the prediction is written into it.
+            alpha: opacity of the hottest pixel, in [0, 1].
+            saturation: fraction of the picture's own colour that is kept, in [0, 1].
+            contours: levels in (0, 1] at which lines of equal heat are drawn.
+            caption: whether to write the prediction into the picture.
 
         Returns:
             (H, W, 3) uint8 RGB.
 
         Raises:
-            UsageError: there is no such colormap, or a number is out of its range.
+            UsageError: there is no such colormap, or a number is out of range.
         """
         style = Style(colormap, alpha, saturation, tuple(contours), caption=caption)
-        return outputs.overlay(Scene(self.image, [self.look], style))
+        return outputs.overlay(OutputScene(self.image, [self.explained], style))
 
     def save(self, path: "str | bytes | os.PathLike[str]") -> None:
-        """Write the overlay as .jpg, .png or .webp, at the size of the source.
+        """Write the overlay into a file, at the size of the source.
+
+        Args:
+            path: ends in .jpg, .png or .webp.
 
         Raises:
-            DataError: the folder is missing, the disk is full, or the suffix is no image's.
+            DataError: the folder is missing, the disk is full, or the suffix is not one of these.
         """
         write_image(path, self.overlay())
 
     def __repr__(self) -> str:
         height, width = self.image.shape[:2]
         parts = [f"{self.method} of {self.source}", f"{width} × {height}"]
-        parts += [self.look.said] if self.look.said else []
+        parts += [self.explained.caption] if self.explained.caption else []
         parts += ["constant" if self.peak is None else f"hottest at ({self.peak[0]:.0f}, {self.peak[1]:.0f})"]
         return f"Heatmap({', '.join(parts)})"
 
@@ -118,7 +153,7 @@ _Single: TypeAlias = str | bytes | os.PathLike[str] | Image.Image
 
 
 @overload
-def heatmap(  # type: ignore[overload-overlap]  # a string is a sequence of strings, too
+def heatmap(  # type: ignore[overload-overlap]  # a string, one picture, is also a sequence of strings, several pictures
     model: nn.Module,
     image: _Single,
     *,
@@ -153,7 +188,7 @@ def heatmap(
     target: Target = ...,
     preprocess: Preprocess | None = ...,
     class_names: Sequence[str] = ...,
-) -> Any: ...
+) -> Any: ...  # a Heatmap or a list; it depends on the number of axes, which no type expresses
 
 
 def heatmap(
@@ -166,7 +201,7 @@ def heatmap(
     preprocess: Preprocess | None = None,
     class_names: Sequence[str] = (),
 ) -> Heatmap | list[Heatmap]:
-    """Show where a model looked in a picture.
+    """Compute where a model looked in a picture.
 
         >>> import numpy as np, timm, visionattn as va
         >>> model = timm.create_model("test_vit", num_classes=3)
@@ -175,27 +210,31 @@ def heatmap(
         >>> seen.values.shape, seen.overlay().shape
         ((120, 200), (120, 200, 3))
 
-    The model stays as it is, in training mode too; it runs in evaluation mode, where it lies.
+    The model runs on its own device in evaluation mode, and is left unchanged, its training mode included.
 
     Args:
-        model: any vision model: timm's, torchvision's or yours, or a task that `visionattn.load` returned.
-        image: a file, a PIL image, (H, W, 3) uint8 RGB, or (C, H, W) as the model takes it. A list of them, or an
-            array with one axis more, is one batch and gives a list of results.
-        method: a name in `maps.METHODS`, or a method; what fits the model by default.
-        layer: where in the model to look, by the name of a module or its place in the order; the last that fits.
-        target: the output to explain: its number or class name, one a picture, or a function from the model's output to
-            (B,) scores; every picture's highest by default.
-        preprocess: brings a picture to the model's input; models of timm and torchvision and tasks say their own. Of
-            tensors, only its mean and std matter, by which the pictures are shown; ImageNet's by default.
-        class_names: of the model's outputs; timm's models and tasks know theirs.
+        model: any vision model of timm, torchvision or your own, or a task that `visionattn.load` returned.
+        image: a file, a PIL image, (H, W, 3) uint8 RGB, or a normalised tensor (C, H, W). A list of these, or an array
+            with one more axis, is one batch.
+        method: a name in `maps.METHODS` or `maps.BOX_METHODS`, or a method. Default: one that fits the model.
+        layer: name of a module, or its position in the model's order. Default: the last one that fits the method.
+        target: the output to explain: its index or class name, one index for each picture, or a function from the
+            model's output to (B,) scores. Default: the highest output of each picture.
+        preprocess: prepares a picture for the model. Default: the model's own, known for timm, torchvision and tasks.
+            For tensors only the mean and std matter: they turn tensors into pictures; they default to ImageNet's.
+        class_names: of the model's outputs. Default: the model's own, known for timm and tasks.
+
+    Returns:
+        A `Heatmap`, or a list of them for a list or a batch.
 
     Raises:
-        UsageError: the method does not fit the model, it has no such layer or class, or it is not known how the model
-            wants its pictures.
+        UsageError: the method does not fit the model, there is no such layer or class, or the model's preprocessing is
+            unknown.
         DataError: a file cannot be read, or the model's values are not finite.
     """
-    found = _look(model, _listed(image), method, layer, target, preprocess, class_names)
-    return found[0] if _is_single(image) else found
+    if _is_single(image):
+        return _heatmaps(model, [image], method, layer, target, preprocess, class_names)[0]
+    return _heatmaps(model, _several(image), method, layer, target, preprocess, class_names)
 
 
 def overlay(
@@ -211,29 +250,29 @@ def overlay(
     alpha: float = Style.alpha,
     caption: bool = False,
 ) -> Image.Image:
-    """Draw where a model looked over its picture: the overlay of `heatmap`, as a PIL image of the source's size.
+    """Draw where a model looked: the overlay of `heatmap`, as a PIL image of the source's size.
 
         >>> import timm, torch, visionattn as va
         >>> model = timm.create_model("test_resnet")
         >>> va.overlay(model, torch.rand(3, 96, 128), method="eigencam").size
         (128, 96)
 
-    A notebook shows it; `.save("seen.jpg")` writes it, and `np.asarray` makes (H, W, 3) uint8 RGB of it.
+    A notebook shows the image, `.save("seen.jpg")` writes it, and `np.asarray` turns it into (H, W, 3) uint8 RGB.
 
     Args:
-        model, image, method, layer, target, preprocess, class_names: as `heatmap`, of one picture.
+        model, image, method, layer, target, preprocess, class_names: as `heatmap`, for one picture.
         colormap, alpha, caption: as `Heatmap.overlay`.
 
     Raises:
         UsageError, DataError: as `heatmap`.
     """
     if not _is_single(image):
-        raise UsageError("overlay draws one picture; of several take heatmap(model, images), which gives a list")
-    (found,) = _look(model, [image], method, layer, target, preprocess, class_names)
-    return Image.fromarray(found.overlay(colormap=colormap, alpha=alpha, caption=caption))
+        raise UsageError("overlay draws one picture; for several call heatmap(model, images), which returns a list")
+    (explained,) = _heatmaps(model, [image], method, layer, target, preprocess, class_names)
+    return Image.fromarray(explained.overlay(colormap=colormap, alpha=alpha, caption=caption))
 
 
-def _look(
+def _heatmaps(
     model: nn.Module,
     pictures: Sequence[Picture],
     method: str | Method | None,
@@ -244,36 +283,49 @@ def _look(
 ) -> list[Heatmap]:
     if not len(pictures):
         raise UsageError("there are no images; pass at least one")
-    network, own, own_names = known_of(model)
+    network, own, own_names = describe_model(model)
     names = tuple(class_names) or own_names
     preprocess = preprocess or own
     prepared = [_prepare(picture, preprocess, number) for number, picture in enumerate(pictures)]
     sizes = sorted({tuple(values.shape) for _, _, values in prepared})
     if len(sizes) > 1:
         raise UsageError(f"the images of one batch must be of one size, and these are {sizes[0]} and {sizes[-1]}")
-    view = View(network, preprocess or Preprocess(), class_names=names)
-    images_BCHW = view.batch(torch.stack([values for _, _, values in prepared]))
+    explainer = Explainer(network, preprocess or Preprocess(), class_names=names)
+    images_BCHW = explainer.batch(torch.stack([values for _, _, values in prepared]))
     if isinstance(method, Method):
         if layer is not None:
-            raise UsageError("a method has its own layer; give layer with the name of a method")
-        chosen: Explain = method
+            raise UsageError("a method has its own layer; give layer only with the name of a method")
+        explain: Explain = method
     else:
-        chosen = method_for(method, layer, network, images_BCHW)
-    maps = chosen(network, images_BCHW, target=_wanted(view, target))
+        explain = find_method(method, layer, network, images_BCHW)
+    maps = explain(network, images_BCHW, target=_target_of_method(explainer, target))
     targets = [None] * len(prepared) if maps.target is None else maps.target.tolist()
-    predictions = predictions_of(view, maps.output, len(prepared))
-    looks = looks_of(view, maps, [placement for _, placement, _ in prepared], predictions, [None] * len(prepared))
+    predictions = predictions_of(explainer, maps.output, len(prepared))
+    explanations = explained_images(
+        explainer, maps, [placement for _, placement, _ in prepared], predictions, [None] * len(prepared)
+    )
     return [
-        Heatmap(source, maps.method, maps.source, goal, told["prediction"], told["class"], told["probability"], look)
-        for (source, _, _), goal, told, look in zip(prepared, targets, predictions, looks, strict=True)
+        Heatmap(
+            source,
+            maps.method,
+            maps.source,
+            index,
+            prediction.index,
+            prediction.class_name,
+            prediction.probability,
+            explained,
+        )
+        for (source, _, _), index, prediction, explained in zip(
+            prepared, targets, predictions, explanations, strict=True
+        )
     ]
 
 
-def _listed(image: Any) -> Sequence[Picture]:
-    return [image] if _is_single(image) else image
+def _several(images: "Picture | Sequence[Picture]") -> Sequence[Picture]:
+    return list(images)  # type: ignore[arg-type]  # `_is_single` has excluded a single picture
 
 
-def _is_single(image: Any) -> bool:
+def _is_single(image: "Picture | Sequence[Picture]") -> TypeGuard[Picture]:
     if isinstance(image, (Tensor, np.ndarray)):
         if image.ndim not in (3, 4):
             raise UsageError(
@@ -289,8 +341,15 @@ def _is_single(image: Any) -> bool:
     )
 
 
-def _prepare(picture: Any, preprocess: Preprocess | None, number: int) -> tuple[NDArray[np.uint8], Placement, Tensor]:
-    """The picture, where it lies in the model's input, and that input (C, H, W)."""
+def _prepare(
+    picture: Picture, preprocess: Preprocess | None, number: int
+) -> tuple[NDArray[np.uint8], Placement, Tensor]:
+    """Return the picture (H, W, 3), its placement in the model's input, and that input (C, H, W).
+
+    Raises:
+        UsageError: the picture has another type or shape, or needs a preprocess and there is none.
+        DataError: the file cannot be read.
+    """
     if isinstance(picture, Tensor) and picture.is_floating_point():
         if picture.ndim != 3:
             raise UsageError(f"image {number + 1} must be (C, H, W), got {tuple(picture.shape)}")
@@ -301,23 +360,24 @@ def _prepare(picture: Any, preprocess: Preprocess | None, number: int) -> tuple[
     elif isinstance(picture, (str, bytes, os.PathLike)):
         picture = read_image(picture)
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        what = f"{tuple(picture.shape)} {picture.dtype}" if hasattr(picture, "dtype") else type(picture).__name__
+        kind = f"{tuple(picture.shape)} {picture.dtype}" if hasattr(picture, "dtype") else type(picture).__name__
         raise UsageError(
             "an image is a file, a PIL image, (H, W, 3) uint8 RGB or a normalised floating tensor (C, H, W); "
-            f"image {number + 1} is {what}"
+            f"image {number + 1} is {kind}"
         )
     if preprocess is None:
         raise UsageError(
-            "this model does not say how it wants its pictures; pass preprocess=visionattn.data.Preprocess(224, …), "
-            "or tensors that are prepared"
+            "the preprocessing of this model is unknown; pass preprocess=visionattn.data.Preprocess(224, …), "
+            "or normalised tensors"
         )
     values, placement = preprocess(picture)
     return picture, placement, torch.from_numpy(values)
 
 
-def _wanted(view: View, target: Target) -> "int | Tensor | Callable[[Any], Tensor] | None":
+def _target_of_method(explainer: Explainer, target: Target) -> "int | Tensor | Callable[[Any], Tensor] | None":
+    """Return the target as a method takes it: class names and lists become indices."""
     if isinstance(target, str):
-        return view.target(target)
-    if isinstance(target, (list, tuple)):
+        return explainer.target(target)
+    if isinstance(target, Sequence):
         return torch.tensor(target)
-    return target  # type: ignore[return-value]
+    return target

@@ -1,282 +1,425 @@
-"""What can be made of one image and the heatmaps found in it: pictures, and files that hold the numbers. No torch.
+"""Kinds of output of one explained image: pictures, and files that hold the numbers.
 
-Another kind is a function from a `Scene` to a picture, to named arrays or to the content of an animation, and a line in
-`KINDS`.
+This module does not import torch.
+
+To add a kind, write a function from an `OutputScene` to a picture, to named arrays or to the content of an animation,
+and decorate it with `output`, which takes the kind's needs and its help text.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from visionattn.data.decode import encode_animation
-from visionattn.data.placement import Placement
-from visionattn.drawing.boxes import FOUND, draw_boxes, label
-from visionattn.drawing.overlay import DIFFERENCE, contour, top, top_mask
-from visionattn.drawing.rendering import Style, render, render_difference, seen
-from visionattn.drawing.resizing import shrink
-from visionattn.drawing.scanpath import boxes_in_source, draw_gaze, gaze_animation
-from visionattn.drawing.sheets import Tile, row, sheet, side_by_side
+from visionattn.data import Placement, encode_animation
+from visionattn.drawing import (
+    DIFFERENCE,
+    FOUND,
+    Style,
+    Tile,
+    animate_glimpses,
+    boxes_in_source,
+    contour,
+    draw_boxes,
+    draw_scanpath,
+    label,
+    render,
+    render_difference,
+    row,
+    seen,
+    sheet,
+    show_hottest,
+    shrink,
+    side_by_side,
+    top,
+)
 from visionattn.errors import UsageError, nearest
 
 _TILE = 320  # pixels of the longer side of a picture in a sheet
 
-Made: TypeAlias = "NDArray[np.uint8] | NDArray[np.uint16] | Mapping[str, NDArray[np.generic]] | bytes"
-"""(H, W, 3) uint8 RGB, (H, W) grey, arrays by name, or the content of a file."""
+Needs: TypeAlias = Literal["two models", "glimpses", "a GlimpseNetwork", "boxes"]
+"""What a kind of output can need besides a heatmap."""
+
+Output: TypeAlias = "NDArray[np.uint8] | NDArray[np.uint16] | Mapping[str, NDArray[np.generic]] | bytes"
+"""A picture (H, W, 3) uint8 RGB, a grey picture (H, W), arrays by name, or the content of a file."""
+
+
+class GlimpseTrace(TypedDict):
+    """The glimpses of a glimpse network at one image, in pixels of the source.
+
+    Keys:
+        locations: (T, 2) xy, the centre of each glimpse's finest box.
+        boxes: (T, S, 4) xyxy, the box of each glimpse at each scale, the finest first; boxes may reach beyond the
+            image.
+        patches: (T, S, h, w, 3) uint8 RGB, the pixels that the network read.
+        probabilities: (T, K), the class probabilities after each glimpse.
+    """
+
+    locations: NDArray[np.float64]
+    boxes: NDArray[np.float64]
+    patches: NDArray[np.uint8]
+    probabilities: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Look:
-    """How one model and method looked at one image.
+class ExplainedImage:
+    """The explanation of one image by one model and method.
 
     Attributes:
-        name: sets it apart from the others.
-        said: the prediction in words; "" where there is none.
-        heatmap_hw: in [0, 1], spanning the model's input.
-        raw_hw: before it was brought to [0, 1].
+        name: distinguishes it from the image's other explanations.
+        caption: the prediction as text, e.g. `"daisy 0.93"`; "" if there is none.
+        heatmap_hw: (h, w) in [0, 1]; spans the model's input.
+        raw_hw: (h, w), the heatmap before it was scaled to [0, 1].
         placement: of the source in the model's input.
-        boxes, labels: what a detector found, xyxy in pixels of the source.
-        glimpses: (T, S, 4), what each glimpse covered at each scale, xyxy in pixels of the model's input.
-        film: what a glimpse network saw and believed, as `glimpses.follow_gaze` tells it; for an animation only.
-        class_names: of its outputs.
-        maps: (N, h, w) in [0, 1], the heatmap of each box, spanning the model's input.
+        boxes: of a detector, xyxy in pixels of the source.
+        labels: one for each of `boxes`.
+        glimpses: (T, S, 4), the box of each glimpse at each scale, xyxy in pixels of the model's input.
+        glimpse_trace: of a `GlimpseNetwork`; computed only for an animation.
+        class_names: of the model's outputs.
+        maps: (N, h, w) in [0, 1], the heatmap of each of `boxes`; spans the model's input.
     """
 
     name: str
-    said: str
+    caption: str
     heatmap_hw: NDArray[np.float32]
     raw_hw: NDArray[np.float32]
     placement: Placement
     boxes: Sequence[Sequence[float]] = ()
     labels: Sequence[str] = ()
     glimpses: NDArray[np.float32] | None = None
-    film: Mapping[str, NDArray[Any]] | None = None
+    glimpse_trace: GlimpseTrace | None = None
     class_names: Sequence[str] = ()
     maps: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
-class Scene:
-    """One image and what was found in it.
+class OutputScene:
+    """One image and its explanations.
 
     Attributes:
         picture: (H, W, 3) uint8 RGB, the source.
-        looks: at least one.
-        compared: whether the two looks are held against each other.
-        boxes, labels: what a list says is in the image.
+        explanations: at least one.
+        style: of the pictures.
+        compared: whether the second of two explanations is compared with the first.
+        boxes: the boxes that the user's list of images gives, xyxy in pixels of the source.
+        labels: one for each of `boxes`, or none.
     """
 
     picture: NDArray[np.uint8]
-    looks: Sequence[Look]
+    explanations: Sequence[ExplainedImage]
     style: Style
     compared: bool = False
     boxes: Sequence[Sequence[float]] = ()
     labels: Sequence[str] = ()
 
 
-def overlay(scene: Scene) -> NDArray[np.uint8]:
-    """One heatmap over the picture; of several, a sheet; of two that are compared, both and their difference."""
+@dataclass(frozen=True)
+class OutputKind:
+    """A kind of output that `visionattn overlay --save` writes.
+
+    Attributes:
+        make: function from a scene to the output.
+        help: one line for the command line.
+        suffix: of the files; None for the suffix of the style.
+        max_methods: largest number of methods in one output; None for any number.
+        needs: what the explanations must hold besides a heatmap; None for nothing.
+    """
+
+    make: Callable[[OutputScene], Output]
+    help: str
+    suffix: str | None = None
+    max_methods: int | None = None
+    needs: Needs | None = None
+
+
+OUTPUTS: dict[str, OutputKind] = {}
+"""Name on the command line and in the manifest → kind, in the order of the help."""
+
+_Make = TypeVar("_Make", bound=Callable[[OutputScene], Output])
+
+
+def output(
+    name: str, help: str, *, suffix: str | None = None, max_methods: int | None = None, needs: Needs | None = None
+) -> Callable[[_Make], _Make]:
+    """Register the decorated function in `OUTPUTS` under a name.
+
+    Args:
+        name: on the command line and in the manifest.
+        help, suffix, max_methods, needs: as `OutputKind`.
+
+    Returns:
+        A decorator that returns the function unchanged.
+    """
+
+    def register(make: _Make) -> _Make:
+        OUTPUTS[name] = OutputKind(make, help, suffix, max_methods, needs)
+        return make
+
+    return register
+
+
+@output("overlay", "the heatmap over the picture, at its size; several methods or layers in one sheet")
+def overlay(scene: OutputScene) -> NDArray[np.uint8]:
+    """Draw one heatmap over the picture, several in a sheet, or two compared ones with their difference."""
     if scene.compared:
         return _comparison(scene)
-    return _one_or_sheet(scene, lambda picture, look: render(picture, look.heatmap_hw, look.placement, scene.style))
+    return _one_or_sheet(
+        scene, lambda picture, explained: render(picture, explained.heatmap_hw, explained.placement, scene.style)
+    )
 
 
-def contours(scene: Scene) -> NDArray[np.uint8]:
-    """The picture with lines of equal heat: those of the style, or the one at one half."""
+@output("contour", "lines of equal heat on the picture")
+def contours(scene: OutputScene) -> NDArray[np.uint8]:
+    """Draw lines of equal heat on the picture, at the style's levels, or at 0.5 if it has none."""
     levels = scene.style.contours or (0.5,)
     return _one_or_sheet(
-        scene, lambda picture, look: contour(picture, look.placement.carry(look.heatmap_hw), levels=levels)
+        scene,
+        lambda picture, explained: contour(picture, explained.placement.carry(explained.heatmap_hw), levels=levels),
     )
 
 
-def spotlight(scene: Scene) -> NDArray[np.uint8]:
-    """The hottest pixels as they are, and the others dark and grey."""
-    share = scene.style.top
+@output("spotlight", "the hottest pixels as they are, the others dark and grey")
+def spotlight(scene: OutputScene) -> NDArray[np.uint8]:
+    """Show the hottest pixels as they are and the others dark and grey."""
+    fraction = scene.style.top
     return _one_or_sheet(
-        scene, lambda picture, look: top_mask(picture, look.placement.carry(look.heatmap_hw), share=share)
+        scene,
+        lambda picture, explained: show_hottest(
+            picture, explained.placement.carry(explained.heatmap_hw), fraction=fraction
+        ),
     )
 
 
-def side(scene: Scene) -> NDArray[np.uint8]:
-    """Picture, overlay and heatmap beside each other, with a colour bar and the prediction."""
-    (look,), style = scene.looks, scene.style
+@output("side", "picture, overlay and heatmap side by side, with a colour bar", max_methods=1)
+def side(scene: OutputScene) -> NDArray[np.uint8]:
+    """Draw the picture, its overlay and the heatmap side by side, with a colour bar and the prediction."""
+    (explained,), style = scene.explanations, scene.style
     return side_by_side(
-        _boxed(scene, scene.picture, look),
-        look.placement.carry(look.heatmap_hw),
-        title=look.said,
+        _boxed(scene, scene.picture, explained),
+        explained.placement.carry(explained.heatmap_hw),
+        title=explained.caption,
         colormap=style.colormap,
         alpha=style.alpha,
-        seen_HW=seen(look.placement),
+        seen_HW=seen(explained.placement),
     )
 
 
-def difference(scene: Scene) -> NDArray[np.uint8]:
-    """Where the second of two models looks more (orange) and less (blue) than the first, at the size of the source."""
+@output("difference", "with --compare: where the second model looks more (orange) or less (blue)", needs="two models")
+def difference(scene: OutputScene) -> NDArray[np.uint8]:
+    """Draw where the second model is hotter (orange) or colder (blue) than the first, at the size of the source."""
     return _boxed(scene, _difference(scene, scene.picture))
 
 
-def heatmap(scene: Scene) -> NDArray[np.uint16]:
-    """The heat of every pixel of the source, 65535 for 1; 0 where the model saw nothing."""
-    (look,) = scene.looks
-    return np.rint(look.placement.carry(look.heatmap_hw) * 65535).astype(np.uint16)
+@output("heatmap", "the heatmap as a 16-bit PNG of the picture's size", suffix=".png", max_methods=1)
+def heatmap(scene: OutputScene) -> NDArray[np.uint16]:
+    """Return the heat of every pixel of the source, 65535 for 1; 0 outside of the model's input."""
+    (explained,) = scene.explanations
+    return np.rint(explained.placement.carry(explained.heatmap_hw) * 65535).astype(np.uint16)
 
 
-def mask(scene: Scene) -> NDArray[np.uint8]:
-    """255 where the hottest pixels of the source are, 0 elsewhere."""
-    (look,) = scene.looks
-    return top(look.placement.carry(look.heatmap_hw), scene.style.top).astype(np.uint8) * 255
+@output("mask", "PNG: 255 for the hottest pixels, 0 for the others", suffix=".png", max_methods=1)
+def mask(scene: OutputScene) -> NDArray[np.uint8]:
+    """Return 255 for the hottest pixels of the source and 0 for the others."""
+    (explained,) = scene.explanations
+    return top(explained.placement.carry(explained.heatmap_hw), scene.style.top).astype(np.uint8) * 255
 
 
-def gaze(scene: Scene) -> NDArray[np.uint8]:
-    """The path of a network that takes glimpses, numbered, with every scale's box; small pictures are enlarged."""
-    (look,) = scene.looks
-    assert look.glimpses is not None  # else the export has ended before
-    drawn = draw_gaze(_boxed(scene, scene.picture), boxes_in_source(look.glimpses, look.placement))
-    return label(drawn, look.said) if scene.style.caption and look.said else drawn
+@output(
+    "gaze",
+    "for networks that take glimpses: their path, numbered, and the box of every scale",
+    max_methods=1,
+    needs="glimpses",
+)
+def gaze(scene: OutputScene) -> NDArray[np.uint8]:
+    """Draw the numbered path of the glimpses with the box of every scale; small pictures are enlarged."""
+    (explained,) = scene.explanations
+    assert explained.glimpses is not None  # `check_needs` has ensured it
+    drawn = draw_scanpath(_boxed(scene, scene.picture), boxes_in_source(explained.glimpses, explained.placement))
+    return label(drawn, explained.caption) if scene.style.caption and explained.caption else drawn
 
 
-def animation(scene: Scene) -> bytes:
-    """Glimpse after glimpse what has been seen, as sharply as it was seen, and what is believed after it; see
-    `gaze.gaze_animation`."""
-    (look,) = scene.looks
-    assert look.film is not None  # else the export has ended before
-    frames = gaze_animation(
+@output(
+    "animation",
+    "for a GlimpseNetwork: .webp, glimpse by glimpse, what it has read and the class probabilities",
+    suffix=".webp",
+    max_methods=1,
+    needs="a GlimpseNetwork",
+)
+def animation(scene: OutputScene) -> bytes:
+    """Animate the glimpses: the patches read so far, as sharp as they were read, and the class probabilities.
+
+    See `drawing.animate_glimpses`.
+    """
+    (explained,) = scene.explanations
+    assert explained.glimpse_trace is not None  # `check_needs` has ensured it
+    frames = animate_glimpses(
         scene.picture,
-        look.film["boxes"],
-        look.film["patches"],
-        probabilities_TK=look.film["probabilities"],
-        class_names=look.class_names,
+        explained.glimpse_trace["boxes"],
+        explained.glimpse_trace["patches"],
+        probabilities_TK=explained.glimpse_trace["probabilities"],
+        class_names=explained.class_names,
     )
     return encode_animation(frames, ".webp")
 
 
-def boxes(scene: Scene) -> NDArray[np.uint8]:
-    """A sheet: the picture with all boxes that a detector found, then each box with its own heat."""
+@output("boxes", "for a detector: each detected box with its own heatmap, in a sheet", max_methods=1, needs="boxes")
+def boxes(scene: OutputScene) -> NDArray[np.uint8]:
+    """Draw a sheet: the picture with all detected boxes, then each box with its own heatmap."""
     small = _shrunk(scene)
-    (look,), picture = small.looks, small.picture
-    assert look.maps is not None  # else the export has ended before
-    tiles = [Tile(_boxed(small, picture, replace(look, labels=())), [f"{len(look.boxes)} found"])]
-    for box, text, map_hw in zip(look.boxes, look.labels, look.maps, strict=True):
-        painted = render(picture, map_hw, look.placement, scene.style)
+    (explained,), picture = small.explanations, small.picture
+    assert explained.maps is not None  # `check_needs` has ensured it
+    tiles = [Tile(_boxed(small, picture, replace(explained, labels=())), [f"{len(explained.boxes)} found"])]
+    for box, text, map_hw in zip(explained.boxes, explained.labels, explained.maps, strict=True):
+        painted = render(picture, map_hw, explained.placement, scene.style)
         tiles.append(Tile(draw_boxes(painted, [box], colours=[FOUND]), [text]))
     return sheet(tiles, columns=4, width=max(picture.shape[:2]))
 
 
-def arrays(scene: Scene) -> Mapping[str, NDArray[np.generic]]:
-    """Heatmaps as the model's grid has them, and the matrix that puts pixels of the source into the model's input.
+@output("array", ".npz: the heatmap on the model's grid, and the matrix that places it in the picture", suffix=".npz")
+def arrays(scene: OutputScene) -> Mapping[str, NDArray[np.generic]]:
+    """Return the heatmap on the model's grid, and the matrix from pixels of the source to pixels of the model's input.
 
-    `heatmap` (h, w) in [0, 1], `raw` (h, w) before that, `matrix` (2, 3), `source_size` and `input_size`; of several,
-    `NAME/heatmap` and so on. `data.Placement(matrix, source_size, input_size).carry(heatmap)` is the heatmap in pixels.
-    Where glimpses were taken also `glimpses` (T, S, 4), the box of each at each scale, xyxy in pixels of the source. Of
-    a detector also `boxes` (N, 4), xyxy in pixels of the source, and `maps` (N, h, w), the heatmap of each.
+    `data.Placement(matrix, source_size, input_size).carry(heatmap)` is the heatmap in pixels of the source.
+
+    Returns:
+        `heatmap` (h, w) in [0, 1]; `raw` (h, w), the heatmap before scaling; `matrix` (2, 3); `source_size` and
+        `input_size`, (height, width). With glimpses also `glimpses` (T, S, 4), the box of each at each scale, xyxy in
+        pixels of the source. For a detector also `boxes` (N, 4), xyxy in pixels of the source, and `maps` (N, h, w),
+        the heatmap of each box. With several explanations the keys are `NAME/heatmap` and so on.
     """
-    found: dict[str, NDArray[np.generic]] = {}
-    for look in scene.looks:
-        head = f"{look.name}/" if len(scene.looks) > 1 else ""
-        found[f"{head}heatmap"], found[f"{head}raw"] = look.heatmap_hw, look.raw_hw
-        found[f"{head}matrix"] = look.placement.matrix
-        found[f"{head}source_size"] = np.array(look.placement.source_size)
-        found[f"{head}input_size"] = np.array(look.placement.input_size)
-        if look.glimpses is not None:
-            found[f"{head}glimpses"] = boxes_in_source(look.glimpses, look.placement)
-        if look.maps is not None:
-            found[f"{head}boxes"] = np.array(look.boxes, np.float64).reshape(-1, 4)
-            found[f"{head}maps"] = look.maps
-    return found
+    named: dict[str, NDArray[np.generic]] = {}
+    for explained in scene.explanations:
+        head = f"{explained.name}/" if len(scene.explanations) > 1 else ""
+        named[f"{head}heatmap"], named[f"{head}raw"] = explained.heatmap_hw, explained.raw_hw
+        named[f"{head}matrix"] = explained.placement.matrix
+        named[f"{head}source_size"] = np.array(explained.placement.source_size)
+        named[f"{head}input_size"] = np.array(explained.placement.input_size)
+        if explained.glimpses is not None:
+            named[f"{head}glimpses"] = boxes_in_source(explained.glimpses, explained.placement)
+        if explained.maps is not None:
+            named[f"{head}boxes"] = np.array(explained.boxes, np.float64).reshape(-1, 4)
+            named[f"{head}maps"] = explained.maps
+    return named
 
 
-class Kind(NamedTuple):
-    """A function, the suffix of its files (None: that of the style), and how many looks it takes at most."""
+def check_outputs(kinds: Sequence[str], *, explanations: int, compared: bool) -> None:
+    """Check that kinds of output exist and can show the given explanations.
 
-    make: Callable[[Scene], Made]
-    suffix: str | None = None
-    most: int | None = None
-
-
-KINDS = {
-    "overlay": Kind(overlay),
-    "contour": Kind(contours),
-    "spotlight": Kind(spotlight),
-    "side": Kind(side, most=1),
-    "difference": Kind(difference),
-    "heatmap": Kind(heatmap, ".png", most=1),
-    "mask": Kind(mask, ".png", most=1),
-    "gaze": Kind(gaze, most=1),
-    "boxes": Kind(boxes, most=1),
-    "animation": Kind(animation, ".webp", most=1),
-    "array": Kind(arrays, ".npz"),
-}
-"""Name on the command line and in the manifest → kind."""
-
-
-def check_kinds(kinds: Sequence[str], *, looks: int, compared: bool) -> None:
-    """Raise where a kind is not known or does not fit.
+    Args:
+        kinds: names in `OUTPUTS`.
+        explanations: number of explanations of each image.
+        compared: whether two models are compared.
 
     Raises:
-        UsageError: it is not known, takes one method only, or takes two models.
+        UsageError: no kind is given, or a kind does not exist, cannot show so many explanations, or needs two models.
     """
     if not kinds:
-        raise UsageError(f"there is nothing to save; choose among {', '.join(KINDS)}")
+        raise UsageError(f"there is nothing to save; choose among {', '.join(OUTPUTS)}")
     for kind in kinds:
-        if kind not in KINDS:
-            raise UsageError(f"there is no kind {kind!r} to save; there are {', '.join(KINDS)}.{nearest(kind, KINDS)}")
-        if kind == "difference" and not compared:
-            raise UsageError("difference holds two models against each other; name them by --compare A.ckpt B.ckpt")
-        if (KINDS[kind].most or looks) < looks:
-            raise UsageError(f"{kind} holds one heatmap an image and not {looks}; take array, or one method at a time")
+        if kind not in OUTPUTS:
+            raise UsageError(
+                f"there is no kind {kind!r} to save; there are {', '.join(OUTPUTS)}.{nearest(kind, OUTPUTS)}"
+            )
+        if OUTPUTS[kind].needs == "two models" and not compared:
+            raise UsageError(f"{kind} compares two models; name them by --compare A.ckpt B.ckpt")
+        if (OUTPUTS[kind].max_methods or explanations) < explanations:
+            raise UsageError(
+                f"{kind} holds one heatmap an image and not {explanations}; take array, or one method at a time"
+            )
+
+
+def check_needs(kinds: Sequence[str], *, model: str, method: str, available: Collection[Needs]) -> None:
+    """Check that the explanations hold what kinds of output need.
+
+    Args:
+        kinds: names in `OUTPUTS`.
+        model, method: names for the message.
+        available: what the explanations hold besides a heatmap.
+
+    Raises:
+        UsageError: something is missing; the message names it and a method that provides it.
+    """
+    advice = {
+        "glimpses": "take the method gaze with a network that reads the image through a Retina",
+        "boxes": "take odam, sampling or attention with a detector",
+        "a GlimpseNetwork": "take a GlimpseNetwork",
+    }
+    for kind in kinds:
+        need = OUTPUTS[kind].needs
+        if need in advice and need not in available:
+            raise UsageError(
+                f"{kind} needs {need}, and {method} of this {model} has none; save another kind, or {advice[need]}"
+            )
 
 
 def endings(kinds: Sequence[str], picture: str) -> dict[str, str]:
-    """Kind → what its files end with, as `.overlay.jpg`, where pictures have the suffix `picture`."""
-    return {kind: f".{kind}{KINDS[kind].suffix or picture}" for kind in kinds}
+    """Return the ending of each kind's file names, e.g. `.overlay.jpg`.
+
+    Args:
+        kinds: names in `OUTPUTS`.
+        picture: suffix of pictures, with its dot.
+    """
+    return {kind: f".{kind}{OUTPUTS[kind].suffix or picture}" for kind in kinds}
 
 
-def _one_or_sheet(scene: Scene, paint: Callable[[NDArray[np.uint8], Look], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    if len(scene.looks) == 1:
-        (look,) = scene.looks
-        painted = _boxed(scene, paint(scene.picture, look), look)
-        return label(painted, look.said) if scene.style.caption and look.said else painted
+def _one_or_sheet(
+    scene: OutputScene, paint: Callable[[NDArray[np.uint8], ExplainedImage], NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
+    if len(scene.explanations) == 1:
+        (explained,) = scene.explanations
+        painted = _boxed(scene, paint(scene.picture, explained), explained)
+        return label(painted, explained.caption) if scene.style.caption and explained.caption else painted
     small = _shrunk(scene)
     picture = small.picture
     tiles = [Tile(_boxed(small, picture), ["image"])]
     tiles += [
-        Tile(_boxed(small, paint(picture, look), look), [line for line in (look.name, look.said) if line])
-        for look in small.looks
+        Tile(
+            _boxed(small, paint(picture, explained), explained),
+            [line for line in (explained.name, explained.caption) if line],
+        )
+        for explained in small.explanations
     ]
     return sheet(tiles, columns=min(4, len(tiles)), width=max(picture.shape[:2]))
 
 
-def _comparison(scene: Scene) -> NDArray[np.uint8]:
+def _comparison(scene: OutputScene) -> NDArray[np.uint8]:
     small = _shrunk(scene)
-    picture, (first, second) = small.picture, small.looks
+    picture, (first, second) = small.picture, small.explanations
     panels = [(_boxed(small, picture), "image")]
-    for look in (first, second):
-        shown = render(picture, look.heatmap_hw, look.placement, small.style)
-        panels.append((_boxed(small, shown, look), f"{look.name}: {look.said}" if look.said else look.name))
+    for explained in (first, second):
+        shown = render(picture, explained.heatmap_hw, explained.placement, small.style)
+        panels.append(
+            (
+                _boxed(small, shown, explained),
+                f"{explained.name}: {explained.caption}" if explained.caption else explained.name,
+            )
+        )
     panels.append((_boxed(small, _difference(small, picture)), f"{second.name} more, {first.name} less"))
     return row(panels, colormap=DIFFERENCE)
 
 
-def _difference(scene: Scene, picture_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    first, second = scene.looks
+def _difference(scene: OutputScene, picture_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    first, second = scene.explanations
     return render_difference(
         picture_HWC, first.heatmap_hw, first.placement, second.heatmap_hw, second.placement, scene.style
     )
 
 
-def _boxed(scene: Scene, picture_HWC: NDArray[np.uint8], look: Look | None = None) -> NDArray[np.uint8]:
-    """With the boxes of a list, and in a second colour those that the model found."""
+def _boxed(
+    scene: OutputScene, picture_HWC: NDArray[np.uint8], explained: ExplainedImage | None = None
+) -> NDArray[np.uint8]:
+    """Draw the boxes of the user's list, and the detected boxes of an explanation in a second colour."""
     if scene.boxes:
         picture_HWC = draw_boxes(picture_HWC, scene.boxes, labels=scene.labels)
-    if look is not None and look.boxes:
-        picture_HWC = draw_boxes(picture_HWC, look.boxes, labels=look.labels, colours=[FOUND])
+    if explained is not None and explained.boxes:
+        picture_HWC = draw_boxes(picture_HWC, explained.boxes, labels=explained.labels, colours=[FOUND])
     return picture_HWC
 
 
-def _shrunk(scene: Scene) -> Scene:
-    """The same scene in a picture of at most `_TILE` pixels; heatmaps need not be carried to more."""
+def _shrunk(scene: OutputScene) -> OutputScene:
+    """Return the scene with a picture of at most `_TILE` pixels a side, to resample heatmaps to few pixels only."""
     picture = shrink(scene.picture, _TILE)
     if picture is scene.picture:
         return scene
@@ -286,9 +429,11 @@ def _shrunk(scene: Scene) -> Scene:
     return replace(
         scene,
         picture=picture,
-        looks=[
-            replace(look, placement=look.placement @ enlarged, boxes=shrunk(np.array(look.boxes)).tolist())
-            for look in scene.looks
+        explanations=[
+            replace(
+                explained, placement=explained.placement @ enlarged, boxes=shrunk(np.array(explained.boxes)).tolist()
+            )
+            for explained in scene.explanations
         ],
         boxes=shrunk(np.array(scene.boxes)).tolist(),
     )

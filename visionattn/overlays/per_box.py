@@ -1,22 +1,57 @@
-"""What a detector found in one image, in pixels of the source: boxes, labels, and a heatmap for each box."""
+"""Detected boxes of one image in pixels of the source, with their labels and heatmaps."""
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import NamedTuple, TypedDict, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from visionattn.data.annotations.boxes import visible
-from visionattn.data.placement import Placement
-from visionattn.maps.boxes import SURE, BoxMaps
-
-Found: TypeAlias = "tuple[list[list[float]], list[str], NDArray[np.float32] | None]"
-"""Boxes xyxy in pixels of the source, their labels, and (N, h, w) heatmaps where a method for boxes made them."""
+from visionattn.data import Placement, visible
+from visionattn.maps import SURE, BoxHeatmaps
 
 
-def told_of_boxes(maps: BoxMaps, placement: Placement) -> dict[str, Any]:
-    """The boxes of an image as a page takes them: in pixels of the source, with their heatmaps and what these show; but
-    for those in the padding alone."""
+class DetectedBoxes(NamedTuple):
+    """Boxes of one image, without boxes that lie entirely in the padding.
+
+    Attributes:
+        boxes: xyxy in pixels of the source, rounded to a tenth.
+        labels: class and score of each box, e.g. `"dog 0.90"`.
+        maps: (N, h, w) in [0, 1], the heatmap of each box; None if the method makes none.
+    """
+
+    boxes: list[list[float]]
+    labels: list[str]
+    maps: NDArray[np.float32] | None
+
+
+class PageDetections(TypedDict):
+    """Detected boxes of one image, in the form that the explorer's page needs.
+
+    Keys:
+        boxes: (N, 4) xyxy in pixels of the source.
+        labels: class index of each box.
+        scores: of each box.
+        maps: (N, h, w) in [0, 1], the heatmap of each box.
+        shows: what the heatmaps show, e.g. `"score by features"`.
+    """
+
+    boxes: NDArray[np.float64]
+    labels: list[int]
+    scores: list[float]
+    maps: NDArray[np.float32]
+    shows: str
+
+
+def page_detections(maps: BoxHeatmaps, placement: Placement) -> PageDetections:
+    """Return the boxes of one image in pixels of the source, with their heatmaps.
+
+    Boxes that lie entirely in the padding are left out.
+
+    Args:
+        maps: of the image.
+        placement: of the source in the model's input.
+    """
     boxes_N4 = placement.boxes_to_source(maps.boxes.float().cpu().numpy())
     seen_N = visible(boxes_N4)
     return {
@@ -28,24 +63,33 @@ def told_of_boxes(maps: BoxMaps, placement: Placement) -> dict[str, Any]:
     }
 
 
-def found_of(class_names: Sequence[str], output: Any, place: int, placement: Placement) -> Found:
-    """What a detector is sure of in one image: boxes in pixels of the source, labels, and with a method for boxes their
-    heatmaps (N, h, w). What it found in the padding alone is left out."""
-    one = output[place] if isinstance(output, (list, tuple)) and place < len(output) else None
-    if not isinstance(one, dict) or not {"boxes", "scores", "labels"} <= one.keys():
-        return [], [], None
-    boxes_N4 = placement.boxes_to_source(one["boxes"].detach().float().cpu().numpy())
-    scores_N, labels_N = one["scores"].detach().float().cpu().numpy(), one["labels"].cpu().numpy()
-    # a method for boxes has chosen those that it explains
-    shown_N = visible(boxes_N4) & (np.bool_("maps" in one) | (scores_N >= SURE))
+def detected_boxes(class_names: Sequence[str], output: object, index: int, placement: Placement) -> DetectedBoxes:
+    """Return the confident boxes of one image.
+
+    Args:
+        class_names: of the detector's labels; an index beyond them is shown as `class 7`.
+        output: of the model for a batch; if it is not a detector's list of dicts, no boxes are returned.
+        index: of the image in the batch.
+        placement: of the source in the model's input.
+
+    Returns:
+        The boxes with a score of at least `maps.SURE`; with a method for boxes, all boxes that the method explains.
+    """
+    found = output[index] if isinstance(output, (list, tuple)) and index < len(output) else None
+    if not _is_detection(found):
+        return DetectedBoxes([], [], None)
+    boxes_N4 = placement.boxes_to_source(found["boxes"].detach().float().cpu().numpy())
+    scores_N, labels_N = found["scores"].detach().float().cpu().numpy(), found["labels"].cpu().numpy()
+    # a method for boxes has already chosen the boxes that it explains
+    shown_N = visible(boxes_N4) & (np.bool_("maps" in found) | (scores_N >= SURE))
     labels = [
         f"{class_names[label] if label < len(class_names) else f'class {label}'} {score:.2f}"
         for label, score in zip(labels_N[shown_N].tolist(), scores_N[shown_N].tolist(), strict=True)
     ]
-    maps_Nhw = one["maps"].float().cpu().numpy()[shown_N] if "maps" in one else None
-    return [[round(edge, 1) for edge in box] for box in boxes_N4[shown_N].tolist()], labels, maps_Nhw
+    maps_Nhw = found["maps"].float().cpu().numpy()[shown_N] if "maps" in found else None
+    boxes = [[round(edge, 1) for edge in box] for box in boxes_N4[shown_N].tolist()]
+    return DetectedBoxes(boxes, labels, maps_Nhw)
 
 
-def has_maps(output: Any) -> bool:
-    """Whether there is a heatmap for each box."""
-    return isinstance(output, list) and all(isinstance(one, dict) and "maps" in one for one in output)
+def _is_detection(found: object) -> TypeGuard[dict[str, Tensor]]:
+    return isinstance(found, dict) and {"boxes", "scores", "labels"} <= found.keys()

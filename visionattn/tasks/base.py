@@ -1,14 +1,15 @@
-"""What tasks share: the optimizer and the check of the classes; of those that classify images, the scores.
+"""Base classes of the tasks: `Task` sets up the optimizer and checks classes, `ClassificationTask` adds scores.
 
 Shapes: B batch, C channels, H rows, W columns, K classes.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import (
@@ -18,21 +19,26 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
-from visionattn.data.placement import Preprocess
+from visionattn.data import Batch, Preprocess
 from visionattn.errors import DataError
-from visionattn.tasks.optimizers import optimizing
+from visionattn.tasks.optimizers import make_optimizers
 
 
 class Task(L.LightningModule, ABC):
-    """Train a network. Once it has run, `class_names` and `preprocess` are those of the data.
+    """Train a network. `setup` copies `class_names` and `preprocess` from the data module.
 
     Args:
-        network: from images (B, C, H, W). Where it has a `num_classes`, that is held against the data.
-        optimizer: makes an optimizer from parameters; None is AdamW with a learning rate of 1e-3.
-        lr_scheduler: makes a scheduler from an optimizer. One that takes `total_steps` and was given none, as
-            OneCycleLR, is told the length of the training and steps with every batch.
-        lr_interval: when other schedulers step.
-        gamma_lr_factor: how much faster the gates γ of inserted attention learn; they start at 0 and have to open.
+        network: takes images (B, C, H, W). If it has a `num_classes`, this must equal the data's number of classes.
+        optimizer: makes an optimizer from parameters (default: AdamW with a learning rate of 1e-3).
+        lr_scheduler: makes a scheduler from an optimizer (default: a constant rate). If `total_steps` of a
+            scheduler is unset, as in OneCycleLR, it is set to the number of optimizer steps of the training, and the
+            scheduler is updated after every optimizer step.
+        lr_interval: when other schedulers are updated (default: epoch).
+        gamma_lr_factor: factor on the learning rate of the scales γ of inserted attention, which start at 0
+            (default: 10).
+
+    Raises:
+        DataError: in `setup`, if `num_classes` differs from the data's number of classes.
     """
 
     def __init__(
@@ -53,11 +59,12 @@ class Task(L.LightningModule, ABC):
         self.class_names: tuple[str, ...] = ()
         self.preprocess: Preprocess | None = None
 
-    def forward(self, images_BCHW: Tensor) -> Any:
+    def forward(self, images_BCHW: Tensor) -> Any:  # logits or detections, depending on the task's network
+        """Run the network on images (B, C, H, W)."""
         return self.network(images_BCHW)
 
     def setup(self, stage: str) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on every Trainer
+        data = datamodule_of(self.trainer)
         self.class_names = tuple(getattr(data, "class_names", ())) or self.class_names
         self.preprocess = getattr(data, "preprocess", None) or self.preprocess
         outputs, count = getattr(self.network, "num_classes", None), len(self.class_names)
@@ -68,29 +75,40 @@ class Task(L.LightningModule, ABC):
                 f"set model.init_args.network.init_args.num_classes: {count}"
             )
 
-    def configure_optimizers(self) -> Any:
-        return optimizing(
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return make_optimizers(
             self, self.optimizer, self.lr_scheduler, lr_interval=self.lr_interval, gamma_lr_factor=self.gamma_lr_factor
         )
 
 
-class NamingTask(Task, ABC):
-    """Train a network to name what an image shows.
+class Prediction(TypedDict):
+    """The result of `predict_step`: paths and class probabilities (B, K)."""
 
-    Logged: `val/…` and `test/…` of loss, accuracy (top-1 over all images), top5, f1 (macro) and calibration_error
-    (expected, 15 bins, Guo et al. 2017, 1706.04599). The confusion matrix of the test (rows: truth) stands in
-    `confusion` afterwards.
+    path: list[str]
+    probability: Tensor
+
+
+class ClassificationTask(Task, ABC):
+    """Train a network to classify images.
+
+    In validation and test, the task logs loss, accuracy (top-1 over all images), top5, f1 (macro) and calibration_error
+    (expected calibration error, 15 bins, Guo et al. 2017, 1706.04599) as `val/…` and `test/…`. A test also sets
+    `confusion`.
 
     Args:
         network: (B, C, H, W) → logits (B, K).
-        label_smoothing: share of the truth that is spread over all classes, in [0, 1).
-        optimization: as `Task`.
+        label_smoothing: fraction of the target that is spread evenly over all classes, in [0, 1) (default: 0).
+        optimization: arguments of `Task`.
+
+    Raises:
+        ValueError: label_smoothing is out of its range.
+        DataError: in `setup`, if neither the data nor the network gives the number of classes.
     """
 
     confusion: Tensor | None = None
-    """(K, K) counts of the last test, rows the truth."""
+    """Confusion matrix of the last test, (K, K) counts; rows are the true classes, columns the predicted ones."""
 
-    def __init__(self, network: nn.Module, *, label_smoothing: float = 0.0, **optimization: Any) -> None:
+    def __init__(self, network: nn.Module, *, label_smoothing: float = 0.0, **optimization: Any) -> None:  # as Task
         super().__init__(network, **optimization)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
@@ -99,17 +117,17 @@ class NamingTask(Task, ABC):
 
     @abstractmethod
     def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
-        """What is minimised, and logged of validation and test; labels (B,) or probabilities (B, K)."""
+        """Return the loss of training and evaluation, given labels (B,) or probabilities (B, K)."""
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         num_classes = len(self.class_names) or getattr(self.network, "num_classes", None)
         if num_classes is None:
             raise DataError(
-                f"neither the data nor {type(self.network).__name__} tells the number of classes; "
+                f"neither the data nor {type(self.network).__name__} gives the number of classes; "
                 "give the data class_names or the network a num_classes"
             )
-        self.prepare(self.trainer.datamodule, num_classes)  # type: ignore[attr-defined]  # Lightning sets it
+        self.prepare(datamodule_of(self.trainer), num_classes)
         scores = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_classes, average="micro"),
@@ -117,41 +135,41 @@ class NamingTask(Task, ABC):
                 "f1": MulticlassF1Score(num_classes, average="macro"),
                 "calibration_error": MulticlassCalibrationError(num_classes, n_bins=15),
             },
-            compute_groups=False,  # it merges metrics that agree on the first batch, as top-1 and top-5 may
+            compute_groups=False,  # groups would merge metrics equal on the first batch, as top-1 and top-5 may be
         )
         self.val_scores = scores.clone(prefix="val/")
         self.test_scores = scores.clone(prefix="test/")
-        # sums over all processes; Lightning's own mean drops halves where an odd number of images falls to two of them
+        # summed over all processes; Lightning's own mean is wrong where two processes share an odd number of images
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.test_confusion = MulticlassConfusionMatrix(num_classes)
 
-    def prepare(self, data: Any, num_classes: int) -> None:
-        """Called before anything runs, with the data module and K."""
+    def prepare(self, data: object, num_classes: int) -> None:
+        """Prepare the task for its data; called by `setup` with the data module and K."""
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._score(batch, self.val_scores, self.val_loss, "val/loss")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits_BK = self._score(batch, self.test_scores, self.test_loss, "test/loss")
         _count(self.test_confusion, logits_BK, batch["label"])
         return logits_BK
 
     def tally(self, name: str, value_B: Tensor) -> None:
-        """Log the mean of a figure over all test images, whichever batches and processes they fall to."""
+        """Log the mean of a per-image value (B,) over all images of the test, from all batches and processes."""
         mean = self._tallies.setdefault(name, MeanMetric().to(self.device))
         mean.update(value_B.sum() / max(1, len(value_B)), weight=len(value_B))
 
     def on_test_epoch_end(self) -> None:
         for name, mean in self._tallies.items():
-            self.log(name, mean.compute(), sync_dist=True)  # the same in every process
+            self.log(name, mean.compute(), sync_dist=True)  # already equal in every process
         self._tallies = {}
         self.confusion = self.test_confusion.compute()
         self.test_confusion.reset()
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+    def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
         return {"path": batch["path"], "probability": self(batch["image"]).softmax(-1)}
 
-    def _score(self, batch: dict[str, Any], scores: MetricCollection, loss: MeanMetric, loss_name: str) -> Tensor:
+    def _score(self, batch: Batch, scores: MetricCollection, loss: MeanMetric, loss_name: str) -> Tensor:
         logits_BK = self(batch["image"])
         labels_B = batch["label"]
         loss.update(self.loss(logits_BK, labels_B) if len(labels_B) else 0.0, weight=len(labels_B))
@@ -163,10 +181,15 @@ class NamingTask(Task, ABC):
 
 
 def _count(score: Metric, logits_BK: Tensor, labels_B: Tensor) -> None:
-    """Update a score; where B is 0, in a process of more than there are images, such that it adds nothing."""
+    """Update a score; an empty batch (of a process without images) initialises the state, but adds nothing to it."""
     if len(labels_B):
         score.update(logits_BK, labels_B)
         return
     score.update(logits_BK.new_zeros(1, logits_BK.shape[1]), labels_B.new_zeros(1))
     for name, state in score.metric_state.items():
         setattr(score, name, [part[:0] for part in state] if isinstance(state, list) else torch.zeros_like(state))
+
+
+def datamodule_of(trainer: L.Trainer) -> object:
+    """Return the data module of a trainer, or None."""
+    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it on every Trainer

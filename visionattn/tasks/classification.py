@@ -12,28 +12,37 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from visionattn.attention import mean_span, spans
+from visionattn.data import Batch
 from visionattn.errors import DataError
-from visionattn.tasks.base import NamingTask
+from visionattn.tasks.base import ClassificationTask
 
 
-class Classification(NamingTask):
-    """Train a network to name what an image shows, by cross-entropy.
+class Classification(ClassificationTask):
+    """Train a network to classify images, by cross-entropy.
 
-    Logged: `train/loss`; `val/…` and `test/…` of loss, accuracy (top-1 over all images), top5, f1 (macro) and
-    calibration_error (expected, 15 bins, Guo et al. 2017, 1706.04599). The confusion matrix of the test (rows: truth)
-    stands in `confusion` afterwards. Where heads have adaptive spans: `span/mean`, and `span/MODULE.HEAD` of each, in
-    patches, after every epoch.
+    The task logs `train/loss`. In validation and test it logs loss, accuracy (top-1 over all images), top5, f1 (macro)
+    and calibration_error (expected calibration error, 15 bins, Guo et al. 2017, 1706.04599) as `val/…` and `test/…`. A
+    test also sets `confusion`, the confusion matrix. If heads have adaptive spans, the task logs `span/mean` and
+    `span/MODULE.HEAD` for each head after every epoch, in patches.
 
     Args:
-        network: (B, C, H, W) → logits (B, K). Where it has a `num_classes`, that is held against the data.
-        class_weights: a weight a class in the loss; `balanced` weighs a class by (images / K) / (its images).
-        mixup: alpha of mixup (Zhang et al. 2018, 1710.09412); 0 is off.
-        cutmix: alpha of CutMix (Yun et al. 2019, 1905.04899); 0 is off. With both on, each batch draws one of them.
-        span_penalty: added to the loss for each patch that heads with adaptive spans reach on average, see
-            `attention.AdaptiveSpan`.
-        optimization: `label_smoothing`, `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, as
-            `NamingTask` and `Task`.
+        network: (B, C, H, W) → logits (B, K). If it has a `num_classes`, this must equal the data's number of classes.
+        class_weights: one weight per class in the loss (default: equal weights); `balanced` weights a class by
+            (images / K) / (its images).
+        mixup: alpha of mixup (Zhang et al. 2018, 1710.09412); 0 disables it (default: 0).
+        cutmix: alpha of CutMix (Yun et al. 2019, 1905.04899); 0 disables it (default: 0). If both are set, each batch
+            uses one of them, drawn at random.
+        span_penalty: added to the loss for each patch of the mean adaptive span, see `attention.AdaptiveSpan`
+            (default: 0).
+        optimization: `label_smoothing`, `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, see
+            `ClassificationTask` and `Task`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        DataError: in `setup`, if the number of class_weights is wrong, or `balanced` finds no class counts.
     """
+
+    _weight_K: Tensor | None  # noqa: N815 - a shape suffix
 
     def __init__(
         self,
@@ -43,7 +52,7 @@ class Classification(NamingTask):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         span_penalty: float = 0.0,
-        **optimization: Any,
+        **optimization: Any,  # the options of ClassificationTask
     ) -> None:
         super().__init__(network, **optimization)
         if min(mixup, cutmix) < 0:
@@ -55,27 +64,28 @@ class Classification(NamingTask):
         self.cutmix = cutmix
         self.span_penalty = span_penalty
 
-    def prepare(self, data: Any, num_classes: int) -> None:
+    def prepare(self, data: object, num_classes: int) -> None:
         self._mixing = self._make_mixing(num_classes)
         self.register_buffer("_weight_K", self._make_weights(data, num_classes), persistent=False)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self.device_mesh is not None:  # no method for all: EMAWeightAveraging warns of whoever has one
-            setattr(self, "configure_model", self._spread)  # noqa: B010 - mypy takes no assignment to a method
+        # set only when needed: EMAWeightAveraging warns about every task that defines configure_model
+        if self.device_mesh is not None:
+            setattr(self, "configure_model", self._spread)  # noqa: B010 - mypy rejects assignments to methods
 
     def _spread(self) -> None:
-        """Spread weights, gradients and moments over processes, as Lightning's ModelParallelStrategy asks for it.
+        """Shard weights, gradients and optimizer states over processes, for Lightning's ModelParallelStrategy.
 
-        By torch's `fully_shard` (Zhao et al. 2023, 2304.11277).
+        torch's `fully_shard` does the sharding (Zhao et al. 2023, 2304.11277).
         """
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         assert self.device_mesh is not None
-        if not isinstance(self.network, FSDPModule):  # Lightning asks again
+        if not isinstance(self.network, FSDPModule):  # Lightning calls the method more than once
             fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images_BCHW, labels = batch["image"], batch["label"]
         if self._mixing is not None:
             images_BCHW, labels = self._mixing(images_BCHW, labels)  # labels become (B, K) probabilities
@@ -92,7 +102,7 @@ class Classification(NamingTask):
             self.log("span/mean", mean.detach(), prog_bar=True)
 
     def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits_BK, labels, weight=self._weight_K, label_smoothing=self.label_smoothing)  # type: ignore[arg-type]
+        return F.cross_entropy(logits_BK, labels, weight=self._weight_K, label_smoothing=self.label_smoothing)
 
     def _make_mixing(self, num_classes: int) -> nn.Module | None:
         mixes = []
@@ -102,7 +112,7 @@ class Classification(NamingTask):
             mixes.append(v2.CutMix(num_classes=num_classes, alpha=self.cutmix))
         return v2.RandomChoice(mixes) if mixes else None
 
-    def _make_weights(self, data: Any, num_classes: int) -> Tensor | None:
+    def _make_weights(self, data: object, num_classes: int) -> Tensor | None:
         if self.class_weights is None:
             return None
         if self.class_weights == "balanced":

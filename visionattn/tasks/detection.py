@@ -5,58 +5,75 @@ Shapes: B batch, C channels, H rows, W columns, N boxes of an image, K classes; 
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visionattn.data.annotations.boxes import visible
-from visionattn.models.detectors.detector import Detections, Detector
+from visionattn.data import Batch, Placement, visible
+from visionattn.models import Detections, Detector
 from visionattn.tasks.base import Task
-from visionattn.tasks.coco_metrics import coco_figures
+from visionattn.tasks.coco_metrics import compute_coco_metrics
 
-Seen = list[tuple[Detections, dict[str, Tensor]]]
-"""Of each image what was found and what is there, in pixels of its source."""
+Scored = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
+"""For each image, its detections and its ground truth, in pixels of the source image."""
+
+
+class Prediction(TypedDict):
+    """The result of `predict_step`: paths, the image IDs of the data set, and detections in source pixels."""
+
+    path: list[str]
+    image_id: list[int]
+    detections: list[Detections]
 
 
 class Detection(Task):
     """Train a detector to find objects.
 
-    Logged: `train/loss`, and each of its terms as `train/loss_…`; `val/…` and `test/…` of COCO's twelve figures (see
-    `FIGURES`), measured in pixels of the source images, and `val/map/<class>`, the average precision of each class.
+    In training, the task logs `train/loss`, and each of its terms as `train/loss_…`. In validation and test it logs
+    COCO's twelve metrics (see `coco_metrics.METRICS`) as `val/…` and `test/…`, and the average precision of each class
+    as `val/map/<class>` and `test/map/<class>`. Boxes are compared in pixels of the source images.
 
     Args:
-        network: a `Detector`. Its `num_classes` is held against the data.
-        sizes: train at these sizes of the longer side, in pixels, one drawn a batch from (seed, step); None trains at
-            the size of the data. Multiples of the coarsest stride, 32, are best.
-        seed: of the sizes.
-        optimization: `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, as `Task`.
+        network: a `Detector`. Its `num_classes` must equal the data's number of classes.
+        sizes: sizes of the longer side in training, in pixels (default: the size of the data). Each batch is resized to
+            one of them; the choice depends on (seed, step). Use multiples of the coarsest stride, 32.
+        seed: random seed for the choice of sizes (default: 0).
+        optimization: `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, see `Task`.
+
+    Raises:
+        ValueError: a size is less than 32.
     """
 
     network: Detector
     monitor = "val/map"
-    """What the best checkpoint is best in."""
+    """The metric that selects the best checkpoint."""
 
     def __init__(
-        self, network: Detector, *, sizes: Sequence[int] | None = None, seed: int = 0, **optimization: Any
+        self,
+        network: Detector,
+        *,
+        sizes: Sequence[int] | None = None,
+        seed: int = 0,
+        **optimization: Any,  # the options of Task
     ) -> None:
         super().__init__(network, **optimization)
         if sizes is not None and (not sizes or min(sizes) < 32):
             raise ValueError(f"sizes must be at least 32 pixels each, got {sizes}")
         self.sizes = sizes
         self.seed = seed
-        self._seen: Seen = []
+        self._scored: Scored = []
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._seen = []
+        self._scored = []
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images_BCHW, boxes = self._resized(batch["image"], batch["boxes"])
-        wanted = [~crowd for crowd in batch["crowd"]]
-        boxes = [some[keep] for some, keep in zip(boxes, wanted, strict=True)]
-        labels = [some[keep] for some, keep in zip(batch["labels"], wanted, strict=True)]
+        keep = [~crowd_N for crowd_N in batch["crowd"]]
+        boxes = [boxes_N4[keep_N] for boxes_N4, keep_N in zip(boxes, keep, strict=True)]
+        labels = [labels_N[keep_N] for labels_N, keep_N in zip(batch["labels"], keep, strict=True)]
         terms = self.network.losses(images_BCHW, boxes, labels)
         loss = torch.stack(list(terms.values())).sum()
         for name, term in terms.items():
@@ -64,11 +81,11 @@ class Detection(Task):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images_BCHW))
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._look(batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._collect(batch)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._look(batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._collect(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log("val")
@@ -76,35 +93,40 @@ class Detection(Task):
     def on_test_epoch_end(self) -> None:
         self._log("test")
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        found = self._find(batch)
-        return {"path": batch["path"], "image_id": batch["image_id"].tolist(), "detections": found}
+    def predict_step(self, batch: Batch, batch_idx: int) -> Prediction:
+        return {"path": batch["path"], "image_id": batch["image_id"].tolist(), "detections": self._detect(batch)}
 
-    def _find(self, batch: dict[str, Any]) -> list[Detections]:
-        """Detect, in pixels of the sources; of a batch without an image, as a process may get, nothing."""
+    def _detect(self, batch: Batch) -> list[Detections]:
+        """Return detections in pixels of the source images; an empty batch (of a process without images) gives []."""
         return to_source(self(batch["image"]), batch["placement"]) if len(batch["image"]) else []
 
-    def _look(self, batch: dict[str, Any]) -> None:
+    def _collect(self, batch: Batch) -> None:
+        """Keep detections and truth of a batch until the end of the epoch."""
         truth = [
             {"boxes": boxes_to_source(boxes, placement), "labels": labels, "iscrowd": crowd.int(), "area": area}
             for boxes, labels, crowd, area, placement in zip(
                 batch["boxes"], batch["labels"], batch["crowd"], batch["area"], batch["placement"], strict=True
             )
         ]
-        found = [{name: some[name] for name in ("boxes", "scores", "labels")} for some in self._find(batch)]
-        self._seen += zip(found, map(_on_cpu, truth), strict=True)
+        detections = [
+            {"boxes": image["boxes"], "scores": image["scores"], "labels": image["labels"]}
+            for image in self._detect(batch)
+        ]
+        self._scored += zip(detections, map(_on_cpu, truth), strict=True)
 
     def _log(self, split: str) -> None:
-        seen = gathered(self._seen, self.trainer.world_size)
-        self._seen = []
-        figures, by_class = coco_figures([found for found, _ in seen], [truth for _, truth in seen])
-        everywhere: dict[str, Any] = {"sync_dist": True}  # the same in every process
-        for name, value in figures.items():
+        scored = gathered(self._scored, self.trainer.world_size)
+        self._scored = []
+        metrics, by_class = compute_coco_metrics(
+            [detections for detections, _ in scored], [truth for _, truth in scored]
+        )
+        # sync_dist silences a warning; the values are already equal in every process
+        for name, value in metrics.items():
             shown = name == "map" and split == "val"
-            self.log(f"{split}/{name}", self._number(value), prog_bar=shown, **everywhere)
+            self.log(f"{split}/{name}", self._number(value), prog_bar=shown, sync_dist=True)
         names = self.class_names or tuple(map(str, range(self.network.num_classes)))
         for label, value in by_class.items():
-            self.log(f"{split}/map/{names[label]}", self._number(value), **everywhere)
+            self.log(f"{split}/map/{names[label]}", self._number(value), sync_dist=True)
 
     def _number(self, value: float) -> Tensor:
         return torch.tensor(value, dtype=torch.float32, device=self.device)
@@ -117,33 +139,38 @@ class Detection(Task):
         height, width = images_BCHW.shape[2:]
         new_h, new_w = (max(32, round(side * longer / max(height, width))) for side in (height, width))
         scale = images_BCHW.new_tensor([new_w / width, new_h / height, new_w / width, new_h / height])
-        smooth = {"mode": "bilinear", "antialias": True, "align_corners": False}
-        return F.interpolate(images_BCHW, size=(new_h, new_w), **smooth), [some * scale for some in boxes]  # type: ignore[arg-type]
+        images_BCHW = F.interpolate(
+            images_BCHW, size=(new_h, new_w), mode="bilinear", antialias=True, align_corners=False
+        )
+        return images_BCHW, [boxes_N4 * scale for boxes_N4 in boxes]
 
 
-def gathered(seen: Seen, world_size: int) -> Seen:
-    """Join what processes have seen of which each took every n-th image, in the data's order; the same in each."""
+def gathered(scored: Scored, world_size: int) -> Scored:
+    """Gather the images of all processes in the order of the data set; every process gets the same result.
+
+    Each of the n processes holds every n-th image.
+    """
     if world_size == 1:
-        return seen
-    parts: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(parts, seen)
-    return [one for some in itertools.zip_longest(*parts) for one in some if one is not None]
+        return scored
+    parts: list[Scored] = [[] for _ in range(world_size)]
+    torch.distributed.all_gather_object(parts, scored)
+    return [image for images in itertools.zip_longest(*parts) for image in images if image is not None]
 
 
-def to_source(found: Sequence[Detections], placements: Sequence[Any]) -> list[Detections]:
-    """Carry detections to the CPU and the pixels of their source images; those in the padding alone are left out."""
-    carried = []
-    for some, placement in zip(map(_on_cpu, found), placements, strict=True):
-        boxes_N4 = boxes_to_source(some["boxes"], placement)
-        seen_N = torch.from_numpy(visible(boxes_N4.numpy()))
-        carried.append({name: value[seen_N] for name, value in {**some, "boxes": boxes_N4}.items()})
-    return carried
+def to_source(detections: Sequence[Detections], placements: Sequence[Placement]) -> list[Detections]:
+    """Move detections to the CPU and convert them to source pixels; boxes entirely in the padding are left out."""
+    mapped = []
+    for image, placement in zip(map(_on_cpu, detections), placements, strict=True):
+        boxes_N4 = boxes_to_source(image["boxes"], placement)
+        keep_N = torch.from_numpy(visible(boxes_N4.numpy()))
+        mapped.append({name: value[keep_N] for name, value in {**image, "boxes": boxes_N4}.items()})
+    return mapped
 
 
-def boxes_to_source(boxes_N4: Tensor, placement: Any) -> Tensor:
-    """Carry boxes of an input to the CPU and the pixels of its source."""
+def boxes_to_source(boxes_N4: Tensor, placement: Placement) -> Tensor:
+    """Move (N, 4) xyxy boxes to the CPU and convert them from input pixels to source pixels."""
     return torch.from_numpy(placement.boxes_to_source(boxes_N4.detach().cpu().double().numpy())).float()
 
 
-def _on_cpu(some: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in some.items()}
+def _on_cpu(image: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in image.items()}

@@ -1,4 +1,4 @@
-"""Classification by glimpses: cross-entropy for what is seen, REINFORCE for where to look.
+"""Classification by glimpses: cross-entropy trains the classifier, REINFORCE trains the policy over locations.
 
 Shapes: B batch, C channels, H rows, W columns, K classes, R rollouts, T glimpses, t choices of a location.
 """
@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.models.glimpse_network import GlimpseNetwork, Look, Rollout
+from visionattn.data import Batch
+from visionattn.models import GlimpseNetwork, LocationMode, Rollout
 from visionattn.tasks import reinforce
-from visionattn.tasks.base import NamingTask
+from visionattn.tasks.base import ClassificationTask
 
 Reward = Literal["correct", "log_likelihood", "confidence_gain"]
 Baseline = Literal["none", "moving_average", "batch_mean", "learned", "self_critical", "leave_one_out"]
@@ -22,42 +23,48 @@ _REWARDS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "log_likelihood": reinforce.log_likelihood,
     "confidence_gain": reinforce.confidence_gain,
 }
-_CORNER = 0.8
-_KEPT = 0.99  # of the moving average, a step
-_AVERAGED = 10  # rollouts whose probabilities are averaged, as public results are
+_CORNER = 0.8  # |x| and |y| above which a location counts as a corner
+_DECAY = 0.99  # of the moving average, per step
+_AVERAGED = 10  # rollouts whose probabilities are averaged in the test
 
 
-class GlimpseClassification(NamingTask):
-    """Train a glimpse network to name what an image shows (Mnih et al. 2014, 1406.6247).
+class GlimpseClassification(ClassificationTask):
+    """Train a glimpse network to classify images (Mnih et al. 2014, 1406.6247).
 
         loss = NLL + reinforce_weight · (− Σ_t log π(l_t) · (G_t − b_t)) + (b_t − G_t)²  [learned] − entropy_weight · H
 
-    The NLL does not reach the policy, and the policy's loss reaches nothing else; a learned baseline gets its own loss
-    only. With a `pathwise` policy there is no REINFORCE term: the gradient comes through the location.
+    The NLL does not train the policy, and the policy's loss trains only the policy. A learned baseline is trained only
+    by its own loss. The exception is a `pathwise` policy: it has no REINFORCE term, and the gradient of the NLL reaches
+    it through the location.
 
-    Logged while training: `train/loss`, `reward`, and of the policy `entropy` (nats, a choice), `clipped` (share of
-    actions outside the image), `corners` (share of locations with |x| and |y| > 0.8), `gradient_variance` and
-    `gradient_snr` (of the policy's outputs; see `reinforce.gradient_noise`).
+    In training, the task logs `train/loss` and `train/reward`. For the policy it also logs `train/entropy` (nats per
+    choice), `train/clipped` (fraction of actions outside the image), `train/corners` (fraction of locations with |x|
+    and |y| > 0.8), and `train/gradient_variance` and `train/gradient_snr` (of the gradient at the policy's outputs; see
+    `reinforce.gradient_noise`).
 
-    Validation and test score the mean policy. The test also scores sampled locations, once (`accuracy_sampled`) and
-    with the probabilities of 10 rollouts averaged (`accuracy_sampled_10`), two controls, random locations and the
-    centre only (`accuracy_random`, `accuracy_centre`), and the mean policy after each glimpse (`accuracy_after_1` …).
-    Where the data knows the objects' boxes, `fixations_on_object` is the share of the locations that the mean policy
-    chose that lie in them, and `fixations_random` that of random ones.
+    Validation and test score the mean policy. The test also scores sampled locations, with one rollout
+    (`accuracy_sampled`) and with the probabilities of 10 rollouts averaged (`accuracy_sampled_10`); two controls,
+    random locations and the centre alone (`accuracy_random`, `accuracy_centre`); and the mean policy after each glimpse
+    (`accuracy_after_1` …). If the data has boxes of the objects, `fixations_on_object` is the fraction of the mean
+    policy's chosen locations inside the boxes, and `fixations_random` that of random locations.
 
     Args:
         network: a glimpse network.
-        rollouts: R, of every image in training.
-        reward: what a rollout earns; see `reinforce`.
-        baseline: what is subtracted from it: the mean over the `batch_mean`'s other rollouts, the mean over the same
-            image's others (`leave_one_out`, needs rollouts ≥ 2), a `moving_average` over steps, a linear map of the
-            state (`learned`), the reward of the mean policy (`self_critical`), or nothing.
-        reinforce_weight: of the policy's loss.
-        entropy_weight: of a bonus for entropy.
-        every_glimpse: share of the NLL that is its mean over all glimpses rather than that of the last, in [0, 1]; with
-            it the network may be stopped early.
-        optimization: `label_smoothing`, `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, as
-            `NamingTask` and `Task`.
+        rollouts: R, rollouts per image in training (default: 2).
+        reward: how a rollout is rewarded, see `reinforce` (default: correct).
+        baseline: subtracted from the reward (default: leave_one_out): the mean over all other rollouts of the batch
+            (`batch_mean`), the mean over the other rollouts of the same image (`leave_one_out`, needs rollouts ≥ 2), a
+            `moving_average` over steps, a linear map of the state (`learned`), the reward of the mean policy
+            (`self_critical`), or nothing (`none`).
+        reinforce_weight: factor of the policy's loss (default: 1).
+        entropy_weight: factor of the entropy bonus (default: 0).
+        every_glimpse: weight w in NLL = (1 − w) · (NLL after the last glimpse) + w · (mean NLL over all glimpses), in
+            [0, 1] (default: 0). With w > 0, the network can be stopped early.
+        optimization: `label_smoothing`, `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, see
+            `ClassificationTask` and `Task`.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     network: GlimpseNetwork
@@ -73,7 +80,7 @@ class GlimpseClassification(NamingTask):
         reinforce_weight: float = 1.0,
         entropy_weight: float = 0.0,
         every_glimpse: float = 0.0,
-        **optimization: Any,
+        **optimization: Any,  # the options of ClassificationTask
     ) -> None:
         super().__init__(network, **optimization)
         if rollouts < 1 or (baseline == "leave_one_out" and rollouts < 2):
@@ -92,56 +99,58 @@ class GlimpseClassification(NamingTask):
     def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits_BK, labels, label_smoothing=self.label_smoothing)
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         steps = max(1, int(self.trainer.estimated_stepping_batches) - 1)
         self.network.policy.progress(min(1.0, self.global_step / steps))
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images_BCHW, label_B = batch["image"], batch["label"]
         rollout = self.network.rollout(images_BCHW, rollouts=self.rollouts)
-        loss = self._seen(rollout, label_B)
+        loss = self._classification_loss(rollout, label_B)
         logged = {"train/loss": loss.detach()}
         if rollout.log_prob.shape[-1] and not self.network.policy.pathwise:
             policy_loss, value_loss, logged["train/reward"] = self.policy_terms(batch, rollout)
             if self._logs_now():
-                logged |= self._noise(policy_loss, rollout)
+                logged |= self._gradient_noise(policy_loss, rollout)
             loss = loss + self.reinforce_weight * policy_loss + value_loss
         if self.entropy_weight:
             loss = loss - self.entropy_weight * rollout.entropy.sum(-1).mean()
         if self._logs_now():
-            logged |= self._habits(rollout)
+            logged |= self._policy_statistics(rollout)
         self.log_dict(logged, batch_size=len(label_B))
         return loss
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images_BCHW, label_B = batch["image"], batch["label"]
-        mean = self.network.rollout(images_BCHW, look="mean")
+        mean = self.network.rollout(images_BCHW, locations="mean")
         logits_BTK = mean.logits[:, 0]
-        looks: tuple[tuple[str, Look, int], ...] = (
+        looks: tuple[tuple[str, LocationMode, int], ...] = (
             ("sampled", "sample", 1),
             (f"sampled_{_AVERAGED}", "sample", _AVERAGED),
             ("random", "random", 1),
             ("centre", "centre", 1),
         )
         answers = {f"after_{turn + 1}": logits_BTK[:, turn] for turn in range(logits_BTK.shape[1])}
-        for name, look, rollouts in looks:
-            rollout = self.network.rollout(images_BCHW, look=look, rollouts=rollouts)
+        for name, locations, rollouts in looks:
+            rollout = self.network.rollout(images_BCHW, locations=locations, rollouts=rollouts)
             answers[name] = rollout.logits[:, :, -1].softmax(-1).mean(1)
-            if look == "random" and "box" in batch and rollout.log_prob.shape[-1]:
-                for figure, one in (("on_object", mean), ("random", rollout)):
-                    share = on_object(one, batch["box"], (images_BCHW.shape[-2], images_BCHW.shape[-1])).mean()
-                    self.log(f"test/fixations_{figure}", share, batch_size=len(label_B), on_epoch=True, sync_dist=True)
+            if locations == "random" and "box" in batch and rollout.log_prob.shape[-1]:
+                for metric, located in (("on_object", mean), ("random", rollout)):
+                    fraction = on_object(located, batch["box"], (images_BCHW.shape[-2], images_BCHW.shape[-1])).mean()
+                    self.log(
+                        f"test/fixations_{metric}", fraction, batch_size=len(label_B), on_epoch=True, sync_dist=True
+                    )
         for name, answer_BK in answers.items():
             self.tally(f"test/accuracy_{name}", (answer_BK.argmax(-1) == label_B).float())
         return super().test_step(batch, batch_idx)
 
-    def policy_terms(self, batch: dict[str, Any], rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-        """The policy's loss, that of a learned baseline, and the mean reward, of a rollout of a batch."""
+    def policy_terms(self, batch: Batch, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the policy's loss, the loss of a learned baseline, and the mean reward, for a rollout of a batch."""
         returns_BRt = _REWARDS[self.reward](rollout.logits.detach(), batch["label"], rollout.log_prob.shape[-1])
         baseline_BRt, value_loss = self._baseline(batch, rollout, returns_BRt)
         return reinforce.policy_loss(rollout.log_prob, returns_BRt - baseline_BRt), value_loss, returns_BRt.mean()
 
-    def _seen(self, rollout: Rollout, label_B: Tensor) -> Tensor:
+    def _classification_loss(self, rollout: Rollout, label_B: Tensor) -> Tensor:
         logits_BRTK = rollout.logits
         batch, rollouts, glimpses, _ = logits_BRTK.shape
         label_BRT = label_B[:, None, None].expand(batch, rollouts, glimpses)
@@ -150,40 +159,41 @@ class GlimpseClassification(NamingTask):
             return last
         return torch.lerp(last, self.loss(logits_BRTK.flatten(0, 2), label_BRT.flatten()), self.every_glimpse)
 
-    def _baseline(self, batch: dict[str, Any], rollout: Rollout, returns_BRt: Tensor) -> tuple[Tensor, Tensor]:
-        """What is subtracted from the returns, and the loss of what is learned for it."""
-        nothing = returns_BRt.new_zeros(())
+    def _baseline(self, batch: Batch, rollout: Rollout, returns_BRt: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the baseline, which is subtracted from the returns, and the loss that trains it."""
+        no_loss = returns_BRt.new_zeros(())
         match self.baseline:
             case "none":
-                return torch.zeros_like(returns_BRt), nothing
+                return torch.zeros_like(returns_BRt), no_loss
             case "batch_mean":
-                return reinforce.batch_mean(returns_BRt), nothing
+                return reinforce.batch_mean(returns_BRt), no_loss
             case "leave_one_out":
-                return reinforce.leave_one_out(returns_BRt), nothing
+                return reinforce.leave_one_out(returns_BRt), no_loss
             case "moving_average":
-                before = self.average.clone()  # of earlier steps only, so that it does not depend on this one
-                self.average.lerp_(returns_BRt.mean(), 1 - _KEPT)
-                return before.expand_as(returns_BRt), nothing
+                before = self.average.clone()  # of earlier steps only, so that it is independent of this step
+                self.average.lerp_(returns_BRt.mean(), 1 - _DECAY)
+                return before.expand_as(returns_BRt), no_loss
             case "self_critical":
                 with torch.no_grad():
-                    logits_BRTK = self.network.rollout(batch["image"], look="mean").logits
+                    logits_BRTK = self.network.rollout(batch["image"], locations="mean").logits
                 earned_B1t = _REWARDS[self.reward](logits_BRTK, batch["label"], returns_BRt.shape[-1])
-                return earned_B1t.expand_as(returns_BRt), nothing
+                return earned_B1t.expand_as(returns_BRt), no_loss
             case "learned":
                 assert self.value is not None
                 value_BRt = self.value(rollout.state).squeeze(-1)
                 return value_BRt.detach(), F.mse_loss(value_BRt, returns_BRt)
 
     def _logs_now(self) -> bool:
-        return self.trainer.fast_dev_run or self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        trainer: Any = self.trainer  # Lightning's stubs lack both attributes
+        return bool(trainer.fast_dev_run) or self.global_step % trainer.log_every_n_steps == 0
 
-    def _noise(self, policy_loss: Tensor, rollout: Rollout) -> dict[str, Tensor]:
+    def _gradient_noise(self, policy_loss: Tensor, rollout: Rollout) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(policy_loss, rollout.parameters, retain_graph=True)
-        # the loss is a mean over rollouts, and each one's parameters take part in its own term only
+        # the loss is a mean over rollouts, and the parameters of each rollout occur in its own term only
         variance, ratio = reinforce.gradient_noise(torch.cat(gradients, 1) * len(gradients[0]))
         return {"train/gradient_variance": variance, "train/gradient_snr": ratio}
 
-    def _habits(self, rollout: Rollout) -> dict[str, Tensor]:
+    def _policy_statistics(self, rollout: Rollout) -> dict[str, Tensor]:
         if not rollout.log_prob.shape[-1]:
             return {}
         chosen = rollout.location[:, :, -rollout.log_prob.shape[-1] :]
@@ -195,9 +205,12 @@ class GlimpseClassification(NamingTask):
 
 
 def on_object(rollout: Rollout, box_B4: Tensor, size: tuple[int, int]) -> Tensor:
-    """Share of the locations that were chosen (B,) that lie in each image's box, xyxy in pixels of images (H, W)."""
+    """Return for each image the fraction of chosen locations inside its box: (B,).
+
+    Boxes are xyxy in pixels; `size` is the (H, W) of the images.
+    """
     chosen_BRt2 = rollout.location[:, :, -rollout.log_prob.shape[-1] :]
-    # −1 and 1 are the centres of the outermost pixels, and pixel 0 begins at 0
+    # −1 and 1 are the centres of the outermost pixels; pixel 0 covers [0, 1)
     sides_2 = chosen_BRt2.new_tensor([size[1], size[0]])
     place_BRt2 = (chosen_BRt2 + 1) / 2 * (sides_2 - 1) + 0.5
     low_B112, high_B112 = box_B4[:, None, None, :2], box_B4[:, None, None, 2:]

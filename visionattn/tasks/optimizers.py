@@ -1,29 +1,30 @@
-"""Optimizer and schedule of a task, from what its config chose."""
+"""Make the optimizer and the learning-rate schedule of a task from its configuration."""
 
 import inspect
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 
 from visionattn.attention import optimizer_for
 from visionattn.errors import UsageError
 
 
-def optimizing(
+def make_optimizers(
     task: L.LightningModule,
     optimizer: OptimizerCallable | None,
     lr_scheduler: LRSchedulerCallable | None,
     *,
     lr_interval: Literal["epoch", "step"],
     gamma_lr_factor: float,
-) -> Any:
-    """Make what `configure_optimizers` returns; the arguments are those of `Classification`.
+) -> OptimizerLRScheduler:
+    """Return the value of `configure_optimizers`; the arguments are those of `Task`.
 
     Raises:
-        UsageError: the trainer would refuse it in its first step.
+        UsageError: gradient clipping is combined with a fused optimizer in mixed precision, which the trainer refuses.
     """
     made = optimizer_for(task, optimizer or partial(torch.optim.AdamW, lr=1e-3), gamma_lr_factor=gamma_lr_factor)
     mixed = task.trainer.precision in ("16-mixed", "bf16-mixed")
@@ -34,11 +35,13 @@ def optimizing(
         )
     if lr_scheduler is None:
         return made
-    asked = {name: parameter.default for name, parameter in inspect.signature(lr_scheduler).parameters.items()}
-    asked |= getattr(lr_scheduler, "keywords", {})  # all that YAML's parser shows of what it made
-    if "total_steps" in asked and asked["total_steps"] is None and asked.get("epochs") is None:
+    settings = {name: parameter.default for name, parameter in inspect.signature(lr_scheduler).parameters.items()}
+    settings |= getattr(lr_scheduler, "keywords", {})  # the YAML parser's partial hides its values from the signature
+    schedule: LRSchedulerConfigType
+    if "total_steps" in settings and settings["total_steps"] is None and settings.get("epochs") is None:
         steps = int(task.trainer.estimated_stepping_batches)
-        schedule = {"scheduler": lr_scheduler(made, total_steps=steps), "interval": "step"}  # type: ignore[call-arg]
+        scheduler = lr_scheduler(made, total_steps=steps)  # type: ignore[call-arg]  # checked above
+        schedule = {"scheduler": scheduler, "interval": "step"}
     else:
         schedule = {"scheduler": lr_scheduler(made), "interval": lr_interval}
     if isinstance(schedule["scheduler"], ReduceLROnPlateau):

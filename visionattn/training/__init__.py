@@ -1,4 +1,4 @@
-"""Running trainings: the command line's Lightning verbs, checkpoints, and the callbacks that Lightning lacks."""
+"""Training runs: the Lightning verbs of the command line, checkpoints, exact resume, and callbacks."""
 
 import lazy_loader
 

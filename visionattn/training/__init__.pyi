@@ -4,5 +4,8 @@ from .callbacks.report import TestReport as TestReport
 from .callbacks.span_pictures import DrawSpans as DrawSpans
 from .checkpoints import export as export
 from .checkpoints import load as load
+from .command import parser_of as parser_of
+from .command import run_verb as run_verb
+from .data_of import data_of as data_of
 from .publishing import push as push
-from .third_party_warnings import quieten as quieten
+from .third_party_warnings import silence_third_party_warnings as silence_third_party_warnings

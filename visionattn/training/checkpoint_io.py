@@ -1,12 +1,11 @@
-"""Checkpoints that a kill, a full disk or a power cut cannot spoil.
+"""Write checkpoints atomically, so that a kill, a full disk or a power cut cannot damage them.
 
-Lightning stages checkpoints in the system's folder for temporary files. Where that is another file system, the move is
-a copy, and a process that dies in the middle of it leaves half a checkpoint, and the one before is gone.
+Lightning writes a checkpoint into the system's folder for temporary files and then moves it. On another file system the
+move is a copy: a process that dies during the copy leaves an incomplete checkpoint and has lost the earlier one.
 """
 
 import os
 from functools import partial
-from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -15,10 +14,15 @@ from visionattn.files import write_file
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, written by `files.write_file`: whatever happens, a whole one stands under the name."""
+    """Lightning's checkpoints, written by `files.write_file`: the name always belongs to a complete checkpoint."""
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: "str | os.PathLike[str]", storage_options: Any | None = None
+        self, checkpoint: dict[str, object], path: "str | os.PathLike[str]", storage_options: object = None
     ) -> None:
+        """Write a checkpoint and create its folder.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         write_file(path, partial(torch.save, checkpoint))

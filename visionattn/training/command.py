@@ -1,5 +1,5 @@
-"""The verbs fit, validate, test and predict: Lightning's own command line, with runs in their place and its traps
-closed."""
+"""The verbs fit, validate, test and predict: Lightning's command line with numbered run folders, safe checkpoints and
+errors of one sentence."""
 
 import atexit
 import errno
@@ -22,45 +22,50 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, Namespa
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from visionattn.data.loading.batches import ImageData
+from visionattn.data import ImageData
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.files import write_file
 from visionattn.training.callbacks.metrics_file import MetricsFile
-from visionattn.training.callbacks.nan_guard import BestCheckpoint, FiniteLoss
+from visionattn.training.callbacks.nan_guard import BestCheckpoint, NaNGuard
 from visionattn.training.callbacks.overlay_samples import OverlaySamples
 from visionattn.training.callbacks.predictions import WritePredictions
 from visionattn.training.callbacks.report import TestReport
+from visionattn.training.callbacks.run_files import is_dev_run
 from visionattn.training.callbacks.span_pictures import DrawSpans
 from visionattn.training.checkpoint_io import DurableCheckpointIO
-from visionattn.training.checkpoints import Describe, check_against
+from visionattn.training.checkpoints import DescribeCheckpoint, check_against
 from visionattn.training.config_errors import explain
 from visionattn.training.resume import Resume
 from visionattn.training.run_folders import _HELD, _RUN, RUNS, _lock, _new_run, _rank, _versions
-from visionattn.training.third_party_warnings import quieten
+from visionattn.training.third_party_warnings import silence_third_party_warnings
 
 UNTRAINED = "untrained"
 ACCURACY = "val/accuracy"
 Built = TypeVar("Built")
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_SECTIONS: dict[str, Any] = {
+_SECTIONS: dict[str, Callable[..., object]] = {
     "trainer": L.Trainer,
     "checkpoint": BestCheckpoint,
     "resume": Resume,
-    "finite_loss": FiniteLoss,
+    "nan_guard": NaNGuard,
     "overlays": OverlaySamples,
     "report": TestReport,
     **dict.fromkeys(("model", "data", "name", "seed_everything", "test_after_fit", "ckpt_path", "config"), dict),
 }
 
 
-def run(verb: str, arguments: Sequence[str]) -> None:
+def run_verb(verb: str, arguments: Sequence[str]) -> None:
     """Run one of Lightning's verbs.
+
+    Args:
+        verb: fit, validate, test or predict.
+        arguments: the command line after the verb.
 
     Raises:
         UsageError: the configuration or a flag is wrong.
         DataError: a file, folder or checkpoint cannot be used.
     """
-    quieten()
+    silence_third_party_warnings()
     try:
         _call_lightning([verb, *find_configs(arguments)])
     except ArgumentError as error:
@@ -75,8 +80,8 @@ def run(verb: str, arguments: Sequence[str]) -> None:
 
 
 def parser_of(verb: str) -> ArgumentParser:
-    """Build the parser of one of Lightning's verbs, and run nothing."""
-    quieten()
+    """Build the parser of one of Lightning's verbs, without running the verb."""
+    silence_third_party_warnings()
     subcommands = capture_parser(_call_lightning, [verb])._subcommands_action
     assert subcommands is not None
     return subcommands.choices[verb]
@@ -98,8 +103,16 @@ def _call_lightning(arguments: list[str]) -> None:
 
 
 def find_configs(arguments: Sequence[str]) -> list[str]:
-    """Take `configs/…` from the package where the current folder has no such file, so that an installed package runs
-    them."""
+    """Replace each `configs/…` that the current folder lacks by the file in the package.
+
+    So an installed package runs the shipped configs from any folder.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        UsageError: the package has no such config either.
+    """
     found = []
     expects_file = False
     for argument in arguments:
@@ -118,7 +131,7 @@ def _shipped(path: str) -> str:
     if os.path.exists(path) or not path.startswith("configs/"):
         return path
     package = Path(__file__).parents[1]
-    for home in (package, package.parent):  # installed from a wheel; installed in place
+    for home in (package, package.parent):  # of a wheel; of a checkout
         if (home / path).is_file():
             return str(home / path)
     names = [
@@ -130,14 +143,13 @@ def _shipped(path: str) -> str:
 
 
 class Command(LightningCLI):
-    """LightningCLI whose runs live under runs/<name>/<version>/ and whose checkpoints never overrule the command
-    line."""
+    """LightningCLI that writes a run into runs/<name>/<version>/; checkpoints never override the command line."""
 
     run_folder: Path | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--name", type=str | None, default=None, help="Folder of the run under runs/; the config's name by default."
+            "--name", type=str | None, default=None, help="Folder of the run under runs/; null for the config's name."
         )
         parser.add_argument(
             "--test_after_fit",
@@ -155,7 +167,7 @@ class Command(LightningCLI):
             }
         )
         parser.add_lightning_class_args(Resume, "resume")
-        parser.add_lightning_class_args(FiniteLoss, "finite_loss")
+        parser.add_lightning_class_args(NaNGuard, "nan_guard")
         parser.add_lightning_class_args(OverlaySamples, "overlays")
         parser.add_lightning_class_args(TestReport, "report")
 
@@ -165,7 +177,7 @@ class Command(LightningCLI):
         options = self.config[verb]
         options.name = options.name or _name_of(options.get("config"))
         if verb == "predict" and options.return_predictions is None:
-            options.return_predictions = False  # they are written, and millions need not be kept
+            options.return_predictions = False  # a callback writes them, so memory need not hold them
         self._check_checkpoint(verb, options)
 
     def _check_checkpoint(self, verb: str, options: Namespace) -> None:
@@ -174,8 +186,8 @@ class Command(LightningCLI):
             return
         if path is None:
             raise UsageError(
-                f"{verb} needs trained weights: --ckpt_path FILE, or --ckpt_path {UNTRAINED} "
-                "to run with the weights as they are built"
+                f"{verb} needs trained weights: give --ckpt_path FILE, or --ckpt_path {UNTRAINED} "
+                "to run with the initial weights"
             )
         if path == UNTRAINED:
             options.ckpt_path = None
@@ -192,14 +204,19 @@ class Command(LightningCLI):
         check_against(path, self._plain_config(options)["model"], training=verb == "fit")
 
     def _newest(self, verb: str, name: str, file: str) -> str | None:
-        """The checkpoint of the newest run of a name that has one; a training without one begins anew."""
+        """Return the checkpoint of the newest run that has one; None starts a new training.
+
+        Raises:
+            UsageError: no run has one, and the verb is not fit.
+        """
         folders = [Path(os.environ[_RUN])] if _RUN in os.environ else reversed(_versions(name))
         found = next((folder / file for folder in folders if (folder / file).is_file()), None)
         if found is None and verb != "fit":
             raise UsageError(f"no run in {RUNS / name}/ has a {file}; give the file: --ckpt_path FILE")
         if _rank() == 0:
-            say = "begins anew: no run of this name has a checkpoint" if found is None else str(found)
-            print(f"--ckpt_path {file.removesuffix('.ckpt')}: {say}", file=sys.stderr)
+            fresh = "starts a new training, because no run of this name has a checkpoint"
+            source = fresh if found is None else str(found)
+            print(f"--ckpt_path {file.removesuffix('.ckpt')}: {source}", file=sys.stderr)
         if found is not None and verb == "fit":
             self.run_folder = found.parent
         return None if found is None else str(found)
@@ -209,18 +226,18 @@ class Command(LightningCLI):
         text = parser.dump(options, skip_none=False, format="yaml", skip_validation=True)
         if lost := re.search(r"^ *(\S+): Unable to serialize instance", text, re.M):
             raise UsageError(
-                f"{lost[1]} cannot be written into config.yaml and checkpoints as it is; annotate it with one type, "
-                "not with a union of a callable and a list of them"
+                f"{lost[1]} cannot be written into config.yaml and checkpoints; annotate the parameter with one type "
+                "instead of a union of a callable and a list of callables"
             )
         return yaml.safe_load(text)
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.config.subcommand]
-        if options.checkpoint.monitor == ACCURACY:  # a task may name another figure
+        if options.checkpoint.monitor == ACCURACY:  # a task may set another metric by its attribute `monitor`
             module, _, name = options.model.class_path.rpartition(".")
             task = getattr(importlib.import_module(module), name)
             options.checkpoint.monitor = getattr(task, "monitor", ACCURACY)
-        if options.trainer.fast_dev_run:  # a rehearsal leaves nothing behind
+        if options.trainer.fast_dev_run:  # leaves no files
             folder = tempfile.mkdtemp()
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
         else:
@@ -228,21 +245,21 @@ class Command(LightningCLI):
             os.environ[_RUN] = folder = str(self.run_folder)
             if self.config.subcommand == "fit" and _rank() == 0:
                 _lock(self.run_folder)
-        given = options.trainer.logger
-        self.at_home = [  # W&B would write into the current folder
+        loggers = options.trainer.logger
+        self.redirected = [  # W&B would write into the current folder
             logger.init_args
-            for logger in (given if isinstance(given, list) else [given])
+            for logger in (loggers if isinstance(loggers, list) else [loggers])
             if str(getattr(logger, "class_path", "")).endswith(".WandbLogger") and logger.init_args.save_dir == "."
         ]
-        for arguments in self.at_home:
+        for arguments in self.redirected:
             arguments.save_dir = folder
         options.trainer.default_root_dir = options.trainer.default_root_dir or folder
         options.checkpoint.dirpath = options.checkpoint.dirpath or folder
 
     def instantiate_classes(self) -> None:
         built(super().instantiate_classes)
-        for arguments in self.at_home:
-            arguments.save_dir = "."  # as the config said: of another run of it, the folder is another
+        for arguments in self.redirected:
+            arguments.save_dir = "."  # restored for the saved config, since the next run has another folder
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         options = self.config[self.config.subcommand]
@@ -258,7 +275,7 @@ class Command(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, DurableCheckpointIO()]
-        extra: list[Callback] = [Describe(self._plain_config(options)["model"]), DrawSpans()]
+        extra: list[Callback] = [DescribeCheckpoint(self._plain_config(options)["model"]), DrawSpans()]
         if self.config.subcommand == "predict":
             extra.append(WritePredictions())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
@@ -268,16 +285,17 @@ class Command(LightningCLI):
     def before_fit(self) -> None:
         if self._get(self.config, "test_after_fit") and isinstance(self.datamodule, ImageData):
             self.datamodule.prepare_data()
-            self.datamodule.setup("test")  # where there is nothing to test on, that is told before the training
+            self.datamodule.setup("test")  # a missing test split is reported before the training, not after
 
     def after_fit(self) -> None:
         if self._get(self.config, "test_after_fit"):
             checkpoint = self._get(self.config_init, "checkpoint")
-            # a training that ended before its first validation has no best weights, and those that it has are tested
-            best = (not self.trainer.fast_dev_run and checkpoint.best_model_path) or None  # type: ignore[attr-defined]
-            # Lightning's would put back the weights that were averaged, not their average, for it goes on training
-            callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-            self.trainer.callbacks = [one for one in callbacks if not isinstance(one, WeightAveraging)]  # type: ignore[attr-defined]
+            # a training that ended before its first validation has no best checkpoint: its current weights are tested
+            best = (not is_dev_run(self.trainer) and checkpoint.best_model_path) or None
+            # WeightAveraging would restore the weights of the last step in place of their average
+            callbacks: list[Callback] = vars(self.trainer)["callbacks"]
+            kept = [callback for callback in callbacks if not isinstance(callback, WeightAveraging)]
+            vars(self.trainer)["callbacks"] = kept
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True, verbose=False)
         self._say_where()
 
@@ -299,9 +317,9 @@ class Command(LightningCLI):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Write the resolved config into the run's folder, whichever loggers there are."""
+    """Write the resolved config into the run's folder, independently of the loggers."""
 
-    def __init__(self, parser: Any, config: Any, *, folder: Path | None) -> None:
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *, folder: Path | None) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
         self.folder = folder
 
@@ -312,15 +330,22 @@ class _SaveConfig(SaveConfigCallback):
 
 
 def built(build: Callable[[], Built]) -> Built:
-    """Call what builds the objects of a config; of an error, tell what the class itself said."""
+    """Call a function that builds the objects of a config.
+
+    Args:
+        build: the function.
+
+    Raises:
+        UsageError, DataError: the class's own error message, without the lines that jsonargparse adds.
+    """
     try:
         return build()
     except (TypeError, ValueError) as error:
-        root: BaseException = error  # jsonargparse tells of every type it tried; the class's own words lie at the root
+        root: BaseException = error  # jsonargparse wraps the error of the class in one for every type that it tried
         while root.__cause__ is not None:
             root = root.__cause__
         raise (root if isinstance(root, (UsageError, DataError)) else UsageError(str(root))) from error
 
 
-def _name_of(configs: Sequence[Any] | None) -> str:
+def _name_of(configs: Sequence[object] | None) -> str:
     return Path(str(configs[-1])).stem if configs else "unnamed"

@@ -1,10 +1,9 @@
-"""What jsonargparse says of a wrong config, in one sentence with the nearest right name."""
+"""Explain a wrong config in one sentence with the nearest valid name, from jsonargparse's message."""
 
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 from visionattn.errors import nearest
 
@@ -14,7 +13,7 @@ _UNKNOWN = re.compile(
 )
 _NO_MEMBER = re.compile(
     r"module '(?P<module>[^']+)' has no attribute '(?P<name>[^']+)'|No module named '(?P<missing>[^']+)'|"
-    r"No (?P<face>[\w.]+) attribute (?P<lazy>\w+)"  # lazy_loader's words for a package's public face
+    r"No (?P<face>[\w.]+) attribute (?P<lazy>\w+)"  # lazy_loader's message for a missing public name of a package
 )
 _WRONG_VALUE = re.compile(r"(?:Expected an? (?P<type>.+?)\. Got value: (?P<value>.*))")
 _WRONG_UNION = re.compile(r"- Expected an? (?P<type>.+)\n(?:.*\n)*?\s*Given value: (?P<value>.*)")
@@ -22,19 +21,21 @@ _KEY = re.compile(r"Parser key \"(?P<key>[^\"]+)\"")
 _CLASS = re.compile(r"(?:Problem with given class_path '(?P<a>[^']+)'|Got value: Namespace\(class_path='(?P<b>[^']+)')")
 
 
-def explain(message: str, sections: Mapping[str, Any]) -> str:
-    """Turn jsonargparse's account of a wrong config into one sentence.
+def explain(message: str, sections: Mapping[str, Callable[..., object]]) -> str:
+    """Turn jsonargparse's message about a wrong config into one sentence.
 
     Args:
-        message: the account, over several lines.
-        sections: the parts of a config that are no choice of class, with the class behind each: `{"trainer": Trainer,
-            …}`.
+        message: of jsonargparse, several lines.
+        sections: section of a config → its class, for the sections whose class is fixed: `{"trainer": Trainer, …}`.
+
+    Returns:
+        The sentence; where the message names a wrong option, class or module, with the nearest valid names.
     """
     place = ".".join(match["key"] for match in _KEY.finditer(message))
     classes = [match["a"] or match["b"] for match in _CLASS.finditer(message)]
     if match := _last(_UNKNOWN, message):
         name = match["a"] or match["b"] or match["c"]
-        if not match["a"]:  # outside of any class_path
+        if not match["a"]:  # the option is in no class_path
             section, _, rest = name.partition(".")
             known = _arguments(sections[section]) if section in sections and rest else sections
             return f"the config has no option {name}.{_nearest_in(rest or section, section if rest else '', known)}"
@@ -53,7 +54,7 @@ def explain(message: str, sections: Mapping[str, Any]) -> str:
     if "File does not exist" in message:
         return (
             f"there is no config {message.split(':')[-1].strip()}; "
-            "the shipped ones are configs/quickstart.yaml and its neighbours"
+            "the shipped configs are configs/quickstart.yaml and its neighbours"
         )
     if "arguments are required" in message or "is required" in message:
         return f"{message.splitlines()[0]}; give a config with them: --config FILE, e.g. configs/quickstart.yaml"
@@ -62,7 +63,7 @@ def explain(message: str, sections: Mapping[str, Any]) -> str:
 
 
 def _reason(lines: list[str]) -> str:
-    """The innermost complaint of a nested account."""
+    """Return the innermost line of a nested message."""
     inner = [
         line.lstrip("- ")
         for line in lines[1:]
@@ -77,11 +78,12 @@ def _nearest_in(name: str, prefix: str, known: Iterable[str]) -> str:
     return re.sub(r"(?<=[ ])(?=[a-z_]+[,.])", f"{prefix}.", found) if prefix and found else found
 
 
-def _arguments(found: Any) -> list[str]:
-    return list(inspect.signature(found).parameters) if found is not None else []
+def _arguments(found: object) -> list[str]:
+    return list(inspect.signature(found).parameters) if callable(found) else []
 
 
-def _find(path: str) -> Any:
+def _find(path: str) -> object:
+    """Import a module or a member of one; None if there is none."""
     module, _, name = path.rpartition(".")
     for home, member in ((path, None), (module, name)):
         try:

@@ -1,7 +1,6 @@
-"""The data of a config, without a trainer."""
+"""Build the data module of a config, without a trainer."""
 
 import os
-from typing import Any
 
 import lightning as L
 import yaml
@@ -10,20 +9,21 @@ from jsonargparse import ArgumentError, ArgumentParser
 from visionattn.errors import UsageError
 from visionattn.training.command import built, find_configs
 from visionattn.training.config_errors import explain
-from visionattn.training.third_party_warnings import quieten
+from visionattn.training.third_party_warnings import silence_third_party_warnings
 
 
 def data_of(config: str) -> L.LightningDataModule:
-    """Build what the `data` section of a config describes, as the Lightning verbs do.
+    """Build the data module from the `data` section of a config, as the verbs fit, validate, test and predict do.
 
     Args:
-        config: a YAML file, as a run's `config.yaml`; `configs/…` are found in the package too.
+        config: path of a YAML file, e.g. the `config.yaml` of a run. If the current folder lacks a file `configs/…`,
+            the file in the installed package is used.
 
     Raises:
-        UsageError: there is no such file, it is no YAML, it has no data section, or the section is wrong.
-        DataError: the data that it describes cannot be used.
+        UsageError: the file does not exist, is not valid YAML, or has no `data` section or a wrong one.
+        DataError: the data cannot be used.
     """
-    quieten()
+    silence_third_party_warnings()
     _, path = find_configs(["--config", config])
     if not os.path.isfile(path):
         raise UsageError(f"there is no config {config}")
@@ -40,5 +40,6 @@ def data_of(config: str) -> L.LightningDataModule:
         options = parser.parse_object({"data": content["data"]})
     except ArgumentError as error:
         raise UsageError(explain(str(error), {"data": dict})) from error
-    data: Any = built(lambda: parser.instantiate_classes(options)).data
+    data = built(lambda: parser.instantiate_classes(options)).data
+    assert isinstance(data, L.LightningDataModule)
     return data

@@ -1,18 +1,15 @@
-"""Models on the Hugging Face hub: weights as safetensors, what they are as JSON, a card with results and an overlay.
+"""Download models from the Hugging Face hub.
 
-Nothing that is loaded from there is unpickled, and only classes of trusted packages are built, as of any checkpoint.
+Weights are .safetensors files, so nothing is unpickled, and only classes of trusted packages are built, as from any
+checkpoint.
 """
 
 import re
-from typing import TYPE_CHECKING
 
 from visionattn.errors import DataError, UsageError
 
-if TYPE_CHECKING:
-    pass
-
 PREFIX = "hf://"
-"""What a name on the hub begins with: `hf://owner/name`, or `hf://owner/name@revision`."""
+"""Prefix of the names of models on the hub: `hf://owner/name`, or `hf://owner/name@revision`."""
 
 WEIGHTS = "model.safetensors"
 
@@ -20,14 +17,17 @@ _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def fetch(name: str) -> str:
-    """Bring the weights of a model on the hub onto this machine, or find them there; returns the file.
+    """Download the weights of a model from the hub, unless they are in the local cache.
 
     Args:
         name: `hf://owner/name` or `hf://owner/name@revision`.
 
+    Returns:
+        The path of the .safetensors file.
+
     Raises:
-        UsageError: this is no such name.
-        DataError: the hub does not give the file.
+        UsageError: the name is malformed.
+        DataError: the download fails.
     """
     repo, _, revision = name.removeprefix(PREFIX).partition("@")
     _check_name(repo)
@@ -36,7 +36,7 @@ def fetch(name: str) -> str:
     try:
         return str(hf_hub_download(repo_id=repo, filename=WEIGHTS, revision=revision or None))
     except Exception as error:
-        raise DataError(f"{name} could not be had from the hub: {_first_line(error)}") from error
+        raise DataError(f"{name} could not be downloaded from the hub: {_first_line(error)}") from error
 
 
 def _check_name(repo: str) -> None:

@@ -1,4 +1,4 @@
-"""Put a model on the Hugging Face hub: weights as safetensors, a description as JSON, and a card with results."""
+"""Upload a model to the Hugging Face hub: weights as safetensors, a description as JSON, and a card with results."""
 
 import csv
 import io
@@ -8,20 +8,18 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from visionattn.errors import DataError, UsageError
 from visionattn.files import write_file
 from visionattn.training.hub import PREFIX, WEIGHTS, _check_name, _first_line
 
-if TYPE_CHECKING:
-    pass
-
-
-_TASKS = {"Classification": "image-classification", "GlimpseClassification": "image-classification"}
-
-
-_TASKS["Detection"] = "object-detection"
+_TASKS = {
+    "Classification": "image-classification",
+    "GlimpseClassification": "image-classification",
+    "Detection": "object-detection",
+}
+"""Task → its tag on the hub."""
 
 
 def push(
@@ -32,22 +30,22 @@ def push(
     private: bool = True,
     token: str | None = None,
 ) -> str:
-    """Put the model of a checkpoint on the hub.
+    """Upload the model of a checkpoint to the hub.
 
     Args:
-        path: a .ckpt of a run, or a .safetensors that `visionattn export` made of it. Results are those of `test.csv`
-            beside it.
-        repo: `owner/name`; made if there is none.
-        picture: an image whose overlay the card shows; by default the run's own `overlays/test.png`.
-        private: of a repository that is made here.
-        token: of the hub; by default that of `hf auth login`.
+        path: a .ckpt of a run, or a .safetensors written by `visionattn export`. The card shows the results in the
+            `test.csv` of the same folder, if there is one.
+        repo: `owner/name`; the repository is created if it is missing.
+        picture: an image; the card shows its overlay. Default: the run's `overlays/test.png`, unchanged.
+        private: whether a newly created repository is private.
+        token: of the hub. Default: the one of `hf auth login`.
 
     Returns:
         The address of the repository.
 
     Raises:
-        UsageError: the name is none, or there is nothing for the card to show.
-        DataError: the checkpoint or the picture cannot be read, or the hub refuses.
+        UsageError: the name is malformed, or there is no picture for the card.
+        DataError: the checkpoint or the picture cannot be read, or the upload fails.
     """
     _check_name(repo)
     from huggingface_hub import HfApi
@@ -58,8 +56,8 @@ def push(
         try:
             address = api.create_repo(repo_id=repo, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message="visionattn push")
-        except Exception as error:  # the hub's client has many kinds
-            raise DataError(f"{repo} cannot be put on the hub: {_first_line(error)}") from error
+        except Exception as error:  # the hub's client raises many kinds
+            raise DataError(f"{repo} cannot be uploaded to the hub: {_first_line(error)}") from error
     return str(address)
 
 
@@ -70,12 +68,12 @@ def write_folder(
     *,
     picture: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write what `push` uploads: `model.safetensors`, `config.json`, `README.md` and `overlay.png`.
+    """Write the files that `push` uploads: `model.safetensors`, `config.json`, `README.md` and `overlay.png`.
 
     Args:
         path, picture: as `push`.
-        folder: an existing one.
-        repo: for the card.
+        folder: must exist.
+        repo: name of the repository, for the card.
 
     Raises:
         UsageError, DataError: as `push`.
@@ -95,10 +93,10 @@ def _overlay(weights: Path, run: Path, picture: str | os.PathLike[str] | None) -
     if picture is None:
         if not own.is_file():
             raise UsageError(
-                f"the card shows an overlay, and there is no {own}; test the run, or name a picture to make one of"
+                f"the card shows an overlay, and there is no {own}; test the run, or give a picture for an overlay"
             )
         return own.read_bytes()
-    from visionattn.overlays.heatmaps import overlay
+    from visionattn.overlays import overlay
     from visionattn.training import checkpoints
 
     buffer = io.BytesIO()
@@ -107,7 +105,7 @@ def _overlay(weights: Path, run: Path, picture: str | os.PathLike[str] | None) -
 
 
 def _results(path: Path) -> list[tuple[str, float]]:
-    """The figures of a test, where there was one."""
+    """Return the metrics of a test.csv; empty if there is no such file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -156,5 +154,5 @@ def _network(entry: Mapping[str, Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that cannot become markup."""
+    """Return text without the characters that Markdown interprets."""
     return re.sub(r"[^\w .,:;()/+@%-]", " ", str(text))

@@ -1,4 +1,4 @@
-"""The policies against torch's and SciPy's distributions."""
+"""Test the policies against torch's and SciPy's distributions."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def stirred_policy(kind, **options):
 
 
 def moments(policy, states):
-    """Mean before the squeeze and standard deviation, as the docstrings say."""
+    """Return the mean before tanh and the standard deviation, from the docstrings' equations."""
     parameters = policy.layers(states)
     std = policy.std.expand(len(states), 2)
     if policy.learned_std:
@@ -32,7 +32,7 @@ def moments(policy, states):
 
 
 @pytest.mark.parametrize("options", [{"std": 0.3}, {"std": 0.3, "learned_std": True}, {"hidden_features": 5}], ids=str)
-def test_gaussian_log_probs_are_those_before_the_clamp(options):
+def test_gaussian_log_prob_is_that_of_the_unclamped_action(options):
     policy = stirred_policy(Gaussian, **options)
     mean, std = moments(policy, STATES)
     independent = D.Independent(D.Normal(mean.tanh(), std), 1)
@@ -44,12 +44,12 @@ def test_gaussian_log_probs_are_those_before_the_clamp(options):
     torch.testing.assert_close(choice.log_prob, independent.log_prob(action))
     torch.testing.assert_close(choice.entropy, independent.entropy())
     assert torch.equal(choice.clipped, (action.abs() > 1).any(-1))
-    assert choice.clipped.any() or options != {"std": 0.3}  # so that the clamp took part
+    assert choice.clipped.any() or options != {"std": 0.3}  # so that the clamp has an effect
     torch.testing.assert_close(policy(STATES, greedy=True).location, mean.tanh())
 
 
 @pytest.mark.parametrize("options", [{"std": 0.7}, {"std": 0.05}, {"std": 0.7, "learned_std": True}], ids=str)
-def test_truncated_gaussians_are_scipys(options):
+def test_truncated_gaussian_matches_scipy(options):
     policy = stirred_policy(TruncatedGaussian, **options)
     mean, std = (part.detach().numpy() for part in moments(policy, STATES))
     mean = np.tanh(mean)
@@ -67,14 +67,14 @@ def test_truncated_gaussians_are_scipys(options):
         assert scipy.stats.kstest(many[:, axis], one.cdf).pvalue > 1e-3
 
 
-def test_tanh_gaussians_count_the_squeeze():
+def test_tanh_gaussian_corrects_the_density_for_tanh():
     policy = stirred_policy(TanhGaussian, std=0.6)
     mean, std = moments(policy, STATES)
     squeezed = D.TransformedDistribution(D.Normal(mean, std), D.TanhTransform())
     choice = policy(STATES)
     torch.testing.assert_close(choice.log_prob, squeezed.log_prob(choice.location).sum(-1))
     many = policy(STATES[:1].expand(40_000, 3))
-    error = (many.log_prob + many.entropy).std() / 200  # the entropy is E[−log p], sample by sample here
+    error = (many.log_prob + many.entropy).std() / 200  # the entropy is E[−log p]; here it is estimated per sample
     assert abs((-many.log_prob).mean() - many.entropy.mean()) < 5 * error
     far = TanhGaussian(3, std=0.6).double()
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_tanh_gaussians_count_the_squeeze():
     assert far(STATES).log_prob.isfinite().all()
 
 
-def test_categorical_cells_are_torchs_and_lie_on_the_grid():
+def test_categorical_matches_torch_and_its_cells_form_the_grid():
     policy = stirred_policy(Categorical, grid=(2, 3))
     centres = [(x, y) for y in (-0.5, 0.5) for x in (-2 / 3, 0.0, 2 / 3)]
     logits = policy.layers(STATES)
@@ -98,7 +98,7 @@ def test_categorical_cells_are_torchs_and_lie_on_the_grid():
 
 
 @pytest.mark.parametrize("pathwise", [False, True])
-def test_categorical_draws_are_fair(pathwise):
+def test_categorical_samples_have_the_right_frequencies(pathwise):
     policy = stirred_policy(Categorical, grid=2, pathwise=pathwise)
     locations = policy(STATES[:1].expand(8000, 3)).location.detach()
     cells = (locations[:, 1] > 0) * 2 + (locations[:, 0] > 0)
@@ -107,7 +107,7 @@ def test_categorical_draws_are_fair(pathwise):
 
 
 @pytest.mark.parametrize("kind", [Gaussian, TruncatedGaussian, TanhGaussian, Categorical])
-def test_the_location_has_a_gradient_only_where_it_is_asked_for(kind):
+def test_location_has_a_gradient_only_if_pathwise(kind):
     options = {} if kind is Categorical else {"std": 0.1}
     assert not stirred_policy(kind, **options)(STATES).location.requires_grad
     choice = stirred_policy(kind, pathwise=True, **options)(STATES)
@@ -118,7 +118,7 @@ def test_the_location_has_a_gradient_only_where_it_is_asked_for(kind):
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in policy.parameters())
 
 
-def test_a_scheduled_std_falls_geometrically():
+def test_scheduled_std_decreases_geometrically():
     policy = Gaussian(3, std=(0.4, 0.1))
     for share, std in ((0.0, 0.4), (0.5, 0.2), (1.0, 0.1)):
         policy.progress(share)
@@ -128,7 +128,7 @@ def test_a_scheduled_std_falls_geometrically():
     assert fixed.std.item() == pytest.approx(0.3)
 
 
-def test_what_a_policy_cannot_be_is_said():
+def test_invalid_policy_arguments_raise():
     refuses(ValueError, "std must be > 0", Gaussian, 3, std=0.0)
-    refuses(ValueError, "either scheduled or learned", Gaussian, 3, std=(0.3, 0.1), learned_std=True)
+    refuses(ValueError, "scheduled or learned, not both", Gaussian, 3, std=(0.3, 0.1), learned_std=True)
     refuses(ValueError, "grid must be", Categorical, 3, grid=0)

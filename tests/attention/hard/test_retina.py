@@ -1,10 +1,11 @@
-"""The retina against loops over pixels."""
+"""Test the retina against loops over pixels."""
 
 import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from visionattn.attention import Retina
 from visionattn.errors import UsageError
@@ -15,10 +16,12 @@ GEOMETRIES = [  # H, W, C, patch, scales, factor
     (12, 7, 3, (1, 1), 1, 2),
     (1, 1, 1, (2, 2), 2, 2),
 ]
+WIDTH = 20
+RAMP = torch.arange(float(WIDTH)).expand(1, 1, 5, WIDTH)
 
 
 def by_pixels(image, location, retina, background):
-    """What a retina sees at one location of one image, pixel by pixel; between blocks of pixels it interpolates."""
+    """Compute the patches at one location of one image, pixel by pixel, with interpolation between blocks of pixels."""
     channels, *size = image.shape
     out = torch.zeros(retina.scales, channels, *retina.patch_size, dtype=image.dtype)
 
@@ -32,7 +35,7 @@ def by_pixels(image, location, retina, background):
             centre = (float(location[1 - axis]) + 1) / 2 * (size[axis] - 1)
             start = centre - (f * retina.patch_size[axis] - 1) / 2
             starts.append(start / f if retina.subpixel else math.floor(start + 0.5))
-        unit = f if retina.subpixel else 1  # pixels between the blocks that are interpolated
+        unit = f if retina.subpixel else 1  # distance in pixels between the blocks to interpolate
         (top, down), (left, right) = ((math.floor(start), start - math.floor(start)) for start in starts)
         for c, i, j in itertools.product(range(channels), *map(range, retina.patch_size)):
             for dy, dx in itertools.product((0, 1), (0, 1)):
@@ -45,7 +48,7 @@ def by_pixels(image, location, retina, background):
 
 
 def places(count, seed=0):
-    """Locations of two images: corners of the image, outside of it, and anywhere."""
+    """Return locations for two images: corners of the image, outside the image, and random ones."""
     locations = torch.rand(2, count, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     locations[0, :3] = torch.tensor([[-1.0, 1.0], [1.0, -1.0], [1.5, -3.0]])
     return locations
@@ -53,7 +56,7 @@ def places(count, seed=0):
 
 @pytest.mark.parametrize("subpixel", [False, True])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_a_retina_sees_what_a_loop_over_pixels_sees(geometry, subpixel):
+def test_retina_matches_a_loop_over_pixels(geometry, subpixel):
     height, width, channels, patch, scales, factor = geometry
     images = torch.randn(2, channels, height, width, dtype=torch.float64)
     locations = places(5)
@@ -71,13 +74,13 @@ def test_plus_and_minus_one_are_the_centres_of_the_outermost_pixels(patch):
     image = torch.zeros(1, 1, 6, 9)
     image[0, 0, 0, 0], image[0, 0, 5, 8] = 1, 2
     seen = Retina(patch)(image, torch.tensor([[[-1.0, -1.0], [1.0, 1.0]]]))[0, :, 0, 0]
-    middle = (patch - 1) // 2  # an even patch has no middle pixel: half a pixel is rounded up, to its lower right
+    middle = (patch - 1) // 2  # an even patch has no central pixel: half pixels are rounded up, to the lower right
     assert seen[0, middle, middle] == 1
     assert seen[1, middle, middle] == 2
     assert seen.sum() == 3
 
 
-def test_between_pixels_is_exact_where_no_rounding_is_needed():
+def test_subpixel_retina_is_exact_at_whole_pixels():
     images = torch.randn(1, 2, 11, 11, dtype=torch.float64)
     locations = torch.tensor([[[-1.0, 0.4], [0.0, 0.0], [1.0, -0.2]]], dtype=torch.float64)  # whole pixels
     for patch in (1, 3, 5):
@@ -85,7 +88,7 @@ def test_between_pixels_is_exact_where_no_rounding_is_needed():
         torch.testing.assert_close(exact, between)
 
 
-def test_looking_between_pixels_has_the_gradient_of_finite_differences():
+def test_subpixel_gradient_matches_finite_differences():
     images = torch.randn(1, 2, 6, 5, dtype=torch.float64, requires_grad=True)
     locations = torch.tensor([[[0.13, -0.37], [-0.71, 0.59]]], dtype=torch.float64, requires_grad=True)
     retina = Retina((2, 3), scales=2, subpixel=True)
@@ -94,8 +97,8 @@ def test_looking_between_pixels_has_the_gradient_of_finite_differences():
     assert torch.autograd.grad(exact.sum(), locations, allow_unused=True)[0] is None
 
 
-def test_the_boxes_are_what_was_seen():
-    """Every patch is the box's part of the image: one bright pixel is in a patch exactly where it lies in the box."""
+def test_boxes_are_the_pixels_of_the_patches():
+    """Each patch is the part of the image in its box: a bright pixel is in a patch exactly if it is in the box."""
     retina = Retina((3, 2), scales=3)
     for y, x in itertools.product(range(7), range(10)):
         image = torch.zeros(1, 1, 7, 10)
@@ -106,7 +109,31 @@ def test_the_boxes_are_what_was_seen():
         assert torch.equal(retina(image, locations)[0].flatten(2).sum(-1) > 0, inside)
 
 
-def test_a_view_is_used_for_many_looks_and_types():
+def test_a_patch_of_even_size_covers_one_pixel_more_after_the_location():
+    columns = torch.arange(32.0).expand(1, 1, 32, 32)
+    patch = Retina(8)(columns, torch.full((1, 1, 2), 2 * 10 / 31 - 1))
+    assert patch[0, 0, 0, 0, 0].tolist() == [7, 8, 9, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (lambda u: F.grid_sample(RAMP, u, align_corners=False), lambda u: u * WIDTH / (WIDTH - 1)),
+        (lambda u: F.grid_sample(RAMP, u, align_corners=True), lambda u: u),
+    ],
+    ids=["edges", "centres"],
+)
+def test_locations_of_other_code_are_converted_as_the_readme_says(theirs, ours):
+    """Each pixel's value is its column, so the value read at a location shows the column of that location."""
+    u = torch.linspace(-0.9, 0.9, 11)
+    grid = torch.stack([u, torch.zeros(11)], -1)[None, None]
+    locations = torch.stack([ours(u), torch.zeros(11)], -1)[None]
+    seen = Retina(1, subpixel=True)(RAMP, locations).flatten()
+    torch.testing.assert_close(seen, theirs(grid).flatten())
+    torch.testing.assert_close(seen, (ours(u) + 1) / 2 * (WIDTH - 1))
+
+
+def test_one_view_serves_many_looks_and_dtypes():
     images, locations = torch.randn(2, 3, 8, 8), places(4).float()
     retina = Retina(3, scales=2)
     view = retina.view(images)
@@ -119,7 +146,7 @@ def test_a_view_is_used_for_many_looks_and_types():
 
 
 @pytest.mark.parametrize("subpixel", [False, True])
-def test_a_retina_compiles_and_exports_in_one_piece(subpixel):
+def test_retina_compiles_in_one_graph_and_exports(subpixel):
     images, locations = torch.randn(2, 3, 9, 8), places(4).float()
     retina = Retina(4, scales=2, subpixel=subpixel)
     compiled = torch.compile(retina, fullgraph=True, backend="eager")
@@ -128,7 +155,7 @@ def test_a_retina_compiles_and_exports_in_one_piece(subpixel):
     torch.testing.assert_close(exported(images, locations), retina(images, locations))
 
 
-def test_what_a_retina_cannot_be_is_said():
+def test_invalid_retina_arguments_raise():
     for options in ({"patch_size": 0}, {"patch_size": 3, "scales": 0}, {"patch_size": 3, "factor": 1}):
         with pytest.raises(ValueError, match="a retina needs"):
             Retina(**options)

@@ -1,10 +1,10 @@
-"""Into which backbones `insert` works: the table in COVERAGE.md, made by
+"""Test `insert` on many backbones, and write the table in COVERAGE.md:
 
     python -m tests.attention.insertion.coverage
 
-One small member of every family of timm, smaller still where only its size differs, and models of torchvision. CBAM
-goes after every stage, with γ = 0. Weights are random, those that start at zero too: else nothing before them would
-count.
+The backbones are one small model of every family of timm, reduced further where only its size changes, and models of
+torchvision. CBAM is inserted after every stage, with γ = 0. All weights are random, including those that are initially
+zero, since a zero weight would hide the modules before it.
 """
 
 import copy
@@ -24,7 +24,7 @@ from visionattn.errors import UsageError
 
 TABLE = Path(__file__).with_name("COVERAGE.md")
 
-MEMBERS = {  # timm family: member, image size where not its own, and what makes it smaller
+MEMBERS = {  # timm family: model, image size unless the default, and options that make it smaller
     **ATTENDING,
     "byoanet": ("botnet26t_256", None, {}),
     "convmixer": ("convmixer_768_32", 112, {}),
@@ -60,14 +60,14 @@ OTHERS = {  # models of torchvision, and the size of their images
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """One row of the table."""
 
     family: str
     member: str
     places: str
-    same: bool  # outputs, bit for bit, by plain weights that were loaded strictly
+    same: bool  # equal outputs, bit by bit, after strict loading of plain weights
     learns: bool  # gradients of every γ, and of every mechanism after one step
-    restored: bool  # state dict there and back; remove() gives the module tree, the keys and the outputs of before
+    restored: bool  # state dict round trip; remove() restores the module tree, the keys and the outputs
     reason: str = ""
 
     @property
@@ -76,7 +76,7 @@ class Row(NamedTuple):
 
 
 def look_at_family(family: str) -> Row:
-    """Insert into a timm family's member."""
+    """Insert into a model of a timm family."""
     member, size, options = MEMBERS[family]
     model = timm.create_model(member, **options)
     return look(family, member, model, size or model.default_cfg["input_size"][-1])
@@ -88,7 +88,7 @@ def look_at_other(member: str) -> Row:
 
 
 def look(family: str, member: str, model: nn.Module, size: int) -> Row:
-    """Insert CBAM after every stage, and hold the model against one without."""
+    """Insert CBAM after every stage, and compare the model with one without CBAM."""
     torch.manual_seed(0)
     image = torch.randn(2, 3, size, size)
     stir(model, image)
@@ -134,7 +134,7 @@ def look(family: str, member: str, model: nn.Module, size: int) -> Row:
 
 
 def learn(model: nn.Module, parts: list[nn.Module], image: torch.Tensor) -> bool:
-    """Whether γ has a gradient at first, and after one step the mechanism too."""
+    """Return whether γ has a gradient at first, and whether the mechanism has one after one step."""
 
     def backward() -> None:
         model.zero_grad()
@@ -145,7 +145,7 @@ def learn(model: nn.Module, parts: list[nn.Module], image: torch.Tensor) -> bool
     closed = all(not p.grad.any() for part in parts for p in part.mechanism.parameters() if p.grad is not None)
     torch.optim.SGD([part.gamma for part in parts], lr=1.0).step()
     with torch.no_grad():
-        for part in parts:  # whatever the size of the gradient was
+        for part in parts:  # independent of the size of the gradient
             part.gamma.copy_(part.gamma.sign() * 0.1)
     backward()
     learns = all(
@@ -156,8 +156,10 @@ def learn(model: nn.Module, parts: list[nn.Module], image: torch.Tensor) -> bool
 
 
 def stir(model: nn.Module, image: torch.Tensor) -> None:
-    """Give weights that are zero a little noise, and batch normalisations the statistics of this image: a random
-    inception_v3 grows its activations to 1e21."""
+    """Add noise to zero weights, and set the statistics of batch normalisations from this image.
+
+    Without these statistics the activations of a random inception_v3 reach 1e21.
+    """
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -174,13 +176,12 @@ def stir(model: nn.Module, image: torch.Tensor) -> None:
 
 
 def answers_of(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
-    """All tensors that a model returns in evaluation mode, without what it kept from another run: timm's tables of
-    biases."""
+    """Return all tensors that a model returns in evaluation mode, without cached state (timm's tables of biases)."""
     return tensors(model.train().eval()(image))
 
 
 def tensors(output: object) -> list[torch.Tensor]:
-    """All tensors of an output."""
+    """Return all tensors in an output."""
     if isinstance(output, torch.Tensor):
         return [output]
     values = output.values() if isinstance(output, dict) else output
@@ -192,17 +193,17 @@ def table(rows: list[Row]) -> str:
     families = [row for row in rows if row.family in MEMBERS]
     covered = [row for row in families if row.covered]
     lines = [
-        "# Into which backbones a mechanism can be inserted",
+        "# Backbones into which a mechanism can be inserted",
         "",
-        f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}. Made by "
-        "`python -m tests.attention.insertion.coverage`; see there how members were chosen.",
+        f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}. Written by "
+        "`python -m tests.attention.insertion.coverage`, which also says how the models were chosen.",
         "",
-        f"**{len(covered)} of {len(families)} timm families ({100 * len(covered) / len(families):.0f} %)** take CBAM "
-        "after every stage: plain weights load strictly, the outputs do not move by a bit, γ has a gradient at once "
-        "and the mechanism after a step, the weights survive a state dict, and `remove()` gives back the network as it "
-        "was. Places that do not matter for the output are left out: after the last block of a ViT whose class token "
-        "is read, between the blocks of SelecSLS, which hand lists on, where EfficientViM gives a map on unused. Of "
-        "Hiera's tokens only those of the last stage lie in rows.",
+        f"**{len(covered)} of {len(families)} timm families ({100 * len(covered) / len(families):.0f} %)** accept CBAM "
+        "after every stage: plain weights load strictly, the outputs are equal bit by bit, γ has a gradient in the "
+        "first step and the mechanism in the second, the weights survive a state dict, and `remove()` restores the "
+        "network. Modules that do not affect the output are left out: those after the last block of a ViT whose class "
+        "token is read, those between the blocks of SelecSLS, which pass lists, and those whose map EfficientViM does "
+        "not use. Of Hiera's tokens only those of the last stage are in row order.",
         "",
         "| family | member | after which module, channels × rows × columns | outputs equal | learns | restored |",
         "|---|---|---|---|---|---|",

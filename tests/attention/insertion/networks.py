@@ -1,4 +1,4 @@
-"""Networks that mechanisms are inserted into, and mechanisms that leave a mark."""
+"""Networks for tests of insertion, and mechanisms with a visible effect."""
 
 import pytest
 import timm
@@ -10,7 +10,7 @@ from visionattn.errors import UsageError
 
 
 class Blocks(nn.Module):
-    """A network of one's own: frames around stages, and rectangular kernels."""
+    """A custom network with wrappers around its stages and rectangular kernels."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Blocks(nn.Module):
 def resnet(seed=0, **options):
     torch.manual_seed(seed)
     model = timm.create_model("resnet18", zero_init_last=False, **options).eval()
-    model.pretrained_cfg["input_size"] = (3, 64, 64)  # so that it is measured quickly
+    model.pretrained_cfg["input_size"] = (3, 64, 64)  # so that measuring is fast
     return model
 
 

@@ -1,4 +1,4 @@
-"""Insertion against networks that have the mechanism in the same place, and as users use it."""
+"""Test insertion against networks with the same built-in mechanism, and in typical use."""
 
 import copy
 import pickle
@@ -26,7 +26,7 @@ def opened(inserted, value=0.5):
             part.gamma.fill_(value)
 
 
-def test_se_at_the_branches_of_a_resnet_is_timms_seresnet():
+def test_se_at_branches_of_a_resnet_equals_timms_seresnet():
     torch.manual_seed(0)
     peer = timm.create_model("seresnet18", zero_init_last=False).eval()
     model = resnet()
@@ -42,7 +42,7 @@ def test_se_at_the_branches_of_a_resnet_is_timms_seresnet():
 
 
 @pytest.mark.parametrize("preserve", [True, False])
-def test_after_the_stages_of_a_resnet_by_hand(preserve):
+def test_insertion_after_resnet_stages_matches_a_manual_forward(preserve):
     model = resnet()
     inserted = insert(model, small_cbam, preserve=preserve)
     assert list(inserted.places) == ["layer1", "layer2", "layer3", "layer4"]
@@ -59,7 +59,7 @@ def test_after_the_stages_of_a_resnet_by_hand(preserve):
     torch.testing.assert_close(model(x), model.fc(y.mean((2, 3))))
 
 
-def test_at_one_the_gate_is_open():
+def test_gamma_one_gives_the_mechanism_alone():
     model = resnet()
     bare = copy.deepcopy(model)
     torch.manual_seed(1)
@@ -72,7 +72,7 @@ def test_at_one_the_gate_is_open():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_closed_gate_changes_no_value_whatever_the_mechanism_gives(dtype):
+def test_closed_gate_keeps_every_value_for_any_mechanism(dtype):
     model = nn.Sequential(nn.Identity(), nn.Conv2d(3, 3, 1)).to(dtype)
     insert(model, lambda channels: Opposite(), at="0", image=torch.zeros(3, 4, 4, dtype=dtype))
     x = torch.tensor([0.0, -0.0, 1.0, -3.14159, 6e4, 6e-8]).to(dtype).repeat(1, 3, 4, 1)
@@ -86,7 +86,7 @@ class Opposite(nn.Module):
         return -x
 
 
-def test_the_networks_gradients_do_not_move_either():
+def test_closed_gate_keeps_the_networks_gradients():
     plain, model = resnet(), resnet()
     insert(model, small_cbam)
     x = torch.randn(2, 3, 64, 64)
@@ -96,7 +96,7 @@ def test_the_networks_gradients_do_not_move_either():
         assert torch.equal(model.get_parameter(name).grad, parameter.grad), name
 
 
-def test_plain_weights_load_strictly_and_nothing_else_may_be_missing():
+def test_plain_weights_load_strictly_and_other_missing_keys_raise():
     model = resnet()
     insert(model, small_cbam)
     plain = resnet(1)
@@ -115,7 +115,7 @@ def test_plain_weights_load_strictly_and_nothing_else_may_be_missing():
         model.load_state_dict({**weights, "layer9.weight": weights["fc.bias"]}, strict=True)
 
 
-def test_remove_gives_the_network_back():
+def test_remove_restores_the_network():
     model = resnet().train()
     before = copy.deepcopy(model)
     inserted = insert(model, small_cbam, at="blocks")
@@ -134,15 +134,15 @@ def test_remove_gives_the_network_back():
     refuses(RuntimeError, "Missing key", lambda: model.load_state_dict({}))
 
 
-def test_a_network_that_cannot_be_copied_says_how_it_can():
+def test_error_for_a_network_that_cannot_be_copied_gives_a_remedy():
     model = timm.create_model("levit_128s").eval()
-    model(torch.randn(1, 3, 224, 224))  # its table of biases now hangs on a graph
+    model(torch.randn(1, 3, 224, 224))  # its cached table of biases now belongs to a graph
     assert "cannot be copied" in refused(model)
     model.train()
     insert(model, SE)
 
 
-def test_a_copy_has_its_own():
+def test_deepcopy_has_its_own_mechanisms():
     model = resnet()
     inserted = insert(model, small_cbam)
     x = torch.randn(2, 3, 64, 64)
@@ -161,7 +161,7 @@ def test_a_copy_has_its_own():
         other.load_state_dict(resnet().state_dict(), strict=True)
 
 
-def test_it_moves_compiles_exports_and_checkpoints():
+def test_insertion_moves_compiles_exports_and_checkpoints():
     model = resnet()
     inserted = insert(model, small_cbam)
     opened(inserted)
@@ -177,7 +177,7 @@ def test_it_moves_compiles_exports_and_checkpoints():
     assert model.to(torch.float64)(x.double()).dtype == torch.float64
 
 
-def test_features_of_timm_are_those_after_it():
+def test_timm_features_include_the_mechanism():
     model = timm.create_model("resnet18", features_only=True, zero_init_last=False).eval()
     x = torch.randn(1, 3, 64, 64)
     plain = model(x)
@@ -193,7 +193,7 @@ def test_features_of_timm_are_those_after_it():
     torch.testing.assert_close(whole.forward_intermediates(x, intermediates_only=True)[-1], whole.forward_features(x))
 
 
-def test_gates_are_seen_by_maps():
+def test_maps_capture_inserted_gates():
     model = resnet()
     insert(model, small_cbam)
     with torch.no_grad(), capture(model) as records:
@@ -212,7 +212,7 @@ class Groups(nn.Module):
         return self.norm(x)
 
 
-def test_what_cannot_work_is_named():
+def test_impossible_insertions_raise_with_the_place():
     model = resnet()
     assert "no module of this ResNet is named 'layer5'. Nearest: layer" in refused(model, at="layer5")
     assert "no module of this ResNet is named 'layer4.*.bn9'" in refused(model, at=["layer4", "layer4.*.bn9"])
@@ -235,7 +235,7 @@ def test_what_cannot_work_is_named():
     assert "it runs more than once" in refused(twice, at="0", image=torch.zeros(3, 8, 8))
 
 
-def test_a_second_mechanism_at_one_place_is_refused():
+def test_second_mechanism_at_one_place_raises():
     model = resnet()
     inserted = insert(model, SE, at="layer1")
     for at in ("layer1", "layer1.1", "blocks"):
@@ -246,7 +246,7 @@ def test_a_second_mechanism_at_one_place_is_refused():
 
 
 def steps(scheduler, factor, count=6):
-    """The largest change of γ and of the head's bias at each step, both under a gradient of one, and the schedule."""
+    """Return the largest change of γ and of the head's bias at each step, both with gradient 1, and the schedule."""
     model = ConvNet(3, widths=(8,))
     inserted = insert(model, SE)
     optimizer = optimizer_for(model, lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.5), gamma_lr_factor=factor)
@@ -275,7 +275,7 @@ def steps(scheduler, factor, count=6):
         lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=4),
     ],
 )
-def test_gamma_learns_faster_under_every_scheduler_and_does_not_decay(scheduler):
+def test_gamma_has_its_own_rate_with_every_scheduler_and_no_decay(scheduler):
     changes, rates = steps(scheduler, 5.0)
     assert len(set(rates)) > 1
     for (gamma, bias), rate in zip(changes, rates, strict=True):
@@ -283,7 +283,7 @@ def test_gamma_learns_faster_under_every_scheduler_and_does_not_decay(scheduler)
         assert bias == pytest.approx(rate, abs=1e-6)
 
 
-def test_without_insertions_the_optimizer_is_the_plain_one():
+def test_optimizer_without_insertions_has_one_group():
     model = ConvNet(3, widths=(8,))
     optimizer = optimizer_for(model, torch.optim.AdamW)
     assert len(optimizer.param_groups) == 1

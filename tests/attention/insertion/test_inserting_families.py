@@ -1,4 +1,4 @@
-"""A mechanism goes into every family of timm, or there is a reason; the table is made by `coverage.py`."""
+"""Test insertion into every family of timm; COVERAGE.md, written by `coverage.py`, gives the exceptions."""
 
 import re
 
@@ -17,13 +17,13 @@ QUICK = {  # family: (model, its options, image size, places)
     "pvt_v2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 64, 4),
     "mvitv2": ("mvitv2_tiny", {"img_size": 64}, 64, 4),  # tuples
     "maxxvit": ("maxvit_tiny_tf_224", {"depths": (1, 1), "embed_dim": (32, 64), "stem_width": 16}, 224, 2),
-    "efficientvim": ("efficientvim_m1", {}, 128, 1),  # a tuple whose first item nobody uses
-    "coat": ("coat_tiny", {"img_size": 64}, 64, 4),  # a tuple that hands a map through
+    "efficientvim": ("efficientvim_m1", {}, 128, 1),  # a tuple whose first item is unused
+    "coat": ("coat_tiny", {"img_size": 64}, 64, 4),  # a tuple that passes a map through
 }
 
 
 @pytest.mark.parametrize("family", QUICK)
-def test_a_mechanism_goes_into_a_member_of_the_family(family):
+def test_mechanism_can_be_inserted_into_the_family(family):
     member, options, size, places = QUICK[family]
     row = coverage.look(family, member, timm.create_model(member, **options), size)
     assert row.covered, row
@@ -35,7 +35,7 @@ def test_every_family_of_timm_is_in_the_table():
     assert families == set(coverage.MEMBERS), f"timm {timm.__version__}: {families ^ set(coverage.MEMBERS)}"
 
 
-def test_the_table_is_of_the_families_listed_and_meets_the_goal():
+def test_table_has_the_listed_families_and_meets_the_goal():
     text = coverage.TABLE.read_text()
     rows = re.findall(r"^\| (\w+) \| (\w+) \|", text, re.MULTILINE)
     assert {family: coverage.MEMBERS[family][0] for family in coverage.MEMBERS}.items() <= dict(rows).items()
@@ -50,12 +50,12 @@ def test_the_table_is_of_the_families_listed_and_meets_the_goal():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", coverage.MEMBERS)
-def test_every_family_takes_it_or_there_is_a_reason(family):
+def test_every_family_accepts_a_mechanism_or_has_a_reason(family):
     row = coverage.look_at_family(family)
     assert row.covered or row.reason
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("member", coverage.OTHERS)
-def test_models_of_torchvision_take_it(member):
+def test_torchvision_models_accept_a_mechanism(member):
     assert coverage.look_at_other(member).covered

@@ -1,4 +1,4 @@
-"""Where mechanisms go: the stages of networks, tokens on their grid, maps with channels last."""
+"""Test the insertion points: stages of networks, tokens on their grid, channels-last maps."""
 
 import copy
 
@@ -15,7 +15,7 @@ from visionattn.models import ConvNet
 
 
 class Mark(nn.Module):
-    """Adds one to the cell in row 1, column 2; remembers what it saw."""
+    """Add one to the cell in row 1, column 2, and keep the input."""
 
     def __init__(self, channels):
         super().__init__()
@@ -32,7 +32,7 @@ def channels_of(inserted):
     return {name: (part.layout.channels, part.layout.grid) for name, part in inserted.places.items()}
 
 
-def test_tokens_are_marked_on_their_grid_and_prefix_tokens_pass():
+def test_tokens_are_arranged_on_their_grid_and_prefix_tokens_pass():
     model = timm.create_model("test_vit", img_size=(48, 80), reg_tokens=3).eval()  # one class token, three registers
     names = ["blocks.0", "blocks.3"]
     inserted = insert(model, Mark, at=names, preserve=False)
@@ -61,7 +61,7 @@ def test_tokens_are_marked_on_their_grid_and_prefix_tokens_pass():
     assert part.layout.num_prefix_tokens == 4
 
 
-def test_channels_last_maps_are_turned():
+def test_channels_last_maps_are_permuted():
     model = timm.create_model(
         "swin_tiny_patch4_window7_224", depths=(1, 1), img_size=112, embed_dim=24, num_heads=(1, 2)
     )
@@ -87,7 +87,7 @@ def test_stages_are_those_that_timm_lists():
         assert found == listed, name
 
 
-def test_the_places_of_networks_of_others():
+def test_insertion_points_of_other_networks():
     image = torch.zeros(3, 64, 64)
     model = torchvision.models.resnet18()
     assert list(insert(model, SE, image=image).places) == ["layer1", "layer2", "layer3", "layer4"]
@@ -104,21 +104,25 @@ def test_the_places_of_networks_of_others():
     assert channels_of(insert(model, SE, image=image))["features.27"] == (
         512,
         (4, 4),
-    )  # after its activation, before the pooling
+    )  # after the activation, before the pooling
     model = timm.create_model("vit_tiny_patch16_224", img_size=64)
-    assert list(insert(model, SE).places) == ["blocks.2", "blocks.5", "blocks.8"]  # its class token reads before 11
+    assert list(insert(model, SE).places) == [
+        "blocks.2",
+        "blocks.5",
+        "blocks.8",
+    ]  # the class token attends before block 11
     branches = insert(model, SE, at="branches")
     assert list(branches.places)[:2] == ["blocks.0.attn", "blocks.0.mlp"]
 
 
-def test_patterns_stand_for_parts_of_names():
+def test_star_matches_one_part_of_a_name():
     model = resnet()
     assert list(insert(model, SE, at="layer4.*.bn2").places) == ["layer4.0.bn2", "layer4.1.bn2"]
     assert list(insert(model, ECA, at=["layer[34].1", "layer1"]).places) == ["layer1", "layer3.1", "layer4.1"]
 
 
-def test_measuring_leaves_buffers_random_numbers_and_caches():
-    model = timm.create_model("levit_128s").eval()  # keeps a table of biases in evaluation mode
+def test_measuring_keeps_buffers_random_state_and_caches():
+    model = timm.create_model("levit_128s").eval()  # caches a table of biases in evaluation mode
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         expected = model(x)
@@ -127,17 +131,17 @@ def test_measuring_leaves_buffers_random_numbers_and_caches():
         assert torch.equal(model(x), expected)
 
 
-def test_larger_images_have_larger_grids_of_the_same_shape():
+def test_larger_images_have_larger_grids_of_the_same_aspect_ratio():
     model = timm.create_model("test_vit", img_size=(48, 80), dynamic_img_size=True).eval()
     inserted = insert(model, Mark, at="blocks", preserve=False)
     model(torch.randn(1, 3, 96, 160))
     assert {part.mechanism.seen.shape[2:] for part in inserted.places.values()} == {(6, 10)}
     with pytest.raises(UsageError, match=r"images in the shape of 48×80, and this one has 80×48; .*image="):
         model(torch.randn(1, 3, 80, 48))
-    with pytest.raises(UsageError, match="no grid in the shape of 3×5"):
+    with pytest.raises(UsageError, match="do not form a grid in the shape of 3×5"):
         model.forward_features(torch.randn(1, 3, 48, 96))
 
 
-def test_tokens_in_an_order_of_their_own_are_refused():
+def test_tokens_in_another_order_raise():
     model = timm.create_model("hiera_tiny_224", img_size=(64, 64))
     assert "is no map of them" in refused(model, at="blocks.0", image=torch.zeros(3, 64, 64))

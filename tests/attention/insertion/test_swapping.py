@@ -1,4 +1,4 @@
-"""Other self-attention in timm's ViTs: their weights, their outputs where nothing changes, and back again."""
+"""Test swapped self-attention in timm's ViTs: weights, equivalent cases, and removal."""
 
 import copy
 from functools import partial
@@ -48,9 +48,9 @@ def vit_of(name):
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_what_covers_the_whole_grid_changes_nothing(name):
+def test_mechanisms_that_cover_the_whole_grid_change_nothing(name):
     model, images = vit_of(name), models.pictures(VITS[name].get("img_size", 64))
-    model.train()  # the attention below is of another class, and goes on in the mode that it had
+    model.train()  # `remove` restores another class, which takes over the training mode
     outputs = []
     for part in (None, *WHOLE):
         swap = part and swap_attention(model, part)
@@ -73,8 +73,8 @@ def models_own(model):
 
 
 @pytest.mark.parametrize("name", ["windowed, shifted", "neighbourhood", "adaptive span"])
-def test_q_k_and_v_meet_as_the_mechanism_says(name):
-    """In a block of a ViT without anything else: by hand from its weights."""
+def test_block_output_matches_the_mechanisms_equation(name):
+    """Compare a single block of a ViT with a computation from its weights."""
     make, m = MASKED[name]
     model = models.vit(img_size=(64, 96), depth=1)
     swap_attention(model, make)
@@ -88,7 +88,7 @@ def test_q_k_and_v_meet_as_the_mechanism_says(name):
     close(out, attention.proj(expected.float().transpose(1, 2).reshape(2, 25, 48)), atol=1e-5, rtol=1e-4)
 
 
-def test_one_model_takes_every_grid_that_it_took_before():
+def test_swapped_model_accepts_the_same_image_sizes():
     model = models.vit(dynamic_img_size=True)
     sizes = [(64, 64), (32, 96), (16, 160), (64, 64)]
     before = [model(models.pictures(size)) for size in sizes]
@@ -108,7 +108,7 @@ def test_weights_keep_their_names_and_load_strictly_both_ways():
     assert [name for name, _ in model.named_parameters() if "mechanism" not in name] == [
         name for name, _ in plain.named_parameters()
     ]
-    model.load_state_dict(plain.state_dict())  # spans stay as they are
+    model.load_state_dict(plain.state_dict())  # spans keep their values
     with torch.no_grad():
         swap.places["blocks.1.attn"].mechanism.span.copy_(torch.tensor([0.1, 0.2, 0.3]))
     other = models.vit()
@@ -120,7 +120,7 @@ def test_weights_keep_their_names_and_load_strictly_both_ways():
     assert "spans 0.3, 0.6, 0.9 of 3, ramp 2" in repr(swap)
 
 
-def test_removed_the_model_is_as_it_was_with_the_weights_that_it_learned():
+def test_remove_restores_the_model_with_its_trained_weights():
     model, images = models.vit(), models.pictures()
     attentions = [block.attn for block in model.blocks]
     swap = swap_attention(model, partial(Windowed, window=2))
@@ -140,7 +140,7 @@ def test_removed_the_model_is_as_it_was_with_the_weights_that_it_learned():
     assert not any(module.training for module in model.modules())
 
 
-def test_copies_stand_on_their_own():
+def test_deepcopy_is_independent():
     model = models.vit(dynamic_img_size=True)
     swap_attention(model, partial(Windowed, window=2))
     other = copy.deepcopy(model)
@@ -151,7 +151,7 @@ def test_copies_stand_on_their_own():
     assert other.blocks[0].attn.grid is not model.blocks[0].attn.grid
 
 
-def test_layers_are_chosen_by_name_and_several_mechanisms_take_turns():
+def test_layers_are_chosen_by_name_and_mechanisms_alternate():
     model = models.vit()
     swap = swap_attention(model, [partial(Windowed, window=2), partial(Windowed, window=2, shift=1)])
     assert [part.mechanism.shift for part in swap.places.values()] == [0, 1, 0]
@@ -176,23 +176,29 @@ def test_layers_are_chosen_by_name_and_several_mechanisms_take_turns():
         (lambda: models.vit(name="vit_relpos_small_patch16_224"), "blocks.0.attn .* RelPosAttention with a relative"),
         (models.swin, "layers.0.blocks.0.attn .* WindowAttention with a relative-position bias"),
         (lambda: models.resnet(), "this ResNet has no self-attention that can be swapped"),
-        (models.torchvision_vit, "MultiheadAttention; swapped are Attention, AttentionRope, EvaAttention of timm"),
-        (lambda: models.vit(name="vit_little_patch16_reg1_gap_256", attn_layer="diff"), "DiffAttention; swapped are"),
-        (lambda: nn.Sequential(models.vit()), "whose patch_embed tells the grid; this Sequential has none"),
+        (
+            models.torchvision_vit,
+            "MultiheadAttention; attention that can be swapped: Attention, AttentionRope, EvaAttention of timm",
+        ),
+        (
+            lambda: models.vit(name="vit_little_patch16_reg1_gap_256", attn_layer="diff"),
+            "DiffAttention; attention that can be swapped: ",
+        ),
+        (lambda: nn.Sequential(models.vit()), "whose patch_embed gives the grid; this Sequential has none"),
     ],
 )
-def test_what_cannot_be_swapped_is_told_by_name_and_left_alone(make, text):
+def test_impossible_swaps_raise_with_the_name_and_change_nothing(make, text):
     model = make()
     before = {name: type(module) for name, module in model.named_modules()}
     refuses(UsageError, text, swap_attention, model, Dense)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
-def test_what_a_mechanism_cannot_do_is_told():
+def test_unsupported_calls_of_swapped_attention_raise():
     model = models.vit(patch_drop_rate=0.5)
     swap_attention(model, partial(Windowed, window=2))
     refuses(UsageError, r"needs every token of the grid.*patch_drop_rate", lambda: model.train()(models.pictures()))
-    with pytest.raises(UsageError, match="takes no mask"):
+    with pytest.raises(UsageError, match="accepts no mask"):
         model.eval().blocks[0].attn(torch.zeros(1, 17, 48), attn_mask=torch.zeros(17, 17))
     alone = models.vit()
     swap_attention(alone, Dense)
@@ -213,7 +219,7 @@ def test_a_classifier_swaps_after_its_weights_are_loaded(tmp_path):
     assert type(swapped.backbone.blocks[1].attn) is timm.layers.Attention
 
 
-def test_mechanisms_are_inserted_beside_swapped_attention():
+def test_insertion_works_with_swapped_attention():
     from visionattn.attention import SE
 
     model, images = models.vit(), models.pictures()
@@ -224,7 +230,7 @@ def test_mechanisms_are_inserted_beside_swapped_attention():
     inserted.remove()
 
 
-def test_it_compiles_and_exports():
+def test_swapped_vit_compiles_and_exports():
     model, images = models.vit(depth=4, img_size=(64, 96)), models.pictures((64, 96))
     names = ("windowed, shifted", "neighbourhood", "adaptive span", "block-sparse")
     swap_attention(model, [MASKED[name][0] for name in names])
@@ -237,7 +243,7 @@ def test_it_compiles_and_exports():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(MASKED))
-def test_it_runs_as_onnx(name, tmp_path):
+def test_swapped_vit_runs_as_onnx(name, tmp_path):
     import onnxruntime
 
     model, images = models.vit(depth=2, img_size=(64, 96)), models.pictures((64, 96))

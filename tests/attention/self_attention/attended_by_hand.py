@@ -1,4 +1,4 @@
-"""Who attends to whom in each form of self-attention, pair by pair, and attention with such weights."""
+"""The allowed pairs of each form of self-attention, pair by pair, and attention with such weights."""
 
 import math
 from functools import partial
@@ -24,7 +24,7 @@ def neighbourhood(i, j, grid, size):
 
 
 def cross(i, j, grid):
-    """Own row and own column."""
+    """Allow the query's own row and own column."""
     return i[0] == j[0] or i[1] == j[1]
 
 
@@ -38,14 +38,14 @@ def allowed_cross(row_i, column_i, row_j, column_j):
 
 
 def spanned(num_heads):
-    """Two heads of different spans."""
+    """Make two heads with different spans."""
     module = attention.AdaptiveSpan(num_heads, max_span=4, ramp=1.5)
     with torch.no_grad():
         module.span.copy_(torch.tensor([SPANS[head % 2] / 4 for head in range(num_heads)]))
     return module
 
 
-MASKED = {  # how the mechanism is made, and m of a head and a pair of patches
+MASKED = {  # a factory of the mechanism, and m of a head and a pair of patches
     "windowed": (partial(attention.Windowed, window=3), lambda head, i, j, grid: windowed(i, j, grid, 3, 0)),
     "windowed, shifted": (
         partial(attention.Windowed, window=4, shift=3),
@@ -61,7 +61,7 @@ MASKED = {  # how the mechanism is made, and m of a head and a pair of patches
 
 
 def weights_by_hand(m, heads, grid, prefix):
-    """m of every head and pair of tokens, (H, N, N) float64; 1 wherever a prefix token is one of them."""
+    """Return m of every head and pair of tokens, (H, N, N) float64; 1 for every pair with a prefix token."""
     patches = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
     out = torch.ones(heads, prefix + len(patches), prefix + len(patches), dtype=torch.float64)
     for head in range(heads):
@@ -72,7 +72,7 @@ def weights_by_hand(m, heads, grid, prefix):
 
 
 def attended(q, k, v, m_HNN):
-    """Σ_j m exp(s) v / Σ_j m exp(s) in float64, and the weights."""
+    """Return Σ_j m exp(s) v / Σ_j m exp(s) in float64, and the weights."""
     q, k, v = q.double(), k.double(), v.double()
     scores = (q @ k.mT * q.shape[-1] ** -0.5).exp() * m_HNN
     weights = scores / scores.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Short blocks, so that small grids have several of them."""
+"""A fixture that makes blocks short, so that small grids have several blocks."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from visionattn.attention.self_attention import block_attention as local
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Blocks wherever they save products, though the grids here are too small for them to save time."""
+    """Choose blocks wherever they save products; the grids of the tests are too small to save time."""
     for cost in ("_KEY", "_COPY", "_CALL"):
         monkeypatch.setattr(local, cost, 0)
     monkeypatch.setattr(local, "_plans", {})

@@ -1,4 +1,4 @@
-"""Every form of self-attention, and what the tests feed them."""
+"""All forms of self-attention, and their test inputs."""
 
 import torch
 from torch import nn
@@ -8,14 +8,14 @@ F = nn.functional
 
 
 def qkv(grid, prefix, *, batch=2, heads=2, width=8, dtype=torch.float32):
-    """As a transformer projects them: all heads of a token together in memory."""
+    """Make q, k and v in a transformer's memory layout, with all heads of a token together."""
     torch.manual_seed(0)
     x = torch.randn(3, batch, prefix + grid[0] * grid[1], heads, width).to(dtype).transpose(2, 3)
     return [part.detach().requires_grad_() for part in x]
 
 
 class Counted(TorchFunctionMode):
-    """Counts products of a query with a key in calls of the fused attention."""
+    """Count the query-key products in calls of the fused attention."""
 
     products = 0
 

@@ -1,4 +1,4 @@
-"""Adaptive spans: the paper's ramp, its gradient, its bounds, and heads that compute no more than they see."""
+"""Test adaptive spans: the paper's ramp, its gradient and bounds, and the number of computed products."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ close = torch.testing.assert_close
 
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("way", ["chosen", "blocks"])
-def test_the_gradient_of_spans_is_that_of_finite_differences(prefix, way, request):
+def test_gradient_of_spans_matches_finite_differences(prefix, way, request):
     if way == "blocks":
         request.getfixturevalue("blocks")
     grid = (4, 5)
@@ -29,7 +29,7 @@ def test_the_gradient_of_spans_is_that_of_finite_differences(prefix, way, reques
     assert torch.autograd.grad(output(span).square().sum(), span)[0].abs().min() > 1e-3
 
 
-def test_the_ramp_is_that_of_the_paper():
+def test_ramp_matches_the_paper():
     module = attention.AdaptiveSpan(1, max_span=3, ramp=2, init=1 / 3)
     close(module.reach(4)[0, 4], torch.tensor([0, 0, 0.5, 1, 1, 1, 0.5, 0, 0]))
     close(module.reach(4)[0], module.reach(4)[0].T)
@@ -37,7 +37,7 @@ def test_the_ramp_is_that_of_the_paper():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_spans_stay_within_their_bounds_and_come_back_from_the_edge(compiled):
+def test_spans_stay_within_bounds_and_can_leave_them(compiled):
     module = attention.AdaptiveSpan(2, max_span=4)
     run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
     optimizer = torch.optim.SGD(module.parameters(), lr=10)
@@ -49,7 +49,7 @@ def test_spans_stay_within_their_bounds_and_come_back_from_the_edge(compiled):
         optimizer.zero_grad()
 
 
-def test_every_head_computes_its_own_span_and_no_more():
+def test_every_head_computes_only_its_own_span():
     grid = (32, 32)
     module = attention.AdaptiveSpan(3, max_span=32, ramp=2).eval()
     inputs = [x.detach() for x in qkv(grid, 1, batch=1, heads=3)]

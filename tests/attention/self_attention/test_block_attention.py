@@ -1,4 +1,4 @@
-"""Attention in blocks against a loop over queries, and the gradient of a bias against torch's."""
+"""Test block attention against a loop over queries, and the gradient of a bias against torch."""
 
 import torch
 
@@ -6,11 +6,11 @@ from visionattn.attention.self_attention.block_attention import attend, attend_i
 
 
 def near(size, reach):
-    """Of every row those that are at most `reach` away."""
+    """Return for every row the rows at a distance of at most `reach`."""
     return [(max(0, i - reach), min(size, i + reach + 1)) for i in range(size)]
 
 
-def test_blocks_attend_as_a_loop_over_queries_does():
+def test_block_attention_matches_a_loop_over_queries():
     torch.manual_seed(0)
     rows, columns = near(5, 1), near(7, 2)
     q, k, v = torch.randn(3, 2, 5, 7, 2, 4, dtype=torch.float64)
@@ -29,7 +29,7 @@ def test_blocks_attend_as_a_loop_over_queries_does():
         torch.testing.assert_close(out[b, i, j, h], expected)
 
 
-def test_every_row_lies_in_one_block_that_holds_all_it_reaches():
+def test_every_row_is_in_one_block_with_all_rows_it_reaches():
     reach = near(23, 3)
     seen = {}
     for run in cut(reach, 4):
@@ -42,7 +42,7 @@ def test_every_row_lies_in_one_block_that_holds_all_it_reaches():
     assert seen == {row: [some] for row, some in enumerate(reach)}
 
 
-def test_the_gradient_of_a_bias_is_that_of_torch():
+def test_gradient_of_a_bias_matches_torch():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 3, 2, 5, 4, dtype=torch.float64).requires_grad_()
     bias = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)

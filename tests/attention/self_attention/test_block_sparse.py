@@ -1,4 +1,4 @@
-"""Attention by a mask, of which only the blocks with a pair are computed."""
+"""Test attention under a custom mask, of which only blocks with an allowed pair are computed."""
 
 import pytest
 import torch
@@ -11,13 +11,13 @@ from visionattn.errors import UsageError
 close = torch.testing.assert_close
 
 
-def test_a_mask_that_leaves_a_patch_nothing_is_refused():
+def test_mask_that_leaves_a_patch_without_keys_raises():
     module = attention.BlockSparse(1, allowed=lambda a, b, c, d: (a != 1) & (c == c) & (b == b) & (d == d))
-    with pytest.raises(UsageError, match=r"patch \(1, 0\) of a grid of 2×3 attend to none"):
+    with pytest.raises(UsageError, match=r"patch \(1, 0\) of a grid of 2×3 no key"):
         module(*qkv((2, 3), 0, heads=1), grid=(2, 3))
 
 
-def test_block_sparse_computes_only_blocks_with_a_pair():
+def test_block_sparse_computes_only_blocks_with_an_allowed_pair():
     grid = (16, 16)
     near = attention.BlockSparse(2, allowed=lambda a, b, c, d: (a // 4 == c // 4) & (b == b) & (d == d), block=16)
     with torch.no_grad(), Counted() as counted:
@@ -27,7 +27,7 @@ def test_block_sparse_computes_only_blocks_with_a_pair():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("prefix", [0, 3])
-def test_the_mask_that_flex_attention_gets_is_the_same(prefix):
+def test_flex_attention_gets_the_same_mask(prefix):
     from torch.nn.attention.flex_attention import flex_attention
 
     make, m = MASKED["block-sparse"]

@@ -1,4 +1,4 @@
-"""Deformable attention against a loop over queries, heads, maps and points from equation 3."""
+"""Test deformable attention against equation 3 of its paper, in a loop over queries, heads, maps and points."""
 
 import math
 
@@ -9,7 +9,7 @@ from visionattn.attention.self_attention.deformable import DeformableAttention
 
 
 def bilinear(map_chw, x, y):
-    """x and y in cells from the outer corner; cells outside are 0."""
+    """Interpolate a map at (x, y), in units of cells from the map's top-left corner; cells outside the map are 0."""
     x, y = x - 0.5, y - 0.5
     out = torch.zeros(map_chw.shape[0], dtype=map_chw.dtype)
     for row in (math.floor(y), math.floor(y) + 1):
@@ -45,7 +45,7 @@ def by_the_equation(attention, queries, boxes, maps):
 
 
 @pytest.mark.parametrize(("heads", "points", "levels"), [(1, 1, 1), (4, 3, 2), (2, 2, 3)])
-def test_it_is_its_equation(heads, points, levels):
+def test_deformable_attention_matches_its_equation(heads, points, levels):
     torch.manual_seed(0)
     attention = DeformableAttention(8, levels=levels, heads=heads, points=points).double()
     torch.nn.init.normal_(attention.offsets.weight)
@@ -56,8 +56,8 @@ def test_it_is_its_equation(heads, points, levels):
         torch.testing.assert_close(attention(queries, boxes, maps), by_the_equation(attention, queries, boxes, maps))
 
 
-def test_a_map_that_ends_behind_the_image_is_sampled_at_the_images_places():
-    """Of maps that hold the places of their own cells, in pixels of an image of 44 × 60."""
+def test_map_that_extends_beyond_the_image_is_sampled_at_image_coordinates():
+    """The maps hold the coordinates of their own cells, in pixels of an image of 44 × 60."""
     attention = DeformableAttention(8, levels=3, heads=1, points=1).requires_grad_(False)
     attention.offsets.bias.zero_()
     attention.value.weight.copy_(torch.eye(8)[:, :, None, None])
@@ -76,12 +76,12 @@ def test_a_map_that_ends_behind_the_image_is_sampled_at_the_images_places():
     torch.testing.assert_close(found[0, :, :2], boxes[0, :, :2] * torch.tensor([60.0, 44.0]))
 
 
-def test_it_starts_around_the_box_with_equal_weights():
+def test_initial_points_surround_the_box_with_equal_weights():
     attention = DeformableAttention(8, levels=1, heads=4, points=2)
     seen = []
     attention.sampling.register_forward_hook(lambda _, args, out: seen.append(out))
     attention(torch.randn(1, 1, 8), torch.tensor([[[0.5, 0.5, 0.4, 0.2]]]), [torch.randn(1, 8, 4, 4)])
     ((places, weights),) = seen
     torch.testing.assert_close(weights, torch.full_like(weights, 0.5))
-    edges = places[0, 0, :, 0, 1]  # the last point of each head lies on the box's edge
+    edges = places[0, 0, :, 0, 1]  # the last point of each head is on the box's edge
     torch.testing.assert_close(edges, torch.tensor([[0.7, 0.5], [0.5, 0.6], [0.3, 0.5], [0.5, 0.4]]))

@@ -1,4 +1,4 @@
-"""Pooled keys and the largest weights alone."""
+"""Test attention with pooled keys, and attention to the k best keys."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ close = torch.testing.assert_close
 
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("grid", [(5, 7), (2, 1)])
-def test_pooled_keys_are_means(grid, prefix):
+def test_pooled_keys_are_means_over_cells(grid, prefix):
     q, k, v = qkv(grid, prefix)
     cells = [
         [row * grid[1] + column + prefix for row in range(*rows) for column in range(*columns)]
@@ -29,7 +29,7 @@ def test_pooled_keys_are_means(grid, prefix):
 
 
 @pytest.mark.parametrize(("k", "prefix"), [(4, 2), (1, 0), (99, 1)])
-def test_top_k_keeps_the_largest(k, prefix):
+def test_top_k_keeps_the_k_largest_logits(k, prefix):
     grid = (3, 5)
     inputs = qkv(grid, prefix)
     m = torch.ones(2, 2, prefix + 15, prefix + 15)

@@ -1,9 +1,9 @@
-"""Neighbourhoods are attended in blocks of keys, where that saves anything."""
+"""Test the choice between blocks and one call for neighbourhoods."""
 
 from visionattn.attention.self_attention import neighbourhood
 
 
-def test_blocks_are_chosen_where_they_save_and_one_call_where_they_do_not():
+def test_blocks_are_chosen_only_where_they_save_products():
     assert neighbourhood.blocks((8, 8), 5) is None
     for grid, most in (((64, 64), 0.25), ((128, 128), 0.06)):
         rows, columns = neighbourhood.blocks(grid, 17)

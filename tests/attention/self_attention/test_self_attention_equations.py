@@ -1,4 +1,4 @@
-"""What all forms of self-attention have in common: their equations pair by pair, precision, and what they refuse."""
+"""Test all forms of self-attention: their equations pair by pair, precision, and invalid arguments."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ GRIDS = [(9, 13), (2, 3), (1, 8), (1, 1)]
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("way", ["chosen", "blocks", "one call"])
-def test_output_and_every_gradient_are_those_of_dense_attention_with_the_mask(make, m, grid, prefix, way, request):
+def test_output_and_gradients_match_dense_attention_with_the_mask(make, m, grid, prefix, way, request):
     if way == "blocks":
         request.getfixturevalue("blocks")
     module, inputs = make(2), qkv(grid, prefix)
@@ -45,14 +45,14 @@ every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 
 @every
 @pytest.mark.usefixtures("blocks")
-def test_half_precision_one_image_and_dropout(make):
+def test_half_precision_single_images_and_dropout_work(make):
     grid, module = (9, 7), make(2).bfloat16()
     inputs = qkv(grid, 1, batch=1, dtype=torch.bfloat16)
     out = module(*inputs, grid=grid, num_prefix_tokens=1)
     assert out.dtype == torch.bfloat16
     module.float()
     exact = module(*(x.float() for x in inputs), grid=grid, num_prefix_tokens=1)
-    if make is not EVERY["top-k"]:  # which rounds before it chooses
+    if make is not EVERY["top-k"]:  # TopK, which rounds before it selects
         close(out.float(), exact, atol=0.05, rtol=0)
     out.float().square().sum().backward()
     assert all(x.grad.isfinite().all() for x in inputs)
@@ -62,8 +62,8 @@ def test_half_precision_one_image_and_dropout(make):
 
 
 @every
-def test_tokens_that_are_no_grid_and_bad_options_are_refused(make):
-    with pytest.raises(UsageError, match="needs every token of the grid: 4×4 patches and 1 before them, and got 16"):
+def test_tokens_without_a_grid_and_bad_options_raise(make):
+    with pytest.raises(UsageError, match="needs every token of the grid: 4×4 patches and 1 prefix tokens, got 16"):
         make(2)(*qkv((4, 4), 0), grid=(4, 4), num_prefix_tokens=1)
     refuses(ValueError, "num_heads must be ≥ 1, got 0", make, 0)
 
@@ -79,5 +79,5 @@ def test_tokens_that_are_no_grid_and_bad_options_are_refused(make):
         (lambda: attention.BlockSparse(1, allowed=None, block=0), "block must be ≥ 1, got 0"),
     ],
 )
-def test_options_out_of_range_are_named(make, text):
+def test_options_out_of_range_raise(make, text):
     refuses(ValueError, text, make)

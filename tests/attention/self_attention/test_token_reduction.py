@@ -1,4 +1,4 @@
-"""Token merging and pruning against the papers' equations token by token, and as users use them."""
+"""Test token merging and pruning against the papers' equations token by token, and in typical use."""
 
 import copy
 import pickle
@@ -14,7 +14,7 @@ from tests.attention.self_attention import tokens_by_hand as by_hand
 from tests.capture import models
 from tests.refusals import refuses
 from visionattn.attention import CBAM, TokenMerging, TokenPruning, insert, reduce_tokens
-from visionattn.attention.self_attention.token_reduction import Heads, Held, class_attention, likest_pairs
+from visionattn.attention.self_attention.token_reduction import Heads, Held, class_attention, most_similar_pairs
 from visionattn.errors import UsageError
 
 close = torch.testing.assert_close
@@ -49,7 +49,7 @@ def reduced(model, reduction):
 
 @pytest.mark.parametrize("kind", by_hand.NETWORKS)
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_a_network_computes_what_the_papers_say_token_by_token(kind, name):
+def test_reduced_network_matches_the_papers_token_by_token(kind, name):
     make, reduce = REDUCTIONS[name]
     model, images = by_hand.network(kind), by_hand.images()
     plain = model(images)
@@ -65,7 +65,7 @@ def test_a_network_computes_what_the_papers_say_token_by_token(kind, name):
 
 @pytest.mark.parametrize("kind", ["class token", "rotary, registers"])
 @pytest.mark.parametrize("name", ["merged", "fused"])
-def test_every_gradient_is_that_of_the_equations(kind, name):
+def test_gradients_match_the_equations(kind, name):
     make, reduce = REDUCTIONS[name]
     model, image = by_hand.network(kind), by_hand.images(1).requires_grad_()
     weights = torch.arange(5.0, dtype=torch.float64)
@@ -78,10 +78,10 @@ def test_every_gradient_is_that_of_the_equations(kind, name):
 
 
 @pytest.mark.parametrize("patches", [1, 2, 3, 8, 9])
-def test_the_likest_pairs_are_those_of_a_search(patches):
+def test_most_similar_pairs_match_a_search(patches):
     key = torch.randn(2, 3, patches, 4, generator=torch.Generator().manual_seed(patches))
     for rate in range(1, patches // 2 + 1):
-        moved, into, kept = likest_pairs(key, rate)
+        moved, into, kept = most_similar_pairs(key, rate)
         for b in range(2):
             mean = key[b].mean(0)
             pairs = [
@@ -99,8 +99,8 @@ def heads_of(tokens, *, batch=2, dtype=torch.float64, seed=0):
     return Heads(query.requires_grad_(), key.requires_grad_(), None, 0.5, False)
 
 
-def test_what_is_merged_is_a_mean_and_no_patch_is_lost():
-    """Ones stay ones, and the mean of all tokens by size stays what it was, however often they are merged."""
+def test_merging_averages_and_loses_no_patch():
+    """Tokens of ones stay ones, and the size-weighted mean of all tokens is constant under repeated merging."""
     x = torch.randn(3, 2 + 23, 6, dtype=torch.float64)
     held, mean = Held(2), x[:, 2:].mean(1)
     for rate in (4, 3, 9, 9):
@@ -112,7 +112,7 @@ def test_what_is_merged_is_a_mean_and_no_patch_is_lost():
 
 
 @every
-def test_the_gradients_are_those_of_small_differences(reduction):
+def test_gradients_match_finite_differences(reduction):
     part = reduction()
     heads = heads_of(2 + 9, batch=1)
     x = torch.randn(1, 11, 3, dtype=torch.float64, requires_grad=True)
@@ -124,7 +124,7 @@ def test_the_gradients_are_those_of_small_differences(reduction):
     assert torch.autograd.gradcheck(run, (x, heads.query_BHND, heads.key_BHND))
 
 
-def test_class_attention_is_the_softmax_of_the_class_tokens_row():
+def test_class_attention_is_the_class_tokens_row_of_the_softmax():
     heads = heads_of(7)
     query, key = heads.query_BHND.detach(), heads.key_BHND.detach()
     expected = models.softmax_by_hand(query, key, scale=0.5)[:, :, 0].mean(1)
@@ -136,7 +136,7 @@ def test_class_attention_is_the_softmax_of_the_class_tokens_row():
 
 @pytest.mark.parametrize("reduction", [TokenMerging(0), TokenMerging([0, 0, 0, 0]), TokenPruning(1.0)], ids=repr)
 @pytest.mark.parametrize("kind", by_hand.NETWORKS)
-def test_where_nothing_is_reduced_nothing_moves_by_a_bit(kind, reduction):
+def test_rate_zero_changes_no_bit(kind, reduction):
     if kind in WITHOUT_CLASS_TOKEN and isinstance(reduction, TokenPruning):
         return
     model, images = by_hand.network(kind).float().train(), by_hand.images().float()
@@ -145,7 +145,7 @@ def test_where_nothing_is_reduced_nothing_moves_by_a_bit(kind, reduction):
 
 
 def counts_of(model, images):
-    """Tokens that every block's MLP sees."""
+    """Return the number of tokens in every block's MLP."""
     seen = []
     handles = [
         block.mlp.register_forward_hook(lambda m, args, out: seen.append(out.shape[1])) for block in model.blocks
@@ -170,13 +170,13 @@ def counts_of(model, images):
     ids=repr,
 )
 @pytest.mark.parametrize("kind", ["class token", "layer scale, registers"])
-def test_so_many_tokens_are_left(kind, reduction, expected):
+def test_number_of_tokens_after_each_block(kind, reduction, expected):
     model = by_hand.network(kind)
     found = counts_of(reduced(model, reduction), by_hand.images())
     assert [count - model.num_prefix_tokens for count in found] == expected
 
 
-def test_the_decreasing_schedule_is_the_papers():
+def test_decreasing_schedule_matches_the_paper():
     assert TokenMerging(13, decreasing=True).rates(12) == [26, 24, 21, 19, 17, 14, 12, 9, 7, 5, 2, None]
     assert TokenMerging(13).rates(12) == [13] * 12
     assert TokenPruning(0.7).rates(12) == [None] * 3 + [0.7] + [None] * 2 + [0.7] + [None] * 2 + [0.7] + [None] * 2
@@ -187,7 +187,7 @@ def test_the_decreasing_schedule_is_the_papers():
 
 @every
 @pytest.mark.parametrize("kind", ["class token", "rotary, registers"])
-def test_images_of_a_batch_do_not_touch_each_other(reduction, kind):
+def test_images_of_a_batch_are_independent(reduction, kind):
     model, images = reduced(by_hand.network(kind), reduction()), by_hand.images(3)
     together = model(images)
     for image, logits in zip(images, together, strict=True):
@@ -197,18 +197,18 @@ def test_images_of_a_batch_do_not_touch_each_other(reduction, kind):
 
 
 @every
-def test_prefix_tokens_stay_whatever_their_keys_are(reduction):
+def test_prefix_tokens_stay_for_any_keys(reduction):
     x = torch.randn(2, 5 + 8, 6, dtype=torch.float64)
     heads = heads_of(13)
     with torch.no_grad():
-        heads.key_BHND[:, :, :5] = heads.key_BHND[:, :, 5:6]  # as like a patch as can be
+        heads.key_BHND[:, :, :5] = heads.key_BHND[:, :, 5:6]  # identical to a patch
     out, _ = reduction()(x, Held(5), heads, 4 if reduction is merging else 0.3)
     assert torch.equal(out[:, :5], x[:, :5])
 
 
 @every
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
-def test_half_precision_stays_near(reduction, how):
+def test_half_precision_is_close_to_single(reduction, how):
     model, images = reduced(by_hand.network().float(), reduction()), by_hand.images(4).float()
     shapes = counts_of(model, images)
     if how == "bfloat16":
@@ -219,18 +219,18 @@ def test_half_precision_stays_near(reduction, how):
         with torch.autocast("cpu", torch.bfloat16):
             found = model(images)
     assert found.isfinite().all()
-    # given the same keys it is the same tokens that go, and they end up alike
+    # equal keys remove the same tokens, with similar results
     part, x, heads = reduction(), torch.randn(2, 13, 6), heads_of(13, dtype=torch.float32)
     rate = 4 if reduction is merging else 0.5
     with torch.no_grad():
         expected, _ = part(x, Held(1), heads, rate)
         found, held = part(x.bfloat16(), Held(1), heads, rate)
     close(found.float(), expected, atol=3e-2, rtol=2e-2)
-    assert held.size_BN is None or held.size_BN.dtype == torch.float32  # 257 patches are no 256
+    assert held.size_BN is None or held.size_BN.dtype == torch.float32  # bfloat16 cannot represent 257
 
 
 @every
-def test_a_reduced_network_learns_and_every_weight_takes_part(reduction):
+def test_reduced_network_trains_every_weight(reduction):
     model, images = reduced(by_hand.network().float().train(), reduction()), by_hand.images(4).float()
     labels = torch.tensor([0, 1, 2, 3])
     optimizer, losses = torch.optim.SGD(model.parameters(), 0.01), []
@@ -245,19 +245,19 @@ def test_a_reduced_network_learns_and_every_weight_takes_part(reduction):
 
 @every
 @pytest.mark.parametrize("kind", ["class token", "rotary, mean"])
-def test_recomputed_activations_give_the_same_gradients(reduction, kind):
+def test_activation_checkpointing_gives_the_same_gradients(reduction, kind):
     model, images = reduced(by_hand.network(kind), reduction()).train(), by_hand.images()
     gradients = []
     for recompute in (False, True):
         model.set_grad_checkpointing(recompute)
-        first, second = model(images), model(images.flip(0))  # two passes, then both backward
+        first, second = model(images), model(images.flip(0))  # two forward passes before both backward passes
         gradients.append(torch.autograd.grad((first * second).sum(), list(model.parameters())))
     for found, expected in zip(*gradients, strict=True):
         close(found, expected)
 
 
 @every
-def test_it_compiles_in_one_graph_and_exports_for_any_batch(reduction):
+def test_reduced_network_compiles_in_one_graph_and_exports_for_any_batch(reduction):
     torch._dynamo.reset()
     part = TokenMerging([3, 2]) if reduction is merging else TokenPruning(0.5, blocks=[0])
     model, images = reduced(by_hand.network(depth=2).float(), part), by_hand.images(3).float()
@@ -270,7 +270,7 @@ def test_it_compiles_in_one_graph_and_exports_for_any_batch(reduction):
 
 
 @every
-def test_threads_do_not_take_each_others_tokens(reduction):
+def test_threads_do_not_share_tokens(reduction):
     model, images = reduced(by_hand.network(), reduction()), by_hand.images(6)
     with torch.no_grad():
         expected = model(images)
@@ -291,7 +291,7 @@ def test_threads_do_not_take_each_others_tokens(reduction):
 
 
 @every
-def test_the_network_is_as_it_was_after_remove_and_its_weights_keep_their_names(reduction):
+def test_remove_restores_the_network_and_weights_keep_their_names(reduction):
     model, images = by_hand.network("layer scale, registers"), by_hand.images()
     before, expected, keys = models.state_of(model), model(images), list(model.state_dict())
     first = reduce_tokens(model, reduction())
@@ -305,13 +305,13 @@ def test_the_network_is_as_it_was_after_remove_and_its_weights_keep_their_names(
     models.assert_same_state(before, models.state_of(model))
     assert torch.equal(model(images), expected)
     assert all("forward" not in vars(block) for block in model.blocks)
-    for one in copies:  # which stay reduced
+    for one in copies:  # the tokens stay reduced
         assert torch.equal(one(images), found)
     reduce_tokens(model, reduction())
     assert torch.equal(model(images), found)
 
 
-def test_a_mechanism_can_be_inserted_before_the_first_tokens_go():
+def test_mechanism_can_be_inserted_before_the_first_reduction():
     model, images = by_hand.network(), by_hand.images()
     inserted = insert(model, lambda channels: CBAM(channels, reduction=4), at=["blocks.0", "blocks.1"], image=images[0])
     expected = reduced(copy.deepcopy(model), TokenMerging([0, 0, 3, 3]))(images)
@@ -325,7 +325,7 @@ def test_a_mechanism_can_be_inserted_before_the_first_tokens_go():
 # Errors -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_reduced_is_refused_by_name_and_left_alone():
+def test_unsupported_networks_raise_with_their_name_and_stay_unchanged():
     def parallel():
         return timm.create_model(
             "vit_tiny_patch16_224", depth=1, block_fn=timm.models.vision_transformer.ParallelScalingBlock
@@ -349,41 +349,41 @@ def test_what_cannot_be_reduced_is_refused_by_name_and_left_alone():
         models.assert_same_state(before, models.state_of(model))
 
 
-def test_wrong_rates_are_told():
+def test_wrong_rates_raise():
     for wrong in (-1, [], [3, -1]):
         refuses(ValueError, "rate must be ≥ 0", TokenMerging, wrong)
-    refuses(ValueError, "made of one rate", TokenMerging, [1, 2], decreasing=True)
+    refuses(ValueError, "needs a single rate", TokenMerging, [1, 2], decreasing=True)
     for wrong in (0, 1.1, [], [0.5, 0]):
         refuses(ValueError, r"keep must be in \(0, 1\]", TokenPruning, wrong)
     model = by_hand.network()
     before = models.state_of(model)
     for message, wrong in {
-        "rate has 2 entries for 4 blocks; give one number, or one a block": TokenMerging([1, 2]),
+        "rate has 2 entries for 4 blocks; give one number, or one per block": TokenMerging([1, 2]),
         "keep has 3 entries for 1 blocks": TokenPruning([0.5, 0.5, 0.5], blocks=[1]),
-        r"blocks must be different ones of 0 to 3, got \[4\]": TokenPruning(0.5, blocks=[4]),
-        r"different ones of 0 to 3, got \[1, 1\]": TokenPruning(0.5, blocks=[1, 1]),
+        r"blocks must be distinct numbers from 0 to 3, got \[4\]": TokenPruning(0.5, blocks=[4]),
+        r"distinct numbers from 0 to 3, got \[1, 1\]": TokenPruning(0.5, blocks=[1, 1]),
     }.items():
         refuses(UsageError, message, reduce_tokens, model, wrong)
     models.assert_same_state(before, models.state_of(model))
 
 
 @every
-def test_a_second_reduction_and_masks_and_lost_tokens_are_told(reduction):
+def test_second_reduction_masks_and_lost_tokens_raise(reduction):
     model, images = reduced(by_hand.network(), reduction()), by_hand.images()
     with pytest.raises(
         UsageError, match="block 0 of this VisionTransformer are reduced already; remove\\(\\) that first"
     ):
         reduce_tokens(model, TokenMerging(1))
-    refuses(UsageError, "takes no attention mask", model, images, is_causal=True)
+    refuses(UsageError, "accepts no attention mask", model, images, is_causal=True)
     handle = model.blocks[1].register_forward_hook(lambda module, args, out: out + 0)
-    refuses(UsageError, "something replaced what a block returned", model, images)
+    refuses(UsageError, "something replaced the output of a block", model, images)
     handle.remove()
     assert model(images).isfinite().all()
 
 
-def test_a_pool_that_does_not_know_its_tokens_is_told():
+def test_pooling_of_unknown_tokens_raises():
     model = reduced(by_hand.network("mean"), merging())
     features = model.forward_features(by_hand.images())
     assert model.forward_head(features).shape == (2, 5)
-    with pytest.raises(UsageError, match="which patches these tokens stand for is not known"):
+    with pytest.raises(UsageError, match="the patches of these tokens are unknown"):
         model.forward_head(features.clone())

@@ -1,4 +1,4 @@
-"""Attention inside windows, one window at a time."""
+"""Test windowed attention against attention in one window at a time."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from visionattn.attention import Windowed
 
 
 @pytest.mark.parametrize(("window", "shift"), [(2, 0), (3, 1), (4, 3), (9, 0)])
-def test_a_window_attends_as_if_it_were_alone(window, shift):
+def test_each_window_attends_to_itself_only(window, shift):
     torch.manual_seed(0)
     rows, columns = 5, 7
     q, k, v = torch.randn(3, 2, 2, rows * columns, 4)
@@ -24,6 +24,6 @@ def test_a_window_attends_as_if_it_were_alone(window, shift):
 
 
 @pytest.mark.parametrize(("window", "shift"), [(0, 0), (3, 3), (3, -1)])
-def test_windows_that_cannot_be_are_refused(window, shift):
+def test_invalid_windows_raise(window, shift):
     with pytest.raises(ValueError, match=r"window must be ≥ 1 and shift in \[0, window\)"):
         Windowed(2, window=window, shift=shift)

@@ -1,4 +1,4 @@
-"""Token merging and pruning token by token, from the papers' equations, in timm's own networks."""
+"""Reference of token merging and pruning: token by token from the papers' equations, in timm's networks."""
 
 import functools
 import math
@@ -46,7 +46,7 @@ def images(batch=2, seed=1):
 
 @dataclass
 class Token:
-    """A token: its features, the patches in it (of which the last of B named it), and its rotation's place."""
+    """A token: its features, its patches (the last one of B gives its name), and the position of its rotation."""
 
     x: torch.Tensor
     patches: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Token:
 
 @dataclass
 class Seen:
-    """What one image's blocks did: tokens that attended, and attention (H, N, N), before each reduction."""
+    """The tokens of one image and their attention (H, N, N), before each reduction."""
 
     tokens: list[list[Token]] = field(default_factory=list)
     attention: list[torch.Tensor] = field(default_factory=list)
@@ -67,7 +67,7 @@ class Seen:
 
 
 def run(model, image, reduce):
-    """The network on one image, each block's tokens reduced by `reduce(block number, tokens, keys, attention)`."""
+    """Run the network on one image; `reduce(block number, tokens, keys, attention)` reduces each block's tokens."""
     seen = Seen()
     x = model.patch_embed(image[None])
     embedded = model._pos_embed(x)
@@ -89,7 +89,7 @@ def run(model, image, reduce):
         tokens = [Token(t.x + b, t.patches, t.place) for t, b in zip(tokens, branch, strict=True)]
         tokens = reduce(number, tokens, keys, weights)
         tokens = [Token(t.x + fed(block, t.x), t.patches, t.place) for t in tokens]
-    # what stands for several patches is pooled as often
+    # a token of several patches counts as often
     repeated = [t.x for t in tokens for _ in range(t.size)]
     seen.logits = model.forward_head(model.norm(torch.stack(repeated)[None]))[0]
     return seen
@@ -115,7 +115,7 @@ def fed(block, x):
 
 
 def attention(attn, tokens, y, *, rope):
-    """Every token attends to every other, to one of size s as if it were s tokens (ToMe, eq. 1)."""
+    """Compute attention in which a token of size s counts as s tokens (ToMe, eq. 1)."""
     heads, width = attn.num_heads, attn.head_dim
     if getattr(attn, "qkv", None) is None:
         q, k, v = (project(y) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
@@ -150,7 +150,7 @@ def turned(vector, token, rope, head, attn):
 
 
 def merge(model, rates):
-    """Bipartite soft matching (ToMe, §3), pair by pair."""
+    """Merge by bipartite soft matching (ToMe, §3), pair by pair."""
     prefix = model.num_prefix_tokens
 
     def reduce(number, tokens, keys, weights):
@@ -178,7 +178,7 @@ def cosine(a, b):
 
 
 def prune(model, keep, *, fuse=True):
-    """Attentive tokens stay, the others are fused (EViT, §3); `keep` is {block: share}."""
+    """Keep the tokens with most class attention and fuse the others (EViT, §3); `keep` is {block: fraction}."""
     prefix = model.num_prefix_tokens
 
     def reduce(number, tokens, keys, weights):

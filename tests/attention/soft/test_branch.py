@@ -1,4 +1,4 @@
-"""Convolutions whose branches compete against slow loops from the papers' equations."""
+"""Test the convolutions with several branches against slow loops from the papers' equations."""
 
 import itertools
 
@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from tests.attention.mechanisms import image, normalised, seeded, weights
 from visionattn.attention import SelectiveKernel, SplitAttention
-from visionattn.capture import Nothing, capture
+from visionattn.capture import NoWeights, capture
 
 
 def convolved(x_CHW, weight, dilation):
-    """A 3 × 3 convolution with zeros beyond the edge, place by place."""
+    """Compute a 3 × 3 convolution with zero padding, position by position."""
     padded = F.pad(x_CHW, (dilation,) * 4)
     height, width = x_CHW.shape[1:]
     reach = slice(None, 2 * dilation + 1, dilation)
@@ -31,14 +31,14 @@ def per_value(w):
 
 
 def gate_of(module, x):
-    with torch.no_grad(), capture(module, Nothing()) as records:
+    with torch.no_grad(), capture(module, NoWeights()) as records:
         module(x)
     (record,) = records
     assert record.kind == "channel_gate"
     return record.weights.double()[:, :, 0, 0]
 
 
-def test_selective_kernel_is_its_equation_and_is_seen():
+def test_selective_kernel_matches_its_equation_and_is_captured():
     module = seeded(SelectiveKernel, 3)
     x = image(2, 3, 4, 5)
     w = weights(module)
@@ -58,7 +58,7 @@ def test_selective_kernel_is_its_equation_and_is_seen():
     torch.testing.assert_close(gate_of(module, x), gates, atol=1e-6, rtol=1e-5)
 
 
-def test_split_attention_is_its_equation_and_is_seen():
+def test_split_attention_matches_its_equation_and_is_captured():
     module = seeded(SplitAttention, 4)
     x = image(2, 4, 4, 5)
     w = weights(module)
@@ -76,6 +76,6 @@ def test_split_attention_is_its_equation_and_is_seen():
     torch.testing.assert_close(gate_of(module, x), gates, atol=1e-6, rtol=1e-5)
 
 
-def test_a_radix_that_does_not_divide_is_named():
-    with pytest.raises(ValueError, match="among radix=3 ≥ 2 branches; 8 channels do not divide so"):
+def test_radix_that_does_not_divide_channels_raises():
+    with pytest.raises(ValueError, match="a multiple of it as channels, got radix=3 and 8 channels"):
         SplitAttention(8, radix=3)

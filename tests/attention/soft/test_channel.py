@@ -1,4 +1,4 @@
-"""Gates over channels against slow loops from their papers' equations."""
+"""Test the gates over channels against slow loops from their papers' equations."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ from tests.refusals import refuses
 from visionattn.attention import ECA, GCT, SE, CircularECA, EffectiveSE, FcaNet, WideECA
 
 
-def test_se_is_its_equation():
+def test_se_matches_its_equation():
     module = seeded(SE, 6, reduction=3)
     x = image(2, 6, 3, 5)
     w = weights(module)
@@ -29,7 +29,7 @@ def test_se_is_its_equation():
 
 
 @pytest.mark.parametrize(("channels", "kernel"), [(8, 3), (64, 3), (256, 5), (7, 3)])
-def test_eca_is_its_equation(channels, kernel):
+def test_eca_matches_its_equation(channels, kernel):
     module = seeded(ECA, channels)
     x = image(2, channels, 2, 3)
     weight = weights(module)["conv.weight"][0, 0]
@@ -45,7 +45,7 @@ def test_eca_is_its_equation(channels, kernel):
     torch.testing.assert_close(module(x), out)
 
 
-def test_effective_se_is_its_equation():
+def test_effective_se_matches_its_equation():
     module = seeded(EffectiveSE, 5)
     x = image(2, 5, 3, 2)
     w = weights(module)
@@ -56,7 +56,7 @@ def test_effective_se_is_its_equation():
     torch.testing.assert_close(module(x), out)
 
 
-def test_circular_eca_meets_the_first_channels_again_after_the_last():
+def test_circular_eca_wraps_around_the_channels():
     module = seeded(CircularECA, 7)
     x = image(2, 7, 2, 3)
     weight = weights(module)["conv.weight"][0, 0]
@@ -67,7 +67,7 @@ def test_circular_eca_meets_the_first_channels_again_after_the_last():
     torch.testing.assert_close(module(x), out)
 
 
-def test_wide_eca_is_its_equation():
+def test_wide_eca_matches_its_equation():
     module = seeded(WideECA, 7, width=4)
     x = image(2, 7, 2, 3)
     w = weights(module)
@@ -82,7 +82,7 @@ def test_wide_eca_is_its_equation():
     torch.testing.assert_close(module(x), out)
 
 
-def test_gct_is_its_equation():
+def test_gct_matches_its_equation():
     module = seeded(GCT, 6)
     x = image(2, 6, 3, 5)
     alpha, beta, gamma = (module.state_dict()[f"gate.{name}"].flatten().tolist() for name in ("alpha", "beta", "gamma"))
@@ -105,7 +105,7 @@ BEST = [(0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0)]  # the f
 
 
 @pytest.mark.parametrize(("channels", "frequencies", "size"), [(16, 8, (7, 14)), (7, 8, (5, 9)), (8, 4, (21, 3))])
-def test_fcanet_is_its_equation(channels, frequencies, size):
+def test_fcanet_matches_its_equation(channels, frequencies, size):
     module = seeded(FcaNet, channels, frequencies=frequencies, reduction=2)
     x = image(2, channels, *size)
     w = weights(module)
@@ -130,7 +130,7 @@ def test_fcanet_is_its_equation(channels, frequencies, size):
     torch.testing.assert_close(module(x), out)
 
 
-def test_fcanet_of_one_frequency_is_squeeze_and_excitation_without_biases():
+def test_fcanet_with_one_frequency_equals_se_without_biases():
     module, other = seeded(FcaNet, 8, frequencies=1, reduction=2), seeded(SE, 8, reduction=2)
     w = weights(module)
     other.load_state_dict(
@@ -145,11 +145,11 @@ def test_fcanet_of_one_frequency_is_squeeze_and_excitation_without_biases():
     torch.testing.assert_close(module(x), other(x))
 
 
-def test_fcanet_has_no_weights_that_depend_on_the_size():
+def test_fcanet_weights_do_not_depend_on_the_image_size():
     assert set(FcaNet(32).state_dict()) == {"mlp.0.weight", "mlp.2.weight"}
 
 
-def test_arguments_that_cannot_work_are_named():
+def test_invalid_arguments_raise():
     refuses(ValueError, "reduction must be ≥ 1", SE, 8, reduction=0)
     refuses(ValueError, "width must be ≥ 1, got 0", WideECA, 8, width=0)
     refuses(ValueError, "frequencies must be between 1 and 16, got 17", FcaNet, 32, frequencies=17)

@@ -1,4 +1,4 @@
-"""Contexts gathered from all positions against slow loops from the papers' equations."""
+"""Test the global contexts against slow loops from the papers' equations."""
 
 import itertools
 import math
@@ -10,17 +10,17 @@ from timm.layers import create_attn
 from tests.attention.mechanisms import image, normalised, seeded, weights
 from tests.refusals import refuses
 from visionattn.attention import DoubleAttention, GlobalContext, GlobalContextGate, Lambda
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 
 
 def attended(module, x):
-    with torch.no_grad(), capture(module, Full()) as records:
+    with torch.no_grad(), capture(module, FullAttention()) as records:
         module(x)
     return records
 
 
 @pytest.mark.parametrize(("mechanism", "mlp"), [(GlobalContext, "mlp_add"), (GlobalContextGate, "mlp_scale")])
-def test_global_context_is_its_equation_and_is_seen(mechanism, mlp):
+def test_global_context_matches_its_equation_and_is_captured(mechanism, mlp):
     module = seeded(mechanism, 6)
     x = image(2, 6, 3, 4)
     w = weights(module)
@@ -45,7 +45,7 @@ def test_global_context_is_its_equation_and_is_seen(mechanism, mlp):
         torch.testing.assert_close(x * gate[0].weights, out, atol=1e-6, rtol=1e-5, check_dtype=False)
 
 
-def test_double_attention_is_its_equation_and_is_seen():
+def test_double_attention_matches_its_equation_and_is_captured():
     module = seeded(DoubleAttention, 8)
     x = image(2, 8, 3, 4)
     w = weights(module)
@@ -66,7 +66,7 @@ def test_double_attention_is_its_equation_and_is_seen():
     torch.testing.assert_close(record.weights.double().view(2, 2, 12), maps, atol=1e-6, rtol=1e-5)
 
 
-def test_lambda_is_its_equation_and_is_seen():
+def test_lambda_matches_its_equation_and_is_captured():
     module = seeded(Lambda, 4, num_heads=2, kernel_size=3)
     x = image(2, 4, 3, 4)
     w = weights(module)
@@ -93,7 +93,7 @@ def test_lambda_is_its_equation_and_is_seen():
     torch.testing.assert_close(record.weights.double().view(2, 16, 12), maps, atol=1e-6, rtol=1e-5)
 
 
-def test_lambda_gives_what_timms_gives():
+def test_lambda_matches_timm():
     module = seeded(Lambda, 16)
     theirs = create_attn("lambda", 16).double().eval()
     theirs.load_state_dict(weights(module))
@@ -101,7 +101,7 @@ def test_lambda_gives_what_timms_gives():
     torch.testing.assert_close(module(x), theirs(x))
 
 
-def test_lambda_has_finite_gradients_in_bfloat16_whatever_lay_in_memory_before():
+def test_lambda_has_finite_bfloat16_gradients_for_any_prior_memory():
     torch.manual_seed(0)
     for _ in range(20):  # torch's own conv3d fails three times in four
         module, x = Lambda(16).bfloat16(), torch.randn(1, 16, 8, 8).bfloat16()
@@ -111,6 +111,6 @@ def test_lambda_has_finite_gradients_in_bfloat16_whatever_lay_in_memory_before()
         _ = [torch.full((size,), math.nan) for size in (100, 1000, 10000)]
 
 
-def test_arguments_that_cannot_work_are_named():
-    refuses(ValueError, "6 channels cannot be shared out among num_heads=4; pass a divisor", Lambda, 6, num_heads=4)
+def test_invalid_arguments_raise():
+    refuses(ValueError, "6 channels are not a multiple of num_heads=4; pass a divisor", Lambda, 6, num_heads=4)
     refuses(ValueError, "kernel_size must be odd", Lambda, 8, kernel_size=4)

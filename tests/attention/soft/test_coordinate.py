@@ -1,4 +1,4 @@
-"""Gates along rows and columns against slow loops from their papers' equations."""
+"""Test the gates along rows and columns against slow loops from their papers' equations."""
 
 import itertools
 
@@ -13,7 +13,7 @@ def hardswish(value):
     return value * (value + 3).clamp(0, 6) / 6
 
 
-def test_coordinate_attention_is_its_equation():
+def test_coordinate_attention_matches_its_equation():
     module = seeded(CoordinateAttention, 6)
     x = image(2, 6, 3, 5)
     w = weights(module)
@@ -35,7 +35,7 @@ def silu(value):
     return value * torch.sigmoid(value)
 
 
-def test_simple_coordinate_attention_is_its_equation():
+def test_simple_coordinate_attention_matches_its_equation():
     module = seeded(SimpleCoordinateAttention, 6)
     x = image(2, 6, 3, 5)
     w = weights(module)
@@ -52,7 +52,7 @@ def test_simple_coordinate_attention_is_its_equation():
 
 
 def slid(line, kernel):
-    """A one-dimensional convolution of a list with zeros beyond its ends."""
+    """Compute a one-dimensional convolution of a list with zero padding."""
     half = len(kernel) // 2
     return [
         sum(float(kernel[k] * line[i + k - half]) for k in range(len(kernel)) if 0 <= i + k - half < len(line))
@@ -60,7 +60,7 @@ def slid(line, kernel):
     ]
 
 
-def test_ela_is_its_equation():
+def test_ela_matches_its_equation():
     module = seeded(ELA, 4, kernel_size=3)
     x = image(2, 4, 5, 3)
     w = weights(module)
@@ -78,7 +78,7 @@ def test_ela_is_its_equation():
     torch.testing.assert_close(module(x), out)
 
 
-def test_strip_attention_is_its_equation():
+def test_strip_attention_matches_its_equation():
     module = seeded(StripAttention, 4)
     x = image(2, 4, 5, 3)
     w = weights(module)
@@ -92,6 +92,6 @@ def test_strip_attention_is_its_equation():
 
 
 @pytest.mark.parametrize("mechanism", [ELA, StripAttention])
-def test_an_even_kernel_is_refused(mechanism):
+def test_even_kernel_raises(mechanism):
     with pytest.raises(ValueError, match="kernel_size must be odd so that the gate stays in place, got 4"):
         mechanism(8, kernel_size=4)

@@ -1,4 +1,4 @@
-"""The arithmetic of gates against torch's own, and what it is there for: gradients that are not written out."""
+"""Test the gate operations against torch's own, and that they do not materialise large gradients."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from visionattn.attention.soft.gate_ops import mean, narrowed, outer, pointwise,
 
 
 def agree(ours, theirs, *inputs):
-    """The same values, and the same gradients of all inputs."""
+    """Assert equal values and equal gradients of all inputs."""
     outs = [form(*inputs) for form in (ours, theirs)]
     torch.testing.assert_close(*outs)
     weights = torch.randn_like(outs[0])
@@ -17,7 +17,7 @@ def agree(ours, theirs, *inputs):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_it_is_that_of_torch(layout):
+def test_gate_ops_match_torch(layout):
     x = image(2, 3, 4, 5).to(memory_format=layout).requires_grad_()
     agree(lambda x: mean(x, 2, 3), lambda x: x.mean((2, 3), keepdim=True), x)
     agree(lambda x: mean(x, 1), lambda x: x.mean(1, keepdim=True), x)
@@ -33,7 +33,7 @@ def test_it_is_that_of_torch(layout):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dims", [1, 2, 3, (2, 3)])
-def test_what_is_pooled_and_what_it_is_pooled_from_have_one_gradient(layout, dims):
+def test_pooled_values_and_input_share_one_gradient_pass(layout, dims):
     def ours(x):
         return pooled_positions(x) if isinstance(dims, tuple) else pooled(x, dims)
 
@@ -52,11 +52,11 @@ def test_what_is_pooled_and_what_it_is_pooled_from_have_one_gradient(layout, dim
         torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_a_mean_in_half_precision_may_be_of_more_than_it_can_count():
+def test_half_precision_mean_does_not_overflow():
     assert mean(torch.full((1, 1, 16, 16), 1000.0, dtype=torch.float16), 2, 3).item() == 1000
 
 
-def test_the_gradient_of_a_mean_is_a_view():
+def test_gradient_of_a_mean_is_a_view():
     strides = {}
     for name, form in {"ours": mean, "torch": lambda x, *dims: x.mean(dims, keepdim=True)}.items():
         x = torch.randn(2, 3, 4, 5, requires_grad=True) * 1

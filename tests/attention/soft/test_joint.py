@@ -1,4 +1,4 @@
-"""Gates over channels and positions against slow loops from their papers' equations."""
+"""Test the gates over channels and positions against slow loops from their papers' equations."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from tests.refusals import refuses
 from visionattn.attention import BAM, CBAM, EMA, LightCBAM, SimAM, TripletAttention
 
 
-def test_cbam_is_its_equation():
+def test_cbam_matches_its_equation():
     module = seeded(CBAM, 4, reduction=2, kernel_size=3)
     x = image(2, 4, 5, 3)
     w = weights(module)
@@ -32,7 +32,7 @@ def test_cbam_is_its_equation():
     torch.testing.assert_close(module(x), out)
 
 
-def test_light_cbam_is_its_equation():
+def test_light_cbam_matches_its_equation():
     module = seeded(LightCBAM, 4, reduction=2, kernel_size=3)
     x = image(2, 4, 5, 3)
     w = weights(module)
@@ -48,13 +48,13 @@ def test_light_cbam_is_its_equation():
     torch.testing.assert_close(module(x), out)
 
 
-def test_bam_is_its_equation():
+def test_bam_matches_its_equation():
     module = seeded(BAM, 4, reduction=2, dilation=2)
     x = image(2, 4, 5, 6)
     w = weights(module)
 
     def everywhere(planes, name):
-        """A convolution by loops; the dilation is 2 where the kernel is 3 × 3."""
+        """Compute a convolution by loops; the dilation is 2 for 3 × 3 kernels."""
         weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
         size = weight.shape[-1]
         found = torch.empty(len(weight), 5, 6, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_bam_is_its_equation():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2, 3), (2, 7, 5, 9), (3, 4, 6, 6)])
-def test_simam_is_its_equation(shape):
+def test_simam_matches_its_equation(shape):
     x = image(*shape)
     out = torch.empty_like(x)
     count = shape[2] * shape[3]
@@ -92,17 +92,17 @@ def test_simam_is_its_equation(shape):
         mean = sum(values) / count
         var = sum((value - mean) ** 2 for value in values) / (count - 1)
         for place, value in enumerate(values):
-            energy = 4 * (var + 1e-4) / ((value - mean) ** 2 + 2 * var + 2e-4)  # the paper's form of e
+            energy = 4 * (var + 1e-4) / ((value - mean) ** 2 + 2 * var + 2e-4)  # e as the paper writes it
             out[b, c].view(-1)[place] = value * sigmoid(1 / energy)
     torch.testing.assert_close(SimAM(shape[1])(x), out)
 
 
-def test_simam_of_a_single_position_is_halfway():
+def test_simam_of_a_single_position_equals_the_mean():
     x = image(2, 3, 1, 1)
     torch.testing.assert_close(SimAM(3)(x), x / (1 + math.exp(-0.5)))
 
 
-def test_triplet_attention_is_its_equation():
+def test_triplet_attention_matches_its_equation():
     module = seeded(TripletAttention, 4, kernel_size=3)
     x = image(2, 4, 5, 6)
     w = weights(module)
@@ -119,7 +119,7 @@ def test_triplet_attention_is_its_equation():
     torch.testing.assert_close(module(x), out)
 
 
-def test_ema_is_its_equation():
+def test_ema_matches_its_equation():
     module = seeded(EMA, 6, groups=2)
     x = image(2, 6, 4, 5)
     w = weights(module)
@@ -145,9 +145,9 @@ def test_ema_is_its_equation():
     torch.testing.assert_close(module(x), out)
 
 
-def test_arguments_that_cannot_work_are_named():
+def test_invalid_arguments_raise():
     for mechanism in (CBAM, LightCBAM, TripletAttention):
         with pytest.raises(ValueError, match="kernel_size must be odd so that the gate stays in place, got 4"):
             mechanism(8, kernel_size=4)
-    refuses(ValueError, "8 channels cannot be shared out among groups=3; pass a divisor", EMA, 8, groups=3)
+    refuses(ValueError, "8 channels are not a multiple of groups=3; pass a divisor", EMA, 8, groups=3)
     refuses(ValueError, "regularisation must be > 0, got 0", SimAM, 8, regularisation=0)

@@ -1,4 +1,4 @@
-"""From scores to weights: closed forms against bisection, numerical gradients and a few cases by hand."""
+"""Test the normalisers against bisection, numerical gradients and a few cases by hand."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ PROJECTIONS = {sparsemax: 1, entmax15: 2}
 @pytest.mark.parametrize(("project", "power"), PROJECTIONS.items())
 @pytest.mark.parametrize("scale", [0.01, 1, 10, 1000])
 @pytest.mark.parametrize("length", [1, 2, 7, 50])
-def test_projections_are_those_of_bisection(project, power, scale, length):
+def test_projections_match_bisection(project, power, scale, length):
     torch.manual_seed(length)
     scores = torch.randn(3, length, dtype=torch.float64) * scale
     scores[0, length // 2] = scores[0, 0]  # a tie
@@ -23,7 +23,7 @@ def test_projections_are_those_of_bisection(project, power, scale, length):
 
 
 @pytest.mark.parametrize("project", PROJECTIONS)
-def test_gradients_are_numerical_ones(project):
+def test_gradients_match_numerical_ones(project):
     torch.manual_seed(0)
     scores = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     assert (project(scores) == 0).any()
@@ -32,26 +32,26 @@ def test_gradients_are_numerical_ones(project):
 
 
 @pytest.mark.parametrize("project", PROJECTIONS)
-def test_equal_scores_share_alike_and_a_far_one_takes_all(project):
+def test_equal_scores_get_equal_weights_and_a_far_score_gets_all(project):
     torch.testing.assert_close(project(torch.zeros(5)), torch.full((5,), 0.2))
     assert project(torch.tensor([0.0, 9.0, 1.0])).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("project", PROJECTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_low_precision_sums_to_one(project, dtype):
+def test_low_precision_weights_sum_to_one(project, dtype):
     weights = project((torch.randn(2, 400) * 3 + 100).to(dtype))
     assert weights.dtype == dtype
     torch.testing.assert_close(weights.float().sum(-1), torch.ones(2), atol=2e-2, rtol=0)
 
 
-def test_softmax_is_its_equation():
+def test_softmax_matches_its_equation():
     scores = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     expected = (scores / 0.5).exp()
     torch.testing.assert_close(Softmax(0.5)(scores), expected / expected.sum((2, 3), keepdim=True))
 
 
-def test_normalised_sigmoid_is_its_equation_and_survives_low_scores():
+def test_normalised_sigmoid_matches_its_equation_also_for_low_scores():
     scores = torch.randn(2, 3, 2, 4, dtype=torch.float64)
     opened = 1 / (1 + (-scores).exp())
     torch.testing.assert_close(NormalisedSigmoid()(scores), opened / opened.sum((2, 3), keepdim=True))
@@ -59,12 +59,12 @@ def test_normalised_sigmoid_is_its_equation_and_survives_low_scores():
 
 
 @pytest.mark.parametrize(("module", "project"), [(Sparsemax, sparsemax), (Entmax15, entmax15)])
-def test_modules_project_each_map(module, project):
+def test_modules_normalise_each_map(module, project):
     scores = torch.randn(2, 3, 2, 4)
     found = module()(scores)
     torch.testing.assert_close(found[1, 2].flatten(), project(scores[1, 2].flatten()))
 
 
-def test_a_temperature_that_cannot_work_is_named():
+def test_invalid_temperature_raises():
     with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
         Softmax(0)

@@ -1,4 +1,4 @@
-"""Attention of every position to others against slow loops from the papers' equations, and against timm."""
+"""Test attention of positions to positions against slow loops from the papers' equations, and against timm."""
 
 import itertools
 import math
@@ -10,12 +10,12 @@ from torch import nn
 
 from tests.attention.mechanisms import image, normalised, seeded, weights
 from visionattn.attention import BilinearAttention, BottleneckAttention, DualAttention, HaloAttention, NonLocal
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 from visionattn.errors import UsageError
 
 
 def share(scores):
-    """Softmax of a list of numbers."""
+    """Return the softmax of a list of numbers."""
     top = max(scores)
     powers = [math.exp(score - top) for score in scores]
     return [power / sum(powers) for power in powers]
@@ -27,14 +27,14 @@ def projected(x_CHW, w, name):
 
 
 def attended(module, x):
-    """What is captured of the one call of attention."""
-    with torch.no_grad(), capture(module, Full()) as records:
+    """Return the captured map of the single call of attention."""
+    with torch.no_grad(), capture(module, FullAttention()) as records:
         module(x)
     (record,) = records.attention
     return record
 
 
-def test_non_local_is_its_equation_and_is_seen():
+def test_non_local_matches_its_equation_and_is_captured():
     module = seeded(NonLocal, 8, reduction=2)
     x = image(2, 8, 3, 4)
     w = weights(module)
@@ -54,7 +54,7 @@ def test_non_local_is_its_equation_and_is_seen():
     torch.testing.assert_close(record.weights.double().view(2, 12, 12), maps, atol=1e-6, rtol=1e-5)
 
 
-def test_non_local_gives_what_timms_gives():
+def test_non_local_matches_timm():
     module = seeded(NonLocal, 16, reduction=2)
     theirs = create_attn("nl", 16, rd_channels=8).double().eval()
     theirs.load_state_dict(weights(module))
@@ -62,7 +62,7 @@ def test_non_local_gives_what_timms_gives():
     torch.testing.assert_close(module(x), theirs(x))
 
 
-def test_dual_attention_is_its_equation_and_is_seen():
+def test_dual_attention_matches_its_equation_and_is_captured():
     module = seeded(DualAttention, 4, reduction=2)
     x = image(2, 4, 3, 2) / 2
     w = weights(module)
@@ -90,16 +90,16 @@ def test_dual_attention_starts_as_the_identity():
 
 
 @pytest.mark.parametrize(("size", "height", "width"), [(4, 4, 4), (4, 3, 5), (3, 5, 1)])
-def test_bottleneck_attention_is_its_equation_and_is_seen(size, height, width):
+def test_bottleneck_attention_matches_its_equation_and_is_captured(size, height, width):
     module = seeded(BottleneckAttention, 8, num_heads=2, size=size)
     x = image(2, 8, height, width)
     w = weights(module)
     n = height * width
 
     def distance(table, offset, length):
-        """What was learned for a distance, stretched from size × size to this length: the ends are the ends."""
+        """Interpolate the values learned per distance from size × size to another length, with aligned ends."""
         if length == 1:
-            return table[size - 1]  # the same for all, so that it cancels
+            return table[size - 1]  # equal for all keys, so that it cancels
         place = (size - 1) + offset * (size - 1) / (length - 1)
         low = min(math.floor(place + 1e-9), len(table) - 1)
         high = min(low + 1, len(table) - 1)
@@ -126,7 +126,7 @@ def test_bottleneck_attention_is_its_equation_and_is_seen(size, height, width):
     torch.testing.assert_close(record.weights.double().view(2, 2, n, n), maps, atol=1e-6, rtol=1e-5)
 
 
-def test_bottleneck_attention_gives_what_timms_gives_at_its_size():
+def test_bottleneck_attention_matches_timm_at_the_learned_size():
     module = seeded(BottleneckAttention, 16, size=6)
     theirs = create_attn("bottleneck", 16, feat_size=(6, 6)).double()
     theirs.load_state_dict(weights(module))
@@ -135,7 +135,7 @@ def test_bottleneck_attention_gives_what_timms_gives_at_its_size():
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 3), (1, 6)])
-def test_halo_attention_is_its_equation(height, width):
+def test_halo_attention_matches_its_equation(height, width):
     block, halo = 2, 1
     module = seeded(HaloAttention, 8, num_heads=2, block_size=block, halo_size=halo)
     x = image(2, 8, height, width)
@@ -144,7 +144,7 @@ def test_halo_attention_is_its_equation(height, width):
     out = torch.empty_like(x)
     for b, head in itertools.product(range(2), range(2)):
         q = projected(x[b], w, "q")[:, 4 * head : 4 * head + 4]
-        # timm's projection holds k and v of a head side by side
+        # timm's projection stores k and v of a head next to each other
         k, v = projected(x[b], w, "kv")[:, 8 * head : 8 * head + 8].split(4, 1)
         nothing = torch.zeros(4, dtype=torch.float64)
         for i, j in itertools.product(range(height), range(width)):
@@ -164,7 +164,7 @@ def test_halo_attention_is_its_equation(height, width):
     torch.testing.assert_close(module(x), out)
 
 
-def test_halo_attention_is_seen_block_by_block():
+def test_halo_attention_is_captured_block_by_block():
     record = attended(seeded(HaloAttention, 8, block_size=4, halo_size=1), image(1, 8, 8, 12))
     assert (record.kind, record.grid, record.heads) == ("self", (8, 12), 8)
     assert record.windowed
@@ -172,7 +172,7 @@ def test_halo_attention_is_seen_block_by_block():
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 3)])
-def test_bilinear_attention_is_its_equation(height, width):
+def test_bilinear_attention_matches_its_equation(height, width):
     size, groups = 2, 2
     module = seeded(BilinearAttention, 8, block_size=size, groups=groups, reduction=2)
     x = image(2, 8, height, width)
@@ -207,7 +207,7 @@ def test_bilinear_attention_is_its_equation(height, width):
     torch.testing.assert_close(module(x), out)
 
 
-def test_bilinear_attention_gives_what_timms_gives_where_it_runs():
+def test_bilinear_attention_matches_timm_where_timm_runs():
     module = seeded(BilinearAttention, 16, reduction=2)
     theirs = create_attn("bat", 16, rd_channels=8).double().eval()
     theirs.load_state_dict(weights(module))
@@ -215,7 +215,7 @@ def test_bilinear_attention_gives_what_timms_gives_where_it_runs():
     torch.testing.assert_close(module(x), theirs(x))
 
 
-def test_bilinear_attention_is_not_placed_and_the_error_says_so():
+def test_bilinear_attention_has_no_token_positions_and_raises():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), BilinearAttention(8)).eval()
     with pytest.raises(UsageError, match="nothing in this Sequential attends"), torch.no_grad(), capture(model):
         model(torch.randn(1, 3, 14, 14))
@@ -224,13 +224,13 @@ def test_bilinear_attention_is_not_placed_and_the_error_says_so():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: BottleneckAttention(7, num_heads=4), "7 channels cannot be shared out among num_heads=4; pass a div"),
-        (lambda: HaloAttention(12, num_heads=8), "12 channels cannot be shared out among num_heads=8; pass a divisor"),
+        (lambda: BottleneckAttention(7, num_heads=4), "7 channels are not a multiple of num_heads=4; pass a divisor"),
+        (lambda: HaloAttention(12, num_heads=8), "12 channels are not a multiple of num_heads=8; pass a divisor"),
         (lambda: BottleneckAttention(8, size=0), "size must be ≥ 1, got 0"),
         (lambda: HaloAttention(8, block_size=0), "block_size must be ≥ 1 and halo_size ≥ 0, got 0 and 3"),
         (lambda: BilinearAttention(8, groups=0), "block_size and groups must be ≥ 1, got 7 and 0"),
     ],
 )
-def test_arguments_that_cannot_work_are_named(make, message):
+def test_invalid_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Attention pooling: every score with every normaliser against loops, seen by `maps`, and as a head."""
+"""Test attention pooling: every score with every normaliser against loops, capture by `maps`, and heads."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ from visionattn.attention import (
     Softmax,
     Sparsemax,
 )
-from visionattn.capture import Full, capture
+from visionattn.capture import FullAttention, capture
 from visionattn.maps import RawAttention
 from visionattn.models import ConvNet
 
@@ -37,7 +37,7 @@ def flat(w, name):
     return w[f"{name}.weight"].flatten(1)
 
 
-SCORES = {  # weights, one place's features, the mean of all, k → the score
+SCORES = {  # weights, features of one position, mean over positions, k → the score
     DotScore: lambda w, x, mean, k: flat(w, "query")[k] @ x,
     ScaledDotScore: lambda w, x, mean, k: flat(w, "query")[k] @ x / math.sqrt(C),
     AdditiveScore: lambda w, x, mean, k: flat(w, "query")[k] @ torch.tanh(flat(w, "hidden") @ x + w["hidden.bias"]),
@@ -68,7 +68,7 @@ def pool_of(score, normaliser, maps=K):
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("normaliser", NORMALISERS)
-def test_pooling_is_its_equation_and_its_map_is_seen(score, normaliser):
+def test_pooling_matches_its_equation_and_its_map_is_captured(score, normaliser):
     pool = pool_of(score, normaliser).double()
     x = image(2, C, 3, 5)
     w = {name.removeprefix("score."): value for name, value in pool.state_dict().items()}
@@ -81,7 +81,7 @@ def test_pooling_is_its_equation_and_its_map_is_seen(score, normaliser):
         for n in range(15):
             out[b, k] += p[n] * places[n]
     torch.testing.assert_close(pool(x), out, atol=1e-6, rtol=1e-5)
-    with torch.no_grad(), capture(pool, Full()) as records:
+    with torch.no_grad(), capture(pool, FullAttention()) as records:
         pool(x)
     (record,) = records
     assert record.grid == (3, 5)
@@ -104,7 +104,7 @@ def test_every_shape_and_precision_trains(score, normaliser):
 
 
 @pytest.mark.parametrize(("score", "normaliser"), [*zip(SCORES, itertools.cycle(NORMALISERS), strict=False)])
-def test_it_compiles_and_exports(score, normaliser, tmp_path):
+def test_pooling_compiles_and_exports(score, normaliser, tmp_path):
     import onnxruntime
 
     pool, x = pool_of(score, normaliser), torch.randn(2, C, 3, 5)
@@ -121,7 +121,7 @@ def test_it_compiles_and_exports(score, normaliser, tmp_path):
     torch.testing.assert_close(torch.from_numpy(out), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_head_is_pooling_and_a_linear_layer():
+def test_head_is_pooling_and_a_linear_layer():
     torch.manual_seed(0)
     head = stirred(AttentionHead(C, 5)).double()
     x = image(2, C, 3, 4)
@@ -132,7 +132,7 @@ def test_a_head_is_pooling_and_a_linear_layer():
         assert float(found[b, k]) == pytest.approx(expected)
 
 
-def test_a_class_wise_head_has_a_map_for_every_class():
+def test_class_wise_head_has_a_map_for_every_class():
     torch.manual_seed(0)
     head = stirred(AttentionHead(C, 5, class_wise=True)).double()
     x = image(2, C, 3, 4)
@@ -144,25 +144,25 @@ def test_a_class_wise_head_has_a_map_for_every_class():
         assert float(found[b, k]) == pytest.approx(expected)
 
 
-def test_two_classes_in_one_image_are_each_found_where_they_are():
-    """Class k is told by channel k being high at one place, and its query and weights ask for that."""
+def test_maps_of_two_classes_in_one_image_peak_at_their_objects():
+    """An object of class k is a high value in channel k at one place; query and weights of class k respond to it."""
     head = AttentionHead(3, 3, class_wise=True)
     with torch.no_grad():
         head.pool.score.query.weight.copy_(3 * torch.eye(3)[..., None, None])
         head.weight.copy_(torch.eye(3))
         x = torch.zeros(1, 3, 5, 6)
         x[0, 0, 1, 2] = x[0, 2, 4, 5] = 4
-        with capture(head, Full()) as records:
+        with capture(head, FullAttention()) as records:
             logits = head(x)
     maps = records[0].weights.view(3, 30)
     assert maps[0].argmax() == 1 * 6 + 2
     assert maps[2].argmax() == 4 * 6 + 5
-    torch.testing.assert_close(maps[1], torch.full((30,), 1 / 30))  # nothing of class 1 is there
+    torch.testing.assert_close(maps[1], torch.full((30,), 1 / 30))  # no object of class 1
     torch.testing.assert_close(logits, torch.tensor([[4.0, 0, 4]]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("class_wise", [False, True])
-def test_convnet_takes_it_for_a_head_and_its_map_needs_no_cam(class_wise):
+def test_convnet_with_attention_head_gives_a_map_without_cam(class_wise):
     model = ConvNet(4, head=lambda channels, classes: AttentionHead(channels, classes, class_wise=class_wise)).eval()
     images = torch.randn(2, 3, 32, 48)
     maps = RawAttention()(model, images)
@@ -170,15 +170,15 @@ def test_convnet_takes_it_for_a_head_and_its_map_needs_no_cam(class_wise):
     assert maps.output.shape == (2, 4)
 
 
-def test_it_goes_behind_any_feature_map_of_timm():
+def test_head_works_after_timm_feature_maps():
     body = timm.create_model("resnet10t", num_classes=0, global_pool="")
     model = nn.Sequential(body, AttentionHead(body.num_features, 10)).eval()
     assert model(torch.randn(2, 3, 64, 96)).shape == (2, 10)
     assert RawAttention()(model, torch.randn(2, 3, 64, 96)).heatmaps.shape == (2, 2, 3)
 
 
-def test_arguments_that_cannot_work_are_named():
+def test_invalid_arguments_raise():
     refuses(ValueError, "maps must be ≥ 1, got 0", AttentionPool, 4, maps=0)
     refuses(ValueError, "width must be ≥ 1, got 0", GatedScore, 4, 1, width=0)
-    with pytest.raises(ValueError, match="a head of its own does the pooling; leave pool out, got 2"):
+    with pytest.raises(ValueError, match=r"pool does not apply to a custom head, .*; leave pool out, got 2"):
         ConvNet(4, head=AttentionHead, pool=2)

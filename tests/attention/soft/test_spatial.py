@@ -1,4 +1,4 @@
-"""Gates over positions against slow loops from their papers' equations."""
+"""Test the gates over positions against slow loops from their papers' equations."""
 
 import itertools
 import math
@@ -12,13 +12,13 @@ from torch import nn
 from tests.attention.mechanisms import image, normalised, seeded, sigmoid, stirred, weights
 from tests.refusals import refuses
 from visionattn.attention import LSKA, AttentionGate, GatherExcite
-from visionattn.capture import Nothing, capture
+from visionattn.capture import NoWeights, capture
 
 
-def test_attention_gate_is_its_equation():
+def test_attention_gate_matches_its_equation():
     torch.manual_seed(0)
     module = stirred(AttentionGate(4, 6, width=3)).double()
-    x, signal = image(2, 4, 5, 7), image(2, 6, 5, 7)  # of one size, so that nothing is resampled
+    x, signal = image(2, 4, 5, 7), image(2, 6, 5, 7)  # of equal size, so that nothing is resampled
     w = weights(module)
     out = torch.empty_like(x)
     for b, i, j in itertools.product(range(2), range(5), range(7)):
@@ -29,7 +29,7 @@ def test_attention_gate_is_its_equation():
     torch.testing.assert_close(module(x, signal), out)
 
 
-def test_a_coarser_signal_is_brought_to_the_input_bilinearly():
+def test_coarser_signal_is_upsampled_bilinearly():
     torch.manual_seed(0)
     module = stirred(AttentionGate(4, 6)).double()
     x, signal = image(2, 4, 6, 8), image(2, 6, 3, 4)
@@ -45,7 +45,7 @@ def test_a_coarser_signal_is_brought_to_the_input_bilinearly():
 
 
 @pytest.mark.parametrize(("size", "coarse"), [((1, 1), (1, 1)), ((5, 9), (2, 4)), ((7, 4), (3, 1))])
-def test_attention_gate_takes_every_size_and_is_seen(size, coarse):
+def test_attention_gate_accepts_every_size_and_is_captured(size, coarse):
     class Decoder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -55,7 +55,7 @@ def test_attention_gate_takes_every_size_and_is_seen(size, coarse):
             return self.skip(self.lift(images), F.adaptive_avg_pool2d(self.down(images), coarse))
 
     model, images = Decoder(), torch.randn(1, 3, *size, requires_grad=True)
-    with capture(model, Nothing()) as records:
+    with capture(model, NoWeights()) as records:
         out = model(images)
     assert [(record.kind, record.weights.shape) for record in records] == [
         ("spatial_gate" if size != (1, 1) else "channel_gate", (1, 1, *size))
@@ -78,7 +78,7 @@ def test_attention_gate_exports_to_onnx(tmp_path):
 
 
 @pytest.mark.parametrize("extent", [0, 2, 4])
-def test_gather_excite_without_weights_is_its_equation_and_timms(extent):
+def test_gather_excite_without_weights_matches_its_equation_and_timm(extent):
     module = GatherExcite(3, extent=extent, learned=False)
     x = image(2, 3, 9, 6)
     out = torch.empty_like(x)
@@ -95,7 +95,7 @@ def test_gather_excite_without_weights_is_its_equation_and_timms(extent):
     torch.testing.assert_close(module(x), GatherExciteOfTimm(3, extent=extent, use_mlp=False)(x))
 
 
-def test_gather_excite_with_weights_is_its_equation():
+def test_gather_excite_with_weights_matches_its_equation():
     module = seeded(GatherExcite, 3, extent=4)
     x = image(2, 3, 7, 9)
     w = weights(module)
@@ -116,7 +116,7 @@ def test_gather_excite_with_weights_is_its_equation():
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation", "far"), [(11, 2, 5), (7, 2, 3), (23, 3, 7)])
-def test_lska_is_its_equation(kernel_size, dilation, far):
+def test_lska_matches_its_equation(kernel_size, dilation, far):
     module = seeded(LSKA, 3, kernel_size=kernel_size, dilation=dilation)
     x = image(2, 3, 6, 9)
     w = weights(module)
@@ -138,7 +138,7 @@ def test_lska_is_its_equation(kernel_size, dilation, far):
     torch.testing.assert_close(module(x), x * gate)
 
 
-def test_arguments_that_cannot_work_are_named():
+def test_invalid_arguments_raise():
     refuses(ValueError, "extent must be 0 or a power of two ≥ 2, got 3", GatherExcite, 8, extent=3)
     refuses(ValueError, r"kernel_size // dilation must be odd .*, got 8 // 2", LSKA, 8, kernel_size=8)
     refuses(ValueError, "width must be ≥ 1, got 0", AttentionGate, 8, 8, width=0)

@@ -1,4 +1,4 @@
-"""Annotations that are changed by hand."""
+"""Edit annotation files."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Annotations that are wrong in known ways."""
+"""Annotations with known problems."""
 
 import json
 
@@ -6,7 +6,7 @@ from tests.data.annotated import picture
 
 
 def spoiled(root):
-    """Each kind of problem a known number of times."""
+    """Write each kind of problem a known number of times."""
     file = root / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
 

@@ -1,4 +1,4 @@
-"""Boxes in another format than they are read as are found out."""
+"""Test that boxes read in the wrong format are detected."""
 
 import json
 
@@ -10,8 +10,8 @@ from visionattn.data.annotations.checks import check
 
 
 @pytest.mark.parametrize("wrong", ["xyxy", "cxcywh"])
-def test_another_format_is_named(wrong, tmp_path):
-    """Many boxes, since a few can be mistaken; each form written by hand."""
+def test_wrong_box_format_is_reported_with_the_right_one(wrong, tmp_path):
+    """Write 60 boxes, since a few could be plausible by chance; the test itself computes the numbers of each format."""
     root = coco(tmp_path)
     file = root / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
@@ -28,14 +28,14 @@ def test_another_format_is_named(wrong, tmp_path):
     assert not [p for p in check(root, box_format=wrong).problems if p.kind == "wrong format"]
 
 
-def test_shares_and_pixels_are_told_apart(tmp_path):
+def test_fractions_and_pixels_are_distinguished(tmp_path):
     root = voc(tmp_path / "voc")
     for file in (root / "Annotations").glob("*.xml"):
         text = file.read_text()
         for number in range(80, 0, -1):
             text = text.replace(f">{number}</x", f">{number / 80}</x").replace(f">{number}</y", f">{number / 60}</y")
         file.write_text(text)
-    assert any("look like shares" in problem.detail for problem in check(root).problems)
+    assert any("look like fractions" in problem.detail for problem in check(root).problems)
     root = yolo(tmp_path / "yolo")
     for file in (root / "labels" / "train").glob("*.txt"):
         file.write_text("0 40 30 20 10\n1 20 20 10 10\n0 30 30 9 9\n")

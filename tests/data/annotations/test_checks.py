@@ -1,4 +1,4 @@
-"""Everything that can be wrong with boxes and images is counted and named."""
+"""Test that problems with boxes and images are counted and named."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from visionattn.data.decode import read_image
 from visionattn.errors import DataError
 
 
-def test_bad_xml_and_bad_lines_are_named(tmp_path):
+def test_bad_xml_and_bad_lines_are_reported(tmp_path):
     root = voc(tmp_path / "voc")
     (root / "Annotations" / "train_1.xml").write_text("<annotation><object>")
     (root / "JPEGImages" / "train_3.png").unlink()
@@ -25,7 +25,7 @@ def test_bad_xml_and_bad_lines_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".tiff", ".webp"])
-def test_a_turned_photograph_has_the_size_that_it_is_seen_with(suffix, tmp_path):
+def test_size_of_a_rotated_photograph_is_that_of_the_decoded_image(suffix, tmp_path):
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
@@ -35,7 +35,7 @@ def test_a_turned_photograph_has_the_size_that_it_is_seen_with(suffix, tmp_path)
 
 
 @pytest.mark.parametrize("behind", [False, True])
-def test_so_does_a_turned_png_whose_pixels_are_not_decoded(behind, tmp_path):
+def test_size_of_a_rotated_png_is_read_without_decoding(behind, tmp_path):
     file = tmp_path / "x.png"
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -54,7 +54,7 @@ def test_so_does_a_turned_png_whose_pixels_are_not_decoded(behind, tmp_path):
         read_image(file)
 
 
-def test_a_bad_box_in_two_splits_is_counted_once(tmp_path):
+def test_bad_box_in_two_splits_is_counted_once(tmp_path):
     root = voc(tmp_path)
     file = root / "Annotations" / "train_0.xml"
     file.write_text(file.read_text().replace("<xmin>5</xmin>", "<xmin>nan</xmin>"))

@@ -1,4 +1,4 @@
-"""COCO's layout, also as other tools write it, and where it contradicts itself."""
+"""Test the COCO layout, also as other tools write it, and contradictory files."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ def change(root, function, split="train"):
 
 
 def texts(content):
-    """Numbers as text."""
+    """Write numbers as text."""
     for name, keys in {"images": ["id"], "categories": ["id"], "annotations": ["image_id", "category_id"]}.items():
         for one in content[name]:
             one |= {key: str(one[key]) for key in keys}
@@ -35,12 +35,12 @@ def without_sizes(content):
 
 
 def twice_named(content):
-    """As some exporters do: the data set's own name is a first class without boxes."""
+    """Name the data set as a first class without boxes, as some exporters do."""
     content["categories"].insert(0, {"id": 0, "name": "cat", "supercategory": "none"})
 
 
 @pytest.mark.parametrize("odd", [texts, without_sizes, twice_named])
-def test_coco_by_other_tools(odd, tmp_path):
+def test_coco_files_of_other_tools_are_read(odd, tmp_path):
     expected = boxes_of(check(coco(tmp_path)))
     change(tmp_path, odd)
     report = check(tmp_path)
@@ -63,17 +63,17 @@ def test_coco_by_other_tools(odd, tmp_path):
         (lambda c: c["categories"][0].update(name="dog"), r"val2017\.json calls class 3 'cat', and another .* 'dog'"),
     ],
 )
-def test_coco_that_contradicts_itself_is_refused(odd, told, tmp_path):
+def test_contradictory_coco_files_raise(odd, told, tmp_path):
     change(coco(tmp_path), odd)
     refuses(DataError, told, check, tmp_path)
 
 
-def test_images_that_share_an_id_have_no_boxes_that_are_known(tmp_path):
+def test_images_that_share_an_id_are_left_out(tmp_path):
     change(coco(tmp_path), lambda content: content["images"][1].update(id=content["images"][0]["id"]))
     report = check(tmp_path)
     assert Counter(problem.kind for problem in report.problems) == {"shared id": 2, "unknown image": 1}
     assert [image.path.name for image in report.splits["train"]] == ["train_2.png", "train_3.png", "train_4.png"]
-    assert any("shared id: images that have" in line for line in report.lines())
+    assert any("shared id: images with the same id" in line for line in report.lines())
 
 
 def test_ids_with_gaps_are_kept(tmp_path):

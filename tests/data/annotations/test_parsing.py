@@ -1,4 +1,4 @@
-"""Files that divide the images anew."""
+"""Test split files."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from visionattn.data.annotations.reading import read_annotations
 from visionattn.errors import DataError, UsageError
 
 
-def test_split_files_take_names_with_blanks_and_tell_folders_apart(tmp_path):
+def test_split_files_accept_names_with_spaces_and_distinguish_folders(tmp_path):
     root = voc(tmp_path / "voc")
     (root / "JPEGImages" / "train_0.png").rename(root / "JPEGImages" / "an eel é, 1.v2.png")
     (root / "Annotations" / "train_0.xml").rename(root / "Annotations" / "an eel é, 1.v2.xml")
@@ -42,7 +42,7 @@ def test_split_files_take_names_with_blanks_and_tell_folders_apart(tmp_path):
         check(root, splits={"trian": str(root / "a.txt")})
 
 
-def test_split_files_replace_the_splits(tmp_path):
+def test_split_files_replace_the_splits_of_the_layout(tmp_path):
     root = yolo(tmp_path)
     (tmp_path / "a.txt").write_text("images/train/train_1.png\nval_0\n")
     (tmp_path / "b.txt").write_text("train_2.png\nabsent.png\n")

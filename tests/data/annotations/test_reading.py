@@ -1,4 +1,4 @@
-"""Three layouts, one form."""
+"""Test that all three layouts are read to the same annotations."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from visionattn.errors import DataError
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_reads_as_the_same_boxes(layout, tmp_path):
+def test_every_layout_gives_the_same_boxes(layout, tmp_path):
     root = LAYOUTS[layout](tmp_path)
     assert layout_of(root) == layout
     report = check(root)
@@ -27,7 +27,7 @@ def test_every_layout_reads_as_the_same_boxes(layout, tmp_path):
             np.testing.assert_allclose(image.area, areas / 2 if layout == "coco" else areas, rtol=1e-4)
 
 
-def test_a_folder_without_annotations_is_told(tmp_path):
+def test_folder_without_annotations_raises(tmp_path):
     refuses(DataError, "holds no annotations", read_annotations, tmp_path)
     (tmp_path / "x.json").write_text("[1]")
-    refuses(DataError, r"no \.json there is COCO's", read_annotations, tmp_path)
+    refuses(DataError, r"no \.json is in COCO's layout", read_annotations, tmp_path)

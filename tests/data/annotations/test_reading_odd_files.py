@@ -1,4 +1,4 @@
-"""Files as other tools write them, and files that contradict themselves: read right, counted, or refused."""
+"""Test files of other tools and contradictory files: read correctly, counted, or refused."""
 
 import shutil
 
@@ -15,7 +15,7 @@ from visionattn.errors import DataError
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_case_and_bytes_before_the_text_do_not_matter(layout, tmp_path):
+def test_case_of_suffixes_and_byte_order_marks_are_ignored(layout, tmp_path):
     expected = boxes_of(check(LAYOUTS[layout](tmp_path / "plain")))
     root = LAYOUTS[layout](tmp_path / "odd")
     for file in [file for file in root.rglob("*") if file.is_file()]:
@@ -30,22 +30,22 @@ def test_case_and_bytes_before_the_text_do_not_matter(layout, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["voc", "yolo"])
-def test_a_json_of_something_else_is_not_coco(layout, tmp_path):
+def test_other_json_is_not_taken_for_coco(layout, tmp_path):
     root = LAYOUTS[layout](tmp_path)
     (root / "package.json").write_text('{"name": "mine"}')
     assert layout_of(root) == layout
     assert not check(root).problems
 
 
-def test_one_folder_under_two_names_is_read_once(tmp_path):
+def test_folder_with_two_names_is_read_once(tmp_path):
     root = voc(tmp_path)
     (root / "annotations").symlink_to(root / "Annotations")
     assert not check(root).problems
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_layouts_that_roboflow_writes(layout, tmp_path):
-    """train/ and valid/, each with its images and annotations; YOLO's .yaml stands beside them and says ../."""
+def test_roboflow_layouts_are_read(layout, tmp_path):
+    """Roboflow writes train/ and valid/ with images and annotations, and a .yaml with ../ in its paths."""
     expected = boxes_of(check(LAYOUTS[layout](tmp_path / "plain")))
     root = LAYOUTS[layout](tmp_path / "odd")
     for split, name in (("train", "train"), ("val", "valid")):
@@ -70,7 +70,7 @@ def test_the_layouts_that_roboflow_writes(layout, tmp_path):
     assert boxes_of(report) == expected
 
 
-def test_images_that_no_file_gives_to_a_split_are_trained_on(tmp_path):
+def test_images_without_a_split_are_training_images(tmp_path):
     root = coco(tmp_path)
     (root / "annotations" / "instances_train2017.json").rename(root / "annotations" / "all.json")
     (root / "train2017").rename(root / "images")
@@ -79,11 +79,11 @@ def test_images_that_no_file_gives_to_a_split_are_trained_on(tmp_path):
     assert (len(found.datasets["train"]), len(found.datasets["val"])) == (5, 2)
     (root / "annotations" / "instances_val2017.json").rename(root / "annotations" / "test.json")
     (root / "val2017").rename(root / "test")
-    found = data(root, test_share=0.4)
+    found = data(root, test_fraction=0.4)
     assert {split: len(images) for split, images in found._images.items()} == {"train": 4, "val": 1, "test": 2}
 
 
-def test_nothing_to_train_on_is_refused_in_training_only(tmp_path):
+def test_missing_training_images_raise_in_training_only(tmp_path):
     root = yolo(tmp_path)
     shutil.rmtree(root / "labels")
     refuses(DataError, "training images without any box; `visionattn data check", lambda: data(root).setup("fit"))
@@ -92,7 +92,7 @@ def test_nothing_to_train_on_is_refused_in_training_only(tmp_path):
     data(root).setup("validate")
 
 
-def test_images_that_nobody_annotated_can_be_looked_at(tmp_path):
+def test_images_without_annotations_can_be_evaluated(tmp_path):
     picture(tmp_path / "images" / "test" / "one.png", 1)
     (tmp_path / "data.yaml").write_text("names: [cat, dog]\n")
     found = data(tmp_path)
@@ -102,10 +102,10 @@ def test_images_that_nobody_annotated_can_be_looked_at(tmp_path):
     assert found.class_names == ("cat", "dog")
 
 
-def test_a_box_that_is_cut_off_is_never_trained_on_however_little_may_be_left(tmp_path):
+def test_box_outside_the_crop_is_dropped_with_min_visible_zero(tmp_path):
     root = voc(tmp_path)
     crop = Augmentation([A.Crop(x_min=26, y_min=0, x_max=80, y_max=60, p=1)])
     found = data(root, augment=crop, min_visible=0.0)
     found.setup("fit")
     index = [image.path.name for image in found.datasets["train"].images].index("train_0.png")
-    assert found.datasets["train"][index, 0]["labels"].tolist() == [2]  # the cat ends at 25
+    assert found.datasets["train"][index, 0]["labels"].tolist() == [2]  # the cat's box ends at 25

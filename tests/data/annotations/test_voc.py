@@ -1,4 +1,4 @@
-"""Pascal VOC's layout."""
+"""Test the Pascal VOC layout."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ from tests.data.annotations.odd import data
 from visionattn.data.annotations.checks import check
 
 
-def test_an_object_without_a_name_is_of_no_class(tmp_path):
+def test_object_without_a_name_has_an_unknown_class(tmp_path):
     root = voc(tmp_path)
     file = root / "Annotations" / "train_0.xml"
     file.write_text(file.read_text().replace("<name>cat</name>", ""))
@@ -18,7 +18,7 @@ def test_an_object_without_a_name_is_of_no_class(tmp_path):
     assert kinds == {"unknown class": 1, "unreadable annotation": 1, "not annotated": 1}
 
 
-def test_trainval_is_trained_on_where_there_is_no_train(tmp_path):
+def test_trainval_is_the_train_split_if_there_is_no_train(tmp_path):
     root = voc(tmp_path)
     lists = root / "ImageSets" / "Main"
     (lists / "train.txt").rename(lists / "trainval.txt")

@@ -1,4 +1,4 @@
-"""YOLO's layout."""
+"""Test the YOLO layout."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from visionattn.data.annotations.reading import read_annotations
 from visionattn.errors import DataError
 
 
-def test_classes_of_yolo_are_those_that_are_asked_for(tmp_path):
+def test_class_names_select_yolo_classes(tmp_path):
     root = yolo(tmp_path)
     found = read_annotations(root, class_names=["eel", "cat"])
     assert (found.class_names, found.category_ids) == (("eel", "cat"), (2, 0))
@@ -32,7 +32,7 @@ def test_classes_of_yolo_are_those_that_are_asked_for(tmp_path):
     assert [problem.kind for problem in bare.problems] == ["unreadable annotation"]
 
 
-def test_labels_without_images_are_told_wherever_they_lie(tmp_path):
+def test_labels_without_images_are_reported_in_any_folder(tmp_path):
     root = yolo(tmp_path)
     for place in ("train/deep", "test"):
         (root / "labels" / place).mkdir()
@@ -46,7 +46,7 @@ def test_labels_without_images_are_told_wherever_they_lie(tmp_path):
     assert Counter(problem[:2] for problem in check(root).problems)["missing image", "gone.txt"] == 1
 
 
-def test_a_polygon_is_its_hull(tmp_path):
+def test_polygon_is_replaced_by_its_hull(tmp_path):
     root = yolo(tmp_path)
     (root / "labels" / "val" / "val_1.txt").write_text("0 0.25 0.5 0.5 0.25 0.55 0.8 0.3 0.75\n")
     (box,) = check(root).splits["val"][1].boxes

@@ -1,4 +1,4 @@
-"""Batches are the same however many processes read them."""
+"""Test that batches do not depend on the number of workers."""
 
 import torch
 
@@ -15,7 +15,7 @@ def test_a_batch_keeps_boxes_masks_and_placements():
     assert -1 <= batch["image"].min() < batch["image"].max() <= 1
 
 
-def test_workers_change_nothing():
+def test_batches_do_not_depend_on_workers():
     def epoch(num_workers):
         data = ClutteredDigitsData(train_size=12, batch_size=4, num_workers=num_workers)
         data.setup("fit")

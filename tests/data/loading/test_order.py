@@ -1,8 +1,8 @@
-"""The order of training is a function of seed and epoch."""
+"""Test that the order of training is a function of seed and epoch."""
 
 import pytest
 
-from visionattn.data.loading.order import Order, Share
+from visionattn.data.loading.order import Order, RankSampler
 
 
 def epoch(order, number):
@@ -10,16 +10,16 @@ def epoch(order, number):
     return list(order)
 
 
-def test_every_epoch_has_its_own_order_and_the_same_in_every_run():
+def test_every_epoch_has_its_own_reproducible_order():
     order, again = Order(range(20), seed=5), Order(range(20), seed=5)
     first = epoch(order, 0)
     assert sorted(index for index, _ in first) == list(range(20))
     assert epoch(order, 1) != first
-    assert epoch(again, 1) == epoch(order, 1)  # without having lived through epoch 0
+    assert epoch(again, 1) == epoch(order, 1)  # without epoch 0 before it
     assert epoch(Order(range(20), seed=6), 0) != first
 
 
-def test_the_seed_of_an_augmentation_knows_only_seed_epoch_and_index():
+def test_augmentation_seed_depends_on_seed_epoch_and_index_only():
     alone = dict(epoch(Order(range(20), seed=5), 3))
     for rank in range(3):
         shared = dict(epoch(Order(range(20), seed=5, rank=rank, world_size=3), 3))
@@ -30,7 +30,7 @@ def test_the_seed_of_an_augmentation_knows_only_seed_epoch_and_index():
 
 @pytest.mark.parametrize("length", [7, 20, 24])
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_processes_together_see_the_batches_of_one(length, world_size):
+def test_processes_together_make_the_batches_of_a_single_process(length, world_size):
     (alone,) = batches(length, 6, 1)
     shared = batches(length, 6 // world_size, world_size)
     for number, batch in enumerate(alone):
@@ -41,7 +41,7 @@ def test_processes_together_see_the_batches_of_one(length, world_size):
 
 
 def batches(length, batch_size, world_size):
-    """By process, the indices of each batch."""
+    """Return the indices of each batch, by process."""
     orders = [
         Order(range(length), seed=5, batch_size=batch_size, rank=rank, world_size=world_size)
         for rank in range(world_size)
@@ -59,20 +59,20 @@ def test_fewer_images_than_a_batch_are_one_batch(length, world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_an_epoch_goes_on_where_it_stood_and_the_next_one_begins_at_its_beginning(world_size):
+def test_resumed_epoch_continues_and_the_next_starts_at_its_beginning(world_size):
     behind = iter([12, 0])
     whole = Order(range(20), seed=5, batch_size=2, rank=0, world_size=world_size)
     rest = Order(range(20), seed=5, batch_size=2, rank=0, world_size=world_size, start=lambda: next(behind))
     assert epoch(rest, 3) == epoch(whole, 3)[12 // world_size :]
-    assert list(rest) == epoch(whole, 3)[12 // world_size :]  # asked for again, in the same epoch
+    assert list(rest) == epoch(whole, 3)[12 // world_size :]  # iterated again in the same epoch
     assert epoch(rest, 4) == epoch(whole, 4)
     assert len(rest) == len(whole)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 13, 17])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_share_has_every_sample_once(length, world_size):
-    shares = [Share(range(length), rank=rank, world_size=world_size) for rank in range(world_size)]
+def test_ranks_together_have_every_sample_once(length, world_size):
+    shares = [RankSampler(range(length), rank=rank, world_size=world_size) for rank in range(world_size)]
     taken = [index for share in shares if not share.starved for index in share]
     assert sorted(taken) == list(range(length))
     assert all(len(share) == len(list(share)) for share in shares)

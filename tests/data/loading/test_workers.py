@@ -1,4 +1,4 @@
-"""Processes that load images and die, hang or fail."""
+"""Test workers that die, hang or fail."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ BAD = 7
 
 
 class Spoiled(Dataset):
-    """Twenty samples, of which one is trouble."""
+    """Twenty samples, one of which fails."""
 
     def __init__(self, trouble):
         self.trouble = trouble
@@ -54,14 +54,14 @@ TROUBLES |= {unreadable: "cut short"}
 
 
 def loader(trouble, workers, **options):
-    return Loader(Spoiled(trouble), collate=collate, batch_size=4, num_workers=workers, patience=1, **options)
+    return Loader(Spoiled(trouble), collate=collate, batch_size=4, num_workers=workers, worker_timeout=1, **options)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_the_run_ends_soon_and_names_the_file(trouble, workers):
+def test_failure_stops_the_run_soon_and_names_the_file(trouble, workers):
     if not workers and trouble in (die, hang):
-        return  # in this very process: nothing is left that could tell
+        return  # in the main process, which could not report it any more
     started = time.monotonic()
     with pytest.raises(DataError, match=r"images/07\.jpg") as told:
         list(loader(trouble, workers))
@@ -72,12 +72,12 @@ def test_the_run_ends_soon_and_names_the_file(trouble, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_or_it_goes_on_without_that_file_and_counts_it(trouble, workers, capsys):
+def test_failure_is_skipped_and_counted(trouble, workers, capsys):
     if not workers and trouble in (die, hang):
         return
     skipped = {}
     batches = loader(trouble, workers, unreadable="skip", skipped=skipped, persistent_workers=workers > 0)
-    for _ in range(2):  # the second epoch meets it again
+    for _ in range(2):  # the second epoch reads the sample again
         seen = [path for batch in batches for path in batch["path"]]
         assert seen == [f"images/{index:02d}.jpg" for index in range(20) if index != BAD]
     assert list(skipped) == ["images/07.jpg"]
@@ -85,11 +85,11 @@ def test_or_it_goes_on_without_that_file_and_counts_it(trouble, workers, capsys)
     assert capsys.readouterr().err.count("left out: images/07.jpg") == 1
 
 
-def test_in_training_another_image_of_the_batch_stands_in():
+def test_skipped_training_image_is_replaced_by_another_of_its_batch():
     batches = list(loader(fail, 0, unreadable="skip", fill=True))
     assert [len(batch["path"]) for batch in batches] == [4] * 5
     assert batches[1]["path"] == ["images/04.jpg", "images/05.jpg", "images/06.jpg", "images/04.jpg"]
 
 
-def test_a_slow_image_is_waited_for():
+def test_slow_image_is_awaited():
     assert sum(len(batch["path"]) for batch in loader(lambda: time.sleep(0.5), 2)) == 20

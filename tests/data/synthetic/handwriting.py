@@ -1,4 +1,4 @@
-"""Digits that stand for MNIST's."""
+"""A replacement for MNIST."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ import torchvision
 
 
 class FakeMNIST(torchvision.datasets.VisionDataset):
-    """Noise in the form of MNIST."""
+    """Noise with the interface of torchvision's MNIST."""
 
     classes = [f"{number} - name" for number in range(10)]  # noqa: RUF012
 

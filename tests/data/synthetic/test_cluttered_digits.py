@@ -1,4 +1,4 @@
-"""The digits among clutter: the same everywhere, honest splits, true boxes."""
+"""Test the cluttered digits: reproducible images, disjoint splits, correct boxes."""
 
 import pickle
 import subprocess
@@ -18,7 +18,7 @@ print(hashlib.sha256(b"".join(data[i]["image"].numpy().tobytes() for i in (7, 3)
 """
 
 
-def test_an_image_depends_on_seed_and_index_alone():
+def test_image_depends_on_seed_and_index_only():
     results = [
         subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True).stdout
         for _ in range(2)
@@ -50,11 +50,11 @@ def test_box_and_mask_are_those_of_the_digit():
         assert sample["box"].tolist() == box
         assert (data.read_source(sample["path"])[mask] > 64).all()
     picture = bare.read_source(bare[0]["path"])[..., 0]
-    np.testing.assert_array_equal(bare[0]["mask"].numpy(), picture > 64)  # without clutter all ink is the digit's
+    np.testing.assert_array_equal(bare[0]["mask"].numpy(), picture > 64)  # without clutter all ink belongs to the digit
 
 
-def test_labels_are_those_of_the_handwriting():
-    """A nearest neighbour among the training instances names nearly every uncluttered digit as its label does."""
+def test_labels_match_the_handwriting():
+    """The nearest neighbour among the training instances gives the label of nearly every uncluttered digit."""
     data = ClutteredDigits("test", size=100, fragments=0, scale=(32, 32), distort=0)
     images, labels = ClutteredDigits("train", size=1).instances
     images = images.reshape(-1, 8, 4, 8, 4).mean((2, 4))
@@ -75,7 +75,7 @@ def test_labels_are_those_of_the_handwriting():
     assert right >= 90
 
 
-def test_what_makes_no_sense_is_refused():
+def test_invalid_arguments_raise():
     for options in (
         {"split": "dev"},
         {"scale": (40, 20)},
@@ -89,14 +89,14 @@ def test_what_makes_no_sense_is_refused():
         ClutteredDigits("train", size=1).draw(1)
 
 
-def test_what_is_remembered_is_what_was_drawn(monkeypatch):
+def test_remembered_images_equal_the_drawn_ones(monkeypatch):
     monkeypatch.setattr("visionattn.data.synthetic.cluttered_digits.REMEMBERED", 2)
     data, again = ClutteredDigits("train", size=4), ClutteredDigits("train", size=4)
     for index in (0, 1, 2, 3, 2, 1):
         sample = data[index]
-        sample["image"] += 1  # whoever changes a sample changes no other
+        sample["image"] += 1  # changing a sample does not change another
         sample["mask"][:] = True
     for index in range(4):
         for key in ("image", "mask"):
             assert torch.equal(data[index][key], again[index][key])
-    assert len(pickle.loads(pickle.dumps(data))) == 4  # as worker processes receive it
+    assert len(pickle.loads(pickle.dumps(data))) == 4  # pickled as for worker processes

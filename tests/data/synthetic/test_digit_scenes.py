@@ -1,4 +1,4 @@
-"""Scenes of digits: boxes around the ink."""
+"""Test the scenes of several digits and their boxes."""
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def test_digit_scenes_have_their_boxes_around_the_ink():
     assert torch.equal(scenes[7]["image"], DigitScenes("val", size=40, fragments=0, count=(0, 4))[7]["image"])
 
 
-def test_digits_of_a_scene_hide_little_of_each_other():
+def test_digits_of_a_scene_overlap_little():
     scenes = DigitScenes("train", size=60, count=(5, 5))
     pairs = 0
     for index in range(60):
@@ -39,7 +39,7 @@ def test_digits_of_a_scene_hide_little_of_each_other():
     assert pairs > 50
 
 
-def test_digit_scenes_come_as_batches():
+def test_digit_scenes_form_batches():
     data = DigitScenesData(train_size=8, val_size=4, test_size=4, batch_size=4)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))

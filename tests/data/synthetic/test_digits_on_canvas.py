@@ -1,4 +1,4 @@
-"""Digits on a canvas: where they lie, that pieces come from others, and that a picture depends on its seed alone."""
+"""Test the digits on a canvas: boxes, pieces of other digits, and pictures that depend on their seed only."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from visionattn.data.synthetic.digits_on_canvas import DigitsOnCanvas, _uniform
 def canvas(count=40, **options):
     random = np.random.default_rng(0)
     digits = np.zeros((count, 28, 28), np.uint8)
-    for digit in digits:  # a block of its own brightness, somewhere in the middle
+    for digit in digits:  # each digit is a block with its own brightness near the centre
         top, left = random.integers(2, 10, 2)
         digit[top : top + 12, left : left + 9] = random.integers(100, 256)
     chosen = {"canvas": 60, "fragments": 0, "fragment_size": 8, "distort": 0.0, "shift": 0.0, "seed": 5, **options}
@@ -20,7 +20,7 @@ def canvas(count=40, **options):
     return DigitsOnCanvas(digits, np.arange(count), name="canvas/val", preprocess=grey, **chosen)
 
 
-def test_a_digit_lies_whole_in_its_box_and_nowhere_else():
+def test_box_contains_all_of_the_digit_and_nothing_else():
     dataset = canvas()
     batch = dataset.__getitems__(list(range(40)))
     assert batch["image"].shape == (40, 1, 60, 60)
@@ -39,7 +39,7 @@ def test_a_digit_lies_whole_in_its_box_and_nowhere_else():
     assert batch["box"].max() <= 60
 
 
-def test_pieces_are_squares_of_other_digits_and_the_brighter_stroke_is_seen():
+def test_pieces_are_squares_of_other_digits_and_overlaps_take_the_maximum():
     plain, cluttered = canvas(), canvas(fragments=3)
     levels = {int(digit.max()) for digit in plain.digits}
     for index in range(40):
@@ -53,7 +53,7 @@ def test_pieces_are_squares_of_other_digits_and_the_brighter_stroke_is_seen():
     assert any(not torch.equal(plain[index]["image"], cluttered[index]["image"]) for index in range(40))
 
 
-def test_a_picture_depends_on_its_seed_alone():
+def test_picture_depends_on_its_seed_only():
     dataset = canvas(fragments=2, distort=0.2, shift=2.0)
     keys = [(3, 99), (7, 99), (3, 100), (3, 99)]
     batch = dataset.__getitems__(keys)
@@ -69,7 +69,7 @@ def test_a_picture_depends_on_its_seed_alone():
     refuses(IndexError, "out of range", lambda: dataset[40])
 
 
-def test_seeds_give_uniform_unrelated_numbers():
+def test_seeds_give_uniform_uncorrelated_numbers():
     numbers = _uniform(np.arange(5000, dtype=np.uint64), 4)
     assert numbers.min() >= 0
     assert numbers.max() < 1
@@ -78,7 +78,7 @@ def test_seeds_give_uniform_unrelated_numbers():
     assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < 0.06
 
 
-def test_the_module_serves_batches_and_draws_training_images_anew():
+def test_module_gives_batches_and_new_training_images_every_epoch():
     data = DigitsOnCanvasData("nowhere", dataset=FakeMNIST, canvas=40, val_size=100, batch_size=50, distort=0.1)
     data.setup("fit")
     loader = data.train_dataloader()
@@ -98,19 +98,19 @@ def test_the_module_serves_batches_and_draws_training_images_anew():
     assert data.class_counts.tolist() == [50] * 10
 
 
-def test_a_digit_as_it_is_on_a_canvas_of_its_size():
+def test_canvas_of_the_digits_size_shows_the_digit_unchanged():
     data = DigitsOnCanvasData("nowhere", dataset=FakeMNIST, canvas=28, val_size=100)
     data.setup("test")
     batch = next(iter(data.test_dataloader()))
     torch.testing.assert_close(batch["image"][:, 0], FakeMNIST("", train=False).data.float() / 255)
 
 
-def test_sizes_that_do_not_go_together_are_refused():
+def test_incompatible_sizes_raise():
     for options in ({"canvas": 27}, {"fragment_size": 29}, {"distort": 0.6}, {"shift": -1.0}):
         refuses(ValueError, "must be", DigitsOnCanvasData, "nowhere", dataset=FakeMNIST, val_size=100, **options)
 
 
-def test_grey_images_are_their_luma_and_come_back_as_pictures():
+def test_grey_input_is_the_luma_and_denormalises_to_a_picture():
     grey = Preprocess((4, 6), fit="stretch", mean=(0.25,), std=(0.5,))
     picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)
     image, _ = grey(picture)

@@ -13,7 +13,7 @@ close = torch.testing.assert_close
 
 @pytest.mark.parametrize("name", VITS)
 @pytest.mark.parametrize("fused_attn", [True, False])
-def test_gradient_times_attention_is_its_equation(name, fused_attn):
+def test_gradient_times_attention_matches_its_equation(name, fused_attn):
     model, images = setting(name)
     layers = models.with_gradients(model, images, best_class)
     set_fused(model, fused_attn)

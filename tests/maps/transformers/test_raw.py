@@ -25,7 +25,7 @@ def test_raw_is_the_row_of_the_class_token_or_the_mean_of_the_patches(name, fuse
 
 
 @pytest.mark.parametrize("layer", [0, 1, -2, "blocks.1.attn", "blocks.1"])
-def test_raw_shows_the_layer_asked_for(layer):
+def test_raw_shows_the_chosen_layer(layer):
     model, images = setting("vit")
     place = {0: 0}.get(layer, 1)
     maps = RawAttention(layer)(model, images)
@@ -43,7 +43,7 @@ def test_raw_shows_one_head_of_one_patch(name, head):
     assert_same_map(maps, [shown(model, layers[-1][head, query]) for layers in heads_of(model, images)])
 
 
-def test_raw_shows_a_patch_of_a_shifted_window_inside_its_window_alone():
+def test_the_row_of_a_patch_is_zero_outside_its_shifted_window():
     model, images = models.swin(), models.pictures(32)
     maps = RawAttention(1, query=(3, 3))(model, images)
     window = [(i, j) for i in range(2, 6) for j in range(2, 6)]
@@ -55,7 +55,7 @@ def test_raw_shows_a_patch_of_a_shifted_window_inside_its_window_alone():
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_value_norm_is_attention_times_the_length_of_the_values(name):
+def test_value_norm_is_attention_times_the_norm_of_the_values(name):
     model, images = setting(name)
     qkv = []
     handle = model.blocks[-1].attn.qkv.register_forward_hook(lambda module, args, out: qkv.append(out.detach()))
@@ -90,7 +90,7 @@ def test_dino_keeps_each_heads_largest_weights_up_to_the_mass(name, mass):
     assert_same_map(DinoHeads(mass=mass)(model, images), expected)
 
 
-def test_a_register_that_draws_most_attention_is_not_in_the_map():
+def test_a_register_token_with_most_attention_is_not_in_the_map():
     model, images = setting("registers")
     with torch.no_grad():
         model.reg_token[:, 1] = model.cls_token[:, 0] * 3

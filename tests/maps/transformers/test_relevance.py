@@ -10,7 +10,7 @@ from visionattn.maps import Chefer, GradientRollout
 
 @pytest.mark.parametrize("name", VITS)
 @pytest.mark.parametrize("fused_attn", [True, False])
-def test_chefer_is_its_equation(name, fused_attn):
+def test_chefer_matches_its_equation(name, fused_attn):
     model, images = setting(name)
     layers = models.with_gradients(model, images, best_class)
     set_fused(model, fused_attn)
@@ -25,7 +25,7 @@ def test_chefer_is_its_equation(name, fused_attn):
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_gradient_rollout_is_its_equation(name):
+def test_gradient_rollout_matches_its_equation(name):
     model, images = setting(name)
     layers = models.with_gradients(model, images, best_class)
     expected = []

@@ -46,7 +46,7 @@ def test_rollout_conserves_mass():
 
 
 def on_the_image(windows, weights):
-    """(cells, cells) of one image from weights (W, n, n) of its windows."""
+    """Return a matrix (cells, cells) of one image from the weights (W, n, n) of its windows."""
     count = sum(len(cells) for cells in windows)
     matrix = torch.zeros(count, count, dtype=torch.float64)
     for cells, part in zip(windows, weights, strict=True):
@@ -57,7 +57,7 @@ def on_the_image(windows, weights):
 
 
 def swin_matrices(model, images):
-    """Attention (8·8, 8·8) of a plain and a shifted block of windows, with gradients: [image][block] = (A, dA)."""
+    """Return (A, dA), each (8·8, 8·8), of a plain and a shifted block of windows: [image][block]."""
     seen = []
     for block in model.layers[0].blocks:
         block.attn.fused_attn = False
@@ -91,7 +91,7 @@ def fresh_swin(fused):
 
 
 @pytest.mark.parametrize("fused_attn", [True, False])
-def test_chains_pass_shifted_windows_as_products_of_matrices_over_the_image(fused_attn):
+def test_chains_through_shifted_windows_are_products_of_matrices_over_the_image(fused_attn):
     images = models.pictures(32)
     rollout, chefer, weighted = [], [], []
     for layers in swin_matrices(fresh_swin(True), images):
@@ -106,11 +106,11 @@ def test_chains_pass_shifted_windows_as_products_of_matrices_over_the_image(fuse
         chefer.append((c.mean(0) - 1 / 64).reshape(8, 8))
         weighted.append(g.mean(0).reshape(8, 8))
     for method, expected in ((Rollout(), rollout), (Chefer(), chefer), (GradientRollout(), weighted)):
-        with pytest.warns(MapWarning, match="some attend inside windows"):
+        with pytest.warns(MapWarning, match="some layers attend inside windows"):
             assert_same_map(method(fresh_swin(fused_attn), images), expected)
 
 
-def test_a_cell_that_several_windows_hold_is_shared_among_them():
+def test_the_relevance_of_a_cell_in_several_windows_is_divided_among_them():
     row = Row(torch.zeros(1, 1), torch.rand(1, 2, 3, generator=torch.Generator().manual_seed(0)))
     overlapping = Tokens((2, 3), torch.tensor([[0, 1, 3, 4], [1, 2, 4, 5]]))
     values = row.read(overlapping, 4)
@@ -122,5 +122,5 @@ def test_a_cell_that_several_windows_hold_is_shared_among_them():
 @pytest.mark.parametrize("method", [Rollout(), GradientRollout(), Chefer()], ids=lambda m: m.name)
 def test_chains_warn_where_patches_are_merged(method):
     model = models.stirred(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1)))
-    with pytest.warns(MapWarning, match="patches are merged or pooled"):
+    with pytest.warns(MapWarning, match="this model merges or pools patches"):
         method(model, models.pictures(64))

@@ -1,4 +1,4 @@
-"""Transformers whose attention and gradients are known by another way."""
+"""Transformers whose attention and gradients are computed independently."""
 
 import torch
 
@@ -21,13 +21,13 @@ def setting(name):
 
 
 def start_of(model):
-    """The tokens whose rows are shown: the class token, or all patches."""
+    """Return the tokens whose rows are shown: the class token, or all patches."""
     first = model.num_prefix_tokens
     return [0] if model.cls_token is not None else list(range(first, first + model.patch_embed.num_patches))
 
 
 def shown(model, row):
-    """The patches of a row, on the grid."""
+    """Return the patches of a row on the grid."""
     return row[model.num_prefix_tokens :].reshape(model.patch_embed.grid_size)
 
 
@@ -36,7 +36,7 @@ def fused(weights, fuse):
 
 
 def heads_of(model, images):
-    """Attention (heads, N, N) of every block, image by image, in float64."""
+    """Return attention (heads, N, N) of every block, image by image, in float64."""
     with torch.no_grad():
         seen, _ = models.unfused(model, images)
     return [[layer[b].double() for layer in seen] for b in range(len(images))]

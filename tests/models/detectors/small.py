@@ -1,4 +1,4 @@
-"""Small detectors, and a batch of shapes to try them on."""
+"""Small detectors, and a batch of shapes to test them."""
 
 import torch
 

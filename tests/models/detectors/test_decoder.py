@@ -1,4 +1,4 @@
-"""The query detector's decoder against slow loops."""
+"""Test the query detector's decoder against slow loops."""
 
 import math
 
@@ -13,7 +13,7 @@ def test_boxes_are_refined_layer_by_layer():
     decoder = Decoder(16, 3, levels=1, layers=2, heads=2, points=2, hidden=16).eval()
     content, boxes, maps = torch.randn(1, 4, 16), 0.2 + 0.6 * torch.rand(1, 4, 4), [torch.randn(1, 16, 6, 6)]
     first, second = decoder(content, boxes, maps)
-    torch.testing.assert_close(first.boxes, boxes, atol=1e-5, rtol=1e-5)  # nothing moves at first
+    torch.testing.assert_close(first.boxes, boxes, atol=1e-5, rtol=1e-5)  # initially boxes do not move
     with torch.no_grad():
         for move, step in zip(decoder.move, (0.3, -0.2), strict=True):
             move[-1].bias.fill_(step)
@@ -25,10 +25,10 @@ def test_boxes_are_refined_layer_by_layer():
     (nothing,) = torch.autograd.grad(
         decoder(content, boxes, maps)[1].logits.sum(), decoder.move[0][-1].bias, allow_unused=True
     )
-    assert nothing is None  # what a layer looks at carries no gradient back
+    assert nothing is None  # the box as the place of attention has no gradient
 
 
-def test_maps_that_end_behind_the_image_are_told_to_the_decoder():
+def test_decoder_gets_the_spans_of_maps_beyond_the_image():
     detector = query().eval()
     seen = []
     for layer in detector.decoder.layers:
@@ -42,7 +42,7 @@ def test_maps_that_end_behind_the_image_are_told_to_the_decoder():
         torch.testing.assert_close(spans, torch.tensor([[1, 1], [1, 48 / 40], [1, 64 / 40]]))
 
 
-def test_a_layer_is_attention_among_queries_then_to_the_image_then_feed_forward():
+def test_layer_is_self_attention_then_cross_attention_then_feed_forward():
     torch.manual_seed(0)
     layer = DecoderLayer(8, levels=1, heads=2, points=2, hidden=16).eval()
     query_BQC, position, boxes = torch.randn(1, 5, 8), torch.randn(1, 5, 8), 0.2 + 0.6 * torch.rand(1, 5, 4)
@@ -61,7 +61,7 @@ def test_a_layer_is_attention_among_queries_then_to_the_image_then_feed_forward(
         torch.testing.assert_close(layer(query_BQC, position, boxes, maps, hidden, None), expected)
 
 
-def test_positions_are_sines_of_the_box():
+def test_position_encoding_is_sines_of_the_box():
     box = torch.tensor([[[0.1, 0.4, 0.6, 0.9]]])
     (found,) = sine(box, 4)[0]
     expected = []

@@ -1,4 +1,4 @@
-"""The dense head against slow loops from the papers' rules."""
+"""Test the dense head against slow loops from the papers' rules."""
 
 import math
 
@@ -23,7 +23,7 @@ def places():
 
 
 def assigned(logits, found, boxes, labels, radius=1.5, topk=10, beta=2.0):
-    """{place: (box, quality)} of an image, rule by rule, place by place."""
+    """Return {cell: (box, quality)} of an image, rule by rule, cell by cell."""
     wanted = {}
     for number, (x1, y1, x2, y2) in enumerate(boxes):
         aligned = []
@@ -49,7 +49,7 @@ LABELS = [torch.tensor([1, 3, 0]), torch.tensor([2, 2, 0])]
 
 
 def head_that_answers():
-    """A head whose answers differ from place to place, and what it says of two images."""
+    """Make a head whose predictions differ from cell to cell, and its predictions for two images."""
     torch.manual_seed(0)
     head = DenseHead(4, STRIDES, 16)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def head_that_answers():
         return head, head(maps())
 
 
-def test_places_are_assigned_by_the_rules():
+def test_cells_are_assigned_by_the_rules():
     head, found = head_that_answers()
     assert found.places.tolist() == [list(place) for place in places()]
     there = torch.ones(2, 3, dtype=torch.bool)
@@ -69,10 +69,10 @@ def test_places_are_assigned_by_the_rules():
         assert [slow.get(place, (-1, 0))[0] for place in range(len(places()))] == number[image].tolist()
         assert [slow.get(place, (-1, 0))[1] for place in range(len(places()))] == pytest.approx(quality[image].tolist())
     assert set(number[0].tolist()) == {-1, 0, 1, 2}
-    assert (number[0] == 2).sum() == head.topk  # of 21 places
+    assert (number[0] == 2).sum() == head.topk  # of 21 cells
 
 
-def test_losses_are_the_sums_of_the_equation():
+def test_losses_match_the_equation():
     head, found = head_that_answers()
     boxes, labels = [torch.tensor(BOXES[0]), torch.tensor(BOXES[1][:2])], [LABELS[0], LABELS[1][:2]]
     losses = head.losses(found, boxes, labels)
@@ -95,7 +95,7 @@ def test_losses_are_the_sums_of_the_equation():
     assert float(losses["box"]) == pytest.approx(box_sum / total, rel=1e-4)
 
 
-def test_boxes_reach_as_far_as_the_sides_say():
+def test_boxes_are_decoded_from_the_sides():
     head = DenseHead(2, (8,), 16)
     with torch.no_grad():
         head.regress.weight.zero_()
@@ -107,19 +107,19 @@ def test_boxes_reach_as_far_as_the_sides_say():
 
 
 @pytest.mark.parametrize("make", [dense], ids=["dense"])
-def test_images_without_boxes_teach_that_nothing_is_there(make):
+def test_images_without_boxes_lower_the_scores(make):
     images, boxes, labels = batch(2)
     empty = [some[:0] for some in boxes], [some[:0] for some in labels]
     detector = make()
     losses = detector.losses(images, *empty)
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
-    assert detector.head.classify.bias.grad.gt(0).all()  # scores go down
+    assert detector.head.classify.bias.grad.gt(0).all()  # scores decrease
     mixed = detector.losses(images, [boxes[0], boxes[1][:0]], [labels[0], labels[1][:0]])
     assert all(loss.isfinite() for loss in mixed.values())
 
 
-def test_small_parts_are_what_they_say():
+def test_focal_loss_and_iou_match_their_definitions():
     one = torch.tensor([[0.0, 0, 10, 10], [0, 0, 4, 4], [0, 0, 1, 1]])
     other = torch.tensor([[5.0, 5, 15, 15], [0, 0, 4, 4], [2, 2, 3, 3]])
     torch.testing.assert_close(paired_iou(one, other), box_iou(one, other).diagonal())
@@ -129,7 +129,7 @@ def test_small_parts_are_what_they_say():
     torch.testing.assert_close(quality_focal(logits, goal), slow)
 
 
-def test_it_learns_what_it_is_shown():
+def test_dense_detector_overfits_a_batch():
     torch.manual_seed(0)
     images, boxes, labels = batch(3)
     detector = learn(dense(), images, boxes, labels, 120)

@@ -1,4 +1,4 @@
-"""How boxes are chosen from scores, against a slow suppression."""
+"""Test the selection of boxes against a slow non-maximum suppression."""
 
 import torch
 from torchvision.ops import nms
@@ -6,12 +6,12 @@ from torchvision.ops import nms
 from visionattn.models.detectors.detector import detections
 
 
-def test_detections_are_those_of_a_slow_suppression():
+def test_detections_match_a_slow_suppression():
     torch.manual_seed(0)
     scores = torch.rand(1, 60, 3) ** 3
     corner = torch.rand(1, 60, 2) * 60
     boxes = torch.cat([corner, corner + 5 + torch.rand(1, 60, 2) * 50], -1)
-    (found,) = detections(scores, boxes, (70, 80), iou=0.5, lowest=0.1, most=20)
+    (found,) = detections(scores, boxes, (70, 80), iou=0.5, min_score=0.1, max_boxes=20)
     cut = torch.minimum(boxes[0], torch.tensor([80.0, 70, 80, 70]))
     kept = []
     for label in range(3):

@@ -1,4 +1,4 @@
-"""Detectors under data parallelism: two processes, of which one has images without boxes, go the way of both."""
+"""Test detectors under data parallelism, with two processes, one of which has images without boxes."""
 
 import copy
 
@@ -11,7 +11,7 @@ from tests.models.detectors.small import batch, dense, query
 
 
 class Losses(nn.Module):
-    """A step of training as a forward pass, which is what data parallelism wraps."""
+    """The losses as a forward pass, which DistributedDataParallel requires."""
 
     def __init__(self, detector):
         super().__init__()
@@ -22,7 +22,7 @@ class Losses(nn.Module):
 
 
 def share(rank, step):
-    """What a process sees in a step; in the first the second process sees nothing to find."""
+    """Return the batch of a process in a step; in the first step the second process has no boxes."""
     images, boxes, labels = batch(2, seed=10 * step + rank)
     if (rank, step) == (1, 0):
         boxes, labels = [x.new_zeros(0, 4) for x in boxes], [x.new_zeros(0) for x in labels]
@@ -37,7 +37,7 @@ def gradients(network, rank, step):
 
 
 def one_of_two(rank, meeting_place):
-    """What each process does and asserts; a failure in it is one of the test."""
+    """Run one of the two processes; a failed assertion in it fails the test."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=2)
     for make in (dense, query):
@@ -55,5 +55,5 @@ def one_of_two(rank, meeting_place):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_train_detectors_with_the_mean_of_their_gradients(tmp_path):
+def test_two_processes_train_detectors_with_averaged_gradients(tmp_path):
     torch.multiprocessing.spawn(one_of_two, (tmp_path / "meeting_place",), nprocs=2)

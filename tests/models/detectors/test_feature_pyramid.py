@@ -1,4 +1,4 @@
-"""The pyramid against torchvision's, and on every kind of backbone."""
+"""Test the pyramid against torchvision's, and with every kind of backbone."""
 
 import math
 from functools import partial
@@ -14,7 +14,7 @@ from visionattn.attention import CBAM, Windowed
 from visionattn.errors import UsageError
 
 
-def test_the_top_down_path_is_that_of_torchvision():
+def test_top_down_path_matches_torchvision():
     ours = pyramid(strides=(4, 8, 16)).eval()
     ours.smooth = nn.ModuleList(nn.Identity() for _ in range(3))
     theirs = FeaturePyramidNetwork([8, 16, 24], 32).eval()
@@ -38,7 +38,7 @@ def test_the_top_down_path_is_that_of_torchvision():
         ("vit_tiny_patch16_224", (8, 16), {**VIT, "dynamic_img_size": True}),
     ],
 )
-def test_maps_have_their_strides_and_everything_learns(backbone, strides, options):
+def test_maps_have_their_strides_and_every_weight_a_gradient(backbone, strides, options):
     features = pyramid(backbone, strides=strides, **({"options": options} if options else {}))
     height, width = (64, 64) if features.plain and not options else (64, 96)
     maps = features(torch.randn(2, 3, height, width))
@@ -50,7 +50,7 @@ def test_maps_have_their_strides_and_everything_learns(backbone, strides, option
 
 
 @pytest.mark.parametrize(("backbone", "at"), [("resnet10t", "stages"), ("vit_tiny_patch16_224", "blocks")])
-def test_inserted_attention_starts_closed_and_then_matters(backbone, at):
+def test_inserted_attention_starts_closed_and_has_an_effect_when_open(backbone, at):
     torch.manual_seed(0)
     plain = pyramid(backbone).eval()
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def test_inserted_attention_starts_closed_and_then_matters(backbone, at):
     assert len(gammas) >= 2
 
 
-def test_a_plain_backbones_last_map_is_pooled_by_its_largest():
+def test_plain_backbone_map_is_max_pooled():
     features = pyramid("vit_tiny_patch16_224", strides=(16, 32, 64)).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_plain_backbones_last_map_is_pooled_by_its_largest():
             torch.testing.assert_close(found, scale[-2:](nn.functional.max_pool2d(x, factor)))
 
 
-def test_swapped_attention_takes_the_weights_and_sees_what_it_may():
+def test_swapped_attention_keeps_the_weights_and_limits_attention():
     torch.manual_seed(0)
     plain = pyramid("vit_tiny_patch16_224").eval()
     whole, narrow = (
@@ -85,19 +85,21 @@ def test_swapped_attention_takes_the_weights_and_sees_what_it_may():
     with torch.no_grad():
         for swapped in (whole, narrow):
             swapped.load_state_dict(plain.state_dict())
-        torch.testing.assert_close(whole(images), plain(images))  # one window holds all 4 × 4 tokens
+        torch.testing.assert_close(whole(images), plain(images))  # one window covers all 4 × 4 tokens
         assert not torch.allclose(narrow(images)[0], plain(images)[0])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_a_size_that_a_vit_does_not_take_is_told(dynamic):
+def test_image_size_that_a_vit_rejects_raises(dynamic):
     features = pyramid("vit_tiny_patch16_224", options={**VIT, "dynamic_img_size": dynamic})
-    refuses(UsageError, r"takes no images of 72×96 pixels: .*img_size", lambda: features(torch.randn(1, 3, 72, 96)))
+    refuses(
+        UsageError, r"does not accept images of 72×96 pixels: .*img_size", lambda: features(torch.randn(1, 3, 72, 96))
+    )
 
 
-def test_strides_that_cannot_be_had_are_named():
+def test_impossible_strides_raise():
     refuses(UsageError, r"strides 2, 4, 8, 16, 32, and none of 1", pyramid, strides=(1, 2))
     refuses(UsageError, "must double", pyramid, strides=(8, 32))
-    with pytest.raises(UsageError, match="stride 12 cannot be made from patches 16 pixels wide"):
+    with pytest.raises(UsageError, match="stride 12 cannot be made from patches of 16 pixels"):
         pyramid("vit_tiny_patch16_224", strides=(12, 24))
     refuses(UsageError, "multiple of 8", pyramid, channels=30)

@@ -1,4 +1,4 @@
-"""The query detector's parts against slow loops, and what denoising must not change."""
+"""Test the query detector's parts against slow loops, and the isolation of noised queries."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from torchvision.ops import box_convert, box_iou, generalized_box_iou
 
 from tests.models.detectors.small import batch, learn, query
 from visionattn.models.detectors.decoder import Answer
-from visionattn.models.detectors.dense import Dense
+from visionattn.models.detectors.dense import DensePredictions
 from visionattn.models.detectors.query import QueryDetector, make_noise, match, set_losses
 
 TRUTH = [torch.tensor([[0.3, 0.3, 0.2, 0.4], [0.7, 0.6, 0.3, 0.2], [0.5, 0.5, 0.9, 0.9]]), torch.zeros(0, 4)]
@@ -22,7 +22,7 @@ def answer(queries=5, batch=2):
     return Answer(torch.randn(batch, queries, 3, generator=generator), boxes)
 
 
-def test_matching_is_the_cheapest_of_all_pairings():
+def test_matching_has_the_lowest_cost_of_all_pairings():
     found = answer()
     (queries, items), (none, _) = match(found, TRUTH, LABELS)
     assert len(none) == 0
@@ -38,7 +38,7 @@ def test_matching_is_the_cheapest_of_all_pairings():
     assert dict(zip(items.tolist(), queries.tolist(), strict=True)) == dict(enumerate(best))
 
 
-def test_losses_are_the_sums_of_the_equation():
+def test_losses_match_the_equation():
     found = answer()
     pairs = [(torch.tensor([4, 0, 2]), torch.tensor([0, 1, 2])), (torch.zeros(0, dtype=torch.long),) * 2]
     losses = set_losses(found, pairs, TRUTH, LABELS)
@@ -56,7 +56,7 @@ def test_losses_are_the_sums_of_the_equation():
     assert float(losses["overlap"]) == pytest.approx(overlap, rel=1e-4)
 
 
-def test_noise_is_as_far_as_it_says():
+def test_noise_has_the_documented_size():
     torch.manual_seed(0)
     noise = make_noise(TRUTH, LABELS, 600, 3)
     assert noise.group == 6
@@ -65,12 +65,12 @@ def test_noise_is_as_far_as_it_says():
     corners = box_convert(noise.boxes[0], "cxcywh", "xyxy").view(groups, 2, 3, 4)
     true = box_convert(TRUTH[0], "cxcywh", "xyxy")
     moved = (corners - true).abs() / (TRUTH[0][:, 2:] / 2).repeat(1, 2)
-    cut = (corners <= 0) | (corners >= 1)  # at the image's edge they stop
+    cut = (corners <= 0) | (corners >= 1)  # boxes are clipped at the image's edge
     assert (moved[:, 0] <= 0.4 + 1e-5).all()
     assert ((moved[:, 1] >= 0.4 - 1e-5) | cut[:, 1]).all()
     assert (moved[:, 1] <= 0.8 + 1e-5).all()
     kept = noise.labels[0].view(groups, 2, 3) == LABELS[0]
-    assert 0.75 < kept.float().mean() < 0.92  # a quarter drawn anew, of which a third are the same
+    assert 0.75 < kept.float().mean() < 0.92  # a quarter is redrawn, a third of which gets the same label
     queries, items = noise.pairs[0]
     assert queries.tolist() == [6 * group + number for group in range(groups) for number in range(3)]
     assert items.tolist() == [0, 1, 2] * groups
@@ -78,13 +78,13 @@ def test_noise_is_as_far_as_it_says():
     assert make_noise(TRUTH[1:], LABELS[1:], 10, 3) is None
 
 
-def test_noised_queries_are_not_seen_by_the_others():
+def test_noised_queries_do_not_affect_other_queries():
     torch.manual_seed(0)
     detector = query().eval()
     images, boxes, labels = batch(2)
     size = images.shape[2], images.shape[3]
     with torch.no_grad():
-        for layer in detector.decoder.layers:  # so that places and weights depend on the queries
+        for layer in detector.decoder.layers:  # so that sampling points and weights depend on the queries
             torch.nn.init.normal_(layer.look.offsets.weight, std=0.1)
             torch.nn.init.normal_(layer.look.weigh.weight)
         maps = detector.features(images)
@@ -99,7 +99,7 @@ def test_noised_queries_are_not_seen_by_the_others():
         torch.testing.assert_close(both.logits[:, count:], alone.logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(both.boxes[:, count:], alone.boxes, atol=1e-5, rtol=1e-5)
         changed = joined.clone()
-        changed[:, : noise.group] += 0.05  # the first group moves; the others do not notice
+        changed[:, : noise.group] += 0.05  # the first group changes, without an effect on the others
         again = detector.decoder(torch.cat([detector.label(noise.labels), content], 1), changed, maps, hidden)[-1]
     assert count >= 2 * noise.group
     torch.testing.assert_close(again.boxes[:, noise.group : count], both.boxes[:, noise.group : count])
@@ -107,11 +107,11 @@ def test_noised_queries_are_not_seen_by_the_others():
 
 
 @pytest.mark.parametrize("near", [True, False])
-def test_the_best_places_become_queries_and_those_that_propose_the_same_come_last(near):
+def test_best_cells_become_queries_with_duplicates_ranked_last(near):
     torch.manual_seed(0)
     detector = query().eval()
     images, *_ = batch(2)
-    if near:  # wide boxes, so that most places propose nearly the same
+    if near:  # wide boxes, so that most cells propose nearly the same box
         torch.nn.init.constant_(detector.dense.regress.bias, 2.5)
     with torch.no_grad():
         maps = detector.features(images)
@@ -134,14 +134,14 @@ def test_boxes_of_different_images_do_not_suppress_each_other():
     detector = query().eval()
     detector.queries = 1
     maps = [torch.randn(2, detector.features.channels, 1, 2)]
-    # moved by the largest edge and one, as batched_nms moves the second image, its first box is that of the first image
+    # batched_nms offsets the second image by the largest edge plus one, which maps its first box onto the first image's
     boxes = torch.tensor([[[0.0, 0, 99, 99], [50, 50, 60, 60]], [[-100, -100, -1, -1], [10, 10, 20, 20]]])
     logits = torch.tensor([[3.0, 0], [2, 1]])[..., None].expand(2, 2, 4)
-    _, anchors = detector.select(maps, Dense(logits, boxes, torch.zeros(2, 3)), (100, 100))
+    _, anchors = detector.select(maps, DensePredictions(logits, boxes, torch.zeros(2, 3)), (100, 100))
     torch.testing.assert_close(anchors[:, 0], torch.tensor([[0.495, 0.495, 0.99, 0.99], [0, 0, 0.99, 0.99]]))
 
 
-def test_the_hundred_best_answers_are_given_and_none_suppresses_another():
+def test_best_hundred_predictions_are_returned_without_suppression():
     torch.manual_seed(0)
     detector = query().eval()
     torch.nn.init.normal_(detector.decoder.classify[-1].weight)
@@ -158,10 +158,10 @@ def test_the_hundred_best_answers_are_given_and_none_suppresses_another():
     assert found["labels"].tolist() == (best % 4).tolist()
     corners = box_convert(answers[0].boxes[0, best // 4], "cxcywh", "xyxy") * torch.tensor([64, 128, 64, 128])
     torch.testing.assert_close(found["boxes"], corners.clamp(min=0).minimum(torch.tensor([64.0, 128, 64, 128])))
-    assert len(wide["scores"]) == 100  # of 600 answers
+    assert len(wide["scores"]) == 100  # of 600 predictions
 
 
-def test_images_without_boxes_are_learned_from():
+def test_images_without_boxes_give_losses():
     images, boxes, labels = batch(2)
     detector = query()
     for some in (
@@ -174,7 +174,7 @@ def test_images_without_boxes_are_learned_from():
     assert {"dense_class", "dense_box", "class", "box", "overlap"} <= losses.keys()
 
 
-def test_it_learns_what_it_is_shown():
+def test_query_detector_overfits_a_batch():
     torch.manual_seed(0)
     images, boxes, labels = batch(2)
     detector = learn(query(), images, boxes, labels, 150, lr=2e-3)

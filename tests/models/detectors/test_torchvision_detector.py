@@ -1,4 +1,4 @@
-"""torchvision's detectors behind our interface: their own losses and answers, untouched."""
+"""Test that TorchvisionDetector returns torchvision's own losses and predictions."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_boxes_are_not_rounded_to_bfloat16(kind):
-    """Whose eight bits know pixels beyond 256 by the pair only."""
+    """bfloat16 has eight bits, which cannot distinguish neighbouring pixels beyond 256."""
     torch.manual_seed(0)
     detector = TorchvisionDetector(KINDS[kind], pyramid(), 4).eval()
     images, boxes, labels = batch(2, side=96)
@@ -32,7 +32,7 @@ def test_boxes_are_not_rounded_to_bfloat16(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_and_boxes_are_torchvisions(kind):
+def test_losses_and_boxes_match_torchvision(kind):
     torch.manual_seed(0)
     detector = TorchvisionDetector(KINDS[kind], pyramid(), 4)
     images, boxes, labels = batch(2)
@@ -56,4 +56,4 @@ def test_losses_and_boxes_are_torchvisions(kind):
         assert some["labels"].min() >= 0
         assert some["labels"].max() < 4
         assert some["boxes"].min() >= 0
-        assert some["boxes"].max() <= 64  # pixels of the images that were given, not of resized ones
+        assert some["boxes"].max() <= 64  # in pixels of the given images, not of resized ones

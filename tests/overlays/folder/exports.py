@@ -1,4 +1,4 @@
-"""Small exports: a model, a method whose heatmap is known, pictures, and what stands in the folder afterwards."""
+"""Helpers for small exports: a model, a method with a known heatmap, pictures, and the content of output folders."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import nn
 
 from visionattn.data.placement import Preprocess
-from visionattn.maps.method import Maps
-from visionattn.overlays.explainer import View
+from visionattn.maps.method import Heatmaps
+from visionattn.overlays.explainer import Explainer
 from visionattn.overlays.folder.export import export
 
 
@@ -32,16 +32,22 @@ def bright(model, images_BCHW, *, target=None, contrast=1):
     cells_Bhw = F.avg_pool2d(images_BCHW, 2).mean(1).mul(contrast)
     low, high = cells_Bhw.amin((1, 2), keepdim=True), cells_Bhw.amax((1, 2), keepdim=True)
     heatmaps_Bhw = (cells_Bhw - low) / (high - low).clamp(min=1e-6)
-    return Maps(heatmaps_Bhw, cells_Bhw, model(images_BCHW).detach(), None, "the input", "bright")
+    return Heatmaps(heatmaps_Bhw, cells_Bhw, model(images_BCHW).detach(), None, "the input", "bright")
 
 
-VIEW = {"model", "preprocess", "method", "class_names", "model_name"}
+EXPLAINER = {"model", "preprocess", "method", "class_names", "model_name"}
 
 
 def run(inputs, out, **options):
-    view = {"model": Tiny(), "preprocess": Preprocess(16), "method": bright}
-    view |= {name: options.pop(name) for name in VIEW & options.keys()}
-    options = {"views": View(**view), "batch_size": 3, "workers": 2, "console": Console(quiet=True), **options}
+    explainer = {"model": Tiny(), "preprocess": Preprocess(16), "method": bright}
+    explainer |= {name: options.pop(name) for name in EXPLAINER & options.keys()}
+    options = {
+        "explainers": Explainer(**explainer),
+        "batch_size": 3,
+        "workers": 2,
+        "console": Console(quiet=True),
+        **options,
+    }
     return export(inputs, out, **options)
 
 
@@ -116,8 +122,8 @@ def awkward(folder):
         "moving.gif": np.array(frames[0].convert("RGB")),
         "cut.jpg": "cut short",
         "empty.jpg": "is empty",
-        "corrupt.jpg": "is no image",
-        "header.png": "damaged|cut short|is no image",
+        "corrupt.jpg": "is not an image",
+        "header.png": "damaged|cut short|is not an image",
         "huge.png": r"200 × 201|201 × 200",
         "gone.jpg": "there is no",
     }

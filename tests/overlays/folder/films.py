@@ -1,4 +1,4 @@
-"""Short films."""
+"""Short videos."""
 
 import cv2
 import numpy as np

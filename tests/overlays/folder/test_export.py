@@ -1,4 +1,4 @@
-"""Whole runs: what a line of the manifest holds, lists, wrong calls, and folders that cannot be written."""
+"""Whole exports: lines of the manifest, lists of images, wrong calls, and folders that cannot be written."""
 
 import dataclasses
 import os
@@ -19,16 +19,16 @@ from visionattn.maps.cam import GradCAM
 CLASSES = ("cat", "dog", "owl")
 
 
-def test_a_line_holds_what_the_manifest_promises(tmp_path):
+def test_a_line_has_the_documented_keys(tmp_path):
     photos(tmp_path / "in", 2)
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no")
     run([tmp_path / "in"], tmp_path / "out", method=GradCAM(), class_names=CLASSES, model_name="tiny")
     entries = manifest(tmp_path / "out")
-    about = {"source", "bytes", "modified", "recipe", "status"}
+    about = {"source", "bytes", "modified", "fingerprint", "status"}
     told = {"outputs", "width", "height", "model", "method", "layer", "target", "prediction", "class", "probability"}
     assert set(entries["0.png"]) == about | told | {"peak", "seconds"}
     assert set(entries["bad.jpg"]) == about | {"reason"}
-    assert len({entry["recipe"] for entry in entries.values()}) == 1
+    assert len({entry["fingerprint"] for entry in entries.values()}) == 1
     for name, entry in entries.items():
         state = (tmp_path / "in" / name).stat()
         assert entry["source"] == str(tmp_path / "in" / name)
@@ -57,7 +57,7 @@ def test_a_disk_too_full_for_the_manifest_ends_the_run_and_the_next_one_goes_on(
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/nowhere/out"])
-def test_a_folder_that_cannot_be_made_is_one_clear_sentence(tmp_path, out):
+def test_a_folder_that_cannot_be_created_is_an_error_of_one_sentence(tmp_path, out):
     photos(tmp_path / "in", 1)
     (tmp_path / "file").touch()
     with pytest.raises((UsageError, DataError), match=r"is a file; name|Not a directory|No such file") as caught:
@@ -65,7 +65,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_sentence(tmp_path, out):
     assert "\n" not in str(caught.value)
 
 
-def test_all_failures_are_a_finished_run(tmp_path):
+def test_a_run_in_which_all_images_fail_finishes(tmp_path):
     for number in range(9):
         save(tmp_path / "in" / f"{number}.png", noise()).write_bytes(b"")
     summary = run([tmp_path / "in"], tmp_path / "out")
@@ -90,7 +90,7 @@ def test_wrong_calls_are_refused_and_write_no_overlay(tmp_path, options, words):
     assert not overlays(tmp_path / "out")
 
 
-def test_a_list_says_what_to_explain_and_what_to_draw(tmp_path):
+def test_a_list_sets_the_target_and_the_boxes_of_each_image(tmp_path):
     photos(tmp_path / "in", 5)
     lines = [
         "path,target,x0,y0,x1,y1,label", "0.png,dog", "1.png,0,2,2,20,15,thing", "2.png", "3.png,wolf", "4.png,99",
@@ -117,7 +117,7 @@ def test_a_list_says_what_to_explain_and_what_to_draw(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["unwritable", "read-only manifest"])
-def test_a_folder_that_cannot_be_written_is_told_and_the_exit_code_says_so(tmp_path, way, monkeypatch):
+def test_a_folder_that_cannot_be_written_fails_its_images_or_the_run(tmp_path, way, monkeypatch):
     photos(tmp_path / "in" / "a", 2)
     photos(tmp_path / "in" / "b", 2)
     real = os.makedirs
@@ -155,7 +155,7 @@ def shown_by_a_detector(model, images_BCHW, *, target=None):
     return dataclasses.replace(bright(Tiny(), images_BCHW), output=model(images_BCHW))
 
 
-def test_what_a_detector_found_is_drawn_where_it_lies_in_the_source(tmp_path):
+def test_detected_boxes_are_drawn_in_pixels_of_the_source(tmp_path):
     save(tmp_path / "in" / "x.png", noise(40, 60))
     options = {"method": shown_by_a_detector, "class_names": CLASSES, "style": Style(suffix=".png")}
     run([tmp_path / "in"], tmp_path / "out", model=Detector(), **options)

@@ -1,4 +1,4 @@
-"""A second run makes what changed, and nothing else."""
+"""A second export makes only missing and changed outputs."""
 
 import os
 from functools import partial
@@ -35,7 +35,7 @@ def test_a_second_run_changes_nothing(tmp_path):
     assert second.exit_code == 1
 
 
-def test_what_changed_or_is_missing_is_made_again_and_the_rest_is_left(tmp_path):
+def test_changed_or_missing_outputs_are_made_again_and_the_others_are_kept(tmp_path):
     photos(tmp_path / "in")
     run([tmp_path / "in"], tmp_path / "out")
     before = snapshot(tmp_path / "out")
@@ -65,7 +65,7 @@ def test_what_changed_or_is_missing_is_made_again_and_the_rest_is_left(tmp_path)
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_another_recipe_makes_all_again_and_the_first_one_again(tmp_path, change):
+def test_another_fingerprint_makes_all_outputs_again(tmp_path, change):
     photos(tmp_path / "in", 4)
     method = {"method": partial(bright, contrast=2)}
     run([tmp_path / "in"], tmp_path / "out", **method)
@@ -75,14 +75,14 @@ def test_another_recipe_makes_all_again_and_the_first_one_again(tmp_path, change
     assert len(manifest(tmp_path / "out")) == 4
 
 
-def test_what_does_not_change_the_outputs_does_not_make_them_again(tmp_path):
+def test_settings_that_do_not_affect_the_outputs_do_not_make_them_again(tmp_path):
     photos(tmp_path / "in", 4)
     run([tmp_path / "in"], tmp_path / "out")
     same = {"batch_size": 1, "workers": 1, "max_pixels": 10_000, "model": Tiny().eval()}
     assert run([tmp_path / "in"], tmp_path / "out", **same).skipped == 4
 
 
-def test_another_format_stands_beside_the_earlier_one(tmp_path):
+def test_another_format_keeps_the_files_of_the_earlier_one(tmp_path):
     photos(tmp_path / "in", 2)
     run([tmp_path / "in"], tmp_path / "out")
     run([tmp_path / "in"], tmp_path / "out", style=Style(suffix=".webp"))
@@ -90,7 +90,7 @@ def test_another_format_stands_beside_the_earlier_one(tmp_path):
     assert manifest(tmp_path / "out")["0.png"]["earlier"] == ["0.png.overlay.jpg"]
 
 
-def test_every_kind_stands_beside_the_others_and_is_made_once(tmp_path):
+def test_every_kind_of_output_is_made_once_and_keeps_the_others(tmp_path):
     photos(tmp_path / "in", 3)
     first = run([tmp_path / "in"], tmp_path / "out")
     before = snapshot(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Awkward images, odd names, and models that fail: each image becomes an overlay or a failure with its reason."""
+"""Unusual images, unusual names and failing models: each image becomes an overlay or a failure with a reason."""
 
 import io
 import os
@@ -126,7 +126,7 @@ def test_an_image_that_the_method_cannot_explain_fails_alone(tmp_path):
     assert manifest(tmp_path / "out")["3.png"]["reason"] == "the images hold NaN or infinity"
 
 
-def test_a_model_that_is_not_finite_ends_the_run_with_its_reason(tmp_path):
+def test_a_model_with_nan_ends_the_run_with_the_reason(tmp_path):
     photos(tmp_path / "in", 4)
     model = Tiny()
     model.conv.weight.data[0] = float("nan")
@@ -135,7 +135,7 @@ def test_a_model_that_is_not_finite_ends_the_run_with_its_reason(tmp_path):
     assert not overlays(tmp_path / "out")
 
 
-def test_a_blank_heatmap_is_written_and_told(tmp_path):
+def test_a_constant_heatmap_is_written_and_counted_as_blank(tmp_path):
     save(tmp_path / "in" / "grey.png", np.full((20, 30, 3), 90, np.uint8))
     summary = run([tmp_path / "in"], tmp_path / "out")
     assert (summary.written, summary.blank) == (1, 1)

@@ -1,4 +1,4 @@
-"""Runs that were killed or told to stop are continued."""
+"""Exports that were killed or interrupted are continued."""
 
 import json
 import subprocess
@@ -75,11 +75,11 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_killed_run_is_continued_and_nothing_is_lost_or_made_twice(killed, way):
+def test_a_killed_run_is_continued_and_no_output_is_lost_or_made_twice(killed, way):
     out = killed / f"{way},0.75"
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_bytes().splitlines()]
-    recipe = manifest(killed / "whole")["0.png"]["recipe"]
-    kept = {entry["outputs"]["overlay"] for entry in lines if entry["recipe"] == recipe}
+    fingerprint = manifest(killed / "whole")["0.png"]["fingerprint"]
+    kept = {entry["outputs"]["overlay"] for entry in lines if entry["fingerprint"] == fingerprint}
     assert len(kept) < 11
     assert kept or way != "in_the_method"
     before = snapshot(out)
@@ -92,7 +92,7 @@ def test_a_killed_run_is_continued_and_nothing_is_lost_or_made_twice(killed, way
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
-def test_what_a_killed_run_replaced_is_not_taken_for_what_stood_there_before(killed, way):
+def test_outputs_that_a_killed_run_replaced_are_made_again(killed, way):
     out = killed / f"{way},0.1"
     whole = contents(killed / "whole")
     assert way == "half_written" or any(content != whole[name] for name, content in contents(out).items())
@@ -100,7 +100,7 @@ def test_what_a_killed_run_replaced_is_not_taken_for_what_stood_there_before(kil
     assert contents(out) == whole
 
 
-def test_ctrl_c_keeps_what_was_made(tmp_path):
+def test_ctrl_c_keeps_the_finished_outputs(tmp_path):
     photos(tmp_path / "in", 20)
     calls = []
 

@@ -1,4 +1,4 @@
-"""How many files a reader has to open to follow one JPEG from the command line to its overlay."""
+"""The number of files that run between the command line and the overlay of one JPEG is small."""
 
 import subprocess
 import sys

@@ -1,13 +1,15 @@
-"""Choices and weights that differ have fingerprints that differ."""
+"""Different choices and weights have different fingerprints, and a changed drawing is noticed."""
 
 import json
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from tests.overlays.folder import golden
 from tests.overlays.folder.exports import Tiny, bright, other_weights
 from visionattn.data.placement import Preprocess
 from visionattn.drawing.rendering import Style
@@ -15,7 +17,7 @@ from visionattn.maps.cam import GradCAM
 from visionattn.overlays.folder.fingerprint import describe, weights_hash
 
 
-def test_choices_that_differ_are_described_differently_and_in_every_process_alike():
+def test_different_choices_have_different_descriptions_equal_in_every_process():
     values = [
         np.zeros(2), np.ones(2), np.float32(0.5), np.float32(0.25), Path("a"), Path("b"), partial(bright, contrast=1),
         partial(bright, contrast=2), bright, GradCAM(), GradCAM(layer="conv"), torch.zeros(2), Tiny(), other_weights(),
@@ -37,3 +39,17 @@ def test_weights_of_every_kind_are_hashed():
     hashes = [weights_hash(Buffers(kind)) for kind in kinds]
     assert len(set(hashes)) == len(kinds)
     assert weights_hash(Buffers(torch.ones(3, 2).T.contiguous())) == hashes[-1]
+
+
+def test_outputs_look_like_the_golden_image():
+    assert golden.FILE.stat().st_size < 60_000
+    changed = golden.differences(golden.outputs())
+    assert not changed, (
+        f"the drawing has changed ({'; '.join(changed)}): raise fingerprint.VERSION, so that earlier outputs are made "
+        "again, and write the golden image again by `python -m tests.overlays.folder.golden`"
+    )
+
+
+@pytest.mark.parametrize("change", [{"alpha": 0.6}, {"colormap": "magma"}, {"contours": (0.7,)}, {"caption": False}])
+def test_golden_image_shows_a_change_of_the_drawing(change):
+    assert golden.differences(golden.outputs(Style(**{"contours": (0.5,), "caption": True, **change})))

@@ -1,4 +1,4 @@
-"""One image's files: never over a stranger's, never half, safe on the disk before they have their names."""
+"""Output files never replace foreign files, are never incomplete, and are on disk before they are renamed."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ from visionattn.errors import UsageError
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_the_file_of_a_stranger_is_never_overwritten(tmp_path, kind):
+def test_a_foreign_file_is_never_overwritten(tmp_path, kind):
     photos(tmp_path / "in", 3)
     theirs = tmp_path / "out" / "1.png.overlay.jpg"
     theirs.parent.mkdir()
@@ -30,7 +30,7 @@ def test_the_file_of_a_stranger_is_never_overwritten(tmp_path, kind):
     assert kind == "folder" or theirs.read_bytes() == b"mine"
 
 
-def test_nothing_is_written_through_a_link_that_leads_elsewhere(tmp_path):
+def test_nothing_is_written_through_a_link_out_of_the_folder(tmp_path):
     photos(tmp_path / "in" / "a" / "b", 1)
     photos(tmp_path / "in", 1)
     (tmp_path / "elsewhere").mkdir()
@@ -52,7 +52,7 @@ def test_a_file_in_the_place_of_a_folder_fails_its_images_alone(tmp_path):
     assert (tmp_path / "out" / "a").read_bytes() == b"mine"
 
 
-def test_no_half_of_an_overlay_stands_under_its_name_when_encoding_fails(tmp_path, monkeypatch):
+def test_a_failed_encoding_leaves_no_incomplete_overlay(tmp_path, monkeypatch):
     photos(tmp_path / "in", 4)
 
     def half(self, file, *args, **options):
@@ -79,7 +79,7 @@ def test_an_overlay_that_does_not_fit_the_disk_fails_and_the_others_are_written(
     assert run([tmp_path / "in"], tmp_path / "out", style=Style(suffix=".png")).written == 1
 
 
-def test_files_are_safe_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+def test_files_are_on_disk_before_they_are_renamed(tmp_path, monkeypatch):
     photos(tmp_path / "in", 5)
     synced, named = {}, []
     fsync, replace = os.fsync, os.replace

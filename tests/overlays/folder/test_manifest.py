@@ -1,4 +1,4 @@
-"""The manifest survives what happens to a run: cuts at every byte, full disks, other people's files."""
+"""The manifest survives cuts at every byte, full disks and foreign files."""
 
 import json
 import os
@@ -9,21 +9,23 @@ import pytest
 from tests.overlays.folder.disks import disk_full_after
 from tests.refusals import refuses
 from visionattn.errors import DataError, UsageError
-from visionattn.overlays.folder.manifest import NAME, Manifest
+from visionattn.overlays.folder.manifest import NAME, Manifest, entry_from_dict
 
 NOT_TEXT = os.fsdecode(b"/in/caf\xe9.jpg")
 
 
-def done(source, *, output=None, recipe="r1", size=10, modified=1):
+def done(source, *, output=None, fingerprint="r1", size=10, modified=1):
     outputs = {"overlay": output or os.path.basename(source) + ".overlay.jpg"}
     return {
-        "source": source, "bytes": size, "modified": modified, "recipe": recipe, "status": "done", "outputs": outputs
+        "source": source, "bytes": size, "modified": modified, "fingerprint": fingerprint,
+        "status": "done", "outputs": outputs
     }  # fmt: skip
 
 
-def failed(source, reason="is empty", *, recipe="r1", size=0, modified=1):
+def failed(source, reason="is empty", *, fingerprint="r1", size=0, modified=1):
     return {
-        "source": source, "bytes": size, "modified": modified, "recipe": recipe, "status": "failed", "reason": reason
+        "source": source, "bytes": size, "modified": modified, "fingerprint": fingerprint,
+        "status": "failed", "reason": reason
     }  # fmt: skip
 
 
@@ -32,9 +34,9 @@ def write(folder, *entries, promise=True):
     manifest = Manifest(str(folder))
     for entry in entries:
         for output in entry.get("outputs", {}).values() if promise else ():
-            manifest.promise([(output, entry["source"])], entry["recipe"])
+            manifest.promise([(output, entry["source"])], entry["fingerprint"])
             (folder / output).touch()
-        manifest.add(entry)
+        manifest.add(entry_from_dict(entry))
     manifest.close()
 
 
@@ -42,7 +44,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / NAME).read_bytes().split(b"\n") if line]
 
 
-def test_what_is_added_is_read_again(tmp_path):
+def test_added_entries_are_read_again(tmp_path):
     entries = [done("/in/ảnh\n.jpg"), failed("/in/b.jpg"), done(NOT_TEXT, output="odd.jpg"), failed("/in/\u2028.png")]
     write(tmp_path, *entries)
     assert lines(tmp_path) == entries
@@ -50,18 +52,18 @@ def test_what_is_added_is_read_again(tmp_path):
     manifest = Manifest(str(tmp_path))
     assert list(manifest.done) == ["/in/ảnh\n.jpg", NOT_TEXT]
     kept = manifest.done[NOT_TEXT]
-    assert (kept.outputs, kept.recipe, kept.stamp) == ({"overlay": "odd.jpg"}, "r1", (10, 1))
+    assert (kept.outputs, kept.fingerprint, kept.stamp) == ({"overlay": "odd.jpg"}, "r1", (10, 1))
     assert manifest.owners == {"ảnh\n.jpg.overlay.jpg": "/in/ảnh\n.jpg", "odd.jpg": NOT_TEXT}
     assert sorted(os.listdir(tmp_path)) == sorted([NAME, "odd.jpg", "ảnh\n.jpg.overlay.jpg"])
 
 
-def test_of_every_image_the_last_line_stays(tmp_path):
+def test_only_the_last_line_of_every_image_is_kept(tmp_path):
     write(tmp_path, done("/in/a.jpg"), failed("/in/b.jpg"), done("/in/c.jpg"))
-    write(tmp_path, done("/in/a.jpg", recipe="r2"), done("/in/b.jpg"))
-    assert lines(tmp_path) == [done("/in/c.jpg"), done("/in/a.jpg", recipe="r2"), done("/in/b.jpg")]
+    write(tmp_path, done("/in/a.jpg", fingerprint="r2"), done("/in/b.jpg"))
+    assert lines(tmp_path) == [done("/in/c.jpg"), done("/in/a.jpg", fingerprint="r2"), done("/in/b.jpg")]
 
 
-def test_an_output_that_was_not_replaced_stays_known_as_an_earlier_one(tmp_path):
+def test_outputs_that_were_not_replaced_are_listed_as_earlier(tmp_path):
     write(tmp_path, done("/in/a.jpg"))
     write(tmp_path, done("/in/a.jpg", output="a.jpg.overlay.png"))
     assert lines(tmp_path)[0]["earlier"] == ["a.jpg.overlay.jpg"]
@@ -80,7 +82,7 @@ def test_the_same_failure_is_not_written_again_and_another_one_is(tmp_path):
     before = (tmp_path / NAME).stat().st_mtime_ns, os.stat(tmp_path).st_mtime_ns
     write(tmp_path, failed("/in/a.jpg"))
     assert before == ((tmp_path / NAME).stat().st_mtime_ns, os.stat(tmp_path).st_mtime_ns)
-    for other in ({"reason": "damaged"}, {"recipe": "r2"}, {"size": 5}, {"modified": 2}):
+    for other in ({"reason": "damaged"}, {"fingerprint": "r2"}, {"size": 5}, {"modified": 2}):
         write(tmp_path, failed("/in/a.jpg", **other))
         assert lines(tmp_path) == [failed("/in/a.jpg", **other)]
 
@@ -108,7 +110,7 @@ def test_a_manifest_that_was_cut_anywhere_is_continued(tmp_path):
         known = whole[:cut].count(b"\n") + (whole[cut : cut + 1] == b"\n")
         assert list(manifest.done) == [entry["source"] for entry in entries[:known] if entry["status"] == "done"]
         for entry in entries[known:]:
-            manifest.add(entry)
+            manifest.add(entry_from_dict(entry))
         manifest.close()
         if known < len(entries):
             assert (tmp_path / NAME).read_bytes() == whole
@@ -136,7 +138,7 @@ def test_a_cut_run_that_makes_promises_and_adds_nothing_leaves_the_manifest_read
     assert lines(tmp_path) == [done("/in/a.jpg")]
 
 
-def test_a_promise_that_was_kept_and_could_not_be_noted_is_remembered(tmp_path):
+def test_an_output_without_a_line_keeps_its_promise(tmp_path):
     manifest = Manifest(str(tmp_path))
     manifest.promise([("a.jpg.overlay.jpg", "/in/a.jpg"), ("b.jpg.overlay.jpg", "/in/b.jpg")], "r1")
     (tmp_path / "a.jpg.overlay.jpg").touch()
@@ -144,19 +146,19 @@ def test_a_promise_that_was_kept_and_could_not_be_noted_is_remembered(tmp_path):
     assert Manifest(str(tmp_path)).owners == {"a.jpg.overlay.jpg": "/in/a.jpg"}
 
 
-def test_an_output_that_a_killed_run_may_have_replaced_is_not_taken_for_the_earlier_one(tmp_path):
-    write(tmp_path, done("/in/a.jpg", recipe="r1"), done("/in/b.jpg", recipe="r1"))
+def test_an_output_that_a_killed_run_may_have_replaced_has_no_fingerprint(tmp_path):
+    write(tmp_path, done("/in/a.jpg", fingerprint="r1"), done("/in/b.jpg", fingerprint="r1"))
     killed = Manifest(str(tmp_path))
     killed.promise([("a.jpg.overlay.jpg", "/in/a.jpg")], "r2")
     again = Manifest(str(tmp_path))
-    assert again.done["/in/a.jpg"].recipe not in ("r1", "r2")
+    assert again.done["/in/a.jpg"].fingerprint not in ("r1", "r2")
     assert again.done["/in/a.jpg"].outputs == {"overlay": "a.jpg.overlay.jpg"}  # its name stays
-    assert again.done["/in/b.jpg"].recipe == "r1"
+    assert again.done["/in/b.jpg"].fingerprint == "r1"
     again.promise([("c.jpg.overlay.jpg", "/in/c.jpg")], "r1")
     again.close()  # without having come so far as to make it again
-    assert Manifest(str(tmp_path)).done["/in/a.jpg"].recipe not in ("r1", "r2")
-    killed.add(done("/in/a.jpg", recipe="r2"))
-    assert Manifest(str(tmp_path)).done["/in/a.jpg"].recipe == "r2"
+    assert Manifest(str(tmp_path)).done["/in/a.jpg"].fingerprint not in ("r1", "r2")
+    killed.add(entry_from_dict(done("/in/a.jpg", fingerprint="r2")))
+    assert Manifest(str(tmp_path)).done["/in/a.jpg"].fingerprint == "r2"
     killed.close()
 
 
@@ -172,7 +174,7 @@ def test_an_output_that_a_killed_run_may_have_replaced_is_not_taken_for_the_earl
         b'{"a": 1}',
     ],
 )
-def test_a_manifest_of_someone_else_is_refused_and_left_alone(tmp_path, content):
+def test_a_foreign_manifest_is_refused_and_left_unchanged(tmp_path, content):
     (tmp_path / NAME).write_bytes(content)
     refuses(UsageError, r"manifest\.jsonl was not written by visionattn", lambda: Manifest(str(tmp_path)))
     assert (tmp_path / NAME).read_bytes() == content
@@ -192,7 +194,7 @@ def test_an_output_folder_that_is_a_file_or_below_one_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 30, 130, 300, 500])
-def test_a_full_disk_is_told_in_one_sentence_and_the_next_run_goes_on(tmp_path, size):
+def test_a_full_disk_is_an_error_of_one_sentence_and_the_next_run_continues(tmp_path, size):
     write(tmp_path, done("/in/first.jpg"))
     entries = [done(f"/in/{number}.jpg") for number in range(5)]
     manifest = Manifest(str(tmp_path))
@@ -201,7 +203,7 @@ def test_a_full_disk_is_told_in_one_sentence_and_the_next_run_goes_on(tmp_path, 
         for entry in entries:
             manifest.promise([(entry["outputs"]["overlay"], entry["source"])], "r1")
             (tmp_path / entry["outputs"]["overlay"]).touch()
-            manifest.add(entry)
+            manifest.add(entry_from_dict(entry))
 
     with disk_full_after(size):
         with pytest.raises(DataError, match=r"manifest\.jsonl cannot be written: File too large") as caught:
@@ -217,11 +219,11 @@ def test_a_full_disk_is_told_in_one_sentence_and_the_next_run_goes_on(tmp_path, 
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".part.")]
 
 
-def test_half_a_line_is_taken_back_when_the_disk_is_full_for_a_moment(tmp_path):
+def test_an_incomplete_line_is_removed_when_the_disk_is_full(tmp_path):
     manifest = Manifest(str(tmp_path))
-    manifest.add(done("/in/a.jpg"))
+    manifest.add(entry_from_dict(done("/in/a.jpg")))
     with disk_full_after((tmp_path / NAME).stat().st_size + 20), pytest.raises(DataError):
-        manifest.add(done("/in/b.jpg"))
-    manifest.add(done("/in/c.jpg"))
+        manifest.add(entry_from_dict(done("/in/b.jpg")))
+    manifest.add(entry_from_dict(done("/in/c.jpg")))
     manifest.close()
     assert lines(tmp_path) == [done("/in/a.jpg"), done("/in/c.jpg")]

@@ -1,4 +1,4 @@
-"""No two outputs share a name, and all names can be made."""
+"""Names of outputs are unique and valid on every file system."""
 
 import os
 
@@ -17,7 +17,7 @@ def test_outputs_mirror_the_places_of_their_images(tmp_path):
     assert list(names.values()) == [f"{image}.overlay.webp" for image in images]
 
 
-def test_names_that_some_file_system_takes_for_one_are_set_apart():
+def test_names_that_some_file_system_does_not_distinguish_get_different_names():
     images = ["a/x.jpg", "a/X.jpg", "A/x.jpg", "caf\u00e9.jpg", "cafe\u0301.jpg", "straße.jpg", "STRASSE.jpg"]
     names = list(name_all(images, "/in").values())
     assert names[0] == "a/x.jpg.overlay.jpg"

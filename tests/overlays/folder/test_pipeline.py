@@ -1,10 +1,10 @@
-"""Batches and threads change nothing in the outputs."""
+"""Outputs do not depend on batches and threads."""
 
 from tests.overlays.folder.exports import Tiny, photos, run
 from visionattn.data.placement import Preprocess
-from visionattn.overlays.explainer import View
+from visionattn.overlays.explainer import Explainer
 from visionattn.overlays.folder import image_export as job
-from visionattn.overlays.folder.export import _fitting
+from visionattn.overlays.folder.export import _default_batch_size
 
 
 def test_outputs_do_not_depend_on_batches_threads_or_memory(tmp_path, monkeypatch):
@@ -26,7 +26,7 @@ def test_outputs_do_not_depend_on_batches_threads_or_memory(tmp_path, monkeypatc
 
 def test_batches_are_smaller_the_larger_the_input_is():
     def fitting(*sizes):
-        return _fitting([View(Tiny(), Preprocess(size)) for size in sizes])
+        return _default_batch_size([Explainer(Tiny(), Preprocess(size)) for size in sizes])
 
     assert [fitting(224), fitting(448), fitting((480, 640)), fitting(64), fitting(4000)] == [16, 4, 2, 196, 1]
     assert fitting(224, 448) == 4

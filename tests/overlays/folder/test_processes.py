@@ -1,4 +1,4 @@
-"""Several processes share an export: nothing is made twice, nothing is lost, and there is one manifest."""
+"""Several processes share an export: no output is made twice or lost, and there is one manifest."""
 
 import os
 import socket
@@ -11,9 +11,11 @@ import pytest
 
 from tests.overlays.folder.exports import contents, manifest, photos, run
 from tests.refusals import refuses
+from visionattn.data.image_list import ImageRequest
 from visionattn.errors import DataError
+from visionattn.overlays.folder.image_export import ImageTask
 from visionattn.overlays.folder.pipeline import OneProcess
-from visionattn.overlays.folder.processes import Team, gather
+from visionattn.overlays.folder.processes import Processes, gather
 
 COUNTS = (1, 2, 3, 13, 17)
 SHARED = """
@@ -22,7 +24,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 import tests.overlays.folder.exports as t
 from visionattn.errors import DataError
-from visionattn.overlays.folder.processes import Team, gather
+from visionattn.overlays.folder.processes import Processes
 
 class Child:
     def __init__(self, pid): self.pid, self.returncode = pid, None
@@ -55,12 +57,13 @@ def share(inputs, out, size, killed=None):
         pid = os.fork()
         if pid == 0:
             if killed == rank: killed = os.getpid()
-            team = Team(store_of(store.port, False), rank, size)
-            summary = t.run(inputs, out, batch_size=2, method=method, team=team)
+            processes = Processes(store_of(store.port, False), rank, size)
+            summary = t.run(inputs, out, batch_size=2, method=method, processes=processes)
             os._exit(summary.failed)
         children.append(Child(pid))
     try:
-        summary = t.run(inputs, out, batch_size=2, method=method, team=Team(store, 0, size, children))
+        processes = Processes(store, 0, size, children)
+        summary = t.run(inputs, out, batch_size=2, method=method, processes=processes)
         print(out.name, summary.written, summary.failed, flush=True)
     except DataError as error:
         print(out.name, error, flush=True)
@@ -122,25 +125,25 @@ def test_what_a_killed_process_left_is_made_by_the_next_run(shared):
 
 
 def test_one_process_does_all_the_work():
-    team = OneProcess()
-    team.give([[{"a": 1}, {"a": 2}], [{"a": 3}]])
-    assert list(team.share()) == [{"a": 1}, {"a": 2}, {"a": 3}]
-    assert team.tally(done=1) == {"done": 1}
-    assert team.tally(done=2, failed=1) == {"done": 3, "failed": 1}
-    team.finish()
-    assert list(team.wait()) == []
+    processes = OneProcess()
+    processes.lay_out([[ImageTask("a"), ImageTask("b")], [ImageTask("c")]])
+    assert list(processes.images()) == [ImageTask("a"), ImageTask("b"), ImageTask("c")]
+    assert processes.tally(done=1) == {"done": 1}
+    assert processes.tally(done=2, failed=1) == {"done": 3, "failed": 1}
+    processes.finish()
+    assert list(processes.wait()) == []
 
 
-def test_a_leader_that_is_gone_is_one_sentence():
+def test_an_unreachable_first_process_is_an_error_of_one_sentence():
     class Gone:
         def get(self, *key):
             raise RuntimeError("Connection reset by peer")
 
         add = set = get
 
-    team = Team(Gone(), 1, 2)
-    refuses(DataError, "cannot be reached; run the command again", lambda: list(team.share()))
-    refuses(DataError, "cannot be reached", team.finish)
+    processes = Processes(Gone(), 1, 2)
+    refuses(DataError, "cannot be reached; run the command again", lambda: list(processes.images()))
+    refuses(DataError, "cannot be reached", processes.finish)
 
 
 def test_processes_of_another_launcher_are_joined(monkeypatch):
@@ -155,9 +158,11 @@ def test_processes_of_another_launcher_are_joined(monkeypatch):
         monkeypatch.setenv("RANK", "1")
         with gather(1, []) as helper:
             assert (leader.rank, helper.rank, helper.size) == (0, 1, 2)
-            leader.give([[{"path": "a"}], [{"path": "b"}], [{"path": os.fsdecode(b"\xe9")}]])
-            one, other = leader.share(), helper.share()
-            assert [next(one), next(other), next(one)] == [{"path": "a"}, {"path": "b"}, {"path": "\udce9"}]
+            request = ImageRequest("dog", ((1.0, 2.0, 3.0, 4.0),), ("thing",))
+            odd = ImageTask(os.fsdecode(b"\xe9"), {"overlay": "x.overlay.jpg"}, {"mask": "x.mask.png"}, request)
+            leader.lay_out([[ImageTask("a")], [ImageTask("b")], [odd]])
+            one, other = leader.images(), helper.images()
+            assert [next(one), next(other), next(one)] == [ImageTask("a"), ImageTask("b"), odd]
             assert (list(one), list(other)) == ([], [])
             helper.tally(done=3)
             helper.finish("it had to stop")

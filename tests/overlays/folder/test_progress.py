@@ -1,4 +1,4 @@
-"""What a run tells on the terminal."""
+"""The progress bar and the summary of an export."""
 
 import io
 import re
@@ -6,7 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from visionattn.overlays.folder.progress import Bar, Summary, print_summary
+from visionattn.overlays.folder.manifest import Done
+from visionattn.overlays.folder.progress import ProgressBar, Summary, print_summary
 
 
 def told(summary):
@@ -15,11 +16,11 @@ def told(summary):
     return text.getvalue()
 
 
-def test_the_bar_tells_the_rate_the_time_left_and_the_failures(monkeypatch):
+def test_the_bar_shows_the_rate_the_time_left_and_the_failures(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr("visionattn.overlays.folder.progress.time.perf_counter", lambda: clock[0])
     text = io.StringIO()
-    with Bar(Console(file=text, width=120, force_terminal=True), "seen", 20) as bar:
+    with ProgressBar(Console(file=text, width=120, force_terminal=True), "seen", 20) as bar:
         clock[0] += 10
         bar.advance({"done": 5, "failed": 1, "frames": 30})
     line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.getvalue()).splitlines()[-1]
@@ -28,10 +29,10 @@ def test_the_bar_tells_the_rate_the_time_left_and_the_failures(monkeypatch):
 
 
 def entry(name, **more):
-    return {"status": "done", "peak": [1, 2], "layer": "layer4", "source": name, **more}
+    return Done(name, (0, 0), "", {}, {"peak": [1, 2], "layer": "layer4", **more})
 
 
-def test_the_end_names_the_images_in_which_two_models_differ_most():
+def test_the_summary_names_the_images_in_which_two_models_differ_most():
     summary = Summary(out="seen")
     for number in range(9):
         summary.count(entry("x", difference={"mean": number / 10, "peak": None}), f"{number}.jpg")
@@ -41,7 +42,7 @@ def test_the_end_names_the_images_in_which_two_models_differ_most():
 
 
 @pytest.mark.parametrize(("noun", "count", "expected"), [("overlay", 1, "1 overlay "), ("image", 2, "2 images ")])
-def test_what_was_made_has_its_name(noun, count, expected):
+def test_the_summary_names_the_outputs(noun, count, expected):
     summary = Summary(out="seen", noun=noun)
     for _ in range(count):
         summary.count(entry("x"), "x")

@@ -1,4 +1,4 @@
-"""Videos are read frame by frame at the wanted rate, and what is written can be read again."""
+"""Videos are sampled at the given rate, and written videos can be read again."""
 
 import os
 
@@ -8,20 +8,20 @@ import pytest
 from tests.overlays.folder.films import film
 from tests.refusals import refuses
 from visionattn.errors import DataError
-from visionattn.overlays.folder.video import Film, Frames
+from visionattn.overlays.folder.video import VideoFrames, VideoWriter
 
 MANY = 10**9
 
 
 def shades_of(path, **options):
-    return [(at, picture) for at, picture in Frames(str(path), max_pixels=MANY, **options)]
+    return [(at, picture) for at, picture in VideoFrames(str(path), max_pixels=MANY, **options)]
 
 
 @pytest.mark.parametrize(
     ("fps", "taken"),
     [(None, range(12)), (100, range(12)), (10, range(12)), (5, range(0, 12, 2)), (4, [0, 3, 5, 8, 10]), (1, [0, 10])],
 )
-def test_frames_are_taken_at_their_time(tmp_path, fps, taken):
+def test_frames_are_sampled_at_their_times(tmp_path, fps, taken):
     shades = [10 + 20 * number for number in range(12)]
     path = film(tmp_path / "x.mp4", shades)
     found = shades_of(path, fps=fps)
@@ -30,13 +30,13 @@ def test_frames_are_taken_at_their_time(tmp_path, fps, taken):
         assert picture.shape == (32, 48, 3)
         assert abs(picture.mean() - shades[number]) < 4
         assert at == pytest.approx(number / 10)
-    frames = Frames(str(path), fps=fps, max_pixels=MANY)
+    frames = VideoFrames(str(path), fps=fps, max_pixels=MANY)
     assert abs(frames.count - len(taken)) <= 1
     assert frames.fps == min(fps or 10, 10)
 
 
-def test_colours_come_in_the_order_red_green_blue_and_go_so(tmp_path):
-    written = Film(str(tmp_path / "x.mp4"), 5)
+def test_frames_are_read_and_written_in_rgb(tmp_path):
+    written = VideoWriter(str(tmp_path / "x.mp4"), 5)
     red = np.zeros((16, 16, 3), np.uint8)
     red[..., 0] = 200
     for _ in range(3):
@@ -49,7 +49,7 @@ def test_colours_come_in_the_order_red_green_blue_and_go_so(tmp_path):
 
 @pytest.mark.parametrize(("dtype", "value"), [(np.uint8, 120), (np.uint16, 120 * 257)])
 def test_grey_frames_of_8_and_16_bits_and_of_odd_size(tmp_path, dtype, value):
-    written = Film(str(tmp_path / "x.mp4"), 5)
+    written = VideoWriter(str(tmp_path / "x.mp4"), 5)
     for _ in range(2):
         written.add(np.full((17, 31), value, dtype))
     written.close()
@@ -58,7 +58,7 @@ def test_grey_frames_of_8_and_16_bits_and_of_odd_size(tmp_path, dtype, value):
     assert abs(found[1][1].mean() - 120) < 4
 
 
-def test_a_name_that_is_no_text_is_read(tmp_path):
+def test_a_video_whose_name_is_not_valid_text_is_read(tmp_path):
     path = film(tmp_path / "x.mp4", [50, 60])
     odd = os.path.join(os.fsencode(tmp_path), b"caf\xe9.mp4")
     os.rename(path, odd)
@@ -68,17 +68,17 @@ def test_a_name_that_is_no_text_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"), [(None, "there is no video"), (b"", "is no video"), (b"hello" * 99, "is no video")]
 )
-def test_what_is_no_video_is_told(tmp_path, content, words, capfd):
+def test_other_files_than_videos_are_refused(tmp_path, content, words, capfd):
     path = tmp_path / "x.mp4"
     if content is not None:
         path.write_bytes(content)
-    refuses(DataError, words, lambda: Frames(str(path), max_pixels=MANY))
-    refuses(DataError, r"32 × 48|48 × 32", lambda: Frames(str(film(tmp_path / "y.mp4", [1])), max_pixels=100))
+    refuses(DataError, words, lambda: VideoFrames(str(path), max_pixels=MANY))
+    refuses(DataError, r"32 × 48|48 × 32", lambda: VideoFrames(str(film(tmp_path / "y.mp4", [1])), max_pixels=100))
     assert capfd.readouterr().err == ""  # FFmpeg has its own way of telling
 
 
-def test_what_cannot_be_a_video_is_told(tmp_path):
+def test_videos_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be written as a video"):
-        Film(str(tmp_path / "x.mp4"), 5).add(np.zeros((1, 9, 3), np.uint8))
+        VideoWriter(str(tmp_path / "x.mp4"), 5).add(np.zeros((1, 9, 3), np.uint8))
     with pytest.raises(DataError, match="cannot be written as a video"):
-        Film(str(tmp_path / "nowhere" / "x.mp4"), 5).add(np.zeros((8, 8, 3), np.uint8))
+        VideoWriter(str(tmp_path / "nowhere" / "x.mp4"), 5).add(np.zeros((8, 8, 3), np.uint8))

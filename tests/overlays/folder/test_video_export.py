@@ -1,4 +1,4 @@
-"""A video becomes a video, or fails alone."""
+"""The export of a video writes a video, or fails for that video only."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from tests.overlays.folder.exports import Tiny, bright, manifest, photos, run, s
 from tests.overlays.folder.films import film
 from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError
-from visionattn.overlays.folder.video import Frames
+from visionattn.overlays.folder.video import VideoFrames
 
 
 def test_a_video_becomes_a_video_that_shows_every_frame(tmp_path):
@@ -36,12 +36,12 @@ def test_a_video_becomes_a_video_that_shows_every_frame(tmp_path):
         assert entry[key] == frames[key][surest]
     model = Tiny().eval()
     arrays = np.load(tmp_path / "out" / "in.mp4.array.npz")
-    for number, (_, picture) in enumerate(Frames(str(path), fps=5, max_pixels=10**6)):
+    for number, (_, picture) in enumerate(VideoFrames(str(path), fps=5, max_pixels=10**6)):
         tensor, _ = Preprocess(16)(picture)
         maps = bright(model, torch.from_numpy(tensor)[None])
         assert frames["probability"][number] == pytest.approx(float(maps.output.softmax(1).max()), abs=2e-6)
         np.testing.assert_allclose(arrays["heatmap"][number], maps.heatmaps[0], atol=1e-6)
-    shown = [picture for _, picture in Frames(str(tmp_path / "out" / "in.mp4.overlay.mp4"), max_pixels=10**6)]
+    shown = [picture for _, picture in VideoFrames(str(tmp_path / "out" / "in.mp4.overlay.mp4"), max_pixels=10**6)]
     assert [picture.shape for picture in shown] == [(32, 64, 3)] * 5
     dark_to_bright = [picture[:, :8].mean() for picture in shown]  # outside of the crop the frames are only darker
     assert sorted(dark_to_bright) == dark_to_bright
@@ -53,7 +53,7 @@ def test_a_video_becomes_a_video_that_shows_every_frame(tmp_path):
 
 
 @pytest.mark.parametrize("way", ["no video", "no frame", "not finite", "full disk"])
-def test_a_video_that_fails_leaves_nothing_behind_and_the_others_are_made(tmp_path, way):
+def test_a_video_that_fails_leaves_no_files_and_the_others_are_made(tmp_path, way):
     photos(tmp_path / "in", 2)
     path = film(tmp_path / "x.mp4", [250 if number == 4 else 90 for number in range(6)], size=(320, 320))
     method, limit = bright, 10**9

@@ -1,4 +1,4 @@
-"""What `predict` writes of a detector, read back by pycocotools beside the annotations that the data came from."""
+"""Predictions of a detector, read by pycocotools and compared with the annotations."""
 
 import contextlib
 import io
@@ -41,7 +41,7 @@ def answers(data):
 
 
 @pytest.mark.parametrize("layout", [coco, yolo])
-def test_written_predictions_are_worth_what_the_validation_says(layout, tmp_path):
+def test_written_predictions_have_the_map_of_the_validation(layout, tmp_path):
     data = AnnotatedData(str(layout(tmp_path / "data")), num_workers=0, preprocess=Preprocess(48, fit="letterbox"))
     found = answers(data)
     trainer = L.Trainer(

@@ -1,9 +1,9 @@
-"""What a test leaves in its run."""
+"""The files that a test writes into its run."""
 
 import csv
 
 
-def test_quickstart_leaves_everything_in_its_run(quick_run):
+def test_quickstart_writes_everything_into_its_run(quick_run):
     names = {path.relative_to(quick_run).as_posix() for path in quick_run.rglob("*") if path.is_file()}
     assert {"config.yaml", "best.ckpt", "last.ckpt", "metrics.csv", "test.csv", "confusion.csv"} <= names
     assert {"overlays/test.png", "overlays/epoch_000.jpg"} <= names

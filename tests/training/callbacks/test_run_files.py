@@ -1,4 +1,4 @@
-"""What the callbacks share: where a run's files lie, and CSV."""
+"""Test the helpers that the callbacks share: the folder of a run, CSV, and the first samples of a batch."""
 
 import csv
 import io
@@ -11,13 +11,13 @@ import torch
 from visionattn.training.callbacks import run_files
 
 
-def test_python_reads_the_rows_of_a_csv_whatever_stands_in_them():
+def test_python_reads_csv_rows_with_any_text():
     rows = [["name", "value"], ['a, "quoted"\nname', "1"], [os.fsdecode(b"caf\xe9.jpg"), "0.5"], ["ü", ""]]
     text = run_files._csv(rows).decode("utf-8", "surrogateescape")
     assert list(csv.reader(io.StringIO(text, newline=""))) == rows
 
 
-def test_a_rehearsal_and_a_trainer_without_a_folder_keep_nothing():
+def test_fast_dev_run_and_a_trainer_without_a_folder_write_no_files():
     kept = SimpleNamespace(fast_dev_run=False, log_dir="runs/mine/0")
     assert run_files._folder(kept) == Path("runs/mine/0/overlays")
     assert run_files._folder(SimpleNamespace(fast_dev_run=1, log_dir="runs/mine/0")) is None

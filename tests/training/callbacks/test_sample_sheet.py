@@ -1,4 +1,4 @@
-"""The sheet of a detector's samples: every box where it was found, drawn at a size at which labels can be read."""
+"""The sheet of a detector's samples: boxes are at their places, at a size at which labels can be read."""
 
 from types import SimpleNamespace
 
@@ -8,14 +8,14 @@ import torch
 from visionattn.data import Placement
 from visionattn.drawing.boxes import draw_boxes
 from visionattn.drawing.sheets import Tile
-from visionattn.maps.boxes import BoxMaps
+from visionattn.maps.boxes import BoxHeatmaps
 from visionattn.training.callbacks import sample_sheet as pictures
 
 
 def test_boxes_are_drawn_where_they_are_and_those_in_the_padding_left_out(monkeypatch):
     picture = np.full((48, 96, 3), 90, np.uint8)
     placement = Placement(np.array([[1, 0, 0], [0, 1, 24]]), (48, 96), (96, 96))  # 24 rows of padding above
-    found = BoxMaps(
+    found = BoxHeatmaps(
         boxes=torch.tensor([[10.0, 30, 30, 50], [5, 2, 60, 18]]),  # the second in the padding
         scores=torch.tensor([0.9, 0.8]),
         labels=torch.tensor([1, 0]),

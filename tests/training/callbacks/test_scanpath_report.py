@@ -1,4 +1,4 @@
-"""A run on a glimpse network leaves pictures of its gaze, and figures of how often it met the object."""
+"""Pictures and figures of the fixations of a glimpse network."""
 
 import csv
 from types import SimpleNamespace
@@ -13,16 +13,16 @@ from PIL import Image
 from tests.data.synthetic.handwriting import FakeMNIST
 from visionattn.attention import Gaussian, Retina
 from visionattn.data import DigitsOnCanvasData, read_image
-from visionattn.drawing import draw_gaze
+from visionattn.drawing import draw_scanpath
 from visionattn.drawing.boxes import draw_box
 from visionattn.drawing.overlay import blend, heat
 from visionattn.maps import Gaze
-from visionattn.maps.method import Maps
+from visionattn.maps.method import Heatmaps
 from visionattn.models import GlimpseNetwork, MLPEncoder
 from visionattn.tasks import GlimpseClassification
 from visionattn.tasks.glimpses import on_object
 from visionattn.training import OverlaySamples, TestReport
-from visionattn.training.callbacks.scanpath_report import GazeDensity
+from visionattn.training.callbacks.scanpath_report import FixationDensity
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_the_sheets_show_paths_with_the_object_s_box_and_heat(run):
     sample = data.dataset("test")[0]
     source = data.dataset("test").read_source(sample["path"])
     maps = Gaze()(task.network, sample["image"][None])
-    path = draw_box(draw_gaze(source, maps.boxes[0].numpy(), side=240), 6 * sample["box"], thickness=2)
+    path = draw_box(draw_scanpath(source, maps.boxes[0].numpy(), side=240), 6 * sample["box"], thickness=2)
     over = blend(source, maps.heatmaps[0].numpy()).repeat(6, 0).repeat(6, 1)
     picture = read_image(f"{folder}/overlays/test.png")
     np.testing.assert_array_equal(picture[46 : 46 + 240, 16 : 16 + 240], path)
@@ -72,7 +72,7 @@ def test_the_density_is_the_mean_over_all_test_images(run):
     for index in range(len(dataset)):
         sample = dataset[index]
         with torch.no_grad():
-            location = task.network.rollout(sample["image"][None], look="mean").location[0, 0]
+            location = task.network.rollout(sample["image"][None], locations="mean").location[0, 0]
         seen = task.network.retina.boxes(location, (40, 40))[:, 0].int().clamp(0, 40).tolist()
         for turn, (left, top, right, bottom) in enumerate(seen):
             (later if turn else first)[top:bottom, left:right] += 1 / len(dataset)
@@ -85,19 +85,19 @@ def test_the_density_is_the_mean_over_all_test_images(run):
         np.testing.assert_allclose(picture[46 : 46 + 280, left : left + 280].astype(int), shown, atol=3)
 
 
-def test_the_animation_has_a_frame_a_glimpse(run):
+def test_the_animation_has_one_frame_per_glimpse(run):
     folder, _, _ = run
     with Image.open(f"{folder}/overlays/gaze.webp") as image:
         assert image.n_frames == 3
 
 
-def test_the_report_says_how_often_the_object_was_looked_at(run):
+def test_the_report_has_the_fraction_of_fixations_on_the_object(run):
     folder, task, data = run
     with open(f"{folder}/test.csv", newline="") as file:
         figures = {row["figure"]: float(row["value"]) for row in csv.DictReader(file)}
     batch = data.dataset("test").__getitems__(list(range(len(data.dataset("test")))))
     with torch.no_grad():
-        rollout = task.network.rollout(batch["image"], look="mean")
+        rollout = task.network.rollout(batch["image"], locations="mean")
     assert 0.02 < figures["fixations_on_object"] < 0.98
     assert figures["fixations_on_object"] == pytest.approx(
         float(on_object(rollout, batch["box"], (40, 40)).mean()), abs=1e-4
@@ -109,11 +109,11 @@ def test_the_report_says_how_often_the_object_was_looked_at(run):
 
 
 def test_density_counts_images_and_not_batches():
-    density = GazeDensity()
+    density = FixationDensity()
     for count in (3, 1):
         boxes = torch.tensor([[[[2.0, 2, 4, 4]], [[0.0, 0, 8, 8]]]]).expand(count, 2, 1, 4)
         zeros = torch.zeros(count, 8, 8)
-        density.add(Maps(zeros, zeros, None, None, "", Gaze.name, boxes), {"image": torch.zeros(count, 1, 8, 8)})
+        density.add(Heatmaps(zeros, zeros, None, None, "", Gaze.name, boxes), {"image": torch.zeros(count, 1, 8, 8)})
     means = density.means()
     assert density.images == 4
     assert list(means) == ["first glimpse", "later glimpses"]
@@ -121,10 +121,10 @@ def test_density_counts_images_and_not_batches():
     assert means["later glimpses"].min() == 1
 
 
-def test_processes_are_summed():
-    density = GazeDensity()
+def test_density_sums_over_processes():
+    density = FixationDensity()
     zeros, boxes = torch.zeros(3, 8, 8), torch.tensor([[[[2.0, 2, 4, 4]]]]).expand(3, 1, 1, 4)
-    density.add(Maps(zeros, zeros, None, None, "", Gaze.name, boxes), {"image": torch.zeros(3, 1, 8, 8)})
+    density.add(Heatmaps(zeros, zeros, None, None, "", Gaze.name, boxes), {"image": torch.zeros(3, 1, 8, 8)})
     other = {(): torch.tensor(1), (8, 8): torch.full((8, 8), 5.0)}  # a process that saw one image, five times all over
 
     def reduce(value, reduce_op):

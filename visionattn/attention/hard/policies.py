@@ -1,4 +1,4 @@
-"""Policies: distributions over where to look next.
+"""Policies: distributions over the next location of a glimpse.
 
 Shapes: N independent decisions, D features of the state, P numbers that describe the distribution.
 """
@@ -15,11 +15,14 @@ _LOG_2PI = math.log(2 * math.pi)
 
 
 class Choice(NamedTuple):
-    """Where to look next, and how likely that was.
+    """Chosen locations and their probability.
 
-    `location` (N, 2) is (x, y) in [−1, 1]; `log_prob` (N,) that of the action before it was brought into the image;
-    `entropy` (N,) of the distribution, nats; `clipped` (N,) whether the action lay outside the image; `parameters`
-    (N, P) describe the distribution, and the gradient with respect to them is that of each decision.
+    Attributes:
+        location: (N, 2), (x, y) in [−1, 1].
+        log_prob: (N,) of the action, before it was clamped to the image.
+        entropy: (N,) of the distribution, nats.
+        clipped: (N,) bool, whether the action lay outside the image.
+        parameters: (N, P) of the distribution; a gradient with respect to row n belongs to decision n alone.
     """
 
     location: Tensor
@@ -30,41 +33,41 @@ class Choice(NamedTuple):
 
 
 class Policy(nn.Module, ABC):
-    """A distribution over locations, its parameters a small network of the state.
+    """A distribution over locations; a small network computes its parameters from the state.
 
     Args:
         in_features: D.
         num_parameters: P.
-        hidden_features: width of a hidden layer; 0 for a linear map, as in the paper.
-        pathwise: leave the location its gradient with respect to the parameters (a relaxed comparison; it needs a
-            retina that reads between pixels). Without it no gradient passes through a location.
+        hidden_features: width of a hidden layer; 0 gives a linear map, as in the paper.
+        pathwise: keep the gradient of the location with respect to the parameters, for comparison with REINFORCE;
+            needs a retina with `subpixel`. Otherwise the location has no gradient.
     """
 
     def __init__(self, in_features: int, num_parameters: int, *, hidden_features: int, pathwise: bool) -> None:
         super().__init__()
         last = nn.Linear(hidden_features or in_features, num_parameters)
-        nn.init.normal_(last.weight, std=0.01)  # looks at the middle first, or everywhere alike
+        nn.init.normal_(last.weight, std=0.01)  # start near the centre, or near the uniform distribution
         nn.init.zeros_(last.bias)
         first = [nn.Linear(in_features, hidden_features), nn.ReLU()] if hidden_features else []
         self.layers = nn.Sequential(*first, last)
         self.pathwise = pathwise
 
     def forward(self, state_ND: Tensor, *, greedy: bool = False) -> Choice:
-        """Choose a location for every state: by chance, or the most likely one (Gaussians: the mean)."""
+        """Sample a location for every state (N, D), or if `greedy` take the most likely one (Gaussians: the mean)."""
         parameters_NP = self.layers(state_ND)
         choice = self.choose(parameters_NP, greedy=greedy)
         return choice if self.pathwise else choice._replace(location=choice.location.detach())
 
     @abstractmethod
     def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
-        """Choose a location for every row of parameters."""
+        """Choose a location for every row of parameters (N, P)."""
 
     def progress(self, share: float) -> None:
-        """The training has come to this share of its length, in [0, 1]; for what is scheduled."""
+        """Update scheduled parameters; `share` is the fraction of the training that is done, in [0, 1]."""
 
 
 class _Normal(Policy, ABC):
-    """What the Gaussian policies share: a mean, and a standard deviation that is fixed, scheduled or learned."""
+    """Base of the Gaussian policies: a mean, and a standard deviation that is fixed, scheduled or learned."""
 
     std: Tensor
 
@@ -82,7 +85,7 @@ class _Normal(Policy, ABC):
         if min(first, last) <= 0:
             raise ValueError(f"std must be > 0, got {std}")
         if learned_std and first != last:
-            raise ValueError(f"std is either scheduled or learned, got {std} and learned_std")
+            raise ValueError(f"std can be scheduled or learned, not both; got {std} and learned_std")
         self.schedule = (first, last)
         self.learned_std = learned_std
         self.register_buffer("std", torch.tensor(float(first)))
@@ -92,8 +95,8 @@ class _Normal(Policy, ABC):
         if first != last:
             self.std.fill_(first * (last / first) ** share)
 
-    def _spread(self, parameters_NP: Tensor) -> tuple[Tensor, Tensor]:
-        """The first two parameters and the standard deviation, both (N, 2)."""
+    def _mean_and_std(self, parameters_NP: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first two parameters and the standard deviation, both (N, 2)."""
         mean_N2 = parameters_NP[:, :2]
         if not self.learned_std:
             return mean_N2, self.std.to(mean_N2).expand_as(mean_N2)
@@ -109,18 +112,24 @@ class Gaussian(_Normal):
 
         action ~ N(tanh(mean), std²),    location = clamp(action, −1, 1)
 
-    log_prob is that of the action *before* the clamp: the density that it was drawn from. Deviation: the paper does not
-    bound the mean; outside the image all actions look alike, and a mean that strays there has no way back.
+    log_prob belongs to the action before the clamp, since this action was sampled. Deviation from the paper: tanh
+    bounds the mean. All actions beyond an edge give the same glimpse, so no gradient would move a mean back into the
+    image.
 
     Args:
         in_features: D.
-        std: standard deviation; or that at the beginning and at the end of the training, geometric in between.
-        learned_std: learn it, starting there, for each axis and state, within [0.001, 2].
-        hidden_features, pathwise: as `Policy`.
+        std: standard deviation (default: 0.1); a pair gives its values at the start and the end of the training, and
+            the values between are interpolated geometrically.
+        learned_std: predict the standard deviation for each axis from the state, starting near `std`, within [0.001, 2]
+            (default: False).
+        hidden_features, pathwise: see `Policy`.
+
+    Raises:
+        ValueError: std is not > 0, or is both scheduled and learned.
     """
 
     def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
-        mean_N2, std_N2 = self._spread(parameters_NP)
+        mean_N2, std_N2 = self._mean_and_std(parameters_NP)
         mean_N2 = mean_N2.tanh()
         action_N2 = mean_N2 if greedy else mean_N2 + std_N2 * torch.randn_like(mean_N2)
         log_prob_N = _normal_log_prob(action_N2 if self.pathwise else action_N2.detach(), mean_N2, std_N2).sum(-1)
@@ -130,22 +139,22 @@ class Gaussian(_Normal):
 
 
 class TruncatedGaussian(_Normal):
-    """A normal distribution restricted to the image: no action is clipped, so none loses its gradient.
+    """A normal distribution restricted to the image: no action is clipped, so every action has a gradient.
 
         p(l) = N(l; tanh(mean), std²) / (Φ((1 − mean)/std) − Φ((−1 − mean)/std)),    l in [−1, 1]
 
     The greedy location is the mode, tanh(mean).
 
     Args:
-        in_features, std, learned_std, hidden_features, pathwise: as `Gaussian`.
+        in_features, std, learned_std, hidden_features, pathwise: see `Gaussian`.
     """
 
     def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
-        mean_N2, std_N2 = self._spread(parameters_NP)
+        mean_N2, std_N2 = self._mean_and_std(parameters_NP)
         mean_N2 = mean_N2.tanh()
         low_N2, high_N2 = (-1 - mean_N2) / std_N2, (1 - mean_N2) / std_N2
         below_N2, above_N2 = torch.special.ndtr(low_N2), torch.special.ndtr(high_N2)
-        mass_N2 = above_N2 - below_N2  # ≥ ½ · P(|z| < 2/std): the mean lies in the image
+        mass_N2 = above_N2 - below_N2  # ≥ ½ · P(|z| < 2/std), since the mean lies in the image
         if greedy:
             location_N2 = mean_N2
         else:
@@ -162,41 +171,43 @@ class TruncatedGaussian(_Normal):
 
 
 class TanhGaussian(_Normal):
-    """A normal distribution pressed into the image by tanh, its density corrected for that (Haarnoja et al. 2018,
-    1801.01290, appendix C).
+    """A normal distribution mapped into the image by tanh, with the density corrected for tanh.
 
         u ~ N(mean, std²),    l = tanh(u),    log p(l) = log N(u) − Σ log(1 − tanh²(u))
 
-    The greedy location is tanh(mean); the entropy has no closed form, and is that of u plus the correction at the drawn
-    action, an unbiased estimate.
+    See Haarnoja et al. 2018, 1801.01290, appendix C. The greedy location is tanh(mean). The entropy has no closed form.
+    `entropy` is an unbiased estimate: the entropy of u plus the correction at the sampled action.
 
     Args:
-        in_features, std, learned_std, hidden_features, pathwise: as `Gaussian`; std is that of u.
+        in_features, std, learned_std, hidden_features, pathwise: see `Gaussian`; std is that of u.
     """
 
     def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
-        mean_N2, std_N2 = self._spread(parameters_NP)
-        moved_N2 = mean_N2 if greedy else mean_N2 + std_N2 * torch.randn_like(mean_N2)
-        action_N2 = moved_N2 if self.pathwise else moved_N2.detach()
+        mean_N2, std_N2 = self._mean_and_std(parameters_NP)
+        sampled_N2 = mean_N2 if greedy else mean_N2 + std_N2 * torch.randn_like(mean_N2)
+        action_N2 = sampled_N2 if self.pathwise else sampled_N2.detach()
         # log(1 − tanh²(u)) = 2 (log 2 − u − softplus(−2u)), which does not overflow
-        squeeze_N = 2 * (math.log(2) - action_N2 - F.softplus(-2 * action_N2)).sum(-1)
-        log_prob_N = _normal_log_prob(action_N2, mean_N2, std_N2).sum(-1) - squeeze_N
-        entropy_N = (std_N2.log() + 0.5 * (1 + _LOG_2PI)).sum(-1) + squeeze_N
+        correction_N = 2 * (math.log(2) - action_N2 - F.softplus(-2 * action_N2)).sum(-1)
+        log_prob_N = _normal_log_prob(action_N2, mean_N2, std_N2).sum(-1) - correction_N
+        entropy_N = (std_N2.log() + 0.5 * (1 + _LOG_2PI)).sum(-1) + correction_N
         clipped_N = torch.zeros_like(log_prob_N, dtype=torch.bool)
-        return Choice(moved_N2.tanh(), log_prob_N, entropy_N, clipped_N, parameters_NP)
+        return Choice(sampled_N2.tanh(), log_prob_N, entropy_N, clipped_N, parameters_NP)
 
 
 class Categorical(Policy):
-    """One of the cells of a grid; the location is its centre.
+    """A categorical distribution over the cells of a grid; the location is the centre of a cell.
 
-    With `pathwise`, the straight-through Gumbel-softmax (Jang et al. 2017, 1611.01144): the location is that of the
-    drawn cell, its gradient that of the mean over the softened draw.
+    With `pathwise` this is the straight-through Gumbel-softmax (Jang et al. 2017, 1611.01144): the location is the
+    centre of the sampled cell, and its gradient is that of the mean location under the softened sample.
 
     Args:
         in_features: D.
-        grid: (rows, columns), or one number for both.
-        temperature: of the softened draw, > 0.
-        hidden_features, pathwise: as `Policy`.
+        grid: (rows, columns), or one number for both (default: 7).
+        temperature: of the softened sample, > 0 (default: 1).
+        hidden_features, pathwise: see `Policy`.
+
+    Raises:
+        ValueError: grid or temperature is out of its range.
     """
 
     centres: Tensor
@@ -221,7 +232,8 @@ class Categorical(Policy):
 
     def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
         log_prob_NP = parameters_NP.log_softmax(-1)
-        noise_NP = -torch.empty_like(log_prob_NP).exponential_().log()  # of Gumbel: the largest sum is a fair draw
+        # Gumbel noise: the argmax of the sum is a sample
+        noise_NP = -torch.empty_like(log_prob_NP).exponential_().log()
         score_NP = log_prob_NP if greedy else log_prob_NP + noise_NP
         cell_N1 = score_NP.argmax(-1, keepdim=True)
         location_N2 = self.centres.to(log_prob_NP)[cell_N1.squeeze(-1)]

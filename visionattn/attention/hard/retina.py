@@ -1,10 +1,10 @@
-"""The retina: patches of an image around a location, sharp in the middle and coarse around it.
+"""The retina: patches of an image around a location, sharp in the centre and coarser around it.
 
-Shapes: B batch, R looks at each image, S scales, C channels, H × W image, h × w patch.
+Shapes: B batch, R locations in each image, S scales, C channels, H × W image, h × w patch.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,11 @@ from visionattn.errors import UsageError
 
 
 class Axis(NamedTuple):
-    """How a location becomes the places of a patch's values in the planes, along rows or columns.
+    """A linear map from a location to the coordinates of a patch's values in the planes, along rows or columns.
 
-    In plane s (S, 1) the k-th value stands at slope · location + offset + reach[s, k]: of an exact retina, rounded down
-    before the reach is added, the index there; of one that looks between pixels, the coordinate that grid_sample takes.
+    In plane s the coordinate of the k-th value is slope[s] · location + offset[s] + reach[s, k]. In an exact retina the
+    coordinate is an index: the first two terms are rounded down before the reach is added. In a sub-pixel retina it is
+    a coordinate of grid_sample.
     """
 
     slope: Tensor
@@ -26,12 +27,15 @@ class Axis(NamedTuple):
 
 
 class View(NamedTuple):
-    """Images as a retina keeps them, a plane a scale, f = factor^s, less the background.
+    """Images prepared by a retina: one plane per scale, f = factor^s, with the background subtracted.
 
-    Of an exact retina planes[s] is (B, C, H + 2F − f + 1, W + 2F − f + 1), F being the largest f: at [y + F, x + F]
-    stands the sum of the f × f pixels whose upper left one is (y, x); the outermost rows and columns are nothing but
-    background. Of one that looks between pixels it is (B, C, ⌈H/f⌉, ⌈W/f⌉): at [i, j] the mean of the f × f pixels
-    whose upper left one is (f·i, f·j). `size` is (H, W).
+    Attributes:
+        planes: in an exact retina, planes[s] is (B, C, H + 2F − f + 1, W + 2F − f + 1), where F is the largest f; its
+            value at [y + F, x + F] is the sum of the f × f pixels with top-left pixel (y, x), and its outermost rows
+            and columns are background. In a sub-pixel retina, planes[s] is (B, C, ⌈H/f⌉, ⌈W/f⌉); its value at [i, j] is
+            the mean of the f × f pixels with top-left pixel (f·i, f·j).
+        axes: rows, columns.
+        size: (H, W).
     """
 
     planes: tuple[Tensor, ...]
@@ -39,40 +43,42 @@ class View(NamedTuple):
     size: tuple[int, int]
 
     def of(self, which: Tensor) -> "View":
-        """The view of some of the images: a mask or indices."""
+        """Return the view of a part of the images, chosen by a mask or by indices."""
         return self._replace(planes=tuple(plane[which] for plane in self.planes))
 
 
 class Retina(nn.Module):
-    """Look at places of an image with a foveated patch (Mnih et al. 2014, 1406.6247, section 3.1).
+    """Read foveated patches at locations of an image (Mnih et al. 2014, 1406.6247, section 3.1).
 
-    The patch of scale s = 0 … S − 1 covers (f·h) × (f·w) pixels with f = factor^s, centred on the location, and every
-    one of its h × w values is the mean of f × f pixels:
+    The patch of scale s = 0 … S − 1 covers (f·h) × (f·w) pixels with f = factor^s, centred on the location; each of its
+    h × w values is the mean of f × f pixels:
 
         c = (l + 1) / 2 · (size − 1)                                        the location in pixels, along each axis
         patch_s(i, j) = mean of image[t_y + f·i + (0 … f − 1), t_x + f·j + (0 … f − 1)],   t = c − (f·h − 1) / 2
 
-    What lies outside the image is background. Exact looks round t to whole pixels (halves up). Sub-pixel looks have a
-    gradient with respect to the location: they interpolate bilinearly in a pyramid,
+    Pixels outside the image are background. An exact retina rounds t to whole pixels (halves up). With `subpixel`, the
+    patches have a gradient with respect to the location: they are interpolated bilinearly in a pyramid,
 
         P_s(i, j) = mean of image[f·i + (0 … f − 1), f·j + (0 … f − 1)]
         patch_s(i, j) = P_s(t_y / f + i, t_x / f + j)
 
-    which is the exact patch where t is a multiple of f, and a little smoother elsewhere. For large images and several
-    scales it is also the faster of the two. The means are computed once an image, whatever the number of looks.
+    This equals the exact patch where t is a multiple of f, and is slightly smoother elsewhere. For large images and
+    several scales `subpixel` is also faster. The means are computed once per image, for any number of locations.
 
-    Deviations from the paper: none known; it does not say how a scale is reduced, and public code averages, as here.
+    Deviations from the paper: none known. The paper does not say how a scale is downsampled; public code averages, as
+    this class does.
 
     Args:
         patch_size: (h, w), or one number for both; odd or even.
-        scales: S.
-        factor: how much wider each scale sees than the one before, ≥ 2.
-        background: value outside the image, as the images are normalised: one number, or one a channel. If it is not
-            that of the pictures' own background, their edge gives the place away.
-        subpixel: interpolate between pixels.
+        scales: S (default: 1).
+        factor: ratio of the widths of successive scales, ≥ 2 (default: 2).
+        background: value outside the image, in the normalisation of the images: one number, or one per channel
+            (default: 0). Set it to the images' own background; otherwise the visible image edge reveals the location.
+        subpixel: interpolate between pixels (default: False).
 
     Raises:
-        ValueError: a size, number or factor is too small.
+        ValueError: patch_size, scales or factor is too small.
+        UsageError: in `view`, if the number of background values is neither 1 nor the number of channels.
     """
 
     background: Tensor
@@ -106,12 +112,12 @@ class Retina(nn.Module):
         return f"{height} × {width}, scales={self.scales}, factor={self.factor}, subpixel={self.subpixel}"
 
     def view(self, image_BCHW: Tensor) -> View:
-        """Prepare images for any number of looks."""
+        """Prepare images (B, C, H, W) for any number of `look` calls."""
         if len(self.background) not in (1, image_BCHW.shape[1]):
             raise UsageError(
                 f"background has {len(self.background)} values and the images have {image_BCHW.shape[1]} channels"
             )
-        # with the background at 0 the padding needs no value of its own
+        # after this subtraction the background is 0, so zero padding gives background
         image = image_BCHW - self.background.to(image_BCHW) if self.coloured else image_BCHW
         planes = self._pyramid(image) if self.subpixel else self._sums(image)
         axes = (self._axis(image, planes, 0), self._axis(image, planes, 1))
@@ -135,85 +141,89 @@ class Retina(nn.Module):
         count, middle = self.patch_size[axis], (image.shape[2 + axis] - 1) / 2
         slopes, offsets, steps = [], [], []
         for field, plane in zip(self.fields, planes, strict=True):
-            begin = middle - (field * count - 1) / 2  # pixels, of a patch in the middle
+            begin = middle - (field * count - 1) / 2  # first pixel of a centred patch
             if self.subpixel:
-                unit = 2 / plane.shape[2 + axis]  # of grid_sample: −1 and 1 are the edges of the plane
+                unit = 2 / plane.shape[2 + axis]  # grid_sample's coordinates: −1 and 1 are the edges of the plane
                 slopes.append(middle / field * unit)
                 offsets.append((begin / field + 0.5) * unit - 1)
                 steps.append(unit)
             else:
                 slopes.append(middle)
-                offsets.append(begin + self.fields[-1] + 0.5)  # rounded down, halves go up
+                offsets.append(begin + self.fields[-1] + 0.5)  # + 0.5: rounding down then rounds halves up
                 steps.append(field)
-        options: dict[str, Any] = {"device": image.device, "dtype": torch.promote_types(image.dtype, torch.float32)}
+        dtype = torch.promote_types(image.dtype, torch.float32)
         reaches = [[step * place for place in range(count)] for step in steps]
-        return Axis(*(torch.tensor(numbers, **options) for numbers in (slopes, offsets, reaches)))
+        slope, offset, reach = (
+            torch.tensor(numbers, device=image.device, dtype=dtype) for numbers in (slopes, offsets, reaches)
+        )
+        return Axis(slope, offset, reach)
 
     def look(self, view: View, location_BR2: Tensor) -> Tensor:
-        """See the patches at locations (x, y) in [−1, 1], −1 and 1 being the centres of the outermost pixels.
+        """Read the patches at locations (x, y); −1 and 1 are the centres of the outermost pixels.
 
         Shape: (B, R, 2) → (B, R, S, C, h, w). Locations outside [−1, 1] are allowed.
         """
-        seen_BRSChw = (self._between if self.subpixel else self._exact)(view, location_BR2)
-        return seen_BRSChw + self.background.to(seen_BRSChw) if self.coloured else seen_BRSChw
+        patch_BRSChw = (self._interpolated if self.subpixel else self._exact)(view, location_BR2)
+        return patch_BRSChw + self.background.to(patch_BRSChw) if self.coloured else patch_BRSChw
 
     def forward(self, image_BCHW: Tensor, location_BR2: Tensor) -> Tensor:
+        """Read the patches at locations (B, R, 2) of images (B, C, H, W) → (B, R, S, C, h, w)."""
         return self.look(self.view(image_BCHW), location_BR2)
 
     def boxes(self, location: Tensor, size: tuple[int, int]) -> Tensor:
-        """What each scale covers of an image of `size` (H, W): (…, 2) → (…, S, 4), edges in pixels, xyxy."""
+        """Return the box that each scale covers in an image of `size` (H, W): (…, 2) → (…, S, 4), xyxy in pixels."""
         left_xS, top_xS = (self._begin(location[..., 1 - axis, None], axis, size[axis]) for axis in (1, 0))
         height_S, width_S = (top_xS.new_tensor([field * side for field in self.fields]) for side in self.patch_size)
         return torch.stack([left_xS, top_xS, left_xS + width_S, top_xS + height_S], -1).to(location.dtype)
 
     def _begin(self, along: Tensor, axis: int, size: int) -> Tensor:
-        """Row or column, in pixels, of the first pixel of each scale's patch: (…, 1) → (…, S)."""
+        """Return the first row or column of each scale's patch, in pixels: (…, 1) → (…, S)."""
         middle, far = (size - 1) / 2, self.fields[-1]
         begins = [middle - (field * self.patch_size[axis] - 1) / 2 for field in self.fields]
         if self.subpixel:
             return along.double() * middle + along.new_tensor(begins, dtype=torch.float64)
-        # summed as a look sums it, or the two would round to different pixels where it is a near thing
+        # same operations as in `look`, so that both round to the same pixel
         dtype = torch.promote_types(along.dtype, torch.float32)
         offset_S = along.new_tensor([begin + far + 0.5 for begin in begins], dtype=dtype)
         return torch.addcmul(offset_S, along.to(dtype), torch.full_like(offset_S, middle)).floor() - far
 
-    def _places(self, location_BR2: Tensor, view: View, axis: int) -> Tensor:
-        """Where the patches' values stand along an axis: (B, R, S, h or w)."""
+    def _coordinates(self, location_BR2: Tensor, view: View, axis: int) -> Tensor:
+        """Return the coordinates of the patches' values along an axis: (B, R, S, h or w)."""
         slope, offset, reach_Sk = view.axes[axis]
         begin_BRS = torch.addcmul(offset, location_BR2[..., 1 - axis, None], slope)
         return (begin_BRS if self.subpixel else begin_BRS.floor())[..., None] + reach_Sk
 
     def _exact(self, view: View, location_BR2: Tensor) -> Tensor:
-        row_BRSh, column_BRSw = (self._places(location_BR2, view, axis) for axis in (0, 1))
-        seen = []
+        row_BRSh, column_BRSw = (self._coordinates(location_BR2, view, axis) for axis in (0, 1))
+        patches = []
         for scale, plane_BCYX in enumerate(view.planes):
             rows, columns = plane_BCYX.shape[-2:]
-            # beyond the border all is background, and so is the border
+            # the outermost rows and columns are background, so clamping reads background
             row_BRh = row_BRSh[:, :, scale].clamp(0, rows - 1).long()
             column_BRw = column_BRSw[:, :, scale].clamp(0, columns - 1).long()
             index_BRhw = (row_BRh * columns)[..., None] + column_BRw[..., None, :]
             index_BCN = index_BRhw.flatten(1)[:, None].expand(-1, plane_BCYX.shape[1], -1)
             total = plane_BCYX.flatten(2).gather(2, index_BCN)
             patch = total / self.fields[scale] ** 2 if scale else total
-            seen.append(patch.unflatten(2, index_BRhw.shape[1:]).transpose(1, 2))
-        return torch.stack(seen, 2) if len(seen) > 1 else seen[0].unsqueeze(2)
+            patches.append(patch.unflatten(2, index_BRhw.shape[1:]).transpose(1, 2))
+        return torch.stack(patches, 2) if len(patches) > 1 else patches[0].unsqueeze(2)
 
-    def _between(self, view: View, location_BR2: Tensor) -> Tensor:
-        y_BRSh, x_BRSw = (self._places(location_BR2, view, axis) for axis in (0, 1))
+    def _interpolated(self, view: View, location_BR2: Tensor) -> Tensor:
+        y_BRSh, x_BRSw = (self._coordinates(location_BR2, view, axis) for axis in (0, 1))
         height, width = self.patch_size
         grid_BRShw2 = torch.stack(
             [x_BRSw[..., None, :].expand(-1, -1, -1, height, -1), y_BRSh[..., None].expand(-1, -1, -1, -1, width)], -1
         ).to(view.planes[0].dtype)
-        seen = []
+        patches = []
         for scale, plane_BCYX in enumerate(view.planes):
             grid_BNw2 = grid_BRShw2[:, :, scale].flatten(1, 2)
             patch = F.grid_sample(plane_BCYX, grid_BNw2, padding_mode="zeros", align_corners=False)
-            seen.append(patch.unflatten(2, (-1, height)).transpose(1, 2))
-        return torch.stack(seen, 2)
+            patches.append(patch.unflatten(2, (-1, height)).transpose(1, 2))
+        return torch.stack(patches, 2)
 
 
 def _sum_of(plane: Tensor, count: int, step: int) -> Tensor:
-    """The sum of count × count values that lie `step` apart, at every place where all of them exist."""
+    """Sum count × count values that are `step` apart, at every position where all of them exist."""
     for axis in (-2, -1):
         length = plane.shape[axis] - (count - 1) * step
         parts = [plane.narrow(axis, place * step, length) for place in range(count)]
@@ -222,7 +232,7 @@ def _sum_of(plane: Tensor, count: int, step: int) -> Tensor:
 
 
 def _mean_of_blocks(image: Tensor, count: int) -> Tensor:
-    """The mean over blocks of count × count values; the sides are multiples of count."""
+    """Average blocks of count × count values; the sides must be multiples of count."""
     for axis in (-2, -1):
         rows = [image[..., place::count, :] if axis == -2 else image[..., place::count] for place in range(count)]
         image = sum(rows[1:], rows[0])

@@ -1,6 +1,6 @@
-"""Put any mechanism into any network.
+"""Insert a mechanism into a network.
 
-Shapes: B batch, C channels, h rows and w columns of a place's grid.
+Shapes: B batch, C channels, h rows and w columns of the feature map at an insertion point.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,51 +18,51 @@ _CHILD = "inserted"
 
 
 class Inserted(nn.Module):
-    """A mechanism at its place, by default behind a gate that starts closed.
+    """A mechanism at an insertion point, by default with a gate γ that starts closed.
 
         out = x + γ (mechanism(x) − x),    γ = 0 at first
 
-    so that the network computes what it did before (−0 may become 0), and opens γ as far as it helps (as ReZero,
-    Bachlechner et al. 2021, 2003.04887, eq. 3, opens residual branches; here the mechanism takes the branch's place and
-    x keeps its own). γ is one number a place, which tells how far it is open; at γ = 1 it is the paper's form.
+    With γ = 0 the network computes what it did before (−0 may become 0), and training opens γ as far as the mechanism
+    helps. ReZero opens residual branches in this way (Bachlechner et al. 2021, 2003.04887, eq. 3); here the mechanism
+    replaces the branch, and x keeps its weight 1 − γ. γ is one number per insertion point; γ = 1 is the paper's form.
 
     Args:
         mechanism: (B, C, h, w) → the same.
-        layout: how the place's output holds its map.
-        preserve: with γ; without, out = mechanism(x), the paper's form.
+        layout: how the module's output stores the feature map.
+        preserve: True (default) uses γ; False gives out = mechanism(x), the paper's form.
 
-    Shape: what `layout` says → the same; prefix tokens pass unchanged.
+    Shape: as `layout` → the same; prefix tokens pass unchanged.
     """
 
     def __init__(self, mechanism: nn.Module, layout: Layout, *, preserve: bool = True) -> None:
         super().__init__()
         self.mechanism = mechanism
         self.layout = layout
-        # one axis: fully sharded training takes no scalars
+        # one axis, since fully sharded training accepts no scalar parameters
         self.gamma = nn.Parameter(torch.zeros(1)) if preserve else None
 
     def forward(self, x: Tensor) -> Tensor:
         maps_BChw = self.layout.to_maps(x)
-        attended_BChw = self.mechanism(maps_BChw).to(x.dtype)  # under autocast a mechanism may return another
+        attended_BChw = self.mechanism(maps_BChw).to(x.dtype)  # under autocast a mechanism may change the dtype
         if self.gamma is not None:
-            # lerp takes the difference in a wider type: in half precision it could overflow, and 0 · inf is NaN
+            # lerp computes the difference in a wider type: in half precision it could overflow, and 0 · inf is NaN
             attended_BChw = torch.lerp(maps_BChw, attended_BChw, self.gamma.to(x.dtype))
         return self.layout.from_maps(attended_BChw, x)
 
-    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The forward hook of the place."""
+    def after(self, module: nn.Module, args: object, output: Any) -> Any:
+        """Apply the mechanism to the output of the module before it, as its forward hook."""
         if self.layout.item is None:
             return self(output)
         old = output[self.layout.item]
         new = self(old)
-        return tuple(new if item is old else item for item in output)  # some networks give it twice
+        return tuple(new if item is old else item for item in output)  # some networks return the tensor twice
 
 
 class Insertion:
-    """What `insert` put into a model.
+    """The mechanisms that `insert` put into a model.
 
     Attributes:
-        places: name of the module it was put after → what was put there.
+        places: name of a module → the mechanism inserted after it.
     """
 
     def __init__(self, places: dict[str, Inserted], handles: list[RemovableHandle], hosts: list[nn.Module]) -> None:
@@ -82,7 +82,7 @@ class Insertion:
         return f"Insertion({'; '.join(parts)})"
 
     def remove(self) -> None:
-        """Take everything out again; the model is as it was before. A second call does nothing."""
+        """Remove all mechanisms, which leaves the model as it was before `insert`. A second call has no effect."""
         for handle in self._handles:
             handle.remove()
         for host in self._hosts:
@@ -98,11 +98,11 @@ def insert(
     preserve: bool = True,
     image: Tensor | None = None,
 ) -> Insertion:
-    """Put a mechanism into a network, in place.
+    """Insert a mechanism into a network, in place.
 
-    By default the network's outputs do not move at all, and weights of the plain network still load strictly: keys of
-    the inserted parts may be missing, all together, and no others. No module changes its name; what is inserted is a
-    child `inserted` of the module it follows (of its last item, where that is a Sequential).
+    By default the network's outputs do not change, and weights of the plain network still load strictly: a state dict
+    may lack all keys of the inserted mechanisms, but no other keys. No module changes its name. A mechanism becomes the
+    child `inserted` of the module that it follows (of the last item, if that module is a Sequential).
 
         >>> import timm, visionattn as va
         >>> model = timm.create_model("resnet18")
@@ -110,26 +110,26 @@ def insert(
         Insertion(layer3: CBAM, γ = 0; layer4: CBAM, γ = 0)
 
     Args:
-        model: a network of timm, of torchvision or your own, or a part of one.
+        model: a network of timm, torchvision or your own, or a part of one.
         mechanism: makes a mechanism for maps (B, C, h, w) from C, e.g. `visionattn.attention.CBAM`. Channels-last maps
-            are turned for it, and tokens put on their grid; class and register tokens pass by.
-        at: `"stages"`, `"blocks"`: after each of them; `"branches"`: at the end of every residual branch, before the
-            addition; or names of modules, in which a * stands for one part: `"layer4.*.bn3"`, `["layer3", "layer4"]`.
-            Places that do not matter for the output are left out unless named.
-        preserve: behind a gate γ that starts closed, see `Inserted`; otherwise in the paper's form.
-        image: (C, H, W), an example of what the network takes; None for the size it was configured for. Tokens need it
-            where your images are not of that shape.
+            and tokens are rearranged to (B, C, h, w) for it; class and register tokens pass unchanged.
+        at: `"stages"` or `"blocks"`: after each of them (default: stages); `"branches"`: at the end of every residual
+            branch, before the addition; or names of modules, in which * stands for one part of a name:
+            `"layer4.*.bn3"`, `["layer3", "layer4"]`. Modules that do not affect the output are left out unless named.
+        preserve: start with a closed gate γ, see `Inserted` (default); False gives the paper's form.
+        image: (C, H, W), an example of the network's input (default: the size that the model is configured for). A
+            network with tokens needs it if your images have another shape.
 
     Returns:
-        What was put where, with `remove()`.
+        The inserted mechanisms by place, with `remove()`.
 
     Raises:
-        UsageError: there is no such place, the network does not run on the image, a mechanism stands there already, or
-            none can be made for the channels there. The network is then as it was.
+        UsageError: there is no such place, the network does not run on the image, a mechanism is already inserted
+            there, or the mechanism cannot be made for the channels there. The network is then unchanged.
     """
     places = Places(model, image, skip=Inserted)
     modules = dict(model.named_modules())
-    made: dict[str, Inserted] = {}
+    inserted: dict[str, Inserted] = {}
     hosts: list[nn.Module] = []
     hooked: list[nn.Module] = []
     for name in _names(places, at):
@@ -139,33 +139,37 @@ def insert(
                 f"{name} of this {places.kind} has a mechanism inserted already; remove() that first, or choose "
                 "another place"
             )
-        made[name] = _make(mechanism, name, places, preserve).train(modules[name].training)
+        inserted[name] = _make(mechanism, name, places, preserve).train(modules[name].training)
         hosts.append(modules[holder])
         hooked.append(modules[place])
-    handles = [place.register_forward_hook(part.after) for place, part in zip(hooked, made.values(), strict=True)]
-    for host, part in zip(hosts, made.values(), strict=True):
+    parts = list(inserted.values())
+    handles = [module.register_forward_hook(part.after) for module, part in zip(hooked, parts, strict=True)]
+    for host, part in zip(hosts, parts, strict=True):
         host.add_module(_CHILD, part)
-    keys = tuple(f"{name}." for name, module in model.named_modules() if any(module is part for part in made.values()))
+    keys = tuple(f"{name}." for name, module in model.named_modules() if any(module is part for part in parts))
     handles.append(model.register_load_state_dict_pre_hook(partial(fill_missing, keys)))
-    if any(part.layout.num_prefix_tokens is not None for part in made.values()):
+    if any(part.layout.num_prefix_tokens is not None for part in parts):
         handles.append(model.register_forward_pre_hook(partial(_check_shape, places.image_size)))
-    return Insertion(made, handles, hosts)
+    return Insertion(inserted, handles, hosts)
 
 
 def optimizer_for(
     model: nn.Module, make: Callable[[Any], torch.optim.Optimizer], *, gamma_lr_factor: float = 10.0
 ) -> torch.optim.Optimizer:
-    """Make an optimizer in which the γ of inserted mechanisms learn at their own rate, without weight decay.
+    """Make an optimizer in which the γ of inserted mechanisms have their own learning rate and no weight decay.
 
-    γ stands in its own group, whose `lr_factor` multiplies the rate during every step. So schedulers go on setting
-    `lr`, each in its way, and the factor stays.
+    The γ form a parameter group with an `lr_factor`. It multiplies the learning rate during each step only, so
+    schedulers can set `lr` as usual.
 
     Args:
         model: with or without insertions; without, the optimizer has one group.
-        make: makes the optimizer from parameters or groups of them.
-        gamma_lr_factor: > 0. Measured once, CBAM after the blocks of a small network that had learned noisy digits, 114
-            steps of AdamW at 5e-4, two seeds: |γ| reached .05 with 1, .42 with 10, 1.6 with 100, and accuracy was
-            .966, .968 and .961.
+        make: makes the optimizer from parameters or parameter groups.
+        gamma_lr_factor: > 0 (default: 10). It was measured once, with CBAM after the blocks of a small network trained
+            on noisy digits (114 steps of AdamW at 5e-4, two seeds): |γ| reached .05 with factor 1, .42 with 10, and 1.6
+            with 100; the accuracy was .966, .968 and .961.
+
+    Raises:
+        ValueError: gamma_lr_factor is not > 0.
     """
     if gamma_lr_factor <= 0:
         raise ValueError(f"gamma_lr_factor must be > 0, got {gamma_lr_factor}")
@@ -198,24 +202,26 @@ def _make(mechanism: Callable[[int], nn.Module], name: str, places: Places, pres
     try:
         part = Inserted(mechanism(layout.channels), layout, preserve=preserve).to(output.device, output.dtype)
         with torch.no_grad():
-            found = part.eval().mechanism(layout.to_maps(output))
+            attended = part.eval().mechanism(layout.to_maps(output))
     except (ValueError, TypeError, AssertionError, RuntimeError) as error:
         raise UsageError(f"no mechanism can be made for {where}: {error}") from error
-    if found.shape != layout.to_maps(output).shape:
+    if attended.shape != layout.to_maps(output).shape:
         raise UsageError(f"a mechanism must keep the shape; {type(part.mechanism).__name__} did not at {where}")
     return part
 
 
-def fill_missing(prefixes: tuple[str, ...], model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Let weights of the plain network load: give the inserted parts their own where none of theirs is there."""
+def fill_missing(
+    prefixes: tuple[str, ...], model: nn.Module, state_dict: dict[str, object], prefix: str, *_: object
+) -> None:
+    """Let weights of the plain network load: if a state dict lacks the inserted parts, add their current values."""
     inserted = tuple(prefix + name for name in prefixes)
     if not any(key.startswith(inserted) for key in state_dict):
         own = model.state_dict(prefix=prefix)
         state_dict.update({key: value for key, value in own.items() if key.startswith(inserted)})
 
 
-def _check_shape(shape: tuple[int, int], model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Equally many tokens may be another grid: images must have the shape of the example."""
+def _check_shape(shape: tuple[int, int], model: nn.Module, args: tuple[object, ...]) -> None:
+    """Raise if images have another aspect ratio than the example: their tokens would form another grid."""
     if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
         height, width = args[0].shape[2:]
         if height * shape[1] != width * shape[0]:
@@ -225,6 +231,6 @@ def _check_shape(shape: tuple[int, int], model: nn.Module, args: tuple[Any, ...]
             )
 
 
-def _scale(sign: int, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _scale(sign: int, optimizer: torch.optim.Optimizer, *_: object) -> None:
     for group in optimizer.param_groups:
         group["lr"] *= group.get("lr_factor", 1.0) ** sign

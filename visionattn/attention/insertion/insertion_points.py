@@ -1,9 +1,8 @@
-"""Where a mechanism can be put into a network: the modules that give feature maps or tokens, and those among them that
-end a stage, a block or a residual branch.
+"""Find the modules of a network after which a mechanism can be inserted, and the ends of stages, blocks and branches.
 
-All of it is measured, without a table of networks: two images that differ in one rectangle run through the network
-once. Of the layouts that a shape allows that one is taken under which the outputs differ at this rectangle; tokens that
-differ elsewhere have an order of their own, and are refused.
+Everything is measured, without a table of networks: two images that differ in one rectangle run through the network
+once. The shape of an output may allow several layouts; the chosen layout places the difference of the two outputs at
+the rectangle. If no layout of the tokens does, they are not in row order, and are refused.
 
 Shapes: B batch, C channels, H rows and W columns of the image, h rows and w columns of the grid, N tokens.
 """
@@ -12,7 +11,7 @@ import contextlib
 import copy
 import fnmatch
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,26 +19,26 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from visionattn.data.placement import image_shape
+from visionattn.data import image_shape
 from visionattn.errors import UsageError, nearest
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _ADDITIONS = frozenset(["add", "add_", "__add__", "__radd__", "__iadd__"])
 _MAX_PREFIX = 16  # class and register tokens; the networks of timm have fewer
-_ROWS, _COLUMNS = (0.25, 0.375), (0.625, 0.75)  # where the images differ: nowhere near its own mirror images
+_ROWS, _COLUMNS = (0.25, 0.375), (0.625, 0.75)  # the rectangle; it does not overlap its own mirror images
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a module's output holds a map.
+    """How the output of a module stores a feature map.
 
     Attributes:
         channels: C.
-        grid: (h, w) for images of the size that was measured.
-        channel_axis: 1 for (B, C, h, w), −1 for (B, h, w, C) and tokens (B, N, C).
-        num_prefix_tokens: tokens before those of the grid; None where the output is no tokens.
-        item: which item of a tuple it is; None where the output is the tensor itself.
+        grid: (h, w), for images of the measured size.
+        channel_axis: 1 for (B, C, h, w), −1 for (B, h, w, C) and for tokens (B, N, C).
+        num_prefix_tokens: tokens before those of the grid; None if the output is not tokens.
+        item: index in the output if that is a tuple; None if the output is the tensor itself.
     """
 
     channels: int
@@ -49,14 +48,14 @@ class Layout:
     item: int | None = None
 
     def to_maps(self, x: Tensor) -> Tensor:
-        """Bring the output, without its prefix tokens, to (B, C, h, w)."""
+        """Convert the output, without its prefix tokens, to (B, C, h, w)."""
         if self.num_prefix_tokens is not None:
             grid_BNC = x[:, self.num_prefix_tokens :]
             return grid_BNC.transpose(1, 2).unflatten(2, self._grid_of(grid_BNC.shape[1]))
         return x if self.channel_axis == 1 else x.permute(0, 3, 1, 2)
 
     def from_maps(self, maps_BChw: Tensor, x: Tensor) -> Tensor:
-        """Bring (B, C, h, w) to the form of the output `x`, whose prefix tokens stay."""
+        """Convert (B, C, h, w) to the form of the output `x`; the prefix tokens are taken from `x`."""
         if self.num_prefix_tokens is not None:
             grid_BNC = maps_BChw.flatten(2).transpose(1, 2)
             prefix = self.num_prefix_tokens
@@ -64,7 +63,7 @@ class Layout:
         return maps_BChw if self.channel_axis == 1 else maps_BChw.permute(0, 2, 3, 1)
 
     def _grid_of(self, count: int) -> tuple[int, int]:
-        """The grid of larger or smaller images of the same shape."""
+        """Return the grid of `count` tokens, for larger or smaller images of the same aspect ratio."""
         height, width = self.grid
         if count == height * width:
             return self.grid
@@ -72,30 +71,32 @@ class Layout:
         height, width = round(height * scale), round(width * scale)
         if height * width != count:
             raise UsageError(
-                f"{count} tokens are no grid in the shape of {self.grid[0]}×{self.grid[1]}, for which attention was "
-                "inserted; insert it with image= an example of the size that you use"
+                f"{count} tokens do not form a grid in the shape of {self.grid[0]}×{self.grid[1]}, for which attention "
+                "was inserted; insert it with image= an example of the size that you use"
             )
         return height, width
 
 
 @dataclass
-class _Seen:
-    """What one module gave: its layout and the tensor, or why nothing can be put after it, and whether there may be
-    places inside it."""
+class _Output:
+    """The output of one module: its layout and tensor, or the reason why nothing can be inserted after the module.
+
+    `opens` tells whether insertion points may be found inside the module.
+    """
 
     layout: Layout | None
     reason: str = ""
-    output: Tensor | None = None
+    tensor: Tensor | None = None
     opens: bool = False
 
 
 class Places:
-    """What each module of a network gave for one image, in the order in which they ended.
+    """The outputs of a network's modules for one image, in the order in which the modules finished.
 
     Args:
-        model: the network. A copy of it is measured, so that it stays as it is: its caches and buffers too.
-        image: (C, H, W) or (1, C, H, W), an example of its input; None for one of the size it was configured for.
-        skip: modules of this class, and what is inside them, are passed over.
+        model: the network. A copy is measured, so that the network itself, its caches and its buffers do not change.
+        image: (C, H, W) or (1, C, H, W), an example of the input (default: the size that the model is configured for).
+        skip: modules of this class, and the modules inside them, are ignored.
 
     Raises:
         UsageError: the network cannot be copied, or does not run on the image.
@@ -103,21 +104,21 @@ class Places:
 
     def __init__(self, model: nn.Module, image: Tensor | None = None, *, skip: type[nn.Module]) -> None:
         self.kind = type(model).__name__
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-        self.images_BCHW = _two_images(image_shape(model) if image is None else image.shape[-3:]).to(like)
+        reference = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+        self.images_BCHW = _two_images(image_shape(model) if image is None else image.shape[-3:]).to(reference)
         self.image_size = (self.images_BCHW.shape[2], self.images_BCHW.shape[3])
         try:
             self._model = copy.deepcopy(model).eval()
-        except (RuntimeError, TypeError) as error:  # it holds a tensor with a graph, or something else
+        except (RuntimeError, TypeError) as error:  # e.g. the model holds a tensor with a graph
             raise UsageError(
-                f"this {self.kind} cannot be copied, so that it could be measured ({_first_line(error)}); "
-                "model.train() drops what some networks keep from their last run"
+                f"this {self.kind} cannot be copied for measuring ({_first_line(error)}); "
+                "model.train() drops the tensors that some networks cache"
             ) from error
-        _stir(self._model)
+        _randomise_zeros(self._model)
         self._skipped = {part for outer in self._model.modules() if isinstance(outer, skip) for part in outer.modules()}
         named = self._model.named_modules()
         self.modules = {name: module for name, module in named if name and module not in self._skipped}
-        self._seen: dict[str, _Seen] = {}
+        self._outputs: dict[str, _Output] = {}
         self._flow = _Flow()
         for name, module in self.modules.items():
             module.register_forward_hook(self._note_as(name))
@@ -130,33 +131,33 @@ class Places:
             size = "×".join(map(str, self.images_BCHW.shape[1:]))
             raise UsageError(
                 f"this {self.kind} does not run on an image of {size} ({_first_line(error)}); "
-                "give one that it takes: image= a tensor (C, H, W)"
+                "pass one that it accepts: image= a tensor (C, H, W)"
             ) from error
 
     def layout(self, name: str) -> Layout:
-        """The layout of what a module gives.
+        """Return the layout of a module's output.
 
         Raises:
-            UsageError: nothing can be put after it.
+            UsageError: nothing can be inserted after the module.
         """
-        seen = self._seen.get(name)
-        if seen is None:
+        measured = self._outputs.get(name)
+        if measured is None:
             raise UsageError(f"{name} of this {self.kind} is not run as a module, so nothing can be put after it")
-        if seen.layout is None:
-            raise UsageError(f"nothing can be put after {name} of this {self.kind}: it {seen.reason}")
-        return seen.layout
+        if measured.layout is None:
+            raise UsageError(f"nothing can be put after {name} of this {self.kind}: it {measured.reason}")
+        return measured.layout
 
     def output(self, name: str) -> Tensor:
-        """What a module gave for the two images, detached: the tensor that `layout` is of."""
-        output = self._seen[name].output
+        """Return a module's output for the two images, detached; `layout` describes this tensor."""
+        output = self._outputs[name].tensor
         assert output is not None
         return output.detach()
 
     def holder(self, name: str) -> tuple[str, str]:
-        """The module to keep what is put after `name`, and the module to hook.
+        """Return the module that holds a mechanism inserted after `name`, and the module to hook.
 
-        A Sequential would run what it keeps as one of its items, so its last item keeps it. That one is hooked too, for
-        some networks call the items themselves where they recompute activations.
+        A Sequential would run an added child as one of its items, so its last item becomes the holder. If possible,
+        the hook is on this item too, since some networks call the items one by one when they recompute activations.
         """
         keeper, hooked = name, name
         while isinstance(module := self.modules[keeper], _CONTAINERS) and len(module):
@@ -169,15 +170,15 @@ class Places:
         return keeper, hooked
 
     def stages(self) -> list[str]:
-        """The ends of the stages: the last module with blocks in it before the resolution changes.
+        """Find the ends of the stages: the last module with blocks in it before each change of the resolution.
 
-        A network of one resolution, as a plain ViT, has four stages of equally many blocks (as Li et al. 2022,
-        2203.16527, section 3, divide it).
+        A network with a single resolution, such as a plain ViT, is divided into four stages with equally many blocks
+        (as in Li et al. 2022, 2203.16527, section 3).
         """
         trunk, blocks = self._trunk(""), self._blocks()
         holding = [name for name in trunk if any(block == name or _inside(block, name) for block in blocks)]
         holding = holding or [name for name in trunk if self._has_blocks(name)]
-        if not blocks:  # then stages are of single layers, as VGG's
+        if not blocks:  # stages of single layers, as in VGG
             holding = holding or trunk
         runs = [list(run) for _, run in itertools.groupby(holding, key=self._grid)]
         runs = [run for run in runs if any(map(self._layers, run))]
@@ -188,13 +189,16 @@ class Places:
         return self._reaching([blocks[len(blocks) * (part + 1) // count - 1] for part in range(count)])
 
     def blocks(self) -> list[str]:
-        """The items of Sequentials and ModuleLists that have at least two layers with weights: the innermost, unless
-        what is inside has another shape."""
+        """Find the items of Sequentials and ModuleLists that have at least two layers with weights.
+
+        An item is replaced by the items inside it that have the same output shape. Of nested items that remain, the
+        outermost is a block.
+        """
         return self._reaching(self._blocks())
 
     def _blocks(self) -> list[str]:
         items = [
-            name for name in self._found() if isinstance(self._parent(name), _CONTAINERS) and self._layers(name) > 1
+            name for name in self._measured() if isinstance(self._parent(name), _CONTAINERS) and self._layers(name) > 1
         ]
         blocks = [
             name
@@ -204,18 +208,18 @@ class Places:
         return [name for name in blocks if not any(_inside(name, other) for other in blocks)]
 
     def branches(self) -> list[str]:
-        """The ends of the residual branches: the module that gave the deeper of two maps that are added."""
-        found = []
+        """Find the ends of the residual branches: the module that returned the deeper of two maps that are added."""
+        ends = []
         for names in self._flow.branches:
             weighted = [name for name in names if next(self.modules[name].parameters(), None) is not None]
-            found += [name for name in (weighted[-1:] or names[:1]) if self._has_layout(name)]
-        return self._reaching(list(dict.fromkeys(found)))
+            ends += [name for name in (weighted[-1:] or names[:1]) if self._has_layout(name)]
+        return self._reaching(list(dict.fromkeys(ends)))
 
     def matching(self, patterns: Sequence[str]) -> list[str]:
-        """The modules whose names match; `*` stands for one part of a dotted name, or for a part of it.
+        """Find modules by name; `*` stands for one part of a dotted name, or for some characters of a part.
 
         Raises:
-            UsageError: a pattern matches nothing, or a module that nothing can be put after.
+            UsageError: a pattern matches no module, or a module after which nothing can be inserted.
         """
         matched: set[str] = set()
         for pattern in patterns:
@@ -229,53 +233,54 @@ class Places:
             for name in names:
                 self.layout(name)
             matched.update(names)
-        return [name for name in self._seen if name in matched]
+        return [name for name in self._outputs if name in matched]
 
     # Machinery ------------------------------------------------------------------------------------------------------
 
-    def _note_as(self, name: str) -> Any:
-        def note(module: nn.Module, args: Any, output: Any) -> Any:
-            if name in self._seen:
-                self._seen[name] = _Seen(None, "runs more than once for an image")
+    def _note_as(self, name: str) -> Callable[[nn.Module, object, object], object]:
+        def note(module: nn.Module, args: object, output: object) -> object:
+            if name in self._outputs:
+                self._outputs[name] = _Output(None, "runs more than once for an image")
                 return output
             if type(output) is tuple:
-                # under another identity, which the module itself has not used: does anyone outside use it?
-                given = {id(tensor): tensor for tensor in _tensors(output) if not _holds(args, tensor)}
-                views = {key: tensor.view_as(tensor) for key, tensor in given.items()}
+                # return views: the module itself did not use them, so their gradient shows whether others use them
+                new = {id(tensor): tensor for tensor in _tensors(output) if not _holds(args, tensor)}
+                views = {key: tensor.view_as(tensor) for key, tensor in new.items()}
                 output = tuple(views.get(id(item), item) for item in output)
-            self._seen[name] = self._look_at(output, args)
+            self._outputs[name] = self._measure(output, args)
             self._flow.made(name, output)
             return output
 
         return note
 
-    def _look_at(self, output: Any, inputs: Any) -> _Seen:
+    def _measure(self, output: object, inputs: object) -> _Output:
         if type(output) is tuple:
             for item, tensor in enumerate(output):
                 if not isinstance(tensor, Tensor) or _holds(inputs, tensor):
+                    continue  # an input that is passed through
                     continue  # handed through
                 layout = _layout(tensor, self.images_BCHW, item)
                 if layout:
-                    return _Seen(layout, output=tensor)
-            return _Seen(None, "gives a tuple without a map in it")
+                    return _Output(layout, tensor=tensor)
+            return _Output(None, "gives a tuple without a map in it")
         if not isinstance(output, Tensor):
-            return _Seen(None, f"gives a {type(output).__name__}; name a module inside it")
+            return _Output(None, f"gives a {type(output).__name__}; name a module inside it")
         layout = _layout(output, self.images_BCHW)
         if layout:
-            return _Seen(layout, output=output)
-        return _Seen(None, f"gives a tensor {tuple(output.shape)} for two images, which is no map of them", opens=True)
+            return _Output(layout, tensor=output)
+        reason = f"gives a tensor {tuple(output.shape)} for two images, which is no map of them"
+        return _Output(None, reason, opens=True)
 
     def _reaching(self, names: list[str]) -> list[str]:
-        """Leave out places that do not matter for the output, as behind the last block of a ViT whose class token alone
-        is read."""
-        outputs = {name: output for name in names if (output := self._seen[name].output) is not None}
+        """Drop modules that do not affect the output, such as those after the last attention to the class token."""
+        outputs = {name: output for name in names if (output := self._outputs[name].tensor) is not None}
         known = [name for name, output in outputs.items() if output.requires_grad]
         with torch.inference_mode(False), torch.enable_grad():
             totals = [tensor.float().square().sum() for tensor in _tensors(self._output) if tensor.requires_grad]
             if not totals or not known:
                 return names
-            wanted = [outputs[name] for name in known]
-            gradients = torch.autograd.grad(totals, wanted, retain_graph=True, allow_unused=True)
+            inputs = [outputs[name] for name in known]
+            gradients = torch.autograd.grad(totals, inputs, retain_graph=True, allow_unused=True)
         dead = {
             name
             for name, gradient in zip(known, gradients, strict=True)
@@ -284,30 +289,30 @@ class Places:
         return names if len(dead) == len(names) else [name for name in names if name not in dead]
 
     def _trunk(self, name: str) -> list[str]:
-        """The modules that run one after the other, down to where the resolution no longer changes inside of one."""
+        """Find the modules that run one after the other, down to modules inside which the resolution is constant."""
         module = self.modules[name] if name else self._model
         children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
         children = [child for child in children if child in self.modules]
         alone = sum(self._layers(child) > 0 for child in children) == 1
-        found = []
+        trunk = []
         for child in children:
-            seen = self._seen.get(child)
-            if seen is not None and seen.layout is None and not seen.opens:
-                continue  # lists of maps, and modules that run several times
+            measured = self._outputs.get(child)
+            if measured is not None and measured.layout is None and not measured.opens:
+                continue  # a list of maps, or a module that runs several times
             inner = self._trunk(child)
             if isinstance(self.modules[child], _CONTAINERS):
                 opens = len(set(map(self._grid, inner))) > 1
-            else:  # a block may change the resolution inside; a mere frame has several blocks that do
+            else:  # a block may change the resolution inside; a wrapper holds several blocks that do
                 opens = alone and len({self._grid(part) for part in inner if self._has_blocks(part)}) > 1
-            found += [child] if self._has_layout(child) and not opens else inner
-        order = {part: place for place, part in enumerate(self._seen)}
-        return sorted(found, key=lambda part: order[part])
+            trunk += [child] if self._has_layout(child) and not opens else inner
+        order = {part: place for place, part in enumerate(self._outputs)}
+        return sorted(trunk, key=lambda part: order[part])
 
-    def _found(self) -> list[str]:
-        return [name for name in self._seen if self._has_layout(name)]
+    def _measured(self) -> list[str]:
+        return [name for name in self._outputs if self._has_layout(name)]
 
     def _has_layout(self, name: str) -> bool:
-        return name in self._seen and self._seen[name].layout is not None
+        return name in self._outputs and self._outputs[name].layout is not None
 
     def _grid(self, name: str) -> tuple[int, int]:
         return self.layout(name).grid
@@ -320,21 +325,20 @@ class Places:
         return self.modules[parent] if parent else self._model
 
     def _has_blocks(self, name: str) -> bool:
-        """Whether there is a module of several layers in it, or it is one; a Sequential of single layers, as a stem, is
-        none."""
+        """Return whether a module is or holds a module of several layers, other than a Sequential of single layers."""
         inside = [self.modules[other] for other in self.modules if other == name or _inside(other, name)]
         return any(not isinstance(m, _CONTAINERS) and _count_layers(m, self._skipped) > 1 for m in inside)
 
     def _layers(self, name: str) -> int:
-        """Layers with weights in a module."""
+        """Count the layers with weights in a module."""
         return _count_layers(self.modules[name], self._skipped)
 
 
 class _Flow(TorchFunctionMode):
-    """Counts the operations between the image and every tensor, and notes where a deeper map is added to a shallower.
+    """Count the operations between the image and every tensor, and note additions of a deeper map to a shallower one.
 
     Attributes:
-        branches: for each such addition, the modules that gave the deeper map, innermost first.
+        branches: for each such addition, the modules that returned the deeper map, innermost first.
     """
 
     def __init__(self) -> None:
@@ -342,10 +346,11 @@ class _Flow(TorchFunctionMode):
         self.branches: list[list[str]] = []
         self._depth: dict[int, int] = {}
         self._makers: dict[int, list[str]] = {}
-        self._kept: list[Tensor] = []  # so that no id is given twice
+        self._kept: list[Tensor] = []  # keeps the tensors alive, so that no id is used twice
 
     @contextlib.contextmanager
     def of(self, image: Tensor) -> Iterator[None]:
+        """Record the operations on an image while the context is active."""
         self._set(image, 0)
         with self:
             yield
@@ -353,12 +358,15 @@ class _Flow(TorchFunctionMode):
         self._depth.clear()
         self._makers.clear()
 
-    def made(self, name: str, output: Any) -> None:
+    def made(self, name: str, output: object) -> None:
+        """Note which tensors a module returned."""
         for tensor in _tensors(output):
             self._makers.setdefault(id(tensor), []).append(name)
             self._kept.append(tensor)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: tuple[object, ...] = (), kwargs: Any = None
+    ) -> object:
         inputs = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) in self._depth]
         depths = [self._depth[id(tensor)] for tensor in inputs]
         addition = getattr(func, "__name__", "") in _ADDITIONS and len(set(depths)) == 2
@@ -370,7 +378,7 @@ class _Flow(TorchFunctionMode):
         for tensor in _tensors(output) if inputs else ():
             self._set(tensor, max(depths) + 1)
             if addition:
-                self._makers.pop(id(tensor), None)  # added in place: no longer what the module gave
+                self._makers.pop(id(tensor), None)  # changed in place: no longer the module's output
         return output
 
     def _set(self, tensor: Tensor, depth: int) -> None:
@@ -379,14 +387,14 @@ class _Flow(TorchFunctionMode):
 
 
 def _layout(output: Tensor, images_BCHW: Tensor, item: int | None = None) -> Layout | None:
-    """Find the layout under which the two images' outputs differ most where the images do."""
+    """Find the layout under which the outputs for the two images differ most where the images differ."""
     if len(output) != len(images_BCHW) if output.ndim else True:
         return None
     height, width = images_BCHW.shape[2:]
     candidates = []
     if output.ndim == 4:
         for axis, (rows, columns) in ((1, output.shape[2:]), (-1, output.shape[1:3])):
-            if abs(rows * width - columns * height) <= max(height, width):  # the image's shape, give or take a cell
+            if abs(rows * width - columns * height) <= max(height, width):  # the image's aspect ratio, within a cell
                 candidates.append(Layout(output.shape[axis], (rows, columns), axis, None, item))
     elif output.ndim == 3:
         grids = {(height // s, width // s) for s in range(1, min(height, width) + 1)}
@@ -400,16 +408,16 @@ def _layout(output: Tensor, images_BCHW: Tensor, item: int | None = None) -> Lay
     for layout in candidates:
         if _agreement(layout, output) > 0.5:
             return layout
-    # tokens may be in any order; the shape of a map is proof enough
+    # a map is identified by its shape alone; tokens are not, since they can have any order
     return candidates[0] if candidates and output.ndim == 4 else None
 
 
 @torch.no_grad()
 def _agreement(layout: Layout, output: Tensor) -> float:
-    """How much the outputs differ where the images do: 1 where no other cells, as many, differ more.
+    """Return how much of the outputs' difference lies where the images differ; 1 if no other cells differ more.
 
-    Measured on random weights, after the blocks of 19 families of timm whose tokens lie in rows: at least .82, mostly
-    1. Hiera, whose tokens have an order of their own: .03 and .06 after its first two stages.
+    With random weights it is at least .82, and mostly 1, after the blocks of 19 families of timm with tokens in row
+    order. In Hiera, which orders its tokens differently, it is .03 and .06 after the first two stages.
     """
     maps_BChw = layout.to_maps(output.detach()).float()
     change_hw = (maps_BChw[0] - maps_BChw[1]).abs().sum(0)
@@ -423,8 +431,8 @@ def _agreement(layout: Layout, output: Tensor) -> float:
 
 
 @torch.no_grad()
-def _stir(model: nn.Module) -> None:
-    """Put noise in place of weights that are zero: a branch or head that starts at zero would tell nothing."""
+def _randomise_zeros(model: nn.Module) -> None:
+    """Replace weights that are all zero by noise: a branch or head that starts at zero would hide differences."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if not parameter.any():
@@ -436,7 +444,7 @@ def _count_layers(module: nn.Module, skipped: set[nn.Module]) -> int:
 
 
 def _two_images(shape: Sequence[int]) -> Tensor:
-    """Noise, and the same noise with another rectangle."""
+    """Return an image of noise, and the same image with other noise in the rectangle."""
     generator = torch.Generator().manual_seed(0)
     first, other = torch.randn(2, *shape, generator=generator)
     rows, columns = (
@@ -448,7 +456,8 @@ def _two_images(shape: Sequence[int]) -> Tensor:
     return torch.stack([first, second])
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -459,7 +468,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _holds(value: Any, tensor: Tensor) -> bool:
+def _holds(value: object, tensor: Tensor) -> bool:
     return any(part is tensor for part in _tensors(value))
 
 

@@ -1,4 +1,4 @@
-"""Put another way for q, k and v to meet into a ViT of timm.
+"""Swap the self-attention of a timm ViT for another form, with the same weights.
 
 Shapes: B batch, H heads, N tokens, C channels, D channels of a head.
 """
@@ -32,15 +32,15 @@ _BIASES = (
 
 
 class SwappedAttention(nn.Module):
-    """A self-attention of timm with its own weights, in which q, k and v meet in another way.
+    """A self-attention of timm with its own weights, in which another mechanism combines q, k and v.
 
-    It shares everything with the module whose place it takes: parameters under the same names, norms of queries and
-    keys, rotary embeddings, gates, dropout, hooks. The mechanism is a child `mechanism` beside them.
+    The module shares everything with the module that it replaces: parameters under the same names, norms of queries and
+    keys, rotary embeddings, gates, dropout, hooks. The mechanism is an additional child `mechanism`.
 
     Args:
         attention: the module of timm.
-        mechanism: how q, k and v meet.
-        grid: knows the grid of the images at hand.
+        mechanism: combines q, k and v.
+        grid: gives the grid of the current images.
         num_prefix_tokens: class and register tokens before the patches.
 
     Shape: (B, N, C) → the same.
@@ -56,13 +56,13 @@ class SwappedAttention(nn.Module):
     def forward(
         self, x_BNC: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        own: Any = self
+        own: Any = self  # has the attributes of timm's class, copied in __init__
         if attn_mask is not None or is_causal:
-            raise UsageError("a swapped attention takes no mask; it belongs to the mechanism, e.g. BlockSparse")
+            raise UsageError("swapped attention accepts no mask; give the mask to the mechanism, e.g. BlockSparse")
         q_BHND, k_BHND, v_BHND = self._project(x_BNC)
         q_BHND, k_BHND = own.q_norm(q_BHND), own.k_norm(k_BHND)
         if rope is not None:
-            q_BHND, k_BHND = (self._turn(x, rope).type_as(v_BHND) for x in (q_BHND, k_BHND))
+            q_BHND, k_BHND = (self._rotate(x, rope).type_as(v_BHND) for x in (q_BHND, k_BHND))
         if getattr(own, "num_kv_groups", 1) > 1:
             k_BHND, v_BHND = (x.repeat_interleave(own.num_kv_groups, 1) for x in (k_BHND, v_BHND))
         out_BHND = own.mechanism(
@@ -74,7 +74,7 @@ class SwappedAttention(nn.Module):
             dropout_p=own.attn_drop.p if self.training else 0.0,
         )
         out_BNX = own.norm(out_BHND.transpose(1, 2).flatten(2))
-        if (gate := getattr(own, "gate", None)) is not None:  # timm 1.0.23 knows none
+        if (gate := getattr(own, "gate", None)) is not None:  # timm 1.0.23 has no gates
             out_BNX = out_BNX * gate(x_BNC).sigmoid()
         return own.proj_drop(own.proj(out_BNX))
 
@@ -86,41 +86,41 @@ class SwappedAttention(nn.Module):
             q, k, v = F.linear(x_BNC, own.qkv.weight, torch.cat([own.q_bias, own.k_bias, own.v_bias])).chunk(3, -1)
         else:
             q, k, v = own.qkv(x_BNC).chunk(3, -1)
-        few = getattr(own, "num_kv_heads", own.num_heads)
-        q_BHND, k_BHND, v_BHND = (
-            x.unflatten(-1, (heads, -1)).transpose(1, 2) for x, heads in ((q, own.num_heads), (k, few), (v, few))
-        )
+        num_kv_heads = getattr(own, "num_kv_heads", own.num_heads)
+        heads_of = ((q, own.num_heads), (k, num_kv_heads), (v, num_kv_heads))
+        q_BHND, k_BHND, v_BHND = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x, heads in heads_of)
         return q_BHND, k_BHND, v_BHND
 
-    def _turn(self, x_BHND: Tensor, rope: Tensor) -> Tensor:
+    def _rotate(self, x_BHND: Tensor, rope: Tensor) -> Tensor:
         own: Any = self
         prefix, patches = x_BHND[:, :, : own.num_prefix_tokens], x_BHND[:, :, own.num_prefix_tokens :]
         return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=getattr(own, "rotate_half", False))], 2)
 
 
 class Grid:
-    """The grid of the images that a ViT is at work on, as its patch embedding makes it."""
+    """The grid of patches of the images that a ViT is processing, taken from its patch embedding."""
 
     def __init__(self) -> None:
         self._size: tuple[int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
         if self._size is None:
-            raise UsageError("a block with swapped attention runs inside its ViT, which tells it the grid")
+            raise UsageError("a block with swapped attention runs inside its ViT, which gives it the grid")
         return self._size
 
-    def note(self, embedding: Any, args: tuple[Any, ...], output: Any) -> None:
-        """The forward hook of the patch embedding."""
+    def note(self, embedding: Any, args: tuple[Tensor, ...], output: object) -> None:
+        """Note the grid, as a forward hook of the patch embedding."""
         height, width = embedding.dynamic_feat_size(tuple(args[0].shape[-2:]))
         self._size = int(height), int(width)
 
 
 class Swap:
-    """What `swap_attention` put into a model.
+    """The mechanisms that `swap_attention` put into a model.
 
     Attributes:
-        places: name of the module → the attention that stands there now.
+        places: name of a module → the attention that replaces it.
     """
 
     def __init__(self, model: nn.Module, places: dict[str, SwappedAttention], handles: list[RemovableHandle]) -> None:
@@ -138,7 +138,7 @@ class Swap:
         return f"Swap({'; '.join(f'{name}: {part.mechanism}' for name, part in self.places.items())})"
 
     def remove(self) -> None:
-        """Put the attention of timm back, with the weights as they are now. A second call does nothing."""
+        """Restore timm's attention, with the current weights. A second call has no effect."""
         for handle in self._handles:
             handle.remove()
         for name, original in self._originals.items():
@@ -153,11 +153,11 @@ def swap_attention(
     *,
     at: str | Sequence[str] | None = None,
 ) -> Swap:
-    """Let q, k and v of a ViT meet in another way, in place, with the weights that it has.
+    """Swap the mechanism that combines q, k and v in a ViT, in place, and keep the ViT's weights.
 
-    All else of timm's attention stays as it is: projections, norms of queries and keys, rotary embeddings, gates,
-    dropout. Weights of the plain ViT still load strictly, and no module or parameter changes its name; what a mechanism
-    learns is a child `mechanism` of the attention. The grid is found anew for each image size.
+    The rest of timm's attention stays: projections, norms of queries and keys, rotary embeddings, gates, dropout.
+    Weights of the plain ViT still load strictly, and no module or parameter changes its name; learned weights of a
+    mechanism are in the child `mechanism` of the attention. The grid is determined for each image size.
 
         >>> import timm, torch
         >>> from functools import partial
@@ -169,38 +169,40 @@ def swap_attention(
         >>> swap.remove()
 
     Args:
-        vit: a ViT of timm with class, register or no prefix tokens, rotary embeddings or not: ViT, DeiT, DINOv2,
-            DINOv3, EVA, EVA-02, CLIP, SigLIP …
-        mechanism: makes a mechanism from the number of heads, e.g. `partial(visionattn.attention.Windowed, window=8)`;
-            several take turns over the layers, e.g. windows that are shifted in every second one.
-        at: names of modules that attend, in which a * stands for one part, e.g. `blocks.*.attn` or
-            `["blocks.2.attn"]`; None for all.
+        vit: a ViT of timm with class, register or no prefix tokens, with or without rotary embeddings: ViT, DeiT,
+            DINOv2, DINOv3, EVA, EVA-02, CLIP, SigLIP …
+        mechanism: makes a mechanism from the number of heads, e.g. `partial(visionattn.attention.Windowed, window=8)`.
+            The layers use the items of a sequence in turn, e.g. for windows that are shifted in every second layer.
+        at: names of attention modules, in which * stands for one part of a name, e.g. `blocks.*.attn` or
+            `["blocks.2.attn"]` (default: all).
 
     Returns:
-        What was put where, with `remove()`.
+        The new attention by place, with `remove()`.
 
     Raises:
-        UsageError: the model has no self-attention of this kind, or one with a relative-position bias, which no
-            mechanism here takes; no module is named so; or one was swapped already. The model is then as it was.
+        UsageError: the model has no self-attention of these kinds; its attention has a relative-position bias, which no
+            mechanism supports; `at` matches no attention module; or the attention is already swapped. The model is then
+            unchanged.
     """
     kind = type(vit).__name__
     embedding: Any = getattr(vit, "patch_embed", None)
-    found = {name: module for name, module in vit.named_modules() if type(module) in _KNOWN}
-    if at is not None or not found:
-        found = _chosen(vit, ["*"] if at is None else [at] if isinstance(at, str) else at, found)
+    attentions = {name: module for name, module in vit.named_modules() if type(module) in _KNOWN}
+    if at is not None or not attentions:
+        attentions = _chosen(vit, ["*"] if at is None else [at] if isinstance(at, str) else at, attentions)
     prefix = getattr(vit, "num_prefix_tokens", None)
     if prefix is None or not hasattr(embedding, "dynamic_feat_size"):
         raise UsageError(
-            f"attention is swapped in ViTs of timm, whose patch_embed tells the grid; this {kind} has none"
+            f"attention is swapped in ViTs of timm, whose patch_embed gives the grid; this {kind} has none"
         )
     factories = [mechanism] if callable(mechanism) else list(mechanism)
     if not factories:
         raise UsageError("mechanism must hold at least one factory")
     grid, places = Grid(), {}
-    for number, (name, module) in enumerate(found.items()):
+    for number, (name, module) in enumerate(attentions.items()):
         part = factories[number % len(factories)](module.num_heads)
-        like = next(module.parameters())
-        places[name] = SwappedAttention(module, part.to(like.device, like.dtype).train(module.training), grid, prefix)
+        weight = next(module.parameters())
+        part = part.to(weight.device, weight.dtype).train(module.training)
+        places[name] = SwappedAttention(module, part, grid, prefix)
     keys = tuple(f"{name}.mechanism." for name in places)
     handles = [
         embedding.register_forward_hook(grid.note),
@@ -210,10 +212,10 @@ def swap_attention(
 
 
 def _chosen(vit: nn.Module, patterns: Sequence[str], known: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules that are named.
+    """Return the attention modules that the patterns name.
 
     Raises:
-        UsageError: there are none, or they cannot be swapped, and why.
+        UsageError: a pattern matches no attention module, or one that cannot be swapped.
     """
     chosen: list[str] = []
     for pattern in patterns:
@@ -221,14 +223,14 @@ def _chosen(vit: nn.Module, patterns: Sequence[str], known: dict[str, nn.Module]
         if not names:
             _refuse(vit, pattern)
         chosen += names
-    return {name: module for name, module in known.items() if name in chosen}  # in their order
+    return {name: module for name, module in known.items() if name in chosen}  # in the model's order
 
 
 def _matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """Those that a pattern fits part by part; the pattern * fits all."""
+    """Return the names that a pattern matches part by part; the pattern * matches all."""
     parts = pattern.split(".")
-    alike = (name for name in names if len(name.split(".")) == len(parts))
-    fitting = [name for name in alike if all(map(fnmatch.fnmatchcase, name.split("."), parts))]
+    same_depth = (name for name in names if len(name.split(".")) == len(parts))
+    fitting = [name for name in same_depth if all(map(fnmatch.fnmatchcase, name.split("."), parts))]
     return list(names) if pattern == "*" else fitting
 
 
@@ -240,18 +242,19 @@ def _refuse(vit: nn.Module, pattern: str) -> NoReturn:
         if any(word in type(module).__name__.lower() for word in ("attention", "attn"))
     }
     if not attending:
-        raise UsageError(f"this {kind} has no self-attention that can be swapped; it takes a ViT of timm")
+        raise UsageError(f"this {kind} has no self-attention that can be swapped; use a ViT of timm")
     names = _matching(pattern, attending)
     if not names:
         raise UsageError(f"nothing in this {kind} attends under the name {pattern!r}.{nearest(pattern, attending)}")
     module = attending[names[0]]
-    what = f"{names[0]} of this {kind}"
+    place = f"{names[0]} of this {kind}"
     if isinstance(module, SwappedAttention):
-        raise UsageError(f"{what} has a mechanism already; remove() that first")
-    what += f" is a {type(module).__name__}"
+        raise UsageError(f"{place} has a mechanism already; remove() that first")
+    place += f" is a {type(module).__name__}"
     if any(getattr(module, bias, None) is not None for bias in _BIASES):
-        raise UsageError(f"{what} with a relative-position bias in its logits, which no mechanism here takes")
-    raise UsageError(f"{what}; swapped are {', '.join(one.__name__ for one in _KNOWN)} of timm")
+        raise UsageError(f"{place} with a relative-position bias in its logits, which no mechanism supports")
+    known = ", ".join(attention.__name__ for attention in _KNOWN)
+    raise UsageError(f"{place}; attention that can be swapped: {known} of timm")
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

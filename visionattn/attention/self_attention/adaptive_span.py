@@ -1,6 +1,6 @@
-"""Heads that learn how far they reach, and then compute no further.
+"""Self-attention whose heads learn how far they attend, and skip the rest of the computation.
 
-Shapes: as in self_attention.py.
+Shapes: as in dense.py.
 """
 
 import math
@@ -14,24 +14,27 @@ from visionattn.attention.self_attention.dense import MaskedAttention, cells, in
 
 
 class AdaptiveSpan(MaskedAttention):
-    """Adaptive attention span (Sukhbaatar et al. 2019, 1905.07799, eq. 3–5) on a grid.
+    """Self-attention whose heads learn their span (Sukhbaatar et al. 2019, 1905.07799, eq. 3–5), on a grid.
 
         a_ij = m(d_ij) exp(s_ij) / Σ_j m(d_ij) exp(s_ij)        s_ij = q_i · k_j / √D
         m(d) = clip((R + z − d) / R, 0, 1)                       z the head's span, R the ramp
         d_ij = max(|row_i − row_j|, |column_i − column_j|)
 
-    Each head has a z of its own, kept as a share of the largest and between 0 and it. A head computes the blocks that
-    it reaches and no others, in training and afterwards, so that small spans cost less time; where all heads reach
-    nearly everything, all is one call. What makes spans shrink is a penalty on them, see `mean_span`. Deviations
-    from the paper: patches lie on a grid, so the distance is the larger of two, and there are no position embeddings in
-    the logits; spans start as you say, not at 0.
+    Each head has its own z, stored as a fraction of the largest, in [0, 1]. In training and in evaluation a head
+    computes only the blocks within its span, so that small spans take less time; if all heads reach nearly everything,
+    one dense call computes them all. A penalty in the loss makes the spans shrink, see `mean_span`. Deviations from the
+    paper: patches lie on a grid, so the distance is the larger of the row and column distances; the logits have no
+    position embeddings; the initial span is an argument instead of 0.
 
     Args:
         num_heads: H.
-        max_span: the largest z, in patches; choose at least what separates the farthest patches for a head that can
-            see everything.
-        ramp: R, in patches.
-        init: z at first, as a share of `max_span`.
+        max_span: the largest z, in patches. A head can attend to all patches if `max_span` is at least the largest
+            distance between two patches.
+        ramp: R, in patches (default: 2).
+        init: initial z, as a fraction of `max_span` (default: 0.5).
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     def __init__(self, num_heads: int, *, max_span: float, ramp: float = 2.0, init: float = 0.5) -> None:
@@ -44,12 +47,12 @@ class AdaptiveSpan(MaskedAttention):
 
     @property
     def spans(self) -> Tensor:
-        """z of every head in patches, (H,)."""
-        # the clamp passes every gradient on: one that stops at 0 and 1 would keep a head there for ever
+        """z of every head, (H,), in patches."""
+        # the gradient passes through the clamp: with a zero gradient at 0 and 1 a head could never leave the bounds
         return (self.span + (self.span.clamp(0, 1) - self.span).detach()) * self.max_span
 
     def reach(self, extent: int) -> Tensor:
-        """m of every head around a patch, (H, 2 · extent + 1, 2 · extent + 1)."""
+        """Return m of every head around a patch, (H, 2 · extent + 1, 2 · extent + 1)."""
         away = torch.arange(-extent, extent + 1, device=self.span.device).abs()
         return self._bias(torch.maximum(away[:, None], away), self.spans).exp()
 
@@ -64,13 +67,13 @@ class AdaptiveSpan(MaskedAttention):
     def sparse(
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
-        if self.training:  # as the authors' code; unseen by autograd, to which two passes may lie before one backward
+        if self.training:  # as in the authors' code; with .data, as two forward passes may precede one backward pass
             self.span.data.clamp_(0, 1)
-        if torch.compiler.is_compiling():  # what is computed may not depend on values
+        if torch.compiler.is_compiling():  # a graph cannot depend on the values of spans
             return self.dense(q_BHND, k_BHND, v_BHND, grid, prefix, p)
         outputs: dict[int, Tensor] = {}
         spans = self.spans
-        for runs, heads in self._alike(grid, spans):
+        for runs, heads in self._heads_by_blocks(grid, spans):
             if runs is None and len(heads) == self.num_heads:
                 return self.dense(q_BHND, k_BHND, v_BHND, grid, prefix, p)
             z = spans[heads]
@@ -80,22 +83,21 @@ class AdaptiveSpan(MaskedAttention):
                 distance = torch.maximum(rows[:, None, :, None], columns[None, :, None])
                 return self._bias(distance.flatten(2).flatten(0, 1), z).to(q_BHND.dtype)
 
-            some = [x[:, heads] if len(heads) > 1 else x.narrow(1, heads[0], 1) for x in (q_BHND, k_BHND, v_BHND)]
+            q, k, v = (x[:, heads] if len(heads) > 1 else x.narrow(1, heads[0], 1) for x in (q_BHND, k_BHND, v_BHND))
             whole = (Run.whole(grid[0]),), (Run.whole(grid[1]),)
-            q, k, v = some
             out_BHND = in_blocks(q, k, v, grid, prefix, whole if runs is None else runs, ramp, p)
             outputs |= zip(heads, out_BHND.unbind(1), strict=True)
         return torch.stack([outputs[head] for head in range(self.num_heads)], 2).transpose(1, 2)
 
     def _bias(self, distance: Tensor, z_H: Tensor) -> Tensor:
-        """log m of every head, (H, *distance)."""
+        """Return log m of every head, (H, *distance)."""
         z = z_H.view(-1, *(1,) * distance.ndim)
         m = ((self.ramp + z - distance) / self.ramp).clamp(0, 1)
-        # within the clamp no gradient is infinite; where m is 0 there is none
+        # the clamp keeps the gradient of the logarithm finite; where m is 0 there is no gradient
         return torch.where(m > 0, m.clamp(min=torch.finfo(m.dtype).tiny).log(), -math.inf)
 
-    def _alike(self, grid: tuple[int, int], spans: Tensor) -> list[tuple[Runs | None, list[int]]]:
-        """Heads that compute the same blocks; None in place of blocks where all of them cost less."""
+    def _heads_by_blocks(self, grid: tuple[int, int], spans: Tensor) -> list[tuple[Runs | None, list[int]]]:
+        """Group heads that compute the same blocks; None in place of blocks if one call over all tokens costs less."""
         groups: dict[Runs | None, list[int]] = defaultdict(list)
         for head, span in enumerate(spans.tolist()):
             radius = math.ceil(span + self.ramp) - 1
@@ -104,20 +106,20 @@ class AdaptiveSpan(MaskedAttention):
 
 
 def around(grid: tuple[int, int], radius: int) -> Runs | None:
-    """Blocks in which every patch reaches those at most so many rows and columns away; see `plan`."""
+    """Return blocks in which every patch reaches the patches up to `radius` rows and columns away; see `plan`."""
     reaches = ([(max(0, i - radius), min(size, i + radius + 1)) for i in range(size)] for size in grid)
     return plan(*reaches)
 
 
 def spans(model: nn.Module) -> dict[str, Tensor]:
-    """The spans of a model's heads: name of each `AdaptiveSpan` → (H,) patches, in the graph of its parameter."""
+    """Return the spans of a model's heads: name of each `AdaptiveSpan` → (H,), in patches, differentiable."""
     return {name: part.spans for name, part in model.named_modules() if isinstance(part, AdaptiveSpan)}
 
 
 def mean_span(model: nn.Module) -> Tensor | None:
-    """The mean span of all heads, in patches, to be added to the loss times a weight; None where no head has one.
+    """Return the mean span of all heads, in patches, or None if no head has a span; add it to the loss with a weight.
 
-    Sukhbaatar et al. 2019, eq. 6: λ/M Σ z, there layer by layer.
+    The paper's penalty is λ/M Σ z over the M heads of each layer (Sukhbaatar et al. 2019, eq. 6).
     """
-    found = list(spans(model).values())
-    return torch.cat(found).mean() if found else None
+    head_spans = list(spans(model).values())
+    return torch.cat(head_spans).mean() if head_spans else None

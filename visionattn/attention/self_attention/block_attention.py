@@ -1,6 +1,6 @@
-"""Attention to what lies near, on a grid: blocks of queries, each with the rectangle of keys that they reach.
+"""Local attention on a grid: blocks of queries, each with the rectangle of keys that the queries reach.
 
-Rows and columns are cut alike, each into runs of equal blocks, so that a region (a run of rows by a run of columns) is
+Rows and columns are cut separately, each into runs of equal blocks. A region (a run of rows times a run of columns) is
 one call of `scaled_dot_product_attention`, with one bias for all its blocks.
 
 Shapes: B batch, H heads, h × w grid, D channels of a head; G blocks of Q queries and K keys.
@@ -9,7 +9,7 @@ Shapes: B batch, H heads, h × w grid, D channels of a head; G blocks of Q queri
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +17,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Reach: TypeAlias = Sequence[tuple[int, int]]
-"""Of every row (or column) the first that it reaches, and the one behind the last; neither ever falls."""
+"""For every row (or column) of queries, the first row of keys that it reaches and the row after the last one.
+
+Neither number decreases from one row of queries to the next.
+"""
 
 BLOCKS = 4, 8, 12, 16, 24, 32
-# What blocks cost, measured in products of a query and a key in one call over all tokens, 64 channels a head: a
-# product, a key that a block reaches, a token that is copied, a call; and a product in one call with a mask.
+# Costs with 64 channels per head. The unit is one query-key product in one call over all tokens. In blocks: a product,
+# a key in the reach of a block, a copied token, and a call. Last: a product in one call with a mask.
 _PRODUCT, _KEY, _COPY, _CALL, _MASKED = 1.25, 80.0, 30.0, 10_000.0, 1.2
-_TOGETHER = 1 << 20  # weights that are computed at a time where a bias learns
+_TOGETHER = 1 << 20  # attention weights computed at a time for the gradient of a learned bias
 
 
 @dataclass(frozen=True)
 class Run:
-    """Equal blocks of rows (or columns), one after another.
+    """Consecutive equal blocks of rows (or columns).
 
     Attributes:
-        count: blocks.
-        block: rows of queries in each.
-        start: first row of keys of the first block; the next block's is `block` further.
-        extent: rows of keys of each.
-        offset: row of the first query, less `start`.
-        reach: of the rows of queries, counted from the block's first row of keys.
+        count: number of blocks.
+        block: rows of queries in each block.
+        start: first row of keys of the first block; the keys of each next block start `block` rows further.
+        extent: rows of keys of each block.
+        offset: row of the first query, relative to `start`.
+        reach: for each row of queries, its first row of keys and the row after the last, relative to the block's first
+            row of keys.
     """
 
     count: int
@@ -47,32 +51,32 @@ class Run:
     reach: tuple[tuple[int, int], ...]
 
     def allowed(self, device: torch.device) -> Tensor:
-        """(block, extent) bool"""
+        """(block, extent) bool: which rows of keys each row of queries reaches."""
         low, high = torch.tensor(self.reach, device=device).T[..., None]
         key = torch.arange(self.extent, device=device)
         return (low <= key) & (key < high)
 
     def distance(self, device: torch.device) -> Tensor:
-        """(block, extent), rows from query to key."""
+        """(block, extent): number of rows between query and key."""
         query = torch.arange(self.block, device=device) + self.offset
         return (query[:, None] - torch.arange(self.extent, device=device)).abs()
 
     def singles(self) -> "tuple[Run, ...]":
-        """Its blocks as runs of one."""
+        """Return the blocks as runs of one block each."""
         return tuple(replace(self, count=1, start=self.start + number * self.block) for number in range(self.count))
 
     @classmethod
     def whole(cls, size: int) -> "Run":
-        """One block, in which everything reaches everything."""
+        """Return a single block in which every row reaches every row."""
         return cls(1, size, 0, size, 0, ((0, size),) * size)
 
 
 Runs: TypeAlias = tuple[tuple[Run, ...], tuple[Run, ...]]
-"""Of the rows and of the columns."""
+"""(runs of rows, runs of columns)."""
 
 
 def cut(reach: Reach, block: int) -> tuple[Run, ...]:
-    """Cut rows into blocks, and blocks that look alike into runs."""
+    """Cut rows into blocks, and join equal consecutive blocks into runs."""
     runs: list[Run] = []
     for first in range(0, len(reach), block):
         rows = reach[first : first + block]
@@ -87,20 +91,20 @@ def cut(reach: Reach, block: int) -> tuple[Run, ...]:
 
 
 def plan(rows: Reach, columns: Reach) -> Runs | None:
-    """Cut a grid into the blocks that cost least; None where one call over all tokens costs less. Remembered."""
+    """Return the cheapest cut of a grid into blocks, or None if one call over all tokens is cheaper. Cached."""
     key = tuple(rows), tuple(columns)
     if torch.compiler.is_compiling():
-        return _least(*key)
+        return _cheapest(*key)
     if key not in _plans:
-        _plans[key] = _least(*key)
+        _plans[key] = _cheapest(*key)
     return _plans[key]
 
 
 _plans: dict[tuple[Reach, Reach], Runs | None] = {}
 
 
-def _least(rows: Reach, columns: Reach) -> Runs | None:
-    best, least = None, _MASKED * (len(rows) * len(columns)) ** 2
+def _cheapest(rows: Reach, columns: Reach) -> Runs | None:
+    best, lowest = None, _MASKED * (len(rows) * len(columns)) ** 2
     for height, width in itertools.product(BLOCKS, (*BLOCKS, len(columns))):
         cuts = cut(rows, height), cut(columns, width)
         products, reached, calls = 1, 1, sum(run.count for run in cuts[0]) * len(cuts[1])
@@ -109,8 +113,8 @@ def _least(rows: Reach, columns: Reach) -> Runs | None:
             reached *= sum(run.count * run.extent for run in runs)
         copied = len(rows) * sum(run.count * run.extent for run in cuts[1]) + len(rows) * len(columns)
         cost = _PRODUCT * products + _KEY * reached + _COPY * copied + _CALL * calls
-        if cost < least:
-            best, least = cuts, cost
+        if cost < lowest:
+            best, lowest = cuts, cost
     return best
 
 
@@ -121,16 +125,17 @@ def attend_in_blocks(
     bias: Callable[[Run, Run], Tensor | None],
     p: float,
 ) -> Tensor:
-    """Attend block by block.
+    """Compute attention block by block.
 
     Args:
         parts_BhwHD: q, k and v.
-        prefix_BHPD: keys and values that every query reaches besides; P may be 0.
-        runs: of rows and of columns.
-        bias: of a region, what is added to its logits, (Q, K) or (H, Q, K), or bools; None for nothing.
+        prefix_BHPD: keys and values of the prefix tokens, which every query also reaches; P may be 0.
+        runs: the runs of rows and the runs of columns.
+        bias: returns the bias of a region's logits, (Q, K) or (H, Q, K), or a bool mask, or None for no bias.
         p: dropout of the weights.
 
-    Shape: (B, h, w, H, D)
+    Returns:
+        (B, h, w, H, D)
     """
     q_BhwHD, *keys_BhwHD = parts_BhwHD
     rows, columns = tuple(single for run in runs[0] for single in run.singles()), runs[1]
@@ -156,10 +161,10 @@ def attend_in_blocks(
 
 
 def _reached(x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]) -> Iterator[Tensor]:
-    """What the queries of each row of blocks reach, (B · G, H, K, D), columns outermost.
+    """Yield the keys or values in the reach of each row of blocks, (B · G, H, K, D), for one run of columns at a time.
 
-    Where rows of blocks overlap, strips as wide as a block reaches are copied out of the grid once: their rows lie
-    together in memory, so that what a block reaches is a view. Elsewhere each row is copied when its turn comes.
+    If rows of blocks overlap, each strip as wide as a block's reach is copied once; its rows are then contiguous, and a
+    block's reach is a view of the strip. Otherwise each row of blocks is copied when it is needed.
     """
     overlap = any(row.extent > row.block for row in rows)
     for run in columns:
@@ -172,19 +177,21 @@ def _reached(x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]) -
 
 
 class _Reached(torch.autograd.Function):
-    """`_reached`, of which backward adds up all that overlaps at once.
+    """`_reached` with a backward pass that adds up overlapping gradients in place.
 
-    The gradient of torch's `unfold` takes several times as long, and that of a slice has the size of the whole.
+    The gradient of torch's `unfold` takes several times as long, and torch's gradient of each slice has the full size.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: "_ReachedContext", x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]
+    ) -> tuple[Tensor, ...]:
         ctx.shape, ctx.runs = x_BhwHD.shape, (rows, columns)
         return tuple(_reached(x_BhwHD, rows, columns))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads_GHKD: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: "_ReachedContext", *grads_GHKD: Tensor) -> tuple[Tensor | None, ...]:
         rows, columns = ctx.runs
         batch, height, _, heads, width = ctx.shape
         grads = iter(grads_GHKD)
@@ -194,12 +201,17 @@ class _Reached(torch.autograd.Function):
             for row in rows:
                 grad = next(grads).unflatten(2, (row.extent, run.extent)).unflatten(0, (batch, run.count))
                 strip.narrow(3, row.start, row.extent).add_(grad)
-            for first in range(0, run.extent, run.block):  # pieces no wider than a block do not overlap
+            for first in range(0, run.extent, run.block):  # pieces up to a block wide do not overlap
                 piece = strip[:, :, :, :, first : first + run.block]
                 size = piece.shape[4]
                 place = total_BhwHD.narrow(2, run.start + first, (run.count - 1) * run.block + size)
                 place.unfold(2, size, run.block).add_(piece.permute(0, 3, 1, 2, 5, 4))
         return total_BhwHD, None, None
+
+
+class _ReachedContext(Protocol):
+    shape: torch.Size
+    runs: Runs
 
 
 def _with(x_GHKD: Tensor, prefix_BHPD: Tensor) -> Tensor:
@@ -209,10 +221,10 @@ def _with(x_GHKD: Tensor, prefix_BHPD: Tensor) -> Tensor:
 
 
 def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, bias: Tensor | None, p: float) -> Tensor:
-    """`scaled_dot_product_attention` with a bias, (Q, K) or (H, Q, K), that may be learned.
+    """Compute `scaled_dot_product_attention` with a bias, (Q, K) or (H, Q, K), that may require a gradient.
 
-    Where a bias needs its gradient, torch computes attention without fusion and keeps all weights; here what is fused
-    stays fused, and the gradient is computed beside it, a few images at a time.
+    If the bias requires a gradient, torch does not fuse attention and stores all weights. This function keeps the fused
+    call, and computes the bias's gradient separately, a few images at a time.
     """
     bias = bias if bias is None else bias.expand(1, *(1,) * (3 - bias.ndim), *bias.shape)
     learned = bias is not None and bias.requires_grad and torch.is_grad_enabled()
@@ -224,10 +236,10 @@ def attend(q_BHQD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, bias: Tensor | None, 
 
 
 class _BiasGradient(torch.autograd.Function):
-    """Passes the output on, and its gradient to the bias: ∂/∂bias = Σ_B A (dO vᵀ − rowsum(dO ⊙ O))."""
+    """Pass the output on unchanged, and compute the bias's gradient: ∂/∂bias = Σ_B A (dO vᵀ − rowsum(dO ⊙ O))."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:  # torch's context
         ctx.save_for_backward(out, q, k, v, bias)
         return out.view_as(out)
 
@@ -235,7 +247,7 @@ class _BiasGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *parts, bias = ctx.saved_tensors
-        wide = torch.promote_types(grad.dtype, torch.float32)  # sums of many images
+        wide = torch.promote_types(grad.dtype, torch.float32)  # the gradient is a sum over many images
         total = torch.zeros_like(bias, dtype=wide)
         step = max(1, _TOGETHER // bias.expand(1, grad.shape[1], -1, -1).numel())
         for first in range(0, len(grad), step):

@@ -1,6 +1,6 @@
-"""Attention where a mask of yours allows it, block by block.
+"""Self-attention under a custom mask, computed block by block.
 
-Shapes: as in self_attention.py; G blocks of Q queries, each with K keys.
+Shapes: as in dense.py; G blocks of Q queries, each with K keys.
 """
 
 import functools
@@ -18,18 +18,24 @@ from visionattn.errors import UsageError
 
 
 class BlockSparse(MaskedAttention):
-    """Patches attend where a mask allows it; blocks of pairs of which it allows none are never computed.
+    """Self-attention of patches under a custom mask; (query, key) blocks without an allowed pair are skipped.
 
         i → j  iff  allowed(row_i, column_i, row_j, column_j)
 
-    On CUDA by `flex_attention` (Dong et al. 2024, 2412.05496). Elsewhere, where that has no backward pass, or none at
-    all, blocks of queries are gathered with the blocks of keys that they reach, those with equally many in one call.
+    CUDA tensors without dropout use `flex_attention` (Dong et al. 2024, 2412.05496). On other devices, flex_attention
+    has no backward pass or does not run. There, and with dropout, each block of queries is gathered with the blocks of
+    keys that it attends to; blocks with the same number of keys share one call. If this would cost more than dense
+    attention, one dense call with the mask computes everything.
 
     Args:
         num_heads: H; unused.
-        allowed: takes tensors of rows and columns of queries and keys, which broadcast, and returns bools; made of
-            elementwise functions of torch. Every patch must be allowed at least one. Asked once for each grid.
-        block: consecutive patches that make a block.
+        allowed: (row, column of the query, row, column of the key) → bool; takes tensors that broadcast, and must
+            consist of elementwise functions of torch. Every patch needs at least one allowed key. Called once per grid.
+        block: number of consecutive patches in a block (default: 64).
+
+    Raises:
+        ValueError: block is < 1.
+        UsageError: when called, if `allowed` gives a patch no key.
     """
 
     def __init__(
@@ -78,12 +84,12 @@ class BlockSparse(MaskedAttention):
         places_N = torch.cat([group.queries_GQ.flatten() for group in groups]).argsort()
         out_BHND = torch.cat(outputs, 1).index_select(1, places_N).unflatten(0, q_BHND.shape[:2])
         if prefix:
-            seen_BHPD = F.scaled_dot_product_attention(q_BHND[:, :, :prefix], k_BHND, v_BHND, dropout_p=p)
-            out_BHND = torch.cat([seen_BHPD, out_BHND], 2)
+            prefix_BHPD = F.scaled_dot_product_attention(q_BHND[:, :, :prefix], k_BHND, v_BHND, dropout_p=p)
+            out_BHND = torch.cat([prefix_BHPD, out_BHND], 2)
         return out_BHND
 
     def flex_mask(self, grid: tuple[int, int], prefix: int, device: torch.device) -> BlockMask:
-        """The mask as `flex_attention` takes it."""
+        """Return the mask in the form of `flex_attention`, with prefix tokens."""
         tokens, width = prefix + grid[0] * grid[1], grid[1]
 
         def with_prefix(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -94,29 +100,30 @@ class BlockSparse(MaskedAttention):
         return create_block_mask(with_prefix, None, None, tokens, tokens, device=device)
 
     def _layout(self, grid: tuple[int, int], device: torch.device) -> "list[_Group] | None":
-        """Blocks of queries with the keys of the blocks that they reach; None where one call costs less."""
+        """Return blocks of queries with the keys in their reach, or None if one dense call costs less."""
         rows_N, columns_N = cells(grid, device)
         blocks = torch.arange(len(rows_N), device=device).split(self.block)
-        alike = defaultdict(list)
+        same_size = defaultdict(list)
         for queries_Q in blocks:
             mask_QN = self.allowed(rows_N[queries_Q, None], columns_N[queries_Q, None], rows_N, columns_N)
             mask_QN = mask_QN.expand(len(queries_Q), len(rows_N))
             if not mask_QN.any(1).all():
                 cell = int(queries_Q[~mask_QN.any(1)][0])
                 raise UsageError(
-                    f"allowed lets patch {divmod(cell, grid[1])} of a grid of {grid[0]}×{grid[1]} attend to none"
+                    f"allowed gives patch {divmod(cell, grid[1])} of a grid of {grid[0]}×{grid[1]} no key; "
+                    "allow at least one"
                 )
             keys_K = torch.cat([keys for keys in blocks if mask_QN[:, keys].any()])
-            alike[len(queries_Q), len(keys_K)].append((queries_Q, keys_K, mask_QN[:, keys_K]))
-        if sum(q * k * len(found) for (q, k), found in alike.items()) * 1.5 > len(rows_N) ** 2:
+            same_size[len(queries_Q), len(keys_K)].append((queries_Q, keys_K, mask_QN[:, keys_K]))
+        if sum(q * k * len(members) for (q, k), members in same_size.items()) * 1.5 > len(rows_N) ** 2:
             return None
-        groups = ([torch.stack(part) for part in zip(*found, strict=True)] for found in alike.values())
+        groups = ([torch.stack(part) for part in zip(*members, strict=True)] for members in same_size.values())
         return [_Group(queries, keys, mask[:, None]) for queries, keys, mask in groups]
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Blocks of queries that reach equally many keys: which patches they are, and who may attend to whom."""
+    """Blocks of queries with equally many keys: the indices of their queries and keys, and the mask between them."""
 
     queries_GQ: Tensor  # noqa: N815
     keys_GK: Tensor  # noqa: N815
@@ -124,7 +131,7 @@ class _Group:
 
 
 def _gathered(x_YND: Tensor, index_GK: Tensor) -> Tensor:
-    """(G, Y, K, D)"""
+    """Gather tokens by index: (Y, N, D), (G, K) → (G, Y, K, D)."""
     return x_YND.index_select(1, index_GK.flatten()).unflatten(1, tuple(index_GK.shape)).transpose(0, 1)
 
 

@@ -1,8 +1,8 @@
-"""How queries, keys and values of a grid of tokens meet: everywhere, or in few places that cost less.
+"""Forms of self-attention over a grid of tokens: dense, and cheaper ones; the base classes of all forms.
 
-A mechanism here is built from a number of heads and called with q, k and v as a transformer has projected them, and
-with the grid on which its tokens lie; `swap_attention` puts one into a ViT. Prefix tokens (class, registers) lie before
-the grid, attend to everything and are attended to by all, in every form.
+A form is built from a number of heads. It is called with q, k and v after a transformer's projections, and with the
+grid of the patch tokens; `swap_attention` puts a form into a ViT. In every form prefix tokens (class, registers) come
+before the grid, attend to all tokens, and all tokens attend to them.
 
 Shapes: B batch, H heads, N tokens = P prefix tokens and h · w patches row by row, D channels of a head, W windows.
 """
@@ -19,10 +19,14 @@ from visionattn.errors import UsageError
 
 
 class SelfAttention(nn.Module, ABC):
-    """How q, k and v meet.
+    """Base of the forms of self-attention: combines q, k and v.
 
     Args:
-        num_heads: H; unused by most, and taken so that every mechanism is built alike.
+        num_heads: H. Most forms do not use it; every form takes it, so that all are built alike.
+
+    Raises:
+        ValueError: num_heads is < 1.
+        UsageError: when called, if the number of tokens does not match the grid.
 
     Shape: q, k, v (B, H, N, D) → (B, H, N, D), N = num_prefix_tokens + rows · columns of the grid.
     """
@@ -43,11 +47,12 @@ class SelfAttention(nn.Module, ABC):
         num_prefix_tokens: int = 0,
         dropout_p: float = 0.0,
     ) -> Tensor:
+        """Combine q, k and v; `grid` is (rows, columns), and `dropout_p` the dropout of the attention weights."""
         tokens = q_BHND.shape[2]
         if tokens != num_prefix_tokens + grid[0] * grid[1]:
             raise UsageError(
                 f"{type(self).__name__} needs every token of the grid: {grid[0]}×{grid[1]} patches and "
-                f"{num_prefix_tokens} before them, and got {tokens}; patch_drop_rate and the like must be 0"
+                f"{num_prefix_tokens} prefix tokens, got {tokens}; set patch_drop_rate and the like to 0"
             )
         return self.attend(q_BHND, k_BHND, v_BHND, grid, num_prefix_tokens, dropout_p)
 
@@ -55,11 +60,11 @@ class SelfAttention(nn.Module, ABC):
     def attend(
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
-        """Compute the output; `p` is the dropout of the weights."""
+        """Compute the output; `prefix` is the number of prefix tokens, `p` the dropout of the weights."""
 
 
 class MaskedAttention(SelfAttention):
-    """A form that equals dense attention with a mask, and skips what the mask forbids."""
+    """Base of the forms that equal dense attention with a mask, and skip the masked pairs."""
 
     def attend(
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
@@ -69,7 +74,7 @@ class MaskedAttention(SelfAttention):
     def dense(
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
-        """Compute the same by one call over all tokens with a mask, at the cost of dense attention."""
+        """Compute the output in one call over all tokens with a mask, at the cost of dense attention."""
         mask = self.mask(grid, q_BHND.device)
         if mask is not None:
             value = True if mask.dtype == torch.bool else 0.0
@@ -79,18 +84,21 @@ class MaskedAttention(SelfAttention):
 
     @abstractmethod
     def mask(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
-        """What patches may attend to, without prefix tokens: (h · w, h · w) bool, or (H, h · w, h · w) added to the
-        logits; None where everything may."""
+        """Return the mask of patches, without prefix tokens.
+
+        Returns:
+            (h · w, h · w) bool, or (H, h · w, h · w), added to the logits; None if every pair is allowed.
+        """
 
     @abstractmethod
     def sparse(
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
-        """The output, at a cost that follows the mask."""
+        """Compute the output, at a cost that depends on the number of allowed pairs."""
 
 
 class Dense(SelfAttention):
-    """Every token attends to every token (Vaswani et al. 2017, 1706.03762, eq. 1).
+    """Dense self-attention: every token attends to every token (Vaswani et al. 2017, 1706.03762, eq. 1).
 
     out = softmax(q kᵀ / √D) v
     """
@@ -102,17 +110,20 @@ class Dense(SelfAttention):
 
 
 class PooledKeys(SelfAttention):
-    """Every token attends to means over k × k patches (as PVTv2's linear attention pools, Wang et al. 2022, 2106.13797,
-    §3.1).
+    """Self-attention whose keys and values are means over k × k patches.
 
         out = softmax(q pool(k)ᵀ / √D) pool(v)        pool the mean over k × k patches, fewer at the far edges
 
-    Deviations from the paper: cells of a fixed size rather than a fixed number of them; keys and values are pooled
-    behind their projections, and nothing is learned or normalised, so that weights of dense attention fit.
+    PVTv2's linear attention pools in this way (Wang et al. 2022, 2106.13797, §3.1). Deviations from the paper: the
+    pooled cells have a fixed size, where the paper fixes their number; keys and values are pooled after their
+    projections, and nothing is learned or normalised, so that weights of dense attention can be used.
 
     Args:
         num_heads: H; unused.
         pool: k.
+
+    Raises:
+        ValueError: pool is < 1.
     """
 
     def __init__(self, num_heads: int, *, pool: int) -> None:
@@ -135,16 +146,20 @@ class PooledKeys(SelfAttention):
 
 
 class TopK(SelfAttention):
-    """Every patch attends to the k patches that it matches best (Zhao et al. 2019, 1912.11637, eq. 2–3), per head.
+    """Self-attention in which every patch attends to the k patches with the largest logits, in each head.
 
         i → j  iff  q_i · k_j is among the k largest of row i;    on a tie, all that tie with the k-th
 
-    What is chosen is not differentiated; the weights of what was chosen are. It saves nothing: all products are needed
-    to choose. Deviation from the paper: prefix tokens are attended to beside the k, and attend to all themselves.
+    See Zhao et al. 2019, 1912.11637, eq. 2–3. The selection has no gradient; the weights of the selected patches have
+    one. This saves no time, since the selection needs all products. Deviation from the paper: patches also attend to
+    prefix tokens, in addition to the k patches, and prefix tokens attend to all tokens.
 
     Args:
         num_heads: H; unused.
-        k: patches that each patch attends to; all where there are no more.
+        k: number of patches that each patch attends to; all if there are no more than k.
+
+    Raises:
+        ValueError: k is < 1.
     """
 
     def __init__(self, num_heads: int, *, k: int) -> None:
@@ -166,7 +181,7 @@ class TopK(SelfAttention):
 
 
 def cells(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column of every patch, (N,) each."""
+    """Return the row and the column of every patch, (h · w,) each."""
     cell_N = torch.arange(grid[0] * grid[1], device=device)
     return cell_N // grid[1], cell_N % grid[1]
 
@@ -181,12 +196,12 @@ def in_blocks(
     bias: Callable[[Run, Run], Tensor | None],
     p: float,
 ) -> Tensor:
-    """Let patches attend block by block and to the prefix, and the prefix to everything."""
-    # a transformer's tokens lie in memory with all their heads together
+    """Compute attention of patches to patches (block by block) and to the prefix, and of the prefix to all tokens."""
+    # a transformer's projections store all heads of a token together, so this transposition restores their order
     parts_BhwHD = [x[:, :, prefix:].transpose(1, 2).unflatten(1, grid) for x in (q_BHND, k_BHND, v_BHND)]
     out_BhwHD = attend_in_blocks(parts_BhwHD, [x[:, :, :prefix] for x in (k_BHND, v_BHND)], runs, bias, p)
     out_BNHD = out_BhwHD.flatten(1, 2)
     if prefix:
-        seen_BHPD = F.scaled_dot_product_attention(q_BHND[:, :, :prefix], k_BHND, v_BHND, dropout_p=p)
-        out_BNHD = torch.cat([seen_BHPD.transpose(1, 2), out_BNHD], 1)
+        prefix_BHPD = F.scaled_dot_product_attention(q_BHND[:, :, :prefix], k_BHND, v_BHND, dropout_p=p)
+        out_BNHD = torch.cat([prefix_BHPD.transpose(1, 2), out_BNHD], 1)
     return out_BNHD.transpose(1, 2)

@@ -1,6 +1,6 @@
-"""Every patch attends to the k × k patches around it.
+"""Self-attention of every patch to the k × k patches around it.
 
-Shapes: as in self_attention.py.
+Shapes: as in dense.py.
 """
 
 import torch
@@ -11,18 +11,21 @@ from visionattn.attention.self_attention.dense import MaskedAttention, cells, in
 
 
 class Neighbourhood(MaskedAttention):
-    """Neighbourhood attention (Hassani et al. 2023, 2204.07143, eq. 2–4), exact, without its position bias.
+    """Neighbourhood attention (Hassani et al. 2023, 2204.07143, eq. 2–4) without the paper's position bias.
 
         i → j  iff  start(row_i) ≤ row_j < start(row_i) + k, and the columns likewise
         start(i) = clip(i − ⌊k / 2⌋, 0, size − k)
 
-    so at the edges the neighbourhood moves inwards, and every patch attends to k × k patches, or to all rows (columns)
-    of a grid that has fewer than k. Blocks of patches meet the rectangle that they reach together, or all patches meet
-    in one call where that costs less. Deviation from the paper: none.
+    At the edges the neighbourhood moves inwards, so that every patch attends to k × k patches, or to all rows (columns)
+    of a grid with fewer than k. The result is exact. One call computes each block of patches and the rectangle that the
+    patches reach; if one call over all patches costs less, that is used. Deviation from the paper: no position bias.
 
     Args:
         num_heads: H; unused.
         size: k, odd.
+
+    Raises:
+        ValueError: size is even or < 1.
     """
 
     def __init__(self, num_heads: int, *, size: int) -> None:
@@ -56,12 +59,12 @@ class Neighbourhood(MaskedAttention):
 
 
 def neighbours(size: int, k: int) -> list[tuple[int, int]]:
-    """Of every row the k nearest of so many, as the first and the one behind the last."""
+    """Return the k nearest rows of each of `size` rows, as the first row and the row after the last."""
     k = min(k, size)
     starts = (min(max(i - k // 2, 0), size - k) for i in range(size))
     return [(start, start + k) for start in starts]
 
 
 def blocks(grid: tuple[int, int], k: int) -> Runs | None:
-    """Blocks in which every patch reaches the k × k nearest; see `plan`."""
+    """Return blocks in which every patch reaches the k × k nearest patches; see `plan`."""
     return plan(*(neighbours(size, k) for size in grid))

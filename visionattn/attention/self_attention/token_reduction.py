@@ -1,4 +1,4 @@
-"""Fewer tokens from layer to layer: likes are merged (ToMe), or those the class token overlooks are pruned (EViT).
+"""Token reduction: merge similar tokens (ToMe) or prune tokens with little class attention (EViT).
 
 Shapes: B batch, N tokens, P prefix tokens (class, registers) first among them, n = N − P patches, C channels, H heads,
 D channels of a head, R merged tokens, K kept tokens.
@@ -7,7 +7,7 @@ D channels of a head, R merged tokens, K kept tokens.
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,17 +23,18 @@ from visionattn.errors import UsageError
 
 _PRE_NORM, _POST_NORM = (Block, EvaBlock), (ResPostBlock, EvaBlockPostNorm)
 _ATTENTION = (Attention, EvaAttention, AttentionRope)
-_HELD = "_held"  # tokens carry what is known of them from block to block
+_HELD = "_held"  # attribute of the tokens' tensor that carries a `Held` from block to block
 
 
 @dataclass(frozen=True)
 class Held:
-    """What is known of tokens beside their features.
+    """The state of reduced tokens, beside their features.
 
     Attributes:
         prefix: P.
-        size_BN: how many patches each token stands for; None while each stands for one.
-        place_Bn: which patch's place each patch token has, −1 for a place of no patch; None while they lie in order.
+        size_BN: number of patches that each token represents; None while every token represents one.
+        place_Bn: index of the patch whose position each patch token has, −1 for no position; None while the tokens are
+            the patches in order.
     """
 
     prefix: int
@@ -46,10 +47,10 @@ class Heads:
     """Queries and keys of a block's attention.
 
     Attributes:
-        query_BHND, key_BHND: after their norm, before they are rotated by position.
-        rope: the rotation of the patches, as timm's models hand it to their blocks; None without.
-        scale: of the logits.
-        rotate_half: how timm's attention lays out a rotation.
+        query_BHND, key_BHND: after their norm, before the rotary embedding.
+        rope: rotary embedding of the patches, as timm's models pass it to their blocks; None without one.
+        scale: factor of the logits.
+        rotate_half: layout of the rotary embedding in timm's attention.
     """
 
     query_BHND: Tensor  # noqa: N815
@@ -60,42 +61,47 @@ class Heads:
 
 
 class TokenReduction(nn.Module, ABC):
-    """Leaves fewer tokens, between the attention and the MLP of some blocks; `reduce_tokens` puts it into a network."""
+    """Base of the token reductions, applied between attention and MLP of some blocks by `reduce_tokens`."""
 
     needs_class_token = False
 
     @abstractmethod
-    def rates(self, depth: int) -> list[Any]:
-        """How far each of `depth` blocks reduces, as `forward` takes it; None where a block does not.
+    def rates(self, depth: int) -> Sequence[float | None]:
+        """Return the rate of each of `depth` blocks, passed to `forward`; None for blocks without reduction.
 
         Raises:
             UsageError: the rates were given for another number of blocks.
         """
 
     @abstractmethod
-    def forward(self, x_BNC: Tensor, held: Held, heads: Heads, rate: Any) -> tuple[Tensor, Held]:
-        """Reduce the tokens of one block; prefix tokens stay."""
+    def forward(self, x_BNC: Tensor, held: Held, heads: Heads, rate: Any) -> tuple[Tensor, Held]:  # int or float
+        """Reduce the tokens (B, N, C) of one block; prefix tokens stay."""
 
 
 class TokenMerging(TokenReduction):
-    """ToMe (Bolya et al. 2023, 2210.09461, §3): every block merges the `rate` likest pairs of patches.
+    """ToMe (Bolya et al. 2023, 2210.09461, §3): every block merges the `rate` most similar pairs of patches.
 
         A, B = every second patch, and the others
-        each of A is joined to the one of B whose key is likest, by the cosine of keys averaged over heads
-        the likest `rate` of these pairs are merged:  x = Σ s x / Σ s    over what is merged, s the size of a token
-        tokens: prefix, what is left of A, B
+        each patch of A is paired with the most similar patch of B, by the cosine of keys averaged over heads
+        the `rate` most similar pairs are merged:  x = Σ s x / Σ s    over the pair
+        s is the number of patches that a token represents
+        tokens: prefix, the rest of A, B
 
-    In the blocks that follow, a token counts as often as the patches it stands for (eq. 1): softmax(q kᵀ/√D + log s);
-    and so it does where the network pools its tokens at last. No parameters: it can be put into a trained network, or
-    trained with; which pairs are merged is not differentiated.
+    In later blocks a token is weighted by s (eq. 1): softmax(q kᵀ/√D + log s). It is weighted in the same way where the
+    network pools its tokens at the end. The module has no parameters: it can be put into a trained network, or be used
+    in training; the choice of pairs has no gradient.
 
-    Deviations from the paper: none in the equations. Which order A has, and how tokens with rotary positions merge, it
-    does not say: here A keeps its order, and a token is rotated as the one of B that it was merged into.
+    Deviations from the paper: none in the equations. The paper does not give the order of A, or how tokens with rotary
+    positions merge: here A keeps its order, and a merged token keeps the rotation of its patch of B.
 
     Args:
-        rate: r, how many pairs a block merges: one number for every block, or one a block. At most half of the patches
-            are merged, where r is more.
-        decreasing: 2 r in the first block, and linearly less to none in the last (the paper's decreasing schedule).
+        rate: r, number of pairs that a block merges: one number for all blocks, or one per block. A block merges at
+            most half of its patches into others.
+        decreasing: merge 2 r pairs in the first block and linearly fewer in later blocks, down to none in the last (the
+            paper's decreasing schedule; default: False).
+
+    Raises:
+        ValueError: a rate is negative, or `decreasing` is combined with one rate per block.
     """
 
     def __init__(self, rate: int | Sequence[int], *, decreasing: bool = False) -> None:
@@ -104,7 +110,7 @@ class TokenMerging(TokenReduction):
         if not each or min(each) < 0:
             raise ValueError(f"rate must be ≥ 0, in every block; got {rate}")
         if decreasing and not isinstance(rate, int):
-            raise ValueError(f"a decreasing schedule is made of one rate, got {rate}")
+            raise ValueError(f"a decreasing schedule needs a single rate, got {rate}")
         self.rate = rate if isinstance(rate, int) else tuple(rate)
         self.decreasing = decreasing
 
@@ -126,16 +132,16 @@ class TokenMerging(TokenReduction):
         rate = min(rate, patches // 2)
         if rate == 0:
             return x_BNC, held
-        moved_BR, into_BR, kept_BK = likest_pairs(heads.key_BHND[:, :, first:], rate)
+        moved_BR, into_BR, kept_BK = most_similar_pairs(heads.key_BHND[:, :, first:], rate)
         size_BN = held.size_BN
-        if size_BN is None:  # counted exactly, in half precision as well
+        if size_BN is None:  # single precision counts exactly, half precision does not
             size_BN = torch.ones(x_BNC.shape[:2], device=x_BNC.device, dtype=_at_least_single(x_BNC))
         size_Ba, size_Bb = size_BN[:, first::2], size_BN[:, first + 1 :: 2]
         moved_size_BR = size_Ba.gather(1, moved_BR)
         total_Bb = size_Bb.scatter_add(1, into_BR, moved_size_BR)
         a_BaC, b_BbC = x_BNC[:, first::2], x_BNC[:, first + 1 :: 2]
-        share_BR = moved_size_BR / total_Bb.gather(1, into_BR)
-        moved_BRC = a_BaC.gather(1, _along(moved_BR, a_BaC)) * share_BR[..., None].to(x_BNC.dtype)
+        fraction_BR = moved_size_BR / total_Bb.gather(1, into_BR)
+        moved_BRC = a_BaC.gather(1, _along(moved_BR, a_BaC)) * fraction_BR[..., None].to(x_BNC.dtype)
         b_BbC = b_BbC * (size_Bb / total_Bb)[..., None].to(x_BNC.dtype)
         b_BbC = b_BbC.scatter_add(1, _along(into_BR, b_BbC), moved_BRC)
         x_BNC = torch.cat([x_BNC[:, :first], a_BaC.gather(1, _along(kept_BK, a_BaC)), b_BbC], 1)
@@ -148,24 +154,27 @@ class TokenMerging(TokenReduction):
 
 
 class TokenPruning(TokenReduction):
-    """EViT (Liang et al. 2022, 2202.07800, §3): some blocks keep what the class token attends to, and fuse the rest.
+    """EViT (Liang et al. 2022, 2202.07800, §3): some blocks keep the patches with most class attention, fuse the rest.
 
         a = mean over heads of softmax(q kᵀ/√D) of the class token's query, over all tokens
         kept:   the ⌈keep · n⌉ patches of the largest a, in their order
-        fused:  one more token behind them, Σ a x over the other patches
+        fused:  one more token after them, Σ a x over the other patches
 
-    The fused token of one block is a patch like others to the next. No parameters: it can be put into a trained
-    network, or trained with; the choice is not differentiated, the weights of the fused token are. For networks with a
-    class token.
+    The next pruning block treats the fused token as a patch. The module has no parameters: it can be put into a trained
+    network, or be used in training. The choice of patches has no gradient; the weights of the fused token have one. The
+    network needs a class token.
 
-    Deviations from the paper: none in the equations; as in them the weights of the fused token do not sum to one. How
-    rotary positions fuse it does not say: here the fused token is not rotated, as the class token is not.
+    Deviations from the paper: none in the equations; as in the paper, the weights of the fused token do not sum to one.
+    The paper does not say how rotary positions are fused: here the fused token is not rotated, like the class token.
 
     Args:
-        keep: share of the patches that is kept, in (0, 1]: one number, or one for each of `blocks`.
-        blocks: which blocks prune, from 0; None for those at a quarter, half and three quarters, the paper's 3, 6 and 9
-            of 12.
-        fuse: false drops the rest.
+        keep: fraction of the patches that is kept, in (0, 1]: one number, or one for each of `blocks`.
+        blocks: indices of the pruning blocks, from 0 (default: the blocks at a quarter, half and three quarters of the
+            depth; with 12 blocks 3, 6 and 9, as in the paper).
+        fuse: add the fused token (default: True); False drops the rest.
+
+    Raises:
+        ValueError: keep is not in (0, 1].
     """
 
     needs_class_token = True
@@ -187,18 +196,18 @@ class TokenPruning(TokenReduction):
     def rates(self, depth: int) -> list[float | None]:
         blocks = sorted({depth // 4, depth // 2, 3 * depth // 4}) if self.blocks is None else self.blocks
         if len(set(blocks)) < len(blocks) or not all(0 <= block < depth for block in blocks):
-            raise UsageError(f"blocks must be different ones of 0 to {depth - 1}, got {list(blocks)}")
+            raise UsageError(f"blocks must be distinct numbers from 0 to {depth - 1}, got {list(blocks)}")
         if isinstance(self.keep, tuple):
             _check_length("keep", self.keep, len(blocks))
         each = self.keep if isinstance(self.keep, tuple) else [self.keep] * len(blocks)
-        found: list[float | None] = [None] * depth
-        for block, share in zip(blocks, each, strict=True):
-            found[block] = share
-        return found
+        by_block: list[float | None] = [None] * depth
+        for block, fraction in zip(blocks, each, strict=True):
+            by_block[block] = fraction
+        return by_block
 
     def forward(self, x_BNC: Tensor, held: Held, heads: Heads, rate: float) -> tuple[Tensor, Held]:
         first, patches = held.prefix, x_BNC.shape[1] - held.prefix
-        count = math.ceil(rate * patches - 1e-6)  # 0.55 · 100 is a little more than 55
+        count = math.ceil(rate * patches - 1e-6)  # in floating point 0.55 · 100 is slightly more than 55
         if count == patches:
             return x_BNC, held
         scores_Bn = class_attention(heads, first)[:, first:]
@@ -215,44 +224,45 @@ class TokenPruning(TokenReduction):
         return torch.cat(parts, 1), replace(held, place_Bn=place_Bn)
 
 
-def likest_pairs(key_BHnD: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bipartite soft matching: which of the even patches go, where to among the odd ones, and which of the even stay.
+def most_similar_pairs(key_BHnD: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Match each even patch with its most similar odd patch, and choose the R most similar pairs (bipartite matching).
 
     Returns:
-        moved (B, R) and kept (B, ⌈n/2⌉ − R) among patches 0, 2, 4 …, kept in order; into (B, R) among 1, 3, 5 …
+        moved (B, R), the even patch of each pair; into (B, R), its odd patch; kept (B, ⌈n/2⌉ − R), the other even
+        patches, in order. Indices of even patches count patches 0, 2, 4 …; indices of odd patches count 1, 3, 5 …
     """
-    with torch.no_grad(), torch.autocast(key_BHnD.device.type, enabled=False):  # in half precision many would be alike
+    with torch.no_grad(), torch.autocast(key_BHnD.device.type, enabled=False):  # half precision would cause many ties
         key_BnD = key_BHnD.to(_at_least_single(key_BHnD)).mean(1)
         key_BnD = F.normalize(key_BnD, dim=-1)
-        likeness_Ba, likest_Ba = (key_BnD[:, ::2] @ key_BnD[:, 1::2].mT).max(-1)
-        order_Ba = likeness_Ba.argsort(1, descending=True)
+        similarity_Ba, partner_Ba = (key_BnD[:, ::2] @ key_BnD[:, 1::2].mT).max(-1)
+        order_Ba = similarity_Ba.argsort(1, descending=True)
         moved_BR, kept_BK = order_Ba[:, :rate], order_Ba[:, rate:].sort(1).values
-        return moved_BR, likest_Ba.gather(1, moved_BR), kept_BK
+        return moved_BR, partner_Ba.gather(1, moved_BR), kept_BK
 
 
 def class_attention(heads: Heads, prefix: int) -> Tensor:
-    """What the class token attends to, (B, N), the mean over heads."""
+    """Return the attention of the class token to all tokens, (B, N), averaged over heads."""
     key_BHND = heads.key_BHND
     if heads.rope is not None:
-        turned = apply_rot_embed_cat(key_BHND[:, :, prefix:], heads.rope, half=heads.rotate_half)
-        key_BHND = torch.cat([key_BHND[:, :, :prefix], turned.to(key_BHND.dtype)], 2)
+        rotated = apply_rot_embed_cat(key_BHND[:, :, prefix:], heads.rope, half=heads.rotate_half)
+        key_BHND = torch.cat([key_BHND[:, :, :prefix], rotated.to(key_BHND.dtype)], 2)
     query_BHND = heads.query_BHND[:, :, :1]
     groups = query_BHND.shape[1] // key_BHND.shape[1]
     key_BHND = key_BHND.repeat_interleave(groups, 1) if groups > 1 else key_BHND
     logits_BHN = (query_BHND * heads.scale @ key_BHND.mT)[:, :, 0]
     logits_BHN = logits_BHN.to(_at_least_single(logits_BHN))
-    # not by softmax: the block's own attention has been computed, and who watches should not take this for another
+    # no call of softmax: `capture` would take it for a second attention of the block
     return (logits_BHN - logits_BHN.logsumexp(-1, keepdim=True)).exp().mean(1)
 
 
 class Reduced:
-    """What `reduce_tokens` did to a network.
+    """A network with reduced tokens, as `reduce_tokens` returns it.
 
     Attributes:
-        reduction: what reduces its tokens.
+        reduction: the reduction in use.
     """
 
-    def __init__(self, reduction: TokenReduction, undo: list[Any]) -> None:
+    def __init__(self, reduction: TokenReduction, undo: list[Callable[[], object]]) -> None:
         self.reduction = reduction
         self._undo = undo
 
@@ -260,16 +270,16 @@ class Reduced:
         return f"Reduced({self.reduction})"
 
     def remove(self) -> None:
-        """Give the network all its tokens again; it is as it was before. A second call does nothing."""
+        """Undo the reduction, which leaves the network as it was before. A second call has no effect."""
         while self._undo:
             self._undo.pop()()
 
 
 def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
-    """Let a ViT work with fewer tokens from layer to layer, in place.
+    """Reduce the tokens of a ViT from layer to layer, in place.
 
-    Weights, their names and the network's calls stay as they are. What a network returns beside logits has fewer tokens
-    (`forward_features`), or cannot be made (feature maps of `forward_intermediates`).
+    The network's weights, their names and the way to call the network do not change. Outputs other than logits have
+    fewer tokens (`forward_features`) or are not available (feature maps of `forward_intermediates`).
 
         >>> import timm, torch
         >>> vit = timm.create_model("test_vit", img_size=160)
@@ -284,11 +294,11 @@ def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
         reduction: `TokenMerging` or `TokenPruning`.
 
     Returns:
-        With `remove()`.
+        An object with `remove()`, which undoes the reduction.
 
     Raises:
-        UsageError: the network's blocks, attention or pooling are others, its tokens are reduced already, or the rates
-            do not fit. The network is then as it was.
+        UsageError: the network's blocks, attention or pooling are not supported, its tokens are already reduced, or the
+            rates do not fit. The network is then unchanged.
     """
     kind = type(model).__name__
     if not isinstance(model, (VisionTransformer, Eva)):
@@ -306,11 +316,11 @@ def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
         raise UsageError(f"{type(reduction).__name__} needs a class token, and this {kind} has none; take TokenMerging")
     pool = model.attn_pool
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
-        raise UsageError(f"tokens cannot be reduced where {type(pool).__name__} pools them by their places")
-    undo: list[Any] = []
+        raise UsageError(f"tokens cannot be reduced where {type(pool).__name__} pools them by position")
+    undo: list[Callable[[], object]] = []
     reduced = False
     for block, rate in zip(blocks, reduction.rates(len(blocks)), strict=True):
-        part = _Part(block, reduction, rate, model.num_prefix_tokens, follows=reduced)
+        part = _ReducedBlock(block, reduction, rate, model.num_prefix_tokens, follows=reduced)
         block.forward = part
         undo += [
             partial(delattr, block, "forward"),
@@ -324,30 +334,32 @@ def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
     return Reduced(reduction, undo)
 
 
-class _Part:
+class _ReducedBlock:
     """The forward pass of a block whose tokens are reduced between attention and MLP."""
 
-    def __init__(self, block: nn.Module, reduction: TokenReduction, rate: Any, prefix: int, *, follows: bool) -> None:
-        self.block: Any = block
+    def __init__(
+        self, block: nn.Module, reduction: TokenReduction, rate: float | None, prefix: int, *, follows: bool
+    ) -> None:
+        self.block: Any = block  # one of timm's classes, which share no type
         self.reduction, self.rate, self.prefix = reduction, rate, prefix
         self.follows = follows
-        self._seen: dict[tuple[str, int], Tensor] = {}
+        self._kept: dict[tuple[str, int], Tensor] = {}
 
-    def keep_query(self, module: nn.Module, args: Any, out: Tensor) -> None:
+    def keep_query(self, module: nn.Module, args: object, out: Tensor) -> None:
         self._keep("query", out)
 
-    def keep_key(self, module: nn.Module, args: Any, out: Tensor) -> None:
+    def keep_key(self, module: nn.Module, args: object, out: Tensor) -> None:
         self._keep("key", out)
 
     def _keep(self, name: str, out: Tensor) -> None:
         if self.rate is not None:
-            self._seen[name, _thread()] = out
+            self._kept[name, _thread()] = out
 
     def __call__(
         self, x_BNC: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         if attn_mask is not None or is_causal:
-            raise UsageError("a network whose tokens are reduced takes no attention mask")
+            raise UsageError("a network with reduced tokens accepts no attention mask")
         held = _held(x_BNC, self.prefix, lost=self.follows)
         options = {}
         if held.size_BN is not None:
@@ -357,7 +369,7 @@ class _Part:
         block = self.block
         x_BNC = x_BNC + _branch(block, 1, partial(block.attn, **options), x_BNC)
         if self.rate is not None:
-            query, key = (self._seen.pop((name, _thread())) for name in ("query", "key"))
+            query, key = (self._kept.pop((name, _thread())) for name in ("query", "key"))
             heads = Heads(query, key, rope, block.attn.scale, getattr(block.attn, "rotate_half", False))
             x_BNC, held = self.reduction(x_BNC, held, heads, self.rate)
         x_BNC = x_BNC + _branch(block, 2, block.mlp, x_BNC)
@@ -366,10 +378,10 @@ class _Part:
 
 
 class _Pool:
-    """Pools tokens as the network does, each as often as the patches it stands for."""
+    """The network's pooling, with each token weighted by the number of patches that it represents."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+        self.model: Any = model  # VisionTransformer or Eva
 
     def __call__(self, x_BNC: Tensor, pool_type: str | None = None) -> Tensor:
         model = self.model
@@ -379,7 +391,8 @@ class _Pool:
         size_BN = _held(x_BNC, model.num_prefix_tokens, lost=True).size_BN
         if size_BN is None:
             return type(model).pool(model, x_BNC, pool_type)
-        prefixed = getattr(model, "pool_include_prefix", model.attn_pool is not None)  # Eva: where it attends
+        # Eva's attention pooling includes the prefix
+        prefixed = getattr(model, "pool_include_prefix", model.attn_pool is not None)
         first = 0 if prefixed else model.num_prefix_tokens
         x_BNC, size_BN = x_BNC[:, first:], size_BN[:, first:].to(x_BNC.dtype)
         if model.attn_pool is not None:
@@ -388,8 +401,8 @@ class _Pool:
         return mean_BC if kind == "avg" else 0.5 * (x_BNC.amax(1) + mean_BC)
 
 
-def _carry(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-    """The norm behind the blocks keeps what is known of the tokens."""
+def _carry(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+    """Copy the tokens' state from the input to the output of the norm after the blocks, as its forward hook."""
     if (held := getattr(args[0], _HELD, None)) is not None:
         setattr(out, _HELD, held)
 
@@ -398,14 +411,14 @@ def _held(x_BNC: Tensor, prefix: int, *, lost: bool) -> Held:
     held = getattr(x_BNC, _HELD, None)
     if held is None and lost:
         raise UsageError(
-            "which patches these tokens stand for is not known: something replaced what a block returned after tokens "
-            "were reduced; call the whole network, without anything inserted after its blocks"
+            "the patches of these tokens are unknown: something replaced the output of a block after tokens were "
+            "reduced; call the whole network, without anything inserted after its blocks"
         )
     return Held(prefix) if held is None else held
 
 
-def _branch(block: nn.Module, number: int, run: Any, x_BNC: Tensor) -> Tensor:
-    """The residual branch of a block around its attention (1) or its MLP (2), as the block has it."""
+def _branch(block: nn.Module, number: int, run: Callable[[Tensor], Tensor], x_BNC: Tensor) -> Tensor:
+    """Compute the residual branch of a block around its attention (1) or its MLP (2)."""
     norm, drop = getattr(block, f"norm{number}"), getattr(block, f"drop_path{number}")
     if type(block) in _POST_NORM:
         return drop(norm(run(x_BNC)))
@@ -416,13 +429,13 @@ def _branch(block: nn.Module, number: int, run: Any, x_BNC: Tensor) -> Tensor:
     return drop(out_BNC if gamma is None else gamma * out_BNC)
 
 
-def _check_length(name: str, each: Sequence[Any], count: int) -> None:
+def _check_length(name: str, each: Sequence[object], count: int) -> None:
     if len(each) != count:
-        raise UsageError(f"{name} has {len(each)} entries for {count} blocks; give one number, or one a block")
+        raise UsageError(f"{name} has {len(each)} entries for {count} blocks; give one number, or one per block")
 
 
 def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()  # no graph can be made of the latter
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()  # get_ident cannot be compiled
 
 
 def _at_least_single(x: Tensor) -> torch.dtype:
@@ -440,13 +453,17 @@ def _places(held: Held, x_BNC: Tensor, patches: int) -> Tensor:
 
 
 def _rotations(rope: Tensor, place_Bn: Tensor) -> Tensor:
-    """The rotation of each token, (B, 1 or H, n, 2 D), from those of the patches, (n, 2 D) or (H, n, 2 D), which may
-    begin with B; none, sin 0 and cos 1, where a token has no place."""
+    """Return the rotation of each token, (B, 1 or H, n, 2 D), from the rotations of the patches.
+
+    Args:
+        rope: (n, 2 D), (H, n, 2 D) or (B, H, n, 2 D).
+        place_Bn: see `Held`; a token without a position gets the identity, sin 0 and cos 1.
+    """
     while rope.ndim < 4:
         rope = rope[None]
     rope = rope.expand(len(place_Bn), -1, -1, -1)
     index = place_Bn.clamp(min=0)[:, None, :, None].expand(-1, rope.shape[1], -1, rope.shape[3])
-    none = torch.cat(
+    identity = torch.cat(
         [torch.zeros_like(rope[..., : rope.shape[3] // 2]), torch.ones_like(rope[..., rope.shape[3] // 2 :])], -1
     )
-    return torch.where(place_Bn[:, None, :, None] < 0, none[:, :, :1], rope.gather(2, index))
+    return torch.where(place_Bn[:, None, :, None] < 0, identity[:, :, :1], rope.gather(2, index))

@@ -1,4 +1,4 @@
-"""Self-attention inside windows of the grid.
+"""Self-attention inside windows of a grid.
 
 Shapes: B batch, H heads, N tokens, D channels of a head.
 """
@@ -11,18 +11,21 @@ from visionattn.attention.self_attention.dense import MaskedAttention, cells, in
 
 
 class Windowed(MaskedAttention):
-    """Patches attend inside windows (Liu et al. 2021, Swin, 2103.14030, §3.2), without its position bias.
+    """Self-attention of patches inside windows (Liu et al. 2021, Swin, 2103.14030, §3.2), without a position bias.
 
         i → j  iff  ⌊(row_i − s) / window⌋ = ⌊(row_j − s) / window⌋, and the columns likewise;    s the shift
 
-    Windows at the edges hold what is left of the grid, as if it were rolled and masked like the paper's, and cost no
-    more than their tokens. Deviation from the paper: layers are shifted as you say, e.g. every second one by giving
-    `swap_attention` two factories.
+    Windows at the edges hold the rest of the grid, and only their own tokens are computed. This is equivalent to the
+    paper's rolling and masking. Deviations from the paper: no position bias; `shift` is an argument. To shift every
+    second layer, give `swap_attention` two factories.
 
     Args:
         num_heads: H; unused.
         window: rows and columns of a window.
-        shift: where the second window begins; in [0, window).
+        shift: row and column at which the first whole window begins, in [0, window) (default: 0).
+
+    Raises:
+        ValueError: window or shift is out of its range.
     """
 
     def __init__(self, num_heads: int, *, window: int, shift: int = 0) -> None:
@@ -46,7 +49,7 @@ class Windowed(MaskedAttention):
         return in_blocks(q_BHND, k_BHND, v_BHND, grid, prefix, (rows, columns), lambda row, column: None, p)
 
     def _runs(self, size: int) -> tuple[Run, ...]:
-        """What lies before the first whole window, the whole windows, and the rest."""
+        """Return the part before the first whole window, the whole windows, and the rest."""
         first = min(self.shift, size)
         count, rest = divmod(size - first, self.window)
         cuts = (0, 1, first), (first, count, self.window), (size - rest, 1, rest)

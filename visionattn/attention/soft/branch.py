@@ -1,7 +1,6 @@
-"""Convolutions whose branches compete: a softmax over branches, for each channel.
+"""Convolutions with several branches, and a softmax over the branches for each channel.
 
-Both take the place of a 3 × 3 convolution, so there is no shortcut. The gate is (B, P · C, 1, 1), branch after branch.
-
+Both modules replace a 3 × 3 convolution, so they have no shortcut. The gate is (B, P · C, 1, 1), ordered by branch.
 Shapes: B batch, P branches, C channels, H rows, W columns.
 """
 
@@ -16,17 +15,17 @@ from visionattn.attention.soft.channel import _BatchNorm2d, _bottleneck
 
 
 class SelectiveKernel(nn.Module):
-    """Selective kernels (Li et al. 2019, 1903.06586, eq. 1–6); timm's layers.
+    """Selective kernels (Li et al. 2019, 1903.06586, eq. 1–6), built from timm's layers.
 
         u_p = relu(BN(conv_p(x)))                               3 × 3, of dilation 1 and 2
         a   = softmax over p of W2 relu(BN(W1 (mean over H·W of sum over p of u_p)))
         out = sum over p of a_p · u_p
 
-    Deviation from the paper: none.
+    Deviations from the paper: none.
 
     Args:
         channels: C of the input.
-        reduction: C divided by the width of the bottleneck; the width is at least 32, as the paper's.
+        reduction: C divided by the width of the bottleneck; the width is at least 32, as in the paper (default: 16).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -60,12 +59,16 @@ class SplitAttention(nn.Module):
         a   = softmax over p of W2 relu(BN(W1 (mean over H·W of sum over p of u_p)))
         out = sum over p of a_p · u_p
 
-    Deviation from the paper: none.
+    Deviations from the paper: none.
 
     Args:
         channels: C of the input, a multiple of `radix`.
-        radix: P.
-        reduction: C · P divided by the width of the bottleneck; the width is at least 32, as the authors'.
+        radix: P, ≥ 2 (default: 2).
+        reduction: C · P divided by the width of the bottleneck; the width is at least 32, as in the authors' code
+            (default: 4).
+
+    Raises:
+        ValueError: radix is < 2, or channels is not a multiple of radix.
 
     Shape: (B, C, H, W) → the same.
     """
@@ -74,15 +77,14 @@ class SplitAttention(nn.Module):
         super().__init__()
         if radix < 2 or channels % radix:
             raise ValueError(
-                f"SplitAttention shares out its channels among radix={radix} ≥ 2 branches; {channels} channels do not "
-                "divide so"
+                f"SplitAttention needs radix ≥ 2 and a multiple of it as channels, "
+                f"got radix={radix} and {channels} channels"
             )
         width = max(32, _bottleneck(channels * radix, reduction))
         self.attention = SplitAttn(channels, radix=radix, rd_channels=-(-width // radix), norm_layer=_BatchNorm2d)
-        # as it was, with the four axes of a gate
-        self.attention.rsoftmax = nn.Sequential(  # type: ignore[assignment]
-            OrderedDict(gate=_BranchGate(self.attention.rsoftmax))
-        )
+        # the same softmax, with its output reshaped to the four axes of a gate
+        softmax = self.attention.rsoftmax
+        self.attention.add_module("rsoftmax", nn.Sequential(OrderedDict(gate=_BranchGate(softmax))))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.attention(x_BCHW)

@@ -1,4 +1,4 @@
-"""Gates over channels, (B, C, 1, 1): which features matter.
+"""Gates over channels, (B, C, 1, 1), which weight the features.
 
 Shapes: B batch, C channels, H rows, W columns.
 """
@@ -15,14 +15,14 @@ from visionattn.attention.soft.gate_ops import mean, pointwise
 
 
 class SE(nn.Module):
-    """Squeeze and excitation (Hu et al. 2018, 1709.01507, eq. 2–4); timm's weights.
+    """Squeeze and excitation (Hu et al. 2018, 1709.01507, eq. 2–4), with timm's weights.
 
         z = mean of x over H·W
         out = x · sigmoid(W2 relu(W1 z + b1) + b2)
 
     Args:
         channels: C of the input.
-        reduction: C divided by the width of the bottleneck; the width is at least 1.
+        reduction: C divided by the width of the bottleneck; the width is at least 1 (default: 16).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -32,16 +32,16 @@ class SE(nn.Module):
         self.attention = SEModule(channels, rd_channels=_bottleneck(channels, reduction))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        block: Any = self.attention
-        return x_BCHW * block.gate(block.fc2(block.act(block.fc1(mean(x_BCHW, 2, 3)))))  # to the bit as timm's
+        block: Any = self.attention  # timm's layers are not typed
+        return x_BCHW * block.gate(block.fc2(block.act(block.fc1(mean(x_BCHW, 2, 3)))))  # equals timm's bit by bit
 
 
 class EffectiveSE(nn.Module):
-    """Effective squeeze and excitation (Lee & Park 2020, 1911.06667, eq. 4–5); timm's weights.
+    """Effective squeeze and excitation (Lee & Park 2020, 1911.06667, eq. 4–5), with timm's weights.
 
         out = x · hard_sigmoid(W (mean of x over H·W) + b),     hard_sigmoid(z) = clamp(z / 6 + 1 / 2, 0, 1)
 
-    Deviation from the paper: its equation has a sigmoid, its code the hard one.
+    Deviation from the paper: its equation has a sigmoid; the authors' code and this module have the hard sigmoid.
 
     Args:
         channels: C of the input.
@@ -54,16 +54,16 @@ class EffectiveSE(nn.Module):
         self.attention = EffectiveSEModule(channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        block: Any = self.attention
+        block: Any = self.attention  # timm's layers are not typed
         return x_BCHW * block.gate(pointwise(block.fc, mean(x_BCHW, 2, 3)))
 
 
 class ECA(nn.Module):
-    """Efficient channel attention (Wang et al. 2020, 1910.03151, eq. 5 and 12); timm's module under our interface.
+    """Efficient channel attention (Wang et al. 2020, 1910.03151, eq. 5 and 12), by timm's module.
 
         out = x · sigmoid(conv1d_k(mean of x over H·W)),    k = |log2(C) / 2 + 1 / 2| made odd
 
-    Deviation from the paper: k is at least 3, so that few channels attend to their neighbours too.
+    Deviation from the paper: k is at least 3, so that neighbouring channels are mixed even if there are few.
 
     Args:
         channels: C of the input.
@@ -80,9 +80,9 @@ class ECA(nn.Module):
 
 
 class CircularECA(nn.Module):
-    """Efficient channel attention whose convolution meets the first channels again after the last; timm's module.
+    """Efficient channel attention whose convolution wraps around from the last channel to the first, by timm's module.
 
-    As `ECA`, with circular padding in place of zeros, so that no channel is at an edge. It is in no paper.
+    It is `ECA` with circular padding instead of zeros, so that no channel is at an edge. It has no paper.
 
     Args:
         channels: C of the input.
@@ -99,15 +99,19 @@ class CircularECA(nn.Module):
 
 
 class WideECA(nn.Module):
-    """Efficient channel attention with a hidden layer; timm's module, `ecam`.
+    """Efficient channel attention with a hidden layer, by timm's module (`ecam`).
 
         out = x · sigmoid(conv1d_k(relu(w · mean of x over H·W + b)))
 
-    w and b make several values of each channel, and the convolution mixes those of k neighbours. It is in no paper.
+    w and b turn each channel's mean into several values, and the convolution mixes the values of k neighbouring
+    channels. It has no paper.
 
     Args:
         channels: C of the input.
-        width: values a channel.
+        width: values per channel (default: 8).
+
+    Raises:
+        ValueError: width is < 1.
 
     Shape: (B, C, H, W) → the same.
     """
@@ -129,8 +133,8 @@ class GCT(nn.Module):
         gate  = 1 + tanh(gamma · s / sqrt(mean over C of s^2 + eps) + beta)
         out   = x · gate
 
-    gamma and beta start at 0, where it is the identity. Deviation from the paper: none; its √C ŝ / ‖s‖ is written as a
-    mean over C.
+    gamma and beta start at 0, where the module is the identity. Deviations from the paper: none; the paper's √C ŝ / ‖s‖
+    is written as a mean over C.
 
     Args:
         channels: C of the input.
@@ -161,21 +165,24 @@ class _Competition(nn.Module):
 
 
 class FcaNet(nn.Module):
-    """Frequency channel attention (Qin et al. 2021, 2012.11929, eq. 10–12): each channel is pooled by a cosine.
+    """Frequency channel attention (Qin et al. 2021, 2012.11929, eq. 10–12): each channel is pooled with a cosine.
 
         z[c] = mean over i, j of x[c, i, j] · f_u(i, H) · f_v(j, W),            (u, v) the frequency of c's group
         f_u(i, H) = cos(pi U (i + 1/2) / H) · (1 if U = 0 else √2),             U = ⌊u H / 7⌋
         out = x · sigmoid(W2 relu(W1 z))
 
-    The paper splits the channels into 16 groups and gives them the 16 best of the 7 × 7 parts of the spectrum; (0, 0)
-    is the mean, so that one group makes this squeeze and excitation. Deviations from the paper: the cosines are made
-    for the input's own size, where the authors' code pools the input to a fixed size first, and are scaled so that
-    (0, 0) is the mean at any size; groups need not be equal, and C < 16 uses the C best frequencies.
+    The paper splits the channels into 16 groups, which get the 16 best frequencies of a 7 × 7 spectrum; (0, 0) is the
+    mean, so that a single group gives squeeze and excitation. Deviations from the paper: the cosines have the input's
+    own size, whereas the authors' code first pools the input to a fixed size; the cosines are scaled so that (0, 0) is
+    the mean at any size; groups need not be equal, and with C < 16 the C best frequencies are used.
 
     Args:
         channels: C of the input.
-        reduction: C divided by the width of the bottleneck; the width is at least 1.
-        frequencies: number of groups, 1 to 16.
+        reduction: C divided by the width of the bottleneck; the width is at least 1 (default: 16).
+        frequencies: number of groups, 1 to 16 (default: 16).
+
+    Raises:
+        ValueError: frequencies is out of its range.
 
     Shape: (B, C, H, W) → the same.
     """
@@ -206,12 +213,12 @@ _FREQUENCIES = (
     *((0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0)),
     *((5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2)),
 )
-"""(u, v) of a 7 × 7 spectrum, rows and columns, the best alone first, as the authors' code lists them."""
+"""(u, v) in a 7 × 7 spectrum, rows and columns, the best first, in the order of the authors' code."""
 
 
 def _cosines(frequency_C: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     own_C1 = (frequency_C * size // 7)[:, None]
-    exact = torch.promote_types(dtype, torch.float32)  # bfloat16 cannot count the places of a row
+    exact = torch.promote_types(dtype, torch.float32)  # bfloat16 cannot represent the indices of a long row
     angle_CN = own_C1 * (torch.arange(size, device=frequency_C.device, dtype=exact) + 0.5) * (math.pi / size)
     return angle_CN.cos() * ((own_C1 > 0) * (math.sqrt(2) - 1) + 1)
 
@@ -223,7 +230,7 @@ def _bottleneck(channels: int, reduction: int) -> int:
 
 
 class _BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that normalises a single value, which has no variance, by what it has seen before."""
+    """Batch normalisation that uses the running statistics for a single value, which has no variance."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if self.training and x_BCHW.shape[0] * x_BCHW.shape[2] * x_BCHW.shape[3] == 1:
@@ -231,16 +238,16 @@ class _BatchNorm2d(nn.BatchNorm2d):
         return super().forward(x_BCHW)
 
 
-def _shared_out(channels: int, number: int | None, most: int, what: str) -> int:
-    """How many heads or groups: the number asked for, or the largest common divisor of `most` and C.
+def _divisor(channels: int, number: int | None, most: int, what: str) -> int:
+    """Return the number of heads or groups: `number`, or by default the greatest common divisor of `most` and C.
 
     Raises:
-        ValueError: C is no multiple of it.
+        ValueError: C is not a multiple of the number.
     """
     if number is None:
         return math.gcd(channels, most)
     if number < 1 or channels % number:
-        raise ValueError(f"{channels} channels cannot be shared out among {what}={number}; pass a divisor")
+        raise ValueError(f"{channels} channels are not a multiple of {what}={number}; pass a divisor")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Gates along rows and along columns: features pooled over one axis say where on the other.
+"""Gates along rows and along columns, computed from features pooled over the other axis.
 
 Shapes: B batch, C channels, H rows, W columns.
 """
@@ -12,18 +12,18 @@ from visionattn.attention.soft.gate_ops import mean, outer, pointwise, thin
 
 
 class CoordinateAttention(nn.Module):
-    """Coordinate attention (Hou et al. 2021, 2103.02907, eq. 4–9); timm's weights.
+    """Coordinate attention (Hou et al. 2021, 2103.02907, eq. 4–9), with timm's weights.
 
-        f   = hswish(BN(W1 [mean of x over W ; mean of x over H]))       the two side by side, H + W places
+        f   = hswish(BN(W1 [mean of x over W ; mean of x over H]))       both concatenated, H + W positions
         g^h = sigmoid(Wh f^h),    g^w = sigmoid(Ww f^w)
         out[c, i, j] = x[c, i, j] · g^h[c, i] · g^w[c, j]
 
-    Deviations from the paper: none of its equations; f is no wider than C needs, and hswish and batch normalisation are
-    those of the authors' code. The convolutions have no bias.
+    Deviations from the paper: none in its equations; hswish and batch normalisation are those of the authors' code. The
+    convolutions have no bias.
 
     Args:
         channels: C of the input.
-        reduction: C divided by the width of f; the width is at least 8, as the authors' is.
+        reduction: C divided by the width of f; the width is at least 8, as in the authors' code (default: 32).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -43,16 +43,16 @@ class CoordinateAttention(nn.Module):
 
 
 class SimpleCoordinateAttention(nn.Module):
-    """Coordinate attention with one gate, the sum of both before the sigmoid; timm's weights.
+    """Coordinate attention with one gate, the sigmoid of a sum over both axes, with timm's weights.
 
         out[c, i, j] = x[c, i, j] · sigmoid(Wh f(mean of x over W)[i] + Ww f(mean of x over H)[j])[c]
         f(z)         = silu(W1 z)
 
-    It is in no paper; `CoordinateAttention` is.
+    This variant has no paper; `CoordinateAttention` has one.
 
     Args:
         channels: C of the input.
-        reduction: C divided by the width of f; the width is at least 8.
+        reduction: C divided by the width of f; the width is at least 8 (default: 8).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -69,17 +69,17 @@ class SimpleCoordinateAttention(nn.Module):
 
 
 class ELA(nn.Module):
-    """Efficient local attention (Xu & Wan 2024, 2403.01123, eq. 3–6); timm's weights.
+    """Efficient local attention (Xu & Wan 2024, 2403.01123, eq. 3–6), with timm's weights.
 
         g^h = sigmoid(silu(GN(conv1d_k(mean of x over W)))),    g^w the same of the mean over H
         out[c, i, j] = x[c, i, j] · g^h[c, i] · g^w[c, j]       the convolutions are depthwise
 
-    Deviations from the paper, all of timm: silu before the sigmoid; one group in place of 16 in the normalisation; each
+    Deviations from the paper, as in timm: silu before the sigmoid; the normalisation has one group instead of 16; each
     axis has its own convolution.
 
     Args:
         channels: C of the input.
-        kernel_size: k; odd.
+        kernel_size: k, odd (default: 7).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -99,15 +99,16 @@ class ELA(nn.Module):
 
 
 class StripAttention(nn.Module):
-    """Strips of means along rows and columns, refined and added; timm's weights.
+    """One gate from means along rows and means along columns, each convolved, then added; with timm's weights.
 
         out = x · sigmoid(conv_k×1(mean of x over W) + conv_1×k(mean of x over H))      depthwise convolutions
 
-    After strip pooling (Hou et al. 2020, 2003.13328), whose convolutions are dense and whose sum is mixed by another.
+    Strip pooling (Hou et al. 2020, 2003.13328) is similar, but its convolutions are dense, and another convolution
+    mixes the sum.
 
     Args:
         channels: C of the input.
-        kernel_size: k; odd.
+        kernel_size: k, odd (default: 3).
 
     Shape: (B, C, H, W) → the same.
     """

@@ -1,8 +1,8 @@
-"""Arithmetic of gates, in the form whose gradient makes few passes over the features.
+"""Operations of gates, written so that the backward pass makes few passes over the features.
 
-Where a gate costs, it is in reading and writing tensors of the features' size, most of them in the backward pass.
+The cost of a gate is reading and writing tensors of the features' size, mostly in the backward pass.
 
-Shapes: B batch, C channels, H rows, W columns, D channels out.
+Shapes: B batch, C channels, H rows, W columns, D output channels.
 """
 
 import math
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 
 def mean(x: Tensor, *dims: int) -> Tensor:
-    """Mean over dims, which are kept with size 1; torch's own writes its gradient out at the size of x."""
-    wide = torch.float32 if x.dtype.itemsize < 4 else x.dtype  # a sum may be beyond half precision
+    """Return the mean over dims, kept with size 1; torch's own mean materialises its gradient at the size of x."""
+    wide = torch.float32 if x.dtype.itemsize < 4 else x.dtype  # a sum may overflow in half precision
     return (x.sum(dims, keepdim=True, dtype=wide) / math.prod([x.shape[dim] for dim in dims])).to(x.dtype)
 
 
 def pooled(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x itself, and its mean and maximum over a dim, which is kept with size 1.
+    """Return x, and its mean and maximum over a dim, kept with size 1.
 
-    Whatever then uses this x, the gradient of all three takes one pass over it: torch's own writes one of x's size for
-    each, and adds them up.
+    Use the returned x from here on. The gradients of all three are then computed in one pass over x; torch's own
+    operations would materialise a gradient of x's size for each, and add them up.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return _Pooled.apply(x, dim)[:3]
@@ -32,7 +32,7 @@ def pooled(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pooled_positions(x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same over positions, (B, C, 1, 1), in the layout that x has."""
+    """Return x with its mean and maximum over positions, (B, C, 1, 1), in the memory format of x; see `pooled`."""
     if x_BCHW.is_contiguous(memory_format=torch.channels_last):
         x_BHWC = x_BCHW.permute(0, 2, 3, 1)
         x_BNC, mean_B1C, maximum_B1C = pooled(x_BHWC.flatten(1, 2), 1)
@@ -49,7 +49,7 @@ class _Pooled(torch.autograd.Function):
         return x.view_as(x), mean(x, dim), maximum_, index
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, ...]) -> None:  # torch's context
         ctx.dim = inputs[1]
         ctx.mark_non_differentiable(output[3])
         ctx.save_for_backward(output[3])
@@ -63,25 +63,25 @@ class _Pooled(torch.autograd.Function):
 
 
 def outer(rows_BCH1: Tensor, columns_BC1W: Tensor) -> Tensor:
-    """rows · columns, (B, C, H, W), whose gradient needs no product of that size."""
+    """Return rows · columns, (B, C, H, W), as a matrix product; its gradient needs no other tensor of that size."""
     shape = (*rows_BCH1.shape[:3], columns_BC1W.shape[3])
     return (rows_BCH1.flatten(0, 1) @ columns_BC1W.flatten(0, 1)).view(shape)
 
 
 def pointwise(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
-    """A 1 × 1 convolution of few positions, (B, D, H, W); torch's is ten times as slow there on a CPU."""
+    """Apply a 1 × 1 convolution to few positions, (B, C, H, W) → (B, D, H, W); ten times as fast as torch on a CPU."""
     return F.linear(x_BCHW.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
 
 
 def narrowed(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
-    """A 1 × 1 convolution of many positions to few channels, (B, D, H, W); torch's is slow there too."""
+    """Apply a 1 × 1 convolution with few output channels, (B, C, H, W) → (B, D, H, W); faster than torch's."""
     weight_BDC = conv.weight.flatten(1).expand(x_BCHW.shape[0], -1, -1)
     y_BDHW = (weight_BDC @ x_BCHW.flatten(2)).unflatten(2, x_BCHW.shape[2:])
     return y_BDHW if conv.bias is None else y_BDHW + conv.bias[:, None, None]
 
 
 def thin(layer: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> Tensor:
-    """A convolution of few channels, or of each alone; with channels last it is two to six times as fast on a CPU."""
+    """Apply a convolution of few channels, or a depthwise one; channels-last is two to six times as fast on a CPU."""
     last = torch.channels_last
     if x_BCHW.device.type != "cpu" or x_BCHW.is_contiguous(memory_format=last):
         return layer(x_BCHW)

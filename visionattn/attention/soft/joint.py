@@ -1,4 +1,4 @@
-"""Gates over channels and positions, one after the other or at once.
+"""Gates over channels and positions, in sequence or combined.
 
 Shapes: B batch, C channels, H rows, W columns; G groups of D channels.
 """
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from timm.layers.cbam import CbamModule, LightCbamModule
 from torch import Tensor, nn
 
-from visionattn.attention.soft.channel import _BatchNorm2d, _bottleneck, _must_be_odd, _shared_out
+from visionattn.attention.soft.channel import _BatchNorm2d, _bottleneck, _divisor, _must_be_odd
 from visionattn.attention.soft.gate_ops import mean, narrowed, outer, pointwise, pooled, pooled_positions, thin
 
 
 class CBAM(nn.Module):
-    """Convolutional block attention (Woo et al. 2018, 1807.06521, eq. 1–3); timm's weights.
+    """Convolutional block attention (Woo et al. 2018, 1807.06521, eq. 1–3), with timm's weights.
 
         x'  = x · sigmoid(MLP(mean of x over H·W) + MLP(max of x over H·W))
         out = x' · sigmoid(conv_k([mean of x' over C; max of x' over C]))
@@ -25,8 +25,8 @@ class CBAM(nn.Module):
 
     Args:
         channels: C of the input.
-        reduction: C divided by the width of the MLP's bottleneck; the width is at least 1.
-        kernel_size: k of the spatial gate's convolution; odd.
+        reduction: C divided by the width of the MLP's bottleneck; the width is at least 1 (default: 16).
+        kernel_size: k of the spatial gate's convolution, odd (default: 7).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -39,28 +39,28 @@ class CBAM(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # timm's layers in their order, with both means and maxima through the MLP at once
+        # timm's layers in their order, with means and maxima in one call of the MLP
         channel, spatial = self.attention.channel, self.attention.spatial
         x_BCHW, *both_BC11 = pooled_positions(x_BCHW)
         squeezed = torch.cat(both_BC11)
         both = pointwise(channel.fc2, channel.act(pointwise(channel.fc1, squeezed)))
-        of_mean, of_maximum = both.unflatten(0, (2, x_BCHW.shape[0])).unbind()  # chunk would tie a graph to this batch
+        of_mean, of_maximum = both.unflatten(0, (2, x_BCHW.shape[0])).unbind()  # chunk would fix B in an exported graph
         x_BCHW, *planes_B1HW = pooled(x_BCHW * channel.gate(of_mean + of_maximum), 1)
         return x_BCHW * spatial.gate(thin(spatial.conv, torch.cat(planes_B1HW, 1)))
 
 
 class LightCBAM(nn.Module):
-    """CBAM that adds its means and maxima before it looks at them; timm's weights.
+    """CBAM that adds means and maxima before the MLP and the convolution, with timm's weights.
 
         x'  = x · sigmoid(MLP(z)),                  z = (mean of x over H·W) / 2 + (max of x over H·W) / 2
         out = x' · sigmoid(BN(conv_k(z')))          z' = (mean of x' over C) / 2 + (max of x' over C) / 2
 
-    It is in no paper; `CBAM` is.
+    This variant has no paper; `CBAM` has one.
 
     Args:
         channels: C of the input.
-        reduction: C divided by the width of the MLP's bottleneck; the width is at least 1.
-        kernel_size: k of the spatial gate's convolution; odd.
+        reduction: C divided by the width of the MLP's bottleneck; the width is at least 1 (default: 16).
+        kernel_size: k of the spatial gate's convolution, odd (default: 7).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -73,7 +73,7 @@ class LightCBAM(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # timm's layers in their order; its own channel part passes its `gate` by, and nobody could watch it
+        # timm's layers in their order; timm's own channel part does not call its `gate`, so that no hook could see it
         channel, spatial = self.attention.channel, self.attention.spatial
         x_BCHW, mean_BC11, maximum_BC11 = pooled_positions(x_BCHW)
         z_BC11 = 0.5 * (mean_BC11 + maximum_BC11)
@@ -90,13 +90,13 @@ class BAM(nn.Module):
         M_s = conv_1(relu(BN(conv_3(relu(BN(conv_3(relu(BN(conv_1(x))))))))))   (B, 1, H, W)
         out = x + x · M
 
-    Deviation from the paper: its equations normalise the end of each branch; as in the authors' code, every hidden
-    layer is normalised instead.
+    Deviation from the paper: its equations normalise the end of each branch; here, as in the authors' code, every
+    hidden layer is normalised instead.
 
     Args:
         channels: C of the input.
-        reduction: C divided by the width of both branches; the width is at least 1.
-        dilation: of the two 3 × 3 convolutions.
+        reduction: C divided by the width of both branches; the width is at least 1 (default: 16).
+        dilation: of the two 3 × 3 convolutions (default: 4).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -127,17 +127,20 @@ class BAM(nn.Module):
 
 
 class SimAM(nn.Module):
-    """Weigh every activation by how much it stands out from its channel (Yang et al. 2021, PMLR 139, eq. 5–6).
+    """Weight every activation by how much it differs from its channel's mean (Yang et al. 2021, PMLR 139, eq. 5–6).
 
         1/e = (x - mean)^2 / (4 (var + lambda)) + 1/2        mean, var over the H·W positions of a channel
         out = x · sigmoid(1/e)
 
-    It has no weights to learn. Deviations from the paper: var divides by H·W − 1, as the authors' code does, and a
-    single position stands out by nothing.
+    The module has no learned weights. Deviations from the paper: var divides by H·W − 1, as in the authors' code; a
+    single position counts as equal to the mean.
 
     Args:
-        channels: C of the input; unused, and taken so that every mechanism is built alike.
-        regularisation: lambda, > 0; larger is flatter.
+        channels: C of the input. Unused; every mechanism is built from its number of channels.
+        regularisation: lambda, > 0. Larger values give flatter gates (default: 1e-4).
+
+    Raises:
+        ValueError: regularisation is not > 0.
 
     Shape: (B, C, H, W) → the same.
     """
@@ -150,11 +153,11 @@ class SimAM(nn.Module):
         self.gate = nn.Sigmoid()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # by torch's kernel of a normalisation, whose variance divides by N: (N − 1) / N is taken out of both terms
+        # group_norm's variance divides by N, not by N − 1: scale and eps are corrected by (N − 1) / N
         count = x_BCHW.shape[2] * x_BCHW.shape[3]
-        share = max(1, count - 1) / count
-        scale_C = x_BCHW.new_full(x_BCHW.shape[1:2], (share / 4) ** 0.5)
-        root_BCHW = torch.group_norm(x_BCHW, x_BCHW.shape[1], scale_C, eps=self.regularisation * share)
+        correction = max(1, count - 1) / count
+        scale_C = x_BCHW.new_full(x_BCHW.shape[1:2], (correction / 4) ** 0.5)
+        root_BCHW = torch.group_norm(x_BCHW, x_BCHW.shape[1], scale_C, eps=self.regularisation * correction)
         return x_BCHW * self.gate(root_BCHW.square() + 0.5)
 
 
@@ -165,11 +168,11 @@ class TripletAttention(nn.Module):
         g_d    = sigmoid(BN(conv_k(Z_d(x))))            over the plane of the two other axes, for d in C, H and W
         out    = x · (g_C + g_H + g_W) / 3
 
-    Deviation from the paper: none; it gates x three times and takes the mean of the results, which is the same.
+    Deviations from the paper: none; the paper multiplies x by each gate and averages the results, which is the same.
 
     Args:
-        channels: C of the input; unused, and taken so that every mechanism is built alike.
-        kernel_size: k of the three convolutions; odd.
+        channels: C of the input. Unused; every mechanism is built from its number of channels.
+        kernel_size: k of the three convolutions, odd (default: 7).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -179,7 +182,7 @@ class TripletAttention(nn.Module):
         self.gate = _TripletGate(kernel_size)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # x passes through what pools it, so that the gradients of all of it are one
+        # each call returns x, so that one chain carries the gradients of all poolings; see `pooled`
         planes = []
         for dim in (1, 2, 3):
             x_BCHW, mean_, maximum = pooled(x_BCHW, dim)
@@ -209,27 +212,27 @@ class _TripletGate(nn.Module):
 class EMA(nn.Module):
     """Efficient multi-scale attention (Ouyang et al. 2023, 2305.13563, fig. 3 and eq. 1–2).
 
-    Each of G groups of D = C / G channels, u, is looked at near and far, and each look is weighed by the other:
+    u is one of G groups of D = C / G channels. Each group has a far and a near view, and each view weights the other:
 
         far   = GN(u · sigmoid(h) · sigmoid(w)),    [h ; w] = conv_1([mean of u over W ; mean of u over H])
         near  = conv_3(u)
         gate  = sigmoid(softmax(mean of far over H·W)ᵀ near + softmax(mean of near over H·W)ᵀ far)
         out   = u · gate                            softmax and products over the D channels
 
-    The groups share their weights. The mean of far, which is normalised, is the bias of GN, and near enters by
-    sums only: it is computed so, and near itself never is. Deviation from the paper: none of the authors' code,
-    which this follows where the paper's text leaves things open.
+    The groups share their weights. far is normalised, so its mean is the bias of GN. near is needed only in sums, which
+    are computed without near itself. Deviations from the paper: none; where the paper's text leaves details open, this
+    module follows the authors' code.
 
     Args:
         channels: C of the input.
-        groups: G; None for the largest common divisor of C and 8.
+        groups: G (default: the greatest common divisor of C and 8).
 
     Shape: (B, C, H, W) → the same.
     """
 
     def __init__(self, channels: int, *, groups: int | None = None) -> None:
         super().__init__()
-        self.groups = _shared_out(channels, groups, 8, "groups")
+        self.groups = _divisor(channels, groups, 8, "groups")
         self.gate = _MultiScaleGate(channels // self.groups, self.groups)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -247,11 +250,11 @@ class _MultiScaleGate(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         batch, _, height, width = x_BCHW.shape
-        u = x_BCHW.reshape(batch * self.groups, -1, height, width)  # (B · G, D, H, W), as all below
+        u = x_BCHW.reshape(batch * self.groups, -1, height, width)  # (B · G, D, H, W), like all tensors below
         both = pointwise(self.along, torch.cat([mean(u, 3), mean(u, 2).mT], 2)).sigmoid()
         rows, columns = both.split([height, width], 2)
         far = self.norm(u * outer(rows, columns.mT))
-        of_far_D = F.softmax(self.norm.bias, 0)  # weighs the D kernels of near before they are applied, as one
+        of_far_D = F.softmax(self.norm.bias, 0)  # weights of near's D kernels, which are summed before the convolution
         kernel_D33 = torch.einsum("e,edij->dij", of_far_D, self.near.weight)
         of_near = partial(
             F.conv2d, weight=kernel_D33[None], bias=(of_far_D @ self.near.get_parameter("bias"))[None], padding=1
@@ -261,13 +264,13 @@ class _MultiScaleGate(nn.Module):
         return (near + far).sigmoid().view(batch, self.groups, height, width)
 
     def _mean_near(self, u: Tensor) -> Tensor:
-        """Mean of conv_3(u) over positions, (B · G, D), of the sums of what each weight of the kernel meets."""
+        """Return the mean of conv_3(u) over positions, (B · G, D), from the sum of the inputs to each kernel weight."""
         meets_9N = F.unfold(torch.ones_like(u[:1, :1]), 3, padding=1)[0].flip(0)
         sums = (u.flatten(2) @ meets_9N.mT).flatten(1)
         return F.linear(sums / meets_9N.shape[1], self.near.weight.flatten(1), self.near.bias)
 
 
-def _layers(sequential: nn.Sequential) -> list[Any]:
+def _layers(sequential: nn.Sequential) -> list[Any]:  # Any: the callers know the classes
     return list(sequential)
 
 

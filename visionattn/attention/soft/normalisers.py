@@ -1,4 +1,4 @@
-"""From scores to weights over positions that sum to one.
+"""Normalisers turn scores into weights over positions that sum to one.
 
 Shapes: B batch, K maps, H rows, W columns; N the axis that is normalised.
 """
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 
 def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
-    """The nearest point of the simplex, most of whose weights are 0 (Martins & Astudillo 2016, 1602.02068, alg. 1).
+    """Project scores to the nearest point of the simplex; most weights are 0 (Martins & Astudillo 2016, 1602.02068).
 
-        p = max(s − tau, 0),    tau such that p sums to one
+        p = max(s − tau, 0),    tau such that p sums to one                     (alg. 1)
 
-    Gradients are exact (their prop. 2): the sort only finds which weights are above 0, and tau is computed from those.
+    Gradients are exact (their prop. 2): the sort only determines which weights are above 0, and tau is computed from
+    their scores. Returns the shape and dtype of `scores`.
     """
     z = _exact(scores)
     with torch.no_grad():
@@ -29,14 +30,15 @@ def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
 
 
 def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
-    """1.5-entmax, between softmax and sparsemax (Peters et al. 2019, 1905.05702, alg. 2).
+    """Compute 1.5-entmax, between softmax and sparsemax (Peters et al. 2019, 1905.05702, alg. 2).
 
         p = max(s / 2 − tau, 0)^2,    tau such that p sums to one
 
-    Gradients are exact: the sort only finds which weights are above 0, and tau is computed from those.
+    Gradients are exact: the sort only determines which weights are above 0, and tau is computed from their scores.
+    Returns the shape and dtype of `scores`.
     """
     z = _exact(scores) / 2
-    z = z - z.amax(dim, keepdim=True).detach()  # squares of large scores would lose their differences
+    z = z - z.amax(dim, keepdim=True).detach()  # otherwise squares of large scores lose their differences
     with torch.no_grad():
         sorted_, rank = _sorted(z, dim)
         inside = _threshold(sorted_.cumsum(dim) / rank, sorted_.square().cumsum(dim) / rank, rank) <= sorted_
@@ -60,12 +62,12 @@ def _sorted(z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 def _lowest(sorted_: Tensor, inside: Tensor, dim: int) -> Tensor:
-    """The lowest score whose weight is above 0."""
+    """Return the lowest score whose weight is above 0."""
     return torch.where(inside, sorted_, math.inf).amin(dim, keepdim=True)
 
 
 def _threshold(mean: Tensor, mean_square: Tensor, count: Tensor) -> Tensor:
-    """tau if the weights above 0 are `count` in number and their scores have these moments."""
+    """Return tau, given that `count` weights are above 0 and their scores have these moments."""
     return mean - (1 / count - mean_square + mean.square()).clamp(min=0).sqrt()
 
 
@@ -73,7 +75,10 @@ class Softmax(nn.Module):
     """p = softmax(s / temperature) over the positions of each map.
 
     Args:
-        temperature: > 0; larger is flatter.
+        temperature: > 0; larger values give flatter weights (default: 1).
+
+    Raises:
+        ValueError: temperature is not > 0.
 
     Shape: scores (B, K, H, W) → weights, the same.
     """
@@ -117,7 +122,7 @@ class Entmax15(nn.Module):
 
 
 class NormalisedSigmoid(nn.Module):
-    """p = sigmoid(s) / sum over positions of sigmoid(s): many positions can each count as much as the first.
+    """p = sigmoid(s) / sum over positions of sigmoid(s): many positions can have equally large weights.
 
     Shape: scores (B, K, H, W) → weights, the same.
     """
@@ -141,5 +146,5 @@ class _OverPositions(nn.Module):
 
 def _normalised_sigmoid(scores: Tensor) -> Tensor:
     log = F.logsigmoid(_exact(scores))
-    share = (log - log.amax(-1, keepdim=True)).exp()  # scores far below 0 would all be 0
-    return (share / share.sum(-1, keepdim=True)).to(scores.dtype)
+    relative = (log - log.amax(-1, keepdim=True)).exp()  # without the maximum, very low scores would all give 0
+    return (relative / relative.sum(-1, keepdim=True)).to(scores.dtype)

@@ -1,4 +1,4 @@
-"""Every position looks at others: attention maps (B, heads, positions, positions), whole or in blocks.
+"""Attention between positions: weights (B, heads, positions, positions), over the whole feature map or in blocks.
 
 Shapes: B batch, C channels, H rows, W columns, N = H · W positions, D channels of a head.
 """
@@ -10,21 +10,21 @@ from timm.layers.halo_attn import HaloAttn
 from timm.layers.non_local_attn import BatNonLocalAttn, NonLocalAttn
 from torch import Tensor, nn
 
-from visionattn.attention.soft.channel import _bottleneck, _shared_out
+from visionattn.attention.soft.channel import _bottleneck, _divisor
 
 
 class NonLocal(nn.Module):
-    """Non-local block, embedded Gaussian (Wang et al. 2018, 1711.07971, eq. 1, 4 and 6); timm's weights.
+    """Non-local block, embedded Gaussian (Wang et al. 2018, 1711.07971, eq. 1, 4 and 6), with timm's weights.
 
         y   = softmax(q kᵀ / √C) v                      q, k, v = W_q x, W_k x, W_v x
         out = x + BN(W_z y)
 
-    The normalisation's scale starts at 0, where it is the identity. Attention is fused; timm's own forward writes the
-    N × N map. Deviation from the paper: scores are divided by √C, as timm's are.
+    The scale of BN starts at 0, where the module is the identity. Attention runs in one fused call; timm's own forward
+    pass stores the N × N map. Deviation from the paper: scores are divided by √C, as in timm.
 
     Args:
         channels: C of the input.
-        reduction: C divided by the width of q, k and v; the width is at least 1.
+        reduction: C divided by the width of q, k and v; the width is at least 1 (default: 8).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -46,13 +46,13 @@ class DualAttention(nn.Module):
         out = x + alpha · softmax(q kᵀ) v + beta · softmax(x xᵀ) x
 
     The first softmax is over positions, with q, k, v = W_q x, W_k x, W_v x; the second over channels, with x as (C, N).
-    alpha and beta start at 0, where it is the identity. Deviations from the paper: both branches look at x itself and
-    are added, without the convolutions before and after each. The authors' code takes the channels that are least
-    alike, by softmax(max − x xᵀ); this is the equation.
+    alpha and beta start at 0, where the module is the identity. Deviations from the paper: both branches use x itself
+    and are added, without the convolutions before and after each branch. The authors' code prefers the least similar
+    channels, by softmax(max − x xᵀ); this module follows the equation.
 
     Args:
         channels: C of the input.
-        reduction: C divided by the width of q and k; the width is at least 1.
+        reduction: C divided by the width of q and k; the width is at least 1 (default: 8).
 
     Shape: (B, C, H, W) → the same.
     """
@@ -75,19 +75,22 @@ class DualAttention(nn.Module):
 
 
 class BottleneckAttention(nn.Module):
-    """Self-attention of bottleneck transformers (Srinivas et al. 2021, 2101.11605, fig. 4); timm's weights.
+    """Self-attention of bottleneck transformers (Srinivas et al. 2021, 2101.11605, fig. 4), with timm's weights.
 
         out = softmax(q kᵀ / √D + q r_hᵀ + q r_wᵀ) v            q, k, v = W x, in heads of D channels
 
-    r_h and r_w are learned for every distance along rows and columns. It takes the place of a 3 × 3 convolution: there
-    is no shortcut. timm's module takes one image size only; here distances are those of a `size` × `size` map, and for
-    another they are stretched linearly, so that the farthest stay the farthest. Deviation from the paper: that; q r is
-    not divided by √D, as in the authors' code.
+    r_h and r_w are learned for every distance along rows and columns. The module replaces a 3 × 3 convolution, so it
+    has no shortcut. timm's module accepts one image size only; here r_h and r_w are learned for a `size` × `size` map,
+    and interpolated linearly for other sizes, so that the largest distance remains the largest. Deviations from the
+    paper: this interpolation; q r is not divided by √D, as in the authors' code.
 
     Args:
         channels: C of the input.
-        num_heads: None for the largest common divisor of C and 4.
-        size: rows and columns of the map that r_h and r_w are learned for.
+        num_heads: default: the greatest common divisor of C and 4.
+        size: rows and columns of the map for which r_h and r_w are learned (default: 14).
+
+    Raises:
+        ValueError: size is < 1.
 
     Shape: (B, C, H, W) → the same.
     """
@@ -96,7 +99,7 @@ class BottleneckAttention(nn.Module):
         super().__init__()
         if size < 1:
             raise ValueError(f"size must be ≥ 1, got {size}")
-        heads = _shared_out(channels, num_heads, 4, "num_heads")
+        heads = _divisor(channels, num_heads, 4, "num_heads")
         self.attention = BottleneckAttn(channels, feat_size=(size, size), num_heads=heads)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -111,23 +114,26 @@ class BottleneckAttention(nn.Module):
 
 
 class BilinearAttention(nn.Module):
-    """Bilinear attentional transform, BAT (Chi et al. 2020, CVPR, eq. 4–7); timm's weights.
+    """Bilinear attentional transform, BAT (Chi et al. 2020, CVPR, eq. 4–7), with timm's weights.
 
         y   = P x' Q                            for each group of channels of x' = relu(BN(W_1 x)); rows, then columns
         out = x + dropout(relu(BN(W_3 relu(BN(W_2 y)))))
 
-    The image is cut into s × s blocks, and P and Q are s × s: position (i, j) of a block looks at the same position of
-    the blocks above and below, then left and right. P and Q are sigmoids of a projection of the maxima of each block
-    row and column, normalised to a sum of 1 over what is looked at. Deviation from the paper, timm's: the blocks'
-    maxima, not all of x, make P and Q. An image that is not a multiple of s is continued with its last row and column,
-    where timm's module refuses it.
+    The image is cut into s × s blocks, and P and Q are s × s: position (i, j) of a block attends to the same position
+    of the blocks above and below, then of those left and right. P and Q are sigmoids of a projection of the maxima of
+    each row and column of blocks, normalised to sum to 1 over the attended blocks. Deviation from the paper, as in
+    timm: P and Q are computed from the blocks' maxima instead of all of x. If the sides of an image are not multiples
+    of s, its last row and column are repeated; timm's module refuses such an image.
 
     Args:
         channels: C of the input.
-        block_size: s; 7 as the authors'.
-        groups: of channels that share P and Q.
-        reduction: C divided by the channels of x'; they are rounded up to a multiple of `groups`.
-        drop_rate: of whole channels, in training.
+        block_size: s (default: 7, as in the authors' code).
+        groups: groups of channels, each with its own P and Q (default: 2).
+        reduction: C divided by the channels of x', which are rounded up to a multiple of `groups` (default: 4).
+        drop_rate: dropout of whole channels in training (default: 0.2).
+
+    Raises:
+        ValueError: block_size or groups is < 1.
 
     Shape: (B, C, H, W) → the same.
     """
@@ -148,7 +154,7 @@ class BilinearAttention(nn.Module):
         size, groups = block.ba.block_size, block.ba.groups
         inner = _continued(_continued(block.conv1(x_BCHW), 2, size), 3, size)
         guide = block.ba.conv1(inner)
-        # sigmoids divided by their sum are the softmax of their logarithms; g is a group, s and t are blocks
+        # sigmoids divided by their sum are the softmax of their logarithms; indices: g groups, s and t blocks
         rows_Bgst = block.ba.conv_p(guide.unflatten(2, (size, -1)).amax((3, 4))[..., None])
         columns_Bgst = block.ba.conv_q(guide.unflatten(3, (size, -1)).amax((2, 4))[:, :, None])
         rows_Bgst = F.softmax(F.logsigmoid(rows_Bgst.view(-1, groups, size, size)), 3)
@@ -162,19 +168,23 @@ class BilinearAttention(nn.Module):
 
 
 class HaloAttention(nn.Module):
-    """Blocked local self-attention with haloes (Vaswani et al. 2021, 2103.12731, fig. 2); timm's module.
+    """Blocked local self-attention with haloes (Vaswani et al. 2021, 2103.12731, fig. 2), by timm's module.
 
-        out = softmax(q kᵀ / √D + q r_hᵀ + q r_wᵀ) v            q of a block; k, v of it and a halo around it
+        out = softmax(q kᵀ / √D + q r_hᵀ + q r_wᵀ) v            q of a block; k, v of the block and a halo around it
 
-    r_h and r_w are learned for every distance along rows and columns. It takes the place of a 3 × 3 convolution: there
-    is no shortcut. Beyond the image lie zeros that are attended to, as in the paper's code; an image that is not a
-    multiple of the block is continued with them, where timm's module refuses it. Deviation from the paper: none.
+    r_h and r_w are learned for every distance along rows and columns. The module replaces a 3 × 3 convolution, so it
+    has no shortcut. The image is surrounded by zeros, and positions attend to them, as in the paper's code. If the
+    sides of an image are not multiples of the block, they are padded with zeros too; timm's module refuses such an
+    image. Deviations from the paper: none.
 
     Args:
         channels: C of the input.
-        num_heads: None for the largest common divisor of C and 8.
-        block_size: rows and columns of a block.
-        halo_size: how far a block looks beyond itself.
+        num_heads: default: the greatest common divisor of C and 8.
+        block_size: rows and columns of a block (default: 8).
+        halo_size: rows and columns around a block to which it also attends (default: 3).
+
+    Raises:
+        ValueError: block_size is < 1 or halo_size is negative.
 
     Shape: (B, C, H, W) → the same.
     """
@@ -183,7 +193,7 @@ class HaloAttention(nn.Module):
         super().__init__()
         if block_size < 1 or halo_size < 0:
             raise ValueError(f"block_size must be ≥ 1 and halo_size ≥ 0, got {block_size} and {halo_size}")
-        heads = _shared_out(channels, num_heads, 8, "num_heads")
+        heads = _divisor(channels, num_heads, 8, "num_heads")
         self.block_size = block_size
         self.attention = HaloAttn(channels, num_heads=heads, block_size=block_size, halo_size=halo_size)
 
@@ -204,9 +214,9 @@ def _plane(tokens: Tensor, like_BCHW: Tensor) -> Tensor:
 
 
 def _continued(x: Tensor, axis: int, block: int) -> Tensor:
-    """Repeat the last place of an axis until its length is a multiple of the block.
+    """Repeat the last slice along an axis until its length is a multiple of the block.
 
-    Replication padding does the same, and its gradient does not compile with torch's inductor.
+    Replication padding does the same, but torch's inductor cannot compile its gradient.
     """
     missing = -x.shape[axis] % block
     if not missing:
@@ -215,7 +225,7 @@ def _continued(x: Tensor, axis: int, block: int) -> Tensor:
 
 
 def _distances(table: Tensor, size: int) -> Tensor:
-    """From what was learned for every distance, (2 S − 1, D), to that for every pair of places, (size, size, D)."""
+    """Look up values learned per distance, (2 S − 1, D), for every pair of positions → (size, size, D)."""
     if len(table) != 2 * size - 1:
         table = F.interpolate(table.T[None], 2 * size - 1, mode="linear", align_corners=True)[0].T
     place = torch.arange(size, device=table.device)

@@ -1,6 +1,6 @@
-"""Attention pooling: a weighted sum over positions, whose weights are the map of what was looked at.
+"""Attention pooling: a weighted sum over positions.
 
-It is the soft counterpart of a glimpse, and a heatmap that needs no class-activation method.
+The weights can serve as a heatmap of the prediction, so that no class-activation method is needed.
 
 Shapes: B batch, C channels, H rows, W columns, K maps.
 """
@@ -22,7 +22,7 @@ class DotScore(nn.Module):
         channels: C.
         maps: K.
 
-    Shape: (B, C, H, W) → scores (B, K, H, W); so all scores below.
+    Shape: (B, C, H, W) → scores (B, K, H, W), as for all scores below.
     """
 
     def __init__(self, channels: int, maps: int) -> None:
@@ -44,7 +44,7 @@ class ScaledDotScore(nn.Module):
     def __init__(self, channels: int, maps: int) -> None:
         super().__init__()
         self.query = nn.Conv2d(channels, maps, 1, bias=False)
-        nn.init.normal_(self.query.weight)  # scores of unit variance where the features have it
+        nn.init.normal_(self.query.weight)  # features of unit variance then give scores of unit variance
         self.scale = channels**-0.5
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -52,12 +52,14 @@ class ScaledDotScore(nn.Module):
 
 
 class AdditiveScore(nn.Module):
-    """s_k = v_k · tanh(W x + b) (Bahdanau et al. 2015, 1409.0473, app. A.1.2; its query is constant and lies in b).
+    """s_k = v_k · tanh(W x + b) (Bahdanau et al. 2015, 1409.0473, app. A.1.2).
+
+    The paper's query is a constant here and is part of b.
 
     Args:
         channels: C.
         maps: K.
-        width: of the hidden layer; None for C / 2, at least 1.
+        width: number of hidden channels (default: C / 2, at least 1).
     """
 
     def __init__(self, channels: int, maps: int, *, width: int | None = None) -> None:
@@ -71,7 +73,9 @@ class AdditiveScore(nn.Module):
 
 
 class BilinearScore(nn.Module):
-    """s_k = mᵀ W_k x, m the mean of x over positions (Luong et al. 2015, 1508.04025, "general"; its query is m).
+    """s_k = mᵀ W_k x (Luong et al. 2015, 1508.04025, "general").
+
+    The query m is the mean of x over positions.
 
     Args:
         channels: C.
@@ -106,12 +110,14 @@ class CosineScore(nn.Module):
 
 
 class GatedScore(nn.Module):
-    """s_k = w_k · (tanh(V x) ⊙ sigmoid(U x)) (Ilse et al. 2018, 1802.04712, eq. 9), gated multiple-instance pooling.
+    """s_k = w_k · (tanh(V x) ⊙ sigmoid(U x)) (Ilse et al. 2018, 1802.04712, eq. 9).
+
+    The paper uses this score for gated multiple-instance pooling.
 
     Args:
         channels: C.
         maps: K.
-        width: of the hidden layer; None for C / 2, at least 1.
+        width: number of hidden channels (default: C / 2, at least 1).
     """
 
     def __init__(self, channels: int, maps: int, *, width: int | None = None) -> None:
@@ -121,8 +127,8 @@ class GatedScore(nn.Module):
         self.query = nn.Conv2d(width, maps, 1, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        content, openness = self.hidden(x_BCHW).chunk(2, 1)
-        return self.query(content.tanh() * openness.sigmoid())
+        content, gate = self.hidden(x_BCHW).chunk(2, 1)
+        return self.query(content.tanh() * gate.sigmoid())
 
 
 class AttentionPool(nn.Module):
@@ -132,9 +138,13 @@ class AttentionPool(nn.Module):
 
     Args:
         channels: C.
-        maps: K.
-        score: makes the scores from (C, K): a class of this file, or yours.
-        normaliser: from scores to weights, (B, K, H, W) → the same; None for `Softmax()`.
+        maps: K (default: 1).
+        score: called as score(C, K), returns a module that computes the scores: a class of this file, or your own
+            (default: `DotScore`).
+        normaliser: converts scores into weights, (B, K, H, W) → the same (default: `Softmax()`).
+
+    Raises:
+        ValueError: maps is < 1.
 
     Shape: (B, C, H, W) → (B, K, C).
     """
@@ -159,12 +169,12 @@ class AttentionPool(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """Attention pooling and a linear classifier, in place of mean pooling and one.
+    """Attention pooling followed by a linear classifier.
 
-        logits = W pool(x) + b                              one map; or, class-wise, a map for every class:
-        logits_k = w_k · pool_k(x) + b_k
+        logits = W pool(x) + b                              one map for all classes (default)
+        logits_k = w_k · pool_k(x) + b_k                    one map for each class (class_wise=True)
 
-    Behind any timm network that gives a feature map:
+    To use the head after any timm network that gives a feature map:
 
         body = timm.create_model("resnet18", num_classes=0, global_pool="")
         model = nn.Sequential(body, AttentionHead(body.num_features, 10))
@@ -172,9 +182,9 @@ class AttentionHead(nn.Module):
     Args:
         channels: C.
         num_classes: K.
-        class_wise: whether each class looks for itself; map k is then where class k was decided on, and trained with a
-            softmax over classes that may be what speaks against it.
-        score, normaliser: as `AttentionPool`.
+        class_wise: pool each class with its own map (default: False). Map k shows the evidence for class k. If the
+            model is trained with a softmax over the classes, map k may also show evidence against class k.
+        score, normaliser: see `AttentionPool`.
 
     Shape: (B, C, H, W) → logits (B, K).
     """
@@ -193,7 +203,7 @@ class AttentionHead(nn.Module):
         self.pool = AttentionPool(channels, maps=num_classes if class_wise else 1, score=score, normaliser=normaliser)
         self.weight = nn.Parameter(torch.empty(num_classes, channels))
         self.bias = nn.Parameter(torch.zeros(num_classes))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as in nn.Linear
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         pooled_BKC = self.pool(x_BCHW)

@@ -1,4 +1,4 @@
-"""Gates over positions: where to look.
+"""Gates over positions: they weight the positions of the feature map.
 
 Shapes: B batch, C channels, H rows, W columns; D channels of the gating signal.
 """
@@ -11,18 +11,22 @@ from visionattn.attention.soft.gate_ops import thin
 
 
 class AttentionGate(nn.Module):
-    """Attention gate of Attention U-Net (Oktay et al. 2018, 1804.03999, eq. 1–2): a coarser map says where to look.
+    """Attention gate of Attention U-Net (Oktay et al. 2018, 1804.03999, eq. 1–2), computed from a coarser map.
 
         gate = sigmoid(psi relu(W_x x + up(W_g g)))                             (B, 1, H, W)
         out  = x · gate
 
-    W_x, W_g and psi are 1 × 1 convolutions, up is bilinear. Unlike the other mechanisms it takes two inputs. Deviation
-    from the paper: it is computed at the resolution of x, where the paper brings W_x x to that of g and the gate back.
+    W_x, W_g and psi are 1 × 1 convolutions, and up is bilinear interpolation. Unlike the other mechanisms, this one
+    takes two inputs. Deviation from the paper: the gate is computed at the resolution of x. The paper downsamples W_x x
+    to the resolution of g, and upsamples the gate to the resolution of x.
 
     Args:
         channels: C of x.
         signal_channels: D of the gating signal g.
-        width: of the hidden layer; None for C / 2, at least 1.
+        width: number of hidden channels (default: C / 2, at least 1).
+
+    Raises:
+        ValueError: width is < 1.
 
     Shape: (B, C, H, W), (B, D, any, any) → (B, C, H, W).
     """
@@ -44,19 +48,22 @@ class AttentionGate(nn.Module):
 
 
 class GatherExcite(nn.Module):
-    """Gather and excite (Hu et al. 2018, 1810.12348, sec. 2–3): a neighbourhood says how much of itself to keep.
+    """Gather and excite (Hu et al. 2018, 1810.12348, sec. 2–3): gates computed from neighbourhoods.
 
-        out = x · sigmoid(up(gather(x)))                                        up repeats the nearest
+        out = x · sigmoid(up(gather(x)))                              up: nearest-neighbour interpolation
 
-    gather averages (2e − 1) × (2e − 1) neighbourhoods e apart (GE-θ⁻), or, learned, is log2(e) depthwise 3 × 3
-    convolutions of stride 2 with batch normalisation and ReLU between (GE-θ). Written anew, since timm's `ge` cannot be
-    built with weights. Deviation from the paper: none; its global extent with weights, which fits one image size only,
-    is left out.
+    GE-θ⁻: gather averages neighbourhoods of (2e − 1) × (2e − 1) positions with stride e. GE-θ (learned): gather is
+    log2(e) depthwise 3 × 3 convolutions of stride 2, each with batch normalisation, and ReLU between them. timm's `ge`
+    is not used, since it cannot be built with learned weights. Deviation from the paper: the global extent with learned
+    weights is left out, because it fits only one image size.
 
     Args:
         channels: C of the input.
-        extent: e, a power of two ≥ 2; 0 for the mean over all positions, which has nothing to learn.
-        learned: GE-θ; else GE-θ⁻.
+        extent: e, a power of two ≥ 2; 0 gives the mean over all positions, without learned weights (default: 4).
+        learned: GE-θ (default); False gives GE-θ⁻.
+
+    Raises:
+        ValueError: extent is neither 0 nor a power of two ≥ 2.
 
     Shape: (B, C, H, W) → the same.
     """
@@ -82,8 +89,8 @@ class GatherExcite(nn.Module):
         if len(self.gather):
             gathered = self.gather(x_BCHW)
         else:
-            around, extent = 2 * self.extent - 1, self.extent
-            gathered = F.avg_pool2d(x_BCHW, around, extent, extent - 1, count_include_pad=False)
+            window, extent = 2 * self.extent - 1, self.extent
+            gathered = F.avg_pool2d(x_BCHW, window, extent, extent - 1, count_include_pad=False)
         return x_BCHW * F.interpolate(self.gate(gathered), x_BCHW.shape[2:])
 
 
@@ -92,14 +99,18 @@ class LSKA(nn.Module):
 
         near = conv_(2d−1)×1(conv_1×(2d−1)(x))
         far  = conv_⌊k/d⌋×1(conv_1×⌊k/d⌋(near)) with dilation d
-        out  = x · conv_1×1(far)                                                the others are depthwise
+        out  = x · conv_1×1(far)                                      all convolutions but this one are depthwise
 
-    The gate has a value for each channel and position and no sigmoid, as the paper's. Deviation: none.
+    The gate has a value for each channel and position, and no sigmoid, as in the paper. Deviations from the paper:
+    none.
 
     Args:
         channels: C of the input.
-        kernel_size: k, the extent of what a position sees; ⌊k/d⌋ must be odd.
-        dilation: d; the paper has (k, d) = (7, 2), (11, 2), (23, 3), (35, 3), (41, 3), (53, 3).
+        kernel_size: k, the receptive field of the gate in pixels; ⌊k/d⌋ must be odd (default: 11).
+        dilation: d (default: 2); the paper has (k, d) = (7, 2), (11, 2), (23, 3), (35, 3), (41, 3), (53, 3).
+
+    Raises:
+        ValueError: ⌊k/d⌋ is even.
 
     Shape: (B, C, H, W) → the same.
     """

@@ -1,4 +1,4 @@
-"""Boxes as they are trained on, and all that can be wrong with those in files; no torch.
+"""The classes that hold images with boxes, and checks of the boxes that files contain; no torch.
 
 Boxes are xyxy in pixels of the source image: pixel i covers [i, i + 1).
 """
@@ -16,15 +16,17 @@ from visionattn.data.placement import Size
 from visionattn.errors import DataError
 
 BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
-"""Corners; a corner and the size; the centre and the size."""
+"""xyxy: two corners; xywh: the top-left corner and the size; cxcywh: the centre and the size."""
 
-_ROUNDING = 0.5  # pixels that a box may reach out of its image before that is told; it is cut in any case
-_PLAUSIBLE = 0.98  # share of boxes that make sense in the right format
-_ENOUGH = 8  # boxes, before a format is doubted
+_ROUNDING = (
+    0.5  # pixels by which a box may reach over its image's edge without a report; the box is clipped in any case
+)
+_PLAUSIBLE = 0.98  # fraction of the boxes that must fit another format before it is suggested
+_ENOUGH = 8  # minimum number of boxes for a check of their format
 
 
 class Problem(NamedTuple):
-    """Something wrong with an annotation: what kind, in which file, and the details."""
+    """A problem with an annotation: its kind (a key of `KINDS`), the file, and the details."""
 
     kind: str
     where: str
@@ -32,26 +34,26 @@ class Problem(NamedTuple):
 
 
 KINDS = {
-    "wrong format": "boxes that look like another format than they are read as",
-    "not finite": "boxes with NaN, infinity or no number",
-    "inverted": "boxes whose right edge is left of the left one, or the lower above the upper",
+    "wrong format": "boxes that look like another format than the one they are read in",
+    "not finite": "boxes with NaN, infinity or a coordinate that is not a number",
+    "inverted": "boxes whose right edge is left of their left edge, or whose lower edge is above their upper edge",
     "empty": "boxes less than a pixel wide or high",
-    "outside": "boxes wholly outside of their image",
-    "over the edge": "boxes that reach out of their image; cut there",
-    "duplicate box": "boxes that an image has twice, with the same class",
-    "unknown class": "boxes of a class that is not among the names",
+    "outside": "boxes wholly outside their image",
+    "over the edge": "boxes that reach over the edge of their image; they are clipped",
+    "duplicate box": "boxes that occur twice in an image, with the same class",
+    "unknown class": "boxes of a class without a name",
     "unknown image": "boxes of an image that is not listed",
-    "shared id": "images that have their id together, so that nobody knows which boxes are whose",
+    "shared id": "images with the same id, so that their boxes cannot be assigned",
     "unreadable annotation": "files or lines that cannot be parsed",
     "missing image": "annotations without their image",
     "unreadable image": "images that cannot be opened",
     "wrong size": "images of another size than their annotation says",
     "listed twice": "images that a split lists twice",
-    "not annotated": "images that a split lists and nobody annotated",
-    "twin": "images with the same content as another of their split",
+    "not annotated": "images that a split lists but that have no annotation",
+    "twin": "images with the same content as another image of their split",
     "leak": "images that are in two splits",
 }
-"""Kinds of problems, the gravest first."""
+"""Kind of problem → description, the most serious first."""
 
 
 @dataclass
@@ -60,13 +62,13 @@ class Annotated:
 
     Attributes:
         path: of the image.
-        size: (height, width).
-        boxes: (N, 4) float64, xyxy in pixels, inside of the image.
-        labels: (N,) int64, numbers of classes.
-        crowd: (N,) bool: many objects in one box (COCO's iscrowd), or one too difficult (Pascal VOC): neither trained
-            on nor asked for.
-        area: (N,) float64, of the objects as the file says, or of the boxes; mAP by size needs it.
-        image_id: the file's own number of the image.
+        size: (height, width), pixels.
+        boxes: (N, 4) float64, xyxy in pixels, inside the image.
+        labels: (N,) int64, numbers of the classes.
+        crowd: (N,) bool; True for a box around many objects (COCO's iscrowd) or a difficult object (Pascal VOC). Such
+            boxes are not trained on, and detections of them count neither as right nor as wrong.
+        area: (N,) float64, pixels: the area of each object in the file, else the area of its box; used by mAP by size.
+        image_id: the image's id in a COCO file, otherwise a running number.
     """
 
     path: Path
@@ -80,15 +82,18 @@ class Annotated:
 
 @dataclass
 class Entry:
-    """An image and its boxes as a file has them; N boxes, in the format of the file.
+    """An image and its N boxes as an annotation file gives them, in the format of the file.
 
     Attributes:
-        path: of the image; None where it was not found.
-        where: the annotation, for messages.
-        stated: (height, width) in the file, where it says so.
-        relative: whether coordinates are shares of width and height.
-        labels: −1 for an unknown class.
-        area: NaN where the file has none.
+        path: of the image; None where the image was not found.
+        where: name of the annotation in error messages.
+        image_id: the image's id in a COCO file, otherwise a running number.
+        stated: (height, width) of the image as the annotation gives it, or None.
+        boxes: (N, 4) float64.
+        labels: (N,) int64; −1 for an unknown class.
+        crowd: (N,) bool, see `Annotated`.
+        area: (N,) float64; NaN where the file has none.
+        relative: whether coordinates are fractions of the image's width and height.
     """
 
     path: Path | None
@@ -104,13 +109,14 @@ class Entry:
 
 @dataclass
 class Annotations:
-    """What a reader found in files.
+    """The content of annotation files.
 
     Attributes:
-        splits: name → its entries; the name is "" where the files name none.
+        splits: name → its entries; the name is "" where the files name no splits.
         class_names: in the order of the labels.
-        category_ids: the files' own number of each class.
-        box_format: of the entries' boxes.
+        category_ids: number of each class in the files; Pascal VOC has no numbers, so its classes count from 1.
+        box_format: format of the entries' boxes.
+        problems: problems found so far.
     """
 
     splits: dict[str, list[Entry]]
@@ -120,26 +126,32 @@ class Annotations:
     problems: list[Problem] = field(default_factory=list)
 
 
-def settle(found: Annotations, size_of: Callable[[Path], Size], *, doubt: bool = True) -> dict[str, list[Annotated]]:
-    """Turn entries into boxes that can be trained on; what cannot is left out and told in `found.problems`.
+def settle(
+    annotations: Annotations, size_of: Callable[[Path], Size], *, doubt: bool = True
+) -> dict[str, list[Annotated]]:
+    """Convert entries to images with boxes that can be trained on, and append problems to `annotations.problems`.
 
-    Boxes that reach over the edge are cut there; images that are missing, cannot be opened or have another size than
-    the annotation says are left out with their boxes, and images without boxes are kept.
+    Boxes that reach over an edge are clipped; other bad boxes are left out. Images that are missing, cannot be opened
+    or differ in size from their annotation are left out with their boxes. Images without boxes are kept.
 
     Args:
-        found: what a reader found.
-        size_of: the (height, width) of an image as it is decoded; raises DataError.
-        doubt: ask whether the boxes look like another format.
+        annotations: returned by a reader.
+        size_of: returns the (height, width) of an image as it is decoded; raises DataError.
+        doubt: check whether the boxes look like another format (default: True).
+
+    Returns:
+        Split → its images.
     """
-    distinct = {id(entry): entry for some in found.splits.values() for entry in some}  # a leak stands in two splits
-    sizes = {key: _size(entry, size_of, found.problems) for key, entry in distinct.items()}
+    # an image in two splits has one entry, which is checked once
+    distinct = {id(entry): entry for entries in annotations.splits.values() for entry in entries}
+    sizes = {key: _size(entry, size_of, annotations.problems) for key, entry in distinct.items()}
     if doubt:
-        for some in found.splits.values():
-            pairs = [(entry, sizes[id(entry)]) for entry in some]
-            found.problems += _doubts([(entry, size) for entry, size in pairs if size], found.box_format)
+        for entries in annotations.splits.values():
+            pairs = [(entry, sizes[id(entry)]) for entry in entries]
+            annotations.problems += _doubts([(entry, size) for entry, size in pairs if size], annotations.box_format)
     known: dict[int, Annotated] = {}
     settled: dict[str, list[Annotated]] = {}
-    for split, entries in found.splits.items():
+    for split, entries in annotations.splits.items():
         seen: set[Path] = set()
         settled[split] = []
         for entry in entries:
@@ -147,33 +159,35 @@ def settle(found: Annotations, size_of: Callable[[Path], Size], *, doubt: bool =
             if size is None or entry.path is None:
                 continue
             if entry.path in seen:
-                found.problems.append(Problem("listed twice", entry.where, f"{entry.path.name} in {split or 'it'}"))
+                annotations.problems.append(
+                    Problem("listed twice", entry.where, f"{entry.path.name} in {split or 'it'}")
+                )
                 continue
             seen.add(entry.path)
             if id(entry) not in known:
-                known[id(entry)] = _settled(entry, entry.path, size, found)
+                known[id(entry)] = _settled(entry, entry.path, size, annotations)
             settled[split].append(known[id(entry)])
     return settled
 
 
 def refuse(problems: Sequence[Problem], root: str) -> None:
-    """Raise DataError where there are problems: how many of each kind, and the first."""
+    """Raise DataError if there are problems, with the count of each kind and the first problem."""
     if problems:
         first = problems[0]
         raise DataError(
-            f"{root} has {told(problems)}, e.g. {first.where}: {first.kind}, {first.detail}; `visionattn data check "
-            f"{root}` lists them, and bad_boxes: drop trains without them"
+            f"{root} has {count_kinds(problems)}, e.g. {first.where}: {first.kind}, {first.detail}; `visionattn data "
+            f"check {root}` lists them, and bad_boxes: drop trains without them"
         )
 
 
-def told(problems: Iterable[Problem]) -> str:
-    """Problems by their kind, with counts: `2 empty, 1 leak`."""
+def count_kinds(problems: Iterable[Problem]) -> str:
+    """Count problems by kind, as text: `2 empty, 1 leak`."""
     counts = Counter(problem.kind for problem in problems)
     return ", ".join(f"{counts[kind]:,} {kind}" for kind in KINDS if counts[kind])
 
 
 def to_xyxy(boxes_N4: NDArray[np.float64], box_format: BoxFormat) -> NDArray[np.float64]:
-    """Boxes of a format as corners."""
+    """Convert (N, 4) boxes of a format to xyxy."""
     first_N2, second_N2 = boxes_N4[:, :2], boxes_N4[:, 2:]
     if box_format == "xywh":
         return np.concatenate([first_N2, first_N2 + second_N2], 1)
@@ -183,17 +197,14 @@ def to_xyxy(boxes_N4: NDArray[np.float64], box_format: BoxFormat) -> NDArray[np.
 
 
 def visible(boxes_N4: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """(N,): which boxes, cut at the edges of their image, are at least a pixel wide and high."""
+    """Return the (N,) mask of xyxy boxes that are at least a pixel wide and high."""
     return np.asarray((boxes_N4[:, 2:] - boxes_N4[:, :2] >= 1).all(1))
 
 
 def _size(entry: Entry, size_of: Callable[[Path], Size], problems: list[Problem]) -> Size | None:
+    """Return the size of an entry's image, or note the problem that prevents its use and return None."""
     if entry.path is None:
-        problems.append(
-            Problem(
-                "missing image", entry.where, "its image is in none of the usual folders; images: DIR names another"
-            )
-        )
+        problems.append(Problem("missing image", entry.where, "its image is not in the usual folders; set images: DIR"))
         return None
     try:
         size = size_of(entry.path)
@@ -207,9 +218,9 @@ def _size(entry: Entry, size_of: Callable[[Path], Size], problems: list[Problem]
     return size
 
 
-def _settled(entry: Entry, path: Path, size: Size, found: Annotations) -> Annotated:
+def _settled(entry: Entry, path: Path, size: Size, annotations: Annotations) -> Annotated:
     scale = np.array([size[1], size[0], size[1], size[0]], float)
-    boxes_N4 = to_xyxy(entry.boxes, found.box_format) * (scale if entry.relative else 1)
+    boxes_N4 = to_xyxy(entry.boxes, annotations.box_format) * (scale if entry.relative else 1)
     clipped_N4 = np.clip(boxes_N4, 0, scale)
     with np.errstate(invalid="ignore"):
         sides_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
@@ -236,18 +247,18 @@ def _settled(entry: Entry, path: Path, size: Size, found: Annotations) -> Annota
         keep_N[number] = kind is None
         kind = kind or ("over the edge" if out_N[number] else None)
         if kind == "unknown class":
-            continue  # the reader has told it, with the name
+            continue  # the reader has reported it, with the name of the class
         if kind:
             edges = ", ".join(f"{edge:g}" for edge in np.round(boxes_N4[number], 2))
             detail = f"box {number + 1} ({edges}) in {size[1]}×{size[0]}"
-            found.problems.append(Problem(kind, entry.where, detail))
+            annotations.problems.append(Problem(kind, entry.where, detail))
     boxes_N4 = clipped_N4[keep_N]
     area_N = np.where(np.isfinite(entry.area[keep_N]), entry.area[keep_N], (boxes_N4[:, 2:] - boxes_N4[:, :2]).prod(1))
     return Annotated(path, size, boxes_N4, entry.labels[keep_N], entry.crowd[keep_N], area_N, entry.image_id)
 
 
 def _doubts(pairs: Sequence[tuple[Entry, Size]], box_format: BoxFormat) -> list[Problem]:
-    """Say whether most boxes make sense in another format only, or are shares where pixels are due, or the reverse."""
+    """Report boxes that fit only another format, fractions that are read as pixels, and pixels read as fractions."""
     pairs = [(entry, size) for entry, size in pairs if len(entry.boxes)]
     if sum(len(entry.boxes) for entry, _ in pairs) < _ENOUGH:
         return []
@@ -258,23 +269,24 @@ def _doubts(pairs: Sequence[tuple[Entry, Size]], box_format: BoxFormat) -> list[
     if len(boxes_N4) < _ENOUGH:
         return []
     relative = pairs[0][0].relative
-    shares = bool((boxes_N4 <= 1.5).all(1).mean() > _PLAUSIBLE)
-    if shares != relative and (shares or (boxes_N4 > 1.5).any(1).mean() > 0.5):
-        read, look, mend = (
-            ("pixels", "shares of the image", "multiply") if shares else ("shares of the image", "pixels", "divide")
-        )
-        detail = f"coordinates are read as {read}, and look like {look}; {mend} them by its width and height"
+    fractions = bool((boxes_N4 <= 1.5).all(1).mean() > _PLAUSIBLE)
+    if fractions != relative and (fractions or (boxes_N4 > 1.5).any(1).mean() > 0.5):
+        names = ("pixels", "fractions of the image")
+        read, look = names if fractions else names[::-1]
+        mend = "multiply" if fractions else "divide"
+        detail = f"coordinates are read as {read}, but look like {look}; {mend} them by its width and height"
         return [Problem("wrong format", pairs[0][0].where, detail)]
 
-    def sensible(some: BoxFormat) -> float:
-        edges_N4 = to_xyxy(boxes_N4, some) * (scale_N4 if relative else 1)
+    def plausible(candidate: BoxFormat) -> float:
+        """The fraction of boxes that are not inverted and lie in their image."""
+        edges_N4 = to_xyxy(boxes_N4, candidate) * (scale_N4 if relative else 1)
         inside_N = (edges_N4 >= -1).all(1) & (edges_N4 <= scale_N4 + 1).all(1)
         return float((inside_N & (edges_N4[:, 2:] > edges_N4[:, :2]).all(1)).mean())
 
     formats: tuple[BoxFormat, ...] = ("xyxy", "xywh", "cxcywh")
-    best = max(formats, key=lambda some: (sensible(some), some == box_format))
-    if sensible(box_format) < 0.9 and sensible(best) >= _PLAUSIBLE:
-        share = f"{sensible(best):.0%} make sense as {best} only"
-        detail = f"boxes are read as {box_format}, and {share}; set box_format: {best}"
+    best = max(formats, key=lambda candidate: (plausible(candidate), candidate == box_format))
+    if plausible(box_format) < 0.9 and plausible(best) >= _PLAUSIBLE:
+        share = f"{plausible(best):.0%} are plausible as {best} only"
+        detail = f"boxes are read as {box_format}, but {share}; set box_format: {best}"
         return [Problem("wrong format", pairs[0][0].where, detail)]
     return []

@@ -1,4 +1,4 @@
-"""What is wrong with a folder of annotated images, without training on it; no torch."""
+"""Check a folder of annotated images for problems, without training on it; no torch."""
 
 import hashlib
 import os
@@ -6,29 +6,28 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from visionattn.data.annotations.boxes import KINDS, Annotated, Problem, settle
+from visionattn.data.annotations.boxes import KINDS, Annotated, BoxFormat, Problem, settle
 from visionattn.data.annotations.reading import layout_of, read_annotations
 from visionattn.data.placement import Size
 from visionattn.errors import DataError
 
 _WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
-_TURNED = (5, 6, 7, 8)  # orientations that exchange height and width
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         layout: coco, voc or yolo.
         class_names: in the order of the labels.
-        splits: name → its images with the boxes that are good.
-        problems: the others, and whatever else is wrong.
+        splits: name → its images, with the boxes that can be trained on.
+        problems: bad boxes and everything else that is wrong.
     """
 
     layout: str
@@ -37,7 +36,7 @@ class Report:
     problems: Sequence[Problem]
 
     def lines(self, limit: int | None = None) -> list[str]:
-        """The report as text: counts, then each problem, at most `limit` of a kind."""
+        """Return the report as lines of text: counts, then each problem, at most `limit` of a kind (default: all)."""
         text = [f"{self.layout}, {len(self.class_names)} classes: {', '.join(self.class_names)}"]
         for split, images in self.splits.items():
             boxes = sum(len(image.boxes) for image in images)
@@ -54,64 +53,71 @@ class Report:
         count = len(self.problems)
         text.append(f"{count:,} problem{'s' * (count > 1)}" if count else "no problems")
         for kind in KINDS:
-            if some := by_kind[kind]:
-                text.append(f"  {len(some):,} {kind}: {KINDS[kind]}")
-                text += [f"      {problem.where}: {problem.detail}" for problem in some[:limit]]
-                if limit is not None and len(some) > limit:
-                    text.append(f"      … and {len(some) - limit:,} more")
+            if problems := by_kind[kind]:
+                text.append(f"  {len(problems):,} {kind}: {KINDS[kind]}")
+                text += [f"      {problem.where}: {problem.detail}" for problem in problems[:limit]]
+                if limit is not None and len(problems) > limit:
+                    text.append(f"      … and {len(problems) - limit:,} more")
         return text
 
 
-def check(root: str | os.PathLike[str], **options: Any) -> Report:
-    """Look for everything that would spoil a training: bad boxes, missing images, unknown classes, duplicates, leaks.
+def check(
+    root: str | os.PathLike[str],
+    *,
+    images: str | None = None,
+    class_names: Sequence[str] | None = None,
+    splits: Mapping[str, str] | None = None,
+    box_format: BoxFormat | None = None,
+) -> Report:
+    """Check annotations for bad boxes, missing images, unknown classes, duplicates, and images in two splits.
 
     Args:
-        root, options: as `read_annotations` takes them.
+        root, images, class_names, splits, box_format: see `read_annotations`.
 
     Raises:
-        DataError: as `read_annotations`.
+        DataError, UsageError: see `read_annotations`.
     """
-    found = read_annotations(root, **options)
-    splits = settle(found, size_of, doubt=options.get("box_format") is None)
-    images = [(split, image.path) for split, some in splits.items() for image in some]
-    problems = [*found.problems, *_twins(images)]
-    return Report(layout_of(Path(root)), found.class_names, splits, problems)
+    annotations = read_annotations(root, images=images, class_names=class_names, splits=splits, box_format=box_format)
+    settled = settle(annotations, size_of, doubt=box_format is None)
+    paths = [(split, image.path) for split, entries in settled.items() for image in entries]
+    problems = [*annotations.problems, *_twins(paths)]
+    return Report(layout_of(Path(root)), annotations.class_names, settled, problems)
 
 
 def size_of(path: Path) -> Size:
-    """(height, width) of an image as it is decoded, from its header.
+    """Read the (height, width) that an image has after decoding, from its header only.
 
     Raises:
-        DataError: it is none, or cannot be opened.
+        DataError: the file is not an image, or cannot be opened.
     """
     try:
         with Image.open(path) as image:
-            # newer releases of Pillow turn the size of a TIFF themselves
+            # newer releases of Pillow already exchange the sides of a rotated TIFF, so read the sides from its tags
             tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
             width, height = tags.get(_WIDTH, image.size[0]), tags.get(_HEIGHT, image.size[1])
-            # Pillow decodes all of a PNG to see what stands behind its pixels
+            # Pillow would decode the whole PNG to look for metadata after the pixels
             header = image.format == "PNG" and not _says_more(path)
             exif = Image.Image.getexif(image) if header else image.getexif()
             return (width, height) if exif.get(_ORIENTATION) in _TURNED else (height, width)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise DataError(f"{path} is no image that can be read") from error
+        raise DataError(f"{path} is not an image that can be read") from error
 
 
 def _says_more(path: Path) -> bool:
-    """Whether a PNG has metadata behind its pixels."""
+    """Return whether a PNG has metadata after its pixels."""
     with open(path, "rb") as file:
         file.seek(8)
-        behind = False
+        after_pixels = False
         while len(head := file.read(8)) == 8:
-            behind |= head[4:] == b"IDAT"
-            if behind and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            after_pixels |= head[4:] == b"IDAT"
+            if after_pixels and head[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
                 return True
             file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
     return False
 
 
 def same_content(paths: Sequence[Path]) -> list[int]:
-    """For each file the place of the first one with the same content."""
+    """Return for each file the position of the first file with the same content."""
     by_size: dict[int, list[int]] = defaultdict(list)
     for place, path in enumerate(paths):
         by_size[path.stat().st_size].append(place)
@@ -124,7 +130,7 @@ def same_content(paths: Sequence[Path]) -> list[int]:
 
 
 def _twins(images: Sequence[tuple[str, Path]]) -> list[Problem]:
-    """Images with the same content: twins within a split, leaks between two."""
+    """Report images with the same content: as twins within a split, as leaks between two splits."""
     problems = []
     for place, first in enumerate(same_content([path for _, path in images])):
         if first == place:

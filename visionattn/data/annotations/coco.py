@@ -1,4 +1,4 @@
-"""COCO's json as annotations; no torch."""
+"""Read COCO's .json annotation files, without importing torch."""
 
 import json
 from collections import Counter
@@ -24,40 +24,41 @@ from visionattn.errors import DataError
 
 
 def coco_files(root: Path) -> list[Path]:
-    """The .json files of a folder that may hold boxes."""
+    """Return the .json files of a folder that may hold boxes."""
     places = [root, root / "annotations", *(root / name for name in SPLITS)]
     files = [file for place in places for file in files_ending(place, ".json")]
     return [file for file in files if not file.name.startswith(("captions", "person_keypoints"))]
 
 
 def read_coco(root: Path, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
-    """Read a folder or a .json file in COCO's layout; see `annotations.read_annotations`.
+    """Read a folder or a .json file in COCO's layout; see `read_annotations`.
 
     Raises:
-        DataError: it is none, or its files contradict each other.
+        DataError: there is no COCO file, or the files contradict each other.
     """
     files = [root] if root.is_file() else coco_files(root)
     contents = [(file, _load_json(file)) for file in files]
     contents = [(file, content) for file, content in contents if {"images", "annotations"} <= content.keys()]
     if not contents:
-        raise DataError(f"{root}: no .json there is COCO's: an object with images, annotations and categories")
+        raise DataError(f"{root}: no .json is in COCO's layout, an object with images, annotations and categories")
     categories: dict[int, str] = {}
     for file, content in contents:
         for number, name in _categories(file, content):
             if categories.setdefault(number, name) != name:
                 raise DataError(f"{file} calls class {number} {name!r}, and another .json there {categories[number]!r}")
-    # of two numbers with one name, as some exporters write them, the later is the class's own, and both mean it
+    # some exporters give two category ids the same name: both ids mean one class, which keeps the higher id
     by_name = {categories[number]: number for number in sorted(categories)}
     names = chosen_names(class_names, by_name, root)
     numbers = {number: names.index(name) for number, name in categories.items() if name in names}
-    found = Annotations({}, names, tuple(by_name[name] for name in names), "xywh")
+    annotations = Annotations({}, names, tuple(by_name[name] for name in names), "xywh")
     for file, content in contents:
         split = split_of(file.stem) or split_of(file.parent.name) or ""
-        found.splits.setdefault(split, []).extend(_coco_entries(file, content, images, split, numbers, found.problems))
-    return found
+        entries = _coco_entries(file, content, images, split, numbers, annotations.problems)
+        annotations.splits.setdefault(split, []).extend(entries)
+    return annotations
 
 
-def _categories(file: Path, content: Mapping[str, Any]) -> Iterable[tuple[int, str]]:
+def _categories(file: Path, content: Mapping[str, object]) -> Iterable[tuple[int, str]]:
     for category in _objects(file, content, "categories"):
         number = to_whole(category.get("id"))
         if number is None or "name" not in category:
@@ -67,7 +68,7 @@ def _categories(file: Path, content: Mapping[str, Any]) -> Iterable[tuple[int, s
 
 def _coco_entries(
     file: Path,
-    content: Mapping[str, Any],
+    content: Mapping[str, object],
     images: Path | None,
     split: str,
     numbers: Mapping[int, int],
@@ -90,7 +91,7 @@ def _coco_entries(
         if number not in boxes:
             problems.append(Problem("unknown image", where, f"image_id {annotation.get('image_id')} is not listed"))
             continue
-        if to_whole(annotation.get("category_id")) not in numbers:
+        if _class_of(annotation, numbers) < 0:
             problems.append(Problem("unknown class", where, f"category_id {annotation.get('category_id')}"))
         boxes[number].append(annotation)
     entries = []
@@ -101,31 +102,37 @@ def _coco_entries(
             problems.append(Problem("shared id", where, f"id {number} is also another image's"))
         if number is None or uses[number] > 1:
             continue
-        some = boxes[number]
+        own = boxes[number]
         entry = Entry(
             next((folder / name for folder in folders if name and (folder / name).is_file()), None),
             where,
             number,
             stated_size(image.get("height"), image.get("width")),
-            to_rows([annotation.get("bbox") for annotation in some]),
-            np.array([numbers.get(to_whole(annotation.get("category_id")), -1) for annotation in some], np.int64),  # type: ignore[arg-type]
-            np.array([bool(annotation.get("iscrowd")) for annotation in some], bool),
-            np.array([to_number(annotation.get("area")) for annotation in some], float),
+            to_rows([annotation.get("bbox") for annotation in own]),
+            np.array([_class_of(annotation, numbers) for annotation in own], np.int64),
+            np.array([bool(annotation.get("iscrowd")) for annotation in own], bool),
+            np.array([to_number(annotation.get("area")) for annotation in own], float),
         )
         entries.append(entry)
     return entries
 
 
-def _load_json(file: Path) -> dict[str, Any]:
+def _class_of(annotation: Mapping[str, object], numbers: Mapping[int, int]) -> int:
+    """Return the label of an annotation, or −1 if its category is unknown."""
+    category = to_whole(annotation.get("category_id"))
+    return -1 if category is None else numbers.get(category, -1)
+
+
+def _load_json(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, OSError) as error:
-        raise DataError(f"{file} is no json: {error}") from error
+        raise DataError(f"{file} is not valid JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 
 
-def _objects(file: Path, content: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
-    some = content.get(name, [])
-    if not isinstance(some, list) or not all(isinstance(one, dict) for one in some):
+def _objects(file: Path, content: Mapping[str, object], name: str) -> list[Mapping[str, Any]]:
+    objects = content.get(name, [])
+    if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
         raise DataError(f"{file} is not COCO's: {name} must be a list of objects")
-    return some
+    return objects

@@ -1,9 +1,8 @@
-"""What the readers of annotations share; no torch."""
+"""Helpers shared by the readers of annotations; no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +13,19 @@ from visionattn.data.placement import Size
 from visionattn.errors import DataError, nearest
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""What files and folders call a split → its name."""
+"""File or folder name of a split → split."""
 IMAGE_FOLDERS = ("images", "JPEGImages", "Images", "imgs", "")
-"""What the folder of the images is called."""
+"""Usual names of the folder of images."""
 
 
 def files_ending(folder: Path, suffix: str) -> list[Path]:
-    """The files of a folder that end so, in either case; hidden ones are none of the user's."""
+    """Return the files of a folder with a suffix, in upper or lower case; hidden files are skipped."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     return [file for file in there if file.suffix.lower() == suffix and not file.name.startswith(".")]
 
 
 def pictures_in(place: Path, *, deep: bool = True) -> list[Path]:
-    """The images of a folder, or those that a text file lists."""
+    """Return the images of a folder (if `deep`, of its sub-folders too), or the images that a text file lists."""
     if place.is_file():
         lines = place.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
         return [place.parent / line.strip() for line in lines if line.strip()]
@@ -37,7 +36,11 @@ def pictures_in(place: Path, *, deep: bool = True) -> list[Path]:
 
 
 def chosen_names(class_names: Sequence[str] | None, by_name: Mapping[str, int], root: Path) -> tuple[str, ...]:
-    """The names that are wanted, or all in the order of their numbers."""
+    """Return the chosen class names, or all names in the order of their numbers.
+
+    Raises:
+        DataError: a chosen name does not exist.
+    """
     absent = [name for name in class_names or () if name not in by_name]
     if absent:
         raise DataError(f"{root} has no class {absent[0]!r}.{nearest(absent[0], by_name)}")
@@ -45,7 +48,7 @@ def chosen_names(class_names: Sequence[str] | None, by_name: Mapping[str, int], 
 
 
 def split_of(name: str) -> str | None:
-    """The split that the name of a file or folder tells, as `instances_train2017`."""
+    """Return the split in the name of a file or folder, such as `instances_train2017`, or None."""
     for part in name.lower().replace("-", "_").split("_"):
         for alias, split in SPLITS.items():
             if part.rstrip("0123456789") == alias:
@@ -53,8 +56,8 @@ def split_of(name: str) -> str | None:
     return None
 
 
-def to_rows(values: Sequence[Any]) -> NDArray[np.float64]:
-    """(N, 4); NaN for what is no number or missing."""
+def to_rows(values: Sequence[object]) -> NDArray[np.float64]:
+    """Convert boxes to an (N, 4) array; NaN where a coordinate is missing or not a number."""
     rows = [
         [to_number(value) for value in row] if isinstance(row, (list, tuple)) and len(row) == 4 else [math.nan] * 4
         for row in values
@@ -62,32 +65,36 @@ def to_rows(values: Sequence[Any]) -> NDArray[np.float64]:
     return np.array(rows, np.float64).reshape(-1, 4)
 
 
-def stated_size(height: Any, width: Any) -> Size | None:
-    """The size that a file says, where it says one."""
+def stated_size(height: object, width: object) -> Size | None:
+    """Return the size stated in a file, or None where height or width is missing or not a number."""
     sides = to_number(height), to_number(width)
     return (int(sides[0]), int(sides[1])) if np.isfinite(sides).all() else None
 
 
-def to_number(value: Any) -> float:
-    """The number that a value is or writes; NaN for what is none."""
+def to_number(value: object) -> float:
+    """Convert a number, or the text of one, to float; NaN where that fails."""
     try:
-        return float(value)
+        return float(value)  # type: ignore[arg-type]  # other types raise the TypeError below
     except (TypeError, ValueError):
         return math.nan
 
 
-def to_whole(value: Any) -> int | None:
-    """A number of COCO's, which some tools write as text; None for what is none."""
-    if isinstance(value, int):  # as it is: those past 2⁵³ are no floats
+def to_whole(value: object) -> int | None:
+    """Convert a COCO number, which some tools write as text, to int; None where that fails."""
+    if isinstance(value, int):  # not converted to float, which cannot hold all integers above 2⁵³
         return value
     number = to_number(value)
     return int(number) if number.is_integer() else None
 
 
-def resplit(found: Annotations, files: Mapping[str, Path]) -> Annotations:
-    """Divide the entries as split files say."""
+def resplit(annotations: Annotations, files: Mapping[str, Path]) -> Annotations:
+    """Divide the entries into the splits that split files list.
+
+    Raises:
+        DataError: a split file is missing, or one of its lines matches two images.
+    """
     by_name: dict[str, list[Entry]] = {}
-    for entry in (entry for entries in found.splits.values() for entry in entries):
+    for entry in (entry for entries in annotations.splits.values() for entry in entries):
         name = Path(entry.path.name if entry.path else entry.where.partition(", ")[2] or entry.where)
         for text in {name.name, name.stem}:
             by_name.setdefault(text, []).append(entry)
@@ -97,23 +104,25 @@ def resplit(found: Annotations, files: Mapping[str, Path]) -> Annotations:
             raise DataError(f"there is no split file {file}")
         splits[split] = []
         for line in file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines():
-            # names may hold blanks, and Pascal VOC writes 1 or -1 behind them
+            # names may contain spaces, and Pascal VOC writes 1 or -1 after the name
             texts = [line.strip(), *line.rsplit(None, 1)[:1]] if line.strip() else []
-            known = next((some for text in texts if (some := _meant(text, by_name))), [])
+            known = next((matches for text in texts if (matches := _matching(text, by_name))), [])
             if len(known) > 1:
-                one, other = (entry.path or entry.where for entry in known[:2])
-                raise DataError(f"{file}: {texts[0]} may be {one} or {other}; write the folder before the name")
+                first, second = (entry.path or entry.where for entry in known[:2])
+                raise DataError(f"{file}: {texts[0]} may be {first} or {second}; write the folder before the name")
             splits[split] += known
             if texts and not known:
-                found.problems.append(Problem("not annotated", file.name, texts[0]))
-    return Annotations(splits, found.class_names, found.category_ids, found.box_format, found.problems)
+                annotations.problems.append(Problem("not annotated", file.name, texts[0]))
+    return Annotations(
+        splits, annotations.class_names, annotations.category_ids, annotations.box_format, annotations.problems
+    )
 
 
-def _meant(text: str, by_name: Mapping[str, list[Entry]]) -> list[Entry]:
-    """The entries that a line of a split file may mean."""
+def _matching(text: str, by_name: Mapping[str, list[Entry]]) -> list[Entry]:
+    """Return the entries that match a line of a split file."""
     path = Path(text.replace("\\", "/"))
     bare = path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
-    some = by_name.get(path.name) or by_name.get(bare.name, [])
+    named = by_name.get(path.name) or by_name.get(bare.name, [])
     folders = bare.parent.parts
-    fit = [entry for entry in some if entry.path and entry.path.parent.parts[-len(folders) :] == folders]
-    return fit if len(some) > 1 and folders and fit else some
+    in_folder = [entry for entry in named if entry.path and entry.path.parent.parts[-len(folders) :] == folders]
+    return in_folder if len(named) > 1 and folders and in_folder else named

@@ -1,4 +1,4 @@
-"""Annotations of boxes, whichever of the three layouts a folder has: COCO, Pascal VOC or YOLO; no torch."""
+"""Read box annotations in one of three layouts (COCO, Pascal VOC or YOLO), without importing torch."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,27 +23,27 @@ def read_annotations(
     splits: Mapping[str, str] | None = None,
     box_format: BoxFormat | None = None,
 ) -> Annotations:
-    """Read the annotations of a folder; which of the three layouts it has is told from what lies there.
+    """Read the annotations of a folder; the layout is recognised from the files in the folder.
 
-    - COCO: .json files in the folder or in its annotations/, a split each where their names say so, or one in each of
-      train/, val/ (or valid/) and test/.
-    - Pascal VOC: .xml files in Annotations/ (or beside the images), images in JPEGImages/ or images/, splits in
-      ImageSets/Main/train.txt, val.txt, test.txt. Coordinates are taken as they are written; the original VOC counts
-      pixels from 1, most tools that write the format do not, which is a pixel at most.
-    - YOLO: data.yaml (or another .yaml with `names`), or images/ and labels/, in sub-folders for the splits. A line of
-      more than five numbers is a polygon, whose hull is taken.
+    - COCO: .json files in the folder or in its sub-folder annotations/, each with its split in the file name; or one
+      .json file in each of train/, val/ (or valid/) and test/. Without such names there is a single unnamed split.
+    - Pascal VOC: .xml files in Annotations/ (or next to the images), images in JPEGImages/ or images/, splits in
+      ImageSets/Main/train.txt, val.txt, test.txt. Coordinates are used as written: the original VOC counts pixels from
+      1, but most tools that write the format do not; the difference is one pixel at most.
+    - YOLO: data.yaml (or another .yaml with `names`), or images/ and labels/, with sub-folders for the splits. A line
+      with more than five numbers is a polygon, which is replaced by its bounding box.
 
     Args:
         root: the folder, or one .json or .yaml file.
-        images: folder of the images, where it is none of the usual.
-        class_names: what the classes shall be, in this order; those in the files by default.
-        splits: split files, `{train: train.txt, …}`: an image a line, with or without folder and suffix. They
-            replace the splits that the layout has. Folders tell apart images of the same name.
-        box_format: of the numbers in the files, where it is not the layout's own (COCO xywh, VOC xyxy, YOLO cxcywh).
+        images: folder of the images (default: the layout's usual folders).
+        class_names: the classes to read, in the order of their labels (default: those in the files).
+        splits: split files, `{train: train.txt, …}`. Each line names an image. Its folder and suffix may be left out,
+            but only the folder distinguishes images of the same name. These files replace the splits of the layout.
+        box_format: format of the boxes in the files (default: COCO xywh, VOC xyxy, YOLO cxcywh).
 
     Raises:
-        UsageError: `splits` has another than train, val and test.
-        DataError: there is no such folder, it holds no annotations, files of it contradict each other, or a split file
+        UsageError: a key of `splits` is not train, val or test.
+        DataError: the folder does not exist or holds no annotations, its files contradict each other, or a split file
             is missing.
     """
     root = Path(root)
@@ -55,19 +55,23 @@ def read_annotations(
     if images and not Path(images).exists():
         raise DataError(f"there is no folder of images {images}")
     readers = {"coco": read_coco, "voc": read_voc, "yolo": read_yolo}
-    found = readers[layout_of(root)](root, Path(images) if images else None, class_names)
-    found.box_format = box_format or found.box_format
-    return resplit(found, {SPLITS[name]: Path(file) for name, file in splits.items()}) if splits else found
+    annotations = readers[layout_of(root)](root, Path(images) if images else None, class_names)
+    annotations.box_format = box_format or annotations.box_format
+    return resplit(annotations, {SPLITS[name]: Path(file) for name, file in splits.items()}) if splits else annotations
 
 
 def layout_of(root: Path) -> Layout:
-    """Tell which layout a folder has."""
+    """Recognise the layout of a folder or file.
+
+    Raises:
+        DataError: the folder holds no annotations.
+    """
     if root.is_file():
         return "coco" if root.suffix.lower() == ".json" else "yolo"
     others: list[Layout] = ["voc"] if xml_folders(root) else []
     if yaml_of(root) or any(path.is_dir() for path in (root / "labels", root / "train" / "labels")):
         others.append("yolo")
-    # beside another layout a .json may be anything
+    # in a folder that also has another layout, a .json file without annotations does not count as COCO
     if any(not others or b'"annotations"' in file.read_bytes() for file in coco_files(root)):
         return "coco"
     if others:

@@ -1,4 +1,4 @@
-"""Pascal VOC's xml as annotations; no torch."""
+"""Read Pascal VOC's xml files of annotations; no torch."""
 
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
@@ -19,23 +19,23 @@ from visionattn.data.annotations.parsing import (
 
 
 def xml_folders(root: Path) -> list[tuple[str, Path]]:
-    """(split, folder of .xml files); the split is "" where the folder is for all."""
+    """Return (split, folder) of each folder with .xml files; the split is "" where the folder serves all splits."""
     places = [("", root / "Annotations"), ("", root / "annotations"), ("", root)]
     places += [(split, root / name) for name, split in SPLITS.items()]
     places += [(split, root / name / "Annotations") for name, split in SPLITS.items()]
-    found: list[tuple[str, Path]] = []
+    folders: list[tuple[str, Path]] = []
     for split, place in places:
-        # Annotations and annotations are one where case is ignored
-        if files_ending(place, ".xml") and not any(place.samefile(other) for _, other in found):
-            found.append((split, place))
-    return found
+        # where the file system ignores case, Annotations and annotations are the same folder
+        if files_ending(place, ".xml") and not any(place.samefile(other) for _, other in folders):
+            folders.append((split, place))
+    return folders
 
 
 def read_voc(root: Path, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
-    """Read a folder in Pascal VOC's layout; see `annotations.read_annotations`.
+    """Read a folder in Pascal VOC's layout; see `read_annotations`.
 
     Raises:
-        DataError: a line of a split file may mean two images.
+        DataError: a line of a split file matches two images.
     """
     problems: list[Problem] = []
     parsed = []
@@ -45,7 +45,7 @@ def read_voc(root: Path, images: Path | None, class_names: Sequence[str] | None)
         for file in files_ending(folder, ".xml"):
             try:
                 tree = ET.parse(file).getroot()
-            except (ET.ParseError, LookupError, ValueError) as error:  # not well-formed, or of an unknown encoding
+            except (ET.ParseError, LookupError, ValueError) as error:  # not well-formed, or in an unknown encoding
                 problems.append(Problem("unreadable annotation", file.name, str(error)))
                 continue
             path = pictures.get(file.stem) or pictures.get(Path(tree.findtext("filename") or "").stem)
@@ -54,7 +54,7 @@ def read_voc(root: Path, images: Path | None, class_names: Sequence[str] | None)
         {_text(item, "name") for _, _, tree, _ in parsed for item in tree.iter("object")} - {""}
     )
     numbers = {name: number for number, name in enumerate(names)}
-    found = Annotations({}, tuple(names), tuple(range(1, len(names) + 1)), "xyxy", problems)
+    annotations = Annotations({}, tuple(names), tuple(range(1, len(names) + 1)), "xyxy", problems)
     for number, (split, file, tree, path) in enumerate(parsed, start=1):
         items = list(tree.iter("object"))
         for item in items:
@@ -71,13 +71,13 @@ def read_voc(root: Path, images: Path | None, class_names: Sequence[str] | None)
             np.array([_text(item, "difficult") == "1" for item in items], bool),
             np.full(len(items), np.nan),
         )
-        found.splits.setdefault(split, []).append(entry)
+        annotations.splits.setdefault(split, []).append(entry)
     lists = root / "ImageSets" / "Main"
     files = {split: lists / f"{split}.txt" for split in ("train", "val", "test")}
     files = {split: file for split, file in files.items() if file.is_file()}
     if not files.keys() & {"train", "val"} and (lists / "trainval.txt").is_file():
         files["train"] = lists / "trainval.txt"
-    return resplit(found, files) if files else found
+    return resplit(annotations, files) if files else annotations
 
 
 def _text(item: ET.Element, name: str) -> str:
@@ -85,8 +85,8 @@ def _text(item: ET.Element, name: str) -> str:
 
 
 def _by_stem(folders: Iterable[Path]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    by_stem: dict[str, Path] = {}
     for folder in folders:
         for path in pictures_in(folder, deep=False):
-            found.setdefault(path.stem, path)
-    return found
+            by_stem.setdefault(path.stem, path)
+    return by_stem

@@ -1,4 +1,4 @@
-"""YOLO's txt files as annotations; no torch."""
+"""Read YOLO's txt files of annotations; no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from visionattn.errors import DataError
 
 
 def yaml_of(root: Path) -> dict[str, Any] | None:
-    """The content of a data.yaml, or of the first .yaml of a folder that has `names`."""
+    """Return the content of a .yaml file, or of the first one in a folder, that has the key `names`; otherwise None."""
     for file in [root] if root.is_file() else [*files_ending(root, ".yaml"), *files_ending(root, ".yml")]:
         try:
             content = yaml.safe_load(file.read_bytes())
@@ -34,14 +34,14 @@ def yaml_of(root: Path) -> dict[str, Any] | None:
 
 
 def read_yolo(root: Path, images: Path | None, class_names: Sequence[str] | None) -> Annotations:
-    """Read a folder or a .yaml file in YOLO's layout; see `annotations.read_annotations`.
+    """Read a folder or a .yaml file in YOLO's layout; see `read_annotations`.
 
     Raises:
-        DataError: it is none, its names are no names, or there are no images.
+        DataError: the .yaml has no names, the names have a wrong form, or there are no images.
     """
     content = yaml_of(root)
     if content is None and root.is_file():
-        raise DataError(f"{root} is no data set of YOLO's: a .yaml file with names")
+        raise DataError(f"{root} is not a YOLO data set, which is a .yaml file with names")
     home = root.parent if root.is_file() else root
     known = _yolo_names(root, content["names"] if content else None)
     folders = {split: paths for split, paths in _yolo_images(home, content or {}, images).items() if paths}
@@ -62,20 +62,20 @@ def read_yolo(root: Path, images: Path | None, class_names: Sequence[str] | None
     elif class_names:
         names, ids = tuple(class_names), list(range(len(class_names)))
         numbers = dict(zip(ids, ids, strict=True))
-    else:  # nobody names the classes: the numbers that there are
-        ids = sorted({line[0] for some in labels.values() for *_, lines in some for line in lines} - {-1})
+    else:  # the files name no classes: take the numbers in use
+        ids = sorted({line[0] for items in labels.values() for *_, lines in items for line in lines} - {-1})
         names = tuple(f"class {number}" for number in ids)
         numbers = {category: number for number, category in enumerate(ids)}
-    found = Annotations({}, names, tuple(ids), "cxcywh", problems)
-    for split, some in labels.items():
-        for path, file, lines in some:
+    annotations = Annotations({}, names, tuple(ids), "cxcywh", problems)
+    for split, items in labels.items():
+        for path, file, lines in items:
             for number, *_ in lines:
                 if number not in numbers:
                     problems.append(Problem("unknown class", file.name, f"number {number}"))
             entry = Entry(
                 path if path.is_file() else None,
                 file.name,
-                sum(map(len, found.splits.values())) + 1,
+                sum(map(len, annotations.splits.values())) + 1,
                 None,
                 to_rows([box for _, box in lines]),
                 np.array([numbers.get(number, -1) for number, _ in lines], np.int64),
@@ -83,22 +83,23 @@ def read_yolo(root: Path, images: Path | None, class_names: Sequence[str] | None
                 np.full(len(lines), np.nan),
                 relative=True,
             )
-            found.splits.setdefault(split, []).append(entry)
-    used = {file for some in labels.values() for _, file, _ in some}
+            annotations.splits.setdefault(split, []).append(entry)
+    used = {file for items in labels.values() for _, file, _ in items}
     there = {file for folder in {file.parent for file in used} for file in files_ending(folder, ".txt")}
     there |= {file for file in (home / "labels").rglob("*") if file.suffix.lower() == ".txt"}
     stray = there - used - {_label_file(path) for path in pictures_in(home / "images")}
     stray = {file for file in stray if file.name not in ("classes.txt", "labels.txt") and file.name[0] != "."}
     problems += [Problem("missing image", file.name, "its image is not there") for file in sorted(stray)]
-    return found
+    return annotations
 
 
-def _yolo_names(root: Path, names: Any) -> dict[int, str]:
-    """Number → name, of `names` in a .yaml file: a list, or a dict."""
-    if isinstance(names, list):
-        names = dict(enumerate(names))
-    if names is None or (isinstance(names, dict) and all(to_whole(number) is not None for number in names)):
-        return {int(number): str(name) for number, name in (names or {}).items()}
+def _yolo_names(root: Path, names: object) -> dict[int, str]:
+    """Convert `names` of a .yaml file, a list or a dict, to number → name."""
+    if names is None:
+        return {}
+    by_key = dict(enumerate(names)) if isinstance(names, list) else names
+    if isinstance(by_key, dict) and all(to_whole(number) is not None for number in by_key):
+        return {int(number): str(name) for number, name in by_key.items()}
     raise DataError(f"{root}: names must be a list, or numbers with a name each, not {names!r}")
 
 
@@ -106,21 +107,24 @@ def _yolo_images(home: Path, content: Mapping[str, Any], images: Path | None) ->
     base = home / str(content.get("path", "")) if (home / str(content.get("path", ""))).is_dir() else home
     if images:
         return {"": pictures_in(images)}
-    found: dict[str, list[Path]] = {}
+    by_split: dict[str, list[Path]] = {}
     for name, split in SPLITS.items():
         for item in _listed(content.get(name)):
-            # exporters write ../train/images for what lies beside the file
+            # some exporters write ../train/images for a folder next to the .yaml
             places = [base / item, base / str(item).removeprefix("../")]
-            found.setdefault(split, []).extend(next((pictures_in(place) for place in places if place.exists()), []))
+            by_split.setdefault(split, []).extend(next((pictures_in(place) for place in places if place.exists()), []))
     for name, split in SPLITS.items():
-        if not found.get(split):  # else the file has named it, perhaps a folder valid/ as val
+        if not by_split.get(split):  # the .yaml does not name the split: try the usual folders
             places = [base / "images" / name, base / name / "images"]
-            found[split] = next((pictures_in(place) for place in places if place.is_dir()), [])
-    return found if any(found.values()) else {"": pictures_in(base / "images")}
+            by_split[split] = next((pictures_in(place) for place in places if place.is_dir()), [])
+    return by_split if any(by_split.values()) else {"": pictures_in(base / "images")}
 
 
 def _label_file(image: Path) -> Path:
-    """…/images/…/x.jpg → …/labels/…/x.txt, or beside the image; where neither is there, the one that is missed."""
+    """Return the label file of …/images/…/x.jpg: …/labels/…/x.txt, or x.txt next to the image.
+
+    Where neither exists, return the first of these names.
+    """
     places = [image]
     for place in range(len(image.parts) - 2, -1, -1):
         if image.parts[place] == "images":
@@ -131,7 +135,10 @@ def _label_file(image: Path) -> Path:
 
 
 def _yolo_lines(file: Path, problems: list[Problem]) -> list[tuple[int, list[float]]]:
-    """The class, −1 for none, and centre x, centre y, width, height of each line; of a polygon, those of its hull."""
+    """Read (class, [centre x, centre y, width, height]) of each line; class −1 is invalid.
+
+    A polygon is replaced by its bounding box.
+    """
     if not file.is_file():
         return []
     lines = []
@@ -149,5 +156,5 @@ def _yolo_lines(file: Path, problems: list[Problem]) -> list[tuple[int, list[flo
     return lines
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: Any) -> list[Any]:  # value: an entry of a user's .yaml
     return list(value) if isinstance(value, (list, tuple)) else [value] if value else []

@@ -1,38 +1,56 @@
-"""What the data modules share: splits, and batches in an order that can be taken up again, none lost or repeated."""
+"""The base of the data modules: splits, and loaders that can resume without losing or repeating an image."""
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from collections.abc import Sized
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from visionattn.data.loading.order import Order, Share
-from visionattn.data.loading.workers import PATIENCE, Loader, Unreadable
+from visionattn.data.loading.order import Order, RankSampler
+from visionattn.data.loading.workers import WORKER_TIMEOUT, Loader, Unreadable
 from visionattn.data.placement import Preprocess
-from visionattn.data.samples import collate
+from visionattn.data.samples import Batch, Sample, collate
 from visionattn.errors import DataError, UsageError
 
 Split = Literal["train", "val", "test"]
 
 
+@runtime_checkable
+class _OwnOrder(Protocol):
+    """A data set that prescribes the order of its samples."""
+
+    def shuffled(self, seed: int) -> list[int]: ...
+
+
+class _Processed(Protocol):
+    """The type of Lightning's batch counter; its own class is private."""
+
+    processed: int
+
+
 class ImageData(L.LightningDataModule, ABC):
     """Images in a train, a val and perhaps a test split.
 
-    The order of training is a function of (seed, epoch), the augmentation of (seed, epoch, index). A training that is
-    continued in the middle of an epoch goes on with the image that comes next. In evaluation every image is seen
-    exactly once, by however many processes.
+    In training, (seed, epoch) determines the order, and (seed, epoch, index) determines the augmentation. Training that
+    is resumed in the middle of an epoch continues with the next image of the order. Evaluation uses every image exactly
+    once, for any number of processes.
 
     Args:
-        preprocess: to the model's input.
-        batch_size: images a batch and process.
-        num_workers: processes that load images; 0 loads in this one.
-        seed: of order, augmentation and split.
-        unreadable: stop at an image that cannot be read, or whose process dies or hangs; or skip it.
-        patience: seconds that a process may take for one image.
+        preprocess: converts an image to the model's input.
+        batch_size: images per batch and process.
+        num_workers: processes that load images; 0 loads them in the main process.
+        seed: random seed of the order, the augmentation and the split.
+        unreadable: what to do if an image cannot be read, or the worker that reads it dies or hangs: `stop` or `skip`
+            (default: stop).
+        worker_timeout: seconds that a worker may take for one image (default: 20).
 
     Attributes:
-        skipped: path → reason of the images that were left out.
+        skipped: path → reason of each image that was left out.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     class_names: tuple[str, ...]
@@ -46,75 +64,75 @@ class ImageData(L.LightningDataModule, ABC):
         num_workers: int,
         seed: int,
         unreadable: Unreadable = "stop",
-        patience: float = PATIENCE,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"batch_size must be ≥ 1 and num_workers ≥ 0, got {batch_size} and {num_workers}")
-        if patience <= 0:
-            raise ValueError(f"patience must be > 0, got {patience}")
+        if worker_timeout <= 0:
+            raise ValueError(f"worker_timeout must be > 0, got {worker_timeout}")
         self.preprocess = preprocess
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.unreadable = unreadable
-        self.patience = patience
+        self.worker_timeout = worker_timeout
         self.skipped: dict[str, str] = {}
-        self.datasets: dict[Split, Dataset[dict[str, Any]] | None] = {}
+        self.datasets: dict[Split, Dataset[Sample] | None] = {}
         self._order: Order | None = None
-        self._saved: dict[str, Any] = {}
+        self._saved: dict[str, int] = {}
 
     @abstractmethod
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]] | None:
-        """The samples of a split, or None where there is no such split; only `train` is augmented.
+    def dataset(self, split: Split) -> Dataset[Sample] | None:
+        """Return the samples of a split, or None where there is no such split; only `train` is augmented.
 
-        A data set that can fail tells by `path_of(index)` which file a sample comes from, and one whose samples are not
-        to be taken from anywhere at any time by `shuffled(seed)` in which order they are.
+        Optional methods of the data set: `path_of(index)` returns the file of a sample, for error messages;
+        `shuffled(seed)` returns the order of an epoch, for data that cannot be read efficiently in fully random order.
         """
 
     def setup(self, stage: str) -> None:
-        wanted: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-        self.datasets |= {split: self.dataset(split) for split in wanted.get(stage, ("test", "val"))}
+        by_stage: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        self.datasets |= {split: self.dataset(split) for split in by_stage.get(stage, ("test", "val"))}
         if stage == "test" and self.datasets["test"] is None:
             raise DataError(
                 f"{type(self).__name__} has no test split; score the validation images with `visionattn validate`"
             )
 
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        dataset: Any = self.datasets["train"]
-        rank, world_size = self._place()
+    def train_dataloader(self) -> DataLoader[Batch]:
+        dataset = self._dataset_of("train")
+        rank, world_size = self._rank()
         self._order = Order(
-            dataset,
+            cast(Sized, dataset),
             seed=self.seed,
             batch_size=self.batch_size,
             rank=rank,
             world_size=world_size,
-            start=self._behind,  # Lightning may ask for the loader before it has read the checkpoint
-            shuffled=getattr(dataset, "shuffled", None),
+            start=self._images_done,  # Lightning may ask for the loader before it has read the checkpoint
+            shuffled=dataset.shuffled if isinstance(dataset, _OwnOrder) else None,
         )
         return self._loader(dataset, sampler=self._order, fill=True)
 
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def val_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation("val")
 
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def test_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation("test")
 
-    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def predict_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation("test" if self.datasets["test"] is not None else "val")
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the order of a checkpoint's epoch depends on; Lightning counts the batches."""
+    def state_dict(self) -> dict[str, int]:
+        """Return the numbers that determine the order in an epoch; Lightning itself saves the number of batches."""
         if self._order is None:
             return {}
         together = self.batch_size * self._order.num_replicas
-        return {"seed": self.seed, "images": len(self._order.dataset), "together": together}  # type: ignore[arg-type]
+        return {"seed": self.seed, "images": self._order.length, "together": together}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._saved = state_dict
 
-    def _behind(self) -> int:
-        """How many images of the epoch that begins lie behind: some, where a training is continued in its middle."""
+    def _images_done(self) -> int:
+        """Return how many images of the epoch were used before training was resumed; 0 if it was not resumed."""
         loop = self.trainer.fit_loop if self.trainer else None
         if loop is None or not loop.restarting:
             return 0
@@ -123,22 +141,29 @@ class ImageData(L.LightningDataModule, ABC):
         for key, name in names.items():
             if key in self._saved and self._saved[key] != now[key]:
                 raise UsageError(
-                    f"the checkpoint stands in the middle of an epoch, and its {name} was {self._saved[key]} and is "
-                    f"{now[key]}; only with the same can it go on with the images that come next"
+                    f"the checkpoint was saved in the middle of an epoch, when the {name} was {self._saved[key]}; "
+                    f"now it is {now[key]}. To resume with the next image, set the old value again"
                 )
-        done: Any = loop.epoch_loop.batch_progress.current
-        return done.processed * now["together"]
+        progress = cast(_Processed, loop.epoch_loop.batch_progress.current)
+        return progress.processed * now["together"]
 
-    def _place(self) -> tuple[int, int]:
+    def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _evaluation(self, split: Split) -> DataLoader[dict[str, Any]]:
-        dataset: Any = self.datasets[split]
-        rank, world_size = self._place()
-        share = Share(dataset, rank=rank, world_size=world_size)
-        return self._loader(dataset, sampler=share, starved=share.starved)
+    def _dataset_of(self, split: Split) -> Dataset[Sample]:
+        dataset = self.datasets[split]
+        assert dataset is not None, f"no {split} split"
+        return dataset
 
-    def _loader(self, dataset: Any, **options: Any) -> DataLoader[dict[str, Any]]:
+    def _evaluation(self, split: Split) -> DataLoader[Batch]:
+        dataset = self._dataset_of(split)
+        rank, world_size = self._rank()
+        sampler = RankSampler(cast(Sized, dataset), rank=rank, world_size=world_size)
+        return self._loader(dataset, sampler=sampler, starved=sampler.starved)
+
+    def _loader(
+        self, dataset: Dataset[Sample], *, sampler: Sampler[Any], fill: bool = False, starved: bool = False
+    ) -> DataLoader[Batch]:
         return Loader(
             dataset,
             collate=collate,
@@ -147,7 +172,9 @@ class ImageData(L.LightningDataModule, ABC):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             unreadable=self.unreadable,
-            patience=self.patience,
+            worker_timeout=self.worker_timeout,
             skipped=self.skipped,
-            **options,
+            sampler=sampler,
+            fill=fill,
+            starved=starved,
         )

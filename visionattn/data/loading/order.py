@@ -1,36 +1,37 @@
-"""Which sample when: in training from nothing but (seed, epoch), in evaluation every one exactly once."""
+"""The order of samples: in training, (seed, epoch) determines it; evaluation uses every sample exactly once."""
 
 from collections.abc import Callable, Iterator, Sized
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
-Bits = TypeVar("Bits", int, NDArray[np.uint64])
-_ALL = 0xFFFFFFFFFFFFFFFF  # bits that are kept; arrays wrap by themselves
+Bits = TypeVar("Bits", bound="int | NDArray[np.uint64]")
+_ALL = 0xFFFFFFFFFFFFFFFF  # keeps the low 64 bits of a Python int; uint64 arrays do not need it
 
 
 class Order(DistributedSampler[tuple[int, int]]):
-    """Yield (index, seed of the augmentation) in a fresh order every epoch.
+    """Yield (index, seed of the augmentation) in a new order every epoch.
 
-    The order is f(seed, epoch) and the augmentation's seed f(seed, epoch, index), so that neither depends on worker
-    processes or on what was drawn before. Lightning calls `set_epoch`, and leaves a DistributedSampler as it is.
+    The order is a function of (seed, epoch), and the augmentation's seed a function of (seed, epoch, index). Neither
+    depends on worker processes or on earlier draws. Lightning calls `set_epoch`, and does not replace a
+    DistributedSampler by one of its own.
 
-    With several processes each takes every n-th sample. So a batch of all of them together is the same run of the order
-    as the batch of one process, and a training may be continued by more or fewer. The images that would not fill a last
-    batch are left for other epochs: a batch of one would break batch normalisation. Where all do not fill one batch,
-    they are that batch, filled up to a multiple of n by its own beginning.
+    With n processes, each process takes every n-th sample. So n processes together use the same batches as one process
+    with n times the batch size, and training can be resumed with another number of processes. Images that do not fill
+    the last batch are left out of the epoch, since a batch of one image would break batch normalisation. If all images
+    together do not fill one batch, they form a smaller batch; its first images are repeated up to a multiple of n.
 
     Args:
-        dataset: what is ordered.
-        seed: of the order and of the augmentation.
-        batch_size: samples a batch and process.
-        rank: which process this is.
-        world_size: n, how many there are.
-        start: called when an epoch begins: how many samples of all processes lie behind in it.
-        shuffled: seed → all indices, in the order of an epoch; any order is as likely by default.
+        dataset: gives the number of samples.
+        seed: random seed of the order and of the augmentation.
+        batch_size: samples per batch and process.
+        rank: number of this process.
+        world_size: n, the number of processes.
+        start: called when an epoch begins; returns how many samples (of all processes) to skip (default: 0).
+        shuffled: seed → all indices in the order of an epoch (default: every order is equally likely).
     """
 
     def __init__(
@@ -44,18 +45,18 @@ class Order(DistributedSampler[tuple[int, int]]):
         start: Callable[[], int] = int,
         shuffled: Callable[[int], list[int]] | None = None,
     ) -> None:
-        super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
-        length, together = len(dataset), batch_size * world_size
-        self.total_size = length // together * together or -(-length // world_size) * world_size
+        super().__init__(cast(Dataset[tuple[int, int]], dataset), num_replicas=world_size, rank=rank, seed=seed)
+        self.length, together = len(dataset), batch_size * world_size
+        self.total_size = self.length // together * together or -(-self.length // world_size) * world_size
         self.num_samples = self.total_size // world_size
-        self._ask = start
+        self._ask_start = start
         self._shuffled = shuffled or self._uniform
         self._begun, self._start = -1, 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
         if epoch != self._begun:
-            self._begun, self._start = epoch, self._ask()
+            self._begun, self._start = epoch, self._ask_start()
         order = self._shuffled(mix(self.seed, epoch))
         order = (order * self.num_replicas)[: self.total_size]
         for index in order[self._start + self.rank :: self.num_replicas]:
@@ -63,19 +64,20 @@ class Order(DistributedSampler[tuple[int, int]]):
 
     def _uniform(self, seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(len(self.dataset), generator=generator).tolist()  # type: ignore[arg-type]
+        return torch.randperm(self.length, generator=generator).tolist()
 
 
-class Share(DistributedSampler[int]):
-    """Yield every n-th index, so that n processes see every sample once and none twice.
+class RankSampler(DistributedSampler[int]):
+    """Yield every n-th index, so that n processes together use every sample exactly once.
 
     Attributes:
-        starved: there are fewer samples than processes, and this one has got none. It is given the first of all, of
-            which a batch without a sample can be made, so that it takes part where processes wait for each other.
+        starved: True where there are fewer samples than processes and this process has no sample. The sampler then
+            yields index 0, and the loader turns this sample into an empty batch, so that the process still takes part
+            in collective operations.
     """
 
     def __init__(self, dataset: Sized, *, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        super().__init__(cast(Dataset[int], dataset), num_replicas=world_size, rank=rank, shuffle=False)
         mine = range(rank, len(dataset), world_size)
         self.starved = not mine and len(dataset) > 0
         self._mine = range(1) if self.starved else mine
@@ -86,7 +88,7 @@ class Share(DistributedSampler[int]):
 
 
 def mix(*numbers: int) -> int:
-    """Hash whole numbers to 63 bits, so that neighbours give unrelated streams."""
+    """Hash integers to 63 bits, so that neighbouring numbers give unrelated random streams."""
     state = 0
     for number in numbers:
         state = scramble(state + number)
@@ -94,9 +96,9 @@ def mix(*numbers: int) -> int:
 
 
 def scramble(state: Bits) -> Bits:
-    """One step of splitmix64: 64 bits to 64 others, of one number or of many at once."""
-    bits: Any = state  # NumPy's types tell of Python's numbers what they do not do
+    """Apply one step of splitmix64 to a 64-bit number, or to each number of an array."""
+    bits = cast(int, state)  # an array has the same operators, but NumPy's types reject Python's large numbers
     bits = (bits + 0x9E3779B97F4A7C15) & _ALL
     bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
     bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _ALL
-    return bits ^ (bits >> 31)
+    return cast(Bits, bits ^ (bits >> 31))

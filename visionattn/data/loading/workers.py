@@ -1,4 +1,4 @@
-"""From a data set to batches, by processes that may die, hang or meet a file that cannot be read."""
+"""A DataLoader that names the file of a failed sample, and detects workers that died or hang."""
 
 import contextlib
 import itertools
@@ -8,25 +8,29 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from visionattn.data.samples import Batch, Sample
 from visionattn.errors import DataError, UsageError
 from visionattn.signals import leave_to_parent
 
 Unreadable = Literal["stop", "skip"]
-PATIENCE = 20.0
-"""Seconds that one image may take."""
+WORKER_TIMEOUT = 20.0
+"""Default time limit of a worker for one image, in seconds."""
 
-_POLL = 2.0  # seconds between two looks at the workers while no batch comes
+_POLL = 2.0  # seconds between checks of the workers while no batch arrives
+
+Key: TypeAlias = "int | tuple[int, int]"
+"""Index of a sample, or (index, seed of its augmentation)."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Stands in the place of a sample that could not be made."""
+    """The result for a sample that could not be loaded."""
 
     path: str
     error: DataError | UsageError
@@ -35,29 +39,48 @@ class Failure:
         return str(self.error)
 
 
-class Loader(DataLoader[dict[str, Any]]):
-    """A DataLoader that names the file when a sample fails, or the process that makes it dies or hangs.
+class _Loaded(NamedTuple):
+    """A batch (None if all its samples failed) and the failures. It is a tuple, so that torch can pin its memory."""
 
-    torch tells of a dead worker by its process id, wherever the main process stands at that moment, and waits for a
-    hung one for ever.
+    batch: Batch | None
+    failures: list[Failure]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A batch that a data set returned as a whole, so that there are no samples to collate."""
+
+    batch: Batch
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader that names the file when a sample fails, or when its worker dies or hangs.
+
+    PyTorch's own loader reports only the process id of a dead worker, and raises at an arbitrary point of the main
+    process. It waits forever for a worker that hangs.
 
     Args:
-        dataset: of samples that are dicts; a `path_of(index)` names them.
-        collate: joins samples to a batch.
-        patience: seconds that one sample may take in a worker.
-        unreadable: stop at such a sample, or skip it.
-        fill: let others of its batch stand in for a skipped sample, so that batches keep their size.
-        skipped: where the skipped ones are noted, path → reason.
-        starved: give batches without a sample, for a process that got none (see `Share`).
-        options: as DataLoader takes them.
+        dataset: returns samples, which are dicts; its optional method `path_of(index)` names a sample in errors.
+        collate: joins samples into a batch.
+        worker_timeout: seconds that a worker may take for one sample (default: 20).
+        unreadable: what to do if a sample fails: `stop` or `skip` (default: stop).
+        fill: replace skipped samples by others of the same batch, so that batches keep their size (default: False).
+        skipped: dict to which the skipped samples are added, path → reason.
+        starved: yield empty batches, for a process that has no samples (see `RankSampler`; default: False).
+        options: other arguments of DataLoader.
+
+    Raises:
+        DataError: while iterating, if a sample fails and `unreadable` is `stop`, or if a whole batch fails and `fill`
+            is set.
+        UsageError: while iterating, if a sample fails through wrong usage.
     """
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: Dataset[Any],
         *,
-        collate: Callable[[Any], dict[str, Any]],
-        patience: float = PATIENCE,
+        collate: Callable[[Sequence[Sample]], Batch],
+        worker_timeout: float = WORKER_TIMEOUT,
         unreadable: Unreadable = "stop",
         fill: bool = False,
         skipped: dict[str, str] | None = None,
@@ -66,19 +89,18 @@ class Loader(DataLoader[dict[str, Any]]):
     ) -> None:
         workers = options.get("num_workers", 0)
         watched = dataset if isinstance(dataset, _Watched) else _Watched(dataset, workers)
-        kept = {"collate_fn": _Collate(collate, fill), "worker_init_fn": _begin, "timeout": _POLL if workers else 0}
-        super().__init__(watched, **{**options, **kept})
+        own = {"collate_fn": _Collate(collate, fill), "worker_init_fn": _begin, "timeout": _POLL if workers else 0}
+        super().__init__(cast(Dataset[Batch], watched), **{**options, **own})
         self._watched = watched
         self.collate = collate
-        self.patience = patience
+        self.worker_timeout = worker_timeout
         self.unreadable = unreadable
         self.fill = fill
         self.skipped = {} if skipped is None else skipped
         self.starved = starved
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        for batch in self._batches():
-            failures: list[Failure] = batch.pop("failures", [])
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch's annotation is its own iterator class
+        for batch, failures in self._loaded():
             for failure in failures:
                 if self.unreadable == "stop" or isinstance(failure.error, UsageError):
                     raise failure.error
@@ -86,9 +108,9 @@ class Loader(DataLoader[dict[str, Any]]):
             if not batch and self.fill:
                 raise DataError(f"no image of a whole batch can be read; {failures[0]}")
             if batch:
-                yield {key: value[:0] for key, value in batch.items()} if self.starved else batch
+                yield _without_samples(batch) if self.starved else batch
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
+    def _loaded(self) -> Iterator[_Loaded]:
         done = 0
         batches = self._start(super().__iter__)
         while True:
@@ -100,16 +122,15 @@ class Loader(DataLoader[dict[str, Any]]):
                 died = "exited unexpectedly" in str(error)
                 if not died and "timed out" not in str(error):
                     raise
-                index, reason = self._watched.dead() if died else self._watched.hung(self.patience)
+                index, reason = self._watched.dead() if died else self._watched.hung(self.worker_timeout)
                 if reason is None:
-                    continue  # all is well, and slow
+                    continue  # no worker hangs; the samples are only slow
                 self._watched.kill()
                 self._iterator = None
                 if self.unreadable == "stop" or index is None:
                     raise DataError(reason) from error
                 self._watched.left_out[index] = reason
-                sampler: Any = self.batch_sampler
-                rest = list(itertools.islice(sampler, done, None))
+                rest = list(itertools.islice(cast(Iterable[list[int]], self.batch_sampler), done, None))
                 batches = self._start(DataLoader(self.dataset, batch_sampler=rest, **self._options()).__iter__)
             else:
                 done += 1
@@ -119,8 +140,8 @@ class Loader(DataLoader[dict[str, Any]]):
         names = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn")
         return {name: getattr(self, name) for name in names}
 
-    def _start(self, make: Callable[[], Any]) -> Iterator[Any]:
-        """Begin, and let the death of a worker be found where batches are waited for, not by a signal anywhere."""
+    def _start(self, make: Callable[[], Iterator[Any]]) -> Iterator[_Loaded]:
+        """Start the workers and remove torch's SIGCHLD handler, since `_loaded` handles dead workers."""
         if threading.current_thread() is not threading.main_thread():
             return make()
         before = signal.getsignal(signal.SIGCHLD)
@@ -136,22 +157,23 @@ class Loader(DataLoader[dict[str, Any]]):
 
 
 class _Watched(Dataset[Any]):
-    """A data set that says what is being read by which process, since when."""
+    """A data set that notes in shared memory which process is reading which sample, and since when."""
 
-    def __init__(self, dataset: Any, workers: int) -> None:
+    def __init__(self, dataset: Any, workers: int) -> None:  # dataset: any data set, perhaps with the optional methods
         self.dataset = dataset
         self.left_out: dict[int, str] = {}
-        self._slots = multiprocessing.RawArray("q", 3 * max(1, workers))  # index + 1, since when in ns, process
+        # for each worker: index + 1, start in ns, process id
+        self._slots = multiprocessing.RawArray("q", 3 * max(1, workers))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Any:  # other attributes are those of the data set
         if name.startswith("__") or name == "dataset":
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: Key) -> Sample | Failure:
         index = int(key[0] if isinstance(key, tuple) else key)
         if index in self.left_out:
             return Failure(self._name(index), DataError(self.left_out[index]))
@@ -159,7 +181,7 @@ class _Watched(Dataset[Any]):
         if worker is not None:
             self._slots[3 * worker.id : 3 * worker.id + 3] = [index + 1, time.monotonic_ns(), os.getpid()]
         try:
-            return self.dataset[key]
+            return cast(Sample, self.dataset[key])
         except (DataError, UsageError) as error:
             return Failure(self._name(index), error)
         except Exception as error:
@@ -169,23 +191,23 @@ class _Watched(Dataset[Any]):
             if worker is not None:
                 self._slots[3 * worker.id] = 0
 
-    def __getitems__(self, keys: Sequence[Any]) -> Any:
-        many = getattr(self.dataset, "__getitems__", None)  # of data sets that draw a whole batch at once
-        return [self[key] for key in keys] if many is None else many(keys)
+    def __getitems__(self, keys: Sequence[Key]) -> "list[Sample | Failure] | _Whole":
+        make_batch = getattr(self.dataset, "__getitems__", None)  # some data sets make a whole batch at once
+        return [self[key] for key in keys] if make_batch is None else _Whole(make_batch(keys))
 
     def dead(self) -> tuple[int | None, str]:
-        """The sample that a dead process was making, and what to say of it."""
+        """Return the sample that a dead worker was reading (None if unknown), and the error message."""
         for index, _, process in self._at_work():
             if not _alive(process):
                 return index, f"{self._name(index)}: the process that read it died; it may be too large or damaged"
-        return None, "a process that loads images died; it may have been killed for want of memory"
+        return None, "a process that loads images died; the system may have been out of memory"
 
-    def hung(self, patience: float) -> tuple[int | None, str | None]:
-        """The sample that takes longer than `patience` seconds, and what to say of it."""
+    def hung(self, worker_timeout: float) -> tuple[int | None, str | None]:
+        """Return a sample that a worker has read for too long, and the error message; (None, None) if there is none."""
         now = time.monotonic_ns()
         for index, since, _ in self._at_work():
-            if now - since > patience * 1e9:
-                return index, f"{self._name(index)}: not read within {patience:g} seconds"
+            if now - since > worker_timeout * 1e9:
+                return index, f"{self._name(index)}: not read within {worker_timeout:g} seconds"
         return None, None
 
     def _at_work(self) -> Iterator[tuple[int, int, int]]:
@@ -195,7 +217,7 @@ class _Watched(Dataset[Any]):
                 yield index - 1, since, process
 
     def kill(self) -> None:
-        """End the processes that load."""
+        """Kill the workers."""
         for place in range(0, len(self._slots), 3):
             if process := self._slots[place + 2]:
                 with contextlib.suppress(ProcessLookupError):
@@ -208,20 +230,24 @@ class _Watched(Dataset[Any]):
 
 
 class _Collate:
-    def __init__(self, collate: Callable[[Any], dict[str, Any]], fill: bool) -> None:
+    """Collate the samples that did not fail. A class, since spawned workers need a callable that can be pickled."""
+
+    def __init__(self, collate: Callable[[Sequence[Sample]], Batch], fill: bool) -> None:
         self.collate = collate
         self.fill = fill
 
-    def __call__(self, samples: Any) -> dict[str, Any]:
-        if isinstance(samples, dict):  # a batch already
-            return self.collate(samples)
+    def __call__(self, samples: "Sequence[Sample | Failure] | _Whole") -> _Loaded:
+        if isinstance(samples, _Whole):
+            return _Loaded(samples.batch, [])
         failures = [sample for sample in samples if isinstance(sample, Failure)]
-        if not failures:
-            return self.collate(samples)
         good = [sample for sample in samples if not isinstance(sample, Failure)]
-        if good and self.fill:
+        if failures and good and self.fill:
             good = [good[place % len(good)] for place in range(len(samples))]
-        return {**(self.collate(good) if good else {}), "failures": failures}
+        return _Loaded(self.collate(good) if good else None, failures)
+
+
+def _without_samples(batch: Batch) -> Batch:
+    return cast(Batch, {key: cast(Sequence[object], value)[:0] for key, value in batch.items()})
 
 
 def _begin(worker: int) -> None:

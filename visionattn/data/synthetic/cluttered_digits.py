@@ -1,7 +1,7 @@
-"""Handwritten digits among clutter: a data set that needs no download and knows where the answer stands."""
+"""Handwritten digits among clutter: a data set that needs no download and has a box and a mask of each digit."""
 
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import cv2
 import numpy as np
@@ -12,32 +12,43 @@ from torch.utils.data import Dataset
 from visionattn.data.datamodules import ClassificationData
 from visionattn.data.loading.batches import Split
 from visionattn.data.placement import Preprocess
+from visionattn.data.samples import Sample
 
 SPLITS = ("train", "val", "test")
-_SHARES = (0.7, 0.1, 0.2)  # of the handwritten instances
-_SMOOTH = 32  # side to which the 8 × 8 pixels are interpolated once, by cubics
-REMEMBERED = 16_384  # images a data set, at 8 kB, so that the next epoch does not draw them anew
+_FRACTIONS = (0.7, 0.1, 0.2)  # of the handwritten instances, per split
+_SMOOTH = 32  # the 8 × 8 pixels are upsampled once to this side, by cubic interpolation
+REMEMBERED = 16_384  # images that a data set caches, 8 kB each, so that later epochs do not draw them again
 
 
-class ClutteredDigits(Dataset[dict[str, Any]]):
+class _Options(TypedDict):
+    canvas: int
+    fragments: int
+    seed: int
+
+
+class ClutteredDigits(Dataset[Sample]):
     """One digit at a random scale and place among fragments of others, after Mnih et al. 2014 (1406.6247, section 4.1).
 
     The handwriting is scikit-learn's: 1,797 instances of 8 × 8 pixels by 43 people (UCI optical recognition of
-    handwritten digits). Deviations from the paper: these smaller digits take the place of MNIST's; their scale varies,
-    and each is drawn a little stretched and sheared, since there are few.
+    handwritten digits). Deviations from the paper: these smaller digits replace MNIST's; their scale varies; and each
+    digit is slightly stretched and sheared, since there are few instances.
 
-    An image depends on nothing but (seed, split, index). The instances of a split, fragments included, are in no other.
+    An image is a function of (seed, split, index). No instance is used in two splits, not even in fragments.
 
     Args:
         split: train, val or test.
         size: number of images.
-        seed: of the images; the division of the instances among the splits is always the same.
-        canvas: side of the square image, pixels.
-        scale: smallest and largest side of a digit, pixels.
-        distort: largest change of the four entries of the identity, the matrix that a digit is drawn with, in [0, 0.5].
-        fragments: number of pieces of other digits.
-        fragment_size: side of a piece, pixels.
-        preprocess: to the model's input; the canvas as it is by default, with values in [−1, 1].
+        seed: random seed of the images (default: 0). The assignment of instances to splits does not depend on it.
+        canvas: side of the square image, pixels (default: 64).
+        scale: smallest and largest side of a digit, pixels (default: 22 to 38).
+        distort: each digit is transformed by a 2 × 2 matrix. Each entry differs from the identity matrix by a random
+            amount of at most `distort`, in [0, 0.5] (default: 0.15).
+        fragments: number of pieces of other digits (default: 4).
+        fragment_size: side of a piece, pixels (default: 9).
+        preprocess: converts an image to the model's input (default: no resizing, values in [−1, 1]).
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     class_names = tuple("0123456789")
@@ -58,7 +69,7 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         if not 8 <= scale[0] <= scale[1] <= canvas:
-            raise ValueError(f"scale must rise within [8, canvas = {canvas}], got {scale}")
+            raise ValueError(f"scale must be (smallest, largest) within [8, canvas = {canvas}], got {scale}")
         if not 1 <= fragment_size <= scale[0]:
             raise ValueError(
                 f"fragment_size must be in [1, {scale[0]}], the smallest digit's side, got {fragment_size}"
@@ -79,8 +90,8 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        index = key[0] if isinstance(key, tuple) else key  # a seed for augmentation, of which there is none
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        index = key[0] if isinstance(key, tuple) else key  # the augmentation's seed is unused: nothing is augmented
         image_HW, label, ink_HW = self.draw(index)
         image_CHW, placement = self.preprocess(np.repeat(image_HW[..., None], 3, 2))
         mask_HW = ink_HW
@@ -101,15 +112,16 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
         }
 
     def path_of(self, index: int) -> str:
+        """Return the path of a sample; no file exists there."""
         return f"digits/{self.split}/{index:06d}.png"
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
-        """The picture, (H, W, 3) uint8 RGB, of a sample's path."""
+        """Draw the source image of the sample with this path: (H, W, 3) uint8 RGB."""
         image_HW, _, _ = self.draw(int(path.rsplit("/", 1)[-1].removesuffix(".png")))
         return np.repeat(image_HW[..., None], 3, 2)
 
     def draw(self, index: int) -> tuple[NDArray[np.uint8], int, NDArray[np.bool_]]:
-        """Draw image `index`: (canvas, canvas) uint8, its digit, and where that digit's ink is."""
+        """Draw image `index`: (canvas, canvas) uint8, the digit's label, and the (canvas, canvas) mask of its ink."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is out of range: the split has {self.size} images")
         if index not in self._drawn:
@@ -124,7 +136,7 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
             np.random.Philox(key=[self.seed, SPLITS.index(self.split)], counter=[0, 0, 0, index])
         )
         images, labels = self.instances
-        # a row a piece, the digit last: which instance, its side, where it is cut, where it lies, how it is distorted
+        # one row per piece, the digit last: instance, side, cut (2), position (2), distortion (4)
         draws = random.random((self.fragments + 1, 10))
         instances = (draws[:, 0] * len(images)).astype(int).tolist()
         sides = (self.scale[0] + draws[:, 1] * (self.scale[1] + 1 - self.scale[0])).astype(int)
@@ -142,21 +154,22 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
             region = canvas_HW[top : top + piece, left : left + piece]
             np.maximum(region, digit_hw[cut[0] : cut[0] + piece, cut[1] : cut[1] + piece], out=region)
         ink_HW = np.zeros((self.canvas, self.canvas), bool)
-        ink_HW[top : top + piece, left : left + piece] = digit_hw > 64  # of the last piece, the digit
-        canvas_HW.flags.writeable = ink_HW.flags.writeable = False  # they are remembered
+        ink_HW[top : top + piece, left : left + piece] = digit_hw > 64  # the last piece is the digit
+        canvas_HW.flags.writeable = ink_HW.flags.writeable = False  # callers share the remembered arrays
         return canvas_HW, int(labels[instances[-1]]), ink_HW
 
     @cached_property
     def instances(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The split's digits, (n, 32, 32) uint8, and their labels (n,)."""
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
 
         digits = load_digits()
         rest, test = train_test_split(
-            np.arange(len(digits.target)), test_size=_SHARES[2], stratify=digits.target, random_state=0
+            np.arange(len(digits.target)), test_size=_FRACTIONS[2], stratify=digits.target, random_state=0
         )
-        share = _SHARES[1] / (_SHARES[0] + _SHARES[1])
-        train, val = train_test_split(rest, test_size=share, stratify=digits.target[rest], random_state=0)
+        fraction = _FRACTIONS[1] / (_FRACTIONS[0] + _FRACTIONS[1])
+        train, val = train_test_split(rest, test_size=fraction, stratify=digits.target[rest], random_state=0)
         chosen = {"train": train, "val": val, "test": test}[self.split]
         images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
         smooth = [cv2.resize(image, (_SMOOTH, _SMOOTH), interpolation=cv2.INTER_CUBIC) for image in images]
@@ -164,9 +177,9 @@ class ClutteredDigits(Dataset[dict[str, Any]]):
 
 
 def enlarged(image_hw: NDArray[np.uint8], side: int, matrix: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Bring a square image to `side` pixels, and distort it about its centre by a (2, 2) matrix."""
+    """Resize a square image to `side` pixels, and distort it about its centre by a (2, 2) matrix."""
     turn = matrix * (side / len(image_hw))
-    # OpenCV counts from the centres of pixels
+    # in OpenCV, coordinate 0 is the centre of the first pixel
     shift = (side - 1) / 2 - turn @ np.full(2, (len(image_hw) - 1) / 2)
     return np.asarray(cv2.warpAffine(image_hw, np.column_stack([turn, shift]), (side, side)))
 
@@ -175,12 +188,12 @@ class ClutteredDigitsData(ClassificationData):
     """Handwritten digits among clutter (see `ClutteredDigits`); needs no download.
 
     Args:
-        train_size: number of training images.
-        val_size: number of validation images.
-        test_size: number of test images.
-        canvas: side of the images, pixels.
-        fragments: pieces of other digits in each image.
-        batch_size, num_workers, seed: as `ImageData`.
+        train_size: number of training images (default: 12,000).
+        val_size: number of validation images (default: 1,000).
+        test_size: number of test images (default: 2,000).
+        canvas: side of the images, pixels (default: 64).
+        fragments: pieces of other digits in each image (default: 4).
+        batch_size, num_workers, seed: see `ImageData`.
     """
 
     class_names = ClutteredDigits.class_names
@@ -197,10 +210,10 @@ class ClutteredDigitsData(ClassificationData):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        self._sizes = {"train": train_size, "val": val_size, "test": test_size}
-        self._options = {"canvas": canvas, "fragments": fragments, "seed": seed}
+        self._sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
+        self._options: _Options = {"canvas": canvas, "fragments": fragments, "seed": seed}
         preprocess = ClutteredDigits("train", size=1, canvas=canvas).preprocess
         super().__init__(preprocess=preprocess, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
-        return ClutteredDigits(split, size=self._sizes[split], preprocess=self.preprocess, **self._options)  # type: ignore[arg-type]
+    def dataset(self, split: Split) -> Dataset[Sample]:
+        return ClutteredDigits(split, size=self._sizes[split], preprocess=self.preprocess, **self._options)

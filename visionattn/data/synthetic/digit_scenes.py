@@ -1,6 +1,6 @@
-"""Several handwritten digits an image, with their boxes: detection that needs no download."""
+"""Images with several handwritten digits and their boxes: detection data that need no download."""
 
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -10,31 +10,42 @@ from torch.utils.data import Dataset
 from visionattn.data.detection import DetectionData
 from visionattn.data.loading.batches import Split
 from visionattn.data.placement import Preprocess
+from visionattn.data.samples import Sample
 from visionattn.data.synthetic.cluttered_digits import REMEMBERED, SPLITS, ClutteredDigits, enlarged
 
-_TRIES = 20  # at a place for a digit
+_TRIES = 20  # random places tried for a digit
 
 
-class DigitScenes(Dataset[dict[str, Any]]):
-    """Digits at random scales and places among fragments of others; as `ClutteredDigits`, and several an image.
+class _Options(TypedDict):
+    canvas: int
+    count: tuple[int, int]
+    seed: int
 
-    An image depends on nothing but (seed, split, index). No box covers more than a fifth of another; a digit for which
-    no place is found in 20 tries is left out. The instances of a split are in no other.
 
-    A sample holds `image`, `boxes` (N, 4) xyxy in pixels of the input, `labels` (N,), `crowd` (N,) false, `area` (N,),
-    `image_id`, `path` and `placement`.
+class DigitScenes(Dataset[Sample]):
+    """Images with several digits at random scales and positions, among fragments of other digits.
+
+    The digits are drawn as in `ClutteredDigits`. An image is a function of (seed, split, index). The overlap of two
+    boxes is at most a fifth of the smaller box; a digit that finds no place in 20 tries is left out. Each handwritten
+    instance of a digit is used in one split only.
+
+    A sample has `image`, `boxes` (N, 4) xyxy in pixels of the input, `labels` (N,), `crowd` (N,) all False, `area`
+    (N,), `image_id`, `path` and `placement`.
 
     Args:
         split: train, val or test.
         size: number of images.
-        seed: of the images.
-        canvas: side of the square image, pixels.
-        count: smallest and largest number of digits, ≥ 0.
-        scale: smallest and largest side of a digit, pixels.
-        distort: as for `ClutteredDigits`.
-        fragments: number of pieces of other digits.
-        fragment_size: side of a piece, pixels.
-        preprocess: to the model's input; the canvas as it is by default, with values in [−1, 1].
+        seed: seed of the images (default: 0).
+        canvas: side of the square image, pixels (default: 96).
+        count: smallest and largest number of digits, ≥ 0 (default: 1 to 5).
+        scale: smallest and largest side of a digit, pixels (default: 18 to 40).
+        distort: see `ClutteredDigits` (default: 0.15).
+        fragments: number of pieces of other digits (default: 6).
+        fragment_size: side of a piece, pixels (default: 9).
+        preprocess: converts an image to the model's input (default: the canvas unresized, with values in [−1, 1]).
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
 
     class_names = ClutteredDigits.class_names
@@ -54,8 +65,8 @@ class DigitScenes(Dataset[dict[str, Any]]):
         preprocess: Preprocess | None = None,
     ) -> None:
         if not 0 <= count[0] <= count[1]:
-            raise ValueError(f"count must rise from 0 or more, got {count}")
-        # it holds the instances of the split, and knows which arguments are wrong
+            raise ValueError(f"count must be (smallest, largest), both ≥ 0, got {count}")
+        # holds the split's instances, and checks the arguments
         self._single = ClutteredDigits(
             split, size=size, seed=seed, canvas=canvas, scale=scale, distort=distort, fragment_size=fragment_size
         )
@@ -69,7 +80,7 @@ class DigitScenes(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index = key[0] if isinstance(key, tuple) else key
         image_HW, boxes_N4, labels_N = self.draw(index)
         image_CHW, placement = self.preprocess(np.repeat(image_HW[..., None], 3, 2))
@@ -86,15 +97,16 @@ class DigitScenes(Dataset[dict[str, Any]]):
         }
 
     def path_of(self, index: int) -> str:
+        """Return the path of a sample; no file exists there."""
         return f"digits/{self.split}/{index:06d}.png"
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
-        """The picture, (H, W, 3) uint8 RGB, of a sample's path."""
+        """Draw the image of the sample with this path, before preprocessing: (H, W, 3) uint8 RGB."""
         image_HW, _, _ = self.draw(int(path.rsplit("/", 1)[-1].removesuffix(".png")))
         return np.repeat(image_HW[..., None], 3, 2)
 
     def draw(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]:
-        """Draw image `index`: (canvas, canvas) uint8, the boxes of its digits' ink (N, 4), and the digits (N,)."""
+        """Draw image `index`, (canvas, canvas) uint8, the boxes of its digits' ink, (N, 4), and their labels, (N,)."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is out of range: the split has {self.size} images")
         if index not in self._drawn:
@@ -112,7 +124,7 @@ class DigitScenes(Dataset[dict[str, Any]]):
         images, labels = single.instances
         canvas_HW = np.zeros((single.canvas, single.canvas), np.uint8)
         boxes: list[list[int]] = []
-        found: list[int] = []
+        drawn_labels: list[int] = []
 
         def piece() -> tuple[int, NDArray[np.uint8]]:
             instance = int(random.integers(len(images)))
@@ -124,45 +136,45 @@ class DigitScenes(Dataset[dict[str, Any]]):
             _, digit_hw = piece()
             top, left = random.integers(0, len(digit_hw) - single.fragment_size + 1, 2)
             part_hw = digit_hw[top : top + single.fragment_size, left : left + single.fragment_size]
-            _lay(canvas_HW, part_hw, *random.integers(0, single.canvas - single.fragment_size + 1, 2))
+            _paste(canvas_HW, part_hw, *random.integers(0, single.canvas - single.fragment_size + 1, 2))
         for _ in range(int(random.integers(self.count[0], self.count[1] + 1))):
             label, digit_hw = piece()
             rows, columns = np.nonzero(digit_hw > 64)
             for _ in range(_TRIES):
                 top, left = (int(place) for place in random.integers(0, single.canvas - len(digit_hw) + 1, 2))
                 box = [left + columns.min(), top + rows.min(), left + columns.max() + 1, top + rows.max() + 1]
-                if all(_covered(box, other) <= 0.2 for other in boxes):
-                    _lay(canvas_HW, digit_hw, top, left)
+                if all(_overlap(box, other) <= 0.2 for other in boxes):
+                    _paste(canvas_HW, digit_hw, top, left)
                     boxes.append([int(edge) for edge in box])
-                    found.append(label)
+                    drawn_labels.append(label)
                     break
-        canvas_HW.flags.writeable = False  # it is remembered
-        return canvas_HW, np.array(boxes, float).reshape(-1, 4), np.array(found, np.int64)
+        canvas_HW.flags.writeable = False  # callers share the remembered array
+        return canvas_HW, np.array(boxes, float).reshape(-1, 4), np.array(drawn_labels, np.int64)
 
 
-def _lay(canvas_HW: NDArray[np.uint8], part_hw: NDArray[np.uint8], top: int, left: int) -> None:
+def _paste(canvas_HW: NDArray[np.uint8], part_hw: NDArray[np.uint8], top: int, left: int) -> None:
     region = canvas_HW[top : top + part_hw.shape[0], left : left + part_hw.shape[1]]
     np.maximum(region, part_hw, out=region)
 
 
-def _covered(one: list[int], other: list[int]) -> float:
-    """Share of the smaller of two boxes that the other covers."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+def _overlap(first: list[int], second: list[int]) -> float:
+    """Return the intersection of two boxes as a fraction of the smaller one."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
     return max(0, width) * max(0, height) / min(areas)
 
 
 class DigitScenesData(DetectionData):
-    """Handwritten digits among clutter, several an image (see `DigitScenes`); needs no download.
+    """Images with several handwritten digits among clutter (see `DigitScenes`); needs no download.
 
     Args:
-        train_size: number of training images.
-        val_size: number of validation images.
-        test_size: number of test images.
-        canvas: side of the images, pixels.
-        count: smallest and largest number of digits.
-        batch_size, num_workers, seed: as `ImageData`.
+        train_size: number of training images (default: 2,000).
+        val_size: number of validation images (default: 200).
+        test_size: number of test images (default: 500).
+        canvas: side of the images, pixels (default: 96).
+        count: smallest and largest number of digits (default: 1 to 5).
+        batch_size, num_workers, seed: see `ImageData`.
     """
 
     class_names = DigitScenes.class_names
@@ -180,10 +192,10 @@ class DigitScenesData(DetectionData):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        self._sizes = {"train": train_size, "val": val_size, "test": test_size}
-        self._options = {"canvas": canvas, "count": count, "seed": seed}
+        self._sizes: dict[Split, int] = {"train": train_size, "val": val_size, "test": test_size}
+        self._options: _Options = {"canvas": canvas, "count": count, "seed": seed}
         preprocess = DigitScenes("train", size=1, canvas=canvas).preprocess
         super().__init__(preprocess=preprocess, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
-        return DigitScenes(split, size=self._sizes[split], preprocess=self.preprocess, **self._options)  # type: ignore[arg-type]
+    def dataset(self, split: Split) -> Dataset[Sample]:
+        return DigitScenes(split, size=self._sizes[split], preprocess=self.preprocess, **self._options)

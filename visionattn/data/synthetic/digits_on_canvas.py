@@ -1,10 +1,10 @@
-"""MNIST's digits on a larger canvas, whole batches at a time.
+"""MNIST's digits on a larger canvas; a whole batch is drawn at once.
 
-Shapes: B batch, M pieces, H × W canvas, h × w piece.
+Shapes: B images in a batch, M pieces of digits, H × W canvas, h × w digit or piece.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -14,30 +14,43 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import MNIST, VisionDataset
 
-from visionattn.data.datamodules import ClassificationData, Split, TorchvisionData
+from visionattn.data.datamodules import ClassificationData, TorchvisionData
+from visionattn.data.loading.batches import Split
 from visionattn.data.loading.order import scramble
 from visionattn.data.placement import Placement, Preprocess
+from visionattn.data.samples import Batch, Sample
 
 
-class DigitsOnCanvas(Dataset[dict[str, Any]]):
-    """One digit at a random place of a black canvas, among pieces of others (Mnih et al. 2014, 1406.6247, section 4.1).
+class _Options(TypedDict):
+    canvas: int
+    fragments: int
+    fragment_size: int
 
-    The canvas is the maximum of the digit and its clutter at every pixel. What is drawn depends on nothing but the seed
-    of the sample: training draws anew with every seed of the order; the other splits have one picture an index.
-    Deviation: the paper adds clutter to the image; here overlapping strokes keep their brightness.
+
+class _Changes(TypedDict):
+    distort: float
+    shift: float
+
+
+class DigitsOnCanvas(Dataset[Sample]):
+    """A digit at a random place on a black canvas, with pieces of others (Mnih et al. 2014, 1406.6247, section 4.1).
+
+    Each pixel of the canvas is the maximum of the digit and the pieces (clutter). The index and seed of a sample
+    determine its picture: in training, a sample has a new seed every epoch; in the other splits, it has a fixed seed.
+    Deviation: the paper adds the clutter to the image; the maximum keeps the brightness of overlapping strokes.
 
     Args:
         digits: (n, 28, 28) uint8.
         labels: (n,).
-        name: of the split, for paths.
-        seed: of the pictures where the order gives none.
+        name: name of the split, used in paths.
+        seed: random seed of the pictures, used where the key of a sample is an index without a seed.
         canvas: side of the square image, pixels, ≥ the digits' side.
         fragments: number of square pieces of other digits.
-        fragment_size: their side, pixels.
-        distort: largest change of the four entries of the identity, the matrix that a digit is drawn with; 0 draws them
-            as they are.
-        shift: largest shift of a digit within its own 28 × 28 pixels.
-        preprocess: to the model's input; it must leave the size as it is.
+        fragment_size: side of a piece, pixels.
+        distort: each digit is distorted by a random 2 × 2 matrix; its entries differ from the identity matrix by at
+            most this number. 0 draws the digits undistorted.
+        shift: largest random shift of a digit within its own 28 × 28 pixels, in pixels.
+        preprocess: only its mean and std are used, since the size does not change.
     """
 
     def __init__(
@@ -70,11 +83,18 @@ class DigitsOnCanvas(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        return {name: value[0] for name, value in self.__getitems__([key]).items()}
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        batch = self.__getitems__([key])
+        return {
+            "image": batch["image"][0],
+            "label": int(batch["label"][0]),
+            "path": batch["path"][0],
+            "placement": batch["placement"][0],
+            "box": batch["box"][0],
+        }
 
-    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> dict[str, Any]:
-        """A batch, as torch's loader asks for it."""
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Batch:
+        """Draw a batch; torch's loader calls this method in place of `__getitem__`."""
         index_B, seed_B = self._keys(keys)
         canvas_BHW, box_B4 = self.draw(index_B, seed_B)
         mean, std = self.preprocess.mean[0], self.preprocess.std[0]
@@ -87,13 +107,13 @@ class DigitsOnCanvas(Dataset[dict[str, Any]]):
         }
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
-        """The picture, (H, W, 3) uint8 RGB, of a sample's path."""
+        """Draw the source of a sample by its path: (H, W, 3) uint8 RGB."""
         index, seed = path.rsplit("/", 1)[-1].removesuffix(".png").split("-")
         canvas_BHW, _ = self.draw(torch.tensor([int(index)]), np.array([int(seed)], np.uint64))
         return canvas_BHW[0, :, :, None].expand(-1, -1, 3).numpy()
 
     def draw(self, index_B: Tensor, seed_B: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
-        """Draw pictures: (B, canvas, canvas) uint8, and the box (B, 4) of each digit's ink, xyxy in pixels."""
+        """Draw pictures: (B, canvas, canvas) uint8, and the (B, 4) box of each digit's ink, xyxy in pixels."""
         side, piece, canvas = self.digits.shape[-1], self.fragment_size, self.canvas
         random_BN = torch.from_numpy(_uniform(seed_B, 8 + 5 * self.fragments))
         digit_Bhw = self._distorted(self.digits[index_B], random_BN[:, :6])
@@ -102,7 +122,7 @@ class DigitsOnCanvas(Dataset[dict[str, Any]]):
         _put(pictures, digit_Bhw[:, None], place_B2[:, None], canvas)
         if self.fragments:
             drawn_BM5 = random_BN[:, 8:].unflatten(1, (self.fragments, 5))
-            # any digit but the one that is to be named
+            # any image of the split except the sample's own digit
             other_BM = (index_B[:, None] + 1 + (drawn_BM5[..., 0] * (len(self) - 1)).long()) % len(self)
             cut_BM2 = (drawn_BM5[..., 1:3] * (side - piece + 1)).long()
             at_BM2 = (drawn_BM5[..., 3:5] * (canvas - piece + 1)).long()
@@ -137,18 +157,21 @@ class DigitsOnCanvasData(ClassificationData):
     """MNIST's digits on a canvas (see `DigitsOnCanvas`); training images are drawn anew every epoch.
 
     Args:
-        root: where MNIST's files lie, or shall lie.
-        dataset: another set of small square grey pictures, e.g. `torchvision.datasets.FashionMNIST`.
-        download: fetch the files where they are missing.
-        canvas: side of the images, pixels: 28 for the digits as they are.
-        fragments: pieces of other digits: 4 at 60 pixels and 8 at 100 in the paper's cluttered images.
-        fragment_size: their side, pixels.
-        distort, shift: of training digits; see `DigitsOnCanvas`.
-        val_size: images of the training split that are kept for validation, the same share of every class.
-        batch_size, num_workers, seed: as `ClassificationData`.
+        root: folder of MNIST's files, and of the download.
+        dataset: torchvision class of the digits (default: torchvision.datasets.MNIST), or of other small square grey
+            pictures, e.g. `torchvision.datasets.FashionMNIST`.
+        download: fetch missing files (default: False).
+        canvas: side of the images, pixels; 28 leaves no space around the digits (default: 60).
+        fragments: number of pieces of other digits (default: 0); the paper's cluttered images have 4 at 60 pixels and 8
+            at 100.
+        fragment_size: side of a piece, pixels (default: 8).
+        distort, shift: see `DigitsOnCanvas`; only training digits are changed (default: 0).
+        val_size: number of training images used for validation; every class gives the same fraction (default: 5,000).
+        batch_size, num_workers, seed: see `ImageData`.
 
     Raises:
         DataError: the files are missing.
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -174,9 +197,9 @@ class DigitsOnCanvasData(ClassificationData):
         if not 0 <= distort <= 0.5 or shift < 0:
             raise ValueError(f"distort must be in [0, 0.5] and shift ≥ 0, got {distort} and {shift}")
         self.class_names = self._source.class_names
-        self._options: dict[str, Any] = {"canvas": canvas, "fragments": fragments, "fragment_size": fragment_size}
-        self._changes = {"distort": distort, "shift": shift}
-        # black is 0, as is what a glimpse sees outside the image
+        self._options: _Options = {"canvas": canvas, "fragments": fragments, "fragment_size": fragment_size}
+        self._changes: _Changes = {"distort": distort, "shift": shift}
+        # black is 0, which is also the value of a glimpse outside the image
         preprocess = Preprocess(canvas, fit="stretch", mean=(0.0,), std=(1.0,))
         super().__init__(preprocess=preprocess, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
@@ -184,22 +207,29 @@ class DigitsOnCanvasData(ClassificationData):
     def class_counts(self) -> NDArray[np.int64]:
         return self._source.class_counts
 
-    def dataset(self, split: Split) -> Dataset[dict[str, Any]]:
+    def dataset(self, split: Split) -> Dataset[Sample]:
         digits, labels = self._source.arrays(split)
-        changes = self._changes if split == "train" else dict.fromkeys(self._changes, 0.0)
-        number = ("train", "val", "test").index(split)
-        options = {**self._options, **changes, "seed": 3 * self.seed + number, "preprocess": self.preprocess}
-        return DigitsOnCanvas(digits, labels, name=f"canvas/{split}", **options)
+        changes: _Changes = self._changes if split == "train" else {"distort": 0.0, "shift": 0.0}
+        seed = 3 * self.seed + ("train", "val", "test").index(split)
+        return DigitsOnCanvas(
+            digits,
+            labels,
+            name=f"canvas/{split}",
+            seed=seed,
+            preprocess=self.preprocess,
+            **self._options,
+            **changes,
+        )
 
 
 def _put(pictures_BN: Tensor, piece_BMhw: Tensor, place_BM2: Tensor, canvas: int) -> None:
-    """Lay square pieces on flat canvases; where strokes cross, the brighter one is seen."""
+    """Paste square pieces onto flat canvases, taking the maximum where strokes overlap."""
     pixel_BMhw = _window(place_BM2, piece_BMhw.shape[-1], canvas)
     pictures_BN.scatter_reduce_(1, pixel_BMhw.flatten(1), piece_BMhw.flatten(1), "amax")
 
 
 def _window(corner_BM2: Tensor, size: int, width: int) -> Tensor:
-    """Flat places (B, M, size, size), in an image of this width, of squares with these upper left corners."""
+    """Return the flat indices (B, M, size, size) of squares with these top-left corners, in an image of this width."""
     steps = torch.arange(size)
     return (corner_BM2[..., 0, None] + steps)[..., None] * width + (corner_BM2[..., 1, None] + steps)[..., None, :]
 
@@ -207,7 +237,7 @@ def _window(corner_BM2: Tensor, size: int, width: int) -> Tensor:
 def _box(digit_Bhw: Tensor, place_B2: Tensor) -> Tensor:
     ink = digit_Bhw > 64
     edges = []
-    for axis, along in ((1, 1), (0, 2)):  # columns: any over rows
+    for axis, along in ((1, 1), (0, 2)):  # x: the columns with ink in any row; then y
         has_BN = ink.any(along).long()
         size = has_BN.shape[1]
         edges.append((place_B2[:, axis] + has_BN.argmax(1), place_B2[:, axis] + size - has_BN.flip(1).argmax(1)))
@@ -216,6 +246,6 @@ def _box(digit_Bhw: Tensor, place_B2: Tensor) -> Tensor:
 
 
 def _uniform(seed_B: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
-    """(B, count) numbers in [0, 1) that depend on nothing but the seeds."""
+    """Return (B, count) numbers in [0, 1), determined by the seeds."""
     steps_N = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return (scramble(scramble(seed_B)[:, None] + steps_N) >> np.uint64(11)).astype(np.float64) / 2**53

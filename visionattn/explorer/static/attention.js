@@ -1,7 +1,7 @@
-// From rows of attention to a map: one head, heads fused, or layers rolled out.
+// Maps of attention from its rows: of one head, of fused heads, or by rollout over layers.
 
 /** @typedef {number | "mean" | "max" | "rollout"} Heads */
-/** @typedef {Grid & {elsewhere: number}} Asked `elsewhere` is the share of tokens without a place */
+/** @typedef {Grid & {elsewhere: number}} Asked `elsewhere` is the fraction of attention on tokens without a position */
 
 class Layers {
   /** @param {Layer[]} layers @param {Numbers} numbers */
@@ -14,13 +14,13 @@ class Layers {
     this.means = [];
   }
 
-  /** Whether layers 0 … last can be multiplied. @param {number} last */
+  /** Return whether layers 0 … last can be multiplied. @param {number} last */
   chain(last) {
     const some = this.layers.slice(0, last + 1);
     return some.every((layer, at) => layer.chains && this.keys[at].length === this.keys[0].length);
   }
 
-  /** Where a patch asks: window and place in it. @param {number} at layer @param {number} cell */
+  /** Find the queries of a patch: window, and index in the window. @param {number} at layer @param {number} cell */
   places(at, cell) {
     const queries = this.queries[at];
     if (!queries) return [];
@@ -34,7 +34,7 @@ class Layers {
   }
 
   /**
-   * What the class token, or a patch, attends to in a layer; null where it does not ask there.
+   * Return the attention of the class token, or of a patch, in a layer; null if it is no query there.
    * @param {number} at layer
    * @param {Heads} heads
    * @param {number | null} cell the patch; null for the class token
@@ -64,8 +64,8 @@ class Layers {
   }
 
   /**
-   * The row of (A_last + I) / 2 … (A_0 + I) / 2, heads averaged (Abnar & Zuidema 2020). What a patch keeps for itself
-   * would outshine all else, so it is counted as off the grid, and its cell has the largest of the others.
+   * Return the row of (A_last + I) / 2 … (A_0 + I) / 2, heads averaged (Abnar & Zuidema 2020). The weight of a patch on
+   * itself is much larger than all others, so it counts as off the grid, and its cell gets the largest of the others.
    * @param {number} last @param {number | null} cell
    * @returns {Asked | null}
    */
@@ -96,7 +96,7 @@ class Layers {
     return onto.done();
   }
 
-  /** All rows of a layer, heads averaged, each again summing to one. @param {number} at */
+  /** Return all rows of a layer, averaged over heads and scaled to sum to one. @param {number} at */
   mean(at) {
     return (this.means[at] ??= [...Array(this.keys[at].length).keys()].map((query) => {
       const { heads, rows } = this.layers[at];
@@ -109,7 +109,7 @@ class Layers {
   }
 }
 
-/** A grid on which rows are put, window by window; cells met more than once hold the mean. */
+/** A grid that collects rows, window by window; a cell with several values holds their mean. */
 class Onto {
   /** @param {[number, number]} grid */
   constructor(grid) {

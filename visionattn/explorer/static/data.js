@@ -1,6 +1,6 @@
-// What the page was given: facts as JSON, and the numbers of each image, deflated.
+// The data of the page: facts as JSON, and the packed arrays of each image.
 
-/** @typedef {{at: number, kind: "u1" | "i1" | "u2" | "i4" | "f4", shape: number[]}} Ref where an array lies among an image's numbers */
+/** @typedef {{at: number, kind: "u1" | "i1" | "u2" | "i4" | "f4", shape: number[]}} Ref position, type and shape of an array in an image's pack */
 /** @typedef {{levels: number, length: number, top: Ref, base: Ref, codes: Ref}} Rows see encoding.py */
 /** @typedef {{low: number, high: number, codes: Ref}} Scaled a map in 256 levels */
 /**
@@ -11,10 +11,10 @@
  * @property {[number, number] | null} queryGrid
  * @property {string} asks whose row `whole` is
  * @property {boolean} chains
- * @property {number | null} classAt the class token among the keys
+ * @property {number | null} classAt index of the class token among the keys
  * @property {Ref | null} queries cell of each query, window by window
  * @property {Ref} keys
- * @property {Rows[]} whole one row a window and head: to tokens on the grid, and to the others
+ * @property {Rows[]} whole one row a window and head: weights of tokens on the grid, then of the others
  * @property {Rows[] | null} rows one row a window, head and query
  */
 /**
@@ -23,7 +23,7 @@
  * @property {"spatial" | "channel"} kind
  * @property {Scaled} [map]
  * @property {Ref} [weights]
- * @property {number[]} [channels] the strongest
+ * @property {number[]} [channels] the strongest channels, in descending order
  * @property {Scaled[] | null} [features] their feature maps
  */
 /** @typedef {{scores: number[], area: number}} Curve */
@@ -50,7 +50,7 @@
  * @property {(string | number)[]} labels
  * @property {number[]} scores
  * @property {Scaled[]} maps
- * @property {string} shows what the maps show; "" where nobody says
+ * @property {string} shows what the maps show; "" if not known
  */
 /**
  * @typedef {object} Picture
@@ -85,7 +85,7 @@ function bytesOf(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }
 
-/** The numbers of one image. */
+/** The unpacked arrays of one image. */
 class Numbers {
   /** @param {ArrayBuffer} buffer */
   constructor(buffer) {
@@ -124,7 +124,7 @@ class Numbers {
     return { grid: [map.codes.shape[0], map.codes.shape[1]], values };
   }
 
-  /** One row, its parts one behind the other. @param {Rows[]} parts @param {number} row */
+  /** Decode one row; its parts follow each other. @param {Rows[]} parts @param {number} row */
   row(parts, row) {
     const values = new Float32Array(parts.reduce((sum, { length }) => sum + length, 0));
     let at = 0;
@@ -142,7 +142,7 @@ class Numbers {
     return values;
   }
 
-  /** All codes, one a byte. @param {Rows} rows @returns {Uint8Array} */
+  /** Unpack all codes, one a byte. @param {Rows} rows @returns {Uint8Array} */
   codes(rows) {
     const packed = this.bytes(rows.codes);
     const each = together(rows.levels);
@@ -167,7 +167,7 @@ function count(ref) {
   return ref.shape.reduce((product, side) => product * side, 1);
 }
 
-/** How many codes lie in a byte. @param {number} levels */
+/** Return how many codes are packed into a byte. @param {number} levels */
 function together(levels) {
   let each = 1;
   while (levels ** (each + 1) <= 256) each++;

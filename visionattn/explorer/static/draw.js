@@ -1,9 +1,9 @@
-// Heat over pictures, as overlay/draw.py has it.
+// Drawing of heatmaps over pictures, in the same way as visionattn/drawing/overlay.py.
 
 /** @type {Record<string, Uint8Array>} */
 const ramps = {};
 
-/** 256 colours, red green blue. @param {string} name */
+/** Return 256 colours as RGB bytes. @param {string} name */
 function ramp(name) {
   return (ramps[name] ??= bytesOf(facts.colours[name]));
 }
@@ -25,7 +25,7 @@ function bounds(values) {
   return { low, high };
 }
 
-/** 0 for the smallest value, 1 for the largest; all 0 where they are alike. @param {Float32Array} values */
+/** Scale values to [0, 1]; equal values become 0. @param {Float32Array} values */
 function stretch(values) {
   const { low, high } = bounds(values);
   const span = high - low <= 1e-6 * Math.abs(high) ? Infinity : high - low;
@@ -33,7 +33,7 @@ function stretch(values) {
 }
 
 /**
- * The heat of every pixel of the shown picture, NaN where the model saw nothing.
+ * Return the heat of every pixel of the shown picture; NaN outside the model's input.
  * @param {Picture} picture @param {Grid} map @param {boolean} smooth
  */
 function carry(picture, map, smooth) {
@@ -52,7 +52,7 @@ function carry(picture, map, smooth) {
   return heat;
 }
 
-/** From the shown picture to cells. @param {Picture} picture @param {[number, number]} grid */
+/** Return the function from pixels of the shown picture to cells. @param {Picture} picture @param {[number, number]} grid */
 function placer(picture, [rows, columns]) {
   const [a, b, left, c, d, top] = picture.matrix;
   const scale = picture.size[0] / picture.shown[0], scaleY = picture.size[1] / picture.shown[1];
@@ -63,7 +63,7 @@ function placer(picture, [rows, columns]) {
   };
 }
 
-/** Bilinear between centres of cells, flat outside the outermost. @param {Grid} map @param {number} row @param {number} column */
+/** Interpolate bilinearly between centres of cells; constant outside the outermost centres. @param {Grid} map @param {number} row @param {number} column */
 function between({ grid: [rows, columns], values }, row, column) {
   const y = Math.min(Math.max(row, 0), rows - 1), x = Math.min(Math.max(column, 0), columns - 1);
   const up = Math.floor(y), left = Math.floor(x);
@@ -77,7 +77,7 @@ function between({ grid: [rows, columns], values }, row, column) {
 const MUTED = 0.45, SHADE = 0.35;
 
 /**
- * Lay heat over a picture; the weaker, the more of the picture shows.
+ * Blend heat over a picture; the opacity grows with the heat.
  * @param {ImageData} base @param {Float32Array | null} heat in [0, 1] @param {Uint8Array} colours @param {number} alpha
  */
 function blend(base, heat, colours, alpha) {
@@ -104,7 +104,7 @@ function blend(base, heat, colours, alpha) {
   return out;
 }
 
-/** A map alone, a pixel a cell. @param {HTMLCanvasElement} canvas @param {Grid | null} map @param {Uint8Array} colours */
+/** Draw a map alone, one pixel a cell. @param {HTMLCanvasElement} canvas @param {Grid | null} map @param {Uint8Array} colours */
 function drawCells(canvas, map, colours) {
   const [rows, columns] = map ? map.grid : [1, 1];
   canvas.width = columns;

@@ -1,11 +1,11 @@
-// The page: what is chosen, and what that shows.
+// The page: the state of the choices, and the events that change it.
 
 /** @typedef {"attention" | "heatmaps" | "gates" | "glimpses" | "detections"} View */
 /** @type {Record<View, string>} */
 const TITLES = { attention: "Attention", heatmaps: "Heatmaps", gates: "Gates", glimpses: "Path", detections: "Boxes" };
 const KEYS = {
-  attention: "On the picture: click a patch, or move by arrow keys, to see what it attends to; Escape asks for the whole image again.",
-  heatmaps: "Choose a method to see its heatmap; its curves tell whether the model's answer follows it.",
+  attention: "On the picture: click a patch, or move by arrow keys, to see what it attends to; Escape returns to the whole image.",
+  heatmaps: "Choose a method to see its heatmap; its curves show whether the model's answer depends on it.",
   gates: "Choose a gate, and in a gate over channels one of its strongest feature maps.",
   glimpses: "Left and right arrow keys on the picture go from glimpse to glimpse.",
   detections: "Click a box, or reach it by Tab and press Enter, to see its map.",
@@ -54,7 +54,7 @@ async function turnTo(image) {
   stop();
   const turn = ++turns;
   const [opened, drawn] = await Promise.all([Numbers.of(image), decoded(facts.pictures[image])]);
-  if (turn !== turns) return; // another was chosen meanwhile
+  if (turn !== turns) return; // another image was chosen in the meantime
   numbers = opened;
   base = drawn;
   const before = picture();
@@ -82,13 +82,13 @@ async function turnTo(image) {
   document.body.dataset.ready = String(image);
 }
 
-/** Whether the chosen patch means the same in this image. @param {Picture} before */
+/** Return whether the chosen patch exists in this image too. @param {Picture} before */
 function cellsMatch(before) {
   const grids = [before, picture()].map(({ attention }) => String(attention[state.layer]?.queryGrid));
   return grids[0] === grids[1];
 }
 
-/** The pixels of a picture. @param {Picture} one */
+/** Return the pixels of a picture. @param {Picture} one */
 async function decoded(one) {
   const image = new Image();
   image.src = one.source;
@@ -109,7 +109,7 @@ function show(view) {
   changed();
 }
 
-/** Draw anew, once a frame. */
+/** Redraw, at most once a frame. */
 function changed() {
   cancelAnimationFrame(frame);
   frame = requestAnimationFrame(draw);
@@ -122,13 +122,13 @@ function draw() {
   const smooth = /** @type {HTMLInputElement} */ (byId("smooth")).checked;
   const heat = shown.map && carry(picture(), { grid: shown.map.grid, values: stretch(shown.map.values) }, smooth);
   pen(canvas).putImageData(blend(base, heat, colours, alpha), 0, 0);
-  give(canvas, { "aria-label": `${picture().name}. ${shown.told}` });
+  give(canvas, { "aria-label": `${picture().name}. ${shown.readout}` });
   byId("low").textContent = shown.low;
   byId("high").textContent = shown.high;
   byId("shows").textContent = shown.shows;
   give(byId("legend"), { class: shown.map ? "" : "empty" });
   drawRamp(colours);
-  byId("readout").textContent = shown.told;
+  byId("readout").textContent = shown.readout;
   marks.replaceChildren(...MARKS[state.view]());
   for (const update of onChange) update();
 }
@@ -140,7 +140,7 @@ function drawRamp(colours) {
   pen(/** @type {HTMLCanvasElement} */ (byId("ramp"))).putImageData(image, 0, 0);
 }
 
-/** The patch below the pointer, if the model saw one there. @param {MouseEvent} event */
+/** Return the patch below the pointer; null outside the model's input. @param {MouseEvent} event */
 function cellAt(event) {
   const grid = state.view === "attention" && picture().attention[state.layer].queryGrid;
   if (!grid) return null;
@@ -194,7 +194,7 @@ function stop() {
   playing = undefined;
 }
 
-// Around it -----------------------------------------------------------------------------------------------------------
+// Set-up --------------------------------------------------------------------------------------------------------------
 
 function showAnswer() {
   const { answer } = picture();
@@ -217,7 +217,7 @@ function precision() {
   const parts = ["Pictures have at most 512 pixels a side; heatmaps and gates 256 levels."];
   if (levels.length) {
     const off = percent(0.5 / (Math.min(...levels) - 1));
-    parts.unshift(`Each patch's weights are rounded to ${Math.min(...levels)} levels, off by at most ${off} of what its row spans; the whole image's rows have 256.`);
+    parts.unshift(`Each patch's weights are rounded to ${Math.min(...levels)} levels, with an error of at most ${off} of their row's span; the rows of the whole image have 256.`);
   }
   return parts.join(" ");
 }

@@ -58,7 +58,7 @@ function panelAttention() {
       give(button, { "aria-pressed": String(chosen) });
       if (chosen) stopAt(grid, button);
     }
-    const method = state.heads === "rollout" ? "rollout" : "raw"; // of the last layer, asked by the class token
+    const method = state.heads === "rollout" ? "rollout" : "raw"; // the class token's row of the last layer
     const heatmap = picture().heatmaps.find(({ name }) => name === method);
     if (below.dataset.of === method) return;
     below.dataset.of = method;
@@ -72,7 +72,7 @@ function panelAttention() {
   ];
 }
 
-/** The patch of another layer at the same place. @param {number} at layer @param {number | null} cell of the chosen layer */
+/** Return the patch of another layer at the same position. @param {number} at layer @param {number | null} cell of the chosen layer */
 function cellIn(at, cell) {
   const [mine, theirs] = [picture().attention[state.layer].queryGrid, picture().attention[at].queryGrid];
   if (cell === null || !mine || !theirs) return cell;
@@ -96,12 +96,12 @@ function panelHeatmaps() {
   const rows = all.map((heatmap) => {
     const lost = Object.keys(heatmap.unbeaten);
     const mark = heatmap.control || !scored ? "" : lost.length ? "\u2717" : "\u2713";
-    const told = lost.length ? "does not beat the controls" : "beats the controls";
+    const judgement = lost.length ? "does not beat the controls" : "beats the controls";
     const figures = ["deletion", "insertion"].map((figure) => {
       const area = heatmap.curves[/** @type {"deletion" | "insertion"} */ (figure)]?.area;
       return make("span", { class: lost.includes(figure) ? "number lost" : "number" }, area === undefined ? "" : brief(area));
     });
-    const sign = make("span", { class: lost.length ? "sign lost" : "sign", ...(mark ? { title: told, role: "img", "aria-label": told } : {}) }, mark);
+    const sign = make("span", { class: lost.length ? "sign lost" : "sign", ...(mark ? { title: judgement, role: "img", "aria-label": judgement } : {}) }, mark);
     const content = [sign, make("span", { class: heatmap.control ? "name control" : "name" }, heatmap.name), ...(scored ? figures : [])];
     return /** @type {[string, (Node | string)[]]} */ ([heatmap.name, content]);
   });
@@ -137,7 +137,7 @@ function panelGates() {
   return [list, below];
 }
 
-/** The strongest channels of a gate as bars, and all of them as a line. @param {Gate} gate */
+/** Draw the strongest channels of a gate as bars, and all channels as a line. @param {Gate} gate */
 function panelChannels(gate) {
   if (gate.kind !== "channel" || !gate.weights || !gate.channels) return [];
   const weights = numbers.floats(gate.weights);
@@ -190,12 +190,12 @@ function panelGlimpses() {
     give(back, { disabled: state.step === 0 });
     give(on, { disabled: state.step === locations.length - 1 });
     sees.replaceChildren(...patches[state.step].map((source, scale) => make("img", { src: source, alt: `What glimpse ${state.step + 1} saw, scale ${scale + 1}` })));
-    belief.replaceChildren(bars(classes.map((index, at) => [className(index), probabilities[state.step][at]]), "Belief after this glimpse"));
+    belief.replaceChildren(bars(classes.map((index, at) => [className(index), probabilities[state.step][at]]), "Most probable classes after this glimpse"));
   });
   return [
     make("div", { class: "row" }, play, back, on, make("span", { class: "grow" }, slider)),
     make("h2", {}, "What it saw"), sees,
-    make("h2", {}, "What it believed then"), belief,
+    make("h2", {}, "Probabilities after this glimpse"), belief,
   ];
 }
 

@@ -1,4 +1,4 @@
-// Parts that the page is built of. Names of files and classes only ever become text.
+// Building blocks of the page. Names of files and classes are inserted only as text, never as HTML.
 
 /**
  * @template {keyof HTMLElementTagNameMap} T
@@ -39,7 +39,7 @@ function brief(value) {
 }
 
 /**
- * Bars, one a class, in the order given.
+ * Draw one bar a class, in the given order.
  * @param {[string, number][]} shares @param {string} title
  */
 function bars(shares, title) {
@@ -53,7 +53,7 @@ function bars(shares, title) {
 }
 
 /**
- * Choices of which one is taken, as radio buttons.
+ * Make radio buttons for exclusive choices.
  * @template T
  * @param {string} group @param {string} title @param {[T, (Node | string)[]][]} choices @param {T} taken
  * @param {(choice: T) => void} take
@@ -69,7 +69,7 @@ function choices(group, title, choices, taken, take) {
 }
 
 /**
- * One tab stop for many buttons; arrow keys go from one to the next.
+ * Make a group of buttons one tab stop; arrow keys move between the buttons.
  * @param {HTMLElement} container @param {() => number} columns
  */
 function rove(container, columns) {
@@ -92,7 +92,7 @@ function stopAt(container, chosen) {
 }
 
 /**
- * How the answer's probability follows a map, beside the controls'.
+ * Draw the curve of a heatmap beside the curves of the controls.
  * @param {Heatmap} shown @param {Heatmap[]} all @param {"deletion" | "insertion"} figure
  */
 function curve(shown, all, figure) {
@@ -125,32 +125,32 @@ function label(text, x, y) {
   return element;
 }
 
-/** Whether a control was drawn on a map's grid, or has none. @param {Heatmap} control @param {Heatmap} shown */
+/** Return whether a control has the grid of a heatmap, or no grid. @param {Heatmap} control @param {Heatmap} shown */
 function belongs(control, shown) {
   const grid = shown.map.codes.shape.join("×");
   return !/\d×\d/.test(control.name) || control.name.endsWith(` ${grid}`);
 }
 
 /**
- * Can this map be believed, in this image?
+ * Say whether the heatmap beats its controls on this image.
  * @param {Heatmap} shown @param {Heatmap[]} all
  */
 function verdict(shown, all) {
-  const block = make("section", { class: "verdict", "aria-label": `Whether ${shown.name} can be believed` });
+  const block = make("section", { class: "verdict", "aria-label": `Comparison of ${shown.name} with the controls` });
   if (!shown.curves.deletion) return block;
   const pair = make("div", { class: "curves" }, curve(shown, all, "deletion"), curve(shown, all, "insertion"));
   const lost = Object.entries(shown.unbeaten);
-  const told = lost.map(([figure, names]) => `${names.join(", ")} (${figure})`).join("; ");
+  const losses = lost.map(([figure, names]) => `${names.join(", ")} (${figure})`).join("; ");
   const text = shown.control
-    ? "A control: it does not look at the model."
+    ? "A control: this heatmap does not depend on the model."
     : lost.length
-      ? `In this image ${shown.name} does no better than ${told}: do not believe it on sight.`
-      : `${shown.name} beats every control in this image; one image proves little (visionattn score measures many).`;
+      ? `In this image ${shown.name} does no better than ${losses}: do not trust it without further checks.`
+      : `${shown.name} beats every control on this image; one image proves little (visionattn score measures many images).`;
   block.append(
-    make("h2", {}, `Does the answer follow the map of ${shown.name}?`),
+    make("h2", {}, `Does the answer depend on the heatmap of ${shown.name}?`),
     make("p", { class: lost.length ? "warning" : "fine" }, text),
     pair,
-    make("p", { class: "note" }, "Probability of the answer while the hottest pixels go, or come back into a blurred image; grey: controls."),
+    make("p", { class: "note" }, "Probability of the answer while the hottest pixels are removed, or restored in a blurred image; grey: controls."),
   );
   return block;
 }

@@ -1,11 +1,11 @@
-// What each view shows, and what lies over the picture.
+// The map that each view shows, and the marks over the picture.
 
 /**
  * @typedef {object} Shown
  * @property {Grid | null} map
  * @property {string} low @property {string} high ends of the scale
  * @property {string} shows what the colours are
- * @property {string} told the line below
+ * @property {string} readout the text below the picture
  */
 
 /** @type {Record<View, () => Shown>} */
@@ -13,27 +13,27 @@ const SHOWN = {
   attention: shownAttention,
   heatmaps: () => {
     const heatmap = chosenHeatmap();
-    return { ...scaled(heatmap?.map, "heat"), told: heatmap ? `${heatmap.name}: ${heatmap.source}` : "" };
+    return { ...scaled(heatmap?.map, "heat"), readout: heatmap ? `${heatmap.name}: ${heatmap.source}` : "" };
   },
   gates: () => {
     const gate = picture().gates[state.gate];
-    if (gate.kind === "spatial") return { ...scaled(gate.map, "gate"), told: `Gate over positions of ${gate.name}` };
+    if (gate.kind === "spatial") return { ...scaled(gate.map, "gate"), readout: `Gate over positions of ${gate.name}` };
     const channel = gate.channels?.[state.channel];
-    const told = `Channel ${channel} of ${gate.name}, ${ordinal(state.channel)} most open of ${gate.weights?.shape[0]}`;
-    return { ...scaled(gate.features?.[state.channel], "feature"), told: gate.features ? told : `${told}; its feature map was not found` };
+    const readout = `Channel ${channel} of ${gate.name}, ${ordinal(state.channel)} strongest of ${gate.weights?.shape[0]}`;
+    return { ...scaled(gate.features?.[state.channel], "feature"), readout: gate.features ? readout : `${readout}; its feature map was not found` };
   },
   glimpses: () => {
     const { locations, classes, probabilities } = must(picture().glimpses);
     const [x, y] = locations[state.step];
     const best = probabilities[state.step].indexOf(Math.max(...probabilities[state.step]));
-    const told = `Glimpse ${state.step + 1} of ${locations.length} at ${x.toFixed(0)}, ${y.toFixed(0)}; after it ${className(classes[best])} ${percent(probabilities[state.step][best])}`;
-    return { map: null, low: "", high: "", shows: "", told };
+    const readout = `Glimpse ${state.step + 1} of ${locations.length} at ${x.toFixed(0)}, ${y.toFixed(0)}; after it ${className(classes[best])} ${percent(probabilities[state.step][best])}`;
+    return { map: null, low: "", high: "", shows: "", readout };
   },
   detections: () => {
     const { boxes, labels, scores, maps, shows } = must(picture().detections);
-    if (!boxes.length) return { map: null, low: "", high: "", shows: "", told: "Nothing was found in this image" };
-    const told = `Box ${state.box + 1} of ${boxes.length}: ${className(labels[state.box])} ${percent(scores[state.box])}`;
-    return { ...scaled(maps[state.box], "attention"), told: shows ? `${told}; ${shows}` : told };
+    if (!boxes.length) return { map: null, low: "", high: "", shows: "", readout: "The detector found no boxes in this image" };
+    const readout = `Box ${state.box + 1} of ${boxes.length}: ${className(labels[state.box])} ${percent(scores[state.box])}`;
+    return { ...scaled(maps[state.box], "attention"), readout: shows ? `${readout}; ${shows}` : readout };
   },
 };
 
@@ -42,15 +42,15 @@ function shownAttention() {
   const layer = picture().attention[state.layer];
   const cell = state.hover ?? state.cell;
   const asked = layers.ask(state.layer, state.heads, cell);
-  const who = cell === null ? capital(layer.asks) : `Patch ${where(cell, layer.queryGrid)}`;
+  const query = cell === null ? capital(layer.asks) : `Patch ${where(cell, layer.queryGrid)}`;
   const how = `layer ${state.layer + 1}, ${headsName(state.heads)}`;
-  if (!asked) return { map: null, low: "", high: "", shows: "", told: `${who}, ${how}: does not ask here` };
+  if (!asked) return { map: null, low: "", high: "", shows: "", readout: `${query}, ${how}: is no query in this layer` };
   const { low, high } = bounds(asked.values);
-  const itself = state.heads === "rollout" ? cell : null; // has what the largest of the others has
+  const itself = state.heads === "rollout" ? cell : null; // this cell holds the largest of the other values
   const most = asked.values.findIndex((value, at) => value === high && at !== itself);
   const rest = asked.elsewhere > 0.0005 ? `; ${percent(asked.elsewhere)} ${itself === null ? "" : "on itself and "}off the grid` : "";
-  const told = `${who}, ${how}: most on ${where(most, asked.grid)}, ${percent(high)}${rest}`;
-  return { map: asked, low: percent(low), high: percent(high), shows: "of its attention", told };
+  const readout = `${query}, ${how}: most on ${where(most, asked.grid)}, ${percent(high)}${rest}`;
+  return { map: asked, low: percent(low), high: percent(high), shows: "of its attention", readout };
 }
 
 /** @param {Scaled | undefined} map @param {string} shows */
@@ -87,7 +87,7 @@ function ordinal(place) {
 
 /** @template T @param {T | null} value @returns {T} */
 function must(value) {
-  if (value === null) throw new Error("this image has none");
+  if (value === null) throw new Error("this image has no such data");
   return value;
 }
 
@@ -139,7 +139,7 @@ function rectangle([left, top, right, bottom], kind) {
   return makeSvg("rect", { class: kind, x: left, y: top, width: right - left, height: bottom - top });
 }
 
-/** Corners of a cell in pixels of the source. @param {number} cell @param {[number, number]} grid */
+/** Return the corners of a cell in pixels of the source. @param {number} cell @param {[number, number]} grid */
 function outline(cell, [rows, columns]) {
   const [row, column] = [Math.floor(cell / columns), cell % columns];
   const [a, b, left, c, d, top] = picture().matrix;

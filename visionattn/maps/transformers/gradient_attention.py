@@ -1,21 +1,23 @@
-"""Attention weighed by its gradient, from the gradient of the fused call's output.
+"""Attention weighted by its gradient. This gradient is computed from the gradient of the attention's output.
 
-Shapes: B images, W windows, H heads, Q queries, K keys, D channels of a head, h × w grid.
+Shapes: B images, W windows, H heads, Q queries, K keys, D channels of a head, h × w grid. A is the attention and dA the
+gradient of the score with respect to A.
 """
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture.recording import Interception, place
-from visionattn.capture.reductions import Call, products
-from visionattn.capture.running import run
-from visionattn.capture.token_layout import Site
+from visionattn.capture import Call, Interception, Site, Survey, place, products, run
 from visionattn.errors import UsageError
-from visionattn.maps.method import Explanation, Method, Target, attending, pick
+from visionattn.maps.method import Explanation, Method, Target, pick, require_attention
 
 
 class Tape(Interception):
-    """Keeps the calls from layer `first` on, with their outputs in the graph, which starts there."""
+    """Records the calls of attention from layer `first` on. The autograd graph starts at the output of this layer.
+
+    Attributes:
+        calls: each call and its output, in order.
+    """
 
     def __init__(self, model: nn.Module, first: int) -> None:
         super().__init__(model)
@@ -29,10 +31,10 @@ class Tape(Interception):
     def attended(self, call: Call, out: Tensor, kept: Tensor | None) -> Tensor | None:
         if not self.calls:
             self._before = torch.is_grad_enabled()
-            torch.set_grad_enabled(True)  # in the middle of the forward pass: what lies before needs no graph
+            torch.set_grad_enabled(True)  # only from this layer on: earlier layers need no graph
             out = out.detach().requires_grad_(True)
             self.calls.append((call, out))
-            return out.clone()  # so that nothing done in place spoils the leaf
+            return out.clone()  # not the leaf itself, since a later operation may be in place
         self.calls.append((call, out))
         return None
 
@@ -40,17 +42,21 @@ class Tape(Interception):
         torch.set_grad_enabled(self._before)
 
     def gradients(self, score_B: Tensor) -> list[Tensor]:
-        """Gradient of the score by each kept output; the images of a batch do not touch each other."""
+        """Return the gradient of the score with respect to each recorded output; images do not affect each other.
+
+        Raises:
+            UsageError: the score does not depend on any recorded output.
+        """
         if not self.calls or not score_B.requires_grad:
             raise UsageError(
                 "no gradient reaches the attention: the model computes without gradients after it; use raw or rollout"
             )
-        found = torch.autograd.grad(score_B.sum(), [out for _, out in self.calls], allow_unused=True)
-        return [torch.zeros_like(out) if g is None else g for g, (_, out) in zip(found, self.calls, strict=True)]
+        gradients = torch.autograd.grad(score_B.sum(), [out for _, out in self.calls], allow_unused=True)
+        return [torch.zeros_like(out) if g is None else g for g, (_, out) in zip(gradients, self.calls, strict=True)]
 
 
 def weighted_rows(call: Call, gradient: Tensor, queries: slice) -> Tensor:
-    """relu(A ⊙ dA), mean over heads, of some queries: (B, W, those, K)."""
+    """Return relu(A ⊙ dA) for a slice of Q queries, averaged over heads: (B, W, Q, K)."""
     weights_BWHQK = call.rows(queries)
     if call.weights is not None:
         dA = _eager_gradient(call, gradient)[:, :, :, queries]
@@ -62,16 +68,16 @@ def weighted_rows(call: Call, gradient: Tensor, queries: slice) -> Tensor:
 
 
 def weighted(call: Call, gradient: Tensor) -> Tensor:
-    """relu(A ⊙ dA), mean over heads, of all queries: (B, W, Q, K)."""
+    """Return relu(A ⊙ dA) for all queries, averaged over heads: (B, W, Q, K)."""
     batch, windows, heads, queries, keys = call.shape
     out = call.zeros(batch, windows, queries, keys)
     fused = call.weights is None
     gradient_BWHQX = call.site.canonical(gradient) if fused else _eager_gradient(call, gradient)
-    for (b, w, some), part_bwHQK in call.pieces():
-        dA = gradient_BWHQX[b, w, some].float()
+    for (b, w, chunk), part_bwHQK in call.pieces():
+        dA = gradient_BWHQX[b, w, chunk].float()
         if fused:
             assert call.value is not None
-            dA = dA @ call.value[b, w, some].float().mT
+            dA = dA @ call.value[b, w, chunk].float().mT
         out[b, w] += (part_bwHQK * dA).relu_().sum(2) / heads
     return out
 
@@ -83,23 +89,29 @@ def _eager_gradient(call: Call, gradient: Tensor) -> Tensor:
 
 
 class GradientAttention(Method):
-    """Attention of one layer times its positive gradient, mean over heads: mean_h relu(A_h ⊙ ∂y/∂A_h), class token's
-    row.
+    """Attention of one layer times its positive gradient: the class token's row of mean_h relu(A_h ⊙ ∂y/∂A_h).
 
-    After Grad-SAM (Barkan et al. 2021, 2204.11073, eq. 4), of one layer and one row rather than the sum over all. For
-    models whose layer has a class token or other queries that read the grid; elsewhere the mean over the patches.
+    Based on Grad-SAM (Barkan et al. 2021, 2204.11073, eq. 4); y is the score. Deviation from the paper: the map is one
+    row of one layer instead of the sum over all rows and layers. If the layer has no class token and no other queries
+    that attend to the grid, the map is the mean over the rows of the patches.
 
     Args:
-        layer: name of a module that attends, or its place in their order; −1 for the last.
+        layer: name of a module that attends, or its index among the modules that attend; −1 for the last.
     """
 
     name = "grad_attention"
+    needs = "attention over positions"
+    cost = "a forward and a backward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return bool(survey.attention)
 
     def __init__(self, layer: int | str = -1) -> None:
         self.layer = layer
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        sites = attending(self.name, model, images_BCHW).attention
+        sites = require_attention(self.name, model, images_BCHW).attention
         first = place(self.layer, [site.name for site in sites])
         with Tape(model, first) as tape:
             output = run(model, images_BCHW)
@@ -111,7 +123,7 @@ class GradientAttention(Method):
         if site.class_query is not None:
             rows_BWQK = weighted_rows(call, gradient, slice(site.class_query, site.class_query + 1))
         else:
-            first = site.queries.num_prefix_tokens if site.queries else 0  # registers are no patches
+            first = site.queries.num_prefix_tokens if site.queries else 0  # leaves out register tokens
             rows_BWQK = weighted(call, gradient)[:, :, first:]
         raw = site.keys.to_grid(rows_BWQK.mean(2), shared=True)
         return Explanation(raw, output, target_B, f"attention of {site.name}")

@@ -1,4 +1,4 @@
-"""Heatmaps from attention weights.
+"""Heatmaps from the attention weights of one layer: raw attention, attention times value norms, and DINO's heads.
 
 Shapes: B batch, W windows, H heads, K keys, h × w grid.
 """
@@ -8,29 +8,44 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture.recording import capture, place
-from visionattn.capture.reductions import Call, ClassRow, Keep, PatchRow
-from visionattn.capture.running import run
+from visionattn.capture import Call, ClassRow, PatchRow, Reduction, Survey, capture, place, run, survey_images
 from visionattn.errors import UsageError
 from visionattn.maps import artefacts
-from visionattn.maps.fitting import fitting
-from visionattn.maps.method import Explanation, Method, Target, attending, attention_source, check_fuse, fuse_heads
+from visionattn.maps.method import (
+    Explanation,
+    Method,
+    Target,
+    attention_source,
+    check_fuse,
+    fitting,
+    fuse_heads,
+    require_attention,
+)
 
 
 class RawAttention(Method):
-    """The weights of one layer as they are: what the class token, or a patch, attends to.
+    """The attention weights of one layer: where the class token, or a patch, attends.
 
-    For models with self-attention, or with a class token or learned queries that attend to the grid. Where there is no
-    class token: how much each patch is attended to on average, window by window.
+    For models with self-attention, or with a class token or learned queries that attend to the grid. Without a class
+    token the map shows how much attention each patch gets on average over the queries of its window.
 
     Args:
-        layer: name of a module that attends, or its place in their order; −1 for the last.
-        head: one head; None to fuse them.
-        fuse: how heads are fused.
-        query: (row, column) of a patch on the grid to ask instead of the class token.
+        layer: name of a module that attends, or its index among the modules that attend; −1 for the last.
+        head: index of one head (default: all heads, fused).
+        fuse: how to fuse heads: by their mean, maximum or minimum.
+        query: (row, column) of a patch on the grid; the map shows its row of weights instead of the class token's.
+
+    Raises:
+        UsageError: `fuse` is none of these. When called: the layer has no such head or patch.
     """
 
     name = "raw"
+    needs = "attention over positions"
+    cost = "a forward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return bool(survey.attention)
 
     def __init__(
         self,
@@ -44,17 +59,17 @@ class RawAttention(Method):
         self.layer, self.head, self.fuse, self.query = layer, head, fuse, query
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        found = attending(self.name, model, images_BCHW)
-        sites = found.attention
+        survey = require_attention(self.name, model, images_BCHW)
+        sites = survey.attention
         site = sites[place(self.layer, [s.name for s in sites])]
-        keep: Keep = ClassRow()
+        keep: Reduction = ClassRow()
         if self.query is not None:
             grid = None if site.queries is None else site.queries.grid
             if grid is None or not all(0 <= at < size for at, size in zip(self.query, grid, strict=True)):
-                has = "no patches ask there" if grid is None else f"its grid is {grid[0]}×{grid[1]}"
+                has = "its queries are no patches" if grid is None else f"its grid is {grid[0]}×{grid[1]}"
                 raise UsageError(f"{site.name} has no patch {tuple(self.query)}: {has}")
             keep = PatchRow(*self.query)
-        with artefacts.warned(model, found), capture(model, keep, layers=[self.layer]) as records:
+        with artefacts.warn_of_artefacts(model, survey), capture(model, keep, layers=[self.layer]) as records:
             output = run(model, images_BCHW)
         record, keys, weights_BWHK = records.kept()
         if self.head is not None:
@@ -67,28 +82,34 @@ class RawAttention(Method):
 
 
 class ValueNorm(Method):
-    """Attention times the length of what it fetches: mean_h A_h[class, j] ‖v_hj‖ (after Kobayashi et al. 2020,
-    2004.10102).
+    """Attention times the norm of the values: mean_h A_h[class, j] ‖v_hj‖ (after Kobayashi et al. 2020, 2004.10102).
 
-    For models with self-attention through `scaled_dot_product_attention`. Deviation from the paper (eq. 5): the norm is
-    that of the value vectors of each head, before the output projection, and heads are averaged after it.
+    For models whose self-attention calls `scaled_dot_product_attention`. Deviation from the paper (eq. 5): the norm of
+    each head's value vectors is taken before the output projection, and the heads are averaged afterwards.
 
     Args:
-        layer: name of a module that attends, or its place in their order; −1 for the last.
+        layer: name of a module that attends, or its index among the modules that attend; −1 for the last.
     """
 
     name = "value_norm"
+    needs = "attention over positions"
+    cost = "a forward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return bool(survey.attention) and survey.attention[-1].fused
 
     def __init__(self, layer: int | str = -1) -> None:
         self.layer = layer
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        sites = attending(self.name, model, images_BCHW).attention
+        sites = require_attention(self.name, model, images_BCHW).attention
         site = sites[place(self.layer, [s.name for s in sites])]
         if not site.fused:
             raise UsageError(
-                f"value_norm needs the values of {site.name}, which attends by a softmax of its own and hides them."
-                f"{fitting(model, images_BCHW)}"
+                f"value_norm needs scaled_dot_product_attention; {site.name} computes its own softmax, so its values "
+                "are not known."
+                f"{fitting(survey_images(model, images_BCHW))}"
             )
         with capture(model, _TimesValueNorm(), layers=[self.layer]) as records:
             output = run(model, images_BCHW)
@@ -97,23 +118,35 @@ class ValueNorm(Method):
 
 
 class _TimesValueNorm(ClassRow):
+    """The class token's row, each weight times the norm of its value."""
+
     def __call__(self, call: Call) -> Tensor:
         assert call.value is not None
-        return super().__call__(call) * call.value.float().norm(dim=-1)
+        norms_BWHK: Tensor = call.value.float().norm(dim=-1)
+        return super().__call__(call) * norms_BWHK
 
 
 class DinoHeads(Method):
-    """What the last layer's heads look at, as DINO shows it (Caron et al. 2021, 2104.14294, fig. 3 and 4).
+    """The heads of the last layer, as DINO shows them (Caron et al. 2021, 2104.14294, fig. 3 and 4).
 
-    Each head's class row keeps its largest weights up to `mass` of the patches' total, and the heads are averaged. One
-    head alone: `RawAttention(head=i)`. For models with a class token.
+    In each head, the class token's row keeps its largest weights until they reach the fraction `mass` of the sum over
+    patches; the heads are then averaged. For one head use `RawAttention(head=i)`. For models with a class token.
 
     Args:
-        mass: share of each head's weights that is kept, in (0, 1]; 0.6 in the paper.
-        layer: name of a module that attends, or its place in their order; −1 for the last.
+        mass: fraction of each head's weights to keep, in (0, 1]; 0.6 in the paper.
+        layer: name of a module that attends, or its index among the modules that attend; −1 for the last.
+
+    Raises:
+        UsageError: mass is out of range. When called: the layer has no class token that attends to the whole grid.
     """
 
     name = "dino"
+    needs = "attention over positions"
+    cost = "a forward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return bool(survey.attention) and survey.attention[-1].reads_the_grid
 
     def __init__(self, *, mass: float = 0.6, layer: int | str = -1) -> None:
         if not 0 < mass <= 1:
@@ -121,23 +154,25 @@ class DinoHeads(Method):
         self.mass, self.layer = mass, layer
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        found = attending(self.name, model, images_BCHW)
-        sites = found.attention
+        survey = require_attention(self.name, model, images_BCHW)
+        sites = survey.attention
         site = sites[place(self.layer, [s.name for s in sites])]
         if site.class_query is None or site.windowed:
             raise UsageError(
-                f"dino needs a class token that sees the whole grid, and {site.name} has none."
-                f"{fitting(model, images_BCHW)}"
+                f"dino needs a class token that attends to the whole grid, and {site.name} has none."
+                f"{fitting(survey_images(model, images_BCHW))}"
             )
-        with artefacts.warned(model, found), capture(model, layers=[self.layer]) as records:
+        with artefacts.warn_of_artefacts(model, survey), capture(model, layers=[self.layer]) as records:
             output = run(model, images_BCHW)
         record, keys, weights_B1HK = records.kept()
         placed = keys.index_WN[0] >= 0
         weights_BHK = weights_B1HK[:, 0] * placed.to(weights_B1HK.device)
         largest_BHK, order = weights_BHK.sort(-1, descending=True)
-        before_BHK = largest_BHK.cumsum(-1) - largest_BHK  # so that the weight that reaches the mass is kept
-        kept_BHK = before_BHK < self.mass * weights_BHK.sum(-1, keepdim=True)
-        shown_BHK = torch.zeros_like(weights_BHK).scatter_(-1, order, largest_BHK * kept_BHK)
+        before_BHK = (
+            largest_BHK.cumsum(-1) - largest_BHK
+        )  # excludes the weight itself, so the weight that reaches the mass is kept
+        keep_BHK = before_BHK < self.mass * weights_BHK.sum(-1, keepdim=True)
+        shown_BHK = torch.zeros_like(weights_BHK).scatter_(-1, order, largest_BHK * keep_BHK)
         return Explanation(
             keys.to_grid(shown_BHK.mean(1)[:, None], shared=True), output, None, attention_source(record)
         )

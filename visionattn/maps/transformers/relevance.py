@@ -1,7 +1,7 @@
-"""Attention weighted by how it moves the score.
+"""Relevance through all layers, with attention weighted by its gradient: Chefer's method and gradient rollout.
 
-The gradient of attention is never asked of the model, whose attention stays fused: with O = A V, dA = dO Vᵀ, and dO,
-the gradient of the fused call's output, is what autograd gives. Only what follows the first layer in question carries
+Fused attention stays fused: `scaled_dot_product_attention` returns only O = A V, so the gradient of the attention A is
+computed as dA = dO Vᵀ. Autograd computes dO, the gradient of O. Only layers after the first layer of attention carry
 gradients.
 
 Shapes: B images, W windows, H heads, Q queries, K keys, D channels of a head.
@@ -12,18 +12,17 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture.running import run
-from visionattn.capture.token_layout import Site
-from visionattn.maps.method import Explanation, Method, Target, attending, pick
+from visionattn.capture import Site, Survey, run
+from visionattn.maps.method import Explanation, Method, Target, pick, require_attention
 from visionattn.maps.transformers.gradient_attention import Tape, weighted, weighted_rows
 from visionattn.maps.transformers.rollout import Row, check_chain, class_row_only, spread
 
 
 class _Chain(Method):
-    """What methods share that carry the class token's row through gradient-weighted layers."""
+    """Base class of methods that propagate the class token's row of relevance back through gradient-weighted layers."""
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        sites = attending(self.name, model, images_BCHW).attention
+        sites = require_attention(self.name, model, images_BCHW).attention
         check_chain(self.name, sites)
         with Tape(model, 0) as tape:
             output = run(model, images_BCHW)
@@ -45,31 +44,36 @@ class _Chain(Method):
         return Explanation(raw_Bhw, output, target_B, f"all {len(sites)} layers of attention")
 
     def finish(self, row: Row, start: Row) -> Tensor:
-        """Read the map off the row."""
+        """Return the map (B, h, w) from the row at the first layer."""
         return row.grid_Bhw
 
     @abstractmethod
     def step(self, row: Row, site: Site, weights_BWQK: Tensor) -> Row:
-        """Carry the row one layer back through relu(A ⊙ dA)."""
+        """Propagate the row back through one layer with the weights relu(A ⊙ dA)."""
 
 
 class Chefer(_Chain):
-    """Relevance through self-attention (Chefer et al. 2021, 2103.15679, eq. 5–6): R ← R + Ā R, the class token's row
-    of R.
+    """Relevance through self-attention (Chefer et al. 2021, 2103.15679, eq. 5–6): the class token's row of R.
 
-        Ā = mean_h relu(∂y/∂A_h ⊙ A_h),        R = I at first
+        R ← R + Ā R,        Ā = mean_h relu(∂y/∂A_h ⊙ A_h),        R = I initially
 
-    For transformers of one kind of token throughout (ViT, DeiT, BEiT …); elsewhere with a warning, as `Rollout`.
+    For transformers whose layers all attend to the same tokens (ViT, DeiT, BEiT …). Other transformers get a map and a
+    warning, as with `Rollout`.
     """
 
     name = "chefer"
+    needs = "attention over positions"
+    cost = "a forward and a backward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return bool(survey.attention)
 
     def step(self, row: Row, site: Site, weights_BWQK: Tensor) -> Row:
         return row.step(site, weights_BWQK)
 
     def finish(self, row: Row, start: Row) -> Tensor:
-        # where there is no class token the row starts on the patches; that share is the same everywhere and shows
-        # nothing
+        # without a class token the row starts evenly on the patches; this constant part is subtracted
         return row.grid_Bhw - spread(start.grid_Bhw, tuple(row.grid_Bhw.shape[1:]))
 
 
@@ -78,11 +82,17 @@ class GradientRollout(_Chain):
 
         Â = (Ā + I), every row divided by its sum,        Ā = mean_h relu(∂y/∂A_h ⊙ A_h)
 
-    Rollout (Abnar & Zuidema 2020, 2005.00928) with the weighting of Chefer et al. (2021, 2012.09838, eq. 13–14) in
-    place of attention. For the same models as `Rollout`.
+    This is rollout (Abnar & Zuidema 2020, 2005.00928) of attention weighted by its gradient, as in Chefer et al. (2021,
+    2012.09838, eq. 13–14). For the same models as `Rollout`.
     """
 
     name = "grad_rollout"
+    needs = "attention over positions"
+    cost = "a forward and a backward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return bool(survey.attention)
 
     def step(self, row: Row, site: Site, weights_BWQK: Tensor) -> Row:
         return row.step(site, weights_BWQK, normalise=True)

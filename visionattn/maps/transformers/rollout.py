@@ -1,4 +1,4 @@
-"""Attention rollout: what reaches the class token through all layers.
+"""Attention rollout: how much of each patch reaches the class token through all layers.
 
 Shapes: B images, W windows, H heads, Q queries, K keys.
 """
@@ -10,24 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.capture.recording import Interception
-from visionattn.capture.reductions import Call, HeadMean
-from visionattn.capture.running import run
-from visionattn.capture.token_layout import Site, Tokens
+from visionattn.capture import Call, HeadMean, Interception, Site, Survey, Tokens, run
 from visionattn.errors import UsageError, warn
 from visionattn.maps import artefacts
-from visionattn.maps.method import Explanation, Method, Target, attending, check_fuse, fuse_heads
+from visionattn.maps.method import Explanation, Method, Target, check_fuse, fuse_heads, require_attention
 
 
 class Rollout(Method):
     """Attention rollout (Abnar & Zuidema 2020, 2005.00928, §3): the class token's row of Â_L Â_{L−1} … Â_1.
 
-        Â = (A + I) / 2        A the fusion of the layer's heads
+        Â = (A + I) / 2        A is the layer's attention with fused heads
 
-    For transformers whose layers attend to the same tokens throughout (ViT, DeiT, BEiT …). Elsewhere, in windows and
-    where patches are merged, the row is carried across windows and merged patches all the same, with a warning.
-    Deviations from the paper: heads fused by max or min are brought back to rows that sum to one. With a discard ratio,
-    each row's smallest weights are dropped and the row again sums to one; the idea is not in the paper.
+    For transformers whose layers all attend to the same tokens (ViT, DeiT, BEiT …). If layers attend in windows or
+    merge patches, the row is propagated across windows and merged patches, with a warning. Deviations from the paper:
+    after fusing heads by max or min, each row is scaled to sum to one. With `discard`, which is not in the paper, the
+    smallest weights of each row are dropped, and the row is again scaled to sum to one.
 
         >>> import timm, torch
         >>> vit = timm.create_model("test_vit", img_size=160)
@@ -35,11 +32,20 @@ class Rollout(Method):
         torch.Size([2, 10, 10])
 
     Args:
-        fuse: how heads are fused.
-        discard: fraction of each row, the smallest weights of patches, that is dropped; in [0, 1).
+        fuse: how to fuse heads: by their mean, maximum or minimum.
+        discard: fraction of the patches' weights to drop in each row, the smallest first, in [0, 1).
+
+    Raises:
+        UsageError: `fuse` is none of these, or discard is out of range.
     """
 
     name = "rollout"
+    needs = "attention over positions"
+    cost = "a forward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return bool(survey.attention)
 
     def __init__(self, *, fuse: Literal["mean", "max", "min"] = "mean", discard: float = 0.0) -> None:
         check_fuse(fuse)
@@ -48,13 +54,13 @@ class Rollout(Method):
         self.fuse, self.discard = fuse, discard
 
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        found = attending(self.name, model, images_BCHW)
-        sites = found.attention
+        survey = require_attention(self.name, model, images_BCHW)
+        sites = survey.attention
         check_chain(self.name, sites)
-        with artefacts.warned(model, found), _Fused(model, len(sites), self.fuse, self.discard) as tape:
+        with artefacts.warn_of_artefacts(model, survey), _Fused(model, len(sites), self.fuse, self.discard) as tape:
             output = run(model, images_BCHW)
         if not tape.layers:
-            raise UsageError("rollout saw no attention; was the model changed while it ran?")
+            raise UsageError("the model ran without the attention that its survey found; do not change it meanwhile")
         row = Row.start(tape.layers[-1][0], len(images_BCHW), images_BCHW.device)
         while tape.layers:
             site, weights_BWQK = tape.layers.pop()
@@ -63,7 +69,7 @@ class Rollout(Method):
 
 
 class _Fused(Interception):
-    """Keeps each layer's fused heads, and of the last layer the class token's row alone."""
+    """Keeps every layer's attention with fused heads; of the last layer only the class token's row, if it has one."""
 
     def __init__(self, model: nn.Module, count: int, fuse: str, discard: float) -> None:
         super().__init__(model)
@@ -101,16 +107,17 @@ class _Fused(Interception):
 
 
 def class_row_only(site: Site) -> Site:
-    """The same site with the class token as its only query."""
+    """Return the site with the class token as its only query, if it has a class token."""
     return replace(site, queries=None, class_query=0) if site.class_query == 0 else site
 
 
 def _extreme(call: Call, fuse: str) -> Tensor:
+    """Return the maximum or minimum of the weights over heads, (B, W, Q, K)."""
     batch, windows, _, queries, keys = call.shape
     out = call.zeros(batch, windows, queries, keys)
-    for (b, w, some), part_bwHQK in call.pieces():
+    for (b, w, heads), part_bwHQK in call.pieces():
         part_bwQK = part_bwHQK.amax(2) if fuse == "max" else part_bwHQK.amin(2)
-        if some.start == 0:
+        if heads.start == 0:
             out[b, w] = part_bwQK
         else:
             (torch.maximum if fuse == "max" else torch.minimum)(out[b, w], part_bwQK, out=out[b, w])
@@ -118,42 +125,46 @@ def _extreme(call: Call, fuse: str) -> Tensor:
 
 
 def check_chain(method: str, sites: list[Site]) -> None:
-    """Warn where layers do not attend to the same tokens throughout."""
+    """Warn if the layers do not all attend to the same tokens."""
     if any(site.windowed for site in sites):
-        warn(f"{method} assumes that every layer sees all tokens, and some attend inside windows: read it with care")
+        warn(
+            f"{method} assumes that every layer attends to all tokens, but some layers attend inside windows; its "
+            "heatmaps are approximate"
+        )
     elif len({site.grid for site in sites}) > 1 or any(
         s.queries is not None and s.queries.grid != s.grid for s in sites
     ):
         warn(
-            f"{method} assumes the same tokens in every layer, and here patches are merged or pooled: read it with care"
+            f"{method} assumes the same tokens in every layer, but this model merges or pools patches; its heatmaps "
+            "are approximate"
         )
 
 
 @dataclass
 class Row:
-    """Relevance of the prefix tokens (B, P) and of the grid (B, h, w)."""
+    """One row of the product of the layers: the relevance of the prefix tokens (B, P) and of the grid (B, h, w)."""
 
     prefix_BP: Tensor  # noqa: N815
     grid_Bhw: Tensor  # noqa: N815
 
     @classmethod
     def start(cls, site: Site, batch: int, device: torch.device) -> "Row":
-        """All on the class token of the last layer; where there is none, evenly on the patches."""
+        """Return the row at the last layer: all relevance on its class token or, without one, evenly on its patches."""
         tokens = site.keys if site.queries is None else site.queries
         height, width = tokens.grid
         prefix = torch.zeros(batch, max(1, tokens.num_prefix_tokens), device=device, dtype=torch.float32)
         grid = torch.zeros(batch, height, width, device=device, dtype=torch.float32)
         if site.class_query is None:
-            met = (tokens.counts(batch) > 0).float().to(device)
-            grid += met / met.sum((1, 2), keepdim=True)
+            occupied = (tokens.counts(batch) > 0).float().to(device)
+            grid += occupied / occupied.sum((1, 2), keepdim=True)
         else:
             prefix[:, site.class_query] = 1
         return cls(prefix, grid)
 
     def read(self, tokens: Tokens | None, count: int) -> Tensor:
-        """Values of the tokens, (B, W, N), as `Tokens.read` has them.
+        """Return the relevance of each token, (B, W, N).
 
-        Padding, and a token made of those that were dropped, gets nothing.
+        The relevance is 0 for padding, and for a token that stands for all dropped tokens.
         """
         if tokens is None:  # class tokens only, or learned queries
             return self._prefix(count)[:, None]
@@ -167,14 +178,17 @@ class Row:
         return values
 
     def _prefix(self, count: int) -> Tensor:
-        """The first prefix tokens, (B, count); 0 for those that the row does not have."""
+        """Return the relevance of the first `count` prefix tokens, (B, count); 0 for tokens that the row lacks."""
         return F.pad(self.prefix_BP, (0, max(0, count - self.prefix_BP.shape[1])))[:, :count]
 
     def step(
         self, site: Site, weights_BWQK: Tensor, *, keep: float = 1.0, add: float = 1.0, normalise: bool = False
     ) -> "Row":
-        """One layer back: row ← keep · row + add · row A; or row (A + I), whose rows are first divided by their
-        sums."""
+        """Return the row one layer earlier.
+
+        row ← keep · row + add · row A
+        row ← row (A + I)                 with `normalise`; the rows of A + I are first divided by their sums
+        """
         if normalise:
             return self._scaled(site, 1 / (1 + weights_BWQK.sum(-1))).step(site, weights_BWQK)
         values = self.read(site.queries, weights_BWQK.shape[2])
@@ -185,13 +199,13 @@ class Row:
         first = 0 if tokens.windowed else min(tokens.num_prefix_tokens, prefix.shape[1])
         prefix[:, :first] = moved_BWK[:, 0, :first]
         sizes = [tuple(self.grid_Bhw.shape[1:]), tokens.grid, site.grid if site.queries is None else site.queries.grid]
-        finer = max(sizes, key=lambda size: size[0] * size[1])  # what the layer reads lies on the finest of these
+        finer = max(sizes, key=lambda size: size[0] * size[1])  # the tokens that the layer reads lie on the finest grid
         return Row(
             keep * self.prefix_BP + add * prefix, keep * spread(self.grid_Bhw, finer) + add * spread(grid_Bhw, finer)
         )
 
     def _scaled(self, site: Site, factor_BWQ: Tensor) -> "Row":
-        """Each token's value times a factor."""
+        """Return the row with the relevance of each query multiplied by a factor."""
         tokens = site.queries
         if tokens is None:
             prefix = self.prefix_BP.clone()
@@ -205,7 +219,7 @@ class Row:
 
 
 def spread(grid_Bhw: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Bring a grid to another size, each cell's mass spread evenly over the cells it covers."""
+    """Resample a grid to another size; the sum stays the same."""
     if tuple(grid_Bhw.shape[1:]) == tuple(size):
         return grid_Bhw
     before = grid_Bhw.sum((1, 2), keepdim=True)

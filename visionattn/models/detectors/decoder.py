@@ -1,6 +1,6 @@
-"""The decoder of a query detector: queries look at each other and at the image, and move their boxes.
+"""The decoder of a query detector: queries attend to each other and to the image, and refine their boxes.
 
-Shapes: B batch, Q queries, C channels, K classes, L maps; boxes are centre, width and height in shares of the image.
+Shapes: B batch, Q queries, C channels, K classes, L maps; boxes are centre, width and height in fractions of the image.
 """
 
 import math
@@ -10,32 +10,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention.self_attention.deformable import DeformableAttention
+from visionattn.attention import DeformableAttention
 
 
 class Answer(NamedTuple):
-    """What a layer says of its queries: logits (B, Q, K) and boxes (B, Q, 4)."""
+    """The predictions of a layer for its queries: logits (B, Q, K) and boxes (B, Q, 4)."""
 
     logits: Tensor
     boxes: Tensor
 
 
 class Decoder(nn.Module):
-    """Layers of self-attention, deformable cross-attention and a feed-forward part, each moving the boxes on.
+    """Layers of self-attention, deformable cross-attention and a feed-forward part; each layer refines the boxes.
 
         position = MLP(sine(box))                                      (DAB-DETR, Liu et al. 2022, 2201.12329, eq. 1)
         box_l = σ(σ⁻¹(box_{l-1}) + MLP_l(query))                       (Zhu et al. 2020, 2010.04159, section 4.3)
 
-    The loss of a layer reaches the layer before through its box once (look forward twice, DINO, Zhang et al. 2022,
-    2203.03605, section 3.5); what a layer looks at does not carry it back.
+    The gradient of a layer's loss flows into the box of the layer before it, but not into earlier boxes (look forward
+    twice, DINO, Zhang et al. 2022, 2203.03605, section 3.5). A box gets no gradient as the place of attention.
 
     Args:
         channels: C.
         num_classes: K.
         levels: L.
-        layers: their number.
-        heads, points: of the attention.
-        hidden: channels of the feed-forward parts.
+        layers: number of layers (default: 3).
+        heads, points: of the deformable attention (default: 8 and 4).
+        hidden: channels of the feed-forward parts (default: 512).
     """
 
     def __init__(
@@ -54,14 +54,8 @@ class Decoder(nn.Module):
             DecoderLayer(channels, levels=levels, heads=heads, points=points, hidden=hidden) for _ in range(layers)
         )
         self.position = nn.Sequential(nn.Linear(2 * channels, channels), nn.ReLU(), nn.Linear(channels, channels))
-        self.classify = nn.ModuleList(nn.Linear(channels, num_classes) for _ in range(layers))
-        self.move = nn.ModuleList(
-            nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, 4)) for _ in range(layers)
-        )
-        for classify, move in zip(self.classify, self.move, strict=True):
-            nn.init.constant_(classify.bias, -math.log(99))  # type: ignore[arg-type]
-            nn.init.zeros_(move[-1].weight)  # type: ignore[index]
-            nn.init.zeros_(move[-1].bias)  # type: ignore[index]
+        self.classify = nn.ModuleList(_classifier(channels, num_classes) for _ in range(layers))
+        self.move = nn.ModuleList(_mover(channels) for _ in range(layers))
 
     def forward(
         self,
@@ -74,11 +68,14 @@ class Decoder(nn.Module):
         """Run the layers.
 
         Args:
-            query_BQC: what the queries start with.
-            boxes_BQ4: where they start.
+            query_BQC: initial queries.
+            boxes_BQ4: initial boxes.
             maps: L maps (B, C, h, w).
-            hidden_QQ: true where a query (row) may not look at another (column).
-            spans_L2: of the maps, as `DeformableAttention` takes them.
+            hidden_QQ: True where a query (row) may not attend to another (column) (default: all may).
+            spans_L2: sizes of the maps in fractions of the image, see `DeformableAttention`.
+
+        Returns:
+            The predictions of every layer.
         """
         answers = []
         before_BQ4 = boxes_BQ4
@@ -93,7 +90,7 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer, normalised after each part; see `Decoder`."""
+    """One layer, with a normalisation after each part; see `Decoder`."""
 
     def __init__(self, channels: int, *, levels: int, heads: int, points: int, hidden: int) -> None:
         super().__init__()
@@ -118,10 +115,23 @@ class DecoderLayer(nn.Module):
         return self.norms[2](query_BQC + self.feed(query_BQC))
 
 
-def sine(boxes_BQ4: Tensor, channels: int) -> Tensor:
-    """Sines and cosines of the four numbers of a box at wavelengths from 1 to 20 (B, Q, 4 · channels), temperature 20.
+def _classifier(channels: int, num_classes: int) -> nn.Module:
+    linear = nn.Linear(channels, num_classes)
+    nn.init.constant_(linear.bias, -math.log(99))  # initial scores of .01
+    return linear
 
-    DAB-DETR, Liu et al. 2022, 2201.12329, section 4.4. `channels` is even.
+
+def _mover(channels: int) -> nn.Module:
+    hidden, last = nn.Linear(channels, channels), nn.Linear(channels, 4)
+    nn.init.zeros_(last.weight)  # boxes do not move at first
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(hidden, nn.ReLU(), last)
+
+
+def sine(boxes_BQ4: Tensor, channels: int) -> Tensor:
+    """Encode the four numbers of a box by sines and cosines of wavelengths from 1 to 20: → (B, Q, 4 · channels).
+
+    DAB-DETR, Liu et al. 2022, 2201.12329, section 4.4, with temperature 20. `channels` must be even.
     """
     place = torch.arange(channels // 2, device=boxes_BQ4.device, dtype=boxes_BQ4.dtype)
     angle = boxes_BQ4[..., None] * (2 * math.pi / 20 ** (2 * place / channels))
@@ -129,5 +139,6 @@ def sine(boxes_BQ4: Tensor, channels: int) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-4) -> Tensor:
+    """Return log(x / (1 − x)), with x clamped to [eps, 1 − eps]."""
     x = x.clamp(eps, 1 - eps)
     return torch.log(x / (1 - x))

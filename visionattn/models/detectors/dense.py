@@ -1,6 +1,6 @@
-"""A dense detector: every place of a feature pyramid says what object it lies in, and how far away its edges are.
+"""A dense detector: every cell of a feature pyramid predicts a class and the distances to the edges of a box.
 
-Shapes: B batch, C channels, h × w a map, P places of all maps, N boxes of an image, K classes; boxes xyxy in pixels.
+Shapes: B batch, C channels, h × w a map, P cells of all maps, N boxes of an image, K classes; boxes xyxy in pixels.
 """
 
 import math
@@ -16,8 +16,8 @@ from visionattn.models.detectors.detector import Detections, Detector, detection
 from visionattn.models.detectors.feature_pyramid import FeaturePyramid
 
 
-class Dense(NamedTuple):
-    """What a dense head says: logits (B, P, K), boxes (B, P, 4), and of each place its centre and stride (P, 3)."""
+class DensePredictions(NamedTuple):
+    """The predictions of a dense head: logits (B, P, K), boxes (B, P, 4), and centre and stride of each cell (P, 3)."""
 
     logits: Tensor
     boxes: Tensor
@@ -25,34 +25,37 @@ class Dense(NamedTuple):
 
 
 class DenseHead(nn.Module):
-    """FCOS's head on the maps of a pyramid, the same for all of them (Tian et al. 2019, 1904.01355, section 3).
+    """The head of FCOS, shared by all maps of a pyramid (Tian et al. 2019, 1904.01355, section 3).
 
         left, top, right, bottom = stride · exp(scale_s · conv(x)),    logits = conv(x')
 
-    x and x' are what two towers of 3 × 3 convolutions make of a map. Which places are to find a box is decided by what
-    they say already (task alignment, TOOD, Feng et al. 2021, 2108.07755, section 3.2): of the places that lie in it and
-    within `radius` strides of its centre (FCOS's later centre sampling) the `topk` with the largest
+    x and x' are the outputs of two towers of 3 × 3 convolutions, shared by all maps. The current predictions decide
+    which cells must predict a true box (task alignment as in TOOD, Feng et al. 2021, 2108.07755, section 3.2). The
+    candidates are the cells inside the box and within `radius` strides of its centre (the centre sampling of later
+    versions of FCOS). Each box chooses the `topk` candidates with the largest
 
-        t = σ(logit of its class) · IoU^β
+        t = σ(logit of the box's class) · IoU^β
 
-    A place that several boxes want takes the one that its own box overlaps most. The best place of a box is asked for
-    the largest IoU among the box's places, the others for less, as their t is less:
+    If several boxes choose the same cell, it is assigned to the box that has the largest IoU with its prediction. Among
+    the cells of a box, the cell with the largest t has the largest IoU of these cells as its target y. The targets of
+    the other cells are lower, in proportion to t:
 
-        y = t / max t · max IoU,    L = (Σ_places |y − σ(logit)|² · BCE(σ(logit), y) + 2 Σ_positive y (1 − GIoU)) / Σ y
+        y = t / max t · max IoU,    L = (Σ_cells |y − σ(logit)|² · BCE(σ(logit), y) + 2 Σ_positive y (1 − GIoU)) / Σ y
 
-    which takes the place of FCOS's ranges of sizes and of its centre-ness branch. Deviation: TOOD's β is 6 and its topk
-    13, without a limit on the distance. *Measured* on `tests/shapes.py`, training for 10 s and 50 s of one core, means
-    of three and two seeds: FCOS's rule mAP50 .919 and mAP .815, β = 6 .921, β = 2 .930 and .829, and with the limit
-    .937 and .836. As with FCOS, a box that lies between the places, smaller than the finest stride, is not learned.
+    This assignment replaces FCOS's range of box sizes for each map and its centre-ness branch. Deviation: TOOD has
+    β = 6, topk = 13 and no limit on the distance from the centre. *Measured* on `tests/shapes.py` on one core: mAP50
+    after training for 10 s (mean of three seeds) and mAP after 50 s (mean of two seeds). FCOS's rule reached .919 and
+    .815; β = 6 reached mAP50 .921; β = 2 reached .930 and .829 without the limit, .937 and .836 with it.
+    As in FCOS, a box smaller than the finest stride is not learned if it contains no cell's centre.
 
     Args:
         num_classes: K.
-        strides: of the maps.
-        channels: C of the maps.
-        depth: convolutions of a tower.
-        radius: in strides.
-        topk: places that a box gets, at most.
-        beta: β.
+        strides: stride of each map, pixels.
+        channels: C, the channels of each map.
+        depth: convolutions of a tower (default: 2).
+        radius: largest distance of a cell from the box's centre along each axis, in strides (default: 1.5).
+        topk: maximum number of cells per box (default: 10).
+        beta: β (default: 2).
     """
 
     def __init__(
@@ -79,25 +82,26 @@ class DenseHead(nn.Module):
         for conv in (self.classify, self.regress):
             nn.init.normal_(conv.weight, std=0.01)
         assert self.classify.bias is not None
-        nn.init.constant_(self.classify.bias, -math.log(99))  # a score of .01 for everything, section 4 of 1708.02002
+        nn.init.constant_(self.classify.bias, -math.log(99))  # initial scores of .01, section 4 of 1708.02002
         assert self.regress.bias is not None
-        nn.init.constant_(self.regress.bias, math.log(3.0))  # boxes of six strides, the middle of a map's range
+        # initial boxes are 6 strides wide and high, the middle of the range of sizes of a map
+        nn.init.constant_(self.regress.bias, math.log(3.0))
 
-    def forward(self, maps: Sequence[Tensor]) -> Dense:
+    def forward(self, maps: Sequence[Tensor]) -> DensePredictions:
         logits, sides, places = [], [], []
         for x_BChw, stride, scale in zip(maps, self.strides, self.scales, strict=True):
             logits.append(self.classify(self.class_tower(x_BChw)).flatten(2).mT.float())
-            # pixels need more than the eight bits of bfloat16
+            # coordinates in pixels need more than the eight bits of bfloat16
             raw_BP4 = self.regress(self.box_tower(x_BChw)).flatten(2).mT.float() * scale
             sides.append(stride * raw_BP4.clamp(max=8).exp())
             places.append(_places(x_BChw, stride))
         places_P3, sides_BP4 = torch.cat(places), torch.cat(sides, 1)
         centres_P2 = places_P3[:, :2]
         boxes_BP4 = torch.cat([centres_P2 - sides_BP4[..., :2], centres_P2 + sides_BP4[..., 2:]], -1)
-        return Dense(torch.cat(logits, 1), boxes_BP4, places_P3)
+        return DensePredictions(torch.cat(logits, 1), boxes_BP4, places_P3)
 
-    def losses(self, found: Dense, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The terms of the loss: `class` and `box`."""
+    def losses(self, found: DensePredictions, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return the terms of the loss, `class` and `box`, for predictions, true boxes (N, 4) and labels (N,)."""
         boxes_BN4, labels_BN, there_BN = padded(boxes, labels)
         if not boxes_BN4.shape[1]:
             return {"class": quality_focal(found.logits, torch.zeros_like(found.logits)), "box": 0 * found.boxes.sum()}
@@ -111,8 +115,10 @@ class DenseHead(nn.Module):
         return {"class": quality_focal(found.logits, goal_BPK) / total, "box": 2 * (quality_M * far_M).sum() / total}
 
     @torch.no_grad()
-    def assign(self, found: Dense, boxes_BN4: Tensor, labels_BN: Tensor, there_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """For each place (B, P) the number of the box that it is to find, or −1, and y, or 0; N is at least 1."""
+    def assign(
+        self, found: DensePredictions, boxes_BN4: Tensor, labels_BN: Tensor, there_BN: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Assign boxes (N ≥ 1) to cells: return each cell's box index or −1, (B, P), and its target y or 0, (B, P)."""
         x_P, y_P, stride_P = found.places.unbind(1)
         left, upper, right, lower = (edge[:, None] for edge in boxes_BN4.unbind(2))
         x_P1, y_P1, reach_P1 = x_P[:, None], y_P[:, None], self.radius * stride_P[:, None]
@@ -124,23 +130,23 @@ class DenseHead(nn.Module):
         aligned_BPN = found.logits.sigmoid().gather(2, class_BPN) * iou_BPN**self.beta
         aligned_BPN = aligned_BPN.masked_fill(~inside_BPN, -1)
         best_BkN = aligned_BPN.topk(min(self.topk, len(x_P)), dim=1).indices
-        wanted_BPN = torch.zeros_like(inside_BPN).scatter_(1, best_BkN, True) & inside_BPN
-        most_BP, number_BP = iou_BPN.masked_fill(~wanted_BPN, -1).max(2)
-        taken_BPN = wanted_BPN & (number_BP[..., None] == torch.arange(boxes_BN4.shape[1], device=x_P.device))
-        aligned_BPN, iou_BPN = aligned_BPN * taken_BPN, iou_BPN * taken_BPN
-        share_BPN = aligned_BPN / aligned_BPN.amax(1, keepdim=True).clamp(min=1e-12)
-        quality_BP = (share_BPN * iou_BPN.amax(1, keepdim=True)).amax(2)
-        return torch.where(most_BP < 0, -1, number_BP), quality_BP
+        chosen_BPN = torch.zeros_like(inside_BPN).scatter_(1, best_BkN, True) & inside_BPN
+        largest_BP, number_BP = iou_BPN.masked_fill(~chosen_BPN, -1).max(2)
+        assigned_BPN = chosen_BPN & (number_BP[..., None] == torch.arange(boxes_BN4.shape[1], device=x_P.device))
+        aligned_BPN, iou_BPN = aligned_BPN * assigned_BPN, iou_BPN * assigned_BPN
+        relative_BPN = aligned_BPN / aligned_BPN.amax(1, keepdim=True).clamp(min=1e-12)
+        quality_BP = (relative_BPN * iou_BPN.amax(1, keepdim=True)).amax(2)
+        return torch.where(largest_BP < 0, -1, number_BP), quality_BP
 
 
 class DenseDetector(Detector):
-    """A `DenseHead` on a `FeaturePyramid`; overlapping boxes of a class are suppressed.
+    """A `DenseHead` on a `FeaturePyramid`, with non-maximum suppression per class.
 
     Args:
         features: the pyramid.
         num_classes: K.
-        depth: convolutions of the head's towers; FCOS has 4.
-        nms: IoU above which the worse of two boxes of a class goes.
+        depth: convolutions of the head's towers (default: 2); FCOS has 4.
+        nms: IoU of two boxes of a class above which the box with the lower score is removed (default: 0.6).
     """
 
     def __init__(self, features: FeaturePyramid, num_classes: int, *, depth: int = 2, nms: float = 0.6) -> None:
@@ -160,21 +166,21 @@ class DenseDetector(Detector):
 
 
 def quality_focal(logits: Tensor, goal: Tensor) -> Tensor:
-    """Quality focal loss, summed (Li et al. 2020, 2006.04388, eq. 2, β = 2): |y − σ|² · BCE(σ, y)."""
+    """Compute the quality focal loss, summed (Li et al. 2020, 2006.04388, eq. 2, β = 2): |y − σ|² · BCE(σ, y)."""
     weight = (goal - logits.sigmoid()).square()
     return (weight * F.binary_cross_entropy_with_logits(logits, goal, reduction="none")).sum()
 
 
-def paired_iou(one: Tensor, other: Tensor) -> Tensor:
-    """The IoU of boxes (…, 4), pair by pair."""
-    upper, lower = torch.maximum(one[..., :2], other[..., :2]), torch.minimum(one[..., 2:], other[..., 2:])
+def paired_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Return the IoU of corresponding boxes, (…, 4) xyxy → (…)."""
+    upper, lower = torch.maximum(first[..., :2], second[..., :2]), torch.minimum(first[..., 2:], second[..., 2:])
     common = (lower - upper).clamp(min=0).prod(-1)
-    areas = [(boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1) for boxes in (one, other)]
+    areas = [(boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1) for boxes in (first, second)]
     return common / (areas[0] + areas[1] - common).clamp(min=1e-6)
 
 
 def _places(x_BChw: Tensor, stride: int) -> Tensor:
-    """(h w, 3): x, y and stride of the centre of each cell."""
+    """Return (h · w, 3): x, y and stride of the centre of each cell."""
     y_h = (torch.arange(x_BChw.shape[2], device=x_BChw.device) + 0.5) * stride
     x_w = (torch.arange(x_BChw.shape[3], device=x_BChw.device) + 0.5) * stride
     y_hw, x_hw = torch.meshgrid(y_h, x_w, indexing="ij")

@@ -1,12 +1,12 @@
-"""Feature maps at several strides from any timm backbone.
+"""Feature maps at several strides from a timm backbone.
 
-Shapes: B batch, C channels, H rows, W columns; h and w of a map.
+Shapes: B batch, C channels, H rows and W columns of the image, h rows and w columns of a map, s stride.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +18,44 @@ from visionattn.models.backbone import create_backbone
 from visionattn.models.classifier import example_image
 
 
-class FeaturePyramid(nn.Module):
-    """Maps of equal channels, one a stride, for a detector to look at.
+class _Intermediates(Protocol):
+    """The part of a timm model that returns feature maps."""
 
-    Of a backbone with stages, the feature pyramid network (Lin et al. 2017, 1612.03144, section 3): the last map of
-    each stride is brought to C channels, and the coarser is added to it, enlarged:
+    default_cfg: Mapping[str, tuple[int, int, int]]
+
+    def forward_intermediates(
+        self, x: Tensor, indices: list[int] | None = None, *, intermediates_only: bool
+    ) -> list[Tensor]: ...
+
+    def prune_intermediate_layers(self, indices: list[int], prune_norm: bool) -> list[int]: ...
+
+
+class FeaturePyramid(nn.Module):
+    """Feature maps with equal channels, one per stride, for a detector.
+
+    For a backbone with stages this is the feature pyramid network (Lin et al. 2017, 1612.03144, section 3): the
+    backbone's last map C_s of each stride is projected to C channels, and the next coarser map is upsampled and added:
 
         P_s = conv3×3(M_s),    M_s = conv1×1(C_s) + upsample(M_2s)
 
-    Strides beyond the backbone's come from the coarsest by 3 × 3 convolutions of stride 2 (Lin et al. 2017, 1708.02002,
-    section 4). Of a plain backbone, a ViT whose tokens all have one stride, the simple feature pyramid (Li et al. 2022,
-    2203.16527, section 3): its last map alone is brought to each stride, by transposed convolutions or max pooling, and
-    then convolved 1 × 1 and 3 × 3. Deviations from the papers: group normalisation takes the place of none in the first
-    and of layer normalisation in the second.
+    Maps of larger strides than the backbone's are made from the coarsest P_s by 3 × 3 convolutions of stride 2 (Lin et
+    al. 2017, 1708.02002, section 4). The maps of a plain backbone, such as a ViT, have a single stride. Then this is
+    the simple feature pyramid (Li et al. 2022, 2203.16527, section 3): transposed convolutions or max pooling bring the
+    last map to each stride, and a 1 × 1 and a 3 × 3 convolution follow. Deviations from the papers: group
+    normalisation. The feature pyramid network has no normalisation, and the simple feature pyramid has layer
+    normalisation.
 
     Args:
         backbone: name of a timm model.
-        strides: of the maps, each twice the one before.
-        channels: C, a multiple of 8.
+        strides: of the maps, each twice the one before (default: 8, 16, 32).
+        channels: C, a multiple of 8 (default: 128).
         pretrained, weights, options, attention, attention_at, attention_preserve, self_attention, self_attention_at: of
-            the backbone, as `Classifier`.
+            the backbone, see `Classifier`.
 
     Raises:
-        UsageError, DataError: as `create_backbone`, `insert` and `swap_attention`; the backbone has no map of such a
-            stride, or takes no images of such a size.
+        UsageError, DataError: see `create_backbone`, `insert` and `swap_attention`. Also UsageError if strides or
+            channels are out of their range, if the backbone has no map of such a stride, or, when called, if the
+            backbone does not accept the size of the images.
 
     Shape: (B, 3, H, W) → a list of (B, C, ⌈H/s⌉, ⌈W/s⌉).
     """
@@ -71,38 +85,39 @@ class FeaturePyramid(nn.Module):
         options = options or {}
         self.backbone = create_backbone(backbone, num_classes=0, pretrained=pretrained, weights=weights, **options)
         if not hasattr(self.backbone, "forward_intermediates"):
-            raise UsageError(f"timm gives no maps of {backbone} between its ends; choose another backbone")
+            raise UsageError(f"timm gives no intermediate feature maps of {backbone}; choose another backbone")
         image = example_image(options)
-        found = self._survey(image)
-        own = [stride for stride in self.strides if stride in found]
-        self.plain = len(found) == 1
+        measured = self._measure(image)
+        own = [stride for stride in self.strides if stride in measured]
+        self.plain = len(measured) == 1
         if not self.plain and (not own or own[0] != self.strides[0]):
             raise UsageError(
-                f"{backbone} has maps of strides {', '.join(map(str, found))}, and none of {self.strides[0]}; "
+                f"{backbone} has maps of strides {', '.join(map(str, measured))}, and none of {self.strides[0]}; "
                 "choose other strides"
             )
-        self.places = [place for stride, (place, _) in found.items() if self.plain or stride in own]
-        self.backbone.prune_intermediate_layers(self.places, prune_norm=True)  # type: ignore[operator]
+        self.places = [place for stride, (place, _) in measured.items() if self.plain or stride in own]
+        cast(_Intermediates, self.backbone).prune_intermediate_layers(self.places, prune_norm=True)
         if self_attention is not None:
             swap_attention(self.backbone, self_attention, at=self_attention_at)
         if attention is not None:
             insert(self.backbone, attention, at=attention_at, preserve=attention_preserve, image=image)
         if self.plain:
-            ((stride, (_, width)),) = found.items()
+            ((stride, (_, width)),) = measured.items()
             self.scales = nn.ModuleList(_rescaled(width, channels, stride, goal) for goal in self.strides)
         else:
-            self.lateral = nn.ModuleList(nn.Conv2d(found[stride][1], channels, 1) for stride in own)
+            self.lateral = nn.ModuleList(nn.Conv2d(measured[stride][1], channels, 1) for stride in own)
             self.smooth = nn.ModuleList(_conv3(channels, channels) for _ in own)
             self.beyond = nn.ModuleList(_conv3(channels, channels, stride=2) for _ in self.strides[len(own) :])
 
     def forward(self, x_BCHW: Tensor) -> list[Tensor]:
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)  # a third faster on CPUs
+        backbone = cast(_Intermediates, self.backbone)
         try:
-            maps = self.backbone.forward_intermediates(x_BCHW, indices=self.places, intermediates_only=True)  # type: ignore[operator]
-        except AssertionError as error:  # as of a ViT, which is made for one size
+            maps = backbone.forward_intermediates(x_BCHW, indices=self.places, intermediates_only=True)
+        except AssertionError as error:  # e.g. of a ViT that is built for one size
             raise UsageError(
-                f"the {type(self.backbone).__name__} takes no images of {x_BCHW.shape[2]}×{x_BCHW.shape[3]} pixels: "
-                f"{error} Give the size of the data in its options, img_size: …, or dynamic_img_size: true"
+                f"the {type(self.backbone).__name__} does not accept images of {x_BCHW.shape[2]}×{x_BCHW.shape[3]} "
+                f"pixels: {error} Give the size of the data in its options, img_size: …, or dynamic_img_size: true"
             ) from error
         if self.plain:
             return [scale(maps[-1]) for scale in self.scales]
@@ -116,14 +131,16 @@ class FeaturePyramid(nn.Module):
         return out
 
     @torch.no_grad()
-    def _survey(self, image_CHW: Tensor | None) -> dict[int, tuple[int, int]]:
-        """stride → (place among timm's intermediate maps, channels) of the last map of that stride."""
+    def _measure(self, image_CHW: Tensor | None) -> dict[int, tuple[int, int]]:
+        """Return stride → (index in timm's intermediate maps, channels) of the last map of each stride."""
+        backbone = cast(_Intermediates, self.backbone)
         if image_CHW is None:
-            image_CHW = torch.zeros(self.backbone.default_cfg["input_size"])  # type: ignore[index, arg-type]
+            image_CHW = torch.zeros(backbone.default_cfg["input_size"])
         training = self.backbone.training
-        maps = self.backbone.eval().forward_intermediates(image_CHW[None], intermediates_only=True)  # type: ignore[operator]
+        self.backbone.eval()
+        maps = backbone.forward_intermediates(image_CHW[None], intermediates_only=True)
         self.backbone.train(training)
-        # the image's height may be no multiple of the coarsest stride
+        # the image's height need not be a multiple of the coarsest stride
         ratios = [image_CHW.shape[1] / x.shape[2] for x in maps]
         strides = [int(ratio) if ratio.is_integer() else 2 ** round(math.log2(ratio)) for ratio in ratios]
         return {stride: (place, x.shape[1]) for place, (stride, x) in enumerate(zip(strides, maps, strict=True))}
@@ -138,7 +155,7 @@ def _conv3(in_chans: int, out_chans: int, *, stride: int = 1) -> nn.Module:
 
 
 def _rescaled(in_chans: int, channels: int, stride: int, goal: int) -> nn.Module:
-    """From the map of a plain backbone to one of another stride."""
+    """Make the layers that turn a plain backbone's map of one stride into a map of another stride."""
     steps: list[nn.Module] = []
     patch = stride
     while stride > goal:
@@ -150,7 +167,7 @@ def _rescaled(in_chans: int, channels: int, stride: int, goal: int) -> nn.Module
         stride *= 2
     if stride != goal:
         raise UsageError(
-            f"maps of stride {goal} cannot be made from patches {patch} pixels wide; strides must be that, halved or "
-            "doubled some times"
+            f"maps of stride {goal} cannot be made from patches of {patch} pixels; strides must be that number, "
+            "multiplied or divided by a power of two"
         )
     return nn.Sequential(*steps, nn.Conv2d(in_chans, channels, 1, bias=False), _conv3(channels, channels))

@@ -1,4 +1,4 @@
-"""torchvision's detectors as one of ours."""
+"""torchvision's detectors as a `Detector`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from visionattn.models.detectors.feature_pyramid import FeaturePyramid
 
 
 class TorchvisionDetector(Detector):
-    """FCOS, RetinaNet or Faster R-CNN of torchvision, on a `FeaturePyramid`.
+    """torchvision's FCOS, RetinaNet or Faster R-CNN on a `FeaturePyramid`.
 
         network:
           class_path: visionattn.models.TorchvisionDetector
@@ -24,14 +24,15 @@ class TorchvisionDetector(Detector):
             features: {class_path: visionattn.models.FeaturePyramid, init_args: {backbone: resnet50}}
             num_classes: 3
 
-    Images are neither normalised nor resized again: the data has done it.
+    torchvision's own normalisation and resizing are disabled, since the data module does both.
 
     Args:
-        detector: makes the detector from a backbone and a number of classes, `torchvision.models.detection.FCOS`,
-            `RetinaNet` or `FasterRCNN`, with what else it takes. Where its anchors are not for as many maps as there
-            are, they become four strides wide, of three scales for RetinaNet, and as high as wide, half or twice.
+        detector: function that makes the detector from a backbone and a number of classes:
+            `torchvision.models.detection.FCOS`, `RetinaNet` or `FasterRCNN`, with its further arguments. If its anchors
+            do not match the number of maps, they are replaced. The new anchors are four strides wide (FCOS: one), with
+            the aspect ratios 1/2, 1 and 2 (FCOS: 1); RetinaNet has them at three scales.
         features: the pyramid.
-        num_classes: K, without a background.
+        num_classes: K, without a background class.
     """
 
     def __init__(
@@ -40,31 +41,38 @@ class TorchvisionDetector(Detector):
         super().__init__()
         self.num_classes = num_classes
         backbone = _Named(features)
-        made: Any = detector(backbone, num_classes)
+        made: Any = detector(backbone, num_classes)  # torchvision's classes share no type
         self.shift = int(not isinstance(made, (FCOS, RetinaNet)))
-        if self.shift:  # Faster R-CNN's class 0 is the background
+        if self.shift:  # class 0 of Faster R-CNN is the background
             made = detector(backbone, num_classes + 1)
         _fit(made, features.strides)
         heads = [made.rpn.head, made.roi_heads.box_predictor] if self.shift else [made.head]
         for head in heads:
             head.register_forward_hook(_to_float)
-        made.transform = _AsTheyAre()
+        made.transform = _NoTransform()
         self.detector = made
 
     def forward(self, images_BCHW: Tensor) -> list[Detections]:
-        found: list[Detections] = self.detector(list(images_BCHW))
+        results: list[Detections] = self.detector(list(images_BCHW))
         return [
-            {"boxes": some["boxes"][:100], "scores": some["scores"][:100], "labels": some["labels"][:100] - self.shift}
-            for some in found
+            {
+                "boxes": image["boxes"][:100],
+                "scores": image["scores"][:100],
+                "labels": image["labels"][:100] - self.shift,
+            }
+            for image in results
         ]
 
     def losses(self, images_BCHW: Tensor, boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> dict[str, Tensor]:
-        targets = [{"boxes": some, "labels": label + self.shift} for some, label in zip(boxes, labels, strict=True)]
+        targets = [
+            {"boxes": boxes_N4, "labels": labels_N + self.shift}
+            for boxes_N4, labels_N in zip(boxes, labels, strict=True)
+        ]
         return self.detector(list(images_BCHW), targets)
 
 
-def _fit(made: Any, strides: Sequence[int]) -> None:
-    """Give a detector anchors for the maps of these strides, as many a place as it has, and regions from these maps."""
+def _fit(made: Any, strides: Sequence[int]) -> None:  # one of torchvision's detectors
+    """Replace anchors and region pooling that do not match the number of maps; aspect ratios per cell stay."""
     count = len(strides)
     holder = made.rpn if hasattr(made, "rpn") else made
     sides: tuple[tuple[int, ...], ...]
@@ -84,8 +92,8 @@ def _fit(made: Any, strides: Sequence[int]) -> None:
             made.roi_heads.box_roi_pool = MultiScaleRoIAlign(names, pool.output_size, pool.sampling_ratio)
 
 
-def _to_float(module: nn.Module, args: Any, out: Any) -> Any:
-    """Pixels need more than the eight bits of bfloat16."""
+def _to_float(module: nn.Module, args: object, out: Any) -> Any:
+    """Forward hook of a head: convert its outputs to float32, since pixels need more than the 8 bits of bfloat16."""
     if isinstance(out, Tensor):
         return out.float()
     values = {name: _to_float(module, args, value) for name, value in out.items()} if isinstance(out, dict) else None
@@ -93,7 +101,7 @@ def _to_float(module: nn.Module, args: Any, out: Any) -> Any:
 
 
 class _Named(nn.Module):
-    """A pyramid in the form that torchvision's detectors take."""
+    """A pyramid in the form of torchvision's backbones: a dict of maps, and `out_channels`."""
 
     def __init__(self, features: FeaturePyramid) -> None:
         super().__init__()
@@ -105,11 +113,14 @@ class _Named(nn.Module):
         return {str(place): x for place, x in enumerate(self.features(x_BCHW))}
 
 
-class _AsTheyAre(nn.Module):
-    """In place of torchvision's own normalisation and resizing, and of its way back."""
+class _NoTransform(nn.Module):
+    """Replaces torchvision's transform, which normalises and resizes images and maps boxes back."""
 
-    def forward(self, images: list[Tensor], targets: Any = None) -> tuple[ImageList, Any]:
+    def forward(self, images: list[Tensor], targets: object = None) -> tuple[ImageList, object]:
         return ImageList(torch.stack(images), [(image.shape[1], image.shape[2]) for image in images]), targets
 
-    def postprocess(self, result: Any, image_shapes: Any, original_image_sizes: Any) -> Any:
+    def postprocess(
+        self, result: list[Detections], image_shapes: object, original_image_sizes: object
+    ) -> list[Detections]:
+        """Return the boxes unchanged; torchvision calls this method."""
         return result

@@ -1,4 +1,4 @@
-"""What an export does to one image, or to one batch of them."""
+"""The export of one image, or of one batch: read, explain, draw, write."""
 
 import contextlib
 import hashlib
@@ -7,141 +7,191 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visionattn.capture.running import unwrap
-from visionattn.data.decode import encode_image, read_image
-from visionattn.data.image_files import VIDEOS
-from visionattn.data.image_list import Wish
-from visionattn.data.placement import Placement
-from visionattn.drawing.rendering import Style, peak, unlike
-from visionattn.drawing.scanpath import boxes_in_source, centres
+from visionattn.capture import unwrap
+from visionattn.data import VIDEOS, ImageRequest, Placement, encode_image, read_image
+from visionattn.drawing import Style, boxes_in_source, centres, heatmap_difference, peak
 from visionattn.errors import DataError, UsageError
 from visionattn.files import Replacement, printable
-from visionattn.overlays.explainer import View, looks_of, predictions_of
-from visionattn.overlays.outputs import KINDS, Look, Made, Scene
-from visionattn.overlays.per_box import has_maps
+from visionattn.overlays.explainer import Explainer, explained_images, predictions_of
+from visionattn.overlays.folder.manifest import Done, Entry, Facts, Failed, Stamp
+from visionattn.overlays.outputs import OUTPUTS, ExplainedImage, GlimpseTrace, Needs, Output, OutputScene, check_needs
 
-_KEPT_BYTES = 192 << 20  # decoded pictures that wait for their heatmap; beyond it they are read a second time
+_KEPT_BYTES = 192 << 20  # limit for decoded pictures that wait for their heatmap; the others are read a second time
 
 
-@dataclass(eq=False)
-class Read:
-    """An image, or a frame of a video, on its way.
+class Video(Protocol):
+    """The video that a frame belongs to; see `video_export.VideoExport`."""
+
+    def add(self, frame: "LoadedImage", explained: "ImageResult", drawing: "Future[dict[str, Output]]") -> None: ...
+
+    def fail(self, reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """The facts that distinguish one image of an export, as they are sent to other processes.
 
     Attributes:
-        stamp: size and time of change of the file.
-        prepared: for each view, (3, height, width) and the placement of the source in it; emptied once explained.
-        picture: (H, W, 3), the source itself; None where there was no room to keep it, and it must be read again.
-        clip: the video it is a frame of.
-        at: seconds from its start.
+        path: absolute path of the image.
+        names: kind → output, a path below the folder with / between folders.
+        earlier: kind → output of an earlier run with the same fingerprint that still exists.
+        request: the image's line in a list; None if there is none.
     """
 
     path: str
-    stamp: tuple[int, int]
+    names: dict[str, str] = field(default_factory=dict)
+    earlier: dict[str, str] = field(default_factory=dict)
+    request: ImageRequest | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "ImageTask":
+        """Restore a task from the plain data of `to_dict`."""
+        request = value["request"]
+        if request is not None:
+            boxes = tuple(map(tuple, request["boxes"]))
+            request = ImageRequest(request["target"], boxes, tuple(request["labels"]))
+        return cls(value["path"], value["names"], value["earlier"], request)
+
+
+@dataclass(eq=False)
+class LoadedImage:
+    """An image, or a frame of a video, between reading and drawing.
+
+    Attributes:
+        path: of the image or video.
+        stamp: of the file.
+        prepared: for each explainer the model's input (C, height, width) and the placement of the source in it; emptied
+            once the image is explained.
+        picture: (H, W, 3) uint8 RGB, the source; None if there was no room to keep it, and it must be read again.
+        video: the video that a frame belongs to; None for an image.
+        at: seconds from the start of the video.
+    """
+
+    path: str
+    stamp: Stamp
     prepared: list[tuple[NDArray[np.float32], Placement]]
     picture: NDArray[np.uint8] | None
-    clip: Any = None
+    video: Video | None = None
     at: float = 0.0
 
 
 @dataclass
-class Explained:
-    """What was found in an image, and what the manifest says of it."""
+class ImageResult:
+    """The explanations of an image, one for each explainer, and the facts for its line in the manifest."""
 
-    looks: list[Look]
-    facts: dict[str, Any]
+    explanations: list[ExplainedImage]
+    facts: Facts
 
 
 @dataclass(eq=False)
-class Job:
-    """What all images have in common; `read`, `draw` and `write` are called by threads, `explain` by one.
+class ExportJob:
+    """The settings that all images of an export share, and the steps of one image.
+
+    Several threads call `read`, `draw` and `write`; one thread calls `explain`.
 
     Attributes:
-        views: ways to look at each image.
-        compared: whether the two views are held against each other.
-        kinds: what to make, see `kinds.KINDS`.
-        target: the output to explain; every image's highest by default.
-        folder: where outputs go; absolute.
-        names: image → kind → its output, below `folder`, with / between folders.
-        wishes: image → what a list says of it.
-        recipe: see `recipe.recipe_of`.
-        fps: frames a second that are taken of a video; None for all.
+        explainers: models and methods that explain each image.
+        compared: whether the second of two explainers is compared with the first.
+        kinds: kinds of output to make, names in `outputs.OUTPUTS`.
+        target: output to explain, its index or class name; None for the highest output of each image.
+        style: of the pictures.
+        max_pixels: images with more pixels fail.
+        fingerprint: see `fingerprint.fingerprint_of`.
+        folder: absolute path of the output folder.
+        names: image → kind → its output, a path below `folder` with / between folders.
+        requests: image → its line in a list.
+        earlier: image → kind → output of an earlier run with the same fingerprint that still exists.
+        fps: frames per second to sample from videos; None for every frame.
         bf16: whether models run under autocast to bfloat16.
-        earlier: image → outputs of the same recipe that stand already.
     """
 
-    views: Sequence[View]
+    explainers: Sequence[Explainer]
     compared: bool
     kinds: Sequence[str]
     target: int | str | None
     style: Style
     max_pixels: int
-    recipe: str
+    fingerprint: str
     folder: str
     names: dict[str, dict[str, str]] = field(default_factory=dict)
-    wishes: dict[str, Wish] = field(default_factory=dict)
+    requests: dict[str, ImageRequest] = field(default_factory=dict)
     earlier: dict[str, dict[str, str]] = field(default_factory=dict)
     fps: float | None = None
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        self._kept = 0
+        self._kept = 0  # bytes of decoded pictures
         self._lock = threading.Lock()
 
-    def told(self, path: str) -> dict[str, Any]:
-        """All that sets one image apart, as plain data."""
-        wish = self.wishes.get(path)
-        return {
-            "path": path,
-            "names": self.names[path],
-            "earlier": self.earlier.get(path, {}),
-            "wish": wish and [wish.target, wish.boxes, wish.labels],
-        }
+    def task(self, path: str) -> ImageTask:
+        """Return the task of one image."""
+        return ImageTask(path, self.names[path], self.earlier.get(path, {}), self.requests.get(path))
 
-    def take(self, told: Mapping[str, Any]) -> str:
-        """Learn of an image what `told` says, in another process perhaps; returns its path."""
-        path = str(told["path"])
-        self.names[path], self.earlier[path] = told["names"], told["earlier"]
-        if told["wish"]:
-            target, boxes, labels = told["wish"]
-            self.wishes[path] = Wish(target, tuple(map(tuple, boxes)), tuple(labels))
-        return path
+    def accept(self, task: ImageTask) -> str:
+        """Store a task, perhaps of another process, and return the path of its image."""
+        self.names[task.path], self.earlier[task.path] = task.names, task.earlier
+        if task.request is not None:
+            self.requests[task.path] = task.request
+        return task.path
 
-    def read(self, path: str) -> Read | dict[str, Any]:
+    def read(self, path: str) -> LoadedImage | Failed:
+        """Read and prepare one image."""
         try:
             stamp = stamp_of(path)
-            for view in self.views:
-                view.target(self.wishes.get(path, Wish()).target)
+            for explainer in self.explainers:
+                explainer.target(self._request(path).target)
             return self.prepare(path, stamp, read_image(path, max_pixels=self.max_pixels))
-        except Exception as error:  # whatever one file leads to, the others go on
+        except Exception as error:  # no error of one file may stop the others
             return self.failure(path, reason_of(error, path))
 
-    def prepare(self, path: str, stamp: tuple[int, int], picture_HWC: NDArray[np.uint8], **frame: Any) -> Read:
+    def prepare(
+        self,
+        path: str,
+        stamp: Stamp,
+        picture_HWC: NDArray[np.uint8],
+        *,
+        video: Video | None = None,
+        at: float = 0.0,
+    ) -> LoadedImage:
+        """Prepare one picture for every explainer."""
         prepared: list[tuple[NDArray[np.float32], Placement]] = []
-        for number, view in enumerate(self.views):
-            alike = [k for k in range(number) if self.views[k].preprocess == view.preprocess]
-            prepared.append(prepared[alike[0]] if alike else view.preprocess(picture_HWC))
+        for number, explainer in enumerate(self.explainers):
+            alike = [k for k in range(number) if self.explainers[k].preprocess == explainer.preprocess]
+            prepared.append(prepared[alike[0]] if alike else explainer.preprocess(picture_HWC))
         with self._lock:
-            keep = bool(frame) or self._kept + picture_HWC.nbytes <= _KEPT_BYTES  # a video is not read twice
+            keep = video is not None or self._kept + picture_HWC.nbytes <= _KEPT_BYTES  # frames cannot be read again
             self._kept += picture_HWC.nbytes if keep else 0
-        return Read(path, stamp, prepared, picture_HWC if keep else None, **frame)
+        return LoadedImage(path, stamp, prepared, picture_HWC if keep else None, video, at)
 
-    def explain(self, batch: Sequence[Read]) -> list[Explained | dict[str, Any]]:
-        """Explain a batch; where that fails for its data, or a target of a list, one image at a time, to find whose."""
+    def explain(self, batch: Sequence[LoadedImage]) -> list[ImageResult | Failed]:
+        """Explain a batch.
+
+        If the batch fails because of its data or of a target from a list, the images are explained one by one, so that
+        only the faulty ones fail.
+
+        Raises:
+            UsageError: the method does not fit the model, or the batch does not fit the memory of the device.
+        """
         if not batch:
             return []
         try:
-            views = [self._explain(number, batch) for number in range(len(self.views))]
+            by_explainer = [self._explain(number, batch) for number in range(len(self.explainers))]
         except (DataError, UsageError) as error:
-            listed = any(self.wishes.get(image.path, Wish()).target is not None for image in batch)
+            listed = any(self._request(image.path).target is not None for image in batch)
             if isinstance(error, UsageError) and not listed:
                 raise
             if len(batch) == 1:
@@ -149,137 +199,152 @@ class Job:
             return [result for image in batch for result in self.explain([image])]
         except torch.OutOfMemoryError as error:
             raise UsageError(
-                f"{len(batch)} images at once do not fit the device's memory; take a smaller batch size"
+                f"a batch of {len(batch)} images does not fit the memory of the device; take a smaller batch size"
             ) from error
         for image in batch:
             image.prepared = []
-        return [self._together(list(of_image)) for of_image in zip(*views, strict=True)]
+        return [self._combined(list(of_image)) for of_image in zip(*by_explainer, strict=True)]
 
-    def _explain(self, number: int, batch: Sequence[Read]) -> list[tuple[Look, dict[str, Any]]]:
-        """What one view shows of a batch; images whose target is given apart from those that take the highest."""
-        view = self.views[number]
-        wishes = [self.wishes.get(image.path, Wish()).target for image in batch]
-        targets = [view.target(self.target if wish is None else wish) for wish in wishes]
-        found: dict[int, tuple[Look, dict[str, Any]]] = {}
+    def _explain(self, number: int, batch: Sequence[LoadedImage]) -> list[tuple[ExplainedImage, Facts]]:
+        """Explain a batch with one explainer; images with a given target form one group, the others a second group."""
+        explainer = self.explainers[number]
+        requests = [self._request(image.path).target for image in batch]
+        targets = [explainer.target(self.target if request is None else request) for request in requests]
+        explained: dict[int, tuple[ExplainedImage, Facts]] = {}
         for given in (True, False):
-            some = [place for place, target in enumerate(targets) if (target is not None) == given]
-            if some:
-                target = torch.tensor([targets[place] for place in some]) if given else None
-                found.update(zip(some, self._look(number, [batch[place] for place in some], target), strict=True))
-        return [found[place] for place in range(len(batch))]
+            group = [index for index, target in enumerate(targets) if (target is not None) == given]
+            if group:
+                target = torch.tensor([targets[index] for index in group]) if given else None
+                results = self._explain_group(number, [batch[index] for index in group], target)
+                explained.update(zip(group, results, strict=True))
+        return [explained[index] for index in range(len(batch))]
 
-    def _look(self, number: int, batch: Sequence[Read], target: Tensor | None) -> list[tuple[Look, dict[str, Any]]]:
-        view = self.views[number]
+    def _explain_group(
+        self, number: int, batch: Sequence[LoadedImage], target: Tensor | None
+    ) -> list[tuple[ExplainedImage, Facts]]:
+        explainer = self.explainers[number]
         placements = [image.prepared[number][1] for image in batch]
-        images_BCHW = view.batch(torch.from_numpy(np.stack([image.prepared[number][0] for image in batch])))
+        images_BCHW = explainer.batch(torch.from_numpy(np.stack([image.prepared[number][0] for image in batch])))
         started = time.perf_counter()
         with torch.autocast(images_BCHW.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            assert view.method is not None
-            maps = view.method(view.model, images_BCHW, target=target)
-            films: Sequence[Mapping[str, NDArray[Any]] | None] = [None] * len(batch)
-            if "animation" in self.kinds:
-                films = _follow(view, images_BCHW, placements)
-        if "gaze" in self.kinds and maps.boxes is None:
-            raise UsageError(
-                f"gaze shows the path of glimpses, and {maps.method} of this {type(view.model).__name__} has none; "
-                "save another kind, or take the method gaze with a network that looks through a Retina"
-            )
-        if "boxes" in self.kinds and not has_maps(maps.output):
-            raise UsageError(
-                f"boxes shows the heat of each box, and {maps.method} of this {type(view.model).__name__} has none; "
-                "save another kind, or take odam, sampling or attention with a detector"
-            )
-        predictions = predictions_of(view, maps.output, len(batch))
-        looks = looks_of(view, maps, placements, predictions, films)
+            assert explainer.method is not None
+            maps = explainer.method(explainer.model, images_BCHW, target=target)
+            traces: Sequence[GlimpseTrace | None] = [None] * len(batch)
+            if any(OUTPUTS[kind].needs == "a GlimpseNetwork" for kind in self.kinds):
+                traces = _trace(explainer, images_BCHW, placements)
+        predictions = predictions_of(explainer, maps.output, len(batch))
+        explanations = explained_images(explainer, maps, placements, predictions, traces)
+        available = _available(explanations[0])
+        check_needs(self.kinds, model=type(explainer.model).__name__, method=maps.method, available=available)
         seconds = round((time.perf_counter() - started) / len(batch), 6)
         targets = [None] * len(batch) if maps.target is None else maps.target.tolist()
-        told = {"model": view.model_name or type(view.model).__name__, "method": maps.method, "layer": maps.source}
-        found = []
-        for look, prediction, goal in zip(looks, predictions, targets, strict=True):
-            hottest = peak(look.heatmap_hw, look.placement)
-            facts = {"target": goal, **prediction, "peak": _rounded(hottest), "seconds": seconds}
-            if look.boxes:
-                facts["found"] = [[*box, label] for box, label in zip(look.boxes, look.labels, strict=True)]
-            if look.glimpses is not None:
-                facts["fixations"] = centres(boxes_in_source(look.glimpses, look.placement)).round(1).tolist()
-            found.append((look, {**told, **facts}))
-        return found
+        results = []
+        for explained, prediction, index in zip(explanations, predictions, targets, strict=True):
+            facts: Facts = {
+                "model": explainer.model_name or type(explainer.model).__name__,
+                "method": maps.method,
+                "layer": maps.source,
+                "target": index,
+                "prediction": prediction.index,
+                "class": prediction.class_name,
+                "probability": prediction.probability,
+                "peak": _rounded(peak(explained.heatmap_hw, explained.placement)),
+                "seconds": seconds,
+            }
+            if explained.boxes:
+                facts["found"] = [[*box, label] for box, label in zip(explained.boxes, explained.labels, strict=True)]
+            if explained.glimpses is not None:
+                fixations_T2 = centres(boxes_in_source(explained.glimpses, explained.placement))
+                facts["fixations"] = fixations_T2.round(1).tolist()
+            results.append((explained, facts))
+        return results
 
-    def _together(self, found: Sequence[tuple[Look, dict[str, Any]]]) -> Explained:
-        looks = [look for look, _ in found]
-        facts = dict(found[0][1])
-        if len(found) > 1:
-            facts["looks"] = [{"name": look.name, **told} for look, told in found]
-            facts["seconds"] = round(sum(told["seconds"] for _, told in found), 6)
+    def _combined(self, results: Sequence[tuple[ExplainedImage, Facts]]) -> ImageResult:
+        """Combine the explanations of one image by every explainer."""
+        explanations = [explained for explained, _ in results]
+        facts = results[0][1].copy()
+        if len(results) > 1:
+            facts["explanations"] = [{"name": explained.name, **own} for explained, own in results]
+            facts["seconds"] = round(sum(own["seconds"] for _, own in results), 6)
         if self.compared:
-            mean, place = unlike(*((look.heatmap_hw, look.placement) for look in looks))
+            first, second = ((explained.heatmap_hw, explained.placement) for explained in explanations)
+            mean, place = heatmap_difference(first, second)
             facts["difference"] = {"mean": round(mean, 4), "peak": _rounded(place)}
-        return Explained(looks, facts)
+        return ImageResult(explanations, facts)
 
-    def draw(self, image: Read, explained: Explained) -> dict[str, Made]:
-        """Make all kinds of one image; its picture is let go."""
+    def draw(self, image: LoadedImage, explained: ImageResult) -> dict[str, Output]:
+        """Make every kind of output of one image, and release its picture.
+
+        Raises:
+            DataError: the picture must be read again, and this fails.
+        """
         try:
             picture_HWC = image.picture
             if picture_HWC is None:
                 picture_HWC = read_image(image.path, max_pixels=self.max_pixels)
-            wish = self.wishes.get(image.path, Wish())
-            scene = Scene(picture_HWC, explained.looks, self.style, self.compared, wish.boxes, wish.labels)
-            return {kind: KINDS[kind].make(scene) for kind in self.kinds}
+            request = self._request(image.path)
+            scene = OutputScene(
+                picture_HWC, explained.explanations, self.style, self.compared, request.boxes, request.labels
+            )
+            return {kind: OUTPUTS[kind].make(scene) for kind in self.kinds}
         finally:
-            self.let_go(image)
+            self.release(image)
 
-    def write(self, image: Read, explained: Explained) -> "Written | dict[str, Any]":
-        """Make all kinds of one image and write them, each beside its place."""
-        height, width = explained.looks[0].placement.source_size
+    def write(self, image: LoadedImage, explained: ImageResult) -> "OutputFiles | Failed":
+        """Make every kind of output of one image and write them into temporary files."""
+        height, width = explained.explanations[0].placement.source_size
         entry = self.done(image.path, image.stamp, {"width": width, "height": height, **explained.facts})
-        written = Written(self, entry)
+        files = OutputFiles(self, entry)
         try:
-            for kind, made in self.draw(image, explained).items():
+            for kind, output in self.draw(image, explained).items():
                 name = self.names[image.path][kind]
-                written.add(name, encoded(made, os.path.splitext(name)[1]))
-        except Exception as error:  # a full disk, a file that was changed meanwhile
-            written.drop()
+                files.add(name, encoded(output, os.path.splitext(name)[1]))
+        except Exception as error:  # e.g. a full disk, or a source that was changed meanwhile
+            files.drop()
             return self.failure(image.path, reason_of(error, image.path))
-        return written
+        return files
 
-    def done(self, path: str, stamp: tuple[int, int], facts: Mapping[str, Any]) -> dict[str, Any]:
+    def done(self, path: str, stamp: Stamp, facts: Facts) -> Done:
+        """Return the manifest's entry of a finished image."""
         outputs = {**self.earlier.get(path, {}), **self.names[path]}
-        return {**self._about(path, stamp), "status": "done", "outputs": outputs, **facts}
+        return Done(path, stamp, self.fingerprint_of(path), outputs, facts)
 
-    def failure(self, path: str, reason: str) -> dict[str, Any]:
+    def failure(self, path: str, reason: str) -> Failed:
+        """Return the manifest's entry of a failed image."""
         try:
             stamp = stamp_of(path)
         except OSError:
             stamp = 0, 0
-        return {**self._about(path, stamp), "status": "failed", "reason": reason}
+        return Failed(path, stamp, self.fingerprint_of(path), reason)
 
-    def _about(self, path: str, stamp: tuple[int, int]) -> dict[str, Any]:
-        return {"source": path, "bytes": stamp[0], "modified": stamp[1], "recipe": self.recipe_of(path)}
-
-    def recipe_of(self, path: str) -> str:
-        """The recipe of one image, of which a list may say more, or of a video."""
-        wish = self.wishes.get(path, Wish())
+    def fingerprint_of(self, path: str) -> str:
+        """Return the fingerprint of one image, which includes its line in a list, and for videos the sampling rate."""
+        request = self._request(path)
         fps = self.fps if os.path.splitext(path)[1].lower() in VIDEOS else None
-        if wish == Wish() and fps is None:
-            return self.recipe
-        text = json.dumps([self.recipe, wish.target, wish.boxes, wish.labels, fps])
+        if request == ImageRequest() and fps is None:
+            return self.fingerprint
+        text = json.dumps([self.fingerprint, request.target, request.boxes, request.labels, fps])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def place(self, name: str) -> str:
-        """Where an output goes; its folder is made.
+        """Return the absolute path of an output, and create its folder.
 
         Raises:
-            DataError: a link leads out of the output folder, or the folder cannot be made.
+            DataError: a link leads out of the output folder, or the folder cannot be created.
         """
-        place = os.path.join(self.folder, *name.split("/"))
-        self._make_folder(os.path.dirname(place))
-        return place
+        path = os.path.join(self.folder, *name.split("/"))
+        self._make_folder(os.path.dirname(path))
+        return path
 
-    def let_go(self, image: Read) -> None:
+    def release(self, image: LoadedImage) -> None:
+        """Release the memory of an image's picture."""
         if image.picture is not None:
             with self._lock:
                 self._kept -= image.picture.nbytes
             image.picture = None
+
+    def _request(self, path: str) -> ImageRequest:
+        return self.requests.get(path, ImageRequest())
 
     def _make_folder(self, folder: str) -> None:
         real, top = os.path.realpath(folder), os.path.realpath(self.folder)
@@ -291,34 +356,35 @@ class Job:
             raise DataError(f"{printable(folder)} cannot be made: {error.strerror or error}") from error
 
 
-class Written:
+class OutputFiles:
     """The outputs of one image, written to temporary files and renamed into place once they are on disk.
 
-    Attributes:
-        entry: of the manifest.
+    Args:
+        job: of the export.
+        entry: the manifest's entry of the image.
     """
 
-    def __init__(self, job: Job, entry: dict[str, Any]) -> None:
+    def __init__(self, job: ExportJob, entry: Done) -> None:
         self._job, self.entry = job, entry
         self._files: list[Replacement] = []
 
     def beside(self, name: str) -> str:
-        """Return the temporary file that will become the output of this name."""
+        """Return the path of the temporary file that `settle` will rename to an output."""
         self._files.append(Replacement(self._job.place(name)))
         return self._files[-1].part
 
     def add(self, name: str, content: bytes) -> None:
-        """Write the content of the output of this name."""
+        """Write the content of an output into its temporary file."""
         self.beside(name)
         self._files[-1].write(content)
 
-    def settle(self, secure: Callable[[], None]) -> dict[str, Any]:
-        """Wait for the disk, then give the files their names; returns the manifest's entry.
+    def settle(self, secure: Callable[[], None]) -> Entry:
+        """Wait until the files are on disk, rename them, and return the manifest's entry.
 
-        Waiting takes many times as long as writing and no time of a core, so it is done by threads of its own.
+        Waiting takes many times as long as writing but no processor time, so separate threads do it.
 
         Args:
-            secure: waits until what was promised is on the disk too.
+            secure: waits until the promises of the outputs are on disk too, see `Manifest.promise`.
         """
         try:
             secure()
@@ -326,49 +392,60 @@ class Written:
                 file.commit()
         except DataError as error:
             self.drop()
-            return self._job.failure(self.entry["source"], reason_of(error, self.entry["source"]))
+            return self._job.failure(self.entry.source, reason_of(error, self.entry.source))
         return self.entry
 
     def drop(self) -> None:
+        """Remove the temporary files."""
         for file in self._files:
             file.discard()
 
 
-def _follow(view: View, images_BCHW: Tensor, placements: Sequence[Placement]) -> Sequence[Mapping[str, NDArray[Any]]]:
-    """What a glimpse network saw and believed; it looks a second time, along the same path."""
-    from visionattn.overlays.glimpses import GlimpseNetwork, follow_gaze
+def _trace(explainer: Explainer, images_BCHW: Tensor, placements: Sequence[Placement]) -> Sequence[GlimpseTrace | None]:
+    """Trace the glimpses of a glimpse network by running it again along the same path; None for other models."""
+    from visionattn.models import GlimpseNetwork
+    from visionattn.overlays.glimpses import trace_glimpses
 
-    network = unwrap(view.model)
+    network = unwrap(explainer.model)
     if not isinstance(network, GlimpseNetwork):
-        raise UsageError(
-            f"animation shows what a GlimpseNetwork saw and believed, and this is a {type(network).__name__}; save "
-            "another kind"
-        )
-    return follow_gaze(network, images_BCHW, placements, view.preprocess)
+        return [None] * len(images_BCHW)
+    return trace_glimpses(network, images_BCHW, placements, explainer.preprocess)
 
 
-def encoded(made: Made, suffix: str) -> bytes:
-    """The content of a file of this suffix."""
-    if isinstance(made, bytes):
-        return made
-    if isinstance(made, np.ndarray):
-        return encode_image(made, suffix)
+def _available(explained: ExplainedImage) -> set[Needs]:
+    """Return what an explanation holds besides a heatmap."""
+    holds: dict[Needs, bool] = {
+        "glimpses": explained.glimpses is not None,
+        "boxes": explained.maps is not None,
+        "a GlimpseNetwork": explained.glimpse_trace is not None,
+    }
+    return {need for need, present in holds.items() if present}
+
+
+def encoded(output: Output, suffix: str) -> bytes:
+    """Return the content of a file with this suffix."""
+    if isinstance(output, bytes):
+        return output
+    if isinstance(output, np.ndarray):
+        return encode_image(output, suffix)
     file = io.BytesIO()
-    np.savez_compressed(file, **{name: np.asarray(value) for name, value in made.items()})  # type: ignore[arg-type]
+    named: dict[str, NDArray[np.generic]] = {name: np.asarray(value) for name, value in output.items()}
+    np.savez_compressed(file, **named)  # type: ignore[arg-type]  # a name could be one of NumPy's own keywords
     return file.getvalue()
 
 
-def _rounded(place: tuple[float, float] | None) -> list[float] | None:
-    return None if place is None else [round(x, 1) for x in place]
+def _rounded(point: tuple[float, float] | None) -> list[float] | None:
+    return None if point is None else [round(x, 1) for x in point]
 
 
-def stamp_of(path: str) -> tuple[int, int]:
+def stamp_of(path: str) -> Stamp:
+    """Return the size of a file in bytes and the time of its last change in ns."""
     state = os.stat(path)
     return state.st_size, state.st_mtime_ns
 
 
 def reason_of(error: Exception, path: str) -> str:
-    """Why, without the name of the file, which stands beside it."""
+    """Return an error's message without the file name, which the manifest has in another key."""
     if isinstance(error, (DataError, UsageError)):
         text = str(error)
         for beginning in (f"{path}: ", f"{path} "):
@@ -377,5 +454,5 @@ def reason_of(error: Exception, path: str) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, MemoryError):
-        return "no memory for it"
+        return "there is not enough memory for the image"
     return f"{type(error).__name__}: {error}"

@@ -1,18 +1,17 @@
-"""What a process notes that shares an export, until the first process takes it into the manifest."""
+"""The journal of a helper process of an export; the first process moves its entries into the manifest."""
 
 import io
 import os
 from collections.abc import Iterable
-from typing import Any
 
-from visionattn.overlays.folder.manifest import JOURNAL, append, encode, writing
+from visionattn.overlays.folder.manifest import JOURNAL, Entry, append, encode, writing
 
 
 class Journal:
-    """What a process that shares an export notes, until the first one takes it into the manifest.
+    """The entries of a helper process of an export; `Manifest.take_in` moves them into the manifest.
 
     Args:
-        out: the folder; it is made with the first line.
+        out: the output folder; it is created with the first line.
         rank: of the process, > 0.
     """
 
@@ -20,21 +19,22 @@ class Journal:
         self.path = os.path.join(out, f"{JOURNAL}{rank}")
         self._file: io.FileIO | None = None
 
-    def promise(self, outputs: Iterable[tuple[str, str]], recipe: str) -> None:
-        """As `Manifest.promise`."""
-        self._write(b"".join(encode([*pair, recipe]) for pair in outputs))
+    def promise(self, outputs: Iterable[tuple[str, str]], fingerprint: str) -> None:
+        """Record outputs that are about to be written, as `Manifest.promise`."""
+        self._write(b"".join(encode([*pair, fingerprint]) for pair in outputs))
 
     def secure(self) -> None:
-        """As `Manifest.secure`."""
+        """Wait until the promises are on disk, as `Manifest.secure`."""
         if self._file is not None:
             with writing(self.path):
                 os.fsync(self._file.fileno())
 
-    def add(self, entry: dict[str, Any]) -> None:
-        """As `Manifest.add`."""
-        self._write(encode(entry))
+    def add(self, entry: Entry) -> None:
+        """Write the line of one image, as `Manifest.add`."""
+        self._write(encode(entry.to_dict()))
 
     def close(self) -> None:
+        """Close the file; it stays until the first process takes it in."""
         if self._file is not None:
             self._file.close()
 

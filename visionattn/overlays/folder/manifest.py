@@ -1,23 +1,28 @@
-"""`manifest.jsonl`, the truth about a folder of overlays: one line an image, what was made of it or why nothing was.
+"""`manifest.jsonl`, the record of a folder of overlays: one line per image, with its outputs or why it failed.
 
-A line is a JSON object. Of every image:
-    source, bytes, modified: absolute path, size and time of change (in ns) of the file.
-    recipe: a hash of all that decides what the outputs look like; same recipe and same file, same outputs.
+A line is a JSON object. Keys of every image:
+    source: absolute path of the image.
+    bytes, modified: size of the file, and time of its last change in ns.
+    fingerprint: hash of every choice that affects the outputs, see `fingerprint.fingerprint_of`.
     status: "done" or "failed".
-    earlier: paths of outputs that an earlier run made of it and this one did not replace; where there are any.
-Of one that failed: reason. Of one that is done:
-    outputs: kind → path below the folder; those of an earlier run with the same recipe too.
+    earlier: outputs of an earlier run that this run did not replace; absent if there are none.
+Key of a failed image:
+    reason: the error message.
+Keys of a finished image:
+    outputs: kind → path below the folder; also those of an earlier run with the same fingerprint.
     width, height: of the source, upright.
     model, method, layer, target: what was explained, and how.
-    prediction, class, probability: the highest output; null where the model has no classes.
-    peak: [x, y] of the hottest place, in pixels of the source; null where the heatmap is constant.
-    found: of a detector: [x0, y0, x1, y1, class and score] of each box that it is sure of.
-    seconds: its share of the model's and the method's time.
-    looks: where several methods or models look: name, model, method and so on of each; above stands the first's.
-    difference: of two models: mean, of |second − first|, and peak, where they differ most.
-    frames, fps: of a video, and `at`, the seconds from its start of each frame; prediction and peak are lists.
+    prediction, class, probability: the most probable class; null if the model has no classes.
+    peak: [x, y] of the hottest pixel of the source; null if the heatmap is constant.
+    found: for a detector: [x0, y0, x1, y1, "class score"] of each confident box.
+    fixations: for glimpses: [x, y] of each glimpse, in pixels of the source.
+    seconds: the image's share of the time of the model and the method.
+    explanations: with several methods or models: name, model, method and so on of each; the keys above repeat the
+    first.
+    difference: for two compared models: `mean` of |second − first|, and `peak`, where they differ most.
+    frames, fps: for a video: lists of `at`, the seconds from the start, `prediction`, `probability` and `peak`.
 
-Bytes of file names that are no text stand as lone surrogates (`"\\udcff"`), which `os.fsencode` turns back.
+Bytes of file names that are not valid text are written as lone surrogates (`"\\udcff"`); `os.fsencode` restores them.
 """
 
 import contextlib
@@ -28,8 +33,8 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias, TypedDict, cast
 
 from visionattn.errors import DataError, UsageError
 from visionattn.files import printable, write_file
@@ -38,32 +43,178 @@ NAME = "manifest.jsonl"
 _PROMISED = ".manifest.promised"
 JOURNAL = ".manifest.journal."
 
+Stamp: TypeAlias = tuple[int, int]
+"""Size of a file in bytes, and time of its last change in ns."""
+
+
+class Difference(TypedDict):
+    """How two compared heatmaps differ; see the top of this file."""
+
+    mean: float
+    peak: list[float] | None
+
+
+class Frames(TypedDict):
+    """Facts of each frame of a video; see the top of this file."""
+
+    at: list[float]
+    prediction: list[int | None]
+    probability: list[float | None]
+    peak: list[list[float] | None]
+
+
+Facts = TypedDict(  # not a class, because `class` is a keyword
+    "Facts",
+    {
+        "name": str,
+        "width": int,
+        "height": int,
+        "model": str,
+        "method": str,
+        "layer": str,
+        "target": int | None,
+        "prediction": int | None,
+        "class": str | None,
+        "probability": float | None,
+        "peak": list[float] | None,
+        "seconds": float,
+        "found": list[list[float | str]],
+        "fixations": list[list[float]],
+        "explanations": "list[Facts]",
+        "difference": Difference,
+        "fps": float,
+        "frames": Frames,
+    },
+    total=False,
+)
+"""Facts of a finished image; see the top of this file for the keys."""
+
 
 @dataclass(frozen=True)
 class Done:
-    """What a manifest says of an image that was exported."""
+    """An image whose outputs were written.
 
-    outputs: dict[str, str]
-    recipe: str
-    stamp: tuple[int, int]
+    Attributes:
+        source: absolute path.
+        stamp: of the file.
+        fingerprint: of its outputs.
+        outputs: kind → path below the folder.
+        facts: the other keys of its line.
+        earlier: outputs of an earlier run that this run did not replace.
+    """
+
+    source: str
+    stamp: Stamp
+    fingerprint: str
+    outputs: Mapping[str, str]
+    facts: Facts = field(default_factory=lambda: Facts())
+    earlier: Sequence[str] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the JSON object of the image's line."""
+        line = {**_identity(self), "status": "done", "outputs": dict(self.outputs), **self.facts}
+        return {**line, "earlier": list(self.earlier)} if self.earlier else line
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, object]) -> "Done":
+        """Read the JSON object of a finished image.
+
+        Raises:
+            LookupError, TypeError, ValueError: a key is missing or holds another type.
+        """
+        outputs = line["outputs"]
+        if not isinstance(outputs, dict):
+            raise ValueError("outputs is no object")
+        known = {*_IDENTITY, "status", "outputs", "earlier"}
+        facts = cast(Facts, {key: value for key, value in line.items() if key not in known})
+        return cls(*_read_identity(line), outputs, facts, _strings(line.get("earlier", [])))
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An image that could not be read, explained or written.
+
+    Attributes:
+        source: absolute path.
+        stamp: of the file; (0, 0) if there is none.
+        fingerprint: of the outputs that it should have got.
+        reason: the error message.
+        earlier: outputs of an earlier run, which are still there.
+    """
+
+    source: str
+    stamp: Stamp
+    fingerprint: str
+    reason: str
+    earlier: Sequence[str] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the JSON object of the image's line."""
+        line = {**_identity(self), "status": "failed", "reason": self.reason}
+        return {**line, "earlier": list(self.earlier)} if self.earlier else line
+
+    @classmethod
+    def from_dict(cls, line: Mapping[str, object]) -> "Failed":
+        """Read the JSON object of a failed image.
+
+        Raises:
+            LookupError, TypeError, ValueError: a key is missing or holds another type.
+        """
+        return cls(*_read_identity(line), str(line["reason"]), _strings(line.get("earlier", [])))
+
+
+Entry: TypeAlias = Done | Failed
+"""The line of one image."""
+
+_IDENTITY = ("source", "bytes", "modified", "fingerprint")
+
+
+def entry_from_dict(line: object) -> Entry:
+    """Read the JSON object of an image's line.
+
+    Raises:
+        LookupError, TypeError, ValueError: this is no such object.
+    """
+    if not isinstance(line, dict) or not isinstance(line.get("source"), str) or "status" not in line:
+        raise ValueError("it names no source and status")
+    return Done.from_dict(line) if line["status"] == "done" else Failed.from_dict(line)
+
+
+def _identity(entry: Entry) -> dict[str, object]:
+    return dict(zip(_IDENTITY, (entry.source, *entry.stamp, entry.fingerprint), strict=True))
+
+
+def _read_identity(line: Mapping[str, object]) -> tuple[str, Stamp, str]:
+    source, size, modified, fingerprint = (line[key] for key in _IDENTITY)
+    if not isinstance(size, int) or not isinstance(modified, int):
+        raise ValueError("bytes or modified is no integer")
+    return str(source), (size, modified), str(fingerprint)
+
+
+def _strings(value: object) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("earlier is no list of paths")
+    return value
 
 
 class Manifest:
-    """The manifest of a folder, read at once and written line by line.
+    """The manifest of a folder: read as a whole, written line by line.
 
-    Outputs are promised before they are written. So those of a run that was killed before it could note them are known
-    for ours, and nothing else is ever overwritten.
+    Before an output is written, its path is recorded in a second file, as a promise. So if a run is killed before it
+    writes the lines of its outputs, the next run still recognises them, and no other file is ever overwritten.
 
     Attributes:
-        done: image → what was made of it.
-        owners: output → its image, failed ones too.
+        out: the folder.
+        path: of the manifest.
+        done: image → its finished entry, without facts.
+        owners: output → its image, failed images included.
 
     Args:
-        out: the folder; it is made with the first line.
+        out: the folder; it is created with the first line.
 
     Raises:
-        UsageError: `out` is no folder, or its manifest.jsonl is none of ours.
-        DataError: it cannot be read.
+        UsageError: `out` is a file, or its manifest.jsonl was not written by visionattn.
+        DataError: the manifest cannot be read.
     """
 
     def __init__(self, out: str) -> None:
@@ -73,10 +224,10 @@ class Manifest:
         self.owners: dict[str, str] = {}
         self._promised = os.path.join(out, _PROMISED)
         self._outputs: dict[str, list[str]] = {}  # the reverse of `owners`
-        self._open: dict[str, tuple[str, str]] = {}  # promised and not noted yet: output → image, recipe
-        self._failures: dict[str, list[Any]] = {}
-        self._stale = 0
-        self._end = self._promises_end = 0  # of the last whole line
+        self._open: dict[str, tuple[str, str]] = {}  # promised outputs without a line: output → (image, fingerprint)
+        self._failures: dict[str, Failed] = {}
+        self._stale = 0  # lines that a later line of the same image replaces
+        self._end = self._promises_end = 0  # byte after the last complete line
         self._gap = b""
         self._lines: io.FileIO | None = None
         self._promises: io.FileIO | None = None
@@ -85,7 +236,7 @@ class Manifest:
         try:
             self._read()
             for promise in _lines(self._promised):
-                if promise.endswith(b"\n"):  # else half a line, of a run that was killed
+                if promise.endswith(b"\n"):  # an incomplete line is from a run that was killed
                     self._recall(*json.loads(promise))
                     self._promises_end += len(promise)
         except OSError as error:
@@ -95,8 +246,16 @@ class Manifest:
                 f"{printable(self.path)} was not written by visionattn ({error}); choose another folder for overlays"
             ) from error
 
-    def promise(self, outputs: Iterable[tuple[str, str]], recipe: str) -> None:
-        """Note (output, image) pairs that are about to be written, and by which recipe."""
+    def promise(self, outputs: Iterable[tuple[str, str]], fingerprint: str) -> None:
+        """Record outputs that are about to be written.
+
+        Args:
+            outputs: (output, image) pairs.
+            fingerprint: of the outputs.
+
+        Raises:
+            DataError: the promises cannot be written.
+        """
         outputs = list(outputs)
         if not outputs:
             return
@@ -105,28 +264,27 @@ class Manifest:
                 os.makedirs(self.out, exist_ok=True)
                 self._promises = open(self._promised, "ab", buffering=0)  # noqa: SIM115  # closed in `close`
                 self._promises.truncate(self._promises_end)
-            append(self._promises, b"".join(encode([*pair, recipe]) for pair in outputs))
+            append(self._promises, b"".join(encode([*pair, fingerprint]) for pair in outputs))
         for output, image in outputs:
-            self._promise(output, image, recipe)
+            self._promise(output, image, fingerprint)
 
     def secure(self) -> None:
-        """Wait until the promises are on the disk, so that a power cut leaves no output that nobody knows of."""
+        """Wait until the promises are on disk, so that every output that survives a power cut has a promise."""
         if self._promises is not None:
             with self._writing():
                 os.fsync(self._promises.fileno())
 
-    def add(self, entry: dict[str, Any]) -> None:
-        """Write the line of one image; the same failure as before is not written again.
+    def add(self, entry: Entry) -> None:
+        """Write the line of one image; a failure that is already recorded is not written again.
 
         Raises:
-            DataError: it cannot be written.
+            DataError: the line cannot be written.
         """
-        source = entry["source"]
-        earlier = [name for name in self._outputs.get(source, []) if name not in entry.get("outputs", {}).values()]
+        current = set(entry.outputs.values()) if isinstance(entry, Done) else set()
+        earlier = [name for name in self._outputs.get(entry.source, []) if name not in current]
         earlier = [name for name in earlier if os.path.lexists(os.path.join(self.out, name))]
-        if earlier:
-            entry = {**entry, "earlier": earlier}
-        if entry["status"] == "failed" and self._failures.get(source) == _failure(entry):
+        entry = replace(entry, earlier=earlier or entry.earlier)
+        if isinstance(entry, Failed) and _same_failure(self._failures.get(entry.source), entry):
             return
         with self._writing():
             if self._lines is None:
@@ -134,33 +292,40 @@ class Manifest:
                 self._lines = open(self.path, "ab", buffering=0)  # noqa: SIM115  # closed in `close`
                 self._lines.truncate(self._end)
                 append(self._lines, self._gap)
-            append(self._lines, encode(entry))
+            append(self._lines, encode(entry.to_dict()))
         self._note(entry)
 
-    def take_in(self) -> list[dict[str, Any]]:
-        """Add what other processes have noted in journals, those of a run that was killed too, and remove those.
+    def take_in(self) -> list[Entry]:
+        """Move the entries of all journals into the manifest, also those of processes that were killed.
 
         Returns:
             The entries, in no particular order.
+
+        Raises:
+            DataError: a journal cannot be read, or the manifest cannot be written.
         """
-        entries: list[dict[str, Any]] = []
+        entries: list[Entry] = []
         for path in _journals(self.out):
             promises: dict[str, tuple[str, str]] = {}
             try:
-                noted = [json.loads(line) for line in _lines(path) if line.endswith(b"\n")]  # else it was cut by a kill
-            except (OSError, ValueError) as error:
-                raise DataError(f"{printable(path)} cannot be read: {error}; remove it to go on without it") from error
-            for value in noted:
-                if isinstance(value, list):
-                    output, image, recipe = value
-                    promises[output] = image, recipe
-                else:
-                    entries.append(value)
-                    for output in value.get("outputs", {}).values():
-                        promises.pop(output, None)
-            for output, (image, recipe) in promises.items():
-                self.promise([(output, image)], recipe)
-                self._recall(output, image, recipe)
+                # a process that was killed may have left an incomplete last line
+                values = [json.loads(line) for line in _lines(path) if line.endswith(b"\n")]
+                for value in values:
+                    if isinstance(value, list):
+                        output, image, fingerprint = value
+                        promises[output] = image, fingerprint
+                    else:
+                        entry = entry_from_dict(value)
+                        entries.append(entry)
+                        for output in entry.outputs.values() if isinstance(entry, Done) else ():
+                            promises.pop(output, None)
+            except (OSError, ValueError, TypeError, LookupError) as error:
+                raise DataError(
+                    f"{printable(path)} cannot be read ({error}); delete it to continue without its entries"
+                ) from error
+            for output, (image, fingerprint) in promises.items():
+                self.promise([(output, image)], fingerprint)
+                self._recall(output, image, fingerprint)
         for entry in entries:
             self.add(entry)
         for path in _journals(self.out):
@@ -169,7 +334,11 @@ class Manifest:
         return entries
 
     def close(self) -> None:
-        """Keep the last line of every image, and only those promises that were kept and could not be noted."""
+        """Close the files; drop stale lines, and keep only the promises of outputs that exist but have no line.
+
+        Raises:
+            DataError: the manifest cannot be written.
+        """
         if self._lines is not None:
             self._lines.close()
         if self._promises is not None:
@@ -190,45 +359,46 @@ class Manifest:
         lines = _lines(self.path)
         for number, line in enumerate(lines):
             try:
-                entry = json.loads(line)
-                if not isinstance(entry, dict) or not isinstance(entry.get("source"), str) or "status" not in entry:
-                    raise ValueError(f"line {number + 1} names no source and status")
+                try:
+                    entry = entry_from_dict(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"line {number + 1}: {error}") from error
             except ValueError:
-                cut_short = number == len(lines) - 1 and not line.endswith(b"\n")
-                if cut_short and (number or os.path.exists(self._promised)):
-                    return  # half a line, of a run that was killed
+                incomplete = number == len(lines) - 1 and not line.endswith(b"\n")
+                if incomplete and (number or os.path.exists(self._promised)):
+                    return  # the run was killed while it wrote the line
                 raise
             self._note(entry)
             self._end += len(line)
             self._gap = b"" if line.endswith(b"\n") else b"\n"
 
-    def _note(self, entry: dict[str, Any]) -> None:
-        source = entry["source"]
+    def _note(self, entry: Entry) -> None:
+        source = entry.source
         self._stale += source in self.done or source in self._failures
         self._failures.pop(source, None)
         self.done.pop(source, None)
-        if entry["status"] == "done":
-            self.done[source] = Done(dict(entry["outputs"]), entry["recipe"], (entry["bytes"], entry["modified"]))
-            for output in entry["outputs"].values():
+        if isinstance(entry, Done):
+            self.done[source] = replace(entry, facts={}, earlier=())  # facts of a million images would fill the memory
+            for output in entry.outputs.values():
                 self._open.pop(output, None)
                 self._own(output, source)
         else:
-            self._failures[source] = _failure(entry)
-        for output in entry.get("earlier", []):
+            self._failures[source] = entry
+        for output in entry.earlier:
             self._own(output, source)
 
-    def _promise(self, output: str, image: str, recipe: str) -> None:
-        self._open[output] = image, recipe
+    def _promise(self, output: str, image: str, fingerprint: str) -> None:
+        self._open[output] = image, fingerprint
         self._own(output, image)
 
-    def _recall(self, output: str, image: str, recipe: str) -> None:
-        """Take up the promise of a run that was killed."""
+    def _recall(self, output: str, image: str, fingerprint: str) -> None:
+        """Restore a promise that a killed run made."""
         done = self.done.get(image)
-        ours = done is not None and output in done.outputs.values()
-        if done is None or not ours or done.recipe != recipe:
-            self._promise(output, image, recipe)
-            if done is not None and ours:  # it may no longer be what the manifest says
-                self.done[image] = replace(done, recipe="")
+        listed = done is not None and output in done.outputs.values()
+        if done is None or not listed or done.fingerprint != fingerprint:
+            self._promise(output, image, fingerprint)
+            if done is not None and listed:  # the killed run may have replaced the output that the manifest lists
+                self.done[image] = replace(done, fingerprint="")
 
     def _own(self, output: str, image: str) -> None:
         known = self._outputs.setdefault(image, [])
@@ -241,7 +411,7 @@ class Manifest:
             try:
                 source = json.loads(line)["source"]
             except ValueError:
-                continue  # half a line, of a run that was killed, which this one had nothing to add to
+                continue  # an incomplete line of a killed run; this run has added no line that would overwrite it
             last.pop(source, None)
             last[source] = line.rstrip(b"\n") + b"\n"
         write_file(self.path, lambda file: file.writelines(last.values()))
@@ -252,6 +422,7 @@ class Manifest:
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
+    """Turn an operating system's error into a DataError that ends the export."""
     try:
         yield
     except OSError as error:
@@ -272,7 +443,7 @@ def _lines(path: str) -> list[bytes]:
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Write all of it or nothing, as on a full disk."""
+    """Append the whole content or, when the disk is full, none of it."""
     end = os.fstat(file.fileno()).st_size
     try:
         while content:
@@ -282,14 +453,15 @@ def append(file: io.FileIO, content: bytes) -> None:
         raise
 
 
-def _failure(entry: dict[str, Any]) -> list[Any]:
-    return [entry[key] for key in ("reason", "recipe", "bytes", "modified")]
+def _same_failure(earlier: Failed | None, entry: Failed) -> bool:
+    return earlier is not None and replace(earlier, earlier=()) == replace(entry, earlier=())
 
 
-def encode(value: Any) -> bytes:
+def encode(value: object) -> bytes:
+    """Return a line of JSON, UTF-8; bytes of a file name that are not valid text become `\\udcXX`."""
     try:
         return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a file name that is no text: its bytes as \udcXX
+    except UnicodeEncodeError:
         return json.dumps(value).encode() + b"\n"
 
 
@@ -299,18 +471,21 @@ _LONGEST_NAME = 255  # bytes, on every common file system
 def output_names(
     images: Sequence[str], root: str, ending: str, taken: Mapping[str, str], kept: Mapping[str, str]
 ) -> dict[str, str]:
-    """Name the output of each image: its path below `root`, with its own suffix, and `ending`.
+    """Name the output of each image: the image's path below `root` with its own suffix, followed by `ending`.
 
-    So `a/x.jpg` and `a/x.png` go to `a/x.jpg.overlay.jpg` and `a/x.png.overlay.jpg`. Where that name, capitals or not,
-    belongs to another image, or is too long for a file system, eight digits of a hash of the image's path set it apart.
+    For example `a/x.jpg` and `a/x.png` get `a/x.jpg.overlay.jpg` and `a/x.png.overlay.jpg`. If that name belongs to
+    another image (ignoring case) or is too long for a file system, eight digits of a hash of the image's path are
+    added.
 
     Args:
-        ending: with its dots, as `.overlay.jpg`.
-        taken: outputs of earlier runs → their image.
-        kept: images of earlier runs → their output, which stays.
+        images: absolute paths.
+        root: folder below which the outputs mirror the images; "" if the images share none.
+        ending: with its dots, e.g. `.overlay.jpg`.
+        taken: output of an earlier run → its image.
+        kept: image of an earlier run → its output, which keeps its name.
 
     Returns:
-        image → output, with / between folders, below the output folder.
+        image → output: a path below the output folder, with / between folders.
     """
     owners = {_alike(name): image for name, image in taken.items()}
     names = {}
@@ -318,9 +493,8 @@ def output_names(
         if image in kept and kept[image].endswith(ending):
             names[image] = kept[image]
             continue
-        place = (
-            os.path.relpath(image, root) if root else image.replace(":", "").lstrip("\\/")
-        )  # root: none across drives
+        # images on different Windows drives have no common root
+        place = os.path.relpath(image, root) if root else image.replace(":", "").lstrip("\\/")
         folder, base = os.path.split(place)
         folder = folder.replace(os.sep, "/")
         name = _join(folder, base, ending)
@@ -334,7 +508,7 @@ def output_names(
 
 
 def _alike(name: str) -> str:
-    """Equal for names that some file system takes for one."""
+    """Return a key that is equal for names that some file systems do not distinguish."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -343,7 +517,7 @@ def _join(folder: str, base: str, ending: str) -> str:
 
 
 def _shorten(base: str, room: int) -> str:
-    """The start of a name in at most `room` bytes, cut between letters."""
+    """Return the longest start of a name that fits `room` bytes, cut between letters."""
     while len(os.fsencode(base)) > room:
         base = base[:-1]
     return base

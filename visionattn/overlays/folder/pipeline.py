@@ -1,7 +1,8 @@
-"""The way of images through an export: read, explain, draw and write at the same time.
+"""The pipeline of an export: images are read, explained, drawn and written at the same time.
 
-Threads read images and draw overlays while models work on the batches between, and others wait for the disk; OpenCV and
-Pillow let go of the interpreter's lock for all that takes long.
+While the models process one batch, threads read the next images and draw the overlays of earlier batches. Other threads
+wait until the written files are on disk. OpenCV and Pillow release Python's global interpreter lock (GIL) during all
+long operations.
 """
 
 import threading
@@ -9,32 +10,40 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
-from visionattn.data.image_files import is_video
+from visionattn.data import is_video
 from visionattn.errors import DataError, MapWarning
-from visionattn.overlays.folder.image_export import Explained, Job, Read, Written
+from visionattn.overlays.folder.image_export import ExportJob, ImageResult, ImageTask, LoadedImage, OutputFiles
 from visionattn.overlays.folder.journal import Journal
-from visionattn.overlays.folder.manifest import Manifest
-from visionattn.overlays.folder.video_export import Clip
+from visionattn.overlays.folder.manifest import Entry, Failed, Manifest
+from visionattn.overlays.folder.video_export import VideoExport
 
-_WAITERS = 8  # threads that wait for the disk; those that wait together are served together
+_WAITERS = 8  # threads that wait for the disk, which handles simultaneous requests together
 
-Entry: TypeAlias = dict[str, Any]
 Pending: TypeAlias = "Future[Entry] | Future[None] | Entry"
-"""An entry, one that is being made, or a frame whose video has none yet."""
+"""An entry, a future that returns one, or the future of a video frame, which returns None: the entry comes later."""
+
+_Item: TypeAlias = LoadedImage | Failed | VideoExport
+"""An image or frame, a failure, or a video after its last frame."""
 
 
 class Work(Protocol):
-    """The work of an export, which one process does or several share; see `OneProcess` and `processes.Team`."""
+    """The work of an export, done by one process or shared by several; see `OneProcess` and `processes.Processes`.
+
+    Attributes:
+        rank: rank of this process; the process of rank 0 leads the others.
+        size: number of processes.
+        trouble: why another process had to stop; "" if none had to.
+    """
 
     rank: int
     size: int
     trouble: str
 
-    def give(self, portions: Iterable[list[dict[str, Any]]]) -> None: ...
+    def lay_out(self, portions: Iterable[list[ImageTask]]) -> None: ...
 
-    def share(self) -> Iterator[dict[str, Any]]: ...
+    def images(self) -> Iterator[ImageTask]: ...
 
     def tally(self, **counts: int) -> dict[str, int]: ...
 
@@ -44,166 +53,197 @@ class Work(Protocol):
 
 
 class OneProcess:
-    """All the work, done by this process."""
+    """The work of an export that runs in a single process."""
 
     rank, size, trouble = 0, 1, ""
 
     def __init__(self) -> None:
-        self._portions: Iterable[list[dict[str, Any]]] = ()
+        self._portions: Iterable[list[ImageTask]] = ()
         self._tally: Counter[str] = Counter()
-        self._lock = threading.Lock()  # frames of videos are counted by the thread that reads them
+        self._lock = threading.Lock()  # the thread that reads videos changes the counters too
 
-    def give(self, portions: Iterable[list[dict[str, Any]]]) -> None:
-        """Lay out the work: what `Job.told` says of each image, in portions."""
+    def lay_out(self, portions: Iterable[list[ImageTask]]) -> None:
+        """Set the images to export, in portions."""
         self._portions = portions
 
-    def share(self) -> Iterator[dict[str, Any]]:
-        """Yield one image after another."""
+    def images(self) -> Iterator[ImageTask]:
+        """Yield the images one by one."""
         for portion in self._portions:
             yield from portion
 
     def tally(self, **counts: int) -> dict[str, int]:
-        """Add to what was counted, and return the sums."""
+        """Add to the counters and return their sums."""
         with self._lock:
             self._tally.update(counts)
             return dict(self._tally)
 
     def wait(self) -> Iterator[dict[str, int]]:
-        """Yield nothing: there is no other process."""
+        """Yield nothing, because there is no other process."""
         return iter(())
 
     def finish(self, error: str = "") -> None:
-        """Do nothing: no other process asks."""
+        """Do nothing, because there is no other process."""
 
 
 def run(
-    job: Job,
-    team: Work,
+    job: ExportJob,
+    processes: Work,
     manifest: Manifest | Journal,
     note: Callable[[Entry], None],
     advance: Callable[[dict[str, int]], None],
     batch_size: int,
     workers: int,
 ) -> None:
-    """Make this process's share: read ahead by two batches, and write behind by two."""
+    """Export this process's images. Reading is up to two batches ahead of the models, and writing two batches behind.
+
+    Args:
+        job: settings of the export.
+        processes: the work of the export, of which this process does its share.
+        manifest: records which outputs are about to be written.
+        note: called with the entry of each finished or failed image.
+        advance: called with the sums of the counters after each image or frame.
+        batch_size: images per forward pass.
+        workers: threads that read and draw.
+
+    Raises:
+        UsageError: the method does not fit the model, or a batch does not fit the memory of the device.
+        DataError: all images of the first batch fail in the model, or the manifest cannot be written.
+    """
 
     def settled(written: Pending) -> None:
         entry = written.result() if isinstance(written, Future) else written
         if entry is not None:
             note(entry)
-        advance(team.tally(done=1, failed=int(entry is not None and entry["status"] == "failed")))
+        advance(processes.tally(done=1, failed=int(isinstance(entry, Failed))))
 
-    behind: deque[Pending] = deque()
+    unsettled: deque[Pending] = deque()
     threads = _Threads(workers)
-    rolling: set[Clip] = set()  # begun and not finished
+    open_videos: set[VideoExport] = set()
     first = True
-    paths = map(job.take, team.share())
-    todo = (Clip(job, path, lambda count: team.tally(frames=count)) if is_video(path) else path for path in paths)
+    paths = map(job.accept, processes.images())
+    todo = (
+        VideoExport(job, path, lambda count: processes.tally(frames=count)) if is_video(path) else path
+        for path in paths
+    )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", MapWarning)  # that a heatmap is constant is told in the manifest
+            warnings.simplefilter("ignore", MapWarning)  # the manifest records constant heatmaps
             for batch in _batches(_read_ahead(threads, job, todo, 2 * batch_size), batch_size):
-                good = [image for image in batch if isinstance(image, Read)]
+                good = [image for image in batch if isinstance(image, LoadedImage)]
                 explained = job.explain(good)
-                failed = [result["reason"] for result in explained if isinstance(result, dict)]
+                failed = [result.reason for result in explained if isinstance(result, Failed)]
                 several = len({image.path for image in good}) > 1
-                if first and several and len(failed) == len(good) and not job.wishes:
-                    raise DataError(failed[0])  # not these images, nor what a list asks of them: the model
+                if first and several and len(failed) == len(good) and not job.requests:
+                    raise DataError(failed[0])  # several images fail, and no list gives targets: the model is at fault
                 first = first and not good
                 for image in good:
-                    if image.clip not in rolling:
+                    if image.video not in open_videos:
                         manifest.promise(
-                            [(name, image.path) for name in job.names[image.path].values()], job.recipe_of(image.path)
+                            [(name, image.path) for name in job.names[image.path].values()],
+                            job.fingerprint_of(image.path),
                         )
-                        rolling |= {image.clip} - {None}
+                        if isinstance(image.video, VideoExport):
+                            open_videos.add(image.video)
                 results = iter(explained)
-                for one in batch:
-                    if isinstance(one, Read):
-                        behind.append(_hand_over(job, threads, manifest.secure, one, next(results)))
-                    elif isinstance(one, Clip):
-                        behind.append(threads.film.submit(one.finish, manifest.secure))
-                        rolling.discard(one)
+                for item in batch:
+                    if isinstance(item, LoadedImage):
+                        unsettled.append(_hand_over(job, threads, manifest.secure, item, next(results)))
+                    elif isinstance(item, VideoExport):
+                        unsettled.append(threads.film.submit(item.finish, manifest.secure))
+                        open_videos.discard(item)
                     else:
-                        behind.append(one)
-                while len(behind) > 2 * batch_size:
-                    settled(behind.popleft())
-            while behind:
-                settled(behind.popleft())
+                        unsettled.append(item)
+                while len(unsettled) > 2 * batch_size:
+                    settled(unsettled.popleft())
+            while unsettled:
+                settled(unsettled.popleft())
     finally:
         threads.end()
-        for clip in rolling:
-            clip.drop()
-        for left in behind:  # after an error or Ctrl-C: what threads had begun is finished and noted
+        for video in open_videos:
+            video.drop()
+        for pending in unsettled:  # after an error or Ctrl-C: note the images that threads have finished meanwhile
             try:
-                settled(left)
+                settled(pending)
             except (CancelledError, DataError):
                 continue
 
 
 class _Threads:
-    """Those that read and draw, one that reads frames and one that writes them, and those that wait for the disk."""
+    """The threads of an export.
+
+    Attributes:
+        pool: threads that read and draw images.
+        reel: one thread that reads the frames of videos, in order.
+        film: one thread that writes the frames of videos, in order.
+        disk: threads that wait until files are on disk.
+    """
 
     def __init__(self, workers: int) -> None:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="overlay")
-        self.reel = ThreadPoolExecutor(1, thread_name_prefix="reel")  # frames keep their order
+        self.reel = ThreadPoolExecutor(1, thread_name_prefix="reel")
         self.film = ThreadPoolExecutor(1, thread_name_prefix="film")
         self.disk = ThreadPoolExecutor(_WAITERS, thread_name_prefix="disk")
 
     def end(self) -> None:
-        """Finish what was begun, and nothing more."""
+        """Cancel the tasks of `pool` that have not begun, and wait for all other tasks."""
         self.pool.shutdown(wait=True, cancel_futures=True)
         for threads in (self.disk, self.reel, self.film):
             threads.shutdown(wait=True)
 
 
 def _hand_over(
-    job: Job, threads: _Threads, secure: Callable[[], None], image: Read, result: Explained | Entry
-) -> "Pending":
-    """Have what was found in one image or frame drawn and written."""
-    if isinstance(result, dict):
-        job.let_go(image)
-        return threads.film.submit(image.clip.fail, result["reason"]) if image.clip else result
-    if image.clip:
-        return threads.film.submit(image.clip.add, image, result, threads.pool.submit(job.draw, image, result))
+    job: ExportJob, threads: _Threads, secure: Callable[[], None], image: LoadedImage, result: ImageResult | Failed
+) -> Pending:
+    """Submit the drawing and writing of one explained image or frame."""
+    if isinstance(result, Failed):
+        job.release(image)
+        return threads.film.submit(image.video.fail, result.reason) if image.video else result
+    if image.video:
+        return threads.film.submit(image.video.add, image, result, threads.pool.submit(job.draw, image, result))
     return threads.disk.submit(_settle, secure, threads.pool.submit(job.write, image, result))
 
 
-def _settle(secure: Callable[[], None], writing: "Future[Written | Entry]") -> Entry:
+def _settle(secure: Callable[[], None], writing: "Future[OutputFiles | Failed]") -> Entry:
     written = writing.result()
-    return written.settle(secure) if isinstance(written, Written) else written
+    return written.settle(secure) if isinstance(written, OutputFiles) else written
 
 
-def _read_ahead(threads: _Threads, job: Job, todo: Iterable[str | Clip], count: int) -> Iterator[Read | Entry | Clip]:
-    """Yield images and frames as they were asked for; a clip comes after its last frame."""
-    waiting: deque[Future[Read | Entry] | Future[Read | None] | Clip] = deque()
-    for one in todo:
-        if isinstance(one, Clip):
-            while not one.ended:
-                waiting.append(threads.reel.submit(one.read))
+def _read_ahead(threads: _Threads, job: ExportJob, todo: Iterable[str | VideoExport], count: int) -> Iterator[_Item]:
+    """Yield images and frames in order; a video follows its last frame."""
+    waiting: deque[Future[LoadedImage | Failed] | Future[LoadedImage | None] | VideoExport] = deque()
+    for source in todo:
+        if isinstance(source, VideoExport):
+            while not source.ended:
+                waiting.append(threads.reel.submit(source.read))
                 if len(waiting) > count:
                     yield from _read(waiting.popleft())
-            waiting.append(one)
+            waiting.append(source)
         else:
-            waiting.append(threads.pool.submit(job.read, one))
+            waiting.append(threads.pool.submit(job.read, source))
         if len(waiting) > count:
             yield from _read(waiting.popleft())
     while waiting:
         yield from _read(waiting.popleft())
 
 
-def _read(one: "Future[Read | Entry] | Future[Read | None] | Clip") -> Iterator[Read | Entry | Clip]:
-    found = one if isinstance(one, Clip) else one.result()
-    if found is not None:
-        yield found
+def _read(
+    source: "Future[LoadedImage | Failed] | Future[LoadedImage | None] | VideoExport",
+) -> Iterator[_Item]:
+    item = source if isinstance(source, VideoExport) else source.result()
+    if item is not None:
+        yield item
 
 
-def _batches(read: Iterator[Read | Entry | Clip], batch_size: int) -> Iterator[list[Read | Entry | Clip]]:
-    """Lists with `batch_size` readable images each, and the failures between."""
-    batch: list[Read | Entry | Clip] = []
+def _batches(items: Iterator[_Item], batch_size: int) -> Iterator[list[_Item]]:
+    """Group items so that each group has `batch_size` readable images, and the failures and videos between them.
+
+    A group of 4 · `batch_size` items is complete even with fewer readable images; the last group may be smaller.
+    """
+    batch: list[_Item] = []
     good = 0
-    for image in read:
-        batch.append(image)
-        good += isinstance(image, Read)
+    for item in items:
+        batch.append(item)
+        good += isinstance(item, LoadedImage)
         if good == batch_size or len(batch) >= 4 * batch_size:
             yield batch
             batch, good = [], 0

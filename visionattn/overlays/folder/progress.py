@@ -1,40 +1,40 @@
-"""What an export tells on the terminal: a bar while it runs, a short table at its end."""
+"""The terminal output of an export: a progress bar while it runs and a short table at its end."""
 
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from visionattn.files import printable
+from visionattn.overlays.folder.manifest import Entry, Failed
 
-_REASONS = 5  # failures that are told on the terminal; the manifest has all
-_APART = 3  # images that are told where two models differ most
+_MAX_FAILURES = 5  # shown on the terminal; the manifest has all
+_MAX_DIFFERENT = 3  # shown images in which two compared models differ most
 
 
 @dataclass
 class Summary:
-    """What a run has made.
+    """The counts and failures of an export.
 
     Attributes:
-        out: the folder, as it was given.
-        noun: what was made of each image.
-        written: images of which all was made.
-        failed: images without one.
-        skipped: images whose overlay stood there already.
-        blank: overlays of constant heatmaps, which show nothing.
-        ignored: suffix → files of folders that are no images.
-        links: linked folders that were not entered.
+        out: the output folder, as it was given.
+        noun: name of one output in the summary.
+        written: number of images with all outputs written.
+        failed: number of images that failed.
+        skipped: number of images with up-to-date outputs from an earlier run.
+        blank: number of images with a constant heatmap, which shows nothing.
+        ignored: suffix → number of files in the input folders that are not images.
+        links: number of linked folders that were not entered.
         failures: (file, reason) of the first failures.
-        source: what is shown, as `gate of layer4.1`; "" if nothing was made.
-        apart: (mean difference, file) of the images in which two compared models differ most, the farthest first.
-        images: those that were found, videos apart.
-        seconds: the whole run.
+        source: what the heatmaps show, e.g. `gate of layer4.1`; "" if nothing was made.
+        apart: (mean difference, file) of the images in which two compared models differ most, in descending order.
+        images: paths of all images, without videos.
+        seconds: duration of the run.
     """
 
     out: str
@@ -53,30 +53,36 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0, or 1 where some images failed."""
+        """1 if some images failed, else 0."""
         return int(self.failed > 0)
 
-    def count(self, entry: dict[str, Any], name: str) -> None:
-        """Count the manifest's entry of one image."""
-        if entry["status"] == "failed":
+    def count(self, entry: Entry, name: str) -> None:
+        """Add the manifest's entry of one image.
+
+        Args:
+            entry: the image's entry in the manifest.
+            name: the image's name on the terminal.
+        """
+        if isinstance(entry, Failed):
             self.failed += 1
-            if len(self.failures) < _REASONS:
-                self.failures.append((name, entry["reason"]))
+            if len(self.failures) < _MAX_FAILURES:
+                self.failures.append((name, entry.reason))
             return
         self.written += 1
-        self.blank += entry["peak"] is None
-        self.source = self.source or entry["layer"]
-        if "difference" in entry:
-            self.apart = sorted([*self.apart, (entry["difference"]["mean"], name)], reverse=True)[:_APART]
+        self.blank += entry.facts["peak"] is None
+        self.source = self.source or entry.facts["layer"]
+        if "difference" in entry.facts:
+            different = sorted([*self.apart, (entry.facts["difference"]["mean"], name)], reverse=True)
+            self.apart = different[:_MAX_DIFFERENT]
 
 
-class Bar:
-    """`seen/ ━━━━━━━━━━━━━━━━━━━━ 212/214  34 images/s  2 failed`
+class ProgressBar:
+    """A progress bar: `seen/ ━━━━━━━━━━━━━━━━━━━━ 212/214  34 images/s  2 failed`.
 
     Args:
-        console: where it is drawn.
-        out: the folder of the run.
-        total: images to do.
+        console: shows the bar.
+        out: the output folder.
+        total: number of images to export.
     """
 
     def __init__(self, console: Console, out: str, total: int) -> None:
@@ -86,7 +92,7 @@ class Bar:
         self._total = total
         self._started = time.perf_counter()
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "ProgressBar":
         self._progress.start()
         return self
 
@@ -96,7 +102,12 @@ class Bar:
         self._progress.stop()
 
     def advance(self, sums: dict[str, int]) -> None:
-        """Show sums of what is done, what failed of it, and how many frames of videos there are beside the images."""
+        """Show the sums of the counters.
+
+        Args:
+            sums: `done`, the number of finished images and frames, failures included; `failed`, the number of failures;
+                `frames`, the number of video frames to export in addition to `total`.
+        """
         done, failed = sums.get("done", 0), sums.get("failed", 0)
         total = self._total + sums.get("frames", 0)
         seconds = time.perf_counter() - self._started
@@ -110,7 +121,7 @@ class Bar:
 
 
 def print_summary(console: Console, summary: Summary) -> None:
-    """The lines at the end of a run."""
+    """Print the table at the end of an export."""
     folder, manifest = _folder(summary.out), _folder(summary.out) + "manifest.jsonl"
     pointing = f"pointing at: {printable(summary.source)}" if summary.source else ""
     rows: list[tuple[str, str, str, str]] = []
@@ -122,11 +133,11 @@ def print_summary(console: Console, summary: Summary) -> None:
         rows.append(
             (str(summary.blank), "blank", "", "the heatmap is constant and shows nothing; try another layer or target")
         )
-    for place, (mean, name) in enumerate(summary.apart):
-        rows.append(("", "most unlike" if place == 0 else "", "", f"{mean:.2f}  {printable(name)}"))
-    for place, (name, reason) in enumerate(summary.failures):
-        told = f"{printable(name)}: {printable(reason)}"
-        rows.append((str(summary.failed), "failed", manifest, told) if place == 0 else ("", "", "", told))
+    for rank, (mean, name) in enumerate(summary.apart):
+        rows.append(("", "most different" if rank == 0 else "", "", f"{mean:.2f}  {printable(name)}"))
+    for rank, (name, reason) in enumerate(summary.failures):
+        failure = f"{printable(name)}: {printable(reason)}"
+        rows.append((str(summary.failed), "failed", manifest, failure) if rank == 0 else ("", "", "", failure))
     if summary.failed > len(summary.failures):
         rows.append(("", "", "", f"and {summary.failed - len(summary.failures)} more, in the manifest"))
     if summary.ignored:
@@ -137,9 +148,9 @@ def print_summary(console: Console, summary: Summary) -> None:
     if not summary.failed:
         rows.append(("", "", manifest, ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, what, place_, told in rows:
-        line = f"  {number:>{widths[0]}} {what:<{widths[1]}}   {place_:<{widths[2]}}   {told}".rstrip()
-        console.print(Text(line, "red" if what == "failed" else ""), soft_wrap=True)
+    for number, status, path, detail in rows:
+        line = f"  {number:>{widths[0]}} {status:<{widths[1]}}   {path:<{widths[2]}}   {detail}".rstrip()
+        console.print(Text(line, "red" if status == "failed" else ""), soft_wrap=True)
 
 
 def _folder(out: str) -> str:

@@ -1,6 +1,6 @@
-"""Videos, frame by frame: what OpenCV reads of one, and the .mp4 that it writes. No torch.
+"""Read and write videos frame by frame with OpenCV, without torch.
 
-Sound is not carried over. An odd width or height loses its last column or row, as the format wants it.
+Sound is not copied. The format needs an even width and height, so an odd one loses its last column or row.
 """
 
 import contextlib
@@ -15,31 +15,34 @@ from numpy.typing import NDArray
 from visionattn.errors import DataError
 from visionattn.files import printable
 
-# what is wrong with a file is told once, by us
+# our own error message says what is wrong with a file; FFmpeg and OpenCV must not print theirs
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-if hasattr(cv2.utils, "logging"):  # from 5.0 on
+if hasattr(cv2.utils, "logging"):  # since OpenCV 5.0
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 else:
-    cv2.setLogLevel(2)  # type: ignore[attr-defined]  # the same
+    cv2.setLogLevel(2)  # type: ignore[attr-defined]  # OpenCV 4: the stubs lack it; 2 is the level of errors
 
 SUFFIX = ".mp4"
-"""MPEG-4 part 2: of what OpenCV's wheels can write, the one that players know; 2 ms a frame of 640 × 480. Browsers know
-VP8 and VP9 instead, which took 14 and 73."""
+"""MPEG-4 part 2: the only codec that both OpenCV's wheels write and video players read; *measured*: 2 ms per frame of
+640 × 480. Browsers read VP8 and VP9 instead, which take 14 and 73 ms."""
 
 
-class Frames:
+class VideoFrames:
     """The frames of a video, in order.
 
     Attributes:
-        fps: frames a second that are given.
-        count: about how many there are; 0 where the file does not say.
+        path: of the video.
+        fps: frames per second that are yielded.
+        count: approximate number of frames; 0 if the file does not say.
 
     Args:
-        path: any file name, also one that is no text.
-        fps: frames a second to take, each the first after its time; all where None or more than there are.
+        path: any file name, even one that is not valid UTF-8.
+        fps: frames per second to sample: the first frame at or after each multiple of 1 / fps. None, or a rate above
+            that of the video, takes every frame.
+        max_pixels: largest width × height.
 
     Raises:
-        DataError: there is no such file, or it is no video that can be read.
+        DataError: there is no such file, it is not a video, or its frames are too large.
     """
 
     def __init__(self, path: str, *, fps: float | None = None, max_pixels: int) -> None:
@@ -61,7 +64,7 @@ class Frames:
         self.count = max(0, round(self._capture.get(cv2.CAP_PROP_FRAME_COUNT) * self.fps / self._rate))
 
     def __iter__(self) -> Iterator[tuple[float, NDArray[np.uint8]]]:
-        """Yield (seconds from the start, picture), RGB, turned as the camera noted."""
+        """Yield (seconds from the start, (H, W, 3) uint8 RGB), upright as the video's orientation tag says."""
         number, taken = 0, 0
         while self._capture.grab():
             at = number / self._rate
@@ -75,11 +78,12 @@ class Frames:
         self._capture.release()
 
 
-class Film:
-    """A video that is written frame by frame.
+class VideoWriter:
+    """Writes a video frame by frame.
 
-    Raises:
-        DataError: it cannot be written.
+    Args:
+        path: of the file, ends in `SUFFIX`.
+        fps: frames per second.
     """
 
     def __init__(self, path: str, fps: float) -> None:
@@ -87,7 +91,14 @@ class Film:
         self._writer: cv2.VideoWriter | None = None
 
     def add(self, picture: NDArray[np.uint8] | NDArray[np.uint16]) -> None:
-        """Write a frame: (H, W, 3) RGB, or (H, W) grey of 8 or 16 bits; all of one size."""
+        """Write a frame.
+
+        Args:
+            picture: (H, W, 3) uint8 RGB, or (H, W) uint8 or uint16 grey; of the same size in all frames.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
         if picture.dtype == np.uint16:
             picture = (picture >> 8).astype(np.uint8)
         frame_HWC = cv2.cvtColor(picture, cv2.COLOR_GRAY2BGR if picture.ndim == 2 else cv2.COLOR_RGB2BGR)
@@ -99,13 +110,14 @@ class Film:
         self._writer.write(frame_HWC)
 
     def close(self) -> None:
+        """Complete the file."""
         if self._writer is not None:
             self._writer.release()
 
 
 @contextlib.contextmanager
 def _readable(path: str) -> Iterator[str]:
-    """A name that OpenCV takes; of one that is no text it would crash."""
+    """Yield a file name that OpenCV accepts: a link for a name that is not valid UTF-8, on which OpenCV crashes."""
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError:

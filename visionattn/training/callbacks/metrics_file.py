@@ -1,12 +1,11 @@
-"""`metrics.csv` of a run: a row a logged step, and none lost when the run is killed and continued."""
+"""`metrics.csv` of a run: one row per logged step, without lost rows when the run is killed and continued."""
 
 import csv
 import io
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -15,14 +14,14 @@ from visionattn.errors import DataError
 from visionattn.files import write_file
 
 NAME = "metrics.csv"
-_ROWS = 100  # that wait to be written
+_ROWS = 100  # kept in memory before they are written
 
 
 class MetricsFile(Logger):
-    """Write what is logged into `metrics.csv`.
+    """A Lightning logger that writes `metrics.csv`.
 
-    Lightning's CSVLogger deletes an earlier file of the same run, and rewrites the file in place when there is a new
-    column. This one goes on behind the rows of an earlier process, and the file under that name is always whole.
+    Lightning's CSVLogger deletes an earlier file of the same run and rewrites the file in place for each new column.
+    This logger appends to the rows of an earlier process, and the file is complete at any moment.
 
     Args:
         folder: of the run.
@@ -32,7 +31,7 @@ class MetricsFile(Logger):
         super().__init__()
         self.path = folder / NAME
         self._columns: list[str] = []
-        self._waiting: list[dict[str, Any]] = []
+        self._waiting: list[dict[str, object]] = []
         self._seam: int | None = None  # the last step of an earlier process
         self._at_seam: list[set[str]] = []  # the columns of its rows
 
@@ -49,21 +48,22 @@ class MetricsFile(Logger):
         return str(self.path.parent)
 
     @rank_zero_only
-    def log_hyperparams(self, params: "dict[str, Any] | Namespace", *args: Any, **kwargs: Any) -> None:
-        """Nothing: config.yaml has them."""
+    def log_hyperparams(self, params: "dict[str, object] | Namespace", *args: object, **kwargs: object) -> None:
+        """Do nothing, because config.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = {"step": step, **metrics}
+        """Add a row; rows are written when a hundred are waiting, at a checkpoint, and at the end."""
+        row: dict[str, object] = {"step": step, **metrics}
         if step == self._seam and row.keys() in self._at_seam:
-            return  # a validation that is done again
+            return  # a repeated validation
         self._waiting.append(row)
         if len(self._waiting) >= _ROWS:
             self.save()
 
     @rank_zero_only
     def continue_at(self, step: int) -> None:
-        """Take up the rows that an earlier process wrote of the steps before `step`; the others are logged again."""
+        """Keep an earlier process's rows of the steps before `step`; the others are dropped and logged again."""
         rows = [row for row in _read(self.path) if int(row["step"]) < step]
         self._seam, self._at_seam = step - 1, [set(row) for row in rows if int(row["step"]) == step - 1]
         self._columns = sorted({column for row in rows for column in row})
@@ -71,13 +71,13 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what waits.
+        """Write the rows that are kept in memory.
 
         Raises:
-            DataError: it cannot be written; what was written before is whole.
+            DataError: the file cannot be written; its earlier rows are unchanged.
         """
         rows, self._waiting = self._waiting, []
-        self._columns = self._columns or _columns(self.path)  # of a test after the training, too
+        self._columns = self._columns or _columns(self.path)  # a test after the training finds the columns in the file
         columns = sorted({*self._columns, *(column for row in rows for column in row)})
         if not rows:
             return
@@ -91,7 +91,7 @@ class MetricsFile(Logger):
     def finalize(self, status: str) -> None:
         self.save()
 
-    def _replace(self, rows: list[dict[str, Any]]) -> None:
+    def _replace(self, rows: Sequence[Mapping[str, object]]) -> None:
         if rows or self.path.exists():
             header = ",".join(self._columns) + "\r\n" if self._columns else ""
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -106,8 +106,8 @@ def _columns(path: Path) -> list[str]:
         return []
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a file, without their empty fields; none where there is no file."""
+def _read(path: Path) -> list[dict[str, str]]:
+    """Return the complete rows of a file without their empty fields; empty if there is no file."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -118,14 +118,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [row for row in found if row.get("step", "").isdigit()]
 
 
-def _text(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
+def _text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> bytes:
     text = io.StringIO(newline="")
     csv.DictWriter(text, columns).writerows(rows)
     return text.getvalue().encode()
 
 
 def _append(path: Path, content: bytes) -> None:
-    """All of it or nothing, as on a full disk."""
+    """Append the whole content or, when the disk is full, none of it."""
     end = os.path.getsize(path)
     try:
         with open(path, "ab", buffering=0) as file:

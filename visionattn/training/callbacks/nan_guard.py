@@ -1,4 +1,4 @@
-"""A loss that is no number ends the training, or its step is skipped; and it is never the best."""
+"""Stop the training at a NaN or infinite loss, or skip its step; a checkpoint with such a loss is never the best."""
 
 import math
 from typing import Any, Literal
@@ -7,24 +7,25 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
+from torch.optim import Optimizer
 
 from visionattn.errors import DataError
 
-_NAMED = 5  # files of a batch that a message names
+_MAX_FILES = 5  # of a batch in a message
 
 
-class FiniteLoss(Callback):
-    """Look at every training loss before it changes the weights.
+class NaNGuard(Callback):
+    """Check that every training loss is finite before it changes the weights.
 
     Args:
-        otherwise: `stop` ends the training, and names the step and the files of its batch; `skip` leaves the weights,
-            the optimizer and its moments as they are, and counts such steps as `train/skipped`.
+        on_nan: `stop` ends the training with an error that names the step and the files of its batch; `skip` leaves the
+            weights and the optimizer's state unchanged and logs the number of such steps as `train/skipped`.
     """
 
-    def __init__(self, otherwise: Literal["stop", "skip"] = "stop") -> None:
-        self.otherwise = otherwise
+    def __init__(self, on_nan: Literal["stop", "skip"] = "stop") -> None:
+        self.on_nan = on_nan
         self.skipped = 0
-        self._batch: Any = None
+        self._batch: object = None
         self._bad = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -42,26 +43,26 @@ class FiniteLoss(Callback):
         if bool(torch.isfinite(loss).all()):
             return
         self._bad = True
-        if self.otherwise == "stop":
+        if self.on_nan == "stop":
             terms = [f" ({name} {value})" for name, value in _terms(trainer).items() if not math.isfinite(value)]
             raise DataError(
                 f"the loss of step {trainer.global_step} (epoch {trainer.current_epoch}, batch "
                 f"{trainer.fit_loop.batch_idx}) is {float(loss.detach().sum())}{''.join(terms)}; "
                 f"its images: {_files(self._batch)}; "
-                "lower the learning rate, look at these images, or skip such steps: --finite_loss.otherwise skip"
+                "lower the learning rate, check these images, or skip such steps: --nan_guard.on_nan skip"
             )
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         bad, self._bad = self._bad, False
         if (
-            self.otherwise == "skip" and trainer.world_size > 1
-        ):  # gradients are shared, so what is bad here is bad there
+            self.on_nan == "skip" and trainer.world_size > 1
+        ):  # gradients are averaged over the processes, so one bad loss spoils all
             bad = trainer.strategy.reduce_boolean_decision(bad, all=False)
         if bad:
             self.skipped += 1
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    parameter.grad = None  # optimizers pass over parameters without one
+                    parameter.grad = None  # optimizers ignore parameters without a gradient
             pl_module.log("train/skipped", float(self.skipped), on_step=True, on_epoch=False)
 
     def on_train_batch_end(
@@ -70,14 +71,14 @@ class FiniteLoss(Callback):
         self._batch = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.otherwise == "stop" and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self.on_nan == "stop" and trainer.state.fn == "fit" and not trainer.sanity_checking:
             for name, value in _losses(trainer).items():
                 if not math.isfinite(value):
                     raise DataError(f"{name} after step {trainer.global_step} is {value}; lower the learning rate")
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, to which what is no number is never the best, nor a figure beside such a loss."""
+    """Lightning's ModelCheckpoint, except that a NaN or infinite monitored value or validation loss is never best."""
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         values = [*_losses(trainer).values(), *([] if current is None else [float(current)])]
@@ -85,15 +86,17 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def _losses(trainer: L.Trainer) -> dict[str, float]:
-    """The losses of the validation."""
+    """Return the losses of the validation."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/loss")}
 
 
 def _terms(trainer: L.Trainer) -> dict[str, float]:
-    """The terms of the training loss, where the task logs them apart."""
+    """Return the terms of the training loss that the task logs separately."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/loss_")}
 
 
-def _files(batch: Any) -> str:
+def _files(batch: object) -> str:
     paths = batch.get("path", []) if isinstance(batch, dict) else []
-    return ", ".join(map(str, paths[:_NAMED])) + (f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else "")
+    return ", ".join(map(str, paths[:_MAX_FILES])) + (
+        f" and {len(paths) - _MAX_FILES} more" if len(paths) > _MAX_FILES else ""
+    )

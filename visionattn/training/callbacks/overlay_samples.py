@@ -1,27 +1,27 @@
-"""What Lightning lacks: pictures of where the model looks while it trains, and a report when it is tested."""
-
-from typing import Any
+"""Overlays of the same validation images during training."""
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from visionattn.data import write_image
-from visionattn.maps import Method
-from visionattn.maps.boxes import BoxMethod
+from visionattn.data import Batch, write_image
+from visionattn.maps import BoxMethod, Method
 from visionattn.training.callbacks.run_files import _dataset, _first, _folder, _show
 from visionattn.training.callbacks.sample_sheet import explain, picture_of
 
 
 class OverlaySamples(Callback):
-    """Write overlays of the same validation images every few epochs, into the run's overlays/, TensorBoard and
-    W&B.
+    """Write overlays of the same validation images every few epochs, into the run's overlays/, TensorBoard and W&B.
 
-    Of a network that takes glimpses, their path and every scale's box stand beside the heat.
+    For a network that takes glimpses, their path and the box of every scale are drawn next to the heatmap.
 
     Args:
-        every_n_epochs: 0 writes none.
-        num_images: how many; the first of the validation split.
-        method: how attention becomes a heatmap, of a whole image or of each box; what fits the model by default.
+        every_n_epochs: epochs between two sheets; 0 writes none.
+        num_images: number of images, the first of the validation split.
+        method: heatmap method for whole images or for each box. Default: one that fits the model.
+
+    Raises:
+        ValueError: a number is out of range.
+        UsageError: the method does not fit the model; raised before the first epoch.
     """
 
     def __init__(self, every_n_epochs: int = 1, num_images: int = 8, method: Method | BoxMethod | None = None) -> None:
@@ -30,19 +30,21 @@ class OverlaySamples(Callback):
         self.every_n_epochs = every_n_epochs
         self.num_images = num_images
         self.method = method
-        self._batch: dict[str, Any] | None = None
+        self._batch: Batch | None = None
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx == 0 and self._wanted(trainer):
+        if batch_idx == 0 and self._is_due(trainer):
             self._batch = _first(batch, self.num_images)
-        if trainer.sanity_checking and self.every_n_epochs:  # a method that does not fit is told before the first epoch
+        if (
+            trainer.sanity_checking and self.every_n_epochs
+        ):  # so that a method that does not fit fails before the first epoch
             explain(self.method, pl_module, _first(batch, 1))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = _folder(trainer)
-        if self._batch is None or not self._wanted(trainer) or folder is None:
+        if self._batch is None or not self._is_due(trainer) or folder is None:
             return
         maps = explain(self.method, pl_module, self._batch)
         picture = picture_of(
@@ -52,6 +54,6 @@ class OverlaySamples(Callback):
         write_image(folder / f"epoch_{trainer.current_epoch:03d}.jpg", picture)
         _show(trainer, "overlays", picture)
 
-    def _wanted(self, trainer: L.Trainer) -> bool:
+    def _is_due(self, trainer: L.Trainer) -> bool:
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         return bool(due) and not trainer.sanity_checking and trainer.is_global_zero and trainer.state.fn == "fit"

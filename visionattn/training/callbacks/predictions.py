@@ -1,4 +1,4 @@
-"""Predictions written into the run, each image once, in the data's order."""
+"""Write predictions into the run, each image once, in the order of the data."""
 
 import csv
 import itertools
@@ -12,40 +12,40 @@ import lightning as L
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from visionattn.data import write_image
-from visionattn.drawing.boxes import draw_boxes
+from visionattn.drawing import draw_boxes
 from visionattn.errors import DataError
 from visionattn.files import write_file
-from visionattn.training.callbacks.run_files import _csv, _dataset, _folder
+from visionattn.training.callbacks.run_files import _csv, _dataset, _folder, class_names_of, datamodule_of
 
 
 class WritePredictions(BasePredictionWriter):
-    """Write what was predicted into the run, each image once, in the data's order.
+    """Write predictions into the run, each image once, in the order of the data.
 
-    Of a classifier: the most probable class of every image, into predictions.csv. Of a detector: predictions.json, in
-    COCO's form of results, boxes in pixels of the source images, with the files' own numbers of images and classes, and
-    with the image's file_name, since Pascal VOC and YOLO number none; and pictures of the first images with their
-    boxes, into predictions/.
+    For a classifier: predictions.csv with the most probable class of every image. For a detector: predictions.json in
+    COCO's results format, with boxes in pixels of the source images and the image and category ids of the annotation
+    files. Each box also has its image's `file_name`, because Pascal VOC and YOLO have no ids. Pictures of the first
+    images with their boxes go into predictions/.
 
-    The file appears when it is complete. Each process writes a part of it before.
+    Each process writes a part; the first process joins the parts at the end.
 
     Args:
-        pictures: how many, at most.
-        lowest: score of a box in a picture.
+        pictures: largest number of pictures.
+        min_score: smallest score of a box in a picture.
     """
 
-    def __init__(self, pictures: int = 100, lowest: float = 0.3) -> None:
+    def __init__(self, pictures: int = 100, min_score: float = 0.3) -> None:
         super().__init__(write_interval="batch")
         self.pictures = pictures
-        self.lowest = lowest
+        self.min_score = min_score
         self._home: Path | None = None
         self._name = "predictions.csv"
         self._done = 0
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = _folder(trainer)  # every process must ask
+        folder = _folder(trainer)  # it reads log_dir, a broadcast, so every process must call it
         self._home = folder and folder.parent
-        finds = hasattr(trainer.datamodule, "category_ids")  # type: ignore[attr-defined]
-        self._name = "predictions.json" if finds else "predictions.csv"
+        detects = hasattr(datamodule_of(trainer), "category_ids")
+        self._name = "predictions.json" if detects else "predictions.csv"
         self._done = 0
         if self._home:
             self._home.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ class WritePredictions(BasePredictionWriter):
         if self._home is None:
             return
         rows = _classes if self._name == "predictions.csv" else _boxes
-        content = rows(prediction, trainer.datamodule)  # type: ignore[attr-defined]
+        content = rows(prediction, datamodule_of(trainer))
         try:
             with open(self._part(trainer.global_rank), "ab") as file:
                 file.write(content)
@@ -89,7 +89,7 @@ class WritePredictions(BasePredictionWriter):
 
     def _draw(self, trainer: L.Trainer, prediction: Any, folder: Path) -> None:
         dataset = _dataset(trainer.predict_dataloaders)
-        class_names = trainer.datamodule.class_names  # type: ignore[attr-defined]
+        class_names = class_names_of(datamodule_of(trainer))
         for path, image_id, found in zip(
             prediction["path"], prediction["image_id"], prediction["detections"], strict=True
         ):
@@ -98,7 +98,7 @@ class WritePredictions(BasePredictionWriter):
             if place >= self.pictures:
                 return
             edges, scores, labels = (found[name].float().cpu() for name in ("boxes", "scores", "labels"))
-            seen = scores >= self.lowest
+            seen = scores >= self.min_score
             names = [
                 f"{class_names[int(label)]} {score:.2f}"
                 for label, score in zip(labels[seen].tolist(), scores[seen].tolist(), strict=True)
@@ -112,9 +112,9 @@ class WritePredictions(BasePredictionWriter):
         return self._home / f".predictions.{rank}.part"
 
 
-def _classes(prediction: Any, data: Any) -> bytes:
-    """A row an image: its path, its most probable class, and how probable."""
-    names = getattr(data, "class_names", ())
+def _classes(prediction: Any, data: object) -> bytes:
+    """Return one CSV row per image: its path, its most probable class, and the probability."""
+    names = class_names_of(data)
     probabilities, classes = prediction["probability"].float().cpu().max(-1)
     return _csv(
         [
@@ -127,7 +127,7 @@ def _classes(prediction: Any, data: Any) -> bytes:
 
 
 def _boxes(prediction: Any, data: Any) -> bytes:
-    """A line an image: the list of its results, as COCO's json has them."""
+    """Return one line per image: the JSON list of its results in COCO's format."""
     lines = []
     for path, image_id, found in zip(prediction["path"], prediction["image_id"], prediction["detections"], strict=True):
         edges, scores, labels = (found[name].float().cpu().tolist() for name in ("boxes", "scores", "labels"))
@@ -146,7 +146,7 @@ def _boxes(prediction: Any, data: Any) -> bytes:
 
 
 def _interleave(parts: Sequence[Path], file: BinaryIO) -> None:
-    """Join the rows of processes of which each took every n-th image."""
+    """Join the rows of n processes, each of which took every n-th image."""
     file.write(_csv([["path", "class", "probability"]]))
     with ExitStack() as stack:
         texts = [
@@ -157,10 +157,10 @@ def _interleave(parts: Sequence[Path], file: BinaryIO) -> None:
 
 
 def _interleave_json(parts: Sequence[Path], file: BinaryIO) -> None:
-    """Join the lists of processes of which each took every n-th image, into one."""
+    """Join the JSON lists of n processes, each of which took every n-th image, into one list."""
     with ExitStack() as stack:
         texts = [stack.enter_context(open(part, "rb")) for part in parts]
-        lines = (line for some in itertools.zip_longest(*texts) for line in some if line)
+        lines = (line for group in itertools.zip_longest(*texts) for line in group if line)
         lists = (line.strip()[1:-1] for line in lines)  # without their brackets
         file.write(b"[")
         for number, results in enumerate(results for results in lists if results):

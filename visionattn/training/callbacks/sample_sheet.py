@@ -1,59 +1,89 @@
-"""Pictures of what a network sees, for the callbacks."""
+"""Sheets of a batch's images with their heatmaps, for the callbacks."""
 
 import dataclasses
 import warnings
-from typing import Any
+from collections.abc import Sequence
 
+import lightning as L
 import numpy as np
 from numpy.typing import NDArray
 
-from visionattn.data.annotations.boxes import visible
-from visionattn.drawing.boxes import draw_boxes, fitted
-from visionattn.drawing.overlay import blend
-from visionattn.drawing.scanpath import boxes_in_source, draw_gaze
-from visionattn.drawing.sheets import Tile, sheet
-from visionattn.errors import MapWarning
-from visionattn.maps import Maps, Method, default_method
-from visionattn.maps.boxes import BoxMaps, BoxMethod, SameForAll, default_box_method
+from visionattn.data import Batch, visible
+from visionattn.drawing import Tile, blend, boxes_in_source, draw_boxes, draw_scanpath, fit_to_side, sheet
+from visionattn.errors import MapWarning, UsageError
+from visionattn.maps import (
+    BoxHeatmaps,
+    BoxMethod,
+    Heatmaps,
+    Method,
+    SameForAllBoxes,
+    default_box_method,
+    default_method,
+)
+from visionattn.training.callbacks.run_files import SourceImages, class_names_of, network_of
 
-Explained = Maps | list[BoxMaps]
-"""Of a classifier, and of a detector."""
+BatchHeatmaps = Heatmaps | list[BoxHeatmaps]
+"""Heatmaps of a classifier's batch, or those of each image of a detector's batch."""
 
 _TRUTH = (255, 255, 255)
 _WIDTH = 200  # pixels of a picture
-_GAZE_SIDE = 240  # pixels of one with a path, whose numbers are to be read
-_BOXES_SIDE = 320  # pixels of one with boxes, whose labels must not hide each other
+_GAZE_SIDE = 240  # pixels of a picture with a path, so that its numbers can be read
+_BOXES_SIDE = 320  # pixels of a picture with boxes, so that labels do not hide each other
 
 
-def explain(method: Method | BoxMethod | None, pl_module: Any, batch: dict[str, Any]) -> Explained:
-    """Explain a batch: of a detector its best boxes, of other networks the whole images."""
-    images, network = batch["image"].float(), pl_module.network
+def explain(method: Method | BoxMethod | None, pl_module: L.LightningModule, batch: Batch) -> BatchHeatmaps:
+    """Explain a batch: the best boxes of a detector, or the whole images of another network.
+
+    Args:
+        method: heatmap method; None for one that fits the network.
+        pl_module: the task.
+        batch: of the data.
+
+    Raises:
+        UsageError: the method does not fit the network.
+    """
+    images, network = batch["image"].float(), network_of(pl_module)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapWarning)  # maps of a network that has not learned yet are often flat
+        warnings.simplefilter("ignore", MapWarning)  # early in a training heatmaps are often constant
         if "boxes" not in batch:
-            return chosen(method, pl_module, batch)(network, images)
-        of_boxes = SameForAll(method) if isinstance(method, Method) else method or default_box_method(network)
+            if isinstance(method, BoxMethod):
+                raise UsageError(f"{method.name} explains the boxes of a detector; take a method for whole images")
+            return (method or chosen(pl_module, batch))(network, images)
+        of_boxes = SameForAllBoxes(method) if isinstance(method, Method) else method or default_box_method(network)
         return of_boxes(network, images)
 
 
-def chosen(method: Any, pl_module: Any, batch: dict[str, Any]) -> Any:
-    """The method for whole images, or what fits the network."""
-    return method or default_method(pl_module.network, batch["image"].float())
+def chosen(pl_module: L.LightningModule, batch: Batch) -> Method:
+    """Return the default method for whole images."""
+    return default_method(network_of(pl_module), batch["image"].float())
 
 
-def picture_of(batch: dict[str, Any], found: Explained, pl_module: Any, dataset: Any, title: str) -> NDArray[np.uint8]:
-    """A sheet of the batch's images, each beside its overlay."""
-    names = getattr(pl_module, "class_names", ())
-    if isinstance(found, list):
-        tiles = _box_tiles(batch, found, names, dataset)
-        # at their own size lines and labels stay sharp
+def picture_of(
+    batch: Batch, maps: BatchHeatmaps, pl_module: L.LightningModule, dataset: SourceImages, title: str
+) -> NDArray[np.uint8]:
+    """Draw a sheet of the batch's images, each next to its overlay.
+
+    Args:
+        batch: of the data.
+        maps: of the batch, by `explain`.
+        pl_module: the task.
+        dataset: reads the source images.
+        title: of the sheet.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    names = class_names_of(pl_module)
+    if isinstance(maps, list):
+        tiles = _box_tiles(batch, maps, names, dataset)
+        # not scaled, so that lines and labels stay sharp
         return sheet(tiles, title=title, columns=4, width=max(tiles[0].picture.shape[:2]))
-    tiles, width = _tiles(batch, found, names, dataset)
+    tiles, width = _tiles(batch, maps, names, dataset)
     return sheet(tiles, title=title, columns=6 if len(tiles) > 4 else len(tiles), width=width)
 
 
-def _tiles(batch: dict[str, Any], maps: Maps, names: Any, dataset: Any) -> tuple[list[Tile], int]:
-    """Each image with its answer, and where glimpses were taken their path; its overlay; and the width they need."""
+def _tiles(batch: Batch, maps: Heatmaps, names: Sequence[str], dataset: SourceImages) -> tuple[list[Tile], int]:
+    """Return the tiles and their width: each image with its prediction and glimpses, then its overlay."""
     names = names or [str(index) for index in range(maps.output.shape[-1])]
     probabilities, answers = maps.output.float().softmax(-1).cpu().max(-1)
     tiles, width = [], _WIDTH
@@ -69,33 +99,33 @@ def _tiles(batch: dict[str, Any], maps: Maps, names: Any, dataset: Any) -> tuple
         tile = Tile(picture, caption, answer == truth, box)
         other = dataclasses.replace(tile, picture=overlay, caption=[])
         if maps.boxes is not None:
-            drawn = draw_gaze(picture, boxes_in_source(maps.boxes[index].cpu().numpy(), placement), side=_GAZE_SIDE)
-            width = max(drawn.shape[:2]) if index == 0 else width  # at its own size, its lines stay sharp
+            drawn = draw_scanpath(picture, boxes_in_source(maps.boxes[index].cpu().numpy(), placement), side=_GAZE_SIDE)
+            width = max(drawn.shape[:2]) if index == 0 else width  # not scaled, so that lines stay sharp
             scale = max(drawn.shape[:2]) / max(picture.shape[:2])
             tile = dataclasses.replace(tile, picture=drawn, box=box and [edge * scale for edge in box])
         tiles += [tile, other]
     return tiles, width
 
 
-def _box_tiles(batch: dict[str, Any], found: list[BoxMaps], names: Any, dataset: Any) -> list[Tile]:
-    """The boxes that were found, with their scores, the true ones in white; and the hottest of their heatmaps."""
+def _box_tiles(batch: Batch, maps: Sequence[BoxHeatmaps], names: Sequence[str], dataset: SourceImages) -> list[Tile]:
+    """Return the tiles: each image with its detected boxes, and its true boxes in white; then the heat of all boxes."""
     tiles = []
-    for index, some in enumerate(found):
+    for index, found in enumerate(maps):
         placement = batch["placement"][index]
         picture = dataset.read_source(batch["path"][index])
         truth, answers = (
-            placement.boxes_to_source(edges.cpu().numpy()) for edges in (batch["boxes"][index], some.boxes)
+            placement.boxes_to_source(edges.cpu().numpy()) for edges in (batch["boxes"][index], found.boxes)
         )
-        seen = visible(answers)  # not those in the padding alone
-        drawn, edges = fitted(picture, np.concatenate([truth, answers[seen]]), _BOXES_SIDE)
+        seen = visible(answers)  # without boxes that lie in the padding only
+        drawn, edges = fit_to_side(picture, np.concatenate([truth, answers[seen]]), _BOXES_SIDE)
         drawn = draw_boxes(drawn, edges[: len(truth)], colours=[_TRUTH])
         labels = [
             f"{names[label] if names else label} {score:.2f}"
-            for label, score in zip(some.labels.cpu()[seen].tolist(), some.scores.cpu()[seen].tolist(), strict=True)
+            for label, score in zip(found.labels.cpu()[seen].tolist(), found.scores.cpu()[seen].tolist(), strict=True)
         ]
         drawn = draw_boxes(drawn, edges[len(truth) :], labels=labels)
         caption = [f"surest {len(labels)}", f"{len(truth)} there"]
         tiles.append(Tile(drawn, caption))
-        heat_hw = some.heatmaps.cpu()[seen].amax(0).numpy() if len(labels) else np.zeros((1, 1), np.float32)
+        heat_hw = found.heatmaps.cpu()[seen].amax(0).numpy() if len(labels) else np.zeros((1, 1), np.float32)
         tiles.append(Tile(blend(picture, placement.carry(heat_hw), seen_HW=placement.seen())))
     return tiles

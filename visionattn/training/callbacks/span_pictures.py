@@ -1,22 +1,22 @@
-"""Pictures of adaptive spans while a network trains."""
+"""Draw the adaptive spans of a network during training."""
 
 import math
-from typing import Any
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.callbacks import Callback
+from numpy.typing import NDArray
 
 from visionattn.attention import AdaptiveSpan
 from visionattn.data import write_image
-from visionattn.drawing.overlay import heat
-from visionattn.drawing.sheets import Tile, sheet
+from visionattn.drawing import Tile, heat, sheet
 from visionattn.training.callbacks.run_files import _folder
 
 
 class DrawSpans(Callback):
-    """Write `overlays/spans.png` into the run after every validation: how far each head reaches, a row a layer.
+    """Write `overlays/spans.png` into the run after every validation: the reach of each head, one row per layer.
 
-    For networks whose heads have adaptive spans; in others it does nothing.
+    Does nothing for networks without adaptive spans.
     """
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -27,7 +27,7 @@ class DrawSpans(Callback):
             write_image(folder / "spans.png", _span_sheet(layers, f"spans after epoch {trainer.current_epoch}"))
 
 
-def _span_sheet(layers: dict[str, AdaptiveSpan], title: str) -> Any:
+def _span_sheet(layers: dict[str, AdaptiveSpan], title: str) -> NDArray[np.uint8]:
     tiles = []
     for name, part in layers.items():
         extent = math.ceil(part.max_span + part.ramp)

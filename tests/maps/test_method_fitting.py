@@ -10,15 +10,15 @@ ATTENTION = ["raw", "rollout", "chefer", "grad_rollout", "grad_attention", "valu
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_a_model_that_never_attends_names_the_methods_that_fit(name):
-    message = f"{name} needs attention over positions; this ResNet has none. Methods that fit: gradcam, gradcam"
+def test_the_error_of_a_model_without_attention_names_the_methods_that_fit(name):
+    message = f"{name} needs attention over positions; this ResNet has none. Methods that fit: eigencam, gradcam"
     with pytest.raises(UsageError) as caught:
         METHODS[name]()(models.resnet(), models.pictures())
     assert str(caught.value).startswith(message)
     assert "raw," not in str(caught.value).partition("fit:")[2]
 
 
-def test_the_methods_that_an_error_names_do_work():
+def test_the_methods_that_an_error_names_fit():
     model, images = models.resnet("seresnet18"), models.pictures()
     with pytest.raises(UsageError) as caught:
         RawAttention()(model, images)
