@@ -117,7 +117,7 @@ images_of = functools.partial(models.pictures, (32, 48))
 
 
 def on_cells(values, picked):
-    """Put a value a picked token on 4 × 6 cells."""
+    """Place one value per picked token on a 4 × 6 grid."""
     grid = torch.zeros(len(values), 24)
     for b in range(len(values)):
         for place, cell in enumerate(picked[b].tolist()):

@@ -23,6 +23,7 @@ from visionattn.cli import _VERBS
         ),
         (["--ckpt", "nothing.ckpt"], 1, ["there is no checkpoint nothing.ckpt"]),
         (["--ckpt", "a", "--weights", "b"], 2, ["--weights goes with --model"]),
+        (["--compare", "a", "b", "--weights", "c"], 2, ["--weights goes with --model"]),
         (["--ckpt", "a", "--batchsize", "3"], 2, ["no option --batchsize", "--batch-size"]),
         ([], 2, ["--ckpt", "--model", "required"]),
     ],

@@ -86,7 +86,7 @@ def test_the_commands_of_the_readme_work(command, quick_run, photo_folder, tmp_p
     [
         (["--save", "overlai"], ["no kind 'overlai' to save", "Nearest: overlay"]),
         (["--save", "difference"], ["--compare A.ckpt B.ckpt"]),
-        (["--save", "mask", "--method", "raw", "rollout"], ["mask holds one heatmap an image and not 2"]),
+        (["--save", "mask", "--method", "raw", "rollout"], ["mask holds one heatmap per image, got 2"]),
         (["--method", "raw@0", "--layer", "1"], ["not both"]),
         (["--method", "raw", "raw"], ["needs a name of its own"]),
         (["--colormap", "virdis"], ["no colormap 'virdis'", "viridis"]),

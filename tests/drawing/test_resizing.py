@@ -1,4 +1,4 @@
-"""Shrinking and enlarging, against means and squares of pixels."""
+"""Test shrinking against block averages, and enlarging against repeated pixels."""
 
 import numpy as np
 import pytest

@@ -17,7 +17,7 @@ def test_a_damaged_training_image_is_named_or_skipped(unreadable, server, photo_
         for index in range(4):
             content = (photo_folder / f"class{number}" / f"{index}.png").read_bytes()
             (images / f"class{number}" / f"{index}.png").write_bytes(content)
-    for index in range(4):  # whichever of them is drawn for training
+    for index in range(4):  # all four, since the split is random
         (images / "class2" / f"{index}.png").write_bytes(b"no image")
     config["model"]["init_args"]["network"]["init_args"]["num_classes"] = 5
     config["trainer"] |= {"max_epochs": 1, "limit_val_batches": 0}

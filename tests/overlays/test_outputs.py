@@ -186,10 +186,10 @@ def test_every_kind_can_be_written_and_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("kinds", "options", "words"),
     [
-        ([], {}, "there is nothing to save; choose among overlay"),
+        ([], {}, "no kind of output is given; choose among overlay"),
         (["overlai"], {}, r"no kind 'overlai' to save.*Nearest: overlay\."),
         (["difference"], {}, "difference compares two models"),
-        (["heatmap"], {"explanations": 3}, "heatmap holds one heatmap an image and not 3; take array"),
+        (["heatmap"], {"explanations": 3}, "heatmap holds one heatmap per image, got 3; save array"),
         (["side"], {"explanations": 2, "compared": True}, "side holds one heatmap"),
     ],
 )

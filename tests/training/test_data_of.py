@@ -37,7 +37,7 @@ def test_data_of_builds_the_configured_data_module(tmp_path):
     ("text", "told"),
     [
         ("trainer: {max_epochs: 1}", "has no data section"),
-        ("data: {", "is no YAML"),
+        ("data: {", "is not valid YAML"),
         (CONFIG.replace("batch_size", "batchsize"), "no option 'batchsize'.*Nearest: batch_size"),
     ],
 )

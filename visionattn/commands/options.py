@@ -82,7 +82,7 @@ def load(options: argparse.Namespace) -> LoadedModel:
     if options.weights and not options.model:
         raise UsageError("--weights goes with --model; a checkpoint holds its own weights")
     if options.ckpt:
-        return load_checkpoint(options.ckpt)
+        return _load_checkpoint(options.ckpt)
     import torch
 
     from visionattn.models import class_names_of, create_backbone, preprocess_of
@@ -95,7 +95,7 @@ def load(options: argparse.Namespace) -> LoadedModel:
     return model.to(_device()), preprocess_of(model), () if random else class_names_of(model)
 
 
-def load_checkpoint(path: str) -> LoadedModel:
+def _load_checkpoint(path: str) -> LoadedModel:
     """Load the network of a checkpoint. It is on the GPU if there is one; see `load`."""
     from visionattn.training import load as load_task
 

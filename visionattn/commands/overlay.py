@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from visionattn.commands.explore import write_page
-from visionattn.commands.options import Parser, add_model, load, load_checkpoint, method_and_layer
+from visionattn.commands.options import Parser, add_model, load, method_and_layer
 from visionattn.errors import UsageError
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _explainers(options: argparse.Namespace) -> "list[Explainer]":
         if len(options.method or ()) > 1 or len(options.layer or ()) > 1:
             raise UsageError("--compare shows two models by one method and one layer; name one of each")
         names = _distinct_names(options.compare)
-        models = [load_checkpoint(path) for path in options.compare]
+        models = [load(argparse.Namespace(ckpt=path, model=None, weights=options.weights)) for path in options.compare]
     else:
         names, models = [""], [load(options)]
     methods = [method_and_layer(method) for method in options.method or [None]]

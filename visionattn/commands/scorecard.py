@@ -101,7 +101,7 @@ def images_of_config(config: str, preprocess: Preprocess, *, count: int, batch_s
     own = getattr(data, "preprocess", preprocess)
     if own != preprocess:
         raise UsageError(
-            f"{config} prepares its images otherwise than this model needs them ({own}, not {preprocess}); "
+            f"{config} prepares its images differently from this model ({own}, not {preprocess}); "
             "score the images themselves with --data FOLDER, or take the config.yaml of the model's own run"
         )
     data.prepare_data()
@@ -113,7 +113,7 @@ def images_of_config(config: str, preprocess: Preprocess, *, count: int, batch_s
     first = dataset[0]
     if not isinstance(first, Failure) and not (isinstance(first, dict) and "image" in first):
         raise UsageError(
-            f"the samples of {type(data).__name__} are no dicts with the key 'image'; see data.ClassificationData"
+            f"the samples of {type(data).__name__} are not dicts with the key 'image'; see data.ClassificationData"
         )
     chosen = Subset(dataset, evenly(len(dataset), count))
     return Images(
@@ -189,7 +189,7 @@ def scorecard(
             progress.update(task, completed=scores.images, total=scores.images)  # a sum of fractions is not exact
     except torch.OutOfMemoryError as error:
         raise UsageError(
-            f"a batch of {batch_size} images does not fit the memory of the device; take a smaller batch size"
+            f"a batch of {batch_size} images does not fit into the device's memory; use a smaller batch size"
         ) from error
     finally:
         _print_failures(console, images.failures)

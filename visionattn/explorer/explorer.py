@@ -220,7 +220,7 @@ def explore(
                 if len(class_names) and analysis.scores is not None and len(class_names) != len(analysis.scores):
                     raise UsageError(
                         f"there are {len(class_names)} class names, but the model has {len(analysis.scores)} outputs; "
-                        "pass one name an output"
+                        "pass one name per output"
                     )
             gaze = glimpses[number] if glimpses else None
             if gaze is None and isinstance(model, GlimpseNetwork):
@@ -280,7 +280,7 @@ def _check(
         raise UsageError(f"steps must be 0 or ≥ 2, batch_size and limit ≥ 1, got {steps}, {batch_size} and {limit}")
     for name, items in (("glimpses", glimpses), ("detections", detections)):
         if len(items) not in (0, len(images)):
-            raise UsageError(f"there are {len(items)} {name} for {len(images)} images; pass one an image, or none")
+            raise UsageError(f"there are {len(items)} {name} for {len(images)} images; pass one per image, or none")
 
 
 def _root(images: "Tensor | Sequence[AnyPath | NDArray[np.uint8]]") -> str:
@@ -306,7 +306,7 @@ def _refuse_nothing(image: PageImage, model_name: str) -> None:
     """Raise a UsageError if the page would show nothing for an image."""
     analysis = image.analysis
     if not (analysis.attention or analysis.gates or analysis.heatmaps or image.glimpses or image.detections):
-        reason = next(iter(analysis.failed.values()), "no method fits, and nothing in it attends")
+        reason = next(iter(analysis.failed.values()), "no method fits, and the model has no attention")
         raise UsageError(f"there is nothing to show of this {model_name or 'list of images'}: {reason}")
 
 

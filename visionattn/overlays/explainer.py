@@ -57,7 +57,7 @@ class Explainer:
 
     @functools.cached_property
     def convolves(self) -> bool:
-        """Whether the model is a convolutional network; a convolution that cuts patches is not enough."""
+        """Whether the model is a convolutional network; the patch embedding of a ViT does not count."""
         return sum(isinstance(module, nn.Conv2d) for module in self.model.modules()) > 4
 
     def batch(self, images_BCHW: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ Output: TypeAlias = "NDArray[np.uint8] | NDArray[np.uint16] | Mapping[str, NDArr
 
 
 class GlimpseTrace(TypedDict):
-    """The glimpses of a glimpse network at one image, in pixels of the source.
+    """T glimpses of a network at one image, at S scales, with K classes, in pixels of the source.
 
     Keys:
         locations: (T, 2) xy, the centre of each glimpse's finest box.
@@ -316,7 +316,7 @@ def check_outputs(kinds: Sequence[str], *, explanations: int, compared: bool) ->
         UsageError: no kind is given, or a kind does not exist, cannot show so many explanations, or needs two models.
     """
     if not kinds:
-        raise UsageError(f"there is nothing to save; choose among {', '.join(OUTPUTS)}")
+        raise UsageError(f"no kind of output is given; choose among {', '.join(OUTPUTS)}")
     for kind in kinds:
         if kind not in OUTPUTS:
             raise UsageError(
@@ -326,7 +326,7 @@ def check_outputs(kinds: Sequence[str], *, explanations: int, compared: bool) ->
             raise UsageError(f"{kind} compares two models; name them by --compare A.ckpt B.ckpt")
         if (OUTPUTS[kind].max_methods or explanations) < explanations:
             raise UsageError(
-                f"{kind} holds one heatmap an image and not {explanations}; take array, or one method at a time"
+                f"{kind} holds one heatmap per image, got {explanations}; save array, or use one method at a time"
             )
 
 

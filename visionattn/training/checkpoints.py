@@ -100,7 +100,7 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
     args = {**model.get("init_args", {}), "optimizer": None, "lr_scheduler": None}
     task = _build({**model, "init_args": args}, path, (*TRUSTED, *trust))
     if not isinstance(task, L.LightningModule):
-        raise DataError(f"{os.fspath(path)} describes a {type(task).__name__}, which is no LightningModule")
+        raise DataError(f"{os.fspath(path)} describes a {type(task).__name__}, which is not a LightningModule")
     try:
         task.load_state_dict(content["state_dict"], strict=True)
     except RuntimeError as error:

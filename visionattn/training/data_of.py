@@ -31,7 +31,7 @@ def data_of(config: str) -> L.LightningDataModule:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content.get("data"):
         raise UsageError(f"{config} has no data section; give the config.yaml of a run, or a folder of images")
     parser = ArgumentParser(exit_on_error=False)

@@ -337,7 +337,7 @@ def test_unsupported_networks_raise_with_their_name_and_stay_unchanged():
         "this is a SwinTransformer": lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
         "of timm; this is a VisionTransformer": lambda: torchvision.models.VisionTransformer(32, 16, 1, 1, 8, 8),
         "in block 0 of this VisionTransformer, a ParallelScalingBlock": parallel,
-        "block 0 of this VisionTransformer, which attends by DiffAttention": lambda: timm.create_model(
+        "block 0 of this VisionTransformer, whose attention is DiffAttention": lambda: timm.create_model(
             "vit_tiny_patch16_224", depth=1, num_heads=4, attn_layer="diff"
         ),
     }

@@ -1,4 +1,4 @@
-"""Test the selection of boxes against a slow non-maximum suppression."""
+"""Test the selection of boxes against torchvision's `nms`, class by class."""
 
 import torch
 from torchvision.ops import nms

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def disk_full_after(size):
-    """No file may become larger than this; Python ignores the signal, and the write fails."""
+    """No file may become larger than this limit; Python ignores SIGXFSZ, so the write fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -66,7 +66,7 @@ def test_a_video_whose_name_is_not_valid_text_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "there is no video"), (b"", "is no video"), (b"hello" * 99, "is no video")]
+    ("content", "words"), [(None, "there is no video"), (b"", "read as a video"), (b"hello" * 99, "read as a video")]
 )
 def test_other_files_than_videos_are_refused(tmp_path, content, words, capfd):
     path = tmp_path / "x.mp4"

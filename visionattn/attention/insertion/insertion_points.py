@@ -142,7 +142,7 @@ class Places:
         """
         measured = self._outputs.get(name)
         if measured is None:
-            raise UsageError(f"{name} of this {self.kind} is not run as a module, so nothing can be put after it")
+            raise UsageError(f"{name} of this {self.kind} is not called as a module, so nothing can be put after it")
         if measured.layout is None:
             raise UsageError(f"nothing can be put after {name} of this {self.kind}: it {measured.reason}")
         return measured.layout
@@ -258,7 +258,6 @@ class Places:
             for item, tensor in enumerate(output):
                 if not isinstance(tensor, Tensor) or _holds(inputs, tensor):
                     continue  # an input that is passed through
-                    continue  # handed through
                 layout = _layout(tensor, self.images_BCHW, item)
                 if layout:
                     return _Output(layout, tensor=tensor)
@@ -302,7 +301,7 @@ class Places:
             inner = self._trunk(child)
             if isinstance(self.modules[child], _CONTAINERS):
                 opens = len(set(map(self._grid, inner))) > 1
-            else:  # a block may change the resolution inside; a wrapper holds several blocks that do
+            else:  # a block may change the resolution inside; a wrapper contains several blocks
                 opens = alone and len({self._grid(part) for part in inner if self._has_blocks(part)}) > 1
             trunk += [child] if self._has_layout(child) and not opens else inner
         order = {part: place for place, part in enumerate(self._outputs)}

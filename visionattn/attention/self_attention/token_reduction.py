@@ -311,9 +311,9 @@ def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
         if type(block) not in _PRE_NORM + _POST_NORM:
             raise UsageError(f"tokens cannot be reduced in {where}, a {type(block).__name__}")
         if type(block.attn) not in _ATTENTION:
-            raise UsageError(f"tokens cannot be reduced in {where}, which attends by {type(block.attn).__name__}")
+            raise UsageError(f"tokens cannot be reduced in {where}, whose attention is {type(block.attn).__name__}")
     if reduction.needs_class_token and model.cls_token is None:
-        raise UsageError(f"{type(reduction).__name__} needs a class token, and this {kind} has none; take TokenMerging")
+        raise UsageError(f"{type(reduction).__name__} needs a class token, and this {kind} has none; use TokenMerging")
     pool = model.attn_pool
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
         raise UsageError(f"tokens cannot be reduced where {type(pool).__name__} pools them by position")

@@ -89,7 +89,7 @@ def read_yolo(root: Path, images: Path | None, class_names: Sequence[str] | None
     there |= {file for file in (home / "labels").rglob("*") if file.suffix.lower() == ".txt"}
     stray = there - used - {_label_file(path) for path in pictures_in(home / "images")}
     stray = {file for file in stray if file.name not in ("classes.txt", "labels.txt") and file.name[0] != "."}
-    problems += [Problem("missing image", file.name, "its image is not there") for file in sorted(stray)]
+    problems += [Problem("missing image", file.name, "its image is missing") for file in sorted(stray)]
     return annotations
 
 

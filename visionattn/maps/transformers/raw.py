@@ -66,7 +66,7 @@ class RawAttention(Method):
         if self.query is not None:
             grid = None if site.queries is None else site.queries.grid
             if grid is None or not all(0 <= at < size for at, size in zip(self.query, grid, strict=True)):
-                has = "its queries are no patches" if grid is None else f"its grid is {grid[0]}×{grid[1]}"
+                has = "its queries are not patches" if grid is None else f"its grid is {grid[0]}×{grid[1]}"
                 raise UsageError(f"{site.name} has no patch {tuple(self.query)}: {has}")
             keep = PatchRow(*self.query)
         with artefacts.warn_of_artefacts(model, survey), capture(model, keep, layers=[self.layer]) as records:

@@ -27,7 +27,8 @@ class Decoder(nn.Module):
         box_l = σ(σ⁻¹(box_{l-1}) + MLP_l(query))                       (Zhu et al. 2020, 2010.04159, section 4.3)
 
     The gradient of a layer's loss flows into the box of the layer before it, but not into earlier boxes (look forward
-    twice, DINO, Zhang et al. 2022, 2203.03605, section 3.5). A box gets no gradient as the place of attention.
+    twice, DINO, Zhang et al. 2022, 2203.03605, section 3.5). Attention passes no gradient to the box
+    that it samples around.
 
     Args:
         channels: C.

@@ -184,7 +184,7 @@ class ExportJob:
         only the faulty ones fail.
 
         Raises:
-            UsageError: the method does not fit the model, or the batch does not fit the memory of the device.
+            UsageError: the method does not fit the model, or the batch does not fit into the device's memory.
         """
         if not batch:
             return []
@@ -199,7 +199,7 @@ class ExportJob:
             return [result for image in batch for result in self.explain([image])]
         except torch.OutOfMemoryError as error:
             raise UsageError(
-                f"a batch of {len(batch)} images does not fit the memory of the device; take a smaller batch size"
+                f"a batch of {len(batch)} images does not fit into the device's memory; use a smaller batch size"
             ) from error
         for image in batch:
             image.prepared = []

@@ -124,7 +124,7 @@ class Done:
         """
         outputs = line["outputs"]
         if not isinstance(outputs, dict):
-            raise ValueError("outputs is no object")
+            raise ValueError("outputs must be an object")
         known = {*_IDENTITY, "status", "outputs", "earlier"}
         facts = cast(Facts, {key: value for key, value in line.items() if key not in known})
         return cls(*_read_identity(line), outputs, facts, _strings(line.get("earlier", [])))
@@ -187,13 +187,13 @@ def _identity(entry: Entry) -> dict[str, object]:
 def _read_identity(line: Mapping[str, object]) -> tuple[str, Stamp, str]:
     source, size, modified, fingerprint = (line[key] for key in _IDENTITY)
     if not isinstance(size, int) or not isinstance(modified, int):
-        raise ValueError("bytes or modified is no integer")
+        raise ValueError("bytes and modified must be integers")
     return str(source), (size, modified), str(fingerprint)
 
 
 def _strings(value: object) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError("earlier is no list of paths")
+        raise ValueError("earlier must be a list of paths")
     return value
 
 

@@ -106,7 +106,7 @@ def run(
         workers: threads that read and draw.
 
     Raises:
-        UsageError: the method does not fit the model, or a batch does not fit the memory of the device.
+        UsageError: the method does not fit the model, or a batch does not fit into the device's memory.
         DataError: all images of the first batch fail in the model, or the manifest cannot be written.
     """
 

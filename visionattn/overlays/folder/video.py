@@ -53,7 +53,7 @@ class VideoFrames:
             self._capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
         self._rate = self._capture.get(cv2.CAP_PROP_FPS)
         if not self._capture.isOpened() or not 0 < self._rate < 1000:
-            raise DataError(f"{printable(path)} is no video that can be read")
+            raise DataError(f"{printable(path)} cannot be read as a video")
         width, height = (self._capture.get(side) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         if width * height > max_pixels:
             raise DataError(

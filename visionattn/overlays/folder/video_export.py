@@ -107,7 +107,7 @@ class VideoExport:
         for film, _ in films:
             film.close()
         if not self._failed and not self._at:
-            self.fail("holds no frame that can be read")
+            self.fail("contains no readable frame")
         try:
             if self._failed:
                 raise DataError(self._failed)
