@@ -1,9 +1,9 @@
-"""Data and a trained checkpoint that several tests use; all of it made here."""
+"""Fixtures of several tests: a trained checkpoint, pictures, a browser and a copy of the Hugging Face hub."""
 
 import os
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads of several tests would wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported; threads of parallel tests slow each other down
 
 import shutil
 from unittest import mock
@@ -19,19 +19,12 @@ SMALL = [
     "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--data.train_size=256", "--data.val_size=64",
     "--data.test_size=64",
 ]  # fmt: skip
-"""Flags that make the quickstart a matter of seconds."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_run():
-    os.environ.pop("VISIONATTN_RUN", None)
-    yield  # without monkeypatch, so that it ends after a test's own has put things back
-    os.environ.pop("VISIONATTN_RUN", None)
+"""Flags with which the quickstart takes seconds."""
 
 
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory):
-    """The folder of a short run of the quickstart, with its checkpoints, config and report."""
+    """Train the quickstart for one short epoch; return the folder of its checkpoints, config and report."""
     from visionattn.cli import main
 
     home = tmp_path_factory.mktemp("quick")
@@ -41,13 +34,12 @@ def quick_run(tmp_path_factory):
         assert main(["fit", "--config", str(CONFIGS / "quickstart.yaml"), *SMALL]) == 0
     finally:
         os.chdir(before)
-        os.environ.pop("VISIONATTN_RUN", None)
     return home / "runs" / "quickstart" / "0"
 
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory):
-    """A folder of five classes, twelve small pictures each, every class with its own colour."""
+    """Return a folder of five classes with twelve small pictures each. Every class has its own colour."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("photos")
@@ -73,7 +65,7 @@ def browser():
 
 @pytest.fixture
 def shelf(tmp_path, monkeypatch):
-    """Where the repositories lie: `owner/name` is a folder."""
+    """Replace the Hugging Face hub by a folder, in which each repository is a sub-folder `owner/name`."""
     home = tmp_path / "hub"
 
     def create_repo(repo_id, **options):

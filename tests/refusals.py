@@ -1,9 +1,9 @@
-"""What must be refused, in a line."""
+"""Check in one line that a call raises an error."""
 
 import pytest
 
 
 def refuses(error, message, call, /, *arguments, **options):
-    """Such a call raises the error, and what the error says holds the pattern."""
+    """Check that the call raises the error, and that the error's message matches the pattern."""
     with pytest.raises(error, match=message):
         call(*arguments, **options)

@@ -1,4 +1,4 @@
-"""Synthetic shapes: ellipses, rectangles, triangles and crosses of any colour on noise, with their boxes."""
+"""A synthetic detection data set: ellipses, rectangles, triangles and crosses on a noisy background."""
 
 import cv2
 import numpy as np
@@ -8,17 +8,18 @@ NAMES = ("disc", "square", "triangle", "cross")
 
 
 class Shapes(torch.utils.data.Dataset):
-    """Images of `side` pixels with one to five shapes, .12 to .42 of the side in size (11 to 40 of 96 pixels) and .7 to
-    1.4 times as wide as high, whose boxes overlap by an IoU below .1.
+    """Square images with one to five shapes each.
 
-    Image `index` depends on (seed, index) alone.
+    The size of a shape is .12 to .42 of the image's side (11 to 40 of 96 pixels). A shape is .7 to 1.4 times as wide as
+    high, and the boxes of two shapes have an IoU below .1. Image `index` depends only on (seed, index).
 
-    The ground is blotches of one colour under noise, σ 15 of 255; a shape differs from the ground's mean by 50 or more
-    in one channel at least, so that most are plain to see and some are not. These numbers were chosen before any
-    detector was tuned; for a while they were easier (19 to 43 pixels, at most four), and no figure of then is kept. The
-    goals of `tests/benchmarks/detection.py` come from 512 images of shapes at 96 pixels of which nothing else is known.
-    By torchvision's FCOS as a yardstick these are no easier: there a head of its kind reached mAP50 .91 in 10 CPU
-    seconds, here it reached .67 on a busy machine (`fcos_map50_10s`).
+    The background has smooth blotches around one colour, and noise with σ = 15 of 255. In at least one channel, the
+    colour of a shape differs from the background's mean by 50 or more, so most shapes are easy to see.
+
+    These numbers were chosen before any detector was tuned. The goals of `tests/benchmarks/detection.py` come from
+    another data set, of which we only know that it has 512 images of shapes with 96 pixels. The present images are no
+    easier: torchvision's FCOS reached mAP50 .67 on them in 10 CPU seconds of a busy machine (`fcos_map50_10s`), and a
+    similar head reached .91 on the other data set.
     """
 
     def __init__(self, size, *, seed=0, side=96, preload=True):
@@ -65,7 +66,7 @@ class Shapes(torch.utils.data.Dataset):
 
 
 def shape(label, box, side, fine=4):
-    """(side, side, 1) coverage of a shape that fills its box."""
+    """Return the fraction of each pixel, (side, side, 1), that a shape covers. The shape fills its box."""
     x1, y1, x2, y2 = (box * fine).tolist()
     mask = np.zeros((side * fine, side * fine), np.uint8)
     middle = (x1 + x2) / 2, (y1 + y2) / 2
@@ -87,9 +88,9 @@ def shape(label, box, side, fine=4):
     return cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA)[..., None].astype(np.float32) / 255
 
 
-def iou(one, other):
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
+def iou(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
     common = max(0, width) * max(0, height)
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
     return common / (sum(areas) - common)

@@ -1,4 +1,4 @@
-"""The command line itself: quick to start, with help for every verb."""
+"""The command line starts quickly and has help for every verb."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def test_importing_the_package_imports_nothing_heavy(tmp_path):
 
 
 @pytest.mark.parametrize("verb", ["fit", "data", "overlay", "score"])
-def test_every_verb_has_its_help(verb, capsys):
+def test_help_of_a_verb_exits_with_0(verb, capsys):
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
     assert ended.value.code == 0

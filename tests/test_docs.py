@@ -1,4 +1,4 @@
-"""The examples in docstrings run and give the documented results."""
+"""The examples (`>>>`) in docstrings run and give the documented results."""
 
 import doctest
 import importlib
@@ -9,22 +9,22 @@ import pytest
 
 import visionattn
 
-SHOWN = {
+MODULES_WITH_EXAMPLES = {
     name
     for _, name, _ in pkgutil.walk_packages(visionattn.__path__, "visionattn.")
     if ">>> " in Path(importlib.util.find_spec(name).origin).read_text("utf-8")
 }
 
 
-def test_the_public_calls_have_examples():
+def test_main_public_functions_have_examples():
     assert {
         "visionattn.attention.insertion.inserting", "visionattn.capture.recording",
-        "visionattn.maps.transformers.rollout", "visionattn.explorer.explorer", "visionattn.overlays.heatmaps",
-    } <= SHOWN  # fmt: skip
+        "visionattn.maps.methods.rollout", "visionattn.explorer.explorer", "visionattn.overlays.heatmaps",
+    } <= MODULES_WITH_EXAMPLES  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(SHOWN))
-def test_examples_of(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", sorted(MODULES_WITH_EXAMPLES))
+def test_examples_of_module_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted

@@ -1,4 +1,4 @@
-"""Messages of errors and warnings."""
+"""Errors, suggestions of similar names, and the position of warnings."""
 
 import warnings
 
@@ -16,24 +16,28 @@ def test_nearest_lists_the_most_similar_names_first():
 
 
 @pytest.mark.parametrize("kind", [UsageError, DataError])
-def test_errors_are_caught_as_the_value_errors_of_python(kind):
-    with pytest.raises(ValueError, match=r"^what is wrong$"):
-        raise kind("what is wrong")
+def test_errors_are_value_errors(kind):
+    with pytest.raises(ValueError, match=r"^the message$"):
+        raise kind("the message")
 
 
 def test_a_warning_points_at_the_users_line():
-    def method():
-        warn("doubt it")
+    """`explain` stands for a method that warns, and `call` for the library function that the user calls."""
+
+    def explain():
+        warn("the map is constant")
 
     def call():
-        method()
+        explain()
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    assert [(one.category, str(one.message), one.filename) for one in told] == [(MapWarning, "doubt it", __file__)]
-    line = test_a_warning_points_at_the_users_line.__code__.co_firstlineno
+    (warning,) = caught
+    expected = (MapWarning, "the map is constant", __file__)
+    assert (warning.category, str(warning.message), warning.filename) == expected
+    first_line = test_a_warning_points_at_the_users_line.__code__.co_firstlineno
     with open(__file__) as file:
         lines = file.read().splitlines()
-    assert line < told[0].lineno
-    assert lines[told[0].lineno - 1] == "        call()"
+    assert first_line < warning.lineno
+    assert lines[warning.lineno - 1] == "        call()"

@@ -1,9 +1,5 @@
-"""The READMEs: their commands and code run from top to bottom in one folder, as a reader would run them.
+"""READMEs: commands and code run from top to bottom in one folder, links lead to files, and tables match the code."""
 
-Their links lead to files that exist, and their tables say what the code says.
-"""
-
-import os
 import re
 import shlex
 import shutil
@@ -33,14 +29,15 @@ PAGES = [
 ]
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 ELSEWHERE = {
-    "python -m pip install": ".ci/run installs it, and test_package.py builds the wheel",
-    "--devices 2": "tests/commands/test_overlay.py: all of 'Overlays of folders'",
+    "mynet": "tests/commands/test_options_own_network.py trains and explains such a network",
+    "python -m pip install": ".ci/run installs the package, and test_package.py builds the wheel",
+    "--devices 2": "tests/commands/test_overlay.py runs the commands of overlays/README.md",
     "torchrun": "tests/faults/test_resume.py",
-    "srun": "tests/faults/test_resume.py, without SLURM: its environment",
+    "srun": "tests/faults/test_resume.py sets the environment variables of SLURM",
     "hf://": "tests/training/test_hub.py",
     "visionattn push": "tests/commands/test_push.py",
 }
-"""What is run by another test, by a part of the command."""
+"""Part of a command → the test that runs this command; `test_command_of_a_readme_runs` skips it."""
 SHORT = [
     *("--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"),
     *("--trainer.limit_test_batches=1", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"),
@@ -57,10 +54,10 @@ SMALLER = {"vit_small_patch16_224": "test_vit", "resnet50": "test_resnet"}
 
 
 def commands():
-    """Every command of an indented block, in order: (page, command), its lines joined and its comment taken off."""
+    """Yield (page, command) for every command of an indented block, with lines joined and comments removed."""
     for page, text in TEXTS.items():
         if page == "visionattn/overlays/README.md":
-            continue  # tests/commands/test_overlay.py runs those
+            continue  # tests/commands/test_overlay.py runs these commands
         lines = re.sub(r"```.*?```", "", text, flags=re.S).split("\n")
         block = "\n".join(line[4:] for line in lines if line.startswith("    "))
         for line in block.replace("\\\n", "").split("\n"):
@@ -70,7 +67,7 @@ def commands():
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """What README's commands name: images, boxes, and runs that none of them makes."""
+    """Return a folder with the configs, images and boxes that the READMEs' commands name."""
     home = tmp_path_factory.mktemp("reader")
     shutil.copytree(CONFIGS, home / "configs")
     random = np.random.default_rng(0)
@@ -87,7 +84,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def reader(home, monkeypatch):
-    """In that folder, without a network: published weights are random ones of smaller models of the same kind."""
+    """Work in the folder `home`, without a network: smaller models with random weights replace the pretrained ones."""
     monkeypatch.chdir(home)
     monkeypatch.setattr(torchvision.datasets, "MNIST", FakeMNIST)
     create = timm.create_model
@@ -101,12 +98,11 @@ def reader(home, monkeypatch):
 
 
 def fit(*arguments):
-    os.environ.pop("VISIONATTN_RUN", None)  # a second run of this process, not a second process of that run
     assert main(["fit", *arguments, *SHORT]) == 0
 
 
-def prepare(words):
-    """Make the runs that a command goes on from, where none before it has."""
+def prepare(text):
+    """Train the runs whose checkpoints the text names, unless they exist."""
     for name, configs in {
         "quickstart": ["quickstart.yaml"],
         "vit-dense": ["vit/dense.yaml"],
@@ -114,20 +110,20 @@ def prepare(words):
         "cluttered_60": ["glimpse/cluttered_60.yaml"],
         "detection-digits": ["detection/digits.yaml"],
     }.items():
-        if f"runs/{name}/" in words and not Path(f"runs/{name}/0/best.ckpt").exists():
-            text = "".join(Path("configs", config).read_text() for config in configs)
-            root = {"ImageFolderData": FOLDER, "AnnotatedData": BOXES}
-            root = [flag for data, flags in root.items() if data in text for flag in flags]
+        if f"runs/{name}/" in text and not Path(f"runs/{name}/0/best.ckpt").exists():
+            config_text = "".join(Path("configs", config).read_text() for config in configs)
+            flags_of_data = {"ImageFolderData": FOLDER, "AnnotatedData": BOXES}
+            root = [flag for data, flags in flags_of_data.items() if data in config_text for flag in flags]
             fit(*(f"--config=configs/{config}" for config in configs), *root)
 
 
 @pytest.mark.parametrize(("page", "command"), list(dict.fromkeys(commands())))
-def test_a_command_does_what_it_says(page, command, reader, capfd):
-    reason = [where for part, where in ELSEWHERE.items() if part in command]
-    if reason:
-        for place in re.findall(r"[\w./]+\.py", reason[0]):
-            name = CONFIGS.parent / ("tests/" + place if "/" not in place else place)
-            assert name.exists(), reason[0]
+def test_command_of_a_readme_runs(page, command, reader, capfd):
+    elsewhere = [tests for part, tests in ELSEWHERE.items() if part in command]
+    if elsewhere:
+        for path in re.findall(r"[\w./]+\.py", elsewhere[0]):
+            test = CONFIGS.parent / ("tests/" + path if "/" not in path else path)
+            assert test.exists(), elsewhere[0]
         return
     prepare(command)
     verb, *words = shlex.split(command)[1:]
@@ -145,16 +141,16 @@ def test_a_command_does_what_it_says(page, command, reader, capfd):
     if verb == "score":
         words += ["--images", "4", "--steps", "2"]
     assert main([verb, *words]) == 0, capfd.readouterr().err
-    made = set(reader.rglob("*")) - before
-    said = capfd.readouterr().out
-    assert made or said
+    new_files = set(reader.rglob("*")) - before
+    printed = capfd.readouterr().out
+    assert new_files or printed
     if "--out" in words:
         assert Path(words[words.index("--out") + 1]).exists()
 
 
 @pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```python" in text])
-def test_the_code_runs(page, reader):
-    """All blocks of a page one after the other, names carried over as in a notebook."""
+def test_code_of_a_readme_runs(page, reader):
+    """Run all blocks of a page in one namespace, as in a notebook; saved files must exist."""
     prepare("runs/cluttered_60/ runs/detection-digits/ runs/quickstart/")
     names = {}
     for block in re.findall(r"```python\n(.*?)```", TEXTS[page], re.S):
@@ -165,7 +161,7 @@ def test_the_code_runs(page, reader):
 
 
 def anchors(text):
-    """The anchors that a page's headings have on GitHub."""
+    """Return the anchors of a page's headings on GitHub."""
     return {
         re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
         for line in text.split("\n")
@@ -174,7 +170,7 @@ def anchors(text):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
+def test_links_lead_to_existing_files_and_headings(page):
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]) if "://" not in link]
     for link in links:
         path, _, anchor = link.partition("#")
@@ -186,7 +182,7 @@ def test_links_lead_somewhere(page):
 
 
 def rows(page, heading):
-    """The cells of the first table after a line of a page."""
+    """Yield the cells of each row of the first table after the heading."""
     lines = TEXTS[page].split(heading, 1)[1].split("\n")
     first = next(number for number, line in enumerate(lines) if line.startswith("|"))
     for line in lines[first + 2 :]:
@@ -195,23 +191,23 @@ def rows(page, heading):
         yield [cell.strip().strip("`") for cell in line.strip("|").split("|")]
 
 
-def test_the_table_of_methods_is_what_the_methods_say():
+def test_table_of_methods_matches_the_code():
     table = [row[:3] for row in rows("visionattn/maps/README.md", "## Methods")]
     assert table == [[name, method.needs, method.cost] for name, method in METHODS.items()]
 
 
-def test_the_table_of_outputs_is_what_the_outputs_say():
+def test_table_of_outputs_matches_the_code():
     table = list(rows("visionattn/overlays/README.md", "`--save` takes these kinds"))
     assert table == [[name, kind.help] for name, kind in OUTPUTS.items()]
 
 
-def test_the_table_of_verbs_names_every_verb_and_its_module():
-    named = {}
+def test_table_of_verbs_names_every_verb_and_its_module():
+    modules = {}
     for verbs, _, files in rows("visionattn/commands/README.md", "visionattn --help"):
         for verb in re.findall(r"[\w-]+", verbs.replace("data check", "data")):
-            named[verb] = files.split(".py")[0]
-    assert named == {verb: module.rpartition(".")[2] for verb, (module, _) in _VERBS.items()}
+            modules[verb] = files.split(".py")[0]
+    assert modules == {verb: module.rpartition(".")[2] for verb, (module, _) in _VERBS.items()}
 
 
-def test_the_first_page_is_one_page():
+def test_root_readme_has_at_most_125_lines():
     assert len(TEXTS["README.md"].splitlines()) <= 125

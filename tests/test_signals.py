@@ -1,4 +1,4 @@
-"""Signals end the process at a safe moment."""
+"""A signal ends the process after every `finally`, and can be held during a training step."""
 
 import signal
 import subprocess
@@ -20,12 +20,12 @@ with signals.watched():
     try:
         signal.raise_signal({int(number)})
     finally:
-        print("last words")
+        print("finally ran")
 print("never reached")
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 128 + number
-    assert ended.stdout == "last words\n"
+    assert ended.stdout == "finally ran\n"
 
 
 def test_a_held_signal_is_stored_and_a_second_one_raises():
@@ -43,7 +43,7 @@ def test_a_held_signal_is_stored_and_a_second_one_raises():
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_handlers_are_restored():
+def test_watched_restores_the_earlier_handlers():
     before = [signal.getsignal(number) for number in BOTH]
     with signals.watched():
         assert [signal.getsignal(number) for number in BOTH] != before

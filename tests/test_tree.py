@@ -1,4 +1,4 @@
-"""The shape of the tree: each module has its test, no import runs in a circle, and no file or folder grows without end.
+"""The shape of the tree: each module has a test, imports have no cycle, and files and folders have a largest size.
 
 `visionattn/a/b.py` is tested by `tests/a/test_b.py`, and its aspects by `tests/a/test_b_<aspect>.py`.
 """
@@ -13,25 +13,27 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, TESTS = ROOT / "visionattn", ROOT / "tests"
-APART = {"faults", "benchmarks", "notebooks"}
-"""Folders of tests that mirror no module: kills and full disks, timings, notebooks."""
-WHOLE_PROJECT = {"test_tree", "test_package", "test_readme", "test_docs", "test_malloc"}
-"""Tests at the root that are of no module."""
-LONGEST = 400  # lines of a file of tests
-MOST = 14  # modules in a folder, and files of tests
-MORE = {
-    "capture": 20,  # models are watched in threads, in processes, compiled, in eager and fused attention, …
-    "overlays/folder": 16,  # exports of odd images, a second time, after a kill
+WITHOUT_MODULES = {"faults", "benchmarks", "notebooks"}
+"""Folders of tests that correspond to no folder of modules: kills and full disks, timings, notebooks."""
+WHOLE_PROJECT = {"test_tree", "test_package", "test_readme", "test_docs", "test_sequences"}
+"""Tests in the root folder that belong to no module."""
+MAX_LINES = 400  # of a test file
+MAX_FILES = 14  # modules in a folder of the package, and test files in a folder of tests
+MAX_TEST_FILES = {
+    "capture": 20,  # one file each for threads, processes, compiled models, eager and fused attention, …
+    "overlays/folder": 16,  # one file each for odd images, a second export, an export after a kill, …
 }
-"""Folder → how many files of tests, where aspects of its modules have files of their own."""
+"""Folder → largest number of test files, where single aspects of a module have a file each."""
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if not path.name.startswith("_"))
-FILES = sorted(path.relative_to(TESTS) for path in TESTS.rglob("*.py") if path.relative_to(TESTS).parts[0] not in APART)
+FILES = sorted(
+    path.relative_to(TESTS) for path in TESTS.rglob("*.py") if path.relative_to(TESTS).parts[0] not in WITHOUT_MODULES
+)
 FOLDERS = sorted({path.parent for path in MODULES})
 
 
 def fits(name, stems):
-    """Whether a name is `test_<stem>` or `test_<stem>_<aspect>` of one of the stems."""
+    """Return whether a name is `test_<stem>` or `test_<stem>_<aspect>` for one of the stems."""
     return any(name == f"test_{stem}" or name.startswith(f"test_{stem}_") for stem in stems)
 
 
@@ -47,22 +49,24 @@ def test_every_test_file_is_named_after_a_module_or_its_package(file):
     assert fits(file.stem, stems) or (file.parent == Path() and file.stem in WHOLE_PROJECT)
 
 
-def test_no_file_of_tests_is_too_long():
+def test_no_test_file_is_too_long():
     lengths = {str(file): len((TESTS / file).read_text().splitlines()) for file in FILES}
-    assert {file: length for file, length in lengths.items() if length > LONGEST} == {}
+    assert {file: length for file, length in lengths.items() if length > MAX_LINES} == {}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=str)
 def test_no_folder_holds_too_many_files(folder):
     modules = [path for path in (PACKAGE / folder).glob("*.py") if path.name != "__init__.py"]
     tests = list((TESTS / folder).glob("test_*.py"))
-    assert len(modules) <= MOST
-    assert len(tests) <= MORE.get(folder.as_posix(), MOST)
+    assert len(modules) <= MAX_FILES
+    assert len(tests) <= MAX_TEST_FILES.get(folder.as_posix(), MAX_FILES)
 
 
 def imports_of(module):
-    """The modules that a module imports, inside functions and for type checkers too; a package's face counts as the
-    modules whose names are taken from it."""
+    """Return the modules that a module imports, also inside functions and under TYPE_CHECKING.
+
+    A name that is imported from a package counts as an import of the module that defines the name.
+    """
     found = set()
     for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
         if isinstance(node, ast.Import):
@@ -78,13 +82,13 @@ def imports_of(module):
                 continue
             path = path.relative_to("visionattn")
             if (PACKAGE / path).is_dir():
-                path = path / (name if name not in (face := face_of(path)) else face[name])
+                path = path / public_names(path).get(name, name)
             found.add(path.with_suffix(".py"))
     return {path for path in found if (PACKAGE / path).is_file()} - {module}
 
 
-def face_of(package):
-    """The names that a package offers → the module of each."""
+def public_names(package):
+    """Return name → module for the names in a package's `__init__.pyi`."""
     stub = PACKAGE / package / "__init__.pyi"
     nodes = ast.parse(stub.read_text()).body if stub.exists() else []
     return {
@@ -95,14 +99,14 @@ def face_of(package):
     }
 
 
-def test_no_imports_run_in_a_circle():
+def test_imports_have_no_cycle():
     graph = {module: imports_of(module) for module in MODULES}
-    assert sum(map(len, graph.values())) > 300  # the imports are really found
-    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+    assert sum(map(len, graph.values())) > 300  # `imports_of` does find imports
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which names the modules of the cycle
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
-def test_other_packages_are_imported_by_their_public_lists(module):
+def test_modules_import_only_public_names_of_other_packages(module):
     home = module.parts[0]
     for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("visionattn."):
@@ -110,7 +114,7 @@ def test_other_packages_are_imported_by_their_public_lists(module):
             if package != home and (PACKAGE / package / "__init__.pyi").exists():
                 names = {alias.name for alias in node.names}
                 assert not deeper, f"{node.module} is private to {package}: import from visionattn.{package}"
-                assert names <= face_of(Path(package)).keys(), f"put {names} into {package}/__init__.pyi"
+                assert names <= public_names(Path(package)).keys(), f"put {names} into {package}/__init__.pyi"
 
 
 @pytest.mark.parametrize(
@@ -121,8 +125,8 @@ def test_other_packages_are_imported_by_their_public_lists(module):
         ("data", "lightning.pytorch.cli"),
     ],
 )
-def test_packages_load_nothing_that_they_may_not_import(modules, forbidden):
-    """In a fresh process, with every module of the packages loaded: what stands behind public lists counts too."""
+def test_packages_do_not_import_forbidden_libraries(modules, forbidden):
+    """Import every module of the packages in a new process; indirect imports count too."""
     code = (
         "import importlib, pkgutil, sys\n"
         f"for name in {[f'visionattn.{module}' for module in modules.split()]}:\n"
@@ -131,5 +135,5 @@ def test_packages_load_nothing_that_they_may_not_import(modules, forbidden):
         "        importlib.import_module(info.name)\n"
         f"print(*[name for name in {forbidden.split()} if name in sys.modules])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == ""

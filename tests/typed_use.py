@@ -1,4 +1,4 @@
-"""What a user writes with the public names, checked by mypy as a user's own code is; test_package.py runs it."""
+"""Example code of a user, with public names only. mypy checks the types, and test_package.py runs the code."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from visionattn.overlays import Explainer
 
 
 def use(model: nn.Module, picture: Path, folder: Path) -> None:
-    """Explain a model of images of 32 × 32 pixels, and write into a folder."""
+    """Explain a model whose inputs have 32 × 32 pixels, and write a page into the folder."""
     preprocess = Preprocess(32)
     heatmap = va.heatmap(model, picture, preprocess=preprocess)
     assert_type(heatmap, va.Heatmap)

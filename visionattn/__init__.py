@@ -1,14 +1,14 @@
-"""Attention in computer vision: train models that attend, see where they looked, and measure whether to believe it.
+"""Attention in computer vision: train models with attention, draw their heatmaps, and test the heatmaps.
 
     import visionattn as va
 
-    va.overlay(model, "cat.jpg")      draw where a model looked, as a PIL image
-    va.heatmap(model, "cat.jpg")      the heatmap with its numbers: values, prediction, peak
-    va.explore(model, ["cat.jpg"])    a page to explore patches, heads, layers and methods, with their scores
+    va.overlay(model, "cat.jpg")      draw a heatmap over the image; returns a PIL image
+    va.heatmap(model, "cat.jpg")      compute the heatmap as an array, with the prediction and the peak
+    va.explore(model, ["cat.jpg"])    make a page to explore patches, heads, layers and heatmap methods
     va.insert(model, mechanism)       insert an attention mechanism into a model
-    va.load("best.ckpt")              load the task of a run, whose `network` is the model
+    va.load("best.ckpt")              load a trained task from a checkpoint; `task.network` is the model
 
-Names and sub-packages are imported on first use, so `import visionattn` itself costs almost nothing.
+Names and sub-packages are imported on first use, so `import visionattn` is fast.
 """
 
 import lazy_loader

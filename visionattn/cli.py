@@ -16,12 +16,15 @@ _VERBS = {
     "test": ("visionattn.commands.train", "score a checkpoint on the test images and write a report with overlays"),
     "predict": ("visionattn.commands.train", "write the predicted classes or boxes of images"),
     "data": ("visionattn.commands.data", "check a data set: visionattn data check PATH"),
-    "overlay": ("visionattn.commands.overlay", "write overlays of where a model looked in images"),
-    "explore": ("visionattn.commands.explore", "write a page to explore where a model looks in images"),
-    "score": ("visionattn.commands.score", "measure whether to believe a method's heatmaps"),
+    "overlay": ("visionattn.commands.overlay", "draw heatmaps of a model over images"),
+    "explore": ("visionattn.commands.explore", "write a page to explore a model's attention and heatmaps"),
+    "score": ("visionattn.commands.score", "measure whether a method's heatmaps can be trusted"),
     "push": ("visionattn.commands.push", "upload a model to the Hugging Face hub"),
     "completion": ("visionattn.commands.completion", "print a shell's completion script"),
-    "export": ("visionattn.commands.export", "write a model into one file: weights, or a graph with its heatmap"),
+    "export": (
+        "visionattn.commands.export",
+        "write weights, or a graph that computes scores and a heatmap, to one file",
+    ),
 }
 
 
@@ -36,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SIGTERM.
     """
     # OpenMP's threads spin for milliseconds while they wait for each other. When other processes used the same cores,
-    # this made a training step of the quickstart 6 times as long (214 ms instead of 34 ms). Long spinning made nothing
-    # faster in other cases. The variable, which limits it, must be set before torch is imported.
+    # spinning made a training step of the quickstart 6 times as long (214 ms instead of 34 ms). We measured no case in
+    # which long spinning was faster. GOMP_SPINCOUNT limits the spinning; set it before torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -79,13 +82,13 @@ def _help() -> str:
         [
             "usage: visionattn VERB [OPTIONS]",
             "",
-            "Train vision models that attend, see where they looked, and measure whether to believe it.",
+            "Train vision models with attention, draw their heatmaps, and measure whether the heatmaps can be trusted.",
             "",
             *(f"  {verb:<{width}}  {text}" for verb, (_, text) in _VERBS.items()),
             "",
             "  visionattn VERB --help     the options of a verb",
             "  visionattn --version",
-            "  --debug                    with any verb: show where an error arose",
+            "  --debug                    with any verb: show the traceback of an error",
             "",
             "First steps: visionattn fit --config configs/quickstart.yaml",
         ]

@@ -1,6 +1,6 @@
 """The two errors that users see, and the warning about doubtful heatmaps.
 
-A message is one sentence. It says what is wrong, where, and what to do.
+Each message is one sentence: what is wrong, where, and what to do.
 """
 
 import difflib
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """A wrong name, argument or combination; the command line ends with exit code 2."""
+    """A wrong name, argument or combination of arguments. The command line exits with code 2."""
 
 
 class DataError(ValueError):
-    """A file, folder or checkpoint that cannot be used; the command line ends with exit code 1."""
+    """A file, folder or checkpoint that cannot be used. The command line exits with code 1."""
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
@@ -35,7 +35,7 @@ class MapWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Emit a MapWarning that points at the caller of the method."""
+    """Emit a MapWarning that points at the line in which the user called the method."""
     import warnings
 
     warnings.warn(message, MapWarning, stacklevel=4)

@@ -1,18 +1,21 @@
-"""Printable file names, and atomic writes: a file is replaced as a whole or not at all."""
+"""Names of files: printable, in natural order, no addresses. Atomic writes: a whole file is replaced, or nothing."""
 
 import contextlib
 import hashlib
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeAlias
 
-from visionattn.errors import DataError
+from visionattn.errors import DataError, UsageError
 
 AnyPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 
-_PREFIX = ".part."
+PART_PREFIX = ".part."
+"""Prefix of the name of a temporary file."""
+
 _LONGEST_NAME = 255  # bytes, on every common file system
 
 
@@ -20,6 +23,33 @@ def printable(name: AnyPath) -> str:
     """Return a file name that a terminal can show: control characters, and bytes that are not valid text, become �."""
     spaced = (" " if unicodedata.category(letter) == "Zs" else letter for letter in os.fsdecode(name))
     return "".join(letter if letter.isprintable() else "�" for letter in spaced)
+
+
+def local_path(path: AnyPath, option: str = "") -> str:
+    """Return a path as text, and refuse an address such as `s3://bucket/out`, which would become a local folder `s3:`.
+
+    Args:
+        path: path of a file or folder to read or write; names may contain bytes that are not valid text.
+        option: name of the option that holds the path, for the message.
+
+    Raises:
+        UsageError: the path starts with `scheme://`.
+    """
+    name = os.fsdecode(path)
+    if re.match(r"[A-Za-z][\w+.:-]+://", name):  # not C://, and also chains such as simplecache::s3://
+        raise UsageError(
+            f"{option and f'{option}: '}{printable(name)} is an address, and only files on this machine are read and "
+            "written; copy the files, and give a local path"
+        )
+    return name
+
+
+def natural_key(name: str) -> tuple[list[int | str], str]:
+    """Return a sort key that puts img2 before img10. Different names have different keys, also img1 and img01."""
+    parts: list[int | str] = []  # text and numbers alternate, so text is never compared with a number
+    for place, part in enumerate(re.split("([0-9]+)", name)):
+        parts.append(int(part) if place % 2 else part)
+    return parts, name
 
 
 def write_file(path: AnyPath, content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -32,6 +62,7 @@ def write_file(path: AnyPath, content: bytes | Callable[[BinaryIO], object]) -> 
         content: the bytes, or a function that writes them into the open file.
 
     Raises:
+        UsageError: the path is an address, see `local_path`.
         DataError: the file cannot be written. The earlier file is unchanged and the temporary file is removed.
     """
     new = Replacement(path)
@@ -57,15 +88,18 @@ class Replacement:
 
     Args:
         path: the final path; its folder must exist.
+
+    Raises:
+        UsageError: the path is an address, see `local_path`.
     """
 
     def __init__(self, path: AnyPath) -> None:
-        self.path = os.path.abspath(os.fsdecode(path))
+        self.path = os.path.abspath(local_path(path))
         folder, name = os.path.split(self.path)
-        if len(os.fsencode(_PREFIX + name)) > _LONGEST_NAME:
+        if len(os.fsencode(PART_PREFIX + name)) > _LONGEST_NAME:
             digits = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
             name = f"{digits}{os.path.splitext(name)[1]}"
-        self.part = os.path.join(folder, _PREFIX + name)
+        self.part = os.path.join(folder, PART_PREFIX + name)
         self._inode: int | None = None
 
     def write(self, content: bytes | Callable[[BinaryIO], object]) -> None:
@@ -79,7 +113,7 @@ class Replacement:
         """
         with _named(self.path):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.part)  # a file of this name may be a link to a file elsewhere
+                os.unlink(self.part)  # if the name is a link, writing would change the file that it points to
             with open(self.part, "xb") as file:
                 self._inode = os.fstat(file.fileno()).st_ino
                 if callable(content):
@@ -88,7 +122,7 @@ class Replacement:
                     file.write(content)
 
     def commit(self) -> None:
-        """Wait until the content is on disk, then rename the file; it gets the earlier file's permissions.
+        """Wait until the content is on disk, then rename the file. The new file gets the earlier file's permissions.
 
         Raises:
             DataError: the file cannot be renamed, or another process has begun to write the same file.
@@ -122,7 +156,7 @@ def _named(path: str) -> Iterator[None]:
 
 
 def _os_error(error: Exception) -> OSError | None:
-    """Find the operating system's error that caused another: torch.save reports a full disk as a RuntimeError."""
+    """Return the OSError that caused an error, or None. (torch.save reports a full disk as a RuntimeError.)"""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__

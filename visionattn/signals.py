@@ -1,8 +1,8 @@
 """Stop cleanly at a signal: SIGTERM, which clusters send, is handled like Ctrl-C.
 
 A signal raises `Stopped`. The process ends with the exit code 128 + signal number, after every `finally` has run.
-Between `hold` and `release` the first signal is stored instead, and `received` returns it, so that it does not
-interrupt a training step.
+Between `hold` and `release`, the first signal is only stored, so that it does not interrupt a training step. `received`
+returns the stored signal.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def watched() -> Iterator[None]:
 
 
 def install() -> None:
-    """Set the signal handlers; also sets them again after a library has replaced them."""
+    """Set the signal handlers. Call this again after a library has replaced them."""
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, _handle)
@@ -61,7 +61,7 @@ def hold() -> None:
 
 
 def release() -> None:
-    """Let signals raise `Stopped` again, and drop a stored one."""
+    """Let signals raise `Stopped` again, and forget the stored signal."""
     _State.held, _State.received = False, None
 
 
@@ -79,5 +79,5 @@ def leave_to_parent() -> None:
 def _handle(number: int, frame: FrameType | None) -> None:
     if _State.held and _State.received is None:
         _State.received = number
-    else:  # a second signal is never held
+    else:  # signals are not held, or this is the second signal
         raise Stopped(number)

@@ -1,4 +1,4 @@
-"""All mechanisms with the common interface, and helpers to build them."""
+"""All mechanisms that are built from a number of channels and keep the shape, and helpers to test them."""
 
 import inspect
 import math
@@ -8,8 +8,8 @@ import torch
 
 from visionattn import attention
 
-OTHERS = "AttentionGate", "AttentionHead", "AttentionPool"
-"""Soft attention with an interface of its own; so have the scores of pooling."""
+OTHER_INTERFACES = "AttentionGate", "AttentionHead", "AttentionPool"
+"""Soft attention with other arguments or output shapes; the classes named …Score are excluded too."""
 
 MECHANISMS = {
     name: kind
@@ -17,7 +17,7 @@ MECHANISMS = {
     if isinstance(kind := getattr(attention, name), type)
     and kind.__module__.startswith("visionattn.attention.soft.")
     and "channels" in inspect.signature(kind).parameters
-    and name not in OTHERS
+    and name not in OTHER_INTERFACES
     and not name.endswith("Score")
 }
 
@@ -29,6 +29,7 @@ def seeded(mechanism, channels, **options):
 
 
 def stirred(module):
+    """Set all weights and statistics to random values; variances are positive."""
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
             if tensor.is_floating_point():

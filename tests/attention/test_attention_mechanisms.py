@@ -1,4 +1,4 @@
-"""Test every mechanism on every usual shape: layout, gradients, weights, capture, compilation, export."""
+"""Test every mechanism: shapes, memory formats, gradients, weights, capture, compilation, export."""
 
 import math
 import warnings
@@ -16,7 +16,8 @@ every = pytest.mark.parametrize("mechanism", MECHANISMS.values(), ids=MECHANISMS
 SHAPES = [(1, 1, 2, 3), (2, 7, 5, 9), (1, 16, 8, 8), (3, 8, 14, 6)]
 
 
-SHIFTS = {"attention.conv_attn.bias"}  # a bias shared by all scores of a softmax has a gradient of zero, up to rounding
+# a bias that is added to all scores of a softmax has no effect, and so a gradient of zero up to rounding
+BIAS_OF_SOFTMAX = {"attention.conv_attn.bias"}
 
 
 def make(mechanism, channels):
@@ -29,7 +30,9 @@ def make(mechanism, channels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shape_dtype_and_layout_are_kept_and_gradients_are_finite(mechanism, shape, dtype):
     if mechanism is SplitAttention and shape[1] % 2:
-        with pytest.raises(ValueError, match=rf"radix ≥ 2 and a multiple of it as channels, .*=2 and {shape[1]}"):
+        with pytest.raises(
+            ValueError, match=rf"radix ≥ 2 and channels that are a multiple of radix, .*=2 and {shape[1]}"
+        ):
             mechanism(shape[1])
         return
     module = make(mechanism, shape[1]).to(dtype)
@@ -68,7 +71,7 @@ def test_every_parameter_has_a_gradient(mechanism):
     module(torch.randn(8, 64, 6, 5, requires_grad=True)).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
-    assert {name for name, gradient in gradients.items() if not gradient.any()} <= SHIFTS
+    assert {name for name, gradient in gradients.items() if not gradient.any()} <= BIAS_OF_SOFTMAX
 
 
 @every
@@ -85,33 +88,34 @@ def test_mechanism_is_captured_without_changing_its_output(mechanism):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), make(mechanism, 8)).eval()
     images = torch.randn(2, 3, 16, 24)
     with torch.no_grad():
-        plain = model(images)
+        expected = model(images)
         with capture(model, NoWeights()) as records:
-            watched = model(images)
-    assert torch.equal(plain, watched)
+            found = model(images)
+    assert torch.equal(found, expected)
     assert len(records) > 0
     assert not records.unlabelled
     assert not records.missed
     assert all(record.name.startswith("1") for record in records)
 
 
-def product(x, gates):
+def times_gates(x, gates):
+    """Multiply the input by all gates."""
     return x * math.prod(gates)
 
 
-APPLIED = {  # apply the captured gates to the input
+APPLY = {  # mechanism: compute the output from the input and the captured gates
     **dict.fromkeys(
-        ("SE", "EffectiveSE", "ECA", "CircularECA", "WideECA", "GCT", "FcaNet", "GlobalContextGate"), product
+        ("SE", "EffectiveSE", "ECA", "CircularECA", "WideECA", "GCT", "FcaNet", "GlobalContextGate"), times_gates
     ),
-    **dict.fromkeys(("CoordinateAttention", "SimpleCoordinateAttention", "ELA", "StripAttention"), product),
-    **dict.fromkeys(("CBAM", "LightCBAM", "SimAM", "TripletAttention", "LSKA", "GlobalContextGate"), product),
+    **dict.fromkeys(("CoordinateAttention", "SimpleCoordinateAttention", "ELA", "StripAttention"), times_gates),
+    **dict.fromkeys(("CBAM", "LightCBAM", "SimAM", "TripletAttention", "LSKA", "GlobalContextGate"), times_gates),
     "BAM": lambda x, gates: x + x * gates[0],
     "EMA": lambda x, gates: x * gates[0].repeat_interleave(x.shape[1] // gates[0].shape[1], 1),
     "GatherExcite": lambda x, gates: x * nn.functional.interpolate(gates[0], x.shape[2:]),
 }
 
 
-@pytest.mark.parametrize("name", APPLIED)
+@pytest.mark.parametrize("name", APPLY)
 @pytest.mark.parametrize("size", [(7, 10), (8, 8)])
 def test_captured_gates_reproduce_the_output(name, size):
     module = make(MECHANISMS[name], 16).eval()
@@ -119,41 +123,41 @@ def test_captured_gates_reproduce_the_output(name, size):
     with torch.no_grad(), capture(module, NoWeights()) as records:
         out = module(x)
     gates = [record.weights for record in records.gates]
-    torch.testing.assert_close(APPLIED[name](x, gates), out, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(APPLY[name](x, gates), out, atol=1e-5, rtol=1e-4)
     grids = {record.grid for record in records.gates if record.kind == "spatial_gate"}
     assert grids <= {size, (size[0], 1), (1, size[1])} or name == "GatherExcite"
     if grids:
         assert Gate()(module, x).raw.shape == (2, *(size if name != "GatherExcite" else (-(-n // 4) for n in size)))
 
 
-def compiles_in_one_graph(module, backend, *others):
+def assert_compiles_in_one_graph(module, backend, *more_inputs):
+    """Assert that the compiled module has the same output and the same gradient of its first input."""
     torch._dynamo.reset()
     x, y = torch.randn(2, 8, 6, 5), torch.randn(2, 8, 6, 5, requires_grad=True)
     compiled = torch.compile(module, backend=backend, fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x, *others), module(x, *others), atol=1e-5, rtol=1e-4)
-    (expected,) = torch.autograd.grad(module(y, *others).square().sum(), y)
-    (found,) = torch.autograd.grad(compiled(y, *others).square().sum(), y)
+        torch.testing.assert_close(compiled(x, *more_inputs), module(x, *more_inputs), atol=1e-5, rtol=1e-4)
+    (expected,) = torch.autograd.grad(module(y, *more_inputs).square().sum(), y)
+    (found,) = torch.autograd.grad(compiled(y, *more_inputs).square().sum(), y)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 @every
 def test_mechanism_compiles_in_one_graph(mechanism):
-    compiles_in_one_graph(make(mechanism, 8).eval(), "aot_eager")
+    assert_compiles_in_one_graph(make(mechanism, 8).eval(), "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_all_mechanisms_compile_with_inductor():
     for mechanism in MECHANISMS.values():
-        compiles_in_one_graph(make(mechanism, 8).eval(), "inductor")
+        assert_compiles_in_one_graph(make(mechanism, 8).eval(), "inductor")
     gate = make(lambda channels: AttentionGate(channels, 4), 8).eval()
-    compiles_in_one_graph(gate, "inductor", torch.randn(2, 4, 3, 3))
+    assert_compiles_in_one_graph(gate, "inductor", torch.randn(2, 4, 3, 3))
 
 
 @every
-def test_mechanism_exports(mechanism):
-    """The exported graph accepts any number of images."""
+def test_mechanism_exports_for_any_number_of_images(mechanism):
     module = make(mechanism, 8).eval()
     shapes = ({0: torch.export.Dim("batch")},)
     exported = torch.export.export(module, (torch.randn(2, 8, 6, 5),), dynamic_shapes=shapes).module()
@@ -163,8 +167,8 @@ def test_mechanism_exports(mechanism):
             torch.testing.assert_close(exported(x), module(x), atol=1e-5, rtol=1e-4)
 
 
-class Beside(nn.Module):
-    """Apply every mechanism to the same input; one export of all takes as long as two exports of one."""
+class AllMechanisms(nn.Module):
+    """Apply every mechanism to the same input: exporting all in one graph saves most of the time."""
 
     def __init__(self):
         super().__init__()
@@ -174,13 +178,13 @@ class Beside(nn.Module):
         return tuple(part(x) for part in self.parts)
 
 
-def test_onnxruntime_matches_for_all_mechanisms(tmp_path):
+def test_onnxruntime_matches_torch_for_all_mechanisms(tmp_path):
     import onnxruntime
 
-    module, x = Beside().eval(), torch.randn(2, 8, 6, 5)
+    module, x = AllMechanisms().eval(), torch.randn(2, 8, 6, 5)
     file = tmp_path / "mechanisms.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own warning
+        warnings.simplefilter("ignore")  # warnings of the exporter
         torch.onnx.export(module, (x,), file, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     outs = session.run(None, {session.get_inputs()[0].name: x.numpy()})

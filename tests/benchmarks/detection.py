@@ -1,19 +1,21 @@
-"""Detectors from scratch on small data: mAP after so many CPU seconds of one thread, and what surrounds it.
+"""Train detectors from scratch for a fixed CPU time; measure their mAP, their heatmaps and the speed of the mAP itself.
 
     python tests/benchmarks/detection.py [--json FILE] [--rows NAME ...] [--seed N] [--tune]
 
-- `dense_map50_10s`, `dense_map_50s`, `query_map50_95s`: trained for that time on 512 synthetic shapes of 96 px
-  (`tests/shapes.py`), scored on 500 others. The time is that of the process, so that other jobs slow but do not spoil
-  it; the learning rate follows it. Settings were chosen with `--tune`, which scores on images of another seed.
-- `fcos_map50_10s`, `fcos_map_50s`: torchvision's FCOS on the same backbone, trained as long: a yardstick of how hard
-  the images are. Its head has one convolution a tower, as the dense detector's here, where its own four are slower.
-  With some seeds it finds little or nothing: the distances to the edges stand behind a ReLU, which dies within 200
-  steps at any rate from 1e-3 to 1e-2, and boxes without width or height are what remains.
-- `map_eval_speed`: how many times as fast as pycocotools the task's mAP is, 500 images with 100 boxes each; median of
-  pairs. `map_eval_difference` is the largest difference of the twelve figures.
-- `mass_ratio_dense`, `mass_ratio_query`: heat inside a box ÷ the box's share of the image, of the detectors of the rows
-  above (trained for 50 and 95 s), over boxes of score .3 that found an object; beside it the controls, a random map and
-  the map of another box. `--runs` does the same for runs of `visionattn fit`, on their test images:
+- `dense_map50_10s`, `dense_map_50s`, `query_map50_95s`: mAP50 or mAP after the given CPU time of one thread. The
+  detectors train on 512 synthetic images of 96 × 96 pixels (`tests/shapes.py`) and are scored on 500 more. The CPU
+  time of the process also sets the learning rate, so other jobs on the machine change the result little. Settings were
+  chosen with `--tune`, which scores on images of another seed.
+- `fcos_map50_10s`, `fcos_map_50s`: torchvision's FCOS on the same backbone, trained for the same time. The rows show
+  how hard the images are. FCOS has one convolution per tower here, like the dense detector; its usual four are slower.
+  With some seeds, FCOS finds few boxes or none. It predicts the distances to the edges through a ReLU, and at every
+  learning rate from 1e-3 to 1e-2 this ReLU dies within 200 steps. All boxes then have no width or height.
+- `map_eval_speed`: time of pycocotools ÷ time of the task's mAP, for 500 images with 100 boxes each; median of paired
+  runs. `map_eval_difference`: the largest difference between the two in any of the twelve metrics.
+- `mass_ratio_dense`, `mass_ratio_query`: (heat inside a box / all heat) ÷ (area of the box / area of the image).
+  The detectors are the detectors of the rows above, trained for 50 and 95 s. All boxes count that have a score of at
+  least .3 and match an object. The output also has two controls: a random map, and the map of another box. `--runs`
+  measures the same ratio for runs of `visionattn fit`, on their test images:
 
     python tests/benchmarks/detection.py --rows --runs runs/detection-digits/0 runs/bccd-dense/0 runs/bccd-query/0
 """
@@ -62,7 +64,7 @@ GOALS = {
 
 
 def pyramid(channels=48, strides=(8,)):
-    # shapes of 11 to 40 pixels need no coarser map than that of stride 8, and every step costs less
+    # shapes of 11 to 40 pixels need no map coarser than stride 8, and fewer maps make each step faster
     options = {"channels": (16, 32, 48, 64), "stem_width": 8}
     return FeaturePyramid("resnet10t", strides=strides, channels=channels, options=options)
 
@@ -72,7 +74,7 @@ def dense():
 
 
 def finer():
-    # with more time a map of stride 4 pays: its edges are closer, of the small ones above all
+    # with 50 s of training, a map of stride 4 is better: it locates edges more precisely, mostly of small shapes
     return DenseDetector(pyramid(32, strides=(4, 8)), len(NAMES), depth=1)
 
 
@@ -81,23 +83,24 @@ def query():
 
 
 def fcos():
-    head = FCOSHead(64, 1, len(NAMES), num_convs=1)  # whose group normalisation wants a multiple of 32 channels
+    head = FCOSHead(64, 1, len(NAMES), num_convs=1)  # the head's group normalisation needs a multiple of 32 channels
     return TorchvisionDetector(partial(FCOS, score_thresh=0.01, head=head), pyramid(64), len(NAMES))
 
 
 def batches(data, size, generator, shift=0):
-    """Batches for ever, each image mirrored or not and moved by up to `shift` pixels."""
+    """Yield augmented batches without end; see `augment`."""
     while True:
         order = torch.randperm(len(data), generator=generator).tolist()
         for start in range(0, len(order) - size + 1, size):
-            some = [moved(data[n], generator, shift) for n in order[start : start + size]]
-            yield torch.stack([image for image, *_ in some]), [boxes for _, boxes, _ in some], [n for *_, n in some]
+            samples = [augment(data[index], generator, shift) for index in order[start : start + size]]
+            images, boxes, labels = zip(*samples, strict=True)
+            yield torch.stack(images), list(boxes), list(labels)
 
 
-def moved(sample, generator, shift):
-    """A sample mirrored half of the time, and moved by up to `shift` pixels where that cuts none of its boxes.
+def augment(sample, generator, shift):
+    """Mirror a sample with a probability of 1/2, and shift it by up to `shift` pixels unless that cuts a box.
 
-    What leaves the image at one side comes in at the other: it is ground.
+    The image is rolled: background that leaves at one side enters at the opposite side.
     """
     image, boxes, labels = sample["image"], sample["boxes"], sample["labels"]
     height, width = image.shape[1:]
@@ -106,24 +109,24 @@ def moved(sample, generator, shift):
         boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
     if shift:
         x, y = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
-        there = boxes + torch.tensor([x, y, x, y])
-        if there.ge(0).all() and there.le(torch.tensor([width, height, width, height])).all():
-            image, boxes = image.roll((y, x), (1, 2)), there
+        shifted = boxes + torch.tensor([x, y, x, y])
+        if shifted.ge(0).all() and shifted.le(torch.tensor([width, height, width, height])).all():
+            image, boxes = image.roll((y, x), (1, 2)), shifted
     return image, boxes, labels
 
 
 def train(detector, data, seconds, *, lr, shift=0, batch_size=8, weight_decay=0.05, clip=1.0, warm=0.1, seed=0):
-    """Train for so many CPU seconds; returns the number of steps."""
+    """Train for the given CPU time, and return the number of steps."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     started, steps = time.process_time(), 0
     for images, boxes, labels in batches(data, batch_size, generator, shift):
-        gone = (time.process_time() - started) / seconds
-        if gone >= 1:
+        fraction = (time.process_time() - started) / seconds
+        if fraction >= 1:
             return steps
-        cosine = 0.5 * (1 + math.cos(math.pi * (gone - warm) / (1 - warm)))
+        cosine = 0.5 * (1 + math.cos(math.pi * (fraction - warm) / (1 - warm)))
         for group in optimizer.param_groups:
-            group["lr"] = lr * (gone / warm if gone < warm else cosine)
+            group["lr"] = lr * (fraction / warm if fraction < warm else cosine)
         optimizer.zero_grad()
         sum(detector.train().losses(images, boxes, labels).values()).backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), clip)
@@ -137,35 +140,35 @@ def score(detector, data):
     detector.eval()
     found, truth = [], []
     for start in range(0, len(data), 50):
-        some = [data[n] for n in range(start, min(len(data), start + 50))]
-        found += detector(torch.stack([sample["image"] for sample in some]))
-        truth += some
+        samples = [data[index] for index in range(start, min(len(data), start + 50))]
+        found += detector(torch.stack([sample["image"] for sample in samples]))
+        truth += samples
     return compute_coco_metrics(found, truth)[0]
 
 
 def mass(detector, method, data, count=64):
-    """Mean mass ratio of the boxes that found an object, of random maps, and of the maps of other boxes."""
+    """Return the mean mass ratio of boxes that match an object, and a text with the ratios of the two controls."""
     own, random, other = [], [], []
     count = min(count, len(data))
     for start in range(0, count, 16):
-        some = [data[n] for n in range(start, min(count, start + 16))]
-        images = torch.stack([sample["image"] for sample in some])
-        for maps, sample in zip(method(detector, images), some, strict=True):
-            right = (box_iou(maps.boxes, sample["boxes"]) >= 0.5).any(1)
-            heat, boxes, size = maps.heatmaps[right], maps.boxes[right], images.shape[2:]
+        samples = [data[index] for index in range(start, min(count, start + 16))]
+        images = torch.stack([sample["image"] for sample in samples])
+        for maps, sample in zip(method(detector, images), samples, strict=True):
+            matched = (box_iou(maps.boxes, sample["boxes"]) >= 0.5).any(1)
+            heat, boxes, size = maps.heatmaps[matched], maps.boxes[matched], images.shape[2:]
             if len(boxes):
                 own += mass_ratio(heat, boxes, size).tolist()
                 random += mass_ratio(torch.rand(heat.shape), boxes, size).tolist()
             if len(boxes) > 1:
                 other += mass_ratio(heat.roll(1, 0), boxes, size).tolist()
     if not own or not other:
-        return math.nan, "  no box of score .3 found an object"
-    beside = f"  {len(own)} boxes; random {statistics.mean(random):.2f}, of another box {statistics.mean(other):.2f}"
-    return statistics.mean(own), beside
+        return math.nan, "  no box with a score of at least .3 matches an object"
+    controls = f"random map {statistics.mean(random):.2f}, map of another box {statistics.mean(other):.2f}"
+    return statistics.mean(own), f"  {len(own)} boxes; {controls}"
 
 
 def run_masses(run):
-    """(method, mass ratio, what to print beside it) of a run's best checkpoint."""
+    """Return (method, mass ratio, text about the controls) for a run's best checkpoint."""
     detector = load(run / "best.ckpt").network
     data = data_of(str(run / "config.yaml"))
     data.setup("predict")
@@ -179,25 +182,25 @@ def many_boxes(images=500, boxes=100):
     found, truth = [], []
     for _ in range(images):
         corner = random.uniform(0, 500, (boxes, 2))
-        both = np.concatenate([corner, corner + random.uniform(5, 140, (boxes, 2))], 1)
+        xyxy = np.concatenate([corner, corner + random.uniform(5, 140, (boxes, 2))], 1)
         labels = random.integers(0, 20, boxes)
-        near = torch.tensor(both + random.normal(0, 4, both.shape)).float()
-        found.append({"boxes": near, "scores": torch.rand(boxes), "labels": torch.tensor(labels)})
-        truth.append({"boxes": torch.tensor(both[::5]).float(), "labels": torch.tensor(labels[::5])})
+        noisy = torch.tensor(xyxy + random.normal(0, 4, xyxy.shape)).float()
+        found.append({"boxes": noisy, "scores": torch.rand(boxes), "labels": torch.tensor(labels)})
+        truth.append({"boxes": torch.tensor(xyxy[::5]).float(), "labels": torch.tensor(labels[::5])})
     return found, truth
 
 
 def by_pycocotools(found, truth):
-    """The twelve figures, as its documentation has them made."""
+    """Return the twelve metrics, computed as in the documentation of pycocotools."""
 
-    def rows(some):
-        for number, one in enumerate(some, start=1):
-            for place, (x1, y1, x2, y2) in enumerate(one["boxes"].tolist()):
-                label = int(one["labels"][place])
+    def rows(images):
+        for number, image in enumerate(images, start=1):
+            for index, (x1, y1, x2, y2) in enumerate(image["boxes"].tolist()):
+                label = int(image["labels"][index])
                 box = {"image_id": number, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1]}
-                yield {**box, "score": float(one["scores"][place])} if "scores" in one else box
+                yield {**box, "score": float(image["scores"][index])} if "scores" in image else box
 
-    classes = {label for one in truth for label in one["labels"].tolist()}
+    classes = {label for image in truth for label in image["labels"].tolist()}
     coco = COCO()
     objects = [
         {**row, "id": number, "area": row["bbox"][2] * row["bbox"][3], "iscrowd": 0}
@@ -213,11 +216,11 @@ def by_pycocotools(found, truth):
     return scores.stats.tolist()
 
 
-def timed(figures, found, truth):
-    """CPU seconds and the twelve figures."""
+def timed(compute, found, truth):
+    """Return the CPU seconds and the twelve metrics."""
     started = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
-        result = figures(found, truth)
+        result = compute(found, truth)
     return time.process_time() - started, result
 
 
@@ -227,7 +230,7 @@ def ours(found, truth):
 
 def eval_speed(rounds=3):
     found, truth = many_boxes()
-    pairs = [[timed(one, found, truth) for one in (by_pycocotools, ours)] for _ in range(rounds)]
+    pairs = [[timed(compute, found, truth) for compute in (by_pycocotools, ours)] for _ in range(rounds)]
     ratio = statistics.median(slow / quick for (slow, _), (quick, _) in pairs)
     return ratio, max(abs(a - b) for a, b in zip(pairs[0][0][1], pairs[0][1][1], strict=True))
 
@@ -236,22 +239,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", nargs="*", choices=GOALS, default=list(GOALS))
-    parser.add_argument("--runs", nargs="+", type=Path, default=[], help="folders of runs")
+    parser.add_argument("--runs", nargs="+", type=Path, default=[], help="folders of runs (default: none)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tune", action="store_true", help="score on the images that settings are chosen with")
+    parser.add_argument("--tune", action="store_true", help="score on the images with which settings are chosen")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     train_data, held_out = Shapes(512, seed=1), Shapes(500, seed=2 if options.tune else 3)
     results = []
 
-    def report(name, value, beside=""):
+    def report(name, value, note=""):
         if name not in options.rows:
             return
         goal = GOALS[name]
         results.append({"name": name, "value": round(value, 4), "goal": goal, "better": "higher"})
         verdict = "" if goal is None else f"  ≥ {goal:<4}  {'ok' if value >= goal else 'MISSED'}"
-        print(f"{name:22s} {value:9.4f}{verdict}{beside}", flush=True)
+        print(f"{name:22s} {value:9.4f}{verdict}{note}", flush=True)
 
     def trained(make, seconds, **settings):
         torch.manual_seed(options.seed)
@@ -262,31 +265,31 @@ def main():
 
     wanted = set(options.rows)
     if "dense_map50_10s" in wanted:
-        _, found, beside = trained(dense, 10, lr=1e-2)
-        report("dense_map50_10s", found["map_50"], beside)
+        _, found, note = trained(dense, 10, lr=1e-2)
+        report("dense_map50_10s", found["map_50"], note)
     if "fcos_map50_10s" in wanted:
-        _, found, beside = trained(fcos, 10, lr=1e-2)
-        report("fcos_map50_10s", found["map_50"], beside)
+        _, found, note = trained(fcos, 10, lr=1e-2)
+        report("fcos_map50_10s", found["map_50"], note)
     if "fcos_map_50s" in wanted:
-        _, found, beside = trained(fcos, 50, lr=1e-2, shift=12)
-        report("fcos_map_50s", found["map"], beside)
+        _, found, note = trained(fcos, 50, lr=1e-2, shift=12)
+        report("fcos_map_50s", found["map"], note)
     if wanted & {"dense_map_50s", "mass_ratio_dense"}:
-        detector, found, beside = trained(finer, 50, lr=1e-2, shift=12)
-        report("dense_map_50s", found["map"], beside)
+        detector, found, note = trained(finer, 50, lr=1e-2, shift=12)
+        report("dense_map_50s", found["map"], note)
         report("mass_ratio_dense", *mass(detector, ODAM(), held_out))
     if wanted & {"query_map50_95s", "mass_ratio_query"}:
-        detector, found, beside = trained(query, 95, lr=3e-3)
-        report("query_map50_95s", found["map_50"], beside)
+        detector, found, note = trained(query, 95, lr=3e-3)
+        report("query_map50_95s", found["map_50"], note)
         report("mass_ratio_query", *mass(detector, QuerySampling(), held_out))
     if wanted & {"map_eval_speed", "map_eval_difference"}:
         ratio, difference = eval_speed()
         report("map_eval_speed", ratio)
         report("map_eval_difference", difference)
     for run in options.runs:
-        for method, value, beside in run_masses(run):
+        for method, value, note in run_masses(run):
             name = f"mass_ratio_{run.parent.name}_{method}"
             results.append({"name": name, "value": round(value, 4), "goal": 2, "better": "higher"})
-            print(f"{name:40s} {value:9.4f}{beside}", flush=True)
+            print(f"{name:40s} {value:9.4f}{note}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,13 +1,16 @@
-"""What a folder of overlays costs beside the model itself: images/s, 200 JPEGs of 640 × 480, two threads, fp32.
+"""Compare the speed of `export` with that of the model alone: 200 JPEGs of 640 × 480, two threads, fp32.
 
     python tests/benchmarks/export.py [--json FILE] [--rows NAME ...] [--rounds N] [--images N]
 
-`resnet50_224`, `vit_small_224`: `export` with the default method and overlays of full size written, as a share of the
-plain forward on batches of 16 that lie in memory already, both in one process and in turns. `vs_gradcam_loop`: against
-pytorch-grad-cam as its README has it, an image at a time, overlays of 224 × 224. `resnet50_480x640`: against the plain
-forward, again on batches of 16, in a process of its own whose malloc is as it comes. `memory_growth`: the most memory
-that 1,000 images took against 200. Weights are random. Ratios mean something on a quiet machine only. Goals are those
-of the project.
+- `resnet50_224`, `vit_small_224`: images/s of `export` (default method, overlays in full size) ÷ images/s of the
+  model's forward pass on batches of 16 in memory. Both run in one process, in turns.
+- `vs_gradcam_loop`: images/s of `export` ÷ images/s of pytorch-grad-cam, used as in its README: one image at a time,
+  overlays of 224 × 224.
+- `resnet50_480x640`: images/s of `export` ÷ images/s of the forward pass on batches of 16. The forward pass runs in
+  another process, with the default settings of malloc.
+- `memory_growth`: peak memory of an export of 1,000 images ÷ peak memory of an export of 200 images.
+
+Weights are random. The ratios are valid only on a machine without other load. GOALS are the project's goals.
 """
 
 import argparse
@@ -48,7 +51,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def make_images(folder, count=COUNT):
-    """Photograph-like: soft shapes of all sizes, a little noise; about 90 kB each."""
+    """Write images similar to photographs: soft shapes of all sizes and a little noise, about 90 kB each."""
     random = np.random.default_rng(0)
     noise = random.normal(0, 6, (480, 640, 3)).astype(np.float32)
     for number in range(count):
@@ -68,37 +71,37 @@ def build(name):
 
 def plain_rate(model, size, count, batch=BATCH):
     images = torch.randn(batch, 3, *size)
-    turns = max(1, count // batch)
+    batches = max(1, count // batch)
     with torch.no_grad():
         model(images)
         started = time.perf_counter()
-        for _ in range(turns):
+        for _ in range(batches):
             model(images)
-    return turns * batch / (time.perf_counter() - started)
+    return batches * batch / (time.perf_counter() - started)
 
 
 def export_rate(model, size, folder):
-    """Images/s of a whole run, first batch and closing of the manifest included; the model was surveyed before."""
+    """Return images/s of a whole export, from the first batch to the finished manifest, after an export to warm up."""
     paths = sorted(folder.iterdir())
     with tempfile.TemporaryDirectory() as out:
-        view = Explainer(model, Preprocess(size, crop_fraction=0.875 if size[0] == size[1] else 1.0))
+        explainer = Explainer(model, Preprocess(size, crop_fraction=0.875 if size[0] == size[1] else 1.0))
         quiet = Console(quiet=True)
-        export(paths[:BATCH], f"{out}/warm", view, console=quiet)
+        export(paths[:BATCH], f"{out}/warm", explainer, console=quiet)
         started = time.perf_counter()
-        summary = export(paths, f"{out}/all", view, console=quiet)
+        summary = export(paths, f"{out}/all", explainer, console=quiet)
         assert summary.written == len(paths)
         return len(paths) / (time.perf_counter() - started)
 
 
 def peer_rate(model, folder, count):
-    """pytorch-grad-cam's README, an image at a time."""
+    """Return images/s of pytorch-grad-cam, used as in its README: one image at a time."""
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.image import preprocess_image, show_cam_on_image
 
     paths = sorted(folder.iterdir())[:count]
     with tempfile.TemporaryDirectory() as out, GradCAM(model=model, target_layers=[model.layer4[-1]]) as cam:
-        for place, path in enumerate([paths[0], *paths]):
-            if place == 1:
+        for number, path in enumerate([paths[0], *paths]):
+            if number == 1:  # the first image only warms up
                 started = time.perf_counter()
             image = np.float32(cv2.resize(read_image(path), (224, 224))) / 255
             grey = cam(input_tensor=preprocess_image(image, mean=MEAN, std=STD), targets=None)[0]
@@ -106,15 +109,15 @@ def peer_rate(model, folder, count):
         return count / (time.perf_counter() - started)
 
 
-def in_turns(one, other, rounds):
-    """Median of one's rate over the mean of other's before and after it."""
-    before, found = other(), []
+def in_turns(measure, measure_reference, rounds):
+    """Return the median of rate ÷ (mean reference rate before and after), and the two rates of that round."""
+    before, measured = measure_reference(), []
     for _ in range(rounds):
-        rate = one()
-        after = other()
-        found.append((2 * rate / (before + after), rate, after))
+        rate = measure()
+        after = measure_reference()
+        measured.append((2 * rate / (before + after), rate, after))
         before = after
-    return sorted(found)[len(found) // 2]
+    return sorted(measured)[len(measured) // 2]
 
 
 def against_plain(name, size, folder, rounds):
@@ -130,12 +133,17 @@ def against_peer(folder, rounds):
 
 
 def large_inputs(folder, rounds):
-    """Against the plain forward under malloc as it comes; small batches, as ours are, suffer less, and are told too."""
+    """Compare with the forward pass in another process, which has malloc's default settings.
+
+    These settings slow large batches more than small ones, so the rate on batches of 2 is printed too: `export` also
+    uses small batches for inputs of this size.
+    """
 
     def plain():
-        return float(alone("--plain", str(BATCH)))
+        return float(in_own_process("--plain", str(BATCH)))
 
-    print(f"{'':20s} plain forward on batches of 2: {float(alone('--plain', '2')):.1f} images/s", flush=True)
+    rate = float(in_own_process("--plain", "2"))
+    print(f"{'':20s} forward pass on batches of 2: {rate:.1f} images/s", flush=True)
     model = build("resnet50")
     with tempfile.TemporaryDirectory() as few:
         for path in sorted(folder.iterdir())[: COUNT // 5]:
@@ -145,12 +153,14 @@ def large_inputs(folder, rounds):
 
 def memory(folder, rounds):
     peaks = [
-        statistics.median(float(alone("--peak", str(count), str(folder))) for _ in range(3)) for count in (1000, 200)
+        statistics.median(float(in_own_process("--peak", str(count), str(folder))) for _ in range(3))
+        for count in (1000, 200)
     ]
     return peaks[0] / peaks[1], *peaks
 
 
-def alone(*options):
+def in_own_process(*options):
+    """Run this file with the options in a new process, and return the last line that it prints."""
     return subprocess.run(
         [sys.executable, __file__, *options], check=True, capture_output=True, text=True
     ).stdout.splitlines()[-1]
@@ -163,8 +173,8 @@ def peak_megabytes(count, folder):
         paths = sorted(folder.iterdir())
         for number in range(count):
             os.link(paths[number % len(paths)], Path(place) / "in" / f"{number:04}.jpg")
-        view = Explainer(model, Preprocess(224, crop_fraction=0.875))
-        export([Path(place) / "in"], Path(place) / "out", view, console=Console(quiet=True))
+        explainer = Explainer(model, Preprocess(224, crop_fraction=0.875))
+        export([Path(place) / "in"], Path(place) / "out", explainer, console=Console(quiet=True))
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 
@@ -174,7 +184,7 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", nargs="+", choices=GOALS, default=list(GOALS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=COUNT, help="fewer for a quick look; %(default)s")
+    parser.add_argument("--images", type=int, default=COUNT, help="number of images (default: %(default)s)")
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()

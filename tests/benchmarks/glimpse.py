@@ -1,13 +1,16 @@
-"""What glimpses cost: CPU time on one thread, fp32.
+"""Measure the cost of glimpses: CPU time on one thread, fp32.
 
     python tests/benchmarks/glimpse.py [--json FILE] [--rounds N] [--rows NAME ...]
 
-`retina_28`, `retina_60x3` and `retina_224rgb` are how many times faster our retina is than a plain one that pads the
-batch and crops image by image with .item(), as public code does, for six looks at a batch; ours prepares the batch
-once and then looks. On 28 and 60 pixels it is the exact one. On 224 it is the one that looks between pixels;
-`retina_224rgb_exact` is the exact one there, which has no goal. `train_step_28` is the throughput of a training step
-(six glimpses of 8 × 8, batch 128, one rollout) over that of its matrix products alone, forward and backward. Ratios are
-medians over rounds of CPU time, each job right before and after the other. Goals are those of the project.
+- `retina_28`, `retina_60x3`, `retina_224rgb`: time of a simple retina ÷ time of `Retina`, for six glimpses per image.
+  The simple retina pads the batch for every glimpse and crops image by image with `.item()`, as public code does;
+  `Retina` prepares the batch once. On 28 and 60 pixels, both take whole pixels. On 224 pixels, `Retina` interpolates
+  between pixels (`subpixel`).
+- `retina_224rgb_exact`: the same on 224 pixels with whole pixels; this row has no goal.
+- `train_step_28`: time of a training step's matrix products alone ÷ time of the whole step. Both include the forward
+  and the backward pass, for six glimpses of 8 × 8, batch 128 and one rollout.
+
+Each ratio is the median over rounds, in which the two jobs run in turns. The goals are the project's goals.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from visionattn.models import GlimpseNetwork, MLPEncoder
 from visionattn.tasks import reinforce
 
 LOOKS = 6
-RETINAS = {  # batch, channels, side, patch, scales, between pixels, goal
+RETINAS = {  # batch, channels, side, patch, scales, subpixel, goal
     "retina_28": (128, 1, 28, 8, 1, False, 20),
     "retina_60x3": (128, 1, 60, 12, 3, False, 10),
     "retina_224rgb": (16, 3, 224, 32, 3, True, 10),
@@ -37,14 +40,14 @@ RETINAS = {  # batch, channels, side, patch, scales, between pixels, goal
 
 
 def times_faster(plain, ours, rounds, repeats):
-    """Median of the CPU time of a plain job over that of ours, which runs `repeats` times between two of it."""
-    spent(plain, 1), spent(ours, 1)
-    found, before = [], spent(plain, 1)
+    """Return the median of (CPU time of `plain`) ÷ (mean CPU time of `repeats` runs of `ours`)."""
+    spent(plain, 1), spent(ours, 1)  # warm up
+    ratios, before = [], spent(plain, 1)
     for _ in range(rounds):
         own, after = spent(ours, repeats), spent(plain, 1)
-        found.append((before + after) / 2 / own)
+        ratios.append((before + after) / 2 / own)
         before = after
-    return statistics.median(found)
+    return statistics.median(ratios)
 
 
 def spent(job, repeats):
@@ -55,9 +58,9 @@ def spent(job, repeats):
 
 
 def plain_glimpse(images, locations, patch, scales):
-    """Patches of every scale, image by image."""
+    """Return the patches of every scale, cropped image by image."""
     side = images.shape[-1]
-    seen = []
+    patches = []
     for scale in range(scales):
         size = patch * 2**scale
         padded = F.pad(images, (size // 2,) * 4)
@@ -68,24 +71,24 @@ def plain_glimpse(images, locations, patch, scales):
             for i in range(len(images))
         ]
         crop = torch.stack(crops)
-        seen.append(F.avg_pool2d(crop, 2**scale) if scale else crop)
-    return torch.cat(seen, 1)
+        patches.append(F.avg_pool2d(crop, 2**scale) if scale else crop)
+    return torch.cat(patches, 1)
 
 
-def retina_row(batch, channels, side, patch, scales, between, rounds):
+def retina_row(batch, channels, side, patch, scales, subpixel, rounds):
     torch.manual_seed(0)
     images = torch.rand(batch, channels, side, side)
-    looks = [torch.rand(batch, 2) * 2 - 1 for _ in range(LOOKS)]
-    retina = Retina(patch, scales=scales, subpixel=between)
+    locations = [torch.rand(batch, 2) * 2 - 1 for _ in range(LOOKS)]
+    retina = Retina(patch, scales=scales, subpixel=subpixel)
 
     def plain():
-        for look in looks:
-            plain_glimpse(images, look, patch, scales)
+        for location in locations:
+            plain_glimpse(images, location, patch, scales)
 
     def ours():
         view = retina.view(images)
-        for look in looks:
-            retina.look(view, look[:, None])
+        for location in locations:
+            retina.look(view, location[:, None])
 
     with torch.no_grad():
         return times_faster(plain, ours, rounds, 5)
@@ -106,7 +109,7 @@ def train_step(rounds):
         loss.backward()
         optimizer.step()
 
-    products = []  # (in, out) of every matrix of one glimpse
+    products = []  # (inputs, outputs) of every weight matrix that one glimpse uses
     for module in network.modules():
         if isinstance(module, torch.nn.Linear):
             products.append((module.in_features, module.out_features))
@@ -128,7 +131,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="all unless given")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows to measure (default: all)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = {name: (partial(retina_row, *setting[:-1]), setting[-1]) for name, setting in RETINAS.items()}

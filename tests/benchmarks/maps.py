@@ -1,12 +1,11 @@
-"""What watching costs: CPU time and peak memory against the plain fused forward, on two threads, fp32.
+"""Measure the cost of capture and of heatmap methods: CPU time and peak memory, on two threads, fp32.
 
     python tests/benchmarks/maps.py [--json FILE] [--models small base] [--rounds N] [--rows NAME ...]
 
-The rows `peer_…` are other packages, for comparison.
-
-Ratios are medians over rounds in which every row runs between two plain forward passes, so that a busy machine slows
-all alike; of CPU time, and beside it of wall time, which means something on a quiet machine only. Memory is the peak
-above the loaded model, each in a process of its own. Goals are those of the project.
+Times are ratios to the model's forward pass with fused attention. Each ratio is the median over rounds; in a round,
+every row runs between two forward passes, so that other load on the machine slows all of them. The table also has the
+wall time, which is valid only on a machine without other load. Memory is the peak above the loaded model, measured in
+one process per row. The rows `peer_…` are other packages, for comparison. GOALS are the project's goals.
 """
 
 import argparse
@@ -20,13 +19,12 @@ import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread that spins would count as work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait would add CPU time
 
 import timm
 import torch
 
-from visionattn._malloc import keep_freed_memory
-from visionattn.capture import ClassRow, HeadMean, capture
+from visionattn.capture import ClassRow, HeadMean, capture, keep_freed_memory
 from visionattn.maps import GradCAM, GradientAttention, Rollout
 
 MODELS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_384"}
@@ -51,22 +49,22 @@ def load(size):
     return model, torch.randn(BATCH, *model.default_cfg["input_size"])
 
 
-def plain(model, images):
+def forward(model, images):
     with torch.no_grad():
         return model(images)
 
 
-def recorded(keep, layers=None):
-    def watch(model, images):
-        with torch.no_grad(), capture(model, keep, layers=layers) as records:
+def recorded(reduction, layers=None):
+    def run(model, images):
+        with torch.no_grad(), capture(model, reduction, layers=layers) as records:
             model(images)
         return records
 
-    return watch
+    return run
 
 
 def peer_gradcam(model, images):
-    """pytorch-grad-cam as its README has it for a ViT."""
+    """Run pytorch-grad-cam, used as in its README for a ViT."""
     from pytorch_grad_cam import GradCAM as PeerGradCAM
 
     def to_maps(tokens):
@@ -78,7 +76,7 @@ def peer_gradcam(model, images):
 
 
 def peer_extract(model, images):
-    """timm's AttentionExtract, which needs attention that is not fused: every layer's whole maps."""
+    """Run timm's AttentionExtract for the whole maps of every layer. It needs unfused attention."""
     from timm.utils import AttentionExtract
 
     modules = [module for module in model.modules() if hasattr(module, "fused_attn")]
@@ -93,7 +91,7 @@ def peer_extract(model, images):
 
 
 ROWS = {
-    "forward": plain,
+    "forward": forward,
     "cls_last": recorded(ClassRow(), layers=[-1]),
     "cls_all": recorded(ClassRow()),
     "head_mean": recorded(HeadMean()),
@@ -106,10 +104,10 @@ ROWS = {
 
 
 def ratios(size, names, rounds):
-    """Median ratio of each row to the plain forward passes right before and after it: (CPU time, wall time)."""
+    """Return for each row the median ratio to the forward passes before and after the row: (CPU time, wall time)."""
     keep_freed_memory()  # as the command line does
     model, images = load(size)
-    for name in ["forward", *names]:  # once unmeasured: memory is mapped, and the model surveyed
+    for name in ["forward", *names]:  # the first run is not measured, since it allocates memory and surveys the model
         spent(name, model, images)
     found = {name: [] for name in names}
     before = spent("forward", model, images)
@@ -128,11 +126,11 @@ def spent(name, model, images):
 
 
 def peak_megabytes(size, name):
-    """Peak of resident memory above the loaded model, measured in this process."""
+    """Return the peak of resident memory above the loaded model, measured in this process."""
     model, images = load(size)
-    plain(model, images[:1])  # thread pools and the kernels' own buffers
+    forward(model, images[:1])  # allocates the thread pools and the kernels' buffers, which are not to be measured
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak that the kernel has recorded
     before = _status("VmRSS")
     ROWS[name](model, images)
     return (_status("VmHWM") - before) / 1024
@@ -158,10 +156,10 @@ def main():
         return
     results = []
 
-    def report(name, value, goal, beside=""):
+    def report(name, value, goal, note=""):
         results.append({"name": name, "value": round(value, 4), "goal": goal, "better": "lower"})
         verdict = "" if goal is None else f"  ≤ {goal:<4}  {'ok' if value <= goal else 'MISSED'}"
-        print(f"{name:28s} {value:9.3f}{verdict}{beside}", flush=True)
+        print(f"{name:28s} {value:9.3f}{verdict}{note}", flush=True)
 
     for size in options.models:
         column = list(MODELS).index(size)

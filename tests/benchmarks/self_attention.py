@@ -1,23 +1,27 @@
-"""What sparse self-attention costs beside dense: CPU time on two threads, fp32, 6 heads × 64 channels, one image.
+"""Compare sparse self-attention with dense: CPU time on two threads, fp32, 6 heads × 64 channels, one image.
 
     python tests/benchmarks/self_attention.py [--json FILE] [--rounds N] [--rows NAME ...]
 
-`FORM_f_N`, `FORM_fb_N`: how many times as long dense attention takes, torch's fused one in one call, in the forward
-pass and in forward and backward, for N tokens on a square grid. Windows are 16 × 16, neighbourhoods 17 × 17.
-`adaptive_span_f_4096`: heads with spans of 2, 4, 8, 16, 24 and 40 patches, on average a quarter of the grid's side; how
-many times as long the same layer takes in one call with its mask, and in `adaptive_span_trim_4096` with every head
-computing as far as the largest. `FORM_exponent`: slope of log time by log N, forward, from 1,024 tokens on.
-`FORM_memory_4096`: MB that forward and backward take beyond their inputs. `dense`: a block of timm's ViT with `Dense`
-swapped in, over timm's own. `token_merging`: how many times as long timm's vit_small_patch16_224 takes for 16 images,
-end to end, as it does when every block merges 13 pairs of tokens; `token_pruning`, which has no goal but to be quicker,
-when three blocks keep 0.7 of them. Ratios are medians over rounds, each to the passes right before and after it, so
-that a busy machine slows both alike. Goals are those of the project.
+- `FORM_f_N`, `FORM_fb_N`: time of dense attention (one call of torch's fused kernel) ÷ time of the form, for N tokens
+  on a square grid. `f` is the forward pass, `fb` forward and backward. Windows are 16 × 16, neighbourhoods 17 × 17.
+- `adaptive_span_f_4096`: time of one dense call with the layer's mask ÷ time of the layer. The heads have spans of 2,
+  4, 8, 16, 24 and 40 patches, on average a quarter of the grid's side. `adaptive_span_trim_4096`: the same, compared
+  with a layer in which every head computes up to the largest span.
+- `FORM_exponent`: slope of log(time) over log(N) in the forward pass, from 1,024 tokens on.
+- `FORM_memory_4096`: MB that forward and backward use beyond their inputs.
+- `dense`: time of a block of timm's ViT with `Dense` swapped in ÷ time of timm's own block.
+- `token_merging`: time of timm's vit_small_patch16_224 on 16 images ÷ its time when every block merges 13 pairs of
+  tokens. `token_pruning`: the same when three blocks keep 0.7 of the tokens; the goal is only to be faster.
 
-Where windows stay below their goal, with torch 2.14: of 24 ms of CPU that they take at 4,096 tokens, 20 are torch's
-fused kernel on windows that lie ready in memory, and dense attention takes 220 to 250; the kernel cuts 256 queries into
-smaller tiles than 4,096. Tried besides: windows all at once and row by row, tokens and heads outermost, products and a
-softmax in place of the kernel (a quarter slower). On 32 × 32 tokens, blocks of 17 × 17 neighbourhoods compute 56 % of
-dense attention's products, each at a higher price, and come out even.
+Each ratio is the median over rounds, in which the two jobs run in turns, so that other load on the machine slows both.
+The goals are the project's goals.
+
+Windows miss their goal with torch 2.14. At 4,096 tokens, windows take 24 ms of CPU time and dense attention takes 220
+to 250 ms. 20 of the 24 ms are torch's fused kernel on windows that are already contiguous in memory: the kernel uses
+smaller tiles for 256 queries than for 4,096. We also tried all windows in one call, one row of windows per call, tokens
+or heads as the outermost dimension, and matrix products with a softmax instead of the kernel (25 % slower). On 32 × 32
+tokens, neighbourhoods of 17 × 17 compute 56 % of the products of dense attention, but each product takes longer. So
+both take about the same time.
 """
 
 import argparse
@@ -35,7 +39,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread that spins would count as work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait would add CPU time
 
 import timm
 import torch
@@ -53,7 +57,7 @@ FORMS = {
 
 
 def passes(mechanism, tokens, backward):
-    """Forward, or forward and backward, of q, k and v that lie in memory as a ViT's do."""
+    """Return a function that runs forward, or forward and backward, on q, k and v with a ViT's memory layout."""
     side = math.isqrt(tokens)
     torch.manual_seed(0)
     qkv = torch.randn(1, tokens, 3, HEADS, WIDTH, requires_grad=backward)
@@ -71,19 +75,19 @@ def passes(mechanism, tokens, backward):
 
 def times_as_long(form, tokens, backward, rounds):
     jobs = [passes(make(HEADS), tokens, backward) for make in (attention.Dense, FORMS[form])]
-    few = rounds if tokens <= 4096 else max(1, rounds // 5)
-    return ratio(*jobs, few, repeats=max(1, 4096 // tokens))
+    rounds = rounds if tokens <= 4096 else max(1, rounds // 5)
+    return ratio(*jobs, rounds, repeats=max(1, 4096 // tokens))
 
 
 def exponent(form, rounds):
-    """Of the least squares line through the logarithms."""
+    """Return the slope of the least-squares line of log(time) over log(number of tokens)."""
     counts = (1024, 4096, 16384)
     jobs = [passes(FORMS[form](HEADS), count, False) for count in counts]
-    took = [
+    times = [
         statistics.median(spent(job, 16384 // count) * count / 16384 for _ in range(rounds))
         for job, count in zip(jobs, counts, strict=True)
     ]
-    x, y = ([math.log(value) for value in values] for values in (counts, took))
+    x, y = ([math.log(value) for value in values] for values in (counts, times))
     return statistics.linear_regression(x, y).slope
 
 
@@ -95,7 +99,10 @@ def spanned():
 
 
 def adaptive_span(trimmed_to, rounds):
-    """How many times as long one call with the mask takes, or heads that all compute as far as the largest."""
+    """Return time of the reference ÷ time of AdaptiveSpan.
+
+    The reference computes every head up to the largest span if `trimmed_to` is "largest", else all keys with a mask.
+    """
     module, tokens = spanned(), 4096
     job = passes(module, tokens, False)
     if trimmed_to == "largest":
@@ -109,7 +116,7 @@ def adaptive_span(trimmed_to, rounds):
 
 
 def memory(form, tokens):
-    """MB of the process at most, beyond what it takes before; in a process of its own."""
+    """Return the MB by which forward and backward raise the peak memory of a new process."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_memory, (form, tokens))
@@ -120,14 +127,14 @@ def _memory(form, tokens):
     job = passes(FORMS[form](HEADS), 64, True)
     job()
     job = passes(FORMS[form](HEADS), tokens, True)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: that of importing torch is higher
+    Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak, because importing torch has a higher one
     before = _peak()
     job()
     return (_peak() - before) / 1024
 
 
 def _peak():
-    """kB of this process at most."""
+    """Return the recorded peak memory of this process in kB."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
@@ -138,7 +145,7 @@ def dense(rounds):
     images = torch.randn(8, 3, 224, 224)
     blocks = [model.blocks[0] for model in models]
     with torch.no_grad():
-        models[0](images)  # it learns the grid
+        models[0](images)  # `Dense` needs the grid, which the first forward pass gives
         x_BNC = models[1]._pos_embed(models[1].patch_embed(images))
         jobs = [torch.no_grad()(partial(block, x_BNC)) for block in blocks]
     return ratio(*jobs, 4 * rounds + 1, repeats=5)
@@ -153,7 +160,7 @@ def fewer_tokens(reduction, rounds):
     return ratio(*(torch.no_grad()(partial(model, images)) for model in (plain, fewer)), rounds)
 
 
-ROWS = {  # name → (what measures it from a number of rounds, goal, which is better)
+ROWS = {  # name → (function from a number of rounds to the value, goal, which direction is better)
     "dense": (dense, 1.02, "lower"),
     "token_merging": (partial(fewer_tokens, attention.TokenMerging(13)), 1.5, "higher"),
     "token_pruning": (partial(fewer_tokens, attention.TokenPruning(0.7)), 1.0, "higher"),
@@ -177,7 +184,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--rows", nargs="+", metavar="NAME", choices=ROWS, help="all unless given")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", choices=ROWS, help="rows to measure (default: all)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)

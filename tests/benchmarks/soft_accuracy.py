@@ -1,4 +1,4 @@
-"""Does soft attention help? The runs of configs/soft, summed up in a table.
+"""Make the table of configs/soft/README.md: accuracy and cost of soft attention, from the runs of configs/soft.
 
     for seed in 0 1 2; do
       visionattn fit --config configs/soft/none.yaml --seed_everything $seed --data.seed $seed --name soft-none-$seed
@@ -6,9 +6,10 @@
     done
     python tests/benchmarks/soft_accuracy.py runs/soft-*-* [--json FILE]
 
-Of each mechanism: mean ± standard deviation over seeds of the test accuracy, and of how much higher the accuracy is on
-5,000 training images without augmentation; both of the checkpoint that was best on validation images. Parameters and
-multiply-adds of one forward pass; CPU time of a training step as a ratio to the network without, paired in this run.
+The accuracies are those of the checkpoint with the best validation accuracy, as mean ± standard deviation over seeds:
+the test accuracy, and the accuracy on 5,000 training images without augmentation minus the test accuracy. The costs are
+the parameters, the multiply-adds of one forward pass, and the CPU time of a training step ÷ that of the network without
+attention. This script measures the CPU times in turns.
 """
 
 import argparse
@@ -40,18 +41,18 @@ def accuracy(network, dataset):
     return right / len(dataset)
 
 
-def look(run):
-    """The network of a run, its test accuracy as the run wrote it, and its accuracy on training images."""
+def read_run(run):
+    """Return the network of a run, the test accuracy from its test.csv, and the accuracy on training images."""
     network = load(run / "best.ckpt").network
     data = data_of(str(run / "config.yaml"))
     data.augment = None
     data.setup("fit")
     train = data.datasets["train"]
     step = max(1, len(train) // TRAINING_IMAGES)
-    some = Subset(train, range(0, step * min(len(train), TRAINING_IMAGES), step))
+    subset = Subset(train, range(0, step * min(len(train), TRAINING_IMAGES), step))
     with open(run / "test.csv") as file:
         test = float(dict(csv.reader(file))["accuracy"])
-    return network, test, accuracy(network, some)
+    return network, test, accuracy(network, subset)
 
 
 def multiply_adds(network, size):
@@ -61,22 +62,22 @@ def multiply_adds(network, size):
 
 
 def step_ratio(network, plain, size, rounds=15):
-    """CPU time of a training step, the median of its ratio to the steps of the plain network before and after it."""
+    """Return the median of (time of a step) ÷ (mean time of the plain network's steps before and after), CPU time."""
     images, labels = torch.randn(128, 3, *size), torch.randint(0, 10, (128,))
 
-    def spent(some):
+    def spent(model):
         start = time.process_time()
-        F.cross_entropy(some(images), labels).backward()
+        F.cross_entropy(model(images), labels).backward()
         return time.process_time() - start
 
-    for some in (network, plain):
-        spent(some.train())
-    before, found = spent(plain), []
+    for model in (network, plain):  # warm up
+        spent(model.train())
+    before, ratios = spent(plain), []
     for _ in range(rounds):
-        mine, after = spent(network), spent(plain)
-        found.append(2 * mine / (before + after))
+        own, after = spent(network), spent(plain)
+        ratios.append(2 * own / (before + after))
         before = after
-    return statistics.median(found)
+    return statistics.median(ratios)
 
 
 def spread(values):
@@ -86,7 +87,9 @@ def spread(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="runs/soft-MECHANISM-SEED; the last version of each is read")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folders runs/soft-MECHANISM-SEED; the newest version in each is read"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -95,7 +98,7 @@ def main():
     for folder in options.runs:
         name = folder.name.removeprefix("soft-").rpartition("-")[0]
         run = max((entry for entry in folder.iterdir() if entry.name.isdigit()), key=lambda entry: int(entry.name))
-        networks[name], test, train = look(run)
+        networks[name], test, train = read_run(run)
         found[name].append((test, train - test))
     size, rows = (32, 32), []
     names = sorted(found, key=lambda name: (name != "none", name))

@@ -1,25 +1,28 @@
-"""What mechanisms cost: CPU time on two threads, fp32.
+"""Measure the cost of attention mechanisms: CPU time on two threads, fp32.
 
     python tests/benchmarks/soft_attention.py [--json FILE] [--rounds N] [--rows NAME ...]
 
-`train_NAME` is a training step of ResNet-18 at 160 px with the mechanism at the end of every block, over the same
-without. `timm_NAME` is forward and backward of our mechanism alone over that of timm's, on features of that network.
-`max_delta_logit` is the most that a logit of it moves when any mechanism is inserted. Ratios are medians over rounds
-of CPU time, each to the step right before and after, so that a busy machine slows both alike; where memory is what is
-busy, the passes over x that a mechanism consists of are slowed more than convolutions are. Goals are those of the
-project.
+- `train_NAME`: time of a training step of ResNet-18 at 160 px with the mechanism at the end of every block ÷ time of a
+  step without the mechanism.
+- `timm_NAME`: time of our mechanism ÷ time of timm's, each for forward and backward. The features are those of the
+  network's first stage, or smaller if every position attends to every other.
+- `max_delta_logit`: the largest change of any logit of ResNet-18 when a mechanism is inserted.
 
-Rows of training that stay above their goal, and what is in them by their equations:
+Each ratio is the median over rounds, in which the two jobs run in turns, so that other load on the machine slows both.
+If other jobs use the memory bandwidth, mechanisms are slowed more than convolutions, because they mostly read and write
+x. The goals are the project's goals.
 
-- LSKA takes x through four depthwise convolutions and a dense 1 × 1 one; it is a large-kernel convolution that
-  multiplies, not a gate over what was pooled. EMA takes it through a 3 × 3 convolution and a normalisation.
+Some training rows miss their goal. Their equations contain more work than a gate on pooled features:
+
+- LSKA applies four depthwise convolutions and a dense 1 × 1 convolution to x. EMA applies a 3 × 3 convolution and a
+  normalisation to x.
 - TripletAttention has three 7 × 7 convolutions, two of them over planes of channels × rows or columns.
-- BAM's gate has a logit for every value of x, beside four convolutions and their normalisations at every position.
-- GatherExcite has two depthwise convolutions of every channel.
-- CBAM and LightCBAM gate twice, with a mean and a maximum before each, whose gradients are one with that of what they
-  gate (`arithmetic.pooled`): of 1.11 and 1.12 this left 1.10 and 1.11, and of TripletAttention's 1.27, 1.25, all
-  measured in pairs on one thread of a busy machine. CoordinateAttention and ELA gate along two axes
-  and are at the goal within what runs differ by.
+- BAM computes a logit for every value of x, and has four convolutions with normalisations at every position.
+- GatherExcite has two depthwise convolutions over every channel.
+- CBAM and LightCBAM gate twice, with a mean and a maximum before each gate. `gate_ops.pooled` computes
+  the gradients of x, its mean and its maximum in one pass. This reduced their rows from 1.11 and 1.12 to 1.10 and 1.11,
+  and TripletAttention's from 1.27 to 1.25 (measured in pairs on one thread of a busy machine).
+- CoordinateAttention and ELA gate along two axes. They meet the goal within the differences between runs.
 """
 
 import argparse
@@ -32,7 +35,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a waiting thread that spins would count as work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait would add CPU time
 
 import timm
 import torch
@@ -52,8 +55,8 @@ OTHERS = (
     *("HaloAttention", "BilinearAttention", "SelectiveKernel", "SplitAttention"),
 )
 FEATURES = (BATCH, 64, 40, 40)  # the first stage of ResNet-18 at 160 px
-SMALLER = (BATCH, 64, 14, 14)  # where every position looks at every other
-IN_TIMM = {  # ours, timm's at the same widths, and where
+SMALLER = (BATCH, 64, 14, 14)  # for mechanisms in which every position attends to every other
+IN_TIMM = {  # our mechanism → (builder of timm's with the same widths, shape of the features)
     "SE": (partial(create_attn, "se", 64, rd_channels=4), FEATURES),
     "EffectiveSE": (partial(create_attn, "ese", 64), FEATURES),
     "ECA": (partial(create_attn, "eca", 64), FEATURES),
@@ -86,9 +89,8 @@ def training_step(mechanism):
     if mechanism is not None:
         options = {"block_args": {"attn_layer": lambda channels, **_: mechanism(channels)}}
     model = timm.create_model("resnet18", num_classes=10, **options)
-    optimiser = torch.optim.SGD(
-        model.parameters(), lr=1e-6, momentum=0.9
-    )  # it stays as it is: no tiny or saturated values
+    # with this tiny learning rate the weights hardly change, so no value becomes denormal or saturated
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     images, labels = torch.randn(BATCH, 3, 160, 160), torch.randint(10, (BATCH,))
 
     def step():
@@ -108,23 +110,25 @@ def forward_and_backward(module, shape):
 
 @torch.no_grad()
 def max_delta_logit():
-    """The most that any logit moves when a mechanism is inserted after every stage of ResNet-18."""
+    """Return the largest change of any logit when a mechanism is inserted after every stage of ResNet-18."""
     torch.manual_seed(0)
     model = timm.create_model("resnet18").eval()
     images = torch.randn(2, 3, 160, 160)
-    before, most = model(images), 0.0
+    before, largest = model(images), 0.0
     for name in GATES + OTHERS:
         inserted = attention.insert(model, getattr(attention, name), at="stages", preserve=True)
-        most = max(most, float((model(images) - before).abs().max()))
+        largest = max(largest, float((model(images) - before).abs().max()))
         inserted.remove()
-    return most
+    return largest
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="e.g. train_SE timm_ECA; all unless given")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="NAME", help="rows to measure, e.g. train_SE timm_ECA (default: all)"
+    )
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)

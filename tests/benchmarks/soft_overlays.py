@@ -1,9 +1,10 @@
-"""Show where networks with and without soft attention look, side by side on the same pictures.
+"""Draw heatmaps of networks with and without soft attention side by side, on the same pictures.
 
     python tests/benchmarks/soft_overlays.py --out sheet.jpg --images PICTURE … --runs runs/soft-none-0/0 …
 
-Each row shows one picture, Grad-CAM at the last block of every run, and the last gate over positions of the runs that
-have one. Below each heatmap is the class that the run predicts, with a tick if it is the name of the picture's folder.
+Each row shows one picture and the heatmaps of every run: Grad-CAM at the last block and, if the network has gates over
+positions, the last of these gates. Below each heatmap is the class that the run predicts, with a tick if the picture's
+folder has this name.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def tiles_of(path, tasks):
             sample = prepare(picture, task.preprocess)
             try:
                 maps = method(task.network, sample["image"][None])
-            except UsageError:  # no gate over positions
+            except UsageError:  # the network has no gate over positions
                 continue
             answer = task.class_names[int(maps.output.argmax())]
             placement = sample["placement"]

@@ -1,4 +1,4 @@
-"""Sparse self-attention in a small ViT: the runs of configs/vit, summed up in a table and a plot.
+"""Make the table and plot of configs/vit/README.md: sparse self-attention in a small ViT, from the runs of configs/vit.
 
     for seed in 0 1 2; do
       visionattn fit --config configs/vit/dense.yaml --seed_everything $seed --data.seed $seed --name vit-dense-$seed
@@ -13,10 +13,11 @@
     done
     python tests/benchmarks/vit_accuracy.py runs/vit-*-* [--json FILE] [--plot FILE]
 
-Of each form, mean ± standard deviation over seeds: the test accuracy of the checkpoint that was best on validation
-images, and the mean span of its heads in patches. Tokens a second of the forward pass, 256 images: those of dense,
-over the median ratio of paired rounds, on two threads. Multiply-adds of attention and of the whole, counted from the
-products that are computed.
+The test accuracy (of the checkpoint with the best validation accuracy) and the mean span of the heads in patches are
+mean ± standard deviation over seeds. Tokens per second are measured for dense attention, on 256
+images and two threads; for another form, they are divided by the median of its time ÷ the time of dense attention, of
+passes that alternate. The multiply-adds of attention and
+of the whole network are counted from the products that are computed.
 """
 
 import argparse
@@ -41,7 +42,7 @@ IMAGES, SIZE = 256, 32
 
 
 class Products(TorchFunctionMode):
-    """Multiply-adds of attention: of every query with every key of a call, and of the weights with the values."""
+    """Count the multiply-adds of attention: queries times keys, and weights times values, of every fused call."""
 
     total = 0
 
@@ -52,7 +53,7 @@ class Products(TorchFunctionMode):
 
 
 def network_of(run):
-    """The network of a run; of a test with fewer tokens, that of its checkpoint with them merged."""
+    """Return the network of a run. For a test with token merging, load the tested checkpoint and merge its tokens."""
     if (run / "best.ckpt").exists():
         return load(run / "best.ckpt").network.eval()
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -64,7 +65,7 @@ def network_of(run):
 
 @torch.no_grad()
 def multiply_adds(network):
-    """Of one image: of attention, and of the whole."""
+    """Return the multiply-adds for one image: of attention, and of the whole network."""
     image = torch.zeros(1, 3, SIZE, SIZE)
     with Products() as products:
         network(image)
@@ -82,14 +83,14 @@ def spent(network, images):
 
 
 def slower(network, dense, images, rounds=7):
-    """Median of the time of one over that of the other right before and after it."""
-    spent(network, images), spent(dense, images)
-    before, found = spent(dense, images), []
+    """Return the median of (time of `network`) ÷ (mean time of `dense` before and after it)."""
+    spent(network, images), spent(dense, images)  # warm up
+    before, ratios = spent(dense, images), []
     for _ in range(rounds):
         own, after = spent(network, images), spent(dense, images)
-        found.append(2 * own / (before + after))
+        ratios.append(2 * own / (before + after))
         before = after
-    return statistics.median(found)
+    return statistics.median(ratios)
 
 
 def spread(values, digits=2):
@@ -98,7 +99,7 @@ def spread(values, digits=2):
 
 
 def plot(rows, path):
-    """Accuracy against multiply-adds, a mark a form with its deviation; forms of one cost beside each other."""
+    """Plot accuracy over multiply-adds with error bars. Forms of equal cost are drawn side by side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -111,14 +112,16 @@ def plot(rows, path):
         axes.errorbar(cost, row["accuracy"], yerr=row["std"], fmt=mark, capsize=3, label=row["name"])
     axes.set(xlabel="million multiply-adds of a forward pass", ylabel="test accuracy, %", title="CIFAR-10-JPEG")
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, metadata={"Date": None})  # the same figures give the same file
+    figure.savefig(path, metadata={"Date": None})  # without a date, the same numbers give the same file
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="runs/vit-FORM-SEED; the last version of each is read")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folders runs/vit-FORM-SEED; the newest version in each is read"
+    )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="a .png")
+    parser.add_argument("--plot", type=Path, help="path of the plot, .svg or .png (default: no plot)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
@@ -134,7 +137,7 @@ def main():
     images, rows = torch.randn(IMAGES, 3, SIZE, SIZE), []
     patches = networks["dense"].backbone.patch_embed.num_patches
     seconds = statistics.median(spent(networks["dense"], images) for _ in range(5))
-    print("| form | seeds | test accuracy, % | mean span | tokens/s | multiply-adds, of attention |")
+    print("| form | seeds | test accuracy, % | mean span | tokens/s | multiply-adds (attention's share) |")
     print("|---|---|---|---|---|---|")
     for name in sorted(accuracies, key=lambda name: (name != "dense", name)):
         factor = 1.0 if name == "dense" else slower(networks[name], networks["dense"], images)

@@ -1,9 +1,9 @@
-"""The table of models whose attention is captured, COVERAGE.md. Write it by
+"""Write COVERAGE.md, the table of models whose attention `capture` records:
 
     python -m tests.capture.coverage
 
 The table has one small model of every timm family with attention, with fewer channels and blocks where possible, and
-models of torchvision and transformers. Weights are random, since the positions of attention do not depend on them.
+models of torchvision and transformers. The weights are random, since the positions of tokens do not depend on them.
 """
 
 import warnings
@@ -96,7 +96,7 @@ MEMBERS = {  # timm family: model, image size if not the default, and options th
     "vovnet": ("ese_vovnet19b_slim_dw", 128, {}),
     "xcit": ("xcit_nano_12_p16_224", None, {}),
 }
-NOT_ATTENDING = frozenset(  # no member has attention over positions, channels or branches, or a gate
+NOT_ATTENDING = frozenset(  # families in which no model has gates, or attention over positions, channels or branches
     [
         "convmixer",
         "convnext",
@@ -134,9 +134,9 @@ class Row(NamedTuple):
     attention: int
     gates: int
     grids: str
-    error: float  # of the rows' sums from one
-    same: bool  # outputs, bit for bit
-    reason: str
+    error: float  # largest deviation of a row's sum from one
+    same: bool  # whether the outputs with and without a capture are equal, bit for bit
+    reason: str  # why something is not recorded
 
     @property
     def covered(self) -> bool:
@@ -162,21 +162,21 @@ OTHERS: dict[str, tuple[Callable[[], torch.nn.Module], int]] = {
 }
 
 
-def look_at_family(family: str) -> Row:
+def capture_family(family: str) -> Row:
     """Capture the model of a timm family."""
     member, size, options = MEMBERS[family]
     model = timm.create_model(member, **options)
-    return look(family, member, model, size or model.default_cfg["input_size"][-1])
+    return capture_model(family, member, model, size or model.default_cfg["input_size"][-1])
 
 
-def look_at_other(title: str) -> Row:
+def capture_other(title: str) -> Row:
     """Capture a model of another library."""
     make, size = OTHERS[title]
     model = make()
-    return look(title, type(model).__name__, model, size)
+    return capture_model(title, type(model).__name__, model, size)
 
 
-def look(family: str, member: str, model: torch.nn.Module, size: int) -> Row:
+def capture_model(family: str, member: str, model: torch.nn.Module, size: int) -> Row:
     """Capture all weights of a model on two random images."""
     model.eval()
     torch.manual_seed(0)
@@ -205,17 +205,17 @@ def table(rows: list[Row]) -> str:
     families = [row for row in rows if row.family in MEMBERS]
     covered = [row for row in families if row.covered]
     lines = [
-        "# Whose attention is captured",
+        "# Models whose attention `capture` records",
         "",
-        f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}. Made by "
-        "`python -m tests.capture.coverage`; see there how members were chosen.",
+        f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}. Written by "
+        "`python -m tests.capture.coverage`, whose source lists the options of the models.",
         "",
         f"**{len(covered)} of {len(families)} timm families that attend "
         f"({100 * len(covered) / len(families):.0f} %)** give records: attention whose rows "
-        "sum to one, or gates. For the others, and for the parts that are not, the "
-        "last column says why. Outputs under capture equal those without, bit for bit.",
+        "sum to one, or gates. The last column gives the reason why something is not recorded. "
+        "The outputs with and without a capture are equal, bit for bit.",
         "",
-        "| family | member | attention | gates | grids | rows − 1, at most | what is not recorded, and why |",
+        "| family | model | attention | gates | grids | deviation of a row's sum from 1 | not recorded, because |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -230,9 +230,9 @@ def table(rows: list[Row]) -> str:
 def main() -> None:
     rows = []
     for family in MEMBERS:
-        rows.append(look_at_family(family))
+        rows.append(capture_family(family))
         print(rows[-1], flush=True)
-    rows += [look_at_other(title) for title in OTHERS]
+    rows += [capture_other(title) for title in OTHERS]
     TABLE.write_text(table(rows))
 
 

@@ -1,4 +1,4 @@
-"""Small models whose attention is far from uniform, their attention by hand, and the state that captures must keep."""
+"""Small models with attention far from uniform, attention computed by hand, and the state that must not change."""
 
 import copy
 import functools
@@ -13,7 +13,7 @@ from visionattn.capture import capture
 
 
 def stirred(model, seed=0):
-    """Give every weight matrix random values large enough that attention differs between places."""
+    """Give every weight matrix random values large enough that attention differs between positions."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -29,15 +29,15 @@ def stirred(model, seed=0):
 
 
 def made_once(make):
-    """Cache the result of a function by its options, and return copies."""
-    made = {}
+    """Cache the models that a function makes, by its arguments; every call returns a copy."""
+    cache = {}
 
     @functools.wraps(make)
     def copies(*names, **options):
         key = repr((names, options))
-        if key not in made:
-            made[key] = make(*names, **options)
-        return copy.deepcopy(made[key])
+        if key not in cache:
+            cache[key] = make(*names, **options)
+        return copy.deepcopy(cache[key])
 
     return copies
 
@@ -99,7 +99,7 @@ def unfused(model, images):
 
 
 def with_gradients(model, images, score):
-    """Return (A, ∂y/∂A) of every block in float64: as `unfused`, with the gradient of `score(output)` by attention."""
+    """Return (A, ∂y/∂A) of every block in float64, where A is the attention from `unfused` and y = score(output)."""
     seen, output = unfused(model, images)
     gradients = torch.autograd.grad(score(output).sum(), seen)
     return [(a.detach().double(), g.double()) for a, g in zip(seen, gradients, strict=True)]

@@ -65,17 +65,17 @@ def test_capture_works_on_compiled_models(how):
     else:
         model.blocks[1].attn.forward = torch.compile(model.blocks[1].attn.forward, backend="eager")
     with torch.no_grad():
-        plain = compiled(images)  # compiled before the capture
+        expected_out = compiled(images)  # compiled before the capture
         found = kept(compiled, images, FullAttention())
         assert len(found) == 2
         for record, reference in zip(found, expected, strict=True):
             close(record.weights, reference.weights, atol=1e-5, rtol=0)
-        close(compiled(images), plain)
+        close(compiled(images), expected_out)
 
 
 @pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_code_runs_again_after_capture(how, backend):
+def test_compiled_code_runs_after_a_capture_without_recompilation(how, backend):
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -99,17 +99,17 @@ def test_compiled_code_runs_again_after_capture(how, backend):
         model.compile(backend=counted)
     stats = torch._dynamo.utils.counters["stats"]
     with torch.no_grad():
-        plain = compiled(images)
-        graphs, each = stats["unique_graphs"], len(runs)
-        assert each > 0
+        expected_out = compiled(images)
+        graphs, runs_per_call = stats["unique_graphs"], len(runs)
+        assert runs_per_call > 0
         found = kept(compiled, images, FullAttention())
         assert len(found) == len(expected) == 2
         for record, reference in zip(found, expected, strict=True):
             close(record.weights, reference.weights, atol=1e-5, rtol=0)
-        assert len(runs) == each  # compiled code does not run during a capture
+        assert len(runs) == runs_per_call  # compiled code does not run during a capture
         with torch.compiler.set_stance("fail_on_recompile"):
-            assert torch.equal(compiled(images), plain)
-    assert len(runs) == 2 * each
+            assert torch.equal(compiled(images), expected_out)
+    assert len(runs) == 2 * runs_per_call
     assert stats["unique_graphs"] == graphs
 
 
@@ -130,19 +130,19 @@ def test_capture_works_on_a_part_of_a_model():
 
 
 @pytest.mark.parametrize("make", [models.vit, models.torchvision_vit, models.swin])
-def test_nested_captures_record_the_same(make):
+def test_nested_captures_of_a_model_both_record_its_attention(make):
     model = make()
     images = models.pictures(32 if make is models.swin else 64)
     alone = kept(model, images, FullAttention())
     with torch.no_grad(), capture(model, FullAttention()) as outer, capture(model, HeadMean()) as inner:
         model(images)
     assert outer.unlabelled == inner.unlabelled == {}
-    for record, mean, one in zip(outer.attention, inner.attention, alone, strict=True):
-        close(record.weights, one.weights, atol=1e-6, rtol=0)
-        close(mean.weights, one.weights.mean(2), atol=1e-6, rtol=0)
+    for record, mean, reference in zip(outer.attention, inner.attention, alone, strict=True):
+        close(record.weights, reference.weights, atol=1e-6, rtol=0)
+        close(mean.weights, reference.weights.mean(2), atol=1e-6, rtol=0)
 
 
-def test_methods_inside_a_capture_are_recorded_and_not_disturbed():
+def test_a_capture_records_model_calls_inside_heatmap_methods_and_leaves_the_heatmaps_unchanged():
     model, images = models.vit(), models.pictures()
     methods = RawAttention(), Rollout(), GradientAttention()
     expected = [method(model, images).raw for method in methods]
@@ -150,5 +150,5 @@ def test_methods_inside_a_capture_are_recorded_and_not_disturbed():
         found = [method(model, images).raw for method in methods]
     assert len(records) == 9
     assert records.unlabelled == {}
-    for one, other in zip(found, expected, strict=True):
-        close(one, other, atol=1e-6, rtol=1e-5)
+    for raw, reference in zip(found, expected, strict=True):
+        close(raw, reference, atol=1e-6, rtol=1e-5)

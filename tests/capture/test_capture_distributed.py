@@ -24,37 +24,37 @@ def assert_same_records(found, expected):
         close(record.weights, reference.weights, atol=1e-6, rtol=0)
 
 
-def one_of_two(rank, meeting_place):
-    """Run and assert in one of the two processes; a failure there fails the test."""
+def run_one_process(rank, rendezvous_file):
+    """Capture and train in one of two processes; `spawn` raises a failure of this function in the test."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous_file}", rank=rank, world_size=2)
     images, labels = models.pictures(batch=4), torch.tensor([0, 3, 6, 3])
-    mine = slice(2 * rank, 2 * rank + 2)
+    own_images = slice(2 * rank, 2 * rank + 2)
     bare = models.vit(depth=2).train()
-    expected, alone = kept(bare, images[mine], FullAttention()), copy.deepcopy(bare)
+    expected, reference_model = kept(bare, images[own_images], FullAttention()), copy.deepcopy(bare)
     model = DistributedDataParallel(bare)
     before = models.state_of(bare)
-    assert_same_records(kept(model, images[mine], FullAttention()), expected)
+    assert_same_records(kept(model, images[own_images], FullAttention()), expected)
     models.assert_same_state(before, models.state_of(bare))
 
-    nn.functional.cross_entropy(alone(images), labels).backward()
-    for watched in (False, True):  # one step after a capture, and one during it
+    nn.functional.cross_entropy(reference_model(images), labels).backward()
+    for watched in (False, True):  # the first step follows a capture, the second runs inside a capture
         model.zero_grad()
         if watched:
             with capture(model, FullAttention()) as records:
-                out = model(images[mine])
+                out = model(images[own_images])
             assert_same_records(records, expected)
         else:
-            out = model(images[mine])
-        nn.functional.cross_entropy(out, labels[mine]).backward()
-        for (name, parameter), reference in zip(bare.named_parameters(), alone.parameters(), strict=True):
+            out = model(images[own_images])
+        nn.functional.cross_entropy(out, labels[own_images]).backward()
+        for (name, parameter), reference in zip(bare.named_parameters(), reference_model.parameters(), strict=True):
             close(parameter.grad, reference.grad, atol=1e-6, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
     assert models.state_of(bare)["hooks"] == before["hooks"]
     torch.distributed.destroy_process_group()
 
 
-def test_each_process_of_distributed_data_parallel_records_its_share_and_learns_from_all(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (tmp_path / "meeting_place",), nprocs=2)
+def test_ddp_processes_record_their_own_images_and_average_gradients_over_all_images(tmp_path):
+    torch.multiprocessing.spawn(run_one_process, (tmp_path / "rendezvous",), nprocs=2)
 
 
 SCRIPT = """
@@ -91,7 +91,7 @@ trainer.fit(Task(), pictures, pictures)
 """
 
 
-def test_capture_works_in_the_validation_step_of_lightnings_ddp(tmp_path):
+def test_capture_works_in_a_lightning_validation_step_with_ddp(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
@@ -103,7 +103,7 @@ def test_capture_works_in_the_validation_step_of_lightnings_ddp(tmp_path):
     expected = kept(models.vit(depth=2), models.pictures(batch=4), FullAttention())
     assert len(list(tmp_path.glob("*.pt"))) == 4
     for rank in range(2):
-        for step in range(2):  # the sampler alternates images between processes
+        for step in range(2):  # the sampler gives images 0 and 2 to process 0, and images 1 and 3 to process 1
             found = torch.load(tmp_path / f"{rank} {step}.pt")
             assert list(found) == [record.name for record in expected]
             for record in expected:

@@ -1,4 +1,4 @@
-"""A capture changes neither outputs, gradients and dropout nor any state of the model."""
+"""A capture leaves outputs, gradients, dropout and all state of the model unchanged."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_outputs_are_equal_bit_for_bit_during_capture(family, keep):
         expected = model(images)
         with capture(model, keep):
             found = model(images)
-    if family == "torchvision vit":  # the fast path, one fused kernel, is off during a capture
+    if family == "torchvision vit":  # its fast path, which rounds differently, is off during a capture
         close(found, expected, atol=1e-5, rtol=0)
     else:
         assert torch.equal(found, expected)
@@ -60,13 +60,13 @@ def test_dropout_draws_the_same_numbers_during_capture():
     torch.manual_seed(5)
     with capture(model, HeadMean()) as records:
         assert torch.equal(model(images), expected)
-    close(records[0].weights.sum(-1), torch.ones(2, 1, 17))  # weights before dropout
+    close(records[0].weights.sum(-1), torch.ones(2, 1, 17))  # the records hold the weights before dropout
     assert model.training
 
 
-@pytest.mark.parametrize("ending", ["well", "in the model", "in the body", "in the survey"])
+@pytest.mark.parametrize("error", ["no error", "in the model", "in the body", "in the survey"])
 @pytest.mark.parametrize("family", ["vit", "torchvision vit"])
-def test_capture_restores_all_state(family, ending):
+def test_capture_restores_all_state(family, error):
     make, size = FAMILIES[family]
     model, images = make(), models.pictures(size)
     model.train()
@@ -77,14 +77,14 @@ def test_capture_restores_all_state(family, ending):
         parameter.grad = torch.ones_like(parameter)
 
     def breaks(module, args):
-        if ending == "in the survey" or len(args[0]) == 2:
+        if error == "in the survey" or len(args[0]) == 2:  # a survey runs one image, the call of the model two
             raise BrokenError
 
-    handle = list(blocks.children())[1].register_forward_pre_hook(breaks) if ending.startswith("in the ") else None
-    if ending == "in the body":
+    handle = list(blocks.children())[1].register_forward_pre_hook(breaks) if error.startswith("in the ") else None
+    if error == "in the body":
         handle.remove()
     before = models.state_of(model)
-    if ending == "well":
+    if error == "no error":
         with torch.no_grad(), capture(model):
             model(images)
     else:
@@ -93,7 +93,7 @@ def test_capture_restores_all_state(family, ending):
             raise BrokenError
     models.assert_same_state(before, models.state_of(model))
     assert not torch.is_inference_mode_enabled()
-    if ending not in ("well", "in the body"):
+    if error not in ("no error", "in the body"):
         handle.remove()
     with torch.no_grad(), capture(model) as records:  # a second capture works too
         model(images)

@@ -20,16 +20,16 @@ def test_captures_in_two_threads_record_only_their_own_model():
     before = models.state_of(nets[0])
     barrier, found, errors = threading.Barrier(3), [[] for _ in nets], []
 
-    def work(place):
+    def work(index):
         try:
             for _ in range(10):
                 barrier.wait(20)
-                found[place].append(kept(nets[place], batches[place], FullAttention()))
+                found[index].append(kept(nets[index], batches[index], FullAttention()))
         except BaseException as error:
             errors.append(error)
             barrier.abort()
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(3)]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -38,8 +38,8 @@ def test_captures_in_two_threads_record_only_their_own_model():
     for reference, rounds in zip(expected, found, strict=True):
         for records in rounds:
             assert len(records) == len(reference)
-            for record, one in zip(records, reference, strict=True):
-                close(record.weights, one.weights, atol=1e-6, rtol=0)
+            for record, reference_record in zip(records, reference, strict=True):
+                close(record.weights, reference_record.weights, atol=1e-6, rtol=0)
     models.assert_same_state(before, models.state_of(nets[0]))
 
 
@@ -62,7 +62,7 @@ def test_overlapping_captures_of_two_threads_restore_the_functions_of_torch():
         other = models.torchvision_vit()
         with torch.no_grad(), capture(other) as records:
             second_in.set()
-            first_out.wait(20)
+            first_out.wait(20)  # the first capture ends while this one is active
             other(images)
         assert len(records) == 2
 
@@ -89,22 +89,22 @@ def test_calls_in_a_thread_without_a_capture_are_not_recorded():
 def test_a_class_activation_map_does_not_affect_another_thread():
     model, images = models.vit(), models.pictures()
     expected = GradCAM(layer="blocks.1")(model, images).raw
-    seen = []
+    grad_states = []
 
-    def other():
+    def run_model():
         with torch.no_grad():
             out = model(images + 1)
-        seen.append((out.requires_grad, torch.is_grad_enabled()))
+        grad_states.append((out.requires_grad, torch.is_grad_enabled()))
 
-    def meanwhile(module, args, out):
-        if not seen:
-            seen.append(None)
-            thread = threading.Thread(target=other)
+    def run_thread(module, args, out):
+        if not grad_states:
+            grad_states.append("started")  # so that the model's call in the thread starts no further thread
+            thread = threading.Thread(target=run_model)
             thread.start()
             thread.join()
 
-    handle = model.blocks[2].register_forward_hook(meanwhile)
+    handle = model.blocks[2].register_forward_hook(run_thread)
     found = GradCAM(layer="blocks.1")(model, images).raw
     handle.remove()
-    assert seen[1:] == [(False, True)]
+    assert grad_states[1:] == [(False, True)]
     assert torch.equal(found, expected)

@@ -1,4 +1,4 @@
-"""Weights of fused calls are the softmax of their queries and keys, whatever the call's arguments."""
+"""The recorded weights of a fused call are the softmax of its queries and keys, for all arguments of the call."""
 
 import math
 
@@ -17,20 +17,20 @@ close = torch.testing.assert_close
 
 def by_hand_from_qkv(model, images):
     """Return the weights of every block of a timm ViT from the output of its qkv layer."""
-    seen = []
+    weights = []
     heads = model.blocks[0].attn.num_heads
 
-    def keep(module, args, out):
+    def append_weights(module, args, out):
         batch, tokens, _ = out.shape
         query, key, _ = out.reshape(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        seen.append(softmax_by_hand(query, key))
+        weights.append(softmax_by_hand(query, key))
 
-    handles = [block.attn.qkv.register_forward_hook(keep) for block in model.blocks]
+    handles = [block.attn.qkv.register_forward_hook(append_weights) for block in model.blocks]
     with torch.no_grad():
         model(images)
     for handle in handles:
         handle.remove()
-    return seen
+    return weights
 
 
 def test_weights_of_a_fused_vit_are_softmax_of_queries_and_keys():
@@ -73,7 +73,7 @@ def test_weights_of_a_fused_vit_are_those_of_timm_without_fusion(options):
 
 
 class Toy(nn.Module):
-    """Four patches a side, and attention with any arguments."""
+    """4 × 4 patches, and one fused call with any arguments; `inputs` holds the queries and keys of every call."""
 
     def __init__(self, heads=4, groups=None, bias=None, **arguments):
         super().__init__()
@@ -82,13 +82,13 @@ class Toy(nn.Module):
         self.query = nn.Linear(8 * heads, 8 * heads)
         self.key = nn.Linear(8 * heads, 8 * self.groups)
         self.bias, self.arguments = bias, arguments
-        self.seen = []
+        self.inputs = []
 
     def forward(self, images):
         x = self.embed(images).flatten(2).transpose(1, 2)
         query = self.query(x).unflatten(2, (self.heads, 8)).transpose(1, 2)
         key = self.key(x).unflatten(2, (self.groups, 8)).transpose(1, 2)
-        self.seen.append((query.detach(), key.detach()))
+        self.inputs.append((query.detach(), key.detach()))
         mask = {}
         if self.bias is not None:
             mask = {"attn_mask": self.bias[: len(images)] if self.bias.ndim == 4 else self.bias}
@@ -116,7 +116,7 @@ def random_mask(*shape, seed=3):
         ({"bias": random_mask(1, 4, 16, 16)}, {}),
         ({"bias": torch.randn(4, 1, 16, generator=torch.Generator().manual_seed(2))}, {}),
     ],
-    ids=lambda value: "+".join(value) or "plain",
+    ids=lambda value: "+".join(value) or "none",
 )
 @pytest.mark.parametrize("keep", [FullAttention(), HeadMean()], ids=["full", "head_mean"])
 def test_every_argument_of_the_fused_call_is_used(arguments, by_hand, keep):
@@ -130,7 +130,7 @@ def test_every_argument_of_the_fused_call_is_used(arguments, by_hand, keep):
         expected_out = model(images)
         with capture(model, keep) as records:
             out = model(images)
-    expected = softmax_by_hand(*model.seen[0], **by_hand)
+    expected = softmax_by_hand(*model.inputs[0], **by_hand)
     if isinstance(keep, HeadMean):
         expected = expected.mean(1)
     close(records[0].weights[:, 0].double(), expected, atol=1e-5, rtol=0)
@@ -142,14 +142,14 @@ def test_positional_arguments_are_used():
         def forward(self, images):
             x = self.embed(images).flatten(2).transpose(1, 2)
             query, key = (f(x).unflatten(2, (self.heads, 8)).transpose(1, 2) for f in (self.query, self.key))
-            self.seen.append((query.detach(), key.detach()))
+            self.inputs.append((query.detach(), key.detach()))
             return F.scaled_dot_product_attention(query, key, key, None, 0.0, True).mean(2).flatten(1)
 
     torch.manual_seed(0)
     model = Positional().eval()
     with torch.no_grad(), capture(model, FullAttention()) as records:
         model(models.pictures(32))
-    expected = softmax_by_hand(*model.seen[-1], causal=True)
+    expected = softmax_by_hand(*model.inputs[-1], causal=True)
     close(records[0].weights[:, 0].double(), expected, atol=1e-5, rtol=0)
 
 
@@ -169,7 +169,7 @@ class Masked(nn.Module):
         return out.transpose(1, 2).flatten(2).mean(1)
 
 
-def test_keyword_arguments_are_read_as_positional_ones():
+def test_keyword_and_positional_arguments_give_the_same_weights():
     class ByName(Masked):
         def forward(self, x):
             tokens = self.embed(x).flatten(2).transpose(1, 2)
@@ -177,13 +177,13 @@ def test_keyword_arguments_are_read_as_positional_ones():
             return F.scaled_dot_product_attention(query=heads, key=heads, value=heads).transpose(1, 2).mean((1, 2))
 
     torch.manual_seed(0)
-    by_name, by_place = ByName().eval(), Masked().eval()
-    by_place.load_state_dict(by_name.state_dict())
+    by_name, by_position = ByName().eval(), Masked().eval()
+    by_position.load_state_dict(by_name.state_dict())
     images = models.pictures()
     with torch.no_grad():
         for keep in (HeadMean(), FullAttention()):
-            with capture(by_name, keep) as found, capture(by_place, keep) as expected:
-                by_name(images), by_place(images)
+            with capture(by_name, keep) as found, capture(by_position, keep) as expected:
+                by_name(images), by_position(images)
             close(found[0].weights, expected[0].weights)
             with capture(by_name, keep) as alone:
                 by_name(images)
@@ -225,7 +225,7 @@ def test_values_may_have_another_type_than_queries():
     close(records[0].weights.sum(-1), torch.ones(2, 1, 16), atol=1e-5, rtol=0)
 
 
-def test_weights_are_float32_whatever_the_default_is():
+def test_weights_are_float32_with_another_default_dtype():
     model, images = models.vit(depth=2), models.pictures()
     with torch.no_grad():
         torch.set_default_dtype(torch.float64)

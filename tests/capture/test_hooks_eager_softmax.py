@@ -1,4 +1,4 @@
-"""Recorded weights of models that compute their own softmax are the weights that these models use."""
+"""If a model computes its own softmax, the recorded weights are the weights that the model uses."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_weights_of_transformers_models_equal_those_they_return(implementation):
+def test_recorded_weights_equal_the_attentions_that_transformers_returns(implementation):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=64
@@ -30,7 +30,7 @@ def test_weights_of_transformers_models_equal_those_they_return(implementation):
         assert (record.grid, record.num_prefix_tokens) == ((4, 4), 1)
 
 
-def test_eager_weights_equal_those_of_the_model():
+def test_recorded_weights_equal_those_of_an_unfused_timm_vit():
     model, images = models.vit(), models.pictures()
     for block in model.blocks:
         block.attn.fused_attn = False
@@ -43,7 +43,9 @@ def test_eager_weights_equal_those_of_the_model():
 
 
 def test_kept_weights_are_a_copy_of_the_selected_rows_only():
-    class InPlace(nn.Module):
+    class HalvedInPlace(nn.Module):
+        """Change the weights in place after the softmax."""
+
         def __init__(self):
             super().__init__()
             self.embed = nn.Conv2d(3, 8, 16, 16)
@@ -54,7 +56,7 @@ def test_kept_weights_are_a_copy_of_the_selected_rows_only():
             weights.mul_(0.5)
             return weights @ tokens
 
-    model, images = InPlace().eval(), models.pictures()
+    model, images = HalvedInPlace().eval(), models.pictures()
     with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
     torch.testing.assert_close(records[0].weights.sum(-1), torch.ones(2, 1, 1, 16))

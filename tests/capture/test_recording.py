@@ -1,4 +1,4 @@
-"""Captures that record nothing raise an error."""
+"""A capture raises an error if the model ran but nothing was recorded."""
 
 import pytest
 from torch import nn
@@ -24,7 +24,7 @@ def test_a_model_that_is_never_called_gives_no_error_and_no_records():
     assert records.calls == 0
 
 
-def test_an_exception_in_the_body_is_not_replaced_by_the_error_of_an_empty_capture():
+def test_an_exception_in_the_body_is_raised_instead_of_the_error_of_an_empty_capture():
     model = models.resnet()
     with pytest.raises(BrokenError), capture(model) as records:  # noqa: PT012 - the body is what is tested
         model(models.pictures())

@@ -1,4 +1,4 @@
-"""Errors of captures, which leave the model unchanged."""
+"""Errors of captures name the cause, and leave the model unchanged."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_a_model_with_a_scripted_part_is_recorded():
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
-def test_a_wrong_layer_of_a_capture_names_the_nearest_and_leaves_the_model_unchanged():
+def test_the_error_for_a_wrong_layer_names_the_nearest_and_leaves_the_model_unchanged():
     model, images = models.vit(), models.pictures()
     before = models.state_of(model)
     with (
@@ -49,7 +49,7 @@ def test_a_wrong_layer_of_a_capture_names_the_nearest_and_leaves_the_model_uncha
     models.assert_same_state(before, models.state_of(model))
 
 
-def test_a_wrong_name_of_a_record_lists_the_nearest():
+def test_the_error_for_a_wrong_name_of_a_record_names_the_nearest():
     model = models.vit()
     with torch.no_grad(), capture(model) as records:
         model(models.pictures())
@@ -57,11 +57,11 @@ def test_a_wrong_name_of_a_record_lists_the_nearest():
         records["blocks.2.at"]
 
 
-def test_capture_of_an_empty_batch_gives_empty_weights_or_a_clear_error():
+def test_capture_of_an_empty_batch_gives_empty_weights():
     model = models.vit()
     with torch.no_grad(), capture(model) as records:
         assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 7)
     assert [record.weights.shape for record in records] == [(0, 1, 3, 17)] * 3
-    with torch.no_grad(), capture(model) as records:  # no wrong survey is cached
+    with torch.no_grad(), capture(model) as records:  # the survey of the empty batch is also right for other batches
         model(models.pictures())
     assert [record.grid for record in records] == [(4, 4)] * 3

@@ -1,4 +1,4 @@
-"""Records of glimpses."""
+"""Records hold the locations and boxes of glimpses, apart for each call, network and thread."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -28,22 +28,22 @@ def test_a_record_of_glimpses_holds_locations_and_boxes_of_each_scale():
     assert records.report() == "1 record of 1 call of the model\n  retina: glimpse, 4 at 2 scales in 12×15 pixels"
 
 
-def test_calls_of_the_model_and_rollouts_are_kept_apart():
+def test_every_call_and_every_rollout_has_its_own_record():
     model, x = network(), images()
     with torch.no_grad(), capture(model, NoWeights()) as records:
         model(x)
         model(images(9, 9))
-        again = model.rollout(x, rollouts=3, num_glimpses=2)
-        other = model.rollout(x, rollouts=3, num_glimpses=2)
+        first_rollout = model.rollout(x, rollouts=3, num_glimpses=2)
+        second_rollout = model.rollout(x, rollouts=3, num_glimpses=2)
     assert [record.grid for record in records] == [(12, 15), (9, 9), (12, 15), (12, 15)]
     assert [record.call for record in records[:2]] == [0, 1]
-    close(records[2].locations, again.location)
-    close(records[3].locations, other.location)
+    close(records[2].locations, first_rollout.location)
+    close(records[3].locations, second_rollout.location)
 
 
 def test_glimpses_of_other_networks_and_outside_of_capture_are_not_recorded():
     model, other, x = network(), network(), images()
-    plain = Retina.look
+    original_look = Retina.look
     with torch.no_grad(), capture(model, NoWeights()) as records:
         other(x)
         with capture(other, NoWeights()) as inner:
@@ -52,25 +52,25 @@ def test_glimpses_of_other_networks_and_outside_of_capture_are_not_recorded():
         other(x)
     model(x)
     assert (len(records), len(inner)) == (1, 1)
-    assert Retina.look is plain
+    assert Retina.look is original_look
     with pytest.raises(RuntimeError, match="enough"), capture(model, NoWeights()):
         raise RuntimeError("enough")
-    assert Retina.look is plain
+    assert Retina.look is original_look
     assert "look" not in vars(model.retina)
 
 
-def test_threads_that_capture_one_network_record_their_own_glimpses():
-    model, together = network(), threading.Barrier(2, timeout=60)
+def test_threads_that_capture_the_same_network_record_their_own_glimpses():
+    model, barrier = network(), threading.Barrier(2, timeout=60)
 
-    def watch(x):
+    def recorded_grids(x):
         with torch.no_grad(), capture(model, NoWeights()) as records:
-            together.wait()
+            barrier.wait()
             model(x)
-            together.wait()
+            barrier.wait()
         return [record.grid for record in records]
 
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(watch, (images(12, 15), images(9, 9)))) == [[(12, 15)], [(9, 9)]]
+        assert list(pool.map(recorded_grids, (images(12, 15), images(9, 9)))) == [[(12, 15)], [(9, 9)]]
     assert Retina.look.__name__ == "look"
     assert Retina.look.__module__ == Retina.__module__
 

@@ -1,4 +1,4 @@
-"""Reductions: all weights, head means and rows; of chosen layers and calls; piece by piece."""
+"""Reductions keep all weights, head means or rows, of all or some layers, computed in pieces of any size."""
 
 import itertools
 import math
@@ -9,8 +9,7 @@ import torch
 
 from tests.capture import models
 from tests.capture.models import kept
-from visionattn.capture import ClassRow, FullAttention, HeadMean, NoWeights, PatchRow, capture
-from visionattn.capture import reductions as keep
+from visionattn.capture import ClassRow, FullAttention, HeadMean, NoWeights, PatchRow, capture, reductions
 from visionattn.capture.reductions import Call
 from visionattn.capture.token_layout import Site, Tokens
 
@@ -50,13 +49,13 @@ def test_every_reduction_agrees_with_slices_of_the_full_attention(make, size):
     assert all(record.weights is None for record in kept(model, images, NoWeights()))
 
 
-def test_layers_may_be_chosen_by_place_and_by_name():
+def test_layers_may_be_chosen_by_index_and_by_name():
     model, images = models.vit(), models.pictures()
     full = kept(model, images, FullAttention())
-    some = kept(model, images, FullAttention(), layers=[-1, "blocks.0"])
-    assert [record.weights is None for record in some] == [False, True, False]
-    close(some[0].weights, full[0].weights)
-    close(some[2].weights, full[2].weights)
+    chosen = kept(model, images, FullAttention(), layers=[-1, "blocks.0"])
+    assert [record.weights is None for record in chosen] == [False, True, False]
+    close(chosen[0].weights, full[0].weights)
+    close(chosen[2].weights, full[2].weights)
 
 
 def test_records_of_several_calls_are_appended_and_numbered():
@@ -71,20 +70,20 @@ def test_records_of_several_calls_are_appended_and_numbered():
 
 
 TOKENS, DIM = 4, 5
-ALL = TOKENS * TOKENS  # weights of one head
+WEIGHTS_PER_HEAD = TOKENS * TOKENS
 
 
-def a_call(shape, bias, *, fused=True):
-    """Return a call of (images, windows, heads), and its weights by a loop over all of them, in float64."""
+def call_and_weights(shape, bias, *, fused=True):
+    """Return a call of shape (images, windows, heads), its weights from a loop in float64, and its values."""
     _, windows, heads = shape
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(*shape, TOKENS, DIM, generator=draw) for _ in range(3))
     index = torch.arange(windows * TOKENS).view(windows, TOKENS)
     tokens = Tokens((windows, TOKENS), index)
     site = Site("attn", "self", heads, tokens, tokens, fused, (windows, heads), (0,) if windows > 1 else ())
-    if bias == "of heads":
+    if bias == "per head":
         added = torch.randn(1, 1, heads, TOKENS, TOKENS, generator=draw).expand(*shape, TOKENS, TOKENS)
-    elif bias == "of each":  # as masks of shifted windows
+    elif bias == "per image, window and head":  # with masked keys, as in shifted windows
         added = torch.randn(*shape, TOKENS, TOKENS, generator=draw)
         added[..., 0, 2:] = -math.inf
     else:
@@ -98,7 +97,7 @@ def a_call(shape, bias, *, fused=True):
     return Call(site, query, key, value, added, 0.3), expected, value
 
 
-PIECES = {  # images, windows, heads; both limits as numbers of heads; the sizes of the pieces
+PIECES = {  # (images, windows, heads), the limits _TOGETHER and _MOST in heads, and the expected sizes of the pieces
     "all at once": ((3, 5, 4), 60, 60, [(3, 5, 4)]),
     "heads split, the last piece smaller": ((1, 1, 5), 2, 2, [(1, 1, 2)] * 2 + [(1, 1, 1)]),
     "heads split, of every image and window": ((2, 2, 3), 1, 1, [(1, 1, 1)] * 12),
@@ -113,26 +112,26 @@ PIECES = {  # images, windows, heads; both limits as numbers of heads; the sizes
 @pytest.fixture
 def pieces(request, monkeypatch):
     shape, together, most, expected = PIECES[request.param]
-    monkeypatch.setattr(keep, "_TOGETHER", together * ALL)
-    monkeypatch.setattr(keep, "_MOST", most * ALL)
+    monkeypatch.setattr(reductions, "_TOGETHER", together * WEIGHTS_PER_HEAD)
+    monkeypatch.setattr(reductions, "_MOST", most * WEIGHTS_PER_HEAD)
     return shape, expected
 
 
 @pytest.mark.parametrize("pieces", PIECES, indirect=True)
-@pytest.mark.parametrize("bias", [None, "of heads", "of each"])
-@pytest.mark.parametrize("with_out", [False, True], ids=["weights", "and output"])
-def test_pieces_are_the_weights_of_every_image_window_and_head_once(pieces, bias, with_out):
+@pytest.mark.parametrize("bias", [None, "per head", "per image, window and head"])
+@pytest.mark.parametrize("with_out", [False, True], ids=["weights only", "weights and output"])
+def test_pieces_hold_the_weights_of_every_image_window_and_head_exactly_once(pieces, bias, with_out):
     shape, sizes = pieces
-    call, expected, value = a_call(shape, bias)
+    call, expected, value = call_and_weights(shape, bias)
     out = torch.full((*shape, TOKENS, DIM), torch.nan) if with_out else None
-    seen, found = torch.zeros(shape), torch.full(expected.shape, torch.nan)
-    held = []
+    visits, found = torch.zeros(shape), torch.full(expected.shape, torch.nan)
+    piece_sizes = []
     for piece, part in call.pieces(out):
-        held.append(tuple(part.shape[:3]))
-        seen[piece] += 1
+        piece_sizes.append(tuple(part.shape[:3]))
+        visits[piece] += 1
         found[piece] = part  # the next piece overwrites the buffer
-    assert held == sizes
-    assert (seen == 1).all()
+    assert piece_sizes == sizes
+    assert (visits == 1).all()
     close(found.double(), expected, atol=1e-6, rtol=0)
     if with_out:
         close(out.double(), expected @ value.double(), atol=1e-5, rtol=0)
@@ -141,11 +140,10 @@ def test_pieces_are_the_weights_of_every_image_window_and_head_once(pieces, bias
 @pytest.mark.parametrize("pieces", PIECES, indirect=True)
 @pytest.mark.parametrize("fused", [True, False])
 def test_reductions_do_not_depend_on_the_pieces(pieces, fused):
-    call, expected, _ = a_call(pieces[0], "of each", fused=fused)
+    call, expected, _ = call_and_weights(pieces[0], "per image, window and head", fused=fused)
     close(HeadMean()(call).double(), expected.mean(2), atol=1e-6, rtol=0)
-    close(
-        ClassRow()(call).double(), expected.mean(3), atol=1e-6, rtol=0
-    )  # without a class token: the mean of the patches' rows
+    # the call has no class token, so ClassRow keeps the mean of the patches' rows
+    close(ClassRow()(call).double(), expected.mean(3), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["vit without class token", "swin"])
@@ -156,10 +154,10 @@ def test_small_pieces_give_the_same_weights_and_outputs_of_whole_models(family, 
     full = kept(model, images, FullAttention())
     with torch.no_grad():
         expected = model(images)
-    monkeypatch.setattr(keep, "_TOGETHER", heads * 16 * 16)
-    monkeypatch.setattr(keep, "_MOST", 2 * 16 * 16)
-    for what, axis in ((HeadMean(), 2), (ClassRow(), 3)):
-        with torch.no_grad(), capture(model, what) as records:
+    monkeypatch.setattr(reductions, "_TOGETHER", heads * 16 * 16)
+    monkeypatch.setattr(reductions, "_MOST", 2 * 16 * 16)
+    for reduction, axis in ((HeadMean(), 2), (ClassRow(), 3)):
+        with torch.no_grad(), capture(model, reduction) as records:
             close(model(images), expected, atol=1e-5, rtol=1e-5)
         for record, reference in zip(records, full, strict=True):
             close(record.weights, reference.weights.mean(axis), atol=1e-6, rtol=0)

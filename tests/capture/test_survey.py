@@ -1,4 +1,4 @@
-"""Test surveys, which find the attention in a model: gaps are reported, and a changed model is surveyed again."""
+"""Surveys report attention that cannot be recorded, and a model that has changed is surveyed again."""
 
 import pytest
 import timm
@@ -10,10 +10,10 @@ from tests.capture import models
 from tests.capture.homemade import HomemadeAttention
 from tests.capture.models import kept
 from visionattn.capture import FullAttention, capture
-from visionattn.errors import UsageError
+from visionattn.errors import MapWarning, UsageError
 
 
-def test_the_report_names_missed_modules_beside_the_records():
+def test_the_report_lists_missed_modules_and_records():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -41,8 +41,8 @@ def test_a_softmax_over_channels_is_reported_and_not_recorded_as_attention():
 
 
 def test_attention_with_unknown_positions_is_reported():
-    class Shuffled(nn.Module):
-        """A detour through NumPy hides the positions of its tokens."""
+    class ThroughNumPy(nn.Module):
+        """Convert tokens to NumPy and back, so that their positions cannot be followed."""
 
         def __init__(self):
             super().__init__()
@@ -52,27 +52,29 @@ def test_attention_with_unknown_positions_is_reported():
             x = torch.from_numpy(self.embed(images).detach().numpy()).flatten(2).mT
             return F.scaled_dot_product_attention(x, x, x).mean(1)
 
-    net = nn.Sequential(Shuffled())
+    net = nn.Sequential(ThroughNumPy())
     with pytest.raises(UsageError, match="0: the positions of its keys are not known"), capture(net):
         net(models.pictures(32))
 
 
 def test_attention_that_appears_after_the_survey_is_reported_and_surveyed_next_time():
-    class Fickle(nn.Module):
+    class OneOrTwoCalls(nn.Module):
         def __init__(self):
             super().__init__()
-            self.embed, self.twice = nn.Conv2d(3, 16, 8, 8), False
+            self.embed = nn.Conv2d(3, 16, 8, 8)
 
         def forward(self, images):
             x = self.embed(images).flatten(2).mT
-            for _ in range(1 + self.twice):
+            for _ in range(times[0]):
                 x = x + F.scaled_dot_product_attention(x, x, x)
             return x.mean(1)
 
-    model, images = Fickle(), models.pictures(32)
+    times = [1]  # outside of the model, so a change of this list does not invalidate the cached survey
+    model, images = OneOrTwoCalls(), models.pictures(32)
     assert len(kept(model, images, FullAttention())) == 1
-    model.twice = True
-    with torch.no_grad(), capture(model, FullAttention()) as records:
+    times[0] = 2
+    warns = pytest.warns(MapWarning, match="the records lack attention.* did not attend in this way")
+    with warns, torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
     assert len(records) == 1
     assert "it did not attend in this way when the model was surveyed" in records.report()

@@ -1,4 +1,4 @@
-"""Positions of shifted and dilated windows."""
+"""The tokens of shifted and dilated windows lie at the right cells of the grid."""
 
 import pytest
 import timm
@@ -14,29 +14,31 @@ close = torch.testing.assert_close
 @pytest.mark.parametrize("fused", [True, False])
 def test_tokens_of_shifted_windows_have_the_right_cells(fused):
     model, images = models.swin(), models.pictures(32)
-    raw = []
+    unfused_weights = []
     for stage in model.layers:
         for block in stage.blocks:
             block.attn.fused_attn = False
-            block.attn.attn_drop.register_forward_hook(lambda module, args, out: raw.append(args[0].detach()))
+            block.attn.attn_drop.register_forward_hook(
+                lambda module, args, out: unfused_weights.append(args[0].detach())
+            )
     with torch.no_grad():
         model(images)
     for stage in model.layers:
         for block in stage.blocks:
             block.attn.fused_attn = fused
-    expected = list(raw)
+    expected = list(unfused_weights)
     with torch.no_grad(), capture(model, FullAttention()) as records, capture(model, ClassRow()) as means:
         model(images)
     assert len(records) == 4
-    for place, (size, shift) in enumerate([(8, 0), (8, 2), (4, 0), (4, 0)]):
-        record, windows = records[place], models.cells_of_windows(size, 4, shift)
+    for index, (size, shift) in enumerate([(8, 0), (8, 2), (4, 0), (4, 0)]):
+        record, windows = records[index], models.cells_of_windows(size, 4, shift)
         assert record.grid == (size, size)
         assert record.windowed == (size > 4)
         heads = record.heads
-        weights = expected[place].reshape(2, len(windows), heads, 16, 16)
-        grid = torch.zeros(2, size * size, size * size)  # from cell to cell of the image
+        weights = expected[index].reshape(2, len(windows), heads, 16, 16)
+        grid = torch.zeros(2, size * size, size * size)  # attention of each cell to each cell of the image
         found = torch.zeros_like(grid)
-        received = torch.zeros(2, size, size)  # mean over a window's queries of a cell's weights
+        received = torch.zeros(2, size, size)  # mean attention to each cell, over the queries of its window
         for b in range(2):
             for w, cells in enumerate(windows):
                 for i, query in enumerate(cells):
@@ -50,7 +52,7 @@ def test_tokens_of_shifted_windows_have_the_right_cells(fused):
                     for j, key in enumerate(keys):
                         found[b, query, key] = float(record.weights[b, w, :, i, j].mean())
         close(found, grid, atol=1e-5, rtol=0)
-        close(record.keys.to_grid(means[place].weights.mean(2)), received, atol=1e-5, rtol=0)
+        close(record.keys.to_grid(means[index].weights.mean(2)), received, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

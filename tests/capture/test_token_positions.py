@@ -1,4 +1,4 @@
-"""Positions of tokens in models that drop or merge tokens by what an image shows, image by image."""
+"""Positions of tokens in models that drop or merge different tokens in every image."""
 
 import functools
 
@@ -9,9 +9,8 @@ from torch import nn
 
 from tests.capture import models
 from tests.capture.models import kept, softmax_by_hand
-from visionattn.capture import ClassRow, FullAttention, HeadMean, PatchRow, capture
-from visionattn.capture import survey as sites
-from visionattn.capture import token_positions as positions
+from visionattn.capture import ClassRow, FullAttention, HeadMean, PatchRow, capture, token_positions
+from visionattn.capture import survey as survey_module
 from visionattn.errors import MapWarning, UsageError
 from visionattn.maps import (
     Chefer,
@@ -28,18 +27,20 @@ from visionattn.maps import (
 )
 
 close = torch.testing.assert_close
-KEEP = 6
+KEEP = 6  # patches that remain in each image
 
 
 class Attention(nn.Module):
+    """Self-attention of two heads with a shortcut; `query_and_key` holds the inputs of the last call."""
+
     def __init__(self):
         super().__init__()
         self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
-        self.seen = None
+        self.query_and_key = None
 
     def forward(self, x):
         query, key, value = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        self.seen = query.detach(), key.detach()
+        self.query_and_key = query.detach(), key.detach()
         return x + self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
@@ -73,6 +74,8 @@ PICKS = {pick.__name__: pick for pick in (gather, take_along, index, flat_index,
 
 
 class Prune(nn.Module):
+    """Keep the class token and the patches that `pick` chooses; `rest` adds a mean of all patches as one token."""
+
     def __init__(self, pick, class_token, rest):
         super().__init__()
         self.pick, self.first, self.rest = pick, int(class_token), rest
@@ -83,14 +86,16 @@ class Prune(nn.Module):
         scores = patches[..., 0]
         chosen, self.picked = self.pick(patches, scores)
         parts = [x[:, : self.first], chosen]
-        if self.rest:  # as in EViT, one token stands for all others
+        if self.rest:  # as in EViT
             parts.append((patches * scores.softmax(1)[..., None]).sum(1, keepdim=True))
         return torch.cat(parts, 1)
 
 
 class Pruning(nn.Module):
-    """4 × 6 patches, of which six remain after the first layer, different ones in every image (after Liang et al. 2022,
-    2202.07800)."""
+    """4 × 6 patches, of which six remain after the first layer. Every image keeps different patches.
+
+    After Liang et al. 2022, 2202.07800.
+    """
 
     def __init__(self, pick=gather, *, class_token=True, rest=False):
         super().__init__()
@@ -120,20 +125,19 @@ def on_cells(values, picked):
     """Place one value per picked token on a 4 × 6 grid."""
     grid = torch.zeros(len(values), 24)
     for b in range(len(values)):
-        for place, cell in enumerate(picked[b].tolist()):
-            grid[b, cell] = values[b, place]
+        for index, cell in enumerate(picked[b].tolist()):
+            grid[b, cell] = values[b, index]
     return grid.reshape(-1, 4, 6)
 
 
 @pytest.mark.parametrize("pick", PICKS)
-@pytest.mark.parametrize("rest", [False, True], ids=["dropped", "fused"])
+@pytest.mark.parametrize("rest", [False, True], ids=["dropped", "mean token"])
 def test_remaining_tokens_keep_their_positions_in_every_image(pick, rest):
     model = pruning(PICKS[pick], rest=rest)
-    for seed in (1, 2):  # no survey of other images is cached
+    for seed in (1, 2):  # the second batch has other positions than the first
         images = images_of(batch=3, seed=seed)
-        first, *_, last = kept(
-            model, images, FullAttention()
-        )  # the weight between them is that of the token for all others
+        # with `rest`, the softmax of the scores is recorded between the two layers
+        first, *_, last = kept(model, images, FullAttention())
         picked = model.prune.picked
         assert len({tuple(cells) for cells in picked.sort().values.tolist()}) == 3
         assert (first.grid, last.grid) == ((4, 6), (4, 6))
@@ -142,7 +146,7 @@ def test_remaining_tokens_keep_their_positions_in_every_image(pick, rest):
         assert last.keys.images(3)[:, 0].tolist() == expected
         assert last.queries.images(3)[:, 0].tolist() == expected
         assert first.keys.in_order
-        weights = softmax_by_hand(*model.last.seen)
+        weights = softmax_by_hand(*model.last.query_and_key)
         close(last.weights[:, 0].double(), weights, atol=1e-5, rtol=0)
         maps = RawAttention()(model, images)
         close(maps.raw.double(), on_cells(weights.mean(1)[:, 0, 1 : 1 + KEEP], picked).double(), atol=1e-5, rtol=0)
@@ -152,26 +156,26 @@ def test_tokens_that_remain_after_two_reductions_keep_their_positions():
     class Twice(Pruning):
         def __init__(self):
             super().__init__()
-            self.again, self.third = Prune(functools.partial(gather, keep=3), True, False), Attention()
+            self.prune2, self.third = Prune(functools.partial(gather, keep=3), True, False), Attention()
 
         def forward(self, images):
             x = self.last(self.prune(self.first(self.tokens(images))))
-            return self.third(self.again(x))
+            return self.third(self.prune2(x))
 
     torch.manual_seed(0)
     model = models.stirred(Twice())
     third = kept(model, images_of(batch=3), ClassRow())[-1]
     assert (third.name, third.grid) == ("third", (4, 6))
-    assert third.keys.images(3)[:, 0, 1:].tolist() == model.prune.picked.gather(1, model.again.picked).tolist()
+    assert third.keys.images(3)[:, 0, 1:].tolist() == model.prune.picked.gather(1, model.prune2.picked).tolist()
 
 
 def merge(x, scores):
-    """Merge some of every second token into the most similar of the others (Bolya et al. 2023, 2210.09461)."""
+    """Merge tokens with even indices into the most similar tokens with odd indices (Bolya et al. 2023, 2210.09461)."""
     source, target = x[:, ::2], x[:, 1::2]
-    likeness, likest = (F.normalize(source, dim=2) @ F.normalize(target, dim=2).mT).max(2)
-    order = likeness.argsort(descending=True)
+    similarity, most_similar = (F.normalize(source, dim=2) @ F.normalize(target, dim=2).mT).max(2)
+    order = similarity.argsort(descending=True)
     merged, left = order[:, :KEEP], order[:, KEEP:]
-    into, away, stay = (which[..., None].expand(-1, -1, 16) for which in (likest.gather(1, merged), merged, left))
+    into, away, stay = (which[..., None].expand(-1, -1, 16) for which in (most_similar.gather(1, merged), merged, left))
     target = target.scatter_reduce(1, into, source.gather(1, away), "mean")
     return torch.cat([source.gather(1, stay), target], 1), torch.cat(
         [2 * left, 2 * torch.arange(12).expand(len(x), -1) + 1], 1
@@ -186,9 +190,9 @@ def test_merged_tokens_have_the_positions_of_the_tokens_they_were_merged_into():
     assert last.keys.index_BWN is not None
 
 
-def test_the_grid_is_that_of_the_image_when_whole_rows_and_columns_are_dropped():
+def test_the_grid_has_all_rows_and_columns_even_if_all_their_tokens_are_dropped():
     model = pruning()
-    with torch.no_grad():  # scores are the brightness of the patch
+    with torch.no_grad():  # the score of a patch is its brightness
         model.embed.weight[0], model.embed.bias[0] = 1, 0
         model.first.proj.weight.zero_()
     images = torch.zeros(2, 3, 32, 48)
@@ -217,7 +221,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("rest", [False, True], ids=["dropped", "fused"])
+@pytest.mark.parametrize("rest", [False, True], ids=["dropped", "mean token"])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_maps_of_a_batch_equal_the_maps_of_its_images(name, rest):
     model, images = pruning(rest=rest), images_of(batch=3)
@@ -229,13 +233,13 @@ def test_the_maps_of_a_batch_equal_the_maps_of_its_images(name, rest):
     assert together.raw.shape == (3, 4, 6)
     for image, raw, cells in zip(images, together.raw, picked, strict=True):
         close(method(model, image[None], target=3).raw[0], raw, atol=1e-5, rtol=1e-3)
-        if name not in ("rollout", "grad_rollout", "chefer"):  # which also use the first layer
+        if name not in ("rollout", "grad_rollout", "chefer"):  # these also use the first layer, which has all tokens
             dropped = torch.ones(24, dtype=torch.bool)
             dropped[cells] = False
             assert not raw.flatten()[dropped].any()
 
 
-def test_rollout_gives_dropped_tokens_their_earlier_relevance():
+def test_rollout_gives_dropped_tokens_their_relevance_in_the_first_layer():
     model, images = pruning(), images_of(batch=3)
     first, last = (record.weights[:, 0] for record in kept(model, images, HeadMean()))
     expected = torch.zeros(3, 24)
@@ -243,8 +247,8 @@ def test_rollout_gives_dropped_tokens_their_earlier_relevance():
         tokens = [0, *(cell + 1 for cell in cells)]
         row = torch.zeros(25)
         row[0] = 0.5
-        for place, token in enumerate(tokens):
-            row[token] += 0.5 * last[b, 0, place]
+        for index, token in enumerate(tokens):
+            row[token] += 0.5 * last[b, 0, index]
         expected[b] = (0.5 * row + 0.5 * row @ first[b])[1:]
     close(Rollout()(model, images).raw.flatten(1), expected, atol=1e-5, rtol=0)
 
@@ -255,8 +259,8 @@ def test_without_a_class_token_rollout_starts_on_the_remaining_tokens():
     expected = torch.zeros(3, 24)
     for b, cells in enumerate(model.prune.picked.tolist()):
         row = torch.zeros(24)
-        for place, cell in enumerate(cells):
-            row[cell] = 0.5 / KEEP + 0.5 * last[b, :, place].mean()
+        for index, cell in enumerate(cells):
+            row[cell] = 0.5 / KEEP + 0.5 * last[b, :, index].mean()
         expected[b] = 0.5 * row + 0.5 * row @ first[b]
     close(Rollout()(model, images).raw.flatten(1), expected, atol=1e-5, rtol=0)
 
@@ -294,8 +298,8 @@ def test_a_fixed_choice_of_tokens_is_followed_and_cached(monkeypatch):
     torch.manual_seed(0)
     model, images = models.stirred(Fixed()), images_of(batch=2)
     runs = []
-    plain = sites._run_survey
-    monkeypatch.setattr(sites, "_run_survey", lambda *args: runs.append(1) or plain(*args))
+    run_survey = survey_module._run_survey
+    monkeypatch.setattr(survey_module, "_run_survey", lambda *args: runs.append(1) or run_survey(*args))
     for _ in range(3):
         _, last = kept(model, images, ClassRow())
     assert len(runs) == 1
@@ -304,8 +308,8 @@ def test_a_fixed_choice_of_tokens_is_followed_and_cached(monkeypatch):
 
 
 def test_a_call_whose_layout_differs_between_images_is_reported():
-    class Fickle(Pruning):
-        """Attends over all tokens of a dark image, and over six tokens of a bright one."""
+    class PruneBrightImages(Pruning):
+        """Attend over all tokens of a dark image, and over six tokens of a bright image."""
 
         def forward(self, images):
             x = self.embed(images).flatten(2).mT
@@ -315,7 +319,7 @@ def test_a_call_whose_layout_differs_between_images_is_reported():
             return self.head(self.last(x).mean(1))
 
     torch.manual_seed(0)
-    model = models.stirred(Fickle(class_token=False))
+    model = models.stirred(PruneBrightImages(class_token=False))
     images = images_of(batch=2)
     images[0] += 9
     message = "last: its attention differs between the images of a batch"
@@ -323,12 +327,12 @@ def test_a_call_whose_layout_differs_between_images_is_reported():
         model(images)
 
 
-def test_a_function_that_cannot_be_followed_is_warned_of():
+def test_a_function_through_which_positions_cannot_be_followed_gives_a_warning():
     x = torch.zeros(1, 2, 2)
-    positions.cast(x, torch.zeros(1, 2, 2, dtype=torch.complex64))
+    token_positions.cast(x, torch.zeros(1, 2, 2, dtype=torch.complex64))
 
     def view(value):
         raise RuntimeError("no complex form")
 
     with pytest.warns(MapWarning, match=r"could not be followed through view \(no complex form\)"):
-        positions.follow(view, (x,), {}, torch.zeros(4))
+        token_positions.follow(view, (x,), {}, torch.zeros(4))

@@ -1,4 +1,4 @@
-"""Helpers that call the command line."""
+"""Helpers for tests of the command line."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ QUICKSTART = str(CONFIGS / "quickstart.yaml")
 
 
 def fails(arguments, code, *parts, capsys):
-    """Run the command line; it must end with this code, and one sentence that holds all parts."""
+    """Check that the command line exits with this code, and that its error message contains all parts."""
     assert main(arguments) == code
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")
@@ -22,7 +22,7 @@ def fails(arguments, code, *parts, capsys):
 
 
 class FakeMNIST(torchvision.datasets.VisionDataset):
-    """Noise in the form of MNIST, which cannot be downloaded in a test."""
+    """Noise images with the interface of torchvision's MNIST, which a test must not download."""
 
     classes = [str(number) for number in range(10)]  # noqa: RUF012
 

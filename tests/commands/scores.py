@@ -1,4 +1,4 @@
-"""Scores of one method and one control."""
+"""Scores of one method and one control on 40 images, without a model."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Completion scripts, run by the shells themselves."""
+"""Completion scripts, run in real shells."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ from visionattn.cli import main
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    """The files that `visionattn completion` prints."""
+    """Return a folder with the completion script of each shell."""
     import contextlib
     import io
 
@@ -22,25 +22,25 @@ def scripts(tmp_path_factory):
     return folder
 
 
-def by_bash(scripts, *words):
+def complete_in_bash(scripts, *words):
     line = " ".join(f"'{word}'" for word in words)
     code = f"source {scripts / 'bash'}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _shtab_visionattn"
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", f'{code}; printf "%s\\n" "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True
     )
-    return done.stdout.split()
+    return process.stdout.split()
 
 
-def by_fish(scripts, *words):
+def complete_in_fish(scripts, *words):
     code = f"source {scripts / 'fish'}; complete -C '{' '.join(words)}'"
-    done = subprocess.run(["fish", "-c", code], capture_output=True, text=True, check=True)
-    return [line.split("\t")[0] for line in done.stdout.splitlines()]
+    process = subprocess.run(["fish", "-c", code], capture_output=True, text=True, check=True)
+    return [line.split("\t")[0] for line in process.stdout.splitlines()]
 
 
-ASK = {"bash": by_bash, "fish": by_fish}
+COMPLETE = {"bash": complete_in_bash, "fish": complete_in_fish}
 
 
-@pytest.mark.parametrize("shell", [shell for shell in ASK if shutil.which(shell)])
+@pytest.mark.parametrize("shell", [shell for shell in COMPLETE if shutil.which(shell)])
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -54,16 +54,16 @@ ASK = {"bash": by_bash, "fish": by_fish}
         (["visionattn", "fit", "--trainer.barebones", ""], ["true", "false"]),
     ],
 )
-def test_a_shell_completes(shell, words, expected, scripts):
-    assert sorted(ASK[shell](scripts, *words)) == sorted(expected)
+def test_shell_completes_verbs_options_and_values(shell, words, expected, scripts):
+    assert sorted(COMPLETE[shell](scripts, *words)) == sorted(expected)
 
 
-def test_the_script_of_zsh_is_valid(scripts):
+def test_zsh_script_is_valid(scripts):
     assert (scripts / "zsh").read_text().startswith("#compdef visionattn\n")
     if shutil.which("zsh"):
         subprocess.run(["zsh", "-n", scripts / "zsh"], check=True, capture_output=True)
 
 
-def test_another_shell_is_refused(capsys):
+def test_unknown_shell_is_an_error(capsys):
     assert main(["completion", "bsh"]) == 2
-    assert "no completion for 'bsh'; there is for bash, zsh, fish. Nearest: bash" in capsys.readouterr().err
+    assert "no completion script for 'bsh'; choose one of bash, zsh, fish. Nearest: bash" in capsys.readouterr().err

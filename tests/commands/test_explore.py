@@ -1,4 +1,4 @@
-"""`visionattn explore`."""
+"""`visionattn explore` writes a page, and wrong calls end with an exit code."""
 
 from PIL import Image
 
@@ -6,16 +6,16 @@ from tests.explorer.explored import photo
 from visionattn.cli import main
 
 
-def test_explore_writes_a_page_and_refuses_wrong_calls(tmp_path, capsys, monkeypatch):
+def test_explore_writes_a_page_and_wrong_calls_are_errors(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in range(5):
         Image.fromarray(photo(seed=number)).save(f"{number}.png")
     (tmp_path / "bad.jpg").write_bytes(b"")
     call = ["explore", "--images", ".", "--model", "test_vit", "--weights", "random", "--method", "raw", "--steps", "2"]
     assert main([*call, "--out", "seen.html", "--count", "3"]) == 0
-    assert "seen.html" in (told := capsys.readouterr().out)
-    assert "3 images of 6, taken evenly" in told
-    assert main([*call, "--out", "seen.html"]) == 1  # overwrites its own page; the code is 1, since an image failed
+    assert "seen.html" in (printed := capsys.readouterr().out)
+    assert "3 images of 6, chosen at equal intervals" in printed
+    assert main([*call, "--out", "seen.html"]) == 1  # an earlier page is overwritten; 1 because an image failed
     assert "bad.jpg" in capsys.readouterr().out
     (tmp_path / "mine.html").write_text("mine")
     assert main([*call, "--out", "mine.html"]) == 2

@@ -1,4 +1,4 @@
-"""Exported graphs give the model's values, or are not written."""
+"""An exported graph has the outputs of the model and the method; otherwise no file is written."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.capture.models import vit
-from tests.commands.programs import close, gated, images
+from tests.commands.programs import assert_graph_equals_model, images, resnet_with_cbam
 from tests.models.detectors.small import query
 from visionattn.attention import TokenMerging, reduce_tokens
 from visionattn.commands.graph import export_graph
@@ -16,78 +16,79 @@ from visionattn.data import Preprocess
 from visionattn.errors import DataError, UsageError
 from visionattn.models import ConvNet
 
-PLAIN = Preprocess(64)
+PREPROCESS = Preprocess(64)
 
 
 @pytest.mark.onnx
 @pytest.mark.parametrize(
-    ("model", "method"), [(vit, "rollout"), pytest.param(gated, "gradcam", marks=pytest.mark.slow)]
+    ("build", "method"), [(vit, "rollout"), pytest.param(resnet_with_cbam, "gradcam", marks=pytest.mark.slow)]
 )
-def test_onnx_gives_the_models_values_for_any_batch_size(model, method, tmp_path):
+def test_onnx_outputs_equal_the_models_for_any_batch_size(build, method, tmp_path):
     import onnx
     import onnxruntime
 
-    model = model()
-    told = export_graph(model, tmp_path / "x.onnx", method=method, preprocess=PLAIN, class_names=list("abcdefg"))
-    assert told.difference < 1e-4
+    model, class_names = build(), list("abcdefg")
+    exported = export_graph(model, tmp_path / "x.onnx", method=method, preprocess=PREPROCESS, class_names=class_names)
+    assert exported.difference < 1e-4
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
     assert [(i.name, i.shape[1:]) for i in session.get_inputs()] == [("images", [3, 64, 64])]
     assert [o.name for o in session.get_outputs()] == ["scores", "heatmap"]
     for count in (1, 2, 5):
-        close(session.run(None, {"images": images(count).numpy()}), model, method, images(count))
-    about = json.loads({p.key: p.value for p in onnx.load(tmp_path / "x.onnx").metadata_props}["visionattn"])
-    assert about["method"] == method
-    assert about["class_names"] == list("abcdefg")
-    assert about["preprocess"]["size"] == 64
+        outputs = session.run(None, {"images": images(count).numpy()})
+        assert_graph_equals_model(outputs, model, method, images(count))
+    description = json.loads({p.key: p.value for p in onnx.load(tmp_path / "x.onnx").metadata_props}["visionattn"])
+    assert description["method"] == method
+    assert description["class_names"] == list("abcdefg")
+    assert description["preprocess"]["size"] == 64
 
 
-def test_a_file_that_differs_from_the_model_is_not_written(tmp_path, monkeypatch):
-    from visionattn.commands import graph as exporting
+def test_a_file_whose_outputs_differ_from_the_model_is_not_written(tmp_path, monkeypatch):
+    from visionattn.commands import graph
 
-    class Off(nn.Module):
+    class WrongGraph(nn.Module):
         def forward(self, x):
             return x.mean((1, 2, 3), keepdim=True)[:, 0, 0].expand(-1, 7) + 1, x[:, 0, :4, :4]
 
-    monkeypatch.setitem(exporting._RUNNERS, ".pt2", lambda content: Off())
-    with pytest.raises(DataError, match="gives other values than the model"):
-        export_graph(vit(), tmp_path / "x.pt2", preprocess=PLAIN)
+    monkeypatch.setitem(graph._RUNNERS, ".pt2", lambda content: WrongGraph())
+    with pytest.raises(DataError, match="its outputs differ from the model's by up to"):
+        export_graph(vit(), tmp_path / "x.pt2", preprocess=PREPROCESS)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_model_is_left_as_it_was(tmp_path):
-    model = gated().train()
+def test_export_leaves_the_model_unchanged(tmp_path):
+    model = resnet_with_cbam().train()
     model.layer1.eval()
     modes = {name: module.training for name, module in model.named_modules()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UsageError):
-        export_graph(model, tmp_path / "x.pt2", method="layercam", preprocess=PLAIN)
-    export_graph(model, tmp_path / "x.pt2", method="gradcam", preprocess=PLAIN)
+        export_graph(model, tmp_path / "x.pt2", method="layercam", preprocess=PREPROCESS)
+    export_graph(model, tmp_path / "x.pt2", method="gradcam", preprocess=PREPROCESS)
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
-def merged():
+def vit_with_merging():
     model = vit()
     reduce_tokens(model, TokenMerging(2))
     return model
 
 
 @pytest.mark.parametrize(
-    ("model", "method", "message"),
+    ("build", "method", "message"),
     [
-        (vit, "chefer", "chefer needs gradients.*can be exported with it: raw, rollout$"),
-        (vit, "gradcam", "a linear head.*can be exported with it: raw, rollout$"),
-        (vit, "gate", "gate needs gates.*can be exported with it: raw, rollout$"),
-        (gated, "layercam", "layercam needs gradients.*gate, gradcam$"),
+        (vit, "chefer", "chefer needs gradients.*fit this model in a graph: raw, rollout$"),
+        (vit, "gradcam", "a linear head.*fit this model in a graph: raw, rollout$"),
+        (vit, "gate", "gate needs gates.*fit this model in a graph: raw, rollout$"),
+        (resnet_with_cbam, "layercam", "layercam needs gradients.*gate, gradcam$"),
         (lambda: timm.create_model("test_convnext"), None, "a linear head.*no other method can be exported$"),
         (lambda: ConvNet(3, pool=3), None, "a linear head.*no other method"),
-        (merged, "raw", "picks its tokens"),
-        (query, None, r"QueryDetector finds boxes; its weights can be exported, as \.safetensors"),
+        (vit_with_merging, "raw", "selects its tokens"),
+        (query, None, r"QueryDetector finds boxes; export its weights as \.safetensors"),
         (vit, "rolout", "no method 'rolout'. Nearest: rollout"),
     ],
 )
-def test_models_and_methods_without_a_graph_are_refused_by_name(model, method, message, tmp_path):
+def test_models_and_methods_that_no_graph_supports_are_errors(build, method, message, tmp_path):
     with pytest.raises(UsageError, match=message):
-        export_graph(model(), tmp_path / "x.pt2", method=method, preprocess=PLAIN)
+        export_graph(build(), tmp_path / "x.pt2", method=method, preprocess=PREPROCESS)

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options that several verbs share: wrong values are errors, and help texts name the defaults."""
 
 import argparse
 import importlib
@@ -22,20 +22,20 @@ from visionattn.cli import _VERBS
             ["blocks.5.attn"],
         ),
         (["--ckpt", "nothing.ckpt"], 1, ["there is no checkpoint nothing.ckpt"]),
-        (["--ckpt", "a", "--weights", "b"], 2, ["--weights goes with --model"]),
-        (["--compare", "a", "b", "--weights", "c"], 2, ["--weights goes with --model"]),
+        (["--ckpt", "a", "--weights", "b"], 2, ["--weights needs --model"]),
+        (["--compare", "a", "b", "--weights", "c"], 2, ["--weights needs --model"]),
         (["--ckpt", "a", "--batchsize", "3"], 2, ["no option --batchsize", "--batch-size"]),
         ([], 2, ["--ckpt", "--model", "required"]),
     ],
 )
-def test_overlay_refuses_wrong_models_by_name(flags, code, parts, photo_folder, tmp_path, capsys):
+def test_error_names_the_wrong_model_method_or_option(flags, code, parts, photo_folder, tmp_path, capsys):
     command = ["overlay", "--images", str(photo_folder / "class0"), "--out", str(tmp_path / "out"), *flags]
     fails(command, code, *parts, capsys=capsys)
     assert not (tmp_path / "out").exists()
 
 
 OWN = [verb for verb, (module, _) in _VERBS.items() if not module.endswith(".train")]
-"""Verbs whose options are ours; Lightning's command line writes its own help."""
+"""Verbs with a parser of visionattn. The other verbs have Lightning's parser, which writes its own help."""
 
 
 def options_of(parser):

@@ -1,6 +1,7 @@
-"""`visionattn overlay`: the commands of the README, and wrong calls."""
+"""`visionattn overlay`: overlays of checkpoints and timm models, the README's commands, and wrong calls."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,9 +15,10 @@ from tests.conftest import CONFIGS
 from tests.overlays.folder.films import film
 from visionattn.cli import main
 from visionattn.data import read_image
+from visionattn.overlays.folder.lock import FolderLock
 
 
-def test_overlays_of_a_checkpoint(quick_run, tmp_path, capsys):
+def test_overlays_of_a_checkpoint_are_written_and_a_broken_image_is_reported(quick_run, tmp_path, capsys):
     from visionattn.data import ClutteredDigits
 
     data = ClutteredDigits("test", size=3)
@@ -26,14 +28,14 @@ def test_overlays_of_a_checkpoint(quick_run, tmp_path, capsys):
         Image.fromarray(picture).save(tmp_path / "in" / f"{index}.png")
     (tmp_path / "in" / "broken.jpg").write_bytes(b"no image")
     flags = ["--images", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--ckpt", str(quick_run / "best.ckpt")]
-    assert main(["overlay", *flags]) == 1  # one failed
-    told = capsys.readouterr().out
-    assert "3 overlays" in told
-    assert "broken.jpg: is not an image that can be read" in told
+    assert main(["overlay", *flags]) == 1  # one image failed
+    printed = capsys.readouterr().out
+    assert "3 overlays" in printed
+    assert "broken.jpg: is not an image that can be read" in printed
     lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
-    done = [line for line in lines if line["status"] == "done"]
-    assert [line["class"] for line in done] == [str(line["prediction"]) for line in done]
-    for line in done:
+    written = [line for line in lines if line["status"] == "done"]
+    assert [line["class"] for line in written] == [str(line["prediction"]) for line in written]
+    for line in written:
         assert read_image(tmp_path / "out" / line["outputs"]["overlay"]).shape == (64, 64, 3)
     assert main(["overlay", *flags, "--method", "gate", "--layer", "blocks.0"]) == 1
     assert "gate of blocks.0" in capsys.readouterr().out
@@ -42,11 +44,12 @@ def test_overlays_of_a_checkpoint(quick_run, tmp_path, capsys):
 
 def readme_commands():
     section = (CONFIGS.parent / "visionattn/overlays/README.md").read_text()
-    return re.findall(r"^    visionattn (overlay .*)$", section, re.M)
+    commands = re.findall(r"^    visionattn (overlay .*)$", section, re.M)
+    return [command for command in commands if "mynet" not in command]  # test_options_own_network.py runs these
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_the_commands_of_the_readme_work(command, quick_run, photo_folder, tmp_path, monkeypatch, capsys):
+def test_commands_of_the_overlays_readme_work(command, quick_run, photo_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(photo_folder / "class0", "holiday")
     for number in range(2, 12):
@@ -75,8 +78,7 @@ def test_the_commands_of_the_readme_work(command, quick_run, photo_folder, tmp_p
         assert all((out / name).is_file() for name in line["outputs"].values())
         methods = {"--method": 3}.get("--method" if "rollout" in words else "", 2 if "--compare" in words else 1)
         assert len(line.get("explanations", [1])) == methods
-    told = capsys.readouterr().out
-    assert f"{expected} overlays" in told
+    assert f"{expected} overlays" in capsys.readouterr().out
     assert main(words) == 0
     assert f"{expected} as before" in capsys.readouterr().out
 
@@ -92,21 +94,30 @@ def test_the_commands_of_the_readme_work(command, quick_run, photo_folder, tmp_p
         (["--colormap", "virdis"], ["no colormap 'virdis'", "viridis"]),
         (["--alpha", "2"], ["alpha and saturation must be in [0, 1]"]),
         (["--top", "0"], ["hottest pixels must be in (0, 1]"]),
-        (["--target", "tabby"], ["the model has no class 'tabby'"]),
+        (["--target", "tabby"], ["there is no class 'tabby', since the classes have no names"]),
         (["--fps", "0"], ["fps must be > 0"]),
         (["--devices", "0"], ["--devices must be ≥ 1"]),
         (["--strategy", "dpp"], ["invalid choice: 'dpp'"]),
         (["--images", "nothing/*.jpg"], ["nothing matches", "quote a pattern"]),
     ],
 )
-def test_overlay_refuses_wrong_options_by_name(flags, parts, photo_folder, tmp_path, capsys):
+def test_error_names_the_wrong_option_of_overlay(flags, parts, photo_folder, tmp_path, capsys):
     images = [] if "--images" in flags else ["--images", str(photo_folder / "class0")]
     command = ["overlay", *images, "--out", str(tmp_path / "out"), "--model", "test_vit", "--weights", "random", *flags]
     fails(command, 2, *parts, capsys=capsys)
     assert not (tmp_path / "out").exists()
 
 
-def test_overlay_writes_its_page(photo_folder, tmp_path, capsys):
+def test_second_overlay_at_once_is_refused_with_the_process_that_writes_the_folder(photo_folder, tmp_path, capsys):
+    command = ["overlay", "--images", str(photo_folder / "class0"), "--out", str(tmp_path / "out")]
+    command += ["--model", "test_vit", "--weights", "random"]
+    with FolderLock(str(tmp_path / "out")):
+        holder = f"out is being written by process {os.getpid()} on "
+        fails(command, 2, holder, "choose another folder", capsys=capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_overlay_writes_a_page_and_keeps_an_unchanged_one(photo_folder, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["overlay", "--images", str(photo_folder / "class0"), "--out", str(out), "--model", "test_vit"]
     command += ["--weights", "random", "--method", "raw", "rollout", "--page"]
@@ -114,8 +125,9 @@ def test_overlay_writes_its_page(photo_folder, tmp_path, capsys):
     assert re.search(rf"\n  {out}/index.html   \d\.\d MB   (\d+) images\n$", capsys.readouterr().out)
     page = out / "index.html"
     pictures = json.loads(re.search(r'id="facts">(.*?)</script>', page.read_text(), re.S)[1])["pictures"]
-    assert {one["name"] for one in pictures} == {path.name for path in (photo_folder / "class0").iterdir()}
-    assert {one["name"] for one in pictures[0]["heatmaps"] if not one["control"]} == {"raw", "rollout"}
+    assert {picture["name"] for picture in pictures} == {path.name for path in (photo_folder / "class0").iterdir()}
+    heatmaps = pictures[0]["heatmaps"]
+    assert {heatmap["name"] for heatmap in heatmaps if not heatmap["control"]} == {"raw", "rollout"}
     before = page.stat().st_mtime_ns
     assert main(command) == 0
     assert capsys.readouterr().out.endswith(f"  {page}   as before\n")
@@ -125,7 +137,7 @@ def test_overlay_writes_its_page(photo_folder, tmp_path, capsys):
     fails([*command[:5], "--compare", "a", "b", "--page"], 2, "--page shows one model", capsys=capsys)
 
 
-def test_compared_checkpoints_have_names_that_tell_them_apart(capsys):
+def test_compared_checkpoints_have_distinct_names(capsys):
     from visionattn.commands.overlay import _distinct_names
 
     assert _distinct_names(["runs/a.ckpt", "runs/b.ckpt"]) == ["a", "b"]
@@ -135,10 +147,10 @@ def test_compared_checkpoints_have_names_that_tell_them_apart(capsys):
 
 
 @pytest.mark.parametrize(("model", "layer"), [("test_vit", "attention of blocks"), ("test_resnet", "layer")])
-def test_overlays_of_a_timm_model(model, layer, photo_folder, tmp_path, capsys):
+def test_overlays_of_a_timm_model_are_kept_by_a_second_run(model, layer, photo_folder, tmp_path, capsys):
     flags = ["--images", str(photo_folder / "class0"), "--out", str(tmp_path), "--model", model, "--weights", "random"]
     assert main(["overlay", *flags, "--batch-size", "5"]) == 0
-    assert f"pointing at: {layer}" in capsys.readouterr().out
+    assert f"heatmaps: {layer}" in capsys.readouterr().out
     assert len(list(tmp_path.glob("*.jpg"))) == 12
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert main(["overlay", *flags]) == 0

@@ -1,4 +1,4 @@
-"""`visionattn push`."""
+"""`visionattn push` uploads a model that `va.load` can load again."""
 
 import json
 
@@ -12,7 +12,7 @@ from visionattn.data import read_image
 from visionattn.training.checkpoints import read
 
 
-def test_a_pushed_model_is_loaded_again(quick_run, shelf, capsys):
+def test_a_pushed_model_loads_with_the_same_weights(quick_run, shelf, capsys):
     assert main(["push", "--ckpt", str(quick_run / "best.ckpt"), "--repo", "me/digits"]) == 0
     assert capsys.readouterr().out.strip() == "https://huggingface.co/me/digits"
     assert huggingface_hub.HfApi.return_value.create_repo.call_args.kwargs["private"] is True

@@ -1,4 +1,4 @@
-"""`visionattn score`."""
+"""`visionattn score` prints and writes the scores of methods, and wrong calls are errors."""
 
 import csv
 import json
@@ -15,13 +15,13 @@ def test_methods_of_a_checkpoint_are_scored_on_the_test_images_of_its_config(qui
     command = ["score", "--ckpt", str(quick_run / "best.ckpt"), "--data", str(quick_run / "config.yaml")]
     flags = ["--images", "16", "--steps", "4", "--method", "gradcam", "gate@blocks.0", "rollout"]
     assert main([*command, *flags, "--out", str(tmp_path / "scores.json")]) == 1  # rollout cannot explain this model
-    told = capsys.readouterr().out
-    assert "rollout is left out: rollout needs attention over positions" in told
-    assert max(len(line) for line in told.splitlines() if "left out" not in line and "figures:" not in line) <= 80
-    lines = {line.split()[1]: line for line in told.splitlines() if line[:1] in "✓✗"}
+    printed = capsys.readouterr().out
+    assert "rollout is left out: rollout needs attention over positions" in printed
+    assert max(len(line) for line in printed.splitlines() if "left out" not in line and "figures:" not in line) <= 80
+    lines = {line.split()[1]: line for line in printed.splitlines() if line[:1] in "✓✗"}
     assert lines.keys() == {"gradcam", "gate@blocks.0"}
     for title in ("deletion", "insertion", "pointing", "energy", "IoU", "shuffled"):
-        assert title in told
+        assert title in printed
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["paths"] == [f"digits/test/{index:06d}.png" for index in range(0, 64, 4)]  # evenly spaced
     assert written["controls"]["gate@blocks.0"] == ["random 16×16", "centre", "edges 16×16"]
@@ -31,7 +31,9 @@ def test_methods_of_a_checkpoint_are_scored_on_the_test_images_of_its_config(qui
         assert metric["value"] == pytest.approx(np.mean(of_images), abs=1e-6)
         assert metric["low"] <= metric["value"] <= metric["high"]
         if metric["kind"] == "method":
+            # a method that loses in any metric has a cross in its row
             assert ("✗" in lines[metric["name"]]) >= (not metric["beats_controls"])
+    # one cross per lost metric, and one in front of each method that lost a metric
     crosses = sum(line.count("✗") for line in lines.values())
     lost = [metric for metric in written["figures"] if metric["beats_controls"] is False]
     assert crosses == len(lost) + len({metric["name"] for metric in lost})
@@ -42,9 +44,9 @@ def test_methods_of_a_timm_model_are_scored_on_a_folder(photo_folder, tmp_path, 
     flags = ["--steps", "2", "--method", "raw", "chefer", "--images", "11", "--batch-size", "4"]
     out = tmp_path / "scores.csv"
     assert main([*command, *flags, "--out", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "pointing" not in told
-    assert "over 11 images\n" in told  # and no line about labels
+    printed = capsys.readouterr().out
+    assert "pointing" not in printed
+    assert "over 11 images\n" in printed  # no accuracy follows, because the folder has no labels
     with open(out) as file:
         rows = list(csv.DictReader(file))
     assert {row["figure"] for row in rows} == {"deletion", "insertion", "shuffled"}
@@ -59,12 +61,12 @@ def test_unreadable_images_are_reported_and_the_others_scored(photo_folder, tmp_
         (tmp_path / f"{index}.jpg").write_bytes(b"no image")
     command = ["score", "--model", "test_vit", "--weights", "random", "--steps", "2", "--method", "raw"]
     assert main([*command, "--data", str(tmp_path), str(photo_folder / "class0" / "0.png"), "--batch-size", "2"]) == 1
-    told = capsys.readouterr().out
-    assert "0.jpg is not an image that can be read" in told
-    assert "and 2 more that cannot be read" in told
-    assert "A confidence interval needs at least 10 images; got 1," in told
-    assert "✗" not in told
-    assert "±" not in told
+    printed = capsys.readouterr().out
+    assert "0.jpg is not an image that can be read" in printed
+    assert "and 2 more that cannot be read" in printed
+    assert "A confidence interval needs at least 10 images; got 1," in printed
+    assert "✗" not in printed
+    assert "±" not in printed
     fails([*command, "--data", str(tmp_path)], 1, "there are no images to score", capsys=capsys)
 
 
@@ -87,13 +89,13 @@ def test_unreadable_images_are_reported_and_the_others_scored(photo_folder, tmp_
         (["--data", "nothing.yaml"], 2, ["there is no config nothing.yaml"]),
         (["--data", "empty"], 1, ["there is no image in empty"]),
         (["--data", "plain.yaml"], 2, ["plain.yaml has no data section"]),
-        (["--data", "broken.yaml"], 2, ["broken.yaml is not valid YAML"]),
+        (["--data", "broken.yaml"], 2, ["broken.yaml, line 1, column", "is not valid YAML"]),
         (["--data", "typo.yaml"], 2, ["ClutteredDigitsData has no option 'batchsize'", "batch_size"]),
         (["--data", "wrong.yaml"], 2, ["batch_size must be ≥ 1"]),
         (["--data", "gone.yaml"], 1, ["there is no folder gone"]),
     ],
 )
-def test_score_refuses_wrong_calls_by_name(flags, code, parts, photo_folder, tmp_path, monkeypatch, capsys):
+def test_error_names_the_wrong_argument_of_score(flags, code, parts, photo_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     digits = "data: {class_path: visionattn.data.ClutteredDigitsData, init_args: {%s}}"
@@ -108,7 +110,7 @@ def test_score_refuses_wrong_calls_by_name(flags, code, parts, photo_folder, tmp
     fails(command, code, *parts, capsys=capsys)
 
 
-def test_weights_that_are_not_finite_are_named(photo_folder, tmp_path, capsys):
+def test_error_names_the_weight_that_is_not_finite(photo_folder, tmp_path, capsys):
     import timm
     from safetensors.torch import save_file
 

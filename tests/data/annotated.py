@@ -1,4 +1,4 @@
-"""Write the same few images with boxes in each of the three layouts, independently of the readers."""
+"""Write the same few images with boxes in COCO's, Pascal VOC's and YOLO's layout, without the package's readers."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 NAMES = ("cat", "dog", "eel")
-SCENES = {  # split → images of 60 × 80: (class, x1, y1, x2, y2) of each box
+SCENES = {  # split → its images, 60 pixels high and 80 wide → (class, x1, y1, x2, y2) of each box
     "train": [
         [(0, 5, 6, 25, 36), (2, 40, 10, 79, 50)],
         [(1, 0, 0, 80, 60)],
@@ -17,16 +17,18 @@ SCENES = {  # split → images of 60 × 80: (class, x1, y1, x2, y2) of each box
     ],
     "val": [[(1, 10, 12, 30, 40), (2, 35, 5, 75, 50)], [(0, 20, 20, 44, 48)]],
 }
-GAPS = (3, 17, 90)  # COCO's ids have gaps
+GAPS = (3, 17, 90)  # the category ids of NAMES; real COCO files have gaps between the ids too
 
 
 def picture(path, seed, size=(60, 80)):
+    """Write an image of random pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(values).save(path)
 
 
 def pictures(root, place):
+    """Write the images of SCENES to the paths that `place(root, split, name)` gives; return (split, number) → path."""
     names = {}
     for split, scenes in SCENES.items():
         for number in range(len(scenes)):
@@ -60,7 +62,7 @@ def coco(root: Path):
 
 
 def coco_of_sixteen(root: Path):
-    """Write sixteen images in COCO's layout, with its eighty classes and the gaps in their numbers."""
+    """Write sixteen images in COCO's layout, with eighty classes whose ids have gaps, as in COCO itself."""
     random = np.random.default_rng(0)
     numbers = sorted(random.choice(np.arange(1, 91), 80, replace=False).tolist())
     for split, count in (("train", 12), ("val", 4)):
@@ -112,7 +114,7 @@ def yolo(root: Path):
         ]
         label_file = root / "labels" / split / f"{file.stem}.txt"
         label_file.parent.mkdir(parents=True, exist_ok=True)
-        if lines:  # an image without a file has no boxes
+        if lines:  # YOLO has no label file for an image without boxes
             label_file.write_text("\n".join(lines))
     names = "\n".join(f"  {number}: {name}" for number, name in enumerate(NAMES))
     (root / "data.yaml").write_text(f"path: .\ntrain: images/train\nval: images/val\nnames:\n{names}\n")

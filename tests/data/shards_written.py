@@ -1,4 +1,4 @@
-"""Write shards with webdataset."""
+"""Write shards with the webdataset library."""
 
 import json
 
@@ -8,7 +8,7 @@ NAMES = [f"class{number}" for number in range(5)]
 
 
 def write_shards(photos, folder, shards=6, each=10):
-    """Write all pictures in mixed order of classes; return the index, and the picture and class of each key."""
+    """Write shards and their index, with the classes mixed; return path of a sample → (source file, label)."""
     folder.mkdir(parents=True)
     pictures = sorted(photos.rglob("*.png"), key=lambda path: (path.stem, path.parent.name))
     truth, listed = {}, []

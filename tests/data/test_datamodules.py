@@ -15,7 +15,7 @@ def test_missing_torchvision_files_raise(name, tmp_path):
 
 
 def test_mnist_is_read_from_its_own_files(tmp_path):
-    """The original files have two or four big-endian sizes, then bytes."""
+    """The test writes MNIST's original format: big-endian integers (2049 or 2051, then the sizes), then the bytes."""
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def test_mnist_is_read_from_its_own_files(tmp_path):
     train, val = ({sample["path"] for sample in data.datasets[split]} for split in ("train", "val"))
     assert len(train) == 30
     assert not train & val
-    assert sorted(sample["label"] for sample in data.datasets["val"]) == list(range(10))  # stratified
+    assert sorted(sample["label"] for sample in data.datasets["val"]) == list(range(10))  # the same number per class
     sample = data.datasets["test"][3]
     expected = images[3].astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(sample["image"][0].numpy(), expected, atol=1e-6)

@@ -1,5 +1,6 @@
-"""Test decoding: every kind of file gives the right RGB image, or an error with its name."""
+"""Test decoding: every kind of file gives the right RGB image, or an error that names the file."""
 
+import io
 import struct
 import zlib
 
@@ -7,20 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visionattn.data import read_image, write_image
+from tests.drawing.glimpses import film
+from visionattn.data import read_image, write_animation, write_image
 from visionattn.errors import DataError
 
 
 @pytest.fixture
 def picture():
-    """Make a picture that is smooth, so that JPEG changes it by a few levels only, and has no symmetry."""
+    """Return a picture without symmetry; it is smooth, so that JPEG changes its values only slightly."""
     rows, columns = np.mgrid[0:20, 0:30]
     return np.stack([rows * 8, columns * 6, 200 - rows * 4], -1).astype(np.uint8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied(orientation, picture, tmp_path):
-    undo = {  # EXIF's definition: the sides of the upright picture at which row 0 and column 0 of the file are
+    stored = {  # orientation → from the upright picture to the rows and columns in the file, as EXIF defines them
         1: lambda p: p,
         2: lambda p: p[:, ::-1],
         3: lambda p: p[::-1, ::-1],
@@ -32,7 +34,7 @@ def test_exif_rotation_is_applied(orientation, picture, tmp_path):
     }
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(undo[orientation](picture))).save(tmp_path / "x.png", exif=exif)
+    Image.fromarray(np.ascontiguousarray(stored[orientation](picture))).save(tmp_path / "x.png", exif=exif)
     np.testing.assert_array_equal(read_image(tmp_path / "x.png"), picture)
 
 
@@ -63,8 +65,8 @@ def test_transparency_is_blended_with_white(picture, tmp_path):
     alpha = np.full((20, 30, 1), 128, np.uint8)
     alpha[:, :10] = 0
     Image.fromarray(np.concatenate([picture, alpha], 2)).save(tmp_path / "x.png")
-    share = alpha / 255
-    np.testing.assert_allclose(read_image(tmp_path / "x.png"), picture * share + 255 * (1 - share), atol=1)
+    opacity = alpha / 255
+    np.testing.assert_allclose(read_image(tmp_path / "x.png"), picture * opacity + 255 * (1 - opacity), atol=1)
 
 
 def test_palette_with_a_transparent_colour_is_converted(tmp_path):
@@ -98,7 +100,7 @@ def test_first_frame_of_an_animation_is_read(tmp_path):
     assert read_image(tmp_path / "x.gif")[0, 0].tolist() == [255, 0, 0]
 
 
-def test_names_that_are_not_valid_text_are_read(picture, tmp_path):
+def test_file_whose_name_is_not_valid_text_is_read(picture, tmp_path):
     path = bytes(tmp_path) + b"/\xff\xfe.png"
     Image.fromarray(picture).save(tmp_path / "x.png")
     (tmp_path / "x.png").rename(path.decode(errors="surrogateescape"))
@@ -147,7 +149,7 @@ def test_failed_write_keeps_the_old_file(picture, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("progressive", [False, True])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-def test_jpeg_values_match_pillow_also_for_damaged_files(tmp_path, subsampling, progressive, capfd):
+def test_jpeg_is_decoded_as_by_pillow_and_damaged_files_fail_as_with_pillow(tmp_path, subsampling, progressive, capfd):
     random = np.random.default_rng(subsampling)
     rows, columns = np.mgrid[:45, :67]
     picture = np.stack([128 + 100 * np.sin(rows / 9 + c) * np.cos(columns / 7 - c) for c in range(3)], -1)
@@ -155,7 +157,7 @@ def test_jpeg_values_match_pillow_also_for_damaged_files(tmp_path, subsampling, 
     Image.fromarray(picture.astype(np.uint8)).save(path, quality=85, subsampling=subsampling, progressive=progressive)
     whole = path.read_bytes()
     np.testing.assert_array_equal(read_image(path), np.array(Image.open(path).convert("RGB")))
-    for _ in range(40):  # one byte at a random place is changed
+    for _ in range(40):  # change a byte at a random position
         damaged = bytearray(whole)
         damaged[random.integers(2, len(whole) - 2)] = random.integers(256)
         path.write_bytes(damaged)
@@ -173,11 +175,34 @@ def test_jpeg_values_match_pillow_also_for_damaged_files(tmp_path, subsampling, 
 
 
 @pytest.mark.parametrize("size", [(48, 64), (33, 17), (1, 1)])
-def test_jpeg_is_encoded_as_pillow_does(tmp_path, size):
+def test_jpeg_is_encoded_to_the_same_values_as_by_pillow(tmp_path, size):
     rows, columns = np.mgrid[: size[0], : size[1]]
     picture = np.stack([128 + 100 * np.sin(rows / 9 + c) * np.cos(columns / 7 - c) for c in range(3)], -1)
     picture = picture.astype(np.uint8)
     Image.fromarray(picture).save(tmp_path / "theirs.jpg", quality=92)
-    write_image(tmp_path / "ours.jpg", picture[:, ::-1][:, ::-1])  # not contiguous
+    write_image(tmp_path / "ours.jpg", picture[:, ::-1][:, ::-1])  # the array is not contiguous in memory
     ours, theirs = (np.array(Image.open(tmp_path / f"{name}.jpg")) for name in ("ours", "theirs"))
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_animation_is_read_back_frame_by_frame(tmp_path, suffix):
+    frames = film(300)
+    path = tmp_path / f"seen{suffix}"
+    write_animation(path, frames, seconds=0.5)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+        assert image.n_frames == 2
+        assert image.info["loop"] == 0
+        for number, frame in enumerate(frames):
+            image.seek(number)
+            image.load()
+            assert image.info["duration"] == (500, 1500)[number]
+            assert np.abs(np.array(image.convert("RGB")).astype(int) - frame).max() <= (0 if suffix == ".webp" else 8)
+
+
+def test_animation_with_another_suffix_or_in_a_missing_folder_raises(tmp_path):
+    with pytest.raises(DataError, match=r"an animation is written as \.webp or \.gif"):
+        write_animation(tmp_path / "seen.png", film())
+    with pytest.raises(DataError, match="cannot be written"):
+        write_animation(tmp_path / "none" / "seen.gif", film())

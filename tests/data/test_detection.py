@@ -1,4 +1,4 @@
-"""Test detection data: boxes follow their pixels through augmentation and preprocessing; bad boxes are left out."""
+"""Test detection data: augmentation and preprocessing move boxes with their pixels; bad boxes are left out."""
 
 import json
 
@@ -16,7 +16,7 @@ from visionattn.errors import DataError, UsageError
 
 
 def blocks(root, boxes):
-    """Write images with one white block per box on black, in VOC's layout, as train and val."""
+    """Write the images of `voc`, but replace train_0.png by white blocks on black with these boxes."""
     picture = np.zeros((90, 120, 3), np.uint8)
     for x1, y1, x2, y2 in boxes:
         picture[y1:y2, x1:x2] = 255
@@ -45,22 +45,22 @@ def test_boxes_follow_their_pixels(transforms, tmp_path):
     augment = Augmentation(transforms) if transforms else None
     data = AnnotatedData(root, augment=augment, preprocess=Preprocess(96, fit="letterbox"), num_workers=0)
     data.setup("fit")
-    seen = 0
+    checked = 0
     for seed in range(12):
         sample = data.datasets["train"][0, seed]
         bright = sample["image"][0].numpy() > 0
-        mean_fill = sample["image"][0].numpy() == 0  # the letterbox's padding
+        mean_fill = sample["image"][0].numpy() == 0  # the padding of the letterbox is the mean colour
         rows, columns = np.nonzero(bright & ~mean_fill)
         for box in sample["boxes"].tolist():
             assert 0 <= box[0] < box[2] <= 96
             assert 0 <= box[1] < box[3] <= 96
             hull = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             np.testing.assert_allclose(box, hull, atol=1.6)
-            seen += 1
-    assert seen >= 8
+            checked += 1
+    assert checked >= 8
 
 
-def test_boxes_mostly_cut_off_are_not_trained_on(tmp_path):
+def test_training_drops_boxes_of_which_too_little_is_visible(tmp_path):
     root = blocks(tmp_path, [(0, 0, 20, 20), (60, 40, 110, 80)])
     crop = Augmentation([A.Crop(x_min=18, y_min=0, x_max=120, y_max=90, p=1)])
     data = AnnotatedData(root, augment=crop, num_workers=0, preprocess=Preprocess((90, 102), fit="stretch"))
@@ -93,7 +93,7 @@ def test_a_batch_holds_lists_of_boxes(tmp_path):
 def test_bad_boxes_are_refused_or_dropped_with_their_count(tmp_path):
     root = str(spoiled(coco(tmp_path)))
     refuses(DataError, r"4 not finite, 1 inverted, 2 empty, .*bad_boxes: drop", AnnotatedData, root)
-    with pytest.warns(UserWarning, match="left out 4 not finite, 1 inverted"):
+    with pytest.warns(UserWarning, match="left out or clipped 4 not finite, 1 inverted"):
         data = AnnotatedData(root, bad_boxes="drop", num_workers=0, preprocess=Preprocess(64, fit="letterbox"))
     data.setup("fit")
     for index in range(len(data.datasets["train"])):
@@ -111,7 +111,7 @@ def test_wrong_box_format_always_raises(tmp_path):
             x, y, width, height = annotation["bbox"]
             annotation["bbox"] = [x, y, x + width, y + height]
         file.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="read as xywh, but 100% are plausible as xyxy only; set box_format: xyxy"):
+    with pytest.raises(DataError, match=r"read as xywh, but only .*, and 100% fit xyxy; set box_format: xyxy"):
         AnnotatedData(str(root), bad_boxes="drop")
     data = AnnotatedData(str(root), box_format="xyxy")
     assert not data.problems
@@ -121,13 +121,26 @@ def test_missing_splits_are_drawn_without_leaks(tmp_path):
     root = voc(tmp_path)
     for file in (root / "ImageSets" / "Main").iterdir():
         file.unlink()
-    for number in range(8):  # copies of one image
+    for number in range(8):  # add eight copies of an image, which must not be divided between train and val
         (root / "JPEGImages" / f"t{number}.png").write_bytes((root / "JPEGImages" / "train_0.png").read_bytes())
         (root / "Annotations" / f"t{number}.xml").write_text((root / "Annotations" / "train_0.xml").read_text())
-    data = AnnotatedData(str(root), val_fraction=0.3, test_fraction=0.2, num_workers=0)
+    with pytest.warns(UserWarning, match=r"left out \d training images .* e\.g\. \w+\.png and \w+\.png; remove"):
+        data = AnnotatedData(str(root), val_fraction=0.3, test_fraction=0.2, num_workers=0)
     content = {split: {image.path.read_bytes() for image in images} for split, images in data._images.items()}
-    assert len(data._images["val"]) == 4
+    assert all(data._images[split] for split in ("train", "val", "test"))
     assert not content["train"] & (content["val"] | content["test"])
+
+
+def test_a_changed_box_or_label_changes_the_listing_and_the_order_of_the_classes_does_not(tmp_path):
+    root = voc(tmp_path)
+    before = AnnotatedData(str(root)).listing("train")
+    assert list(before) == [f"JPEGImages/train_{number}.png" for number in range(5)]
+    assert AnnotatedData(str(root), class_names=NAMES[::-1]).listing("train") == before
+    for number, (old, new) in enumerate((("<xmin>5<", "<xmin>6<"), ("dog", "eel"), ("<filename>", "<filename>"))):
+        file = root / "Annotations" / f"train_{number}.xml"
+        file.write_text(file.read_text().replace(old, new))
+    after = AnnotatedData(str(root)).listing("train")
+    assert [name for name in before if after[name] != before[name]] == list(before)[:2]
 
 
 def test_cropping_preprocess_raises(tmp_path):
@@ -145,7 +158,7 @@ def test_truncated_image_is_named_when_read(unreadable, tmp_path):
     if unreadable == "stop":
         refuses(DataError, r"train_0\.png", lambda: list(data.train_dataloader()))
         return
-    seen = [path for batch in data.train_dataloader() for path in batch["path"]]
-    assert seen
-    assert str(broken) not in seen
+    loaded = [path for batch in data.train_dataloader() for path in batch["path"]]
+    assert loaded
+    assert str(broken) not in loaded
     assert list(data.skipped) == [str(broken)]

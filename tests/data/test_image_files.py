@@ -1,4 +1,4 @@
-"""Test the search for images against `os.walk` and by hand."""
+"""Test the search for images, against `os.walk` and against expected lists."""
 
 import os
 
@@ -13,6 +13,7 @@ NOT_TEXT = os.fsdecode(b"caf\xe9.jpg")
 
 
 def touch(root, *names):
+    """Create empty files and their folders below `root`."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -20,6 +21,7 @@ def touch(root, *names):
 
 
 def below(found, root):
+    """Return the found images as paths relative to `root`."""
     return [os.path.relpath(image, root) for image in found.images]
 
 
@@ -73,10 +75,10 @@ def test_files_keep_their_order_without_duplicates(tmp_path):
     assert below(find([*given, tmp_path], out="out"), tmp_path) == ["b.jpg", "photo", ".hidden.png", "a.jpg"]
 
 
-@pytest.mark.parametrize("kind", [str, os.fsencode, lambda path: path])
-def test_single_path_of_any_type_is_accepted(tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize("convert", [str, os.fsencode, lambda path: path], ids=["str", "bytes", "Path"])
+def test_single_path_of_any_type_is_accepted(tmp_path, convert, monkeypatch):
     touch(tmp_path, NOT_TEXT)
-    assert find(kind(tmp_path), out="out").images == [os.path.join(tmp_path, NOT_TEXT)]
+    assert find(convert(tmp_path), out="out").images == [os.path.join(tmp_path, NOT_TEXT)]
     monkeypatch.chdir(tmp_path)
     assert find(os.fsencode(NOT_TEXT), out="out").images == [os.path.join(tmp_path, NOT_TEXT)]
 
@@ -122,7 +124,7 @@ def test_unlistable_folder_is_reported_and_others_are_read(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("given", "message"),
     [
         ("holidya", r"there is no .*holidya\. Nearest: holiday\."),
         ("holiday/IMG_1.jpeg", r"there is no .*IMG_1\.jpeg\. Nearest: IMG_1\.jpg"),
@@ -130,14 +132,14 @@ def test_unlistable_folder_is_reported_and_others_are_read(tmp_path, monkeypatch
         ("qqqqqq", r"there is no .*qqqqqq\.$"),
     ],
 )
-def test_missing_path_raises_with_similar_names(tmp_path, given, words):
+def test_missing_path_raises_with_similar_names(tmp_path, given, message):
     touch(tmp_path, "holiday/IMG_1.jpg")
-    with pytest.raises(UsageError, match=words) as caught:
+    with pytest.raises(UsageError, match=message) as raised:
         find([tmp_path / given], out="out")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_no_image_and_no_input_raise_with_what_was_found(tmp_path):
+def test_inputs_without_an_image_raise_with_counts_of_other_files(tmp_path):
     touch(tmp_path, "a.txt", "b.txt", "c", ".d.jpg")
     refuses(DataError, r"no image in .*, only 2 \.txt, 1 without suffix$", find, [tmp_path], out="out")
     (tmp_path / "empty").mkdir()
@@ -150,7 +152,10 @@ def test_no_image_and_no_input_raise_with_what_was_found(tmp_path):
     [
         ("*.jpg", ["img2.jpg", "img10.jpg"]),
         ("**/*.jpg", ["img2.jpg", "img10.jpg", "b/c.jpg", "b/d/e.jpg"]),
-        ("b/*", ["b/c.jpg", "b/film.mp4"]),  # without the folder b/d and the text file
+        (
+            "b/*",
+            ["b/c.jpg", "b/film.mp4"],
+        ),  # the pattern also matches the folder b/d and b/notes.txt, which are skipped
         ("?/?.*", ["b/c.jpg"]),
         ("b/[cx].jpg", ["b/c.jpg"]),
     ],
@@ -162,16 +167,22 @@ def test_patterns_match_images_and_videos(tmp_path, pattern, expected):
     assert found.root == str(tmp_path / os.path.dirname(pattern) if pattern.startswith("b/") else tmp_path)
 
 
-def test_pattern_skips_earlier_outputs_and_existing_names_are_literal(tmp_path):
+def test_pattern_skips_earlier_outputs_and_name_of_an_existing_file_is_no_pattern(tmp_path):
     touch(tmp_path, "a.jpg", "[x]*.jpg", "out/a.jpg.overlay.jpg")
     assert below(find([tmp_path / "[x]*.jpg"], out="out"), tmp_path) == ["[x]*.jpg"]
     assert set(below(find([tmp_path / "**" / "*.jpg"], out=tmp_path / "out"), tmp_path)) == {"a.jpg", "[x]*.jpg"}
     written = {str(tmp_path / "out" / "a.jpg.overlay.jpg")}
-    assert len(find([tmp_path / "**" / "*.jpg"], out=tmp_path, written=written).images) == 2
+    assert len(find([tmp_path / "**" / "*.jpg"], out=tmp_path, written=written).images) == 2  # out contains the inputs
     refuses(UsageError, r"nothing matches .*\*\.jpeg; quote a pattern", lambda: find([tmp_path / "*.jpeg"], out="out"))
 
 
-def test_video_is_read_if_named_but_not_found_in_folders(tmp_path):
+def test_video_is_found_only_if_its_path_is_given(tmp_path):
     touch(tmp_path, "a.jpg", "film.MP4")
     assert below(find([tmp_path], out="out"), tmp_path) == ["a.jpg"]
     assert below(find([tmp_path / "film.MP4"], out="out"), tmp_path) == ["film.MP4"]
+
+
+def test_two_targets_for_one_image_are_refused(tmp_path):
+    (tmp_path / "list.csv").write_text("path,target\na.jpg,cat\nb.jpg,dog\na.jpg,cat\na.jpg,dog\n")
+    with pytest.raises(DataError, match=r"list\.csv: \S+a\.jpg is listed with the targets cat and dog"):
+        find([tmp_path / "list.csv"], out=tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Test the placement of every preprocessing against the pixels themselves."""
+"""Test placements against the pixels of preprocessed images."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ FITS = ["crop", "letterbox", "stretch"]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("fraction", [1.0, 0.875])
-def test_placement_gives_the_position_of_a_spot(size, fit, fraction):
+@pytest.mark.parametrize("fraction", [1.0, 0.875, 1.15])
+def test_placement_maps_a_spot_to_its_position_in_the_input(size, fit, fraction):
     height, width = size
     preprocess = Preprocess((48, 64), fit=fit, crop_fraction=fraction, mean=(0, 0, 0), std=(1, 1, 1))
     picture = np.zeros((height, width, 3), np.uint8)
@@ -24,13 +24,13 @@ def test_placement_gives_the_position_of_a_spot(size, fit, fraction):
     rows, columns = np.mgrid[0:48, 0:64] + 0.5
     centre = [(weights * columns).sum(), (weights * rows).sum()]
     expected = placement.to_input(np.array([[left + 2.5, top + 2.5]]))[0]
-    if fit != "crop" or size != (7, 200):  # the spot is cut off there
-        np.testing.assert_allclose(centre, expected, atol=0.3)
+    if fit != "crop" or size != (7, 200):  # cropping 7 × 200 cuts off the spot
+        np.testing.assert_allclose(centre, expected, atol=0.4)
     np.testing.assert_allclose(placement.to_source(placement.to_input([[3.0, 4.0]])), [[3.0, 4.0]])
 
 
-def by_the_pixel(placement, heatmap):
-    """Carry a heatmap pixel by pixel, from the definition."""
+def carry_by_pixel(placement, heatmap):
+    """Resample a heatmap to the source, pixel by pixel, from the definition."""
     height, width = placement.source_size
     rows, columns = heatmap.shape
     out = np.zeros((height, width))
@@ -55,18 +55,18 @@ def by_the_pixel(placement, heatmap):
 def test_carried_heatmap_matches_the_definition(fit, size, grid):
     heatmap = np.random.default_rng(0).random(grid).astype(np.float32)
     _, placement = Preprocess((24, 32), fit=fit)(np.zeros((*size, 3), np.uint8))
-    np.testing.assert_allclose(placement.carry(heatmap), by_the_pixel(placement, heatmap), atol=1e-5)
+    np.testing.assert_allclose(placement.carry(heatmap), carry_by_pixel(placement, heatmap), atol=1e-5)
 
 
 def test_carried_heatmap_of_a_rotated_image_matches_the_definition():
-    turn = np.array([[0.8, -0.6, 9.0], [0.6, 0.8, -4.0]])
-    placement = Placement(turn, (20, 24), (24, 24))
+    rotation = np.array([[0.8, -0.6, 9.0], [0.6, 0.8, -4.0]])
+    placement = Placement(rotation, (20, 24), (24, 24))
     heatmap = np.random.default_rng(0).random((6, 6)).astype(np.float32)
-    # OpenCV rounds coordinates to 32nds of a cell
-    np.testing.assert_allclose(placement.carry(heatmap), by_the_pixel(placement, heatmap), atol=0.05)
+    # the tolerance is larger because OpenCV rounds coordinates to 1/32 of a cell
+    np.testing.assert_allclose(placement.carry(heatmap), carry_by_pixel(placement, heatmap), atol=0.05)
 
 
-def test_boxes_round_trip():
+def test_boxes_mapped_to_the_input_and_back_are_unchanged():
     _, placement = Preprocess(64, fit="letterbox")(np.zeros((30, 50, 3), np.uint8))
     boxes = np.array([[3.0, 4.0, 20.0, 25.0], [0.0, 0.0, 50.0, 30.0]])
     inside = placement.boxes_to_input(boxes)
@@ -87,7 +87,15 @@ def test_padding_is_the_mean_colour_and_values_are_normalised():
 
 @pytest.mark.parametrize(
     ("options", "part"),
-    [({"size": 0}, "size"), ({"fit": "squeeze"}, "letterbox"), ({"crop_fraction": 1.5}, "crop_fraction")],
+    [
+        ({"size": 0}, "size"),
+        ({"size": 32.5}, "size must be a whole number of pixels"),
+        ({"size": (3, 32, 32)}, r"two of them \(height, width\), got \(3, 32, 32\)"),
+        ({"fit": "squeeze"}, "letterbox"),
+        ({"crop_fraction": 0}, "crop_fraction"),
+        ({"std": (1, 1, 0)}, "std must be > 0"),
+        ({"interpolation": "cubic"}, "interpolation must be area, bilinear, bicubic, lanczos, got 'cubic'"),
+    ],
 )
 def test_invalid_preprocess_arguments_raise(options, part):
     with pytest.raises(ValueError, match=part):

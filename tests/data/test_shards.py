@@ -1,5 +1,6 @@
-"""Test shards against webdataset, their cache, and invalid shards."""
+"""Test shards: samples match webdataset, the cache is limited, invalid shards raise."""
 
+import contextlib
 import http.server
 import io
 import json
@@ -23,6 +24,7 @@ SMALL = Preprocess((40, 48))
 
 @pytest.fixture(scope="module")
 def shards(photo_folder, tmp_path_factory):
+    """Return a folder of six shards with ten samples each, and path of a sample → (source file, label)."""
     folder = tmp_path_factory.mktemp("shards") / "some"
     return folder, write_shards(photo_folder, folder)
 
@@ -47,59 +49,101 @@ def test_samples_match_webdataset(shards):
 
 
 def test_epoch_has_every_sample_once_from_few_shards_at_a_time(shards):
-    some = dataset(shards[0] / "train.json", mixed=2)
-    order, again = some.shuffled(1), some.shuffled(2)
-    assert sorted(order) == sorted(again) == list(range(60))
-    assert order != again
-    assert order == some.shuffled(1)
-    for start in range(0, 60, 20):
+    samples = dataset(shards[0] / "train.json", mixed=2)
+    order, other_order = samples.shuffled(1), samples.shuffled(2)
+    assert sorted(order) == sorted(other_order) == list(range(60))
+    assert order != other_order
+    assert order == samples.shuffled(1)
+    for start in range(0, 60, 20):  # each group of 20 samples comes from two shards of 10 samples
         assert len({index // 10 for index in order[start : start + 20]}) == 2
         assert order[start : start + 20] != sorted(order[start : start + 20])
-    shares = [list(Order(some, seed=3, rank=rank, world_size=2, shuffled=some.shuffled)) for rank in range(2)]
-    alone = list(Order(some, seed=3, shuffled=some.shuffled))
-    assert [one for pair in zip(*shares, strict=True) for one in pair] == alone
-    assert [index for index, _ in alone] != list(Order(some, seed=3))
+    by_rank = [list(Order(samples, seed=3, rank=rank, world_size=2, shuffled=samples.shuffled)) for rank in range(2)]
+    of_single = list(Order(samples, seed=3, shuffled=samples.shuffled))
+    assert [key for keys in zip(*by_rank, strict=True) for key in keys] == of_single
+    assert [index for index, _ in of_single] != list(Order(samples, seed=3))
 
 
 @pytest.fixture
 def served(shards):
-    """Serve the folder by HTTP; yields the URL and the requests."""
-    asked = []
+    """Serve the folder of shards by HTTP; yield the URL and the list of requested paths."""
+    requested = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
             super().__init__(*args, directory=str(shards[0]))
 
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             super().do_GET()
 
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with serving(Handler) as address:
+        yield address, requested
+
+
+@contextlib.contextmanager
+def serving(handler):
+    """Serve HTTP on this machine while the context is open; yield the URL."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def test_remote_shards_are_fetched_once_per_epoch_into_a_limited_cache(served, shards, tmp_path):
-    address, asked = served
+    address, requested = served
     size = (shards[0] / "train-000.tar").stat().st_size
     store = Store(str(tmp_path / "cache"), 3 * size)
-    far, near = dataset(f"{address}/train.json", store, mixed=2), dataset(shards[0] / "train.json")
-    for index in far.shuffled(0):
-        np.testing.assert_array_equal(far[index]["image"], near[index]["image"])
+    remote, local = dataset(f"{address}/train.json", store, mixed=2), dataset(shards[0] / "train.json")
+    for index in remote.shuffled(0):
+        np.testing.assert_array_equal(remote[index]["image"], local[index]["image"])
         assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= 3 * size
-    assert sorted(name for name in asked if name.endswith(".tar")) == [f"/train-{n:03}.tar" for n in range(6)]
+    assert sorted(name for name in requested if name.endswith(".tar")) == [f"/train-{n:03}.tar" for n in range(6)]
     assert not list((tmp_path / "cache").glob(".part.*"))
-    refuses(DataError, r"train-9\.tar cannot be fetched", lambda: store.open(f"{address}/train-9.tar"))
+    refuses(DataError, r"train-9\.tar cannot be fetched", lambda: store.open(f"{address}/train-9.tar", 1))
+
+
+def test_download_that_is_cut_short_is_not_kept(shards, tmp_path):
+    """A server that does not tell the length of a file can cut it short without an error, here between two samples."""
+    whole = (shards[0] / "train-000.tar").read_bytes()
+    with tarfile.open(shards[0] / "train-000.tar") as archive:
+        third = archive.getmembers()[6].offset
+    answers = []  # the server sends the last one
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()  # without Content-Length
+            self.wfile.write(answers[-1])
+
+        def log_message(self, *_):
+            pass
+
+    store = Store(str(tmp_path / "cache"), 10**9)
+    with serving(Handler) as address:
+        samples = Shards([(f"{address}/a.tar", 10)], NAMES, preprocess=SMALL, store=store)
+        for cut, message in ((third, "has 2 samples, but 10 were expected"), (third + 700, "is .* damaged")):
+            answers.append(whole[:cut])
+            with pytest.raises(DataError, match=rf"a\.tar {message}"):
+                samples[0]
+            assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
+        answers.append(whole)
+        assert [samples[index]["image"].shape for index in range(10)] == [(3, 40, 48)] * 10
+        (kept,) = (tmp_path / "cache").glob("*.tar")
+        kept.write_bytes(whole[:third])  # as an earlier version kept it
+        assert Shards([(f"{address}/a.tar", 10)], NAMES, preprocess=SMALL, store=store)[9]["label"] in range(5)
+        assert kept.read_bytes() == whole
 
 
 def tar(path, *members):
+    """Write a tar file with (name, content) members."""
     with tarfile.open(path, "w") as archive:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -123,17 +167,28 @@ def test_label_is_a_number_or_a_name(picture, tmp_path):
     refuses(DataError, "no class '5'", lambda: dataset(tmp_path / "c.tar")[0])
 
 
+def test_number_that_also_names_another_class_is_refused(picture, tmp_path):
+    """With the names 1 to 5, the numbers 0 to 4 were once read as the labels 0, 0, 1, 2, 3."""
+    for number in range(5):
+        tar(tmp_path / f"{number}.tar", ("1.png", picture), ("1.cls", str(number).encode()))
+    samples = Shards(find_shards(str(tmp_path / "*.tar")), "12345", preprocess=SMALL, store=Store("", 0))
+    assert samples[0]["label"] == 0
+    for number in range(1, 5):
+        with pytest.raises(DataError, match=rf"{number}\.tar/1\.png: '{number}' is either class number {number}"):
+            samples[number]
+
+
 def test_invalid_shards_raise(picture, tmp_path):
     whole = tar(tmp_path / "a.tar", ("1.png", picture), ("1.cls", b"1"))
     (tmp_path / "cut.tar").write_bytes(whole.read_bytes()[:700])
     (tmp_path / "text.tar").write_bytes(b"no tar file" * 100)
     tar(tmp_path / "bare.tar", ("1.png", picture))
     tar(tmp_path / "two.tar", ("1.png", picture), ("1.jpg", picture), ("1.cls", b"1"))
-    for name, words in [
-        ("cut", "is cut short"), ("text", "is not a tar file"), ("bare", "needs one image and a .cls, and has png"),
+    for name, message in [
+        ("cut", "is cut short"), ("text", "is not a tar file"), ("bare", "needs one image and a .cls, but has png"),
         ("two", "has png, jpg, cls"), ("none", "no file matches"),
     ]:  # fmt: skip
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(DataError, match=message):
             find_shards(str(tmp_path / f"{name}.tar"))
     tar(tmp_path / "no_image.tar", ("1.png", b"text"), ("1.cls", b"1"))
     with pytest.raises(DataError, match=r"no_image\.tar/1\.png is not an image that can be read"):
@@ -146,14 +201,14 @@ def test_invalid_shards_raise(picture, tmp_path):
         with pytest.raises(DataError, match="must be in the index's folder"):
             find_shards(str(index))
     index.write_text(json.dumps({"shardlist": [{"url": "a.tar", "nsamples": 2}]}))
-    refuses(DataError, "has 1 samples, but its index says 2", lambda: dataset(index)[0])
+    refuses(DataError, "has 1 samples, but 2 were expected", lambda: dataset(index)[0])
     index.write_text("{}")
     refuses(DataError, "is not a valid index of shards", lambda: find_shards(str(index)))
     refuses(UsageError, "remote shards need an index", find_shards, "http://x/train-*.tar")
 
 
-def test_members_of_a_shard_cannot_reach_other_files(picture, tmp_path):
-    """Absolute names, links and sparse files are not followed, and nothing is unpacked."""
+def test_links_and_outside_paths_in_a_shard_reach_no_other_file(picture, tmp_path):
+    """Links and pipes are ignored. A member with ../ in its name is read from the shard and never written to disk."""
     place = tmp_path / "in" / "a.tar"
     place.parent.mkdir()
     with tarfile.open(place, "w") as archive:
@@ -165,9 +220,9 @@ def test_members_of_a_shard_cannot_reach_other_files(picture, tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
-    some = dataset(place)
-    assert len(some) == 1
-    assert some[0]["path"] == f"{place}/../../4.png"
+    samples = dataset(place)
+    assert len(samples) == 1
+    assert samples[0]["path"] == f"{place}/../../4.png"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar", "in"]
 
 

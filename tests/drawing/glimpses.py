@@ -1,4 +1,4 @@
-"""An animation of two glimpses, which several tests use."""
+"""An animation of two glimpses with known patches, for several tests."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from visionattn.drawing import animate_glimpses
 
 
 def film(side=60, **options):
-    """Two glimpses: the second sees coarsely what the first saw sharply."""
+    """Animate two glimpses. The coarse patch of the second glimpse covers the whole picture."""
     image = np.full((30, 30, 3), 100, np.uint8)
     boxes = np.array([[[4.0, 4, 8, 8], [2, 2, 10, 10]], [[20, 20, 24, 24], [0, 0, 30, 30]]])
     patches = np.zeros((2, 2, 4, 4, 3), np.uint8)

@@ -11,7 +11,7 @@ def picture(height=9, width=13, seed=0):
 
 
 def ramp(height=9, width=13):
-    """A heatmap at exactly 256 levels, so that nothing is lost by counting in levels."""
+    """A random heatmap with values k / 255, so that rounding to 256 levels loses nothing."""
     levels = np.random.default_rng(1).integers(0, 256, (height, width))
     levels.flat[0], levels.flat[-1] = 0, 255
     return (levels / 255).astype(np.float32)

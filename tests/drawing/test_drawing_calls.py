@@ -1,4 +1,4 @@
-"""All drawing functions leave their inputs unchanged and raise errors of one sentence."""
+"""Drawing functions leave their inputs unchanged, and their error messages are one sentence."""
 
 import numpy as np
 import pytest
@@ -11,29 +11,29 @@ from visionattn.errors import UsageError
 DRAWERS = {
     "blend": drawing.blend,
     "contour": drawing.contour,
-    "top_mask": drawing.show_hottest,
+    "show_hottest": drawing.show_hottest,
     "side_by_side": drawing.side_by_side,
-    "seen": lambda image, heatmap: drawing.blend(image, heatmap, seen_HW=heatmap > 0.5),
+    "blend_seen": lambda image, heatmap: drawing.blend(image, heatmap, seen_HW=heatmap > 0.5),
     "draw_box": lambda image, heatmap: drawing.draw_box(image, (1, 1, 7, 6)),
-    "boxes": lambda image, heatmap: drawing.draw_boxes(image, [(1, 1, 7, 6)], labels=["cat"]),
+    "draw_boxes": lambda image, heatmap: drawing.draw_boxes(image, [(1, 1, 7, 6)], labels=["cat"]),
     "sheet": lambda image, heatmap: drawing.sheet([Tile(image, ("cat",), True, (1, 1, 7, 6))]),
 }
 
 
 @pytest.mark.parametrize("name", DRAWERS)
-@pytest.mark.parametrize("view", ["plain", "turned", "mirrored", "every_other", "read_only", "column_major"])
+@pytest.mark.parametrize("view", ["contiguous", "rotated", "mirrored", "every_other", "read_only", "column_major"])
 def test_inputs_are_not_changed_in_any_memory_layout(name, view):
     image, heatmap = picture(26, 18), ramp(26, 18)
     image, heatmap = (
         {
-            "plain": lambda a: a,
-            "turned": lambda a: np.rot90(a),
+            "contiguous": lambda a: a,
+            "rotated": lambda a: np.rot90(a),
             "mirrored": lambda a: a[:, ::-1],
             "every_other": lambda a: a[::2, ::2],
             "read_only": lambda a: a,
             "column_major": np.asfortranarray,
         }[view](image),
-        {"turned": np.rot90, "mirrored": np.fliplr, "every_other": lambda a: a[::2, ::2]}.get(view, np.array)(heatmap),
+        {"rotated": np.rot90, "mirrored": np.fliplr, "every_other": lambda a: a[::2, ::2]}.get(view, np.array)(heatmap),
     )
     if view == "read_only":
         image.flags.writeable = heatmap.flags.writeable = False

@@ -1,4 +1,4 @@
-"""Test shrinking against block averages, and enlarging against repeated pixels."""
+"""Shrunk pictures match block averages, and enlarged pictures match repeated pixels."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ def test_shrink_averages_pixels():
     assert small.shape == (3, 6, 3)
     for row in range(3):
         for column in range(6):
-            piece = picture[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-            assert np.abs(small[row, column] - piece.mean((0, 1))).max() <= 0.51  # rounded to whole numbers
+            block = picture[4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            assert np.abs(small[row, column] - block.mean((0, 1))).max() <= 0.51  # rounded to whole numbers
 
 
 @pytest.mark.parametrize(("size", "expected"), [((30, 90), (7, 20)), ((400, 1), (20, 1)), ((20, 5), (20, 5))])

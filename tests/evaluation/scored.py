@@ -1,4 +1,4 @@
-"""A model whose evidence lies in one known region, and methods for it."""
+"""A model that uses only one known region of the image, methods for this model, and images."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from visionattn.maps.method import Explanation, Method
 
 
 class Patch(nn.Module):
-    """Predicts class 1 with a score that grows with the mean brightness of the region, and ignores all other pixels."""
+    """Give class 1 a score that grows with the mean brightness of the region, and ignore all other pixels."""
 
     def __init__(self, region_HW, gain=12.0):
         super().__init__()
@@ -20,7 +20,7 @@ class Patch(nn.Module):
 
 
 class Fixed(Method):
-    """The same map for every image, or one given map an image, for any model."""
+    """Return the given map for every image, or one given map per image, for any model."""
 
     name = "fixed"
 
@@ -32,8 +32,8 @@ class Fixed(Method):
         return Explanation(maps[: len(images_BCHW)], model(images_BCHW), None, "nothing")
 
 
-class OfWeights(Method):
-    """The weights that `Patch` gives to the pixels: its true map."""
+class TrueMap(Method):
+    """The weights that `Patch` gives to the pixels, which are its true heatmap."""
 
     name = "weights"
 
@@ -49,6 +49,6 @@ def region(size=(12, 16), box=(2, 3, 8, 9)):
 
 
 def bright_pictures(region_HW, count=24, channels=3, seed=0):
-    """Return noise with mean 1 in the region and 0 elsewhere; `Patch` predicts class 1 for it."""
+    """Return noise images with mean 1 in the region and 0 elsewhere. `Patch` predicts class 1 for all of them."""
     noise = 0.3 * torch.randn(count, channels, *region_HW.shape, generator=torch.Generator().manual_seed(seed))
     return noise + region_HW

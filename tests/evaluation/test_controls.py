@@ -1,4 +1,4 @@
-"""Controls match their definitions, and do not depend on the model."""
+"""Controls equal their definitions, and do not depend on the model."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_a_control_is_called_as_a_method_and_does_not_depend_on_the_model(contro
     assert maps.target is None
     close(maps.output, model(images).detach(), atol=1e-5, rtol=1e-5)
     assert torch.equal(maps.raw, control(models.vit(depth=2), images).raw)
-    for b in range(3):  # for any other images in the batch
+    for b in range(3):  # the map of an image does not depend on the other images of the batch
         assert torch.equal(maps.raw[b], control(model, images[b : b + 1]).raw[0])
 
 
@@ -35,15 +35,15 @@ def test_random_maps_are_uniform_and_independent():
     raw = RandomMap((6, 7)).draw(images)
     assert raw.shape == (400, 6, 7)
     values = raw.flatten().sort().values
-    even = torch.linspace(0, 1, len(values))
-    assert float((values - even).abs().max()) < 1.63 / len(values) ** 0.5  # Kolmogorov and Smirnov, 1 %
+    uniform = torch.linspace(0, 1, len(values))
+    assert float((values - uniform).abs().max()) < 1.63 / len(values) ** 0.5  # Kolmogorov-Smirnov test at 1 %
     correlations = torch.corrcoef(raw.flatten(1).T).fill_diagonal_(0)
     assert float(correlations.abs().max()) < 5 / math.sqrt(400)
     assert not torch.equal(raw, RandomMap((6, 7), seed=1).draw(images))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (5, 12)])
-def test_the_gaussian_matches_its_equation(size):
+def test_gaussian_equals_its_equation(size):
     height, width = size
     (raw,) = CentreGaussian(sigma=0.2).draw(torch.zeros(1, 3, *size))
     for i in range(height):
@@ -58,17 +58,17 @@ def test_edges_equal_opencvs_sobel(shape):
     fine = Edges().draw(images)
     for image, found in zip(images, fine, strict=True):
         grey = image.mean(0).numpy()
-        x, y = (cv2.Sobel(grey, cv2.CV_32F, *way, ksize=3, borderType=cv2.BORDER_REPLICATE) for way in ((1, 0), (0, 1)))
-        close(found, torch.from_numpy((x * x + y * y) ** 0.5), atol=1e-5, rtol=1e-4)
+        gx, gy = (cv2.Sobel(grey, cv2.CV_32F, *d, ksize=3, borderType=cv2.BORDER_REPLICATE) for d in ((1, 0), (0, 1)))
+        close(found, torch.from_numpy((gx * gx + gy * gy) ** 0.5), atol=1e-5, rtol=1e-4)
 
 
-def test_coarse_edges_are_the_means_of_cells():
+def test_coarse_edges_are_the_mean_of_each_cell():
     images = torch.randn(2, 3, 8, 12)
     fine = Edges().draw(images)
     close(Edges((4, 3)).draw(images), fine.view(2, 4, 2, 3, 4).mean((2, 4)))
 
 
 def test_wrong_options_of_controls_are_errors():
-    for make in (RandomMap, Edges):
-        refuses(UsageError, "grid must be at least 1×1, got 0×3", make, (0, 3))
+    for control in (RandomMap, Edges):
+        refuses(UsageError, "grid must be at least 1×1, got 0×3", control, (0, 3))
     refuses(UsageError, "sigma must be > 0", CentreGaussian, sigma=0)

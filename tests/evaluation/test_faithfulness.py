@@ -1,4 +1,4 @@
-"""Deletion and insertion against a loop over images, steps and pixels, written from the paper."""
+"""Deletion and insertion equal a slow loop over images, steps and pixels, written from the paper."""
 
 import json
 import pickle
@@ -29,23 +29,23 @@ def small_network(channels, outputs=4, seed=0):
     ).eval()  # fmt: skip
 
 
-def setting(batch, channels, height, width, seed=0):
+def model_images_heatmaps(batch, channels, height, width, seed=0):
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, channels, height, width, generator=generator)
     model = small_network(channels)
-    model(images)  # builds the lazy layer
+    model(images)  # creates the weights of the lazy layer
     return model, images, torch.rand(batch, height, width, generator=generator)
 
 
 def curve_by_loop(model, before, after, heatmap, target, steps):
     """Change the pixels of one image one at a time, hottest first, and run the model at each step."""
     height, width = before.shape[1:]
-    places = sorted(((i, j) for i in range(height) for j in range(width)), key=lambda ij: -float(heatmap[ij]))
+    pixels = sorted(((i, j) for i in range(height) for j in range(width)), key=lambda ij: -float(heatmap[ij]))
     image, scores, fractions = before.clone(), [], []
     changed = 0
     for step in range(steps + 1):
         while changed < height * width * step // steps:
-            i, j = places[changed]
+            i, j = pixels[changed]
             image[:, i, j] = after[:, i, j]
             changed += 1
         with torch.no_grad():
@@ -57,7 +57,7 @@ def curve_by_loop(model, before, after, heatmap, target, steps):
 @pytest.mark.parametrize(("batch", "channels", "height", "width"), SHAPES)
 @pytest.mark.parametrize("steps", [1, 4, 11])
 def test_deletion_equals_a_loop_over_pixels(batch, channels, height, width, steps):
-    model, images, heatmaps = setting(batch, channels, height, width)
+    model, images, heatmaps = model_images_heatmaps(batch, channels, height, width)
     best = model(images).argmax(1)
     found = deletion(model, images, heatmaps, steps=steps, batch_size=3)
     for b in range(batch):
@@ -70,7 +70,7 @@ def test_deletion_equals_a_loop_over_pixels(batch, channels, height, width, step
 
 @pytest.mark.parametrize(("batch", "channels", "height", "width"), SHAPES)
 def test_insertion_equals_a_loop_over_pixels(batch, channels, height, width):
-    model, images, heatmaps = setting(batch, channels, height, width)
+    model, images, heatmaps = model_images_heatmaps(batch, channels, height, width)
     target = torch.arange(batch) % 4
     found = insertion(model, images, heatmaps, steps=5, target=target, blur=0.2)
     for b in range(batch):
@@ -82,22 +82,21 @@ def test_insertion_equals_a_loop_over_pixels(batch, channels, height, width):
 
 def blur_by_opencv(plane, sigma):
     reach = int(np.ceil(3 * sigma))
-    done = cv2.GaussianBlur(
-        plane.numpy(), (2 * reach + 1, 2 * reach + 1), sigmaX=sigma, borderType=cv2.BORDER_REPLICATE
-    )
-    return torch.from_numpy(done)
+    size = 2 * reach + 1, 2 * reach + 1
+    blurred_plane = cv2.GaussianBlur(plane.numpy(), size, sigmaX=sigma, borderType=cv2.BORDER_REPLICATE)
+    return torch.from_numpy(blurred_plane)
 
 
 @pytest.mark.parametrize("size", [(9, 14), (1, 3)])
-def test_the_blur_equals_opencvs(size):
+def test_blur_equals_opencvs(size):
     images = torch.randn(2, 3, *size)
     for sigma in (0.1, 0.4):
         expected = [[blur_by_opencv(plane, sigma * min(size)) for plane in image] for image in images]
         close(blurred(images, sigma), torch.stack([torch.stack(planes) for planes in expected]), atol=1e-5, rtol=1e-4)
 
 
-def test_a_given_baseline_replaces_the_pixels():
-    model, images, heatmaps = setting(2, 3, 6, 6)
+def test_removed_pixels_get_the_given_baseline():
+    model, images, heatmaps = model_images_heatmaps(2, 3, 6, 6)
     colour = torch.tensor([1.0, -2, 0.5])[:, None, None]
     for baseline, last in ((colour, colour.expand(2, 3, 6, 6)), (0.0, torch.zeros(2, 3, 6, 6))):
         found = deletion(model, images, heatmaps, target=1, steps=3, baseline=baseline)
@@ -105,17 +104,18 @@ def test_a_given_baseline_replaces_the_pixels():
         close(found.scores[:, 0], model(images).softmax(1)[:, 1].detach())
 
 
-def test_the_order_is_from_hot_to_cold():
+def test_rank_orders_pixels_from_hot_to_cold():
     heatmaps = torch.rand(3, 4, 5)
     order = rank(heatmaps, (4, 5))
     for b in range(3):
-        by_place = heatmaps[b].flatten()[order[b].flatten().argsort()]
-        assert by_place.tolist() == sorted(heatmaps[b].flatten().tolist(), reverse=True)
+        in_order = heatmaps[b].flatten()[order[b].flatten().argsort()]
+        assert in_order.tolist() == sorted(heatmaps[b].flatten().tolist(), reverse=True)
         assert order[b].flatten().sort().values.tolist() == list(range(20))
 
 
 @pytest.mark.parametrize("grid", [(2, 3), (7, 7), (20, 9)])
-def test_coarse_and_fine_maps_are_ordered_as_opencv_interpolates_them(grid):
+def test_maps_of_any_grid_are_ranked_after_interpolation(grid):
+    """OpenCV interpolates the map; in the order of `rank`, its values must not rise."""
     heatmap = torch.rand(1, *grid)
     fine = cv2.resize(heatmap[0].double().numpy(), (24, 14), interpolation=cv2.INTER_LINEAR)
     in_order = fine.flatten()[rank(heatmap, (14, 24)).flatten().argsort().numpy()]
@@ -123,26 +123,26 @@ def test_coarse_and_fine_maps_are_ordered_as_opencv_interpolates_them(grid):
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
-def test_equal_pixels_come_in_random_order(value):
-    """Every pixel of a constant map, interpolated or not, has the same probability of every rank."""
+def test_pixels_of_equal_heat_get_random_ranks(value):
+    """Over 4,000 constant maps, the mean rank of every pixel is the middle rank, 11.5 of 24 pixels."""
     order = rank(torch.full((4000, 3, 3), value), (4, 6)).float()
-    spread = (24**2 - 1) / 12
-    close(order.mean(0), torch.full((4, 6), 11.5), atol=5 * (spread / 4000) ** 0.5, rtol=0)
+    variance = (24**2 - 1) / 12  # of a uniform rank in 0 … 23
+    close(order.mean(0), torch.full((4, 6), 11.5), atol=5 * (variance / 4000) ** 0.5, rtol=0)
     assert not torch.equal(order, rank(torch.full((4000, 3, 3), value), (4, 6), seed=1).float())
     assert torch.equal(order, rank(torch.full((4000, 3, 3), value), (4, 6)).float())
 
 
-def test_a_constant_map_scores_as_random_orders_do():
+def test_a_constant_map_scores_like_random_maps():
     place = region()
     images = bright_pictures(place, 1).expand(400, -1, -1, -1)
-    orders = torch.rand(400, 12, 16, generator=torch.Generator().manual_seed(0))
-    found = deletion(Patch(place), images, torch.ones(400, 6, 8), steps=6).auc
-    random = deletion(Patch(place), images, orders, steps=6).auc
-    doubt = 4 * float((found.var() + random.var()) / 400) ** 0.5
-    assert float((found.mean() - random.mean()).abs()) < doubt
-    for by_position in (torch.arange(192.0), -torch.arange(192.0)):  # an order by position would give another area
+    random_maps = torch.rand(400, 12, 16, generator=torch.Generator().manual_seed(0))
+    constant = deletion(Patch(place), images, torch.ones(400, 6, 8), steps=6).auc
+    random = deletion(Patch(place), images, random_maps, steps=6).auc
+    tolerance = 4 * float((constant.var() + random.var()) / 400) ** 0.5  # four standard errors
+    assert float((constant.mean() - random.mean()).abs()) < tolerance
+    for by_position in (torch.arange(192.0), -torch.arange(192.0)):  # an order by position gives another area
         biased = deletion(Patch(place), images[:1], by_position.view(1, 12, 16), steps=6).auc
-        assert float((biased - random.mean()).abs()) > doubt
+        assert float((biased - random.mean()).abs()) > tolerance
 
 
 def test_the_true_map_has_the_best_area():
@@ -150,14 +150,14 @@ def test_the_true_map_has_the_best_area():
     model, images = Patch(place), bright_pictures(place, 8)
     true, wrong = place.float().expand(8, -1, -1), (~place).float().expand(8, -1, -1)
     maps = {"true": true, "wrong": wrong, "random": torch.rand(8, 12, 16)}
-    lost = {name: deletion(model, images, heatmaps, target=1).auc.mean() for name, heatmaps in maps.items()}
-    won = {name: insertion(model, images, heatmaps, target=1).auc.mean() for name, heatmaps in maps.items()}
-    assert lost["true"] < lost["random"] < lost["wrong"]
-    assert won["true"] > won["random"] > won["wrong"]
+    deleted = {name: deletion(model, images, heatmaps, target=1).auc.mean() for name, heatmaps in maps.items()}
+    inserted = {name: insertion(model, images, heatmaps, target=1).auc.mean() for name, heatmaps in maps.items()}
+    assert deleted["true"] < deleted["random"] < deleted["wrong"]
+    assert inserted["true"] > inserted["random"] > inserted["wrong"]
 
 
 def test_the_curve_does_not_depend_on_batch_size():
-    model, images, heatmaps = setting(5, 3, 8, 6)
+    model, images, heatmaps = model_images_heatmaps(5, 3, 8, 6)
     together = deletion(model, images, heatmaps, batch_size=1000)
     for batch_size in (1, 7):
         close(deletion(model, images, heatmaps, batch_size=batch_size).scores, together.scores)
@@ -165,27 +165,27 @@ def test_the_curve_does_not_depend_on_batch_size():
     close(first.scores, together.scores[:1])
 
 
-def test_the_model_is_unchanged_afterwards():
+def test_deletion_leaves_the_model_unchanged():
     model, images = models.vit().train(), models.pictures()
     model.head.weight.requires_grad_(False)
     heatmaps = torch.rand(2, 4, 4)
     before = state_of(model)
     found = deletion(model, images, heatmaps, steps=2)
     with torch.inference_mode():
-        again = deletion(model, images, heatmaps, steps=2)
+        second = deletion(model, images, heatmaps, steps=2)
     assert_same_state(before, state_of(model))
-    close(found.scores[:, 0], again.scores[:, 0])  # in evaluation mode
+    close(found.scores[:, 0], second.scores[:, 0])  # equal, because the model runs in evaluation mode
     assert not found.scores.requires_grad
 
 
-def test_the_curve_of_a_target_function_is_its_value():
-    model, images, heatmaps = setting(2, 3, 6, 6)
+def test_curve_of_a_target_function_has_the_functions_values():
+    model, images, heatmaps = model_images_heatmaps(2, 3, 6, 6)
     found = insertion(model, images, heatmaps, target=lambda out: out[:, 2] * 10, steps=3)
     close(found.scores[:, -1], model(images)[:, 2].detach() * 10)
 
 
 def test_wrong_inputs_of_deletion_are_errors():
-    model, images, heatmaps = setting(2, 3, 6, 6)
+    model, images, heatmaps = model_images_heatmaps(2, 3, 6, 6)
     refuses(UsageError, r"steps must be in \[1, 36\]", deletion, model, images, heatmaps, steps=37)
     refuses(UsageError, r"heatmaps must be \(2, h, w\), got \(1, 6, 6\)", lambda: deletion(model, images, heatmaps[:1]))
     refuses(UsageError, "out of range", deletion, model, images, heatmaps, target=4)
@@ -198,20 +198,20 @@ def test_wrong_inputs_of_deletion_are_errors():
     refuses(DataError, r"output is not finite; 0\.weight holds NaN", deletion, model, images, heatmaps)
 
 
-def test_a_function_as_target_must_take_any_number_of_images():
+def test_a_target_function_must_accept_any_number_of_images():
     model, images = Patch(region(box=(2, 3, 8, 9))), bright_pictures(region(box=(2, 3, 8, 9)), 6)
     labels = torch.ones(6, dtype=torch.long)
     heatmaps = torch.rand(6, 4, 4)
-    with pytest.raises(UsageError, match="any number of images in any order, so pass one index an image"):
+    with pytest.raises(UsageError, match="any number of images in any order; pass a tensor with one index"):
         deletion(model, images, heatmaps, target=lambda out: torch.zeros(6), steps=5, batch_size=5)
     by_index = deletion(model, images, heatmaps, target=labels, steps=5, batch_size=5)
     by_function = deletion(model, images, heatmaps, target=lambda out: out.softmax(1)[:, 1], steps=5, batch_size=5)
     torch.testing.assert_close(by_function.scores, by_index.scores)
 
 
-def test_a_curve_shows_its_areas_and_is_pickled_at_its_own_size():
+def test_repr_to_dict_and_pickle_of_a_curve():
     scores = torch.rand(300, 5, generator=torch.Generator().manual_seed(0))
-    curve = Curve(torch.linspace(0, 1, 5), scores[:2])
+    curve = Curve(torch.linspace(0, 1, 5), scores[:2])  # the pickle must not hold the other 298 rows
     areas = [float(area) for area in curve.auc]
     assert repr(curve) == (
         f"Curve(mean area {sum(areas) / 2:.3f} over 2 images, 4 steps: {areas[0]:.3f}, {areas[1]:.3f})"
@@ -219,9 +219,9 @@ def test_a_curve_shows_its_areas_and_is_pickled_at_its_own_size():
     shown = curve._repr_html_()
     assert shown.count("<polyline") == 1
     assert repr(curve) in shown
-    plain = json.loads(json.dumps(curve.to_dict()))
-    assert plain["auc"] == curve.auc.tolist()
-    assert plain["scores"] == curve.scores.tolist()
+    as_dict = json.loads(json.dumps(curve.to_dict()))
+    assert as_dict["auc"] == curve.auc.tolist()
+    assert as_dict["scores"] == curve.scores.tolist()
     data = pickle.dumps(curve)
     assert len(data) < scores.nbytes
     assert torch.equal(pickle.loads(data).auc, curve.auc)

@@ -1,4 +1,4 @@
-"""Methods and controls on a model whose evidence is known; the bootstrap against SciPy's and against a loop."""
+"""Scores of methods and controls on a model with a known heatmap; intervals equal SciPy's bootstrap or a slow loop."""
 
 import json
 import pickle
@@ -7,11 +7,12 @@ import re
 import numpy as np
 import pytest
 import scipy.stats
+import timm
 import torch
 
 from tests.capture import models
 from tests.capture.models import assert_same_state, state_of
-from tests.evaluation.scored import Fixed, OfWeights, Patch, bright_pictures, region
+from tests.evaluation.scored import Fixed, Patch, TrueMap, bright_pictures, region
 from tests.refusals import refuses
 from visionattn.errors import DataError, UsageError
 from visionattn.evaluation import CentreGaussian, Edges, RandomMap, deletion, insertion, score
@@ -26,13 +27,13 @@ PLACE = region(box=BOX)
 
 
 def batches(count=24, size=5, known=("box", "mask", "label")):
-    """Return images of the model's evidence in batches, with boxes, masks and labels."""
+    """Return batches of images that `Patch` assigns to class 1, with the keys `known`."""
     images = bright_pictures(PLACE, count)
     whole = {
         "image": images,
         "box": torch.tensor(BOX).float().expand(count, -1),
         "mask": PLACE.expand(count, -1, -1),
-        "label": torch.arange(count).clamp(max=1),  # the first is labelled 0, and the model says 1
+        "label": torch.arange(count).clamp(max=1),  # label 0 of the first image is wrong for the model
         "path": [f"{index}.png" for index in range(count)],
     }
     parts = [{key: value[start : start + size] for key, value in whole.items()} for start in range(0, count, size)]
@@ -41,12 +42,12 @@ def batches(count=24, size=5, known=("box", "mask", "label")):
 
 @pytest.fixture(scope="module")
 def scores():
-    methods = {"true": OfWeights(), "wrong": Fixed((~PLACE).float()), "flat": Fixed(torch.zeros(3, 4))}
+    methods = {"true": TrueMap(), "wrong": Fixed((~PLACE).float()), "flat": Fixed(torch.zeros(3, 4))}
     with pytest.warns(match="fixed heatmaps of nothing are zero and show nothing"):
         return score(Patch(PLACE), batches(), methods, steps=6)
 
 
-def test_the_true_map_beats_every_control_and_wrong_ones_do_not(scores):
+def test_only_the_true_map_beats_every_control(scores):
     assert scores.unbeaten("true") == []
     assert scores.unbeaten("wrong") == list(METRICS)
     assert scores.unbeaten("flat") == list(METRICS)
@@ -68,7 +69,7 @@ def test_the_table_has_methods_first_then_controls(scores):
     assert "unbeaten" not in rows[-1]
 
 
-def test_a_notebook_shows_the_table_with_unbeaten_metrics_marked(scores):
+def test_a_notebook_shows_the_table_and_marks_metrics_that_do_not_beat_every_control(scores):
     page = scores._repr_html_()
     rows = {re.sub("[✓✗ ]|<[^>]+>", "", row.split("</th>")[0]): row for row in page.split("<tr>")[2:]}
     assert list(rows) == [row["name"].replace(" ", "") for row in scores.table()]
@@ -86,8 +87,8 @@ def test_a_notebook_shows_the_table_with_unbeaten_metrics_marked(scores):
 
 
 def test_print_shows_the_table_with_intervals_and_the_verdict(scores):
-    heads, *lines = str(scores).splitlines()
-    assert re.findall(r"(\w+) [↑↓]", heads) == list(METRICS)
+    heading, *lines = str(scores).splitlines()
+    assert re.findall(r"(\w+) [↑↓]", heading) == list(METRICS)
     rows = {re.split(r"  +", line[2:])[0]: line for line in lines[: len(scores.values)]}
     assert list(rows) == [row["name"] for row in scores.table()]
     for name, line in rows.items():
@@ -101,26 +102,26 @@ def test_print_shows_the_table_with_intervals_and_the_verdict(scores):
     assert lines[-1] == "The model's accuracy on these images is 0.958."
 
 
-def test_rows_and_plain_data_hold_the_figures(scores):
+def test_table_and_to_dict_have_the_metrics_of_every_method(scores):
     columns = {key for row in scores.table() for key in row}
     assert columns == {"name", "kind", "unbeaten"} | {
         f"{metric}{bound}" for metric in METRICS for bound in ("", "_low", "_high")
     }
     assert all(isinstance(row[metric], float) for row in scores.table() for metric in METRICS)
-    plain = json.loads(json.dumps(scores.to_dict()))
-    assert plain["table"] == scores.table()
-    assert plain["images"] == 24
-    assert plain["values"]["true"]["energy"] == scores.of_images("true", "energy").tolist()
+    as_dict = json.loads(json.dumps(scores.to_dict()))
+    assert as_dict["table"] == scores.table()
+    assert as_dict["images"] == 24
+    assert as_dict["values"]["true"]["energy"] == scores.of_images("true", "energy").tolist()
 
 
 def test_scores_are_pickled_without_their_resamples(scores):
-    scores.estimate("true", "energy")  # draws the resamples
+    scores.estimate("true", "energy")  # computes and caches the resamples
     data = pickle.dumps(scores)
-    again = pickle.loads(data)
-    held = sum(values.nbytes for metrics in scores.values.values() for values in metrics.values())
-    assert len(data) < held + 10_000 < scores._weights.nbytes
-    assert again.table() == scores.table()
-    assert repr(again) == repr(scores)
+    unpickled = pickle.loads(data)
+    size_of_values = sum(values.nbytes for metrics in scores.values.values() for values in metrics.values())
+    assert len(data) < size_of_values + 10_000 < scores._weights.nbytes
+    assert unpickled.table() == scores.table()
+    assert repr(unpickled) == repr(scores)
 
 
 def test_markup_in_names_is_escaped():
@@ -130,7 +131,7 @@ def test_markup_in_names_is_escaped():
     assert "✓" not in shown
 
 
-def test_metrics_equal_those_of_the_plain_functions(scores):
+def test_metrics_equal_those_of_the_single_functions(scores):
     images, target = torch.cat([batch["image"] for batch in batches()]), torch.ones(24, dtype=torch.long)
     maps = {
         "true": PLACE.float().expand(24, -1, -1),
@@ -140,7 +141,7 @@ def test_metrics_equal_those_of_the_plain_functions(scores):
     }
     objects = PLACE.expand(24, -1, -1)
     for name, heatmaps in maps.items():
-        if name != "true":  # the order of its equal pixels is random
+        if name != "true":  # the true map has equal pixels, whose random order changes the curves
             for metric, curve in (("deletion", deletion), ("insertion", insertion)):
                 auc = curve(Patch(PLACE), images, heatmaps, target=target, steps=6).auc
                 np.testing.assert_allclose(scores.values[name][metric], auc.numpy(), atol=1e-5)
@@ -151,25 +152,26 @@ def test_metrics_equal_those_of_the_plain_functions(scores):
     assert (scores.values["random 3×4"]["shuffled"] == 1).all()
 
 
-def test_a_box_replaces_a_missing_mask_and_a_mask_a_missing_box():
+def test_box_and_mask_replace_each_other_when_one_is_missing():
     box = torch.tensor([0.0, 0, 5, 12])
     images = [{**batch, "box": box.expand(len(batch["image"]), -1)} for batch in batches()]
-    method = {"true": OfWeights()}
-    both = score(Patch(PLACE), images, method, steps=2).values["true"]
-    boxes, masks = (
-        score(Patch(PLACE), [{k: v for k, v in batch.items() if k != left_out} for batch in images], method, steps=2)
-        for left_out in ("mask", "box")
+    method = {"true": TrueMap()}
+    with_both = score(Patch(PLACE), images, method, steps=2).values["true"]
+    only_box, only_mask = (
+        score(Patch(PLACE), [{k: v for k, v in batch.items() if k != missing} for batch in images], method, steps=2)
+        for missing in ("mask", "box")
     )
-    of_box = inside(box[None], (12, 16)).expand(24, -1, -1)
-    np.testing.assert_allclose(both["energy"], energy(PLACE.float().expand(24, -1, -1), of_box), atol=1e-6)
-    np.testing.assert_allclose(both["energy"], boxes.values["true"]["energy"])
-    np.testing.assert_allclose(both["iou"], masks.values["true"]["iou"])
-    np.testing.assert_allclose(boxes.values["true"]["iou"][0, 1], (PLACE & of_box[0]).sum() / (PLACE | of_box[0]).sum())
-    assert (masks.values["true"]["energy"] == 1).all()
+    in_box = inside(box[None], (12, 16)).expand(24, -1, -1)
+    np.testing.assert_allclose(with_both["energy"], energy(PLACE.float().expand(24, -1, -1), in_box), atol=1e-6)
+    np.testing.assert_allclose(with_both["energy"], only_box.values["true"]["energy"])
+    np.testing.assert_allclose(with_both["iou"], only_mask.values["true"]["iou"])
+    iou = (PLACE & in_box[0]).sum() / (PLACE | in_box[0]).sum()
+    np.testing.assert_allclose(only_box.values["true"]["iou"][0, 1], iou)
+    assert (only_mask.values["true"]["energy"] == 1).all()
 
 
 def test_without_boxes_and_masks_there_are_no_localisation_metrics():
-    found = score(Patch(PLACE), batches(known=()), {"true": OfWeights()}, steps=3)
+    found = score(Patch(PLACE), batches(known=()), {"true": TrueMap()}, steps=3)
     assert found.metrics == ["deletion", "insertion", "shuffled"]
     assert found.accuracy is None
     assert found.unbeaten("true") == []
@@ -183,7 +185,7 @@ def scores_of(values, controls, seed=0, resamples=4000):
 
 
 @pytest.mark.parametrize("count", [12, 150])
-def test_intervals_equal_scipys(count):
+def test_intervals_equal_scipys_bootstrap(count):
     random = np.random.default_rng(1)
     a, b = random.random(count) ** 2, random.random(count)
     found = scores_of({"a": {"insertion": a}, "b": {"insertion": b}}, {"a": ("b",)})
@@ -196,7 +198,7 @@ def test_intervals_equal_scipys(count):
         assert estimate.high == pytest.approx(expected.confidence_interval.high, abs=0.06 * width)
 
 
-def test_the_threshold_is_chosen_again_in_every_resample():
+def test_every_resample_chooses_its_own_threshold():
     random = np.random.default_rng(0)
     overlaps = random.random((20, 7)).astype(np.float32)
     found = scores_of({"a": {"iou": overlaps}}, {}).estimate("a", "iou")
@@ -208,16 +210,15 @@ def test_the_threshold_is_chosen_again_in_every_resample():
     assert found[1:] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
 
 
-def test_a_margin_is_paired_and_positive_where_lower_is_better():
+def test_a_method_beats_a_control_by_the_paired_difference():
     random = np.random.default_rng(0)
     control = random.random(50).astype(np.float32)
     method = control - 0.02 + 0.01 * random.random(50).astype(np.float32)  # a little lower on every single image
     values = {"m": {"deletion": method, "insertion": method}, "c": {"deletion": control, "insertion": control}}
     found = scores_of(values, {"m": ("c",)})
-    assert (
-        found.estimate("m", "deletion").high > found.estimate("c", "deletion").low
-    )  # the intervals overlap; only the paired difference is clear
-    assert found.unbeaten("m") == ["insertion"]
+    # the two intervals overlap, but the interval of the paired difference does not contain 0
+    assert found.estimate("m", "deletion").high > found.estimate("c", "deletion").low
+    assert found.unbeaten("m") == ["insertion"]  # a lower deletion is better, a lower insertion is worse
 
 
 def test_a_method_must_beat_each_of_its_controls():
@@ -226,12 +227,12 @@ def test_a_method_must_beat_each_of_its_controls():
     }
     assert scores_of(values, {"m": ("a",)}).beats("m", "energy")
     assert not scores_of(values, {"m": ("a", "b")}).beats("m", "energy")
-    assert not scores_of(values, {"m": ("m",)}).beats("m", "energy")  # an equal is not beaten
+    assert not scores_of(values, {"m": ("m",)}).beats("m", "energy")  # equal values do not beat each other
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_few_images_have_no_interval_and_beat_nothing(count):
-    found = score(Patch(PLACE), batches(count), {"true": OfWeights()}, steps=3)
+def test_fewer_than_ten_images_give_no_interval_and_no_method_beats_a_control(count):
+    found = score(Patch(PLACE), batches(count), {"true": TrueMap()}, steps=3)
     estimate = found.estimate("true", "energy")
     assert estimate.value == 1
     assert np.isnan(estimate[1:]).all()
@@ -243,15 +244,15 @@ def test_the_same_seed_gives_the_same_scores():
     methods = {"gate": METHODS["gate"](), "gradcam": METHODS["gradcam"]()}
     model = models.resnet("resnet10t", block_args={"attn_layer": "cbam"})
     images = [{"image": models.pictures(batch=4, seed=seed)} for seed in range(3)]
-    first, again, other = (score(model, images, methods, steps=2, seed=seed).table() for seed in (0, 0, 1))
-    assert first == again
-    assert first != other
+    first, second, other_seed = (score(model, images, methods, steps=2, seed=seed).table() for seed in (0, 0, 1))
+    assert first == second
+    assert first != other_seed
 
 
-# A model, and what can go wrong ------------------------------------------------------------------------------------
+# Real models, and errors -------------------------------------------------------------------------------------------
 
 
-def test_the_model_is_unchanged_afterwards():
+def test_score_leaves_the_model_unchanged_and_uses_every_method_that_fits():
     model = models.vit().train()
     images = [{"image": models.pictures(batch=2)}]
     before = state_of(model)
@@ -264,15 +265,15 @@ def test_the_model_is_unchanged_afterwards():
 
 def test_shuffled_is_near_1_for_a_method_that_ignores_the_weights_and_low_for_gradcam():
     model = models.vit(depth=4)
-    pixels = {"image": models.pictures(batch=12)}
-    found = score(model, [pixels], {"gradcam": METHODS["gradcam"](), "image": Edges((4, 4))}, steps=2)
+    batch = {"image": models.pictures(batch=12)}
+    found = score(model, [batch], {"gradcam": METHODS["gradcam"](), "image": Edges((4, 4))}, steps=2)
     assert not found.beats("image", "shuffled")
     assert found.estimate("image", "shuffled").value == pytest.approx(1)
     assert found.beats("gradcam", "shuffled")
     assert found.estimate("gradcam", "shuffled").high < 0.5
 
 
-def test_an_inverted_map_of_shuffled_weights_counts_as_the_same():
+def test_shuffled_is_1_if_shuffling_only_inverts_the_map():
     model = Patch(PLACE)
 
     class Brightness(Method):
@@ -287,7 +288,7 @@ def test_an_inverted_map_of_shuffled_weights_counts_as_the_same():
 
 
 def test_a_method_that_fails_is_reported_and_the_others_are_scored():
-    methods = {"gate": METHODS["gate"](), "true": OfWeights()}
+    methods = {"gate": METHODS["gate"](), "true": TrueMap()}
     found = score(Patch(PLACE), batches(), methods, steps=2)
     assert list(found.controls) == ["true"]
     assert "gate needs gates over positions" in found.failed["gate"]
@@ -295,15 +296,15 @@ def test_a_method_that_fails_is_reported_and_the_others_are_scored():
         score(Patch(PLACE), batches(), {"gate": METHODS["gate"]()}, steps=2)
 
 
-def test_progress_counts_images():
-    done = []
-    score(Patch(PLACE), batches(count=7), {"true": OfWeights()}, steps=2, advance=done.append)
-    assert sum(done) == pytest.approx(7)
-    assert max(done) < 5  # progress is reported inside a batch
+def test_progress_is_reported_in_fractions_of_batches():
+    reported = []
+    score(Patch(PLACE), batches(count=7), {"true": TrueMap()}, steps=2, advance=reported.append)
+    assert sum(reported) == pytest.approx(7)
+    assert max(reported) < 5  # a whole batch has 5 images
 
 
 def test_wrong_inputs_of_score_are_errors():
-    model, method = Patch(PLACE), {"true": OfWeights()}
+    model, method = Patch(PLACE), {"true": TrueMap()}
     refuses(DataError, "there are no images to score", score, model, [], method)
     refuses(UsageError, "there is no method to score", lambda: score(model, batches(), {}))
     mixed = [*batches(), *batches(known=("label",))]
@@ -311,21 +312,21 @@ def test_wrong_inputs_of_score_are_errors():
         UsageError, match=r"batches differ: images of \(3, 12, 16\) with label after .* box, label, mask"
     ):
         score(model, mixed, method, steps=2)
-    for wrong in ({"copies": 0}, {"steps": 1}):  # a single step is the same for every map
+    for wrong in ({"copies": 0}, {"steps": 1}):  # with a single step, all maps have the same curve
         with pytest.raises(UsageError, match="copies must be ≥ 1 and steps ≥ 2"):
             score(model, batches(), method, **wrong)
     for seed in (-1, 2**32):
         with pytest.raises(UsageError, match="seed must be in"):
             score(model, batches(), method, seed=seed)
     with pytest.raises(UsageError, match="'centre' is the name of a control"):
-        score(model, batches(), {"centre": OfWeights()}, steps=2)
+        score(model, batches(), {"centre": TrueMap()}, steps=2)
     with torch.no_grad():
         model.bias.fill_(torch.nan)
     refuses(DataError, "output is not finite; bias holds NaN", lambda: score(model, batches(), method))
 
 
-def test_scores_are_made_under_inference_mode_too():
-    model, methods = Patch(PLACE), {"true": OfWeights()}
+def test_scores_under_inference_mode_are_the_same():
+    model, methods = Patch(PLACE), {"true": TrueMap()}
     with torch.inference_mode():
         inside_mode = score(model, batches(), methods, steps=4)
     assert inside_mode.estimate("true", "deletion") == score(Patch(PLACE), batches(), methods, steps=4).estimate(
@@ -333,7 +334,7 @@ def test_scores_are_made_under_inference_mode_too():
     )
 
 
-def test_many_images_take_no_more_memory_than_their_weights():
+def test_resamples_of_many_images_use_4_bytes_per_image():
     values = {"true": {"deletion": np.linspace(0, 1, 3_000, dtype=np.float32)}}
     many = Scores(values, {"true": ()}, {}, None, (), seed=0)
     assert many._weights.nbytes == 2_001 * 3_000 * 4
@@ -342,3 +343,24 @@ def test_many_images_take_no_more_memory_than_their_weights():
     assert (found.high - found.low) / 2 == pytest.approx(
         1.96 * np.std(values["true"]["deletion"]) / 3_000**0.5, rel=0.1
     )
+
+
+def test_expected_time_and_progress_count_the_forward_passes_of_each_method():
+    """Score-CAM of C channels runs the model C + 1 times for an image, on the model and 3 shuffled copies."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet").eval()
+    images = torch.randn(3, 3, 64, 64)
+    methods = {"scorecam": METHODS["scorecam"]("layer4"), "gradcam": METHODS["gradcam"]("layer4")}
+    channels = model.forward_features(images).shape[1]
+    expected, reported = [], []
+    found = score(model, [{"image": images}] * 2, methods, steps=2, advance=reported.append, expect=expected.append)
+    (seconds,) = expected  # once for all batches
+    passes = {"scorecam": 4 * (1 + channels) + 2, "gradcam": 4 * 3 + 2, "controls": 3 * 2}
+    assert seconds.keys() == passes.keys()
+    for name, count in passes.items():
+        assert seconds[name] / seconds["controls"] == pytest.approx(count / passes["controls"])
+    assert sum(reported) == pytest.approx(6)
+    assert reported[0] == pytest.approx(4 * (1 + channels) / sum(passes.values()))  # after one image of Score-CAM
+    whole = methods["scorecam"](model, images, target=model(images).argmax(1)).heatmaps
+    curve = deletion(model, images, whole, steps=2)
+    np.testing.assert_allclose(found.values["scorecam"]["deletion"][:3], curve.auc, atol=1e-4)

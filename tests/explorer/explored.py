@@ -1,4 +1,4 @@
-"""A small ViT with independently computed weights, pictures, and a browser for the explorer's tests."""
+"""A small ViT and its attention weights, a picture, and a browser page for the explorer's tests."""
 
 import shutil
 from contextlib import contextmanager
@@ -11,13 +11,14 @@ import torch
 from visionattn.data.placement import Preprocess
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# a class name with markup that must not run
 HOSTILE = "</script><img src=x onerror=alert(1)><!--{{script}}&lt;\u2028'\""
 CLASSES = ("owl", HOSTILE, "cup", "rose")
 PREPROCESS = Preprocess((48, 64))
 
 
 def vit(*, depth=3, heads=3, seed=0):
-    """Return a ViT of 3 × 4 patches whose attention is sharper than with random weights."""
+    """Return a ViT of 3 × 4 patches with large qkv weights, so that its attention differs between patches."""
     torch.manual_seed(seed)
     options = {"img_size": (48, 64), "embed_dim": 16 * heads, "num_heads": heads, "depth": depth, "num_classes": 4}
     model = timm.create_model("vit_tiny_patch16_224", **options).eval()
@@ -34,23 +35,23 @@ def photo(height=60, width=100, seed=0):
 
 
 def weights_of(model, picture):
-    """Return the weights (L, H, N, N) of the model's own unfused attention."""
-    seen = []
+    """Return the weights (L, H, N, N) that timm's own unfused attention computes."""
+    weights = []
     handles = []
     for block in model.blocks:
         block.attn.fused_attn = False
-        handles.append(block.attn.attn_drop.register_forward_hook(lambda module, args, out: seen.append(out[0])))
+        handles.append(block.attn.attn_drop.register_forward_hook(lambda module, args, out: weights.append(out[0])))
     with torch.no_grad():
         model(torch.from_numpy(PREPROCESS(picture)[0])[None])
     for block, handle in zip(model.blocks, handles, strict=True):
         block.attn.fused_attn = True
         handle.remove()
-    return torch.stack(seen).double().numpy()
+    return torch.stack(weights).double().numpy()
 
 
 @contextmanager
 def opened(browser, html, tmp_path, **context):
-    """Yield a page in the browser; fail if it logs an error, makes a request or opens a dialog."""
+    """Open a page in the browser; fail if the page logs a message, makes a request or opens a dialog."""
     file = tmp_path / "page.html"
     file.write_text(html, encoding="utf-8")
     troubles = []
@@ -71,12 +72,12 @@ def opened(browser, html, tmp_path, **context):
 
 
 def settle(page):
-    """Wait until the choice is drawn."""
+    """Wait until the page has been drawn again."""
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None,
-    reason="the page can only be tried in a browser, which pip cannot install, and there is no Chromium here: install "
-    "Debian's package chromium, as .ci/run does, to run these tests",
+    reason="the page can only be tested in Chromium, which is missing; install Debian's package chromium, as .ci/run "
+    "does (pip cannot install a browser)",
 )

@@ -1,4 +1,4 @@
-"""The text of the page: its frame in a notebook, and the escaping of names."""
+"""The page's HTML: its frame in a notebook, and the escaping of names."""
 
 import re
 
@@ -19,11 +19,11 @@ def test_a_notebook_shows_the_whole_page_in_a_frame():
     assert html.unescape(frame[1]) == page.html
 
 
-def test_markup_in_names_never_leaves_the_data():
+def test_markup_in_names_stays_inside_the_json_data():
     page = explore(
         vit(), [photo()], preprocess=PREPROCESS, steps=0, class_names=CLASSES, model_name=HOSTILE,
         methods={"raw": RawAttention()},
     )  # fmt: skip
     assert "<img src=x" not in page.html
-    assert page.html.count("</script>") == 3
+    assert page.html.count("</script>") == 3  # the JSON data, the arrays and the scripts
     assert facts(page)["model"] == HOSTILE

@@ -1,4 +1,4 @@
-"""Errors of `explore`, the size of a page, and pages without a model."""
+"""`explore`: the size of a page, pages without a model, failures and errors."""
 
 import json
 import pickle
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 from tests.explorer.explored import CLASSES, PREPROCESS, photo, vit, weights_of
-from tests.explorer.pages import facts, weights_told
+from tests.explorer.pages import facts, weights_on_page
 from tests.refusals import refuses
 from visionattn.data.placement import Preprocess
 from visionattn.errors import DataError, UsageError
@@ -30,15 +30,15 @@ def test_levels_are_reduced_until_the_page_fits_and_their_error_is_bounded():
     for image, picture in enumerate(pictures):
         weights = weights_of(model, picture)
         for layer in range(4):
-            told_1HQK, _ = weights_told(page, layer, image)
+            found_1HQK, _ = weights_on_page(page, layer, image)
             rows = weights[layer][:, [*range(1, 13), 0]][:, :, 1:]
             span = rows.max(-1, keepdims=True) - rows.min(-1, keepdims=True) + 0.005 * rows.max(-1, keepdims=True)
-            assert (np.abs(told_1HQK[0, :, :, :12] - rows) <= span * 0.5 / (page.levels - 1) * 1.001 + 1e-6).all()
+            assert (np.abs(found_1HQK[0, :, :, :12] - rows) <= span * 0.5 / (page.levels - 1) * 1.001 + 1e-6).all()
     with pytest.raises(UsageError, match=r"limit is .* MB; explore fewer images"):
         explore(model, pictures, limit=limit // 4, **options)
 
 
-def test_the_model_is_unchanged_afterwards():
+def test_explore_leaves_the_model_unchanged():
     model = vit().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
@@ -48,7 +48,7 @@ def test_the_model_is_unchanged_afterwards():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_glimpses_and_boxes_need_no_model():
+def test_given_glimpses_and_boxes_are_shown_without_a_model():
     random = np.random.default_rng(0)
     glimpses = {
         "locations": random.uniform(0, 50, (3, 2)),
@@ -59,18 +59,18 @@ def test_glimpses_and_boxes_need_no_model():
     boxes = {"boxes": [[1, 2, 30, 40]], "labels": [2], "scores": [0.75], "maps": random.random((1, 5, 6))}
     options = {"preprocess": Preprocess(32), "glimpses": [glimpses], "detections": [boxes], "class_names": CLASSES}
     page = explore(None, [photo()], **options)
-    told = facts(page)["pictures"][0]
-    np.testing.assert_allclose(told["glimpses"]["locations"], glimpses["locations"], atol=0.006)
-    classes = told["glimpses"]["classes"]
-    np.testing.assert_allclose(told["glimpses"]["probabilities"], glimpses["probabilities"][:, classes], atol=1e-5)
-    assert told["detections"]["labels"] == [2]
+    shown = facts(page)["pictures"][0]
+    np.testing.assert_allclose(shown["glimpses"]["locations"], glimpses["locations"], atol=0.006)
+    classes = shown["glimpses"]["classes"]
+    np.testing.assert_allclose(shown["glimpses"]["probabilities"], glimpses["probabilities"][:, classes], atol=1e-5)
+    assert shown["detections"]["labels"] == [2]
     assert facts(page)["classes"]["2"] == "cup"
     for name, short in (("locations", glimpses["locations"][:2]), ("boxes", glimpses["boxes"][..., :2])):
         with pytest.raises(UsageError, match="glimpses are locations"):
             explore(None, [photo()], preprocess=Preprocess(32), glimpses=[{**glimpses, name: short}])
-    more = {**boxes, "maps": random.random((2, 5, 6))}
+    too_many_maps = {**boxes, "maps": random.random((2, 5, 6))}
     with pytest.raises(UsageError, match="1 boxes, 1 labels, 1 scores and 2 maps"):
-        explore(None, [photo()], preprocess=Preprocess(32), detections=[more])
+        explore(None, [photo()], preprocess=Preprocess(32), detections=[too_many_maps])
     with pytest.raises(UsageError, match="1 glimpses for 2 images"):
         explore(None, [photo()] * 2, preprocess=Preprocess(32), glimpses=[glimpses])
 
@@ -101,7 +101,7 @@ def test_wrong_inputs_of_explore_are_errors():
     refuses(UsageError, "steps must be", lambda: explore(vit(), [photo()], preprocess=PREPROCESS, steps=1))
 
 
-def test_a_broken_file_does_not_stop_the_others(tmp_path):
+def test_a_broken_file_is_reported_and_the_other_images_are_shown(tmp_path):
     Image.fromarray(photo()).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"no picture")
     options = {"preprocess": PREPROCESS, "steps": 0, "methods": {"raw": RawAttention()}}
@@ -112,7 +112,7 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path):
     refuses(DataError, "none of the 1 images can be read", lambda: explore(vit(), [tmp_path / "bad.png"], **options))
 
 
-def test_a_method_that_does_not_fit_is_reported():
+def test_a_method_that_does_not_fit_the_model_is_reported():
     methods = {"raw": RawAttention(), "gate": METHODS["gate"]()}
     page = explore(vit(), [photo()], preprocess=PREPROCESS, steps=0, methods=methods)
     assert list(page.left_out) == ["gate"]
@@ -120,7 +120,7 @@ def test_a_method_that_does_not_fit_is_reported():
     assert facts(page)["pictures"][0]["failed"] == page.left_out
 
 
-def test_a_page_shows_its_size_and_what_is_missing(tmp_path):
+def test_repr_to_dict_and_pickle_of_a_page(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     Image.fromarray(photo()).save(tmp_path / "good.png")
     files = [tmp_path / "good.png", tmp_path / "bad.png"]
@@ -131,9 +131,9 @@ def test_a_page_shows_its_size_and_what_is_missing(tmp_path):
     assert lines[0].startswith("  bad.png is not shown: ")
     assert lines[1].startswith("  gate has no heatmap: gate needs gates over positions")
     assert page._repr_html_().startswith("<iframe")
-    plain = json.loads(json.dumps(page.to_dict()))
-    assert (plain["images"], plain["levels"], plain["bytes"]) == (1, 256, len(page.html.encode()))
-    assert plain["left_out"] == dict(page.left_out)
+    as_dict = json.loads(json.dumps(page.to_dict()))
+    assert (as_dict["images"], as_dict["levels"], as_dict["bytes"]) == (1, 256, len(page.html.encode()))
+    assert as_dict["left_out"] == dict(page.left_out)
     data = pickle.dumps(page)
     assert len(data) < len(page.html.encode()) + 2_000
     assert pickle.loads(data).html == page.html

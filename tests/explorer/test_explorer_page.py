@@ -1,4 +1,4 @@
-"""The page in a browser: what it shows after clicks and keys, against the arrays."""
+"""The page in a browser: after clicks and keys, the page shows the values that the model computes."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Return two files, one in a folder whose name contains markup."""
+    """Return two picture files, one of them in a folder whose name contains markup."""
     folder = tmp_path_factory.mktemp("pictures")
     hostile = folder / "<b onmouseover=alert(1)>'&quot;{{facts}}"
     hostile.mkdir()
@@ -46,7 +46,7 @@ def html(model, pictures):
 
 
 def click_patch(page, row, column):
-    """Click the middle of a patch, by the geometry of the model's crop."""
+    """Click the middle of a patch of the model's input, then move the pointer away from the picture."""
     placement = PREPROCESS(photo())[1]
     x, y = placement.to_source(np.array([[16 * (column + 0.5), 16 * (row + 0.5)]]))[0]
     box = page.locator("#picture").bounding_box()
@@ -55,32 +55,28 @@ def click_patch(page, row, column):
     settle(page)
 
 
-def test_a_click_shows_what_the_patch_attends_to(browser, html, model, tmp_path):
+def test_a_click_shows_the_attention_of_the_patch(browser, html, model, tmp_path):
     weights = weights_of(model, photo())
     with opened(browser, html, tmp_path) as page:
         np.testing.assert_allclose(values(page), weights[2, :, 0, 1:].mean(0), atol=0.003 * weights[2, :, 0].max())
         click_patch(page, 1, 2)
-        asked = 1 + 1 * 4 + 2
-        np.testing.assert_allclose(values(page), weights[2, :, asked, 1:].mean(0), atol=0.003)
+        query = 1 + 1 * 4 + 2  # the class token comes first, then four patches per row
+        np.testing.assert_allclose(values(page), weights[2, :, query, 1:].mean(0), atol=0.003)
         page.get_by_label("Layer 2, head 3").click()
-        np.testing.assert_allclose(values(page), weights[1, 2, asked, 1:], atol=0.003)
+        np.testing.assert_allclose(values(page), weights[1, 2, query, 1:], atol=0.003)
         settle(page)
-        max_boxes = weights[1, 2, asked, 1:].argmax()
-        told = page.locator("#readout").text_content()
-        assert (
-            f"Patch row 2, column 3, layer 2, head 3: most on row {max_boxes // 4 + 1}, column {max_boxes % 4 + 1}"
-            in told
-        )
-        assert float(told.split(", ")[-1].split(" %")[0]) == pytest.approx(
-            100 * weights[1, 2, asked, 1:].max(), abs=0.2
-        )
+        row, column = divmod(int(weights[1, 2, query, 1:].argmax()), 4)
+        readout = page.locator("#readout").text_content()
+        assert f"Patch row 2, column 3, layer 2, head 3: most on row {row + 1}, column {column + 1}" in readout
+        shown = float(readout.split(", ")[-1].split(" %")[0])
+        assert shown == pytest.approx(100 * weights[1, 2, query, 1:].max(), abs=0.2)
         page.get_by_label("Heads", exact=True).select_option("max")
-        np.testing.assert_allclose(values(page), weights[1, :, asked, 1:].max(0), atol=0.003)
+        np.testing.assert_allclose(values(page), weights[1, :, query, 1:].max(0), atol=0.003)
         page.get_by_role("button", name="Class token").click()
         np.testing.assert_allclose(values(page), weights[1, :, 0, 1:].max(0), atol=0.003)
 
 
-def test_the_picture_has_the_colours_of_these_numbers(browser, html, model, tmp_path):
+def test_colours_of_the_picture_match_the_heat_of_each_patch(browser, html, model, tmp_path):
     weights = weights_of(model, photo())
     placement = PREPROCESS(photo())[1]
     ramp = heat(np.arange(256, dtype=np.float32)[None] / 255)[0].astype(float)
@@ -93,15 +89,16 @@ def test_the_picture_has_the_colours_of_these_numbers(browser, html, model, tmp_
         for cell in range(12):
             place = [[16 * (cell % 4 + 0.5), 16 * (cell // 4 + 0.5)]]
             x, y = (int(v) for v in placement.to_source(np.array(place))[0])
+            at = 4 * (y * 100 + x)  # first of four bytes of the pixel
             base, drawn = (
-                np.array(page.evaluate(f"Array.from({of}.slice({4 * (y * 100 + x)}, {4 * (y * 100 + x) + 3}))"), float)
-                for of in ("base.data", "pen(canvas).getImageData(0, 0, 100, 60).data")
+                np.array(page.evaluate(f"Array.from({pixels}.slice({at}, {at + 3}))"), float)
+                for pixels in ("base.data", "pen(canvas).getImageData(0, 0, 100, 60).data")
             )
             opacity = 0.8 * stretched[cell] ** 0.5
             muted = 0.45 * base + 0.55 * (base @ [0.299, 0.587, 0.114])
             expected = (1 - opacity) * muted + opacity * ramp[round(255 * stretched[cell])]
             np.testing.assert_allclose(drawn, expected, atol=5)
-            grey = np.array([0.299, 0.587, 0.114])  # compression changes the colours of the picture
+            grey = np.array([0.299, 0.587, 0.114])  # compare the brightness only: WEBP compression changes colours
             assert abs((base - photo()[y, x]) @ grey) < 16
 
 
@@ -124,18 +121,18 @@ def test_rollout_on_the_page_equals_the_method(browser, html, model, tmp_path):
     expected = Rollout()(model, torch.from_numpy(PREPROCESS(photo())[0])[None]).raw[0].flatten().numpy()
     weights = weights_of(model, photo()).mean(1)
     with opened(browser, html, tmp_path) as page:
-        page.get_by_label("Layer 3, rolled out from the first").click()
+        page.get_by_label("Layer 3, rollout from layer 1").click()
         np.testing.assert_allclose(values(page), expected, atol=0.002)
         click_patch(page, 2, 3)
         row = np.eye(13)[12]
         for layer in (2, 1, 0):
             row = row @ (weights[layer] + np.eye(13)) / 2
         np.testing.assert_allclose(values(page)[:11], row[1:12], atol=0.002)
-        page.get_by_label("Layer 1, rolled out from the first").click()
+        page.get_by_label("Layer 1, rollout from layer 1").click()
         np.testing.assert_allclose(values(page)[:11], (weights[0][12] / 2)[1:12], atol=0.002)
 
 
-def test_keyboard_alone_reaches_everything(browser, html, model, tmp_path):
+def test_every_control_can_be_reached_by_keyboard(browser, html, model, tmp_path):
     weights = weights_of(model, photo(seed=1))
     with opened(browser, html, tmp_path) as page:
         stops = []
@@ -154,7 +151,7 @@ def test_keyboard_alone_reaches_everything(browser, html, model, tmp_path):
         page.keyboard.press("ArrowRight")
         page.wait_for_selector("body[data-ready='1']")
         page.focus("#marks")
-        page.keyboard.press("ArrowLeft")  # the middle: row 2, column 3
+        page.keyboard.press("ArrowLeft")  # the first arrow key chooses the middle patch: row 2, column 3
         page.keyboard.press("ArrowLeft")
         page.keyboard.press("ArrowUp")
         settle(page)
@@ -179,7 +176,7 @@ def test_keyboard_alone_reaches_everything(browser, html, model, tmp_path):
         assert page.locator("#readout").text_content().startswith("rollout")
 
 
-def test_names_are_inserted_as_text_only(browser, html, tmp_path):
+def test_markup_in_names_is_shown_as_text(browser, html, tmp_path):
     with opened(browser, html, tmp_path) as page:
         assert page.locator("#model").text_content() == HOSTILE
         assert HOSTILE in page.locator("#answer").text_content()
@@ -208,8 +205,8 @@ def test_the_content_policy_blocks_other_scripts_and_requests(browser, html, tmp
           const script = document.createElement("script");
           script.textContent = "window.ran = true";
           document.body.append(script);
-          const asked = await fetch("https://example.invalid/").then(() => "loaded", () => "refused");
-          return [window.ran ?? false, asked];
+          const request = await fetch("https://example.invalid/").then(() => "loaded", () => "refused");
+          return [window.ran ?? false, request];
         }"""
     )
     page.close()
@@ -245,8 +242,8 @@ def contrast(page, selector):
 
 
 @pytest.fixture(scope="module")
-def made_up():
-    """Return glimpses and boxes that were made without a model, for a picture that fills the input."""
+def page_without_model():
+    """Return a page of given glimpses and boxes, and these glimpses and boxes. The picture fills the input."""
     random = np.random.default_rng(0)
     locations = np.array([[20.0, 30], [70, 15], [50, 50]])
     glimpses = {
@@ -266,8 +263,8 @@ def made_up():
     return explore(None, [photo()], preprocess=stretched, **options).html, glimpses, boxes
 
 
-def test_the_path_of_glimpses_steps_plays_and_scrubs(browser, made_up, tmp_path):
-    html, glimpses, _ = made_up
+def test_buttons_slider_and_keys_move_along_the_path_of_glimpses(browser, page_without_model, tmp_path):
+    html, glimpses, _ = page_without_model
     with opened(browser, html, tmp_path) as page:
 
         def check(step):
@@ -276,22 +273,22 @@ def test_the_path_of_glimpses_steps_plays_and_scrubs(browser, made_up, tmp_path)
             np.testing.assert_allclose([list(map(float, point.split(","))) for point in points],
                                        glimpses["locations"][: step + 1])  # fmt: skip
             boxes = page.locator("#marks rect.mark").evaluate_all(
-                "(all) => all.map((one) => ['x', 'y', 'width', 'height'].map((name) => Number(one.getAttribute(name))))"
+                "(all) => all.map((box) => ['x', 'y', 'width', 'height'].map((name) => Number(box.getAttribute(name))))"
             )
             left, top, right, bottom = np.moveaxis(glimpses["boxes"][step], -1, 0)
             np.testing.assert_allclose(boxes, np.stack([left, top, right - left, bottom - top], 1))
-            seen = page.locator(".patches img").evaluate_all(
-                """async (all) => { await Promise.all(all.map((one) => one.decode()));
-                   return all.map((one) => { const sheet = new OffscreenCanvas(8, 8).getContext("2d");
-                   sheet.drawImage(one, 0, 0); return [...sheet.getImageData(0, 0, 8, 8).data]; }); }"""
+            patches = page.locator(".patches img").evaluate_all(
+                """async (all) => { await Promise.all(all.map((patch) => patch.decode()));
+                   return all.map((patch) => { const sheet = new OffscreenCanvas(8, 8).getContext("2d");
+                   sheet.drawImage(patch, 0, 0); return [...sheet.getImageData(0, 0, 8, 8).data]; }); }"""
             )
             np.testing.assert_array_equal(
-                np.array(seen).reshape(2, 8, 8, 4)[..., :3], glimpses["patches"][step].reshape(2, 8, 8, 3)
+                np.array(patches).reshape(2, 8, 8, 4)[..., :3], glimpses["patches"][step].reshape(2, 8, 8, 3)
             )
-            told = page.locator("#panel .bars .number").all_text_contents()
+            percents = page.locator("#panel .bars .number").all_text_contents()
             names = page.locator("#panel .bars .name").all_text_contents()
-            shares = dict(zip(names, (float(share.removesuffix(" %")) / 100 for share in told), strict=True))
-            np.testing.assert_allclose([shares[name] for name in CLASSES], glimpses["probabilities"][step], atol=1e-4)
+            shown = dict(zip(names, (float(percent.removesuffix(" %")) / 100 for percent in percents), strict=True))
+            np.testing.assert_allclose([shown[name] for name in CLASSES], glimpses["probabilities"][step], atol=1e-4)
 
         check(0)
         page.get_by_role("button", name="Next glimpse").click()
@@ -304,11 +301,11 @@ def test_the_path_of_glimpses_steps_plays_and_scrubs(browser, made_up, tmp_path)
         page.get_by_role("button", name="Play").click()
         page.wait_for_function("state.step === 2")
         check(2)
-        page.get_by_role("button", name="Play").wait_for()  # it stops at the end
+        page.get_by_role("button", name="Play").wait_for()  # the last glimpse stops the playback
 
 
-def test_a_click_on_a_box_shows_its_map(browser, made_up, tmp_path):
-    html, _, boxes = made_up
+def test_a_click_on_a_box_shows_the_map_of_the_box(browser, page_without_model, tmp_path):
+    html, _, boxes = page_without_model
     with opened(browser, html, tmp_path) as page:
         page.locator("input[value=detections]").check(force=True)
         for box in (1, 0):
@@ -342,10 +339,10 @@ def test_the_page_shows_gates_by_layer_and_by_channel(browser, tmp_path):
         np.testing.assert_allclose(values(page), gates["spatial"][1].ravel(), atol=0.003)
         page.locator("input[name=gate]").nth(2).check()
         order = np.argsort(-gates["channel"][1].ravel(), kind="stable")
-        told = page.locator("input[name=channel] + .name").all_text_contents()
-        assert told == [f"channel {channel}" for channel in order[:8]]
-        shown = page.locator("#panel .number").all_text_contents()
-        np.testing.assert_allclose(list(map(float, shown)), gates["channel"][1].ravel()[order[:8]], atol=6e-4)
+        names = page.locator("input[name=channel] + .name").all_text_contents()
+        assert names == [f"channel {channel}" for channel in order[:8]]
+        weights = page.locator("#panel .number").all_text_contents()
+        np.testing.assert_allclose(list(map(float, weights)), gates["channel"][1].ravel()[order[:8]], atol=6e-4)
         page.locator("input[name=channel]").nth(1).check()
         settle(page)
         assert f"Channel {order[1]} of blocks.1.attention.channel" in page.locator("#readout").text_content()
@@ -358,31 +355,31 @@ def test_the_page_warns_where_a_map_does_not_beat_the_controls(browser, html, tm
         lost = page.evaluate("Object.keys(chosenHeatmap().unbeaten).length > 0")
         assert page.locator(".verdict .warning").count() == int(lost)
         assert page.locator(".verdict .fine").count() == int(not lost)
-        for name, sign in (("raw", 1), ("centre", 0)):
+        for name, is_method in (("raw", True), ("centre", False)):
             page.locator("label", has_text=name).first.click()
             settle(page)
             for metric in ("deletion", "insertion"):
                 area = page.evaluate(f"chosenHeatmap().curves.{metric}.area.toPrecision(2)")
                 assert f"{metric} {area}" in page.locator(".verdict").text_content()
-            assert ("does no better than" in page.locator(".verdict").text_content()) == (bool(sign) and lost)
+            assert ("does no better than" in page.locator(".verdict").text_content()) == (is_method and lost)
 
 
 @pytest.mark.slow
-def test_twenty_photographs_of_a_vit_small_take_15_mb_and_answer_within_two_seconds(browser, tmp_path):
+def test_a_page_of_twenty_photographs_has_15_mb_and_opens_and_turns_within_two_seconds(browser, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch16_224").eval()
-    photographs, draw = load_sample_images().images, np.random.default_rng(0)
+    photographs, random = load_sample_images().images, np.random.default_rng(0)
     pictures = []
-    for number in range(20):  # parts of two
-        side, whole = int(draw.integers(224, 400)), photographs[number % 2]
-        y, x = (int(draw.integers(0, length - side)) for length in whole.shape[:2])
+    for number in range(20):  # random crops of two photographs
+        side, whole = int(random.integers(224, 400)), photographs[number % 2]
+        y, x = (int(random.integers(0, length - side)) for length in whole.shape[:2])
         pictures.append(np.ascontiguousarray(whole[y : y + side, x : x + side]))
     page = explore(model, pictures, steps=0, methods={"raw": RawAttention()})
     assert len(page.html.encode()) <= 15_000_000
     assert page.levels >= 4
     with opened(browser, page.html, tmp_path) as tab:
         assert tab.evaluate("performance.now()") < 2_000
-        took = tab.evaluate(
+        milliseconds = tab.evaluate(
             """async () => {
               const before = performance.now();
               await turnTo(19);
@@ -390,4 +387,4 @@ def test_twenty_photographs_of_a_vit_small_take_15_mb_and_answer_within_two_seco
               return performance.now() - before;
             }"""
         )
-        assert took < 2_000
+        assert milliseconds < 2_000

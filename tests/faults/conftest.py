@@ -1,4 +1,4 @@
-"""A training of one second, and child processes with faults."""
+"""Configs of trainings that take about a second, and a server that runs command lines with injected faults."""
 
 import json
 import os
@@ -17,7 +17,13 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass
 class Child:
-    """A command line that runs."""
+    """A running command line.
+
+    Attributes:
+        server: the server that started the process.
+        pid: id of the process, and of its process group.
+        out: file with its stdout and stderr.
+    """
 
     server: "Server"
     pid: int
@@ -41,20 +47,22 @@ class Child:
 
 @dataclass
 class Ended:
+    """A command line that has ended; `code` is the exit code, or minus the number of the signal that killed it."""
+
     code: int
     output: str
 
 
 class Server:
+    """Start command lines as forks of one process that has imported everything (`tests.faults.server`)."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = 0
-        # a run that another test of this process has made is none of the server's
-        environment = {name: value for name, value in os.environ.items() if name != "VISIONATTN_RUN"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"],
             cwd=ROOT,
-            env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -62,11 +70,13 @@ class Server:
         assert self.process.stdout.readline() == "ready\n"
 
     def ask(self, request):
+        """Send a request and return the answer."""
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
     def start(self, argv, cwd, *, fault: str = "", env: dict[str, str] | None = None) -> Child:
+        """Start a command line; `fault` is Python code that runs first, with the names of `tests.faults.injections`."""
         self.count += 1
         out = self.folder / f"{self.count}.txt"
         fault = f"from tests.faults.injections import *\n{fault}"
@@ -107,7 +117,7 @@ GLIMPSES = {
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
     },
 }
-"""A task whose steps draw random numbers, and whose policy and baseline change as the training goes on."""
+"""A task whose steps draw random numbers, and whose training state includes a policy and a baseline."""
 
 DETECTION = {
     "class_path": "visionattn.tasks.Detection",
@@ -132,11 +142,13 @@ DETECTION = {
         "sizes": [48, 64, 80],
     },
 }
-"""A task on `DigitScenesData`, whose steps draw a size each."""
+"""A task for `DigitScenesData` that draws a random image size in every step."""
 
 
-def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, model=None, data=None, **trainer) -> Path:
-    """Write the config of a training of two epochs, with all that a resumed one must restore."""
+def write_config(
+    folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, model=None, data=None, **trainer
+) -> Path:
+    """Write a config of two epochs, with EMA, mixup and a scheduler, whose state a resumed training must restore."""
     config = {
         "name": "tiny",
         "seed_everything": 3,
@@ -193,17 +205,23 @@ def tiny(folder: Path, *, train: int = 24, batch: int = 4, workers: int = 0, mod
     return path
 
 
-def steps(path: Path) -> list[list]:
-    """Return the steps that `record` has written."""
+def recorded_steps(path: Path) -> list[list]:
+    """Return [epoch, batch, rank, paths, hash of the images] of each step that `injections.record` has written."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def start_all(server, count, argv, home, fault="", *, faults=None, slurm=False, strategy=("ddp",)):
-    """Start the processes of one run as a cluster does: environment variables give each its rank.
+    """Start the processes of one run as a cluster does: environment variables give each process its rank.
 
-    `faults` has the faults of each process; `slurm` uses the variables of `srun`; `strategy` is a name and its options.
+    Args:
+        server, argv, home: see `Server.start`.
+        count: number of processes.
+        fault: fault of every process.
+        faults: fault of each process, instead of `fault`.
+        slurm: set the environment variables of SLURM's `srun` instead of torchrun's.
+        strategy: Lightning's strategy: its name, then its options.
     """
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     flags = ["--trainer.accelerator=cpu", f"--trainer.devices={count}"]
     flags += [f"--trainer.strategy={strategy[0]}", *(f"--trainer.strategy.{option}" for option in strategy[1:])]
     return [
@@ -211,7 +229,7 @@ def start_all(server, count, argv, home, fault="", *, faults=None, slurm=False, 
             [*argv, *flags],
             home,
             fault=faults[rank] if faults else fault,
-            env={**place, **(_slurm if slurm else _torchrun)(rank, count)},
+            env={**address, **(_slurm if slurm else _torchrun)(rank, count)},
         )
         for rank in range(count)
     ]
@@ -228,18 +246,21 @@ def _slurm(rank: int, count: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Return a TCP port that no process uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="session")
-def undisturbed(server, tmp_path_factory):
-    """The same training with nothing happening to it: its run, and what it was shown at every step."""
-    return whole(server, tmp_path_factory.mktemp("undisturbed"))
+def uninterrupted(server, tmp_path_factory):
+    """The run of the same training without a fault, and its steps; see `run_without_faults`."""
+    return run_without_faults(server, tmp_path_factory.mktemp("uninterrupted"))
 
 
-def whole(server, home, **options):
-    ended = server.run(["fit", "--config", tiny(home, **options)], home, fault=f"record({str(home / 'steps')!r})")
+def run_without_faults(server, home, **options):
+    """Train without a fault; return the run's folder, and (epoch, batch) → recorded step."""
+    fault = f"record({str(home / 'steps')!r})"
+    ended = server.run(["fit", "--config", write_config(home, **options)], home, fault=fault)
     assert ended.code == 0, ended.output
-    return home / "runs" / "tiny" / "0", {tuple(line[:2]): line for line in steps(home / "steps")}
+    return home / "runs" / "tiny" / "0", {tuple(step[:2]): step for step in recorded_steps(home / "steps")}

@@ -1,4 +1,4 @@
-"""Faults and their moments. Each function is called in a forked child before the command line runs."""
+"""Faults, and when they happen. The server calls these functions in a child process before the command line runs."""
 
 import errno
 import hashlib
@@ -14,7 +14,7 @@ def die() -> None:
 
 
 def on_call(owner: object, name: str, number: int, act, *, after: bool = False) -> None:
-    """Run `act` at the `number`-th call of `owner.name`, counted from 1, before it or after it."""
+    """Call `act` before the `number`-th call of `owner.name` (counted from 1), or with `after` after that call."""
     real = getattr(owner, name)
     calls = []
 
@@ -31,13 +31,13 @@ def on_call(owner: object, name: str, number: int, act, *, after: bool = False) 
 
 
 def record(path: str) -> None:
-    """Note the images of every training step, with a hash of what the network is given."""
+    """Append a line to a file for every training step: epoch, batch, rank, image paths, hash of the images."""
     from visionattn.tasks import Classification, Detection, GlimpseClassification
 
     def recorded(real):
         def step(self, batch, batch_idx):
-            seen = hashlib.blake2b(batch["image"].numpy().tobytes(), digest_size=8).hexdigest()
-            line = [self.trainer.current_epoch, batch_idx, self.trainer.global_rank, batch["path"], seen]
+            digest = hashlib.blake2b(batch["image"].numpy().tobytes(), digest_size=8).hexdigest()
+            line = [self.trainer.current_epoch, batch_idx, self.trainer.global_rank, batch["path"], digest]
             with open(path, "ab", buffering=0) as file:
                 file.write(json.dumps(line).encode() + b"\n")
             return real(self, batch, batch_idx)
@@ -49,7 +49,7 @@ def record(path: str) -> None:
 
 
 def at_step(number: int, act=die, *, after: bool = False) -> None:
-    """In the `number`-th training step of this process."""
+    """Call `act` before (or `after`) the `number`-th training step of this process."""
     from visionattn.tasks import Classification, Detection, GlimpseClassification
 
     for task in (Classification, Detection, GlimpseClassification):
@@ -57,16 +57,21 @@ def at_step(number: int, act=die, *, after: bool = False) -> None:
 
 
 def at_validation_step(number: int, act=die) -> None:
+    """Call `act` before the `number`-th validation step of this process."""
     from visionattn.tasks import Classification
 
     on_call(Classification, "validation_step", number, act)
 
 
 def at_save(number: int, moment: str, act=die) -> None:
-    """In the `number`-th checkpoint that is written: `begin`, `half` written, `written`, `moved`."""
+    """Call `act` while the `number`-th checkpoint is written.
+
+    Moments: `begin`; `half`, when half of the content is written; `written`, when the content is on the disk; `moved`,
+    when the file has its final name.
+    """
     import torch
 
-    from visionattn.training import checkpoint_io as durable
+    from visionattn.training import checkpoint_io
 
     if moment == "begin":
         on_call(torch, "save", number, act)
@@ -87,15 +92,19 @@ def at_save(number: int, moment: str, act=die) -> None:
                 half(file.fileno())
 
         torch.save = save
-        durable.torch.save = save
+        checkpoint_io.torch.save = save
     elif moment == "written":
-        on_call(os, "fsync", 2 * number - 1, act, after=True)  # then its folder's
+        on_call(os, "fsync", 2 * number - 1, act, after=True)  # each file has two calls: its content, then its folder
     else:
         on_call(os, "fsync", 2 * number, act)
 
 
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def interrupt() -> None:
@@ -107,7 +116,7 @@ def hang() -> None:
 
 
 def full_at_fsync(number: int) -> None:
-    """The disk is full when the `number`-th file that must be whole goes to it, and from then on."""
+    """Let the first `number` calls of os.fsync succeed, then report a full disk."""
     real = os.fsync
     calls = []
 
@@ -121,7 +130,7 @@ def full_at_fsync(number: int) -> None:
 
 
 def bad_loss(number: int, value: float = float("nan")) -> None:
-    """The loss of the `number`-th step is no number."""
+    """Multiply the loss of the `number`-th step by `value`."""
     from visionattn.tasks import Classification
 
     real = Classification.training_step
@@ -136,7 +145,7 @@ def bad_loss(number: int, value: float = float("nan")) -> None:
 
 
 def bad_weights_at(number: int) -> None:
-    """The `number`-th step leaves weights that are no numbers."""
+    """Set all weights to NaN after the `number`-th step."""
     import torch
 
     from visionattn.tasks import Classification
@@ -154,7 +163,7 @@ def bad_weights_at(number: int) -> None:
 
 
 def run_all(commands: list[list[str]], folder: str) -> None:
-    """Run command lines in one process; tell of each its code, its message, and what it imported from `folder`."""
+    """Run command lines in one process; print [exit code, output, modules imported from `folder`] of each as JSON."""
     import contextlib
     import io
 
@@ -163,24 +172,22 @@ def run_all(commands: list[list[str]], folder: str) -> None:
     sys.path.insert(0, folder)
     results = []
     for command in commands:
-        os.environ.pop("VISIONATTN_RUN", None)
-        told = io.StringIO()
-        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
+        output = io.StringIO()
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
             code = main(command)
-        homes = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items()}
-        strange = [name for name, home in homes.items() if home.startswith(folder)]
-        results.append([code, told.getvalue(), strange])
+        files = {name: str(getattr(module, "__file__", "")) for name, module in sys.modules.items()}
+        imported = [name for name, file in files.items() if file.startswith(folder)]
+        results.append([code, output.getvalue(), imported])
     print(json.dumps(results))
     sys.exit(0)
 
 
-def soak(config: str, images: str, seconds: float, least: int) -> None:
-    """Fit and export in a loop, in one process; tell its memory in MB and its open files after each turn."""
+def soak(config: str, images: str, seconds: float, min_turns: int) -> None:
+    """Run fit and overlay in turns in one process; print [memory in MB, open files] after each turn as JSON."""
     from visionattn.cli import main
 
     turns, end = [], time.monotonic() + seconds
-    while time.monotonic() < end or len(turns) < least:
-        os.environ.pop("VISIONATTN_RUN", None)
+    while time.monotonic() < end or len(turns) < min_turns:
         assert main(["fit", "--config", config]) == 0
         out = f"seen/{len(turns)}"
         assert main(["overlay", "--images", images, "--out", out, "--model", "test_vit", "--weights", "random"]) == 0

@@ -1,7 +1,10 @@
-"""A process that has imported everything, and forks a child for each command line: kills cost a second, not ten.
+"""A process that has imported everything, and forks a child for each command line.
 
-Reads a JSON object a line: {"argv", "cwd", "env", "fault", "out"} starts a child and answers its pid; {"wait",
-"seconds"} answers the child's wait status, or null while it runs. `fault` is Python that the child runs first.
+A forked child starts in about a second, a new process in about ten. The server reads requests from stdin and writes
+answers to stdout, one JSON value per line:
+
+- {"argv", "cwd", "env", "fault", "out"} starts a child, which first runs the Python code `fault`. Answer: its pid.
+- {"wait": pid, "seconds"} waits for a child. Answer: its wait status, or null if it still runs after the time.
 """
 
 import json
@@ -12,7 +15,8 @@ import time
 
 
 def child(request: dict) -> None:
-    os.setpgid(0, 0)
+    """Run the command line of a request, then exit."""
+    os.setpgid(0, 0)  # a process group of its own, so that its worker processes can be killed with it
     handle = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

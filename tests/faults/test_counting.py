@@ -1,27 +1,28 @@
-"""Every image is evaluated exactly once, by any number of processes, with equal figures."""
+"""Test that any number of processes evaluates every image exactly once, with equal metrics."""
 
 import csv
 import json
 
 import pytest
 
-from tests.faults.conftest import DETECTION, start_all, tiny
+from tests.faults.conftest import DETECTION, start_all, write_config
 
-QUICK = [(1, 2), (13, 2)]
+QUICK = [(1, 2), (13, 2)]  # (images, processes)
 ALL = [(images, processes) for images in (1, 2, 3, 13, 17) for processes in (2, 3)]
 
 
 @pytest.fixture(scope="module")
 def trained(server, tmp_path_factory):
+    """Train one epoch; return the config and the checkpoint."""
     home = tmp_path_factory.mktemp("trained")
-    config = tiny(home)
+    config = write_config(home)
     ended = server.run(["fit", "--config", config, "--trainer.max_epochs=1"], home)
     assert ended.code == 0, ended.output
     return config, home / "runs" / "tiny" / "0" / "best.ckpt"
 
 
 def run_of(server, count, command, home):
-    """The folder of a run by so many processes, which left no parts of files."""
+    """Run a command in `count` processes; return the run's folder, in which no temporary file may be left."""
     home.mkdir()
     children = start_all(server, count, command, home) if count > 1 else [server.start(command, home)]
     for ended in [child.wait() for child in children]:
@@ -35,7 +36,7 @@ def run_of(server, count, command, home):
     ("images", "processes"),
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)],
 )
-@pytest.mark.parametrize("verb", ["test", "predict"])  # overlay shares its images itself, see tests/overlays
+@pytest.mark.parametrize("verb", ["test", "predict"])  # tests/overlays tests the verb overlay
 def test_every_image_counts_once(verb, images, processes, server, trained, tmp_path):
     config, checkpoint = trained
     command = [verb, "--config", config, f"--ckpt_path={checkpoint}", f"--data.test_size={images}"]
@@ -48,9 +49,9 @@ def test_every_image_counts_once(verb, images, processes, server, trained, tmp_p
         assert [row[0] for row in found[1][1:]] == [f"digits/test/{index:06d}.png" for index in range(images)]
         assert [row[:2] for row in found[processes]] == [row[:2] for row in found[1]]
         return
-    one, many = ({name: float(value) for name, value in rows[1:]} for rows in (found[1], found[processes]))
-    assert one.keys() == many.keys() >= {"loss", "accuracy", "top5", "f1", "calibration_error", "pointing"}
-    assert many == pytest.approx(one, abs=1e-6)
+    single, several = ({name: float(value) for name, value in rows[1:]} for rows in (found[1], found[processes]))
+    assert single.keys() == several.keys() >= {"loss", "accuracy", "top5", "f1", "calibration_error", "pointing"}
+    assert several == pytest.approx(single, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +59,8 @@ def test_every_image_counts_once(verb, images, processes, server, trained, tmp_p
     [(1, 2), (5, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 3), (13, 3), (17, 2)))],
 )
 @pytest.mark.parametrize("verb", ["test", "predict"])
-def test_every_image_with_boxes_counts_once(verb, images, processes, server, tmp_path):
-    """And the boxes stand in the order of the images."""
-    command = [verb, "--config", tiny(tmp_path, model=DETECTION), "--ckpt_path=untrained"]
+def test_every_image_with_boxes_counts_once_in_the_order_of_the_data(verb, images, processes, server, tmp_path):
+    command = [verb, "--config", write_config(tmp_path, model=DETECTION), "--ckpt_path=untrained"]
     command += [f"--data.test_size={images}"]
     found = {}
     for count in (1, processes):
@@ -71,12 +71,12 @@ def test_every_image_with_boxes_counts_once(verb, images, processes, server, tmp
         else:
             found[count] = json.loads((run / "predictions.json").read_text())
             assert len(list((run / "predictions").iterdir())) == images
-    one, many = found[1], found[processes]
+    single, several = found[1], found[processes]
     if verb == "test":
-        assert images == 1 or one["mar_100"] > 0
-        assert many == pytest.approx(one, abs=1e-6)
+        assert images == 1 or single["mar_100"] > 0
+        assert several == pytest.approx(single, abs=1e-6)
         return
-    assert list(dict.fromkeys(result["image_id"] for result in one)) == list(range(images))
-    assert [result["image_id"] for result in many] == [result["image_id"] for result in one]
-    for left, right in zip(one, many, strict=True):
-        assert left["bbox"] == pytest.approx(right["bbox"], abs=0.011)
+    assert list(dict.fromkeys(result["image_id"] for result in single)) == list(range(images))
+    assert [result["image_id"] for result in several] == [result["image_id"] for result in single]
+    for expected, result in zip(single, several, strict=True):
+        assert expected["bbox"] == pytest.approx(result["bbox"], abs=0.011)

@@ -1,4 +1,4 @@
-"""Files are complete after kills, on a full disk, and in unwritable folders."""
+"""Test that files stay complete after kills, on a full disk, and in unwritable folders."""
 
 import csv
 import errno
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.faults.conftest import tiny
+from tests.faults.conftest import write_config
 from visionattn.data import read_image, write_image
 from visionattn.errors import DataError
 from visionattn.overlays.folder.manifest import Failed, Manifest
@@ -22,15 +22,16 @@ from visionattn.training.callbacks.metrics_file import MetricsFile
 from visionattn.training.callbacks.report import _write_csv
 from visionattn.training.checkpoint_io import DurableCheckpointIO
 
-OTHER_DISK = "/dev/shm"  # another file system than the one that the tests write to, where there is one
+OTHER_DISK = "/dev/shm"  # on Linux, a file system that is not the one of tmp_path
 
 
 def checkpoint(number):
+    """Return a checkpoint all of whose numbers are `number`, so that a mixture of two checkpoints is detected."""
     return {"number": number, "state_dict": {"weight": torch.full((100_000,), float(number))}}
 
 
 def in_child(act):
-    """Run `act` in a process of its own; return its pid."""
+    """Run `act` in a forked process that exits with 0, or with 1 after a DataError; return its pid."""
     pid = os.fork()
     if pid == 0:
         code = 3
@@ -45,45 +46,47 @@ def in_child(act):
 
 
 def code_of(pid):
+    """Wait for a process and return its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
-def test_no_kill_while_saving_leaves_a_checkpoint_that_cannot_be_loaded(kills, tmp_path, monkeypatch):
-    draw = random.Random(0)
+def test_checkpoint_can_be_loaded_after_kills_during_saves(kills, tmp_path, monkeypatch):
+    delays = random.Random(0)
     path = tmp_path / "last.ckpt"
     DurableCheckpointIO().save_checkpoint(checkpoint(0), path)
     reached = 0
     for kill in range(kills):
-        if kill % 2 and os.path.isdir(OTHER_DISK):
+        if kill % 2 and os.path.isdir(OTHER_DISK):  # the folder for temporary files must not matter
             monkeypatch.setenv("TMPDIR", OTHER_DISK)
         else:
             monkeypatch.delenv("TMPDIR", raising=False)
 
-        def save_for_ever(start=reached):
+        def save_repeatedly(start=reached):
             for number in range(start + 1, start + 10_000):
                 DurableCheckpointIO().save_checkpoint(checkpoint(number), path)
 
-        pid = in_child(save_for_ever)
-        time.sleep(draw.uniform(0.001, 0.06))
+        pid = in_child(save_repeatedly)
+        time.sleep(delays.uniform(0.001, 0.06))
         os.kill(pid, signal.SIGKILL)
         assert code_of(pid) == -signal.SIGKILL
         content = torch.load(path, weights_only=True)
-        assert content["number"] >= reached  # the earlier one or a later
+        assert content["number"] >= reached  # the earlier checkpoint or a later checkpoint
         assert (content["state_dict"]["weight"] == content["number"]).all()
         reached = content["number"]
-        assert set(os.listdir(tmp_path)) <= {"last.ckpt", ".part.last.ckpt"}  # one leftover at most
+        assert set(os.listdir(tmp_path)) <= {"last.ckpt", ".part.last.ckpt"}  # at most one temporary file
     assert reached > 0
     DurableCheckpointIO().save_checkpoint(checkpoint(-1), path)
-    assert os.listdir(tmp_path) == ["last.ckpt"]  # and it was written over
+    assert os.listdir(tmp_path) == ["last.ckpt"]  # the next save has replaced the temporary file
 
 
 def picture(number):
+    """Return random pixels."""
     return np.random.default_rng(number).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
 
 class Writers:
-    """How each kind of file is written, in an earlier and a later form, and which bytes it has on the way."""
+    """Functions that write a kind of file into a folder; `number` determines the content."""
 
     @staticmethod
     def checkpoint(folder, number):
@@ -103,20 +106,20 @@ class Writers:
             manifest.close()
 
     @staticmethod
-    def csv_of_figures(folder, number):
+    def test_csv(folder, number):
         _write_csv(folder / "test.csv", [["figure", "value"], *([f"f{row}", number] for row in range(999))])
 
     @staticmethod
-    def csv_of_steps(folder, number):
+    def metrics_csv(folder, number):
         log = MetricsFile(folder)
-        log.continue_at(1000 * number)
+        log.continue_after(0 if number == 1 else 250)
         for step in range(250):
             log.log_metrics({f"loss{number}": 0.5}, step=1000 * number + step)
         log.save()
 
 
-def readable(folder):
-    """Every file, read as what it is."""
+def contents(folder):
+    """Read every file in its format; return name → content. Fails if a file is damaged."""
     found = {}
     for path in sorted(folder.iterdir()):
         match path.suffix:
@@ -137,39 +140,40 @@ def readable(folder):
 WRITERS = [name for name in vars(Writers) if not name.startswith("_")]
 
 
-@pytest.mark.parametrize("share", [0, 0.2, 0.4, 0.6, 0.8, "read-only"])
+@pytest.mark.parametrize("space", [0, 0.2, 0.4, 0.6, 0.8, "read-only"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_and_an_unwritable_folder_damage_no_file(name, share, tmp_path):
+def test_full_disk_and_unwritable_folder_damage_no_file(name, space, tmp_path):
+    """`space` is the fraction of the file that can be written before the disk is full."""
     write = getattr(Writers, name)
     write(tmp_path, 1)
-    before = readable(tmp_path)
+    before = contents(tmp_path)
     (size,) = (path.stat().st_size for path in tmp_path.iterdir())
 
-    def full():
-        limit = int(share * size) if name != "csv_of_steps" else int((1 + share) * size)
+    def write_on_full_disk():  # a limit on the size of files stands for a full disk
+        limit = int(space * size) if name != "metrics_csv" else int((1 + space) * size)  # metrics.csv is appended to
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         write(tmp_path, 2)
 
-    def read_only():
-        if os.getuid() == 0:  # who may do everything
+    def write_into_read_only_folder():
+        if os.getuid() == 0:  # root can write into read-only folders, so change to another user
             os.chown(tmp_path, 0, 0)
             os.setgid(65534)
             os.setuid(65534)
         write(tmp_path, 2)
 
-    if share == "read-only":
-        for place in (tmp_path, *tmp_path.iterdir()):
-            place.chmod(0o555 if place.is_dir() else 0o444)
-        for parent in tmp_path.parents[:3]:  # pytest's own, and those of its processes
+    if space == "read-only":
+        for path in (tmp_path, *tmp_path.iterdir()):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        for parent in tmp_path.parents[:3]:  # the other user must be able to enter pytest's folders
             parent.chmod(parent.stat().st_mode | 0o111)
-    code = code_of(in_child(read_only if share == "read-only" else full))
+    code = code_of(in_child(write_into_read_only_folder if space == "read-only" else write_on_full_disk))
     tmp_path.chmod(0o755)
     assert code == 1  # a DataError
-    after = readable(tmp_path)
-    if name == "manifest":  # lines are added: those of before stand as they were, and what came is whole
+    after = contents(tmp_path)
+    if name == "manifest":  # the earlier lines are unchanged, and complete new lines may follow
         assert after["manifest.jsonl"][:40] == before["manifest.jsonl"]
-    elif name == "csv_of_steps":
+    elif name == "metrics_csv":
         rows = after["metrics.csv"]
         assert [row["step"] for row in rows[:250]] == [str(step) for step in range(1000, 1250)]
     else:
@@ -177,9 +181,9 @@ def test_a_full_disk_and_an_unwritable_folder_damage_no_file(name, share, tmp_pa
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".part.")] == []
 
 
-def test_a_failed_save_ends_the_training_and_keeps_the_earlier_checkpoint(server, tmp_path):
-    config = tiny(tmp_path)
-    fault = "full_at_fsync(5)"  # config.yaml, then metrics.csv and the first last.ckpt with their folders went well
+def test_failed_save_ends_the_training_and_keeps_the_earlier_checkpoint(server, tmp_path):
+    config = write_config(tmp_path)
+    fault = "full_at_fsync(5)"  # enough calls for config.yaml, metrics.csv and the first last.ckpt
     ended = server.run(["fit", "--config", config, "--resume.every_n_steps=2"], tmp_path, fault=fault)
     assert ended.code == 1
     run = tmp_path / "runs" / "tiny" / "0"

@@ -1,4 +1,4 @@
-"""A small network that takes glimpses, and images for it."""
+"""A small glimpse network, and images for it."""
 
 import torch
 
@@ -7,7 +7,7 @@ from visionattn.models import GlimpseNetwork, MLPEncoder
 
 
 def network(patch_size=4, *, scales=2, subpixel=False, channels=1, **options):
-    """Return an untrained network whose large policy weights make it look at different places."""
+    """Return an untrained network; its large policy weights give glimpses at different locations."""
     torch.manual_seed(0)
     options = {"num_glimpses": 4, "policy": Gaussian, "encoder": MLPEncoder} | options
     model = GlimpseNetwork(

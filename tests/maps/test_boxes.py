@@ -1,4 +1,4 @@
-"""Heatmaps of boxes against gradients by hand, sampled places one by one, and rows of attention."""
+"""Heatmaps of boxes, compared with gradients by hand, with sampled points one by one, and with rows of attention."""
 
 import json
 import math
@@ -20,18 +20,20 @@ from visionattn.models import TorchvisionDetector
 pytestmark = pytest.mark.filterwarnings("ignore:.*heatmaps of:visionattn.errors.MapWarning")
 
 
-class Two(nn.Module):
+class TwoMaps(nn.Module):
+    """Maps of strides 1 and 2."""
+
     def forward(self, images):
         return [images * 2, nn.functional.avg_pool2d(images, 2)]
 
 
-class Toy(nn.Module):
-    """Two boxes an image, whose scores are sums over places of two known maps."""
+class ToyDetector(nn.Module):
+    """Two boxes per image; the score of the first depends on the fine map only, and of the second on the coarse map."""
 
     def __init__(self):
         super().__init__()
         self.first = nn.Identity()
-        self.features = Two()
+        self.features = TwoMaps()
 
     def forward(self, images):
         fine, coarse = self.features(self.first(images))
@@ -46,18 +48,21 @@ class Toy(nn.Module):
         ]
 
 
-def test_odam_is_gradient_times_activation_shared_over_the_finest_map():
+def test_odam_is_gradient_times_activation_spread_over_the_finest_map():
     torch.manual_seed(0)
     images = torch.rand(2, 3, 4, 6)
-    images[:, 2] += 1  # so that the second score rises with its activation
-    maps, earlier = ODAM()(Toy(), images, min_score=0.0), ODAM("first")(Toy(), images, min_score=0.0)
+    images[:, 2] += 1  # makes gradient × activation positive for the second box
+    maps, maps_of_first = (
+        ODAM()(ToyDetector(), images, min_score=0.0),
+        ODAM("first")(ToyDetector(), images, min_score=0.0),
+    )
     for n in range(2):
         fine, coarse = images[n] * 2, nn.functional.avg_pool2d(images[n], 2)
         s = (fine[0, 1, 2] + 2 * fine[1, 1, 3]).sigmoid()
         first = torch.zeros(4, 6)
         first[1, 2], first[1, 3] = s * (1 - s) * fine[0, 1, 2], s * (1 - s) * 2 * fine[1, 1, 3]
         torch.testing.assert_close(maps[n].raw[0], first)
-        torch.testing.assert_close(earlier[n].raw[0], first)  # ½ of the activation, twice the gradient
+        torch.testing.assert_close(maps_of_first[n].raw[0], first)  # half the activation, twice the gradient
         s = (coarse[2, 0, 1] - coarse[0, 0, 1]).sigmoid()
         second = torch.zeros(1, 1, 2, 3)
         second[0, 0, 0, 1] = s * (1 - s) * (coarse[2, 0, 1] - coarse[0, 0, 1])
@@ -67,8 +72,8 @@ def test_odam_is_gradient_times_activation_shared_over_the_finest_map():
     assert maps[0].source == "score by features"
 
 
-class Behind(nn.Module):
-    """Two maps of an image of 6 × 10 pixels: that of stride 4 ends at 8 × 12."""
+class MapsBeyondTheImage(nn.Module):
+    """Two maps of an image of 6 × 10 pixels; the map of stride 4 covers 8 × 12 pixels."""
 
     strides = (2, 4)
 
@@ -76,10 +81,12 @@ class Behind(nn.Module):
         return [nn.functional.avg_pool2d(images, stride, ceil_mode=True) for stride in self.strides]
 
 
-class Corner(nn.Module):
+class CornerDetector(nn.Module):
+    """One box, whose score is the last cell of the coarse map."""
+
     def __init__(self):
         super().__init__()
-        self.features = Behind()
+        self.features = MapsBeyondTheImage()
 
     def forward(self, images):
         _, coarse = self.features(images)
@@ -88,13 +95,13 @@ class Corner(nn.Module):
 
 
 def test_odam_aligns_levels_that_extend_beyond_the_image():
-    (maps,) = ODAM()(Corner(), torch.ones(1, 3, 6, 10), min_score=0.0)
+    (maps,) = ODAM()(CornerDetector(), torch.ones(1, 3, 6, 10), min_score=0.0)
     coarse = torch.zeros(2, 3)
     coarse[1, 2] = 1
-    expected = torch.zeros(3, 5)  # each of its cells covers four of these
+    expected = torch.zeros(3, 5)  # four of these cells cover one coarse cell
     for row in range(3):
         for column in range(5):
-            y, x = (2 * row + 1) / 4 - 0.5, (2 * column + 1) / 4 - 0.5  # in cells, from the first one's centre
+            y, x = (2 * row + 1) / 4 - 0.5, (2 * column + 1) / 4 - 0.5  # in coarse cells, from the first cell's centre
             for r in (math.floor(y), math.floor(y) + 1):
                 for c in (math.floor(x), math.floor(x) + 1):
                     weight = (1 - abs(y - r)) * (1 - abs(x - c)) / 4
@@ -103,11 +110,11 @@ def test_odam_aligns_levels_that_extend_beyond_the_image():
     assert maps.raw[0, 2, 4] == maps.raw.max()
 
 
-def test_boxes_below_the_lowest_score_have_no_map():
-    some = ODAM()(Toy(), torch.zeros(1, 3, 4, 6), min_score=0.6)[0]
-    assert some.heatmaps.shape == (0, 4, 6)
-    assert len(some.boxes) == len(some.scores) == 0
-    assert len(ODAM()(Toy(), torch.zeros(1, 3, 4, 6), max_boxes=1)[0].scores) == 1
+def test_boxes_with_a_score_below_min_score_have_no_map():
+    explained = ODAM()(ToyDetector(), torch.zeros(1, 3, 4, 6), min_score=0.6)[0]
+    assert explained.heatmaps.shape == (0, 4, 6)
+    assert len(explained.boxes) == len(explained.scores) == 0
+    assert len(ODAM()(ToyDetector(), torch.zeros(1, 3, 4, 6), max_boxes=1)[0].scores) == 1
 
 
 def test_the_detector_is_unchanged_afterwards():
@@ -147,28 +154,28 @@ def test_odam_fits_every_detector(kind):
             "vit": lambda: dense(backbone="vit_tiny_patch16_224"),
         }[kind]()
     maps = ODAM()(detector, images, min_score=0.0, max_boxes=3)
-    assert [len(some.heatmaps) for some in maps] == [3, 3]
-    for some in maps:
-        assert some.heatmaps.amax((1, 2)).max() == 1
+    assert [len(explained.heatmaps) for explained in maps] == [3, 3]
+    for explained in maps:
+        assert explained.heatmaps.amax((1, 2)).max() == 1
 
 
-def test_sampling_shows_the_places_of_the_boxes_own_query():
+def test_sampling_shows_the_points_that_the_query_of_the_box_sampled():
     torch.manual_seed(0)
     detector = query().eval()
     for layer in detector.decoder.layers:
         nn.init.normal_(layer.look.offsets.weight)
         nn.init.normal_(layer.look.weigh.weight)
     images, *_ = batch(2)
-    seen = [[], []]
+    samples = [[], []]
     for number, layer in enumerate(detector.decoder.layers):
-        layer.look.sampling.register_forward_hook(lambda _, args, out, n=number: seen[n].append(out))
+        layer.look.sampling.register_forward_hook(lambda _, args, out, n=number: samples[n].append(out))
     maps = QuerySampling()(detector, images, min_score=0.0, max_boxes=4)
     with torch.no_grad():
         found = detector(images)
     for n in range(2):
         for rank in range(4):
             expected = torch.zeros(8, 8)
-            for layer in seen:
+            for layer in samples:
                 places, weights = (x[n, found[n]["index"][rank]].flatten(0, 2) for x in layer[0])
                 for (x, y), weight in zip((places * 8 - 0.5).tolist(), weights.tolist(), strict=True):
                     for row in (math.floor(y), math.floor(y) + 1):
@@ -176,17 +183,17 @@ def test_sampling_shows_the_places_of_the_boxes_own_query():
                             if 0 <= row < 8 and 0 <= column < 8:
                                 expected[row, column] += (1 - abs(x - column)) * (1 - abs(y - row)) * weight
             torch.testing.assert_close(maps[n].raw[rank], expected, atol=1e-5, rtol=1e-4)
-    assert [some.heatmaps.shape[0] for some in QuerySampling()(detector, images, min_score=1.1)] == [0, 0]
-    each = [QuerySampling(layer)(detector, images, min_score=0.0, max_boxes=4)[0].raw for layer in (0, -1)]
-    torch.testing.assert_close(each[0] + each[1], maps[0].raw)
-    assert not torch.allclose(each[0], each[1])
+    assert [explained.heatmaps.shape[0] for explained in QuerySampling()(detector, images, min_score=1.1)] == [0, 0]
+    of_layer = [QuerySampling(layer)(detector, images, min_score=0.0, max_boxes=4)[0].raw for layer in (0, -1)]
+    torch.testing.assert_close(of_layer[0] + of_layer[1], maps[0].raw)
+    assert not torch.allclose(of_layer[0], of_layer[1])
 
 
 def test_attention_of_a_box_is_the_mean_of_its_tokens_rows():
     torch.manual_seed(0)
     detector = dense(backbone="vit_tiny_patch16_224").eval()
     images, *_ = batch(1)
-    (some,) = BoxAttention()(detector, images, min_score=0.0, max_boxes=5)
+    (explained,) = BoxAttention()(detector, images, min_score=0.0, max_boxes=5)
     backbone = detector.features.backbone
     attention = backbone.blocks[-1].attn
     attention.fused_attn = False
@@ -194,7 +201,7 @@ def test_attention_of_a_box_is_the_mean_of_its_tokens_rows():
     attention.attn_drop.register_forward_hook(lambda _, args, out: rows.append(out))
     with torch.no_grad():
         backbone(images)
-    for box, raw in zip(some.boxes.tolist(), some.raw, strict=True):
+    for box, raw in zip(explained.boxes.tolist(), explained.raw, strict=True):
         tokens = [
             1 + 4 * row + column
             for row in range(4)
@@ -207,17 +214,17 @@ def test_attention_of_a_box_is_the_mean_of_its_tokens_rows():
     assert isinstance(backbone, timm.models.VisionTransformer)
 
 
-def test_a_gate_is_the_same_for_all_boxes():
+def test_same_for_all_boxes_repeats_the_map_of_the_gate():
     detector = dense(attention=CBAM, attention_preserve=False)
     images, *_ = batch(1)
-    (some,) = SameForAllBoxes(Gate())(detector, images, min_score=0.0, max_boxes=3)
+    (explained,) = SameForAllBoxes(Gate())(detector, images, min_score=0.0, max_boxes=3)
     gate = Gate()(detector, images)
-    for raw in some.raw:
+    for raw in explained.raw:
         torch.testing.assert_close(raw, gate.raw[0])
-    assert some.source.startswith("gate of features.backbone")
+    assert explained.source.startswith("gate of features.backbone")
 
 
-def test_methods_that_do_not_fit_are_errors():
+def test_box_methods_that_do_not_fit_the_detector_are_errors():
     images, *_ = batch(1)
     assert isinstance(default_box_method(dense()), ODAM)
     assert isinstance(default_box_method(query()), QuerySampling)
@@ -232,16 +239,16 @@ def test_methods_that_do_not_fit_are_errors():
     refuses(UsageError, "no part 'backbone'", lambda: BoxAttention("backbone")(dense(), images))
 
 
-def test_heatmaps_of_boxes_show_each_box_and_are_pickled_at_their_own_size():
-    (maps, _) = ODAM()(Toy(), torch.rand(2, 3, 4, 6), min_score=0.0)
+def test_heatmaps_of_boxes_print_each_box_and_are_pickled_at_their_own_size():
+    (maps, _) = ODAM()(ToyDetector(), torch.rand(2, 3, 4, 6), min_score=0.0)
     first, *lines = str(maps).splitlines()
     assert first == f"BoxHeatmaps(odam of {maps.source}, 2 boxes)"
     assert lines[0].startswith(
         f"  label 0, score {float(maps.scores[0]):.2f}, box (2, 1, 4, 2): peak at row 1, column "
     )
     assert maps._repr_png_().startswith(b"\x89PNG")
-    plain = json.loads(json.dumps(maps.to_dict()))
-    assert plain["boxes"] == maps.boxes.tolist()
+    plain_data = json.loads(json.dumps(maps.to_dict()))
+    assert plain_data["boxes"] == maps.boxes.tolist()
     whole = torch.rand(400, 4, 6)
     part = BoxHeatmaps(maps.boxes[:1], maps.scores[:1], maps.labels[:1], whole[:1], whole[:1], "", "")
     data = pickle.dumps(part)

@@ -1,4 +1,4 @@
-"""Maps of networks that merge or prune tokens, on the full grid, against merges undone one by one."""
+"""Maps of networks that merge or prune tokens, compared with the same reductions by hand, image by image."""
 
 import functools
 
@@ -21,8 +21,8 @@ CELLS = 24
 
 @functools.cache
 @torch.no_grad()
-def seen_by_hand(kind, fuse=None):
-    """Repeat the reduction of the blocks image by image: merge, fuse or drop."""
+def reduced_by_hand(kind, fuse=None):
+    """Run three images with merging (`fuse` is None) or pruning by hand; return the tokens and attention of each."""
     model = by_hand.network(kind)
     reduce = by_hand.merge(model, RATES) if fuse is None else by_hand.prune(model, {0: 0.7, 2: 0.6}, fuse=fuse)
     return [by_hand.run(model, image, reduce) for image in by_hand.images(3)]
@@ -31,13 +31,13 @@ def seen_by_hand(kind, fuse=None):
 def merged(kind="class token"):
     model = by_hand.network(kind)
     reduce_tokens(model, TokenMerging(RATES))
-    return model, by_hand.images(3), seen_by_hand(kind)
+    return model, by_hand.images(3), reduced_by_hand(kind)
 
 
 def pruned(fuse=True):
     model = by_hand.network()
     reduce_tokens(model, TokenPruning([0.7, 0.6], blocks=[0, 2], fuse=fuse))
-    return model, by_hand.images(3), seen_by_hand("class token", fuse)
+    return model, by_hand.images(3), reduced_by_hand("class token", fuse)
 
 
 def spread(row, tokens):
@@ -51,53 +51,53 @@ def spread(row, tokens):
 
 @pytest.mark.parametrize("kind", ["class token", "mean", "rotary, registers"])
 def test_each_patch_has_the_cell_of_the_token_it_was_merged_into(kind):
-    model, images, seen = merged(kind)
+    model, images, references = merged(kind)
     records = kept(model, images, FullAttention())
     assert len(records) == 4
     for layer, record in enumerate(records):
         assert record.grid == (4, 6)
         assert record.num_prefix_tokens == model.num_prefix_tokens
-        for b, one in enumerate(seen):
-            tokens = one.tokens[layer]
+        for b, reference in enumerate(references):
+            tokens = reference.tokens[layer]
             assert record.weights.shape[-1] == len(tokens)
-            close(record.weights[b, 0].double(), one.attention[layer], atol=1e-5, rtol=0)
+            close(record.weights[b, 0].double(), reference.attention[layer], atol=1e-5, rtol=0)
             for number, token in enumerate(tokens):
                 cells = [c for c in range(CELLS) if record.keys.of_cell(c, 3)[b, 0, number]]
                 assert cells == sorted(token.patches)
                 assert int(record.keys.images(3)[b, 0, number]) == (-1 if token.place is None else token.place)
-    assert len({tuple(home.tolist()) for home in records[-1].keys.home_BG}) == 3  # other merges in every image
+    assert len({tuple(home.tolist()) for home in records[-1].keys.home_BG}) == 3  # each image has its own merges
     assert records[0].keys.home_BG is None
 
 
 def test_raw_attention_of_a_merged_token_is_divided_evenly_among_its_patches():
-    model, images, seen = merged()
+    model, images, references = merged()
     for layer in range(4):
         raw = RawAttention(layer)(model, images).raw
-        for b, one in enumerate(seen):
-            expected = spread(one.attention[layer].mean(0)[0], one.tokens[layer])
+        for b, reference in enumerate(references):
+            expected = spread(reference.attention[layer].mean(0)[0], reference.tokens[layer])
             close(raw[b].flatten().double(), expected, atol=1e-5, rtol=0)
-            close(expected.sum(), one.attention[layer].mean(0)[0, 1:].sum())
-            assert (expected > 0).all()  # no cell without its share
+            close(expected.sum(), reference.attention[layer].mean(0)[0, 1:].sum())
+            assert (expected > 0).all()  # every cell has a share
 
 
 @pytest.mark.parametrize("kind", ["class token", "mean"])
 def test_rollout_is_the_product_of_attention_and_merges(kind):
-    """Â_L M_{L−1} … M_1 Â_1, where row i of M holds the shares of the tokens that were merged into token i."""
-    model, images, seen = merged(kind)
+    """Compute Â_L M_{L−1} … M_1 Â_1, where row i of M holds the shares of the tokens that were merged into token i."""
+    model, images, references = merged(kind)
     raw = Rollout()(model, images).raw
     first = model.num_prefix_tokens
-    for b, one in enumerate(seen):
-        tokens = one.tokens[-1]
+    for b, reference in enumerate(references):
+        tokens = reference.tokens[-1]
         row = torch.zeros(len(tokens), dtype=torch.float64)
         if first:
             row[0] = 1
-        else:  # all patches, as in the mean
+        else:  # the head takes the mean over all patches
             row += torch.tensor([len(token.patches) / CELLS for token in tokens])
         for layer in reversed(range(4)):
-            attention = one.attention[layer].mean(0)
+            attention = reference.attention[layer].mean(0)
             row = 0.5 * row + 0.5 * row @ attention
             if layer:
-                before, after = one.tokens[layer - 1], one.tokens[layer]
+                before, after = reference.tokens[layer - 1], reference.tokens[layer]
                 merge = torch.zeros(len(after), len(before), dtype=torch.float64)
                 merge[:first, :first] = torch.eye(first)
                 for i, token in enumerate(after):
@@ -110,23 +110,23 @@ def test_rollout_is_the_product_of_attention_and_merges(kind):
 
 
 def test_a_merged_patch_has_the_row_of_its_token():
-    model, images, seen = merged()
+    model, images, references = merged()
     for cell in range(0, CELLS, 5):
         rows = kept(model, images, PatchRow(*divmod(cell, 6)))[3].weights[:, 0]
-        for b, one in enumerate(seen):
-            number = next(i for i, token in enumerate(one.tokens[3]) if cell in token.patches)
-            close(rows[b].double(), one.attention[3][:, number], atol=1e-5, rtol=0)
+        for b, reference in enumerate(references):
+            number = next(i for i, token in enumerate(reference.tokens[3]) if cell in token.patches)
+            close(rows[b].double(), reference.attention[3][:, number], atol=1e-5, rtol=0)
 
 
 def test_each_patch_has_the_features_of_its_merged_token():
-    """EigenCAM of a layer by hand: the features of every cell are those of its token."""
-    model, images, seen = merged()
+    """EigenCAM has one value for each token, so all patches of a token must have the same value."""
+    model, images, references = merged()
     outputs = []
     handle = model.blocks[2].register_forward_hook(lambda module, args, out: outputs.append(out.detach()))
     found = EigenCAM("blocks.2")(model, images)
     handle.remove()
-    for b, one in enumerate(seen):
-        groups = [token.patches for token in one.tokens[3]]
+    for b, reference in enumerate(references):
+        groups = [token.patches for token in reference.tokens[3]]
         flat = found.raw[b].flatten()
         for patches in groups:
             assert len({round(float(flat[p]), 6) for p in patches}) <= 1
@@ -135,19 +135,19 @@ def test_each_patch_has_the_features_of_its_merged_token():
 
 @pytest.mark.parametrize("reduction", [TokenMerging(9), TokenPruning(0.9)], ids=repr)
 def test_high_norm_tokens_are_found_among_the_remaining_tokens(reduction):
-    """A token with a much larger norm is found in its image, although each image is surveyed."""
+    """Only image 1 gets a token of a large norm; the surveys of single images must not count as images."""
     model = by_hand.network(img_size=(64, 72), depth=2)  # 8 × 9 patches
     reduce_tokens(model, reduction)
     images = torch.randn(3, 3, 64, 72, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert RawAttention()(model, images).raw.shape == (3, 8, 9)
 
     def lengthen(module, args, out):
-        if len(out) < 3:  # an image is surveyed
+        if len(out) < 3:  # a survey of one image
             return None
-        long = out.clone()
-        long[1, 7] *= 1000
-        vars(long).update(vars(out))
-        return long
+        lengthened = out.clone()
+        lengthened[1, 7] *= 1000
+        vars(lengthened).update(vars(out))
+        return lengthened
 
     model.blocks[1].register_forward_hook(lengthen)
     with pytest.warns(MapWarning, match="in 1 of 3 images"):
@@ -175,14 +175,16 @@ def test_the_maps_of_a_batch_equal_the_maps_of_its_images(name, make):
 
 @pytest.mark.parametrize("fuse", [True, False])
 def test_pruned_tokens_are_zero_and_remaining_tokens_keep_their_positions(fuse):
-    model, images, seen = pruned(fuse)
+    model, images, references = pruned(fuse)
     last = kept(model, images, ClassRow())[-1]
     assert last.num_prefix_tokens == 1
     raw = RawAttention()(model, images).raw
-    for b, one in enumerate(seen):
-        places = [-1 if token.place is None else token.place for token in one.tokens[3]]
+    for b, reference in enumerate(references):
+        places = [-1 if token.place is None else token.place for token in reference.tokens[3]]
         assert last.keys.images(3)[b, 0].tolist() == places
-        close(raw[b].flatten().double(), spread(one.attention[3].mean(0)[0], one.tokens[3]), atol=1e-5, rtol=0)
+        close(
+            raw[b].flatten().double(), spread(reference.attention[3].mean(0)[0], reference.tokens[3]), atol=1e-5, rtol=0
+        )
     assert last.keys.home_BG is None
 
 
@@ -195,6 +197,6 @@ def test_methods_leave_the_output_and_the_network_unchanged(make):
         with capture(model, FullAttention()) as records:
             assert torch.equal(model(images), expected)
     models.assert_same_state(before, models.state_of(model))
-    assert [record.name for record in records] == [f"blocks.{i}.attn" for i in range(4)]  # exactly once a block
+    assert [record.name for record in records] == [f"blocks.{i}.attn" for i in range(4)]  # one record per block
     assert not records.unlabelled
     assert not records.missed

@@ -1,4 +1,4 @@
-"""Sparse forms of self-attention are recorded as dense attention is: rows on the full grid, and heatmaps."""
+"""Sparse self-attention has the same records and heatmaps as dense attention with the same mask."""
 
 import copy
 
@@ -18,7 +18,7 @@ masked = pytest.mark.parametrize(("make", "m"), MASKED.values(), ids=MASKED)
 
 
 class Eager(SelfAttention):
-    """Dense attention with its own softmax, and logits that are computed pair by pair."""
+    """Dense attention with its own softmax, and with the mask and bias of a sparse form from `weights_by_hand`."""
 
     def __init__(self, num_heads, m):
         super().__init__(num_heads)
@@ -31,7 +31,7 @@ class Eager(SelfAttention):
 
 
 def pair(make, m):
-    """Return a ViT with a sparse form, and the same ViT with dense attention and the form's mask."""
+    """Return a ViT with a sparse form, the same ViT with dense attention and the form's mask, and its mechanisms."""
     sparse = models.vit(**OPTIONS)
     dense = copy.deepcopy(sparse)
     swap_attention(sparse, make)
@@ -59,7 +59,9 @@ def test_rows_equal_those_of_dense_attention_with_the_mask(make, m):
 
 
 @masked
-@pytest.mark.parametrize("method", [RawAttention(), Rollout(), GradientAttention(), Chefer()], ids=lambda one: one.name)
+@pytest.mark.parametrize(
+    "method", [RawAttention(), Rollout(), GradientAttention(), Chefer()], ids=lambda method: method.name
+)
 def test_maps_equal_those_of_dense_attention_with_the_mask(make, m, method):
     sparse, dense, _ = pair(make, m)
     images = models.pictures(SIZE)

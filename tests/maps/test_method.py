@@ -23,7 +23,7 @@ def small_cbam():
     return models.resnet("resnet10t", block_args={"attn_layer": "cbam"})
 
 
-class Normed(MLPEncoder):
+class NormalisedEncoder(MLPEncoder):
     def __init__(self, *args):
         super().__init__(*args, features=16)
         self.layers.append(torch.nn.LayerNorm(16))
@@ -31,25 +31,27 @@ class Normed(MLPEncoder):
 
 def small_glimpses():
     torch.manual_seed(0)
-    network = GlimpseNetwork(10, retina=Retina(16), policy=Gaussian, encoder=Normed, num_glimpses=4, hidden_size=16)
+    network = GlimpseNetwork(
+        10, retina=Retina(16), policy=Gaussian, encoder=NormalisedEncoder, num_glimpses=4, hidden_size=16
+    )
     with torch.no_grad():
-        network.policy.layers[-1].weight.mul_(40)  # untrained, but with large policy weights
+        network.policy.layers[-1].weight.mul_(40)  # large weights, so that the glimpses differ although untrained
     return network.eval()
 
 
-def setting(name, batch=3):
+def method_model_images(name, batch=3):
     """Return a method and a small model that it fits."""
     make = {"gate": small_cbam, "gaze": small_glimpses}.get(name, models.vit)
     return METHODS[name](), make(), models.pictures(batch=batch)
 
 
-def test_every_method_has_its_name_and_a_docstring():
+def test_every_method_is_listed_under_its_name_and_has_a_docstring():
     assert all(inspect.getdoc(method) and method.name == name for name, method in METHODS.items())
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_maps_are_between_0_and_1_and_come_with_the_output(name):
-    method, model, images = setting(name)
+    method, model, images = method_model_images(name)
     maps = method(model, images)
     assert isinstance(maps, Heatmaps)
     assert maps.heatmaps.dtype == maps.raw.dtype == torch.float32
@@ -63,31 +65,33 @@ def test_maps_are_between_0_and_1_and_come_with_the_output(name):
 
 
 @pytest.mark.parametrize("name", WITH_TARGET)
-def test_a_target_may_be_given_in_every_way(name):
-    method, model, images = setting(name)
+def test_a_target_may_be_an_index_a_tensor_or_a_function(name):
+    method, model, images = method_model_images(name)
     best = model(images).argmax(1)
     by_default = method(model, images)
     assert torch.equal(by_default.target, best)
     close(method(model, images, target=best).raw, by_default.raw)
-    if name != "scorecam":  # its masked images may have another best class
+    if name != "scorecam":  # the best class of a masked image may differ from that of the whole image
         close(method(model, images, target=lambda out: out.amax(1)).raw, by_default.raw)
-    second = method(model, images, target=2)
-    assert second.target.tolist() == [2, 2, 2]
-    close(method(model, images, target=torch.tensor(2)).raw, second.raw)
-    close(method(model, images, target=torch.tensor([2])).raw, second.raw)
-    of_ones_own = method(model, images, target=lambda out: out[:, 2])
-    close(of_ones_own.raw, second.raw)
-    assert of_ones_own.target is None
-    one_each = method(model, images, target=torch.tensor([2, 0, 6], dtype=torch.int32))
-    close(one_each.raw[0], second.raw[0])
-    for place, index in ((1, 0), (2, 6)):
-        close(one_each.raw[place], method(model, images[place : place + 1], target=index).raw[0], atol=1e-5, rtol=1e-3)
-    assert not torch.allclose(method(model, images, target=3).heatmaps, second.heatmaps, atol=1e-3)
+    for_class_2 = method(model, images, target=2)
+    assert for_class_2.target.tolist() == [2, 2, 2]
+    close(method(model, images, target=torch.tensor(2)).raw, for_class_2.raw)
+    close(method(model, images, target=torch.tensor([2])).raw, for_class_2.raw)
+    by_function = method(model, images, target=lambda out: out[:, 2])
+    close(by_function.raw, for_class_2.raw)
+    assert by_function.target is None
+    per_image = method(model, images, target=torch.tensor([2, 0, 6], dtype=torch.int32))
+    close(per_image.raw[0], for_class_2.raw[0])
+    for number, index in ((1, 0), (2, 6)):
+        close(
+            per_image.raw[number], method(model, images[number : number + 1], target=index).raw[0], atol=1e-5, rtol=1e-3
+        )
+    assert not torch.allclose(method(model, images, target=3).heatmaps, for_class_2.heatmaps, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", WITHOUT_TARGET)
-def test_methods_of_no_class_do_not_depend_on_the_target(name):
-    method, model, images = setting(name)
+def test_methods_that_explain_no_class_ignore_the_target(name):
+    method, model, images = method_model_images(name)
     maps = method(model, images, target=2)
     assert torch.equal(maps.raw, method(model, images).raw)
     assert maps.target is None
@@ -108,7 +112,7 @@ def test_methods_of_no_class_do_not_depend_on_the_target(name):
 )
 @pytest.mark.parametrize("name", ["gradcam", "chefer", "scorecam"])
 def test_a_wrong_target_is_a_clear_error(name, target, message):
-    method, model, images = setting(name)
+    method, model, images = method_model_images(name)
     refuses(UsageError, message, method, model, images, target=target)
 
 
@@ -135,11 +139,11 @@ def test_scores_are_found_in_every_kind_of_model_output(wrap):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.filterwarnings("ignore:.*heatmaps are approximate")
 def test_the_map_of_an_image_does_not_depend_on_its_batch(name):
-    method, model, images = setting(name)
+    method, model, images = method_model_images(name)
     together = method(model, images)
-    for place in range(3):
-        alone = method(model, images[place : place + 1])
-        close(together.heatmaps[place], alone.heatmaps[0], atol=2e-5, rtol=0)
+    for number in range(3):
+        alone = method(model, images[number : number + 1])
+        close(together.heatmaps[number], alone.heatmaps[0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["raw", "rollout", "chefer", "grad_attention", "value_norm", "gradcam"])
@@ -150,22 +154,22 @@ def test_windows_of_several_images_are_not_mixed_up(name):
         for block in stage.blocks:
             block.attn.fused_attn = name == "value_norm"
     together = METHODS[name]()(model, images).heatmaps
-    for place in (2, 0):
-        alone = METHODS[name]()(model, images[place : place + 1]).heatmaps
-        close(together[place], alone[0], atol=2e-5, rtol=0)
+    for number in (2, 0):
+        alone = METHODS[name]()(model, images[number : number + 1]).heatmaps
+        close(together[number], alone[0], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_maps_differ_between_images(name):
-    """The test above would also pass for a map that ignores the images."""
-    method, model, images = setting(name)
+    """The two tests above would also pass for a map that ignores the images."""
+    method, model, images = method_model_images(name)
     assert not torch.allclose(method(model, images).heatmaps, method(model, images.flip(0, 3)).heatmaps, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("ending", ["well", "by an exception"])
-def test_the_model_is_unchanged_afterwards(name, ending):
-    method, model, images = setting(name)
+@pytest.mark.parametrize("raises", [False, True], ids=["no error", "error in the model"])
+def test_the_model_is_unchanged_afterwards(name, raises):
+    method, model, images = method_model_images(name)
     model.train()
     norms = [m for m in model.modules() if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.LayerNorm))]
     norms[0].eval()
@@ -173,7 +177,7 @@ def test_the_model_is_unchanged_afterwards(name, ending):
     parameters[0].requires_grad_(False)
     parameters[3].grad = torch.ones_like(parameters[3])
     before = models.state_of(model)
-    if ending == "well":
+    if not raises:
         maps = method(model, images)
         assert maps.raw.isfinite().all()
     else:
@@ -181,7 +185,7 @@ def test_the_model_is_unchanged_afterwards(name, ending):
 
         def breaks(module, args):
             calls.append(args)
-            if len(args[0]) == 3:
+            if len(args[0]) == 3:  # the whole batch; a survey runs one image
                 raise KeyError("on purpose")
 
         handle = norms[-1].register_forward_pre_hook(breaks)
@@ -195,7 +199,7 @@ def test_the_model_is_unchanged_afterwards(name, ending):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_frozen_models_are_explained_in_every_gradient_mode(name, context):
-    method, model, images = setting(name)
+    method, model, images = method_model_images(name)
     expected = method(model, images)
     model.requires_grad_(False)
     with context():
@@ -205,7 +209,7 @@ def test_frozen_models_are_explained_in_every_gradient_mode(name, context):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_training_model_is_explained_in_evaluation_mode(name):
-    method, model, images = setting(name)
+    method, model, images = method_model_images(name)
     expected = method(model, images)
     close(method(model.train(), images).raw, expected.raw)
 
@@ -213,26 +217,26 @@ def test_a_training_model_is_explained_in_evaluation_mode(name):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_models_of_other_precision_are_explained(name, dtype):
-    method, model, images = setting(name)
+    method, model, images = method_model_images(name)
     expected = method(model, images, target=1)
     found = method(model.to(dtype), images.to(dtype), target=1)
     assert found.raw.dtype == torch.float32
     if dtype is torch.float64:
         close(found.heatmaps, expected.heatmaps, atol=1e-3, rtol=0)
     else:
-        both = torch.stack([found.heatmaps.flatten(), expected.heatmaps.flatten()])
-        assert float(torch.corrcoef(both)[0, 1]) > 0.8
+        pair = torch.stack([found.heatmaps.flatten(), expected.heatmaps.flatten()])
+        assert float(torch.corrcoef(pair)[0, 1]) > 0.8
 
 
 @pytest.mark.parametrize("name", ["raw", "chefer", "gradcam", "scorecam"])
 def test_compiled_models_are_explained(name):
-    method, model, images = setting(name)
+    method, model, images = method_model_images(name)
     expected = method(model, images)
     compiled = torch.compile(model, backend="eager")
     close(method(compiled, images).raw, expected.raw)
 
 
-def test_heatmaps_show_their_peaks_and_are_pickled_at_their_own_size():
+def test_heatmaps_print_their_peaks_and_are_pickled_at_their_own_size():
     model = models.resnet()
     maps = METHODS["gradcam"]()(model, models.pictures(batch=3), target=2)
     first, *lines = str(maps).splitlines()
@@ -242,9 +246,9 @@ def test_heatmaps_show_their_peaks_and_are_pickled_at_their_own_size():
         assert line.startswith(f"  image {number}: output 2, peak at row {row}, column {column}; raw values ")
     assert len(lines) == 3
     assert maps._repr_png_().startswith(b"\x89PNG")
-    plain = json.loads(json.dumps(maps.to_dict()))
-    assert plain["target"] == [2, 2, 2]
-    assert plain["heatmaps"] == maps.heatmaps.tolist()
+    plain_data = json.loads(json.dumps(maps.to_dict()))
+    assert plain_data["target"] == [2, 2, 2]
+    assert plain_data["heatmaps"] == maps.heatmaps.tolist()
     whole = torch.rand(500, 4, 4)
     part = Heatmaps(whole[:1], whole[:1], {"logits": whole[:1]}, None, "nothing", "fixed")
     data = pickle.dumps(part)

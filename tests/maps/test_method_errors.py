@@ -1,4 +1,4 @@
-"""Errors and warnings of methods; no map is silently empty."""
+"""Errors of methods for wrong arguments, and warnings for maps that show nothing."""
 
 import warnings
 
@@ -38,7 +38,7 @@ def test_value_norm_without_values_is_an_error_that_names_methods_that_fit():
         ValueNorm()(model, models.pictures())
 
 
-def test_a_model_that_is_no_module_is_an_error():
+def test_a_model_that_is_not_a_module_is_an_error():
     with pytest.raises(UsageError, match=r"model must be a torch\.nn\.Module, got function"):
         RawAttention()(lambda images: images, models.pictures())
 
@@ -53,7 +53,7 @@ def test_a_model_that_is_no_module_is_an_error():
         (-4, "there is no layer -4"),
     ],
 )
-def test_a_wrong_layer_names_the_nearest(method, layer, message):
+def test_the_error_for_a_wrong_layer_names_the_nearest(method, layer, message):
     refuses(UsageError, message, lambda: method(layer)(models.vit(), models.pictures()))
 
 
@@ -81,7 +81,7 @@ def test_wrong_heads_and_patches_are_errors(options, message):
         (lambda: ScoreCAM(batch_size=0), "batch_size must be at least 1, got 0"),
     ],
 )
-def test_wrong_options_are_errors_at_once(make, message):
+def test_wrong_options_are_errors_when_the_method_is_made(make, message):
     refuses(UsageError, message, make)
 
 
@@ -94,7 +94,7 @@ def test_wrong_options_are_errors_at_once(make, message):
         (torch.full((1, 3, 64, 64), float("nan")), DataError, "the images hold NaN or infinity"),
         (torch.full((1, 3, 64, 64), float("inf")), DataError, "the images hold NaN or infinity"),
     ],
-    ids=["one image", "none", "integers", "NaN", "infinite"],
+    ids=["no batch axis", "empty batch", "integers", "NaN", "infinite"],
 )
 @pytest.mark.parametrize("name", METHODS)
 def test_images_that_cannot_be_explained_are_errors(name, images, error, message):
@@ -102,7 +102,7 @@ def test_images_that_cannot_be_explained_are_errors(name, images, error, message
 
 
 @pytest.mark.parametrize("name", [*ATTENTION, "gradcam", "gradcam++", "layercam", "eigencam", "scorecam"])
-def test_nan_weights_are_named(name):
+def test_the_error_names_weights_that_hold_nan(name):
     model = models.vit()
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight[0, 0] = float("nan")
@@ -118,7 +118,7 @@ def test_the_error_distinguishes_an_overflow_from_nan_weights():
         RawAttention()(model, models.pictures())
 
 
-def test_a_zero_map_is_warned_of():
+def test_a_zero_map_gives_a_warning():
     model = models.resnet()
     with torch.no_grad():
         model.fc.weight.zero_()
@@ -127,7 +127,7 @@ def test_a_zero_map_is_warned_of():
     assert not maps.heatmaps.any()
 
 
-def test_a_constant_map_is_warned_of():
+def test_a_constant_map_gives_a_warning():
     model = models.vit()
     with torch.no_grad():
         model.blocks[2].attn.qkv.weight.zero_()
@@ -138,7 +138,7 @@ def test_a_constant_map_is_warned_of():
     torch.testing.assert_close(maps.raw, torch.full((2, 4, 4), 1 / 17))
 
 
-def test_one_constant_map_of_a_batch_is_counted():
+def test_the_warning_counts_the_constant_maps_of_a_batch():
     model, images = models.vit(class_token=False, global_pool="avg", pos_embed="none"), models.pictures(batch=3)
     images[1] = 0
     with pytest.warns(MapWarning, match="1 of 3 raw heatmaps"):
@@ -152,7 +152,7 @@ def test_a_layer_after_the_last_attention_of_a_class_token_gives_a_zero_map_and_
 
 
 @pytest.mark.parametrize("method", [Rollout(), Chefer()], ids=lambda m: m.name)
-def test_chains_warn_for_windows_and_not_for_a_vit(method):
+def test_methods_through_all_layers_warn_for_windows_and_not_for_a_vit(method):
     with pytest.warns(MapWarning, match=f"{method.name} assumes that every layer attends to all tokens"):
         method(models.swin(), models.pictures(32))
     with warnings.catch_warnings():

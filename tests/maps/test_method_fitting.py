@@ -1,4 +1,4 @@
-"""The methods that an error names are those that fit."""
+"""The error of a method that does not fit a model names the methods that fit."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_the_error_of_a_model_without_attention_names_the_methods_that_fit(name)
     assert "raw," not in str(caught.value).partition("fit:")[2]
 
 
-def test_the_methods_that_an_error_names_fit():
+def test_every_method_that_the_error_names_fits_the_model():
     model, images = models.resnet("seresnet18"), models.pictures()
     with pytest.raises(UsageError) as caught:
         RawAttention()(model, images)

@@ -22,4 +22,5 @@ def images(*shape):
 
 
 def touched(module):
+    """Return the names of the parameters that have a gradient."""
     return {name for name, p in module.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}

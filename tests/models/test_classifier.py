@@ -1,4 +1,4 @@
-"""Test the classifier: options, weights, and attention inserted after loading."""
+"""Test the classifier: timm's options, weights from a file, and attention inserted after the weights are loaded."""
 
 import pytest
 import timm
@@ -20,18 +20,18 @@ def test_classifier_passes_options_to_timm():
 def test_classifier_inserts_attention_after_loading_weights(tmp_path):
     source = timm.create_model("test_vit", num_classes=7).eval()
     torch.save(source.state_dict(), tmp_path / "w.pth")
-    make = {"weights": str(tmp_path / "w.pth"), "attention": lambda channels: SE(channels, reduction=4)}
+    options = {"weights": str(tmp_path / "w.pth"), "attention": lambda channels: SE(channels, reduction=4)}
     image = torch.randn(2, 3, 160, 160)
-    model = Classifier("test_vit", num_classes=7, **make).eval()
+    model = Classifier("test_vit", num_classes=7, **options).eval()
     assert torch.equal(model(image), source(image))
     assert "backbone.blocks.0.inserted.gamma" in model.state_dict()
-    other = Classifier(
-        "test_vit", num_classes=7, **make, attention_at=["blocks.4.mlp"], attention_preserve=False
+    without_gate = Classifier(
+        "test_vit", num_classes=7, **options, attention_at=["blocks.4.mlp"], attention_preserve=False
     ).eval()
-    names = {name for name in other.state_dict() if ".inserted." in name}
+    names = {name for name in without_gate.state_dict() if ".inserted." in name}
     assert {name.partition(".inserted.")[0] for name in names} == {"backbone.blocks.4.mlp"}
     assert not any(name.endswith("gamma") for name in names)
-    assert not torch.equal(other(image), source(image))
+    assert not torch.equal(without_gate(image), source(image))
 
 
 def test_insertion_uses_the_image_size_of_the_options():

@@ -1,4 +1,4 @@
-"""Test the small residual network: grid, gates, pooling."""
+"""Test the small residual network: its grid, its gates and its pooling."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ from visionattn.models import ConvEncoder, TimmEncoder
         (partial(ConvEncoder, widths=(4, 6, 8)), Retina(7), 1),
         (partial(TimmEncoder, backbone="resnet10t"), Retina(32, scales=3), 3),
     ],
-    ids=["conv", "grey", "timm"],
+    ids=["conv", "conv on grey images", "timm"],
 )
 def test_encoders_accept_any_patch_size(encoder, retina, chans):
     network = make(encoder=encoder, retina=retina, in_chans=chans)

@@ -1,4 +1,4 @@
-"""Put some of the notebooks' pictures together: the picture at the head of README.
+"""Join some pictures of the notebooks into the picture at the top of the README.
 
 python -m tests.notebooks.cover notebooks/pictures.jpg
 """
@@ -12,8 +12,8 @@ from PIL import Image
 from tests.notebooks.execute import HOME, code, read
 
 ROWS = [[("01_soft_attention", 2), ("04_detection", 1)], [("06_your_images_your_model", 2)]]
-"""Notebook, and which of its pictures; those of a row get one height."""
-WIDTH, GAP = 1400, 6
+"""Rows of (notebook, index of the picture among the notebook's pictures)."""
+WIDTH, GAP = 1400, 6  # pixels
 
 
 def picture(name: str, number: int) -> Image.Image:
@@ -23,23 +23,24 @@ def picture(name: str, number: int) -> Image.Image:
 
 
 def row(pictures: list[Image.Image]) -> list[Image.Image]:
-    """At one height, together WIDTH wide."""
-    height = (WIDTH - GAP * (len(pictures) - 1)) / sum(one.width / one.height for one in pictures)
+    """Resize pictures to the same height, so that a row of them, with gaps, is WIDTH wide."""
+    ratios = [picture.width / picture.height for picture in pictures]
+    height = (WIDTH - GAP * (len(pictures) - 1)) / sum(ratios)
     return [
-        one.resize((round(height * one.width / one.height), round(height)), Image.Resampling.LANCZOS)
-        for one in pictures
+        picture.resize((round(height * ratio), round(height)), Image.Resampling.LANCZOS)
+        for picture, ratio in zip(pictures, ratios, strict=True)
     ]
 
 
 def main() -> None:
-    rows = [row([picture(*which) for which in line]) for line in ROWS]
+    rows = [row([picture(name, number) for name, number in line]) for line in ROWS]
     page = Image.new("RGB", (WIDTH, sum(line[0].height for line in rows) + GAP * (len(rows) - 1)), "white")
     y = 0
     for line in rows:
         x = 0
-        for one in line:
-            page.paste(one, (x, y))
-            x += one.width + GAP
+        for part in line:
+            page.paste(part, (x, y))
+            x += part.width + GAP
         y += line[0].height + GAP
     page.save(sys.argv[1], quality=88)
 

@@ -1,9 +1,10 @@
 """Execute the notebooks, in full or with small settings.
 
-    python -m tests.notebooks.execute [NAME …]       in full; writes their outputs and pictures into the files
+    python -m tests.notebooks.execute [NAME …]       run in full, and write outputs and pictures into the notebooks
 
-A notebook has one cell tagged `settings`, plain assignments at its top, which a test replaces by smaller ones. Cells
-tagged `claims` assert what the text says of a training that ran in full; with small settings they are left out.
+A notebook has one cell with the tag `settings`, which consists of assignments; a test overrides them with smaller
+values. Cells with the tag `claims` assert what the text claims about the full training; with small settings these cells
+are left out.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from nbformat import NotebookNode
 
 HOME = Path(__file__).parents[2]
 NOTEBOOKS = sorted((HOME / "notebooks").glob("*.ipynb"))
-TIMEOUT = 280  # seconds a cell may take
+TIMEOUT = 280  # largest time of a cell, in seconds
 
 
 def read(path: Path) -> NotebookNode:
@@ -36,17 +37,17 @@ def tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
 
 
 def digest(notebook: NotebookNode) -> str:
-    """Of the code, all cells in order: what was executed is what stands there."""
+    """Return the hash of all code cells. A stored hash shows whether the code has changed since its execution."""
     return hashlib.sha256("\0".join(cell.source for cell in code(notebook)).encode()).hexdigest()
 
 
 def execute(notebook: NotebookNode, folder: Path, settings: Mapping[str, Any] | None = None) -> NotebookNode:
-    """Run a copy from top to bottom in a fresh kernel.
+    """Run a copy of a notebook from top to bottom in a new kernel, and return the copy.
 
     Args:
-        notebook: stays as it is.
-        folder: where the kernel runs; empty, and empty afterwards.
-        settings: name → value, in place of those of the notebook; None runs it in full.
+        notebook: the notebook; unchanged.
+        folder: an empty folder in which the kernel runs.
+        settings: name → value, overriding the notebook's settings; None runs the notebook in full.
 
     Raises:
         CellExecutionError: a cell raised.
@@ -68,7 +69,7 @@ def execute(notebook: NotebookNode, folder: Path, settings: Mapping[str, Any] | 
         resources={"metadata": {"path": str(folder)}},
         record_timing=False,
     )
-    with tempfile.TemporaryDirectory() as home:  # nothing is left in the user's folders
+    with tempfile.TemporaryDirectory() as home:  # IPython writes its files here, instead of into the user's home
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HOME), os.environ.get("PYTHONPATH")])),
@@ -79,17 +80,17 @@ def execute(notebook: NotebookNode, folder: Path, settings: Mapping[str, Any] | 
 
 
 def tidy(notebook: NotebookNode) -> NotebookNode:
-    """Leave out what differs from one run to the next and shows nothing."""
+    """Remove data that differs from run to run and is not shown, and join printed text that came in parts."""
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
         outputs: list[NotebookNode] = []
         for output in cell.get("outputs", ()):
             if outputs and output.get("name") and output.get("name") == outputs[-1].get("name"):
-                outputs[-1].text += output.text  # what was printed comes in as many parts as the machine was slow
+                outputs[-1].text += output.text  # on a slow machine, printed text arrives in more parts
                 continue
             data = output.get("data", {})
-            if "image/png" in data:  # Pillow offers every picture twice
+            if "image/png" in data:  # Pillow stores every picture as PNG and as JPEG
                 data.pop("image/jpeg", None)
             output.pop("transient", None)
             outputs.append(output)
@@ -105,7 +106,7 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Execute notebooks in full and write their outputs into the files.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of their names; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="first letters of file names (default: all notebooks)")
     names = tuple(parser.parse_args().names)
     for path in NOTEBOOKS:
         if not names or path.name.startswith(names):

@@ -1,4 +1,4 @@
-"""Test the notebooks: execute them with small settings, and check the committed files."""
+"""The notebooks run with small settings, and the committed files are complete and up to date."""
 
 import base64
 import io
@@ -29,33 +29,33 @@ def outputs(notebook):
     return [output for cell in code(notebook) for output in cell.outputs]
 
 
-def words(notebook):
+def output_text(notebook):
     """Return the text of all outputs, without pictures."""
-    said = []
+    texts = []
     for output in outputs(notebook):
-        said += [output.get("text", ""), *output.get("traceback", ())]
-        said += [text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")]
-    return "\n".join(map(str, said))
+        texts += [output.get("text", ""), *output.get("traceback", ())]
+        texts += [text for kind, text in output.get("data", {}).items() if not kind.startswith("image/")]
+    return "\n".join(map(str, texts))
 
 
-def complaints(notebook):
-    """Find what no reader should see in the outputs: errors, warnings, progress bars, local paths, addresses."""
+def unwanted_outputs(notebook):
+    """Return errors, warnings, progress bars, local paths and memory addresses among the outputs."""
     found = [f"a {output.output_type}" for output in outputs(notebook) if output.output_type == "error"]
     found += [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
-    said = words(notebook)
-    found += re.findall(r"(?:/home|/root|/tmp|/usr|/opt|/work|/Users|[A-Z]:\\)[/\\]?\S*", said)
-    found += re.findall(r"\bat 0x[0-9a-f]+|\S*Warning\b.*|it/s\]", said)
+    text = output_text(notebook)
+    found += re.findall(r"(?:/home|/root|/tmp|/usr|/opt|/work|/Users|[A-Z]:\\)[/\\]?\S*", text)
+    found += re.findall(r"\bat 0x[0-9a-f]+|\S*Warning\b.*|it/s\]", text)
     return found
 
 
-def test_there_are_six():
+def test_every_notebook_has_small_settings():
     assert [path.stem for path in NOTEBOOKS] == list(SMALL)
 
 
 @every_notebook
-def test_it_runs_and_leaves_nothing_behind(path, tmp_path):
+def test_notebook_runs_with_small_settings_and_leaves_no_files(path, tmp_path):
     found = execute(read(path), tmp_path, SMALL[path.stem])
-    assert complaints(found) == []
+    assert unwanted_outputs(found) == []
     assert list(tmp_path.iterdir()) == []
     assert any("image/png" in output.get("data", {}) for output in outputs(found))
 
@@ -63,28 +63,28 @@ def test_it_runs_and_leaves_nothing_behind(path, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @every_notebook
-def test_what_it_claims_is_so_in_full(path, tmp_path):
+def test_claims_of_the_text_hold_in_a_full_run(path, tmp_path):
     found = tidy(execute(read(path), tmp_path))
-    assert complaints(found) == []
+    assert unwanted_outputs(found) == []
     assert list(tmp_path.iterdir()) == []
 
 
 @every_notebook
-def test_what_is_committed_was_executed_as_it_stands(path):
+def test_committed_outputs_come_from_the_committed_code(path):
     notebook = read(path)
     nbformat.validate(notebook)
     assert [cell.execution_count for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
-    message = f"its code has changed since it ran: python -m tests.notebooks.execute {path.stem}"
+    message = f"the code has changed since the notebook ran; run python -m tests.notebooks.execute {path.stem}"
     assert notebook.metadata.get("executed") == digest(notebook), message
-    assert complaints(notebook) == []
+    assert unwanted_outputs(notebook) == []
     assert notebook == tidy(read(path))
-    (claims,) = tagged(notebook, "claims")  # they ran, and raised nothing
+    (claims,) = tagged(notebook, "claims")  # has no output, so no assertion failed
     assert claims.source.count("assert ") >= 3
     assert claims.outputs == []
 
 
 @every_notebook
-def test_its_pictures_fit_a_page(path):
+def test_pictures_and_files_are_small_enough(path):
     assert path.stat().st_size < 1_000_000
     pictures = [
         data for output in outputs(read(path)) for kind, data in output.get("data", {}).items() if "image" in kind
@@ -96,7 +96,7 @@ def test_its_pictures_fit_a_page(path):
 
 
 @every_notebook
-def test_it_tells_its_story_by_public_names(path):
+def test_notebook_has_its_sections_and_uses_only_public_names(path):
     notebook = read(path)
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert text.startswith(f"# {int(path.name[:2])} · ")
@@ -108,18 +108,18 @@ def test_it_tells_its_story_by_public_names(path):
 
 
 @every_notebook
-def test_links_and_files_of_the_text_exist(path):
+def test_configs_named_in_the_text_exist(path):
     text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
     for name in re.findall(r"--config (\S+?\.yaml)", text):
         assert (HOME / name).is_file(), name
 
 
-def test_ten_lines_are_ten():
+def test_the_cell_of_ten_lines_has_at_most_ten_lines():
     (cell,) = tagged(read(NOTEBOOKS[5]), "ten-lines")
     assert len(cell.source.splitlines()) <= 10
 
 
-def test_readme_names_them_all():
+def test_readme_links_to_every_notebook():
     readme = (HOME / "README.md").read_text()
     assert "'.[notebooks]'" in readme
     assert "\nnotebooks = [" in (HOME / "pyproject.toml").read_text()
@@ -127,7 +127,7 @@ def test_readme_names_them_all():
         assert f"(notebooks/{path.name})" in readme
 
 
-def test_a_failing_cell_and_an_unknown_setting_are_told(tmp_path):
+def test_a_failing_cell_and_an_unknown_setting_are_errors(tmp_path):
     cells = [
         nbformat.v4.new_code_cell("size = 3", metadata={"tags": ["settings"]}),
         nbformat.v4.new_code_cell("1 / size"),

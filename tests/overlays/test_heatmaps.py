@@ -1,4 +1,4 @@
-"""Heatmaps and overlays of single pictures."""
+"""Heatmaps and overlays of single pictures: positions, forms of input, targets, and errors."""
 
 import io
 import json
@@ -24,8 +24,8 @@ from visionattn.errors import DataError, UsageError
 from visionattn.maps import LayerCAM, Rollout
 
 
-class Bright(nn.Module):
-    """Says how bright the picture is: the map of its only layer is the brightness itself."""
+class Brightness(nn.Module):
+    """Outputs the mean brightness and its negative; the feature map of its only layer is the local brightness."""
 
     def __init__(self):
         super().__init__()
@@ -37,62 +37,62 @@ class Bright(nn.Module):
         return torch.cat([mean_B1, -mean_B1], 1)
 
 
-PLAIN = Preprocess(64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+UNNORMALISED = Preprocess(64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-def lit(x, y, size=20, height=100, width=200):
-    """A dark picture with a white square; the square's centre lies at (x, y)."""
+def square_at(x, y, size=20, height=100, width=200):
+    """Return a black picture with a white square whose centre is (x, y)."""
     picture = np.zeros((height, width, 3), np.uint8)
     picture[y - size // 2 : y + size // 2, x - size // 2 : x + size // 2] = 255
     return picture
 
 
 @pytest.mark.parametrize(("x", "y"), [(80, 30), (120, 70), (100, 50)])
-def test_the_heat_lies_on_the_object_in_pixels_of_the_source(x, y):
-    seen = va.heatmap(Bright(), lit(x, y), method="layercam", target=0, preprocess=PLAIN)
-    assert seen.values.shape == (100, 200)
-    assert seen.values.dtype == np.float32
-    assert seen.values.min() == 0
-    assert seen.values.max() <= 1
-    np.testing.assert_allclose(seen.peak, (x, y), atol=12.5)  # a cell is 100 · 8 / 64 pixels wide
-    row, column = np.unravel_index(seen.values.argmax(), seen.values.shape)
+def test_the_heat_lies_on_the_square_in_pixels_of_the_source(x, y):
+    heatmap = va.heatmap(Brightness(), square_at(x, y), method="layercam", target=0, preprocess=UNNORMALISED)
+    assert heatmap.values.shape == (100, 200)
+    assert heatmap.values.dtype == np.float32
+    assert heatmap.values.min() == 0
+    assert heatmap.values.max() <= 1
+    np.testing.assert_allclose(heatmap.peak, (x, y), atol=12.5)  # a cell is 100 · 8 / 64 = 12.5 pixels wide
+    row, column = np.unravel_index(heatmap.values.argmax(), heatmap.values.shape)
     np.testing.assert_allclose((column, row), (x, y), atol=12.5)
-    total = seen.values.sum()
-    centre = [(seen.values.sum(axis) * np.arange(size)).sum() / total for axis, size in ((0, 200), (1, 100))]
+    total = heatmap.values.sum()
+    centre = [(heatmap.values.sum(axis) * np.arange(size)).sum() / total for axis, size in ((0, 200), (1, 100))]
     np.testing.assert_allclose(centre, (x, y), atol=3)
-    assert not seen.values[:, :50].any()  # the middle square was seen, and nothing else
-    assert not seen.values[:, 150:].any()
+    assert not heatmap.values[:, :50].any()  # the model's input is the central 100 × 100
+    assert not heatmap.values[:, 150:].any()
 
 
-def test_a_heatmap_gives_the_overlay_that_the_command_line_writes(tmp_path):
+def test_a_heatmap_has_the_overlay_and_values_that_the_command_line_writes(tmp_path):
     Image.fromarray(photo()).save(tmp_path / "photo.png")
     arguments = ["overlay", "--images", str(tmp_path / "photo.png"), "--out", str(tmp_path / "seen"), "--format", "png"]
     assert main([*arguments, "--model", "test_vit", "--weights", "random", "--save", "overlay", "heatmap"]) == 0
     torch.manual_seed(0)
-    seen = va.heatmap(timm.create_model("test_vit"), tmp_path / "photo.png")
-    np.testing.assert_array_equal(seen.overlay(), read_image(tmp_path / "seen" / "photo.png.overlay.png"))
+    heatmap = va.heatmap(timm.create_model("test_vit"), tmp_path / "photo.png")
+    np.testing.assert_array_equal(heatmap.overlay(), read_image(tmp_path / "seen" / "photo.png.overlay.png"))
     written = np.array(Image.open(tmp_path / "seen" / "photo.png.heatmap.png"))
-    np.testing.assert_allclose(seen.values, written / 65535, atol=1 / 65535)
-    seen.save(tmp_path / "again.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "again.png"), seen.overlay())
+    np.testing.assert_allclose(heatmap.values, written / 65535, atol=1 / 65535)
+    heatmap.save(tmp_path / "again.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "again.png"), heatmap.overlay())
 
 
 def test_files_arrays_and_tensors_of_a_picture_give_the_same_heatmap(tmp_path):
     model, picture = vit(), photo()
     Image.fromarray(picture).save(tmp_path / "photo.png")
     forms = [tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(picture), picture]
-    several = va.heatmap(model, forms, method="rollout")
-    alone = [va.heatmap(model, form, method=Rollout()) for form in forms]
-    for found in (*several, *alone):
+    batch = va.heatmap(model, forms, method="rollout")
+    single = [va.heatmap(model, form, method=Rollout()) for form in forms]
+    for found in (*batch, *single):
         np.testing.assert_array_equal(found.image, picture)
-        np.testing.assert_allclose(found.values, alone[0].values, atol=1e-5)
-        assert (found.method, found.prediction) == ("rollout", alone[0].prediction)
-    values, _ = Preprocess(64, crop_fraction=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)(picture)
-    prepared = va.heatmap(model, torch.from_numpy(values), method="rollout")
-    np.testing.assert_array_equal(prepared.explained.raw_hw, alone[0].explained.raw_hw)
-    assert prepared.image.shape == (64, 64, 3)
-    batch = torch.from_numpy(values)[None].expand(2, -1, -1, -1)
-    assert len(va.heatmap(model, batch, preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3))) == 2
+        np.testing.assert_allclose(found.values, single[0].values, atol=1e-5)
+        assert (found.method, found.prediction) == ("rollout", single[0].prediction)
+    values, _ = Preprocess(64, crop_fraction=0.9, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)(picture)
+    of_tensor = va.heatmap(model, torch.from_numpy(values), method="rollout")
+    np.testing.assert_array_equal(of_tensor.explained.raw_hw, single[0].explained.raw_hw)
+    assert of_tensor.image.shape == (64, 64, 3)
+    tensors = torch.from_numpy(values)[None].expand(2, -1, -1, -1)
+    assert len(va.heatmap(model, tensors, preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3))) == 2
 
 
 def test_a_photograph_is_rotated_by_its_exif_orientation(tmp_path):
@@ -107,7 +107,7 @@ def test_a_photograph_is_rotated_by_its_exif_orientation(tmp_path):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_as_it_was(training):
+def test_the_model_is_unchanged_afterwards(training):
     model = vit().train(training)
     va.overlay(model, photo(), method="gradcam", target=2)
     assert model.training == training
@@ -116,11 +116,11 @@ def test_the_model_is_left_as_it_was(training):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_models_of_torchvision_and_classifiers_have_their_own_preprocessing():
+def test_torchvision_models_and_classifiers_have_their_own_preprocessing():
     resnet = torchvision.models.resnet18()
     shown = va.heatmap(resnet, photo(300, 400), layer="layer3")
     assert shown.explained.placement.input_size == (224, 224)
-    np.testing.assert_allclose(shown.explained.placement.matrix[0, 0], 256 / 300, rtol=0.01)  # 256 shrink to 300
+    np.testing.assert_allclose(shown.explained.placement.matrix[0, 0], 256 / 300, rtol=0.01)  # 300 become 256 pixels
     assert shown.source == "layer3"
     classifier = va.models.Classifier("test_vit", num_classes=3, options={"img_size": 96})
     assert va.heatmap(classifier, photo()).explained.placement.input_size == (96, 96)
@@ -128,86 +128,88 @@ def test_models_of_torchvision_and_classifiers_have_their_own_preprocessing():
 
 def test_a_checkpoint_has_its_preprocessing_and_class_names(quick_run):
     task = va.load(quick_run / "best.ckpt")
-    seen = va.heatmap(task, photo(64, 64))
+    heatmap = va.heatmap(task, photo(64, 64))
     of_network = va.heatmap(task.network, photo(64, 64), preprocess=task.preprocess, class_names=task.class_names)
-    np.testing.assert_array_equal(seen.values, of_network.values)
-    assert seen.class_name == task.class_names[seen.prediction] == of_network.class_name
+    np.testing.assert_array_equal(heatmap.values, of_network.values)
+    assert heatmap.class_name == task.class_names[heatmap.prediction] == of_network.class_name
     with torch.no_grad():
         values, _ = task.preprocess(photo(64, 64))
         probabilities = task.network(torch.from_numpy(values)[None]).softmax(1)[0]
-    assert seen.prediction == probabilities.argmax()
-    assert seen.probability == pytest.approx(probabilities.max().item(), abs=1e-5)
-    chosen = va.heatmap(task, photo(64, 64), method="gradcam", target=task.class_names[3])
-    assert chosen.target == 3
+    assert heatmap.prediction == probabilities.argmax()
+    assert heatmap.probability == pytest.approx(probabilities.max().item(), abs=1e-5)
+    of_class = va.heatmap(task, photo(64, 64), method="gradcam", target=task.class_names[3])
+    assert of_class.target == 3
     page = va.explore(task, [photo(64, 64)], steps=0)
     assert page.images == 1
 
 
-def test_a_models_attribute_network_does_not_replace_the_model():
+def test_a_model_with_an_attribute_network_is_not_taken_for_a_task():
     class Flipped(nn.Module):
-        """Holds its network under the name that tasks use, and shows it pictures upside down."""
+        """Runs its network on flipped pictures. Tasks have an attribute `network` too."""
 
         def __init__(self):
             super().__init__()
-            self.network = Bright()
+            self.network = Brightness()
 
         def forward(self, x_BCHW):
             return 5 - self.network(x_BCHW.flip(2))
 
-    seen = va.heatmap(Flipped(), lit(50, 20, height=100, width=100), method="layercam", target=1, preprocess=PLAIN)
-    assert seen.probability == pytest.approx(1 / (1 + np.exp(-2 * 0.04)), abs=0.005)
-    assert seen.prediction == 1
+    heatmap = va.heatmap(
+        Flipped(), square_at(50, 20, height=100, width=100), method="layercam", target=1, preprocess=UNNORMALISED
+    )
+    assert heatmap.probability == pytest.approx(1 / (1 + np.exp(-2 * 0.04)), abs=0.005)
+    assert heatmap.prediction == 1
 
 
-def test_every_picture_has_its_target():
+def test_each_picture_of_a_batch_has_its_own_target():
     model, pictures = vit(), [photo(seed=0), photo(seed=1)]
     both = va.heatmap(model, pictures, method="gradcam", target=[1, 4])
     assert [found.target for found in both] == [1, 4]
     for found, picture, target in zip(both, pictures, (1, 4), strict=True):
-        alone = va.heatmap(model, picture, method="gradcam", target=target)
-        np.testing.assert_allclose(found.values, alone.values, atol=1e-4)
+        single = va.heatmap(model, picture, method="gradcam", target=target)
+        np.testing.assert_allclose(found.values, single.values, atol=1e-4)
 
 
-def test_a_notebook_shows_the_overlay_of_a_heatmap():
-    seen = va.heatmap(vit(), photo(900, 1600))
-    with Image.open(io.BytesIO(seen._repr_png_())) as shown:
+def test_notebooks_display_the_overlay_at_no_more_than_768_pixels():
+    heatmap = va.heatmap(vit(), photo(900, 1600))
+    with Image.open(io.BytesIO(heatmap._repr_png_())) as shown:
         assert shown.size == (768, 432)
     picture = va.overlay(vit(), photo(900, 1600))
     assert np.asarray(picture).shape == (900, 1600, 3)
-    np.testing.assert_array_equal(np.asarray(picture), seen.overlay())
+    np.testing.assert_array_equal(np.asarray(picture), heatmap.overlay())
     assert picture._repr_png_().startswith(b"\x89PNG")
-    assert repr(seen).startswith("Heatmap(raw of attention of blocks.2.attn, 1600 × 900, class ")
+    assert repr(heatmap).startswith("Heatmap(raw of attention of blocks.2.attn, 1600 × 900, class ")
 
 
-def test_a_heatmap_is_pickled_at_the_size_of_its_picture_and_grid():
-    seen = va.heatmap(vit(), photo(300, 400), method="rollout")
-    values = seen.values  # cached, and four bytes a pixel
-    content = pickle.dumps(seen)
-    assert len(content) < seen.image.nbytes + 2 * seen.explained.heatmap_hw.nbytes + 4000
-    again = pickle.loads(content)
-    np.testing.assert_array_equal(again.values, values)
-    np.testing.assert_array_equal(again.overlay(), seen.overlay())
-    assert (again.method, again.prediction, again.peak) == (seen.method, seen.prediction, seen.peak)
+def test_a_pickle_holds_the_picture_and_the_grid_but_not_the_values():
+    heatmap = va.heatmap(vit(), photo(300, 400), method="rollout")
+    values = heatmap.values  # fills the cache with four bytes per pixel
+    content = pickle.dumps(heatmap)
+    assert len(content) < heatmap.image.nbytes + 2 * heatmap.explained.heatmap_hw.nbytes + 4000
+    restored = pickle.loads(content)
+    np.testing.assert_array_equal(restored.values, values)
+    np.testing.assert_array_equal(restored.overlay(), heatmap.overlay())
+    assert (restored.method, restored.prediction, restored.peak) == (heatmap.method, heatmap.prediction, heatmap.peak)
 
 
-def test_a_heatmap_becomes_plain_data_with_the_manifest_s_keys():
-    seen = va.heatmap(vit(), photo(60, 80), method="rollout", class_names=list("abcdefg"))
-    plain = json.loads(json.dumps(seen.to_dict()))
-    assert (plain["width"], plain["height"]) == (80, 60)
-    assert (plain["method"], plain["layer"], plain["target"]) == ("rollout", seen.source, seen.target)
-    assert (plain["prediction"], plain["class"]) == (seen.prediction, seen.class_name)
-    assert plain["probability"] == seen.probability
-    assert tuple(plain["peak"]) == seen.peak
-    np.testing.assert_array_equal(np.array(plain["heatmap"], np.float32), seen.explained.heatmap_hw)
+def test_to_dict_returns_plain_data_with_the_keys_of_the_manifest():
+    heatmap = va.heatmap(vit(), photo(60, 80), method="rollout", class_names=list("abcdefg"))
+    facts = json.loads(json.dumps(heatmap.to_dict()))
+    assert (facts["width"], facts["height"]) == (80, 60)
+    assert (facts["method"], facts["layer"], facts["target"]) == ("rollout", heatmap.source, heatmap.target)
+    assert (facts["prediction"], facts["class"]) == (heatmap.prediction, heatmap.class_name)
+    assert facts["probability"] == heatmap.probability
+    assert tuple(facts["peak"]) == heatmap.peak
+    np.testing.assert_array_equal(np.array(facts["heatmap"], np.float32), heatmap.explained.heatmap_hw)
 
 
-def test_overlays_change_with_each_option_of_style():
-    seen = va.heatmap(vit(), photo())
-    plain = seen.overlay()
-    for look in ({"colormap": "viridis"}, {"alpha": 0.2}, {"contours": [0.5]}, {"caption": True}, {"saturation": 1.0}):
-        assert (seen.overlay(**look) != plain).any()
-    np.testing.assert_array_equal(seen.overlay(alpha=0.0, saturation=1.0)[5:55, 30:70], seen.image[5:55, 30:70])
-    refuses(UsageError, "colormap 'infrno'", seen.overlay, colormap="infrno")
+def test_every_style_option_changes_the_overlay():
+    heatmap = va.heatmap(vit(), photo())
+    default = heatmap.overlay()
+    for style in ({"colormap": "viridis"}, {"alpha": 0.2}, {"contours": [0.5]}, {"caption": True}, {"saturation": 1.0}):
+        assert (heatmap.overlay(**style) != default).any()
+    np.testing.assert_array_equal(heatmap.overlay(alpha=0.0, saturation=1.0)[5:55, 30:70], heatmap.image[5:55, 30:70])
+    refuses(UsageError, "colormap 'infrno'", heatmap.overlay, colormap="infrno")
 
 
 @pytest.mark.parametrize(
@@ -223,14 +225,14 @@ def test_overlays_change_with_each_option_of_style():
         (vit(), photo(), {"method": LayerCAM(), "layer": "blocks.0"}, "a method has its own layer"),
         (vit(), photo(), {"method": "gradcam", "layer": 1}, "takes the name of a layer"),
         (vit(), photo(), {"target": 7, "method": "gradcam"}, "out of range"),
-        (Bright(), photo(), {}, "pass preprocess="),
+        (Brightness(), photo(), {}, "pass preprocess="),
     ],
 )
-def test_a_wrong_call_raises_an_error_of_one_sentence(model, image, options, message):
+def test_a_wrong_call_raises_an_error_with_the_cause(model, image, options, message):
     refuses(UsageError, message, va.heatmap, model, image, **options)
 
 
-def test_overlay_takes_one_picture(tmp_path):
+def test_overlay_refuses_several_pictures_and_missing_files(tmp_path):
     refuses(UsageError, "one picture; for several call heatmap", lambda: va.overlay(vit(), [photo(), photo()]))
     refuses(DataError, "there is no image", lambda: va.overlay(vit(), tmp_path / "none.jpg"))
 

@@ -1,4 +1,4 @@
-"""A detector with given predictions, and samples for it."""
+"""A detector that returns given predictions, a data module of given samples, and a trainer that writes no files."""
 
 import lightning as L
 import torch
@@ -12,7 +12,7 @@ from visionattn.models import Detector
 
 
 class Samples(L.LightningDataModule):
-    """Detection samples in memory."""
+    """A data module with the same detection samples in every split."""
 
     def __init__(self, samples, class_names=NAMES, batch_size=4):
         super().__init__()
@@ -25,6 +25,7 @@ class Samples(L.LightningDataModule):
 
 
 def sample(number, boxes, labels, placement=None, crowd=None, area=None, image=None):
+    """Make a sample from boxes in pixels of a 64 × 64 input; by default a black image without crowds."""
     boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     return {
         "image": torch.zeros(3, 64, 64) if image is None else image,
@@ -39,7 +40,7 @@ def sample(number, boxes, labels, placement=None, crowd=None, area=None, image=N
 
 
 class Oracle(Detector):
-    """Return the given predictions one after the other, and the given loss."""
+    """A detector that returns the given predictions one after the other, and losses of the given terms."""
 
     def __init__(self, answers=(), num_classes=4, terms=None):
         super().__init__()
@@ -47,16 +48,18 @@ class Oracle(Detector):
         self.answers = list(answers)
         self.terms = terms or {"one": 1.0, "two": 2.0}
         self.weight = nn.Parameter(torch.ones(()))
-        self.seen = []
+        self.loss_calls = []  # the arguments of each call of `losses`
 
     def forward(self, images):
         return [self.answers.pop(0) for _ in images]
 
     def losses(self, images, boxes, labels):
-        self.seen.append((images, boxes, labels))
+        self.loss_calls.append((images, boxes, labels))
         return {name: self.weight * value for name, value in self.terms.items()}
 
 
 def trainer(**options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
-    return L.Trainer(**{"enable_model_summary": False, "max_epochs": 1, "num_sanity_val_steps": 0, **quiet, **options})
+    no_output = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    return L.Trainer(
+        **{"enable_model_summary": False, "max_epochs": 1, "num_sanity_val_steps": 0, **no_output, **options}
+    )

@@ -1,4 +1,4 @@
-"""Images with one bright spot, and glimpse networks for them."""
+"""Images with a bright column, and a small glimpse task that classifies its position."""
 
 from functools import partial
 
@@ -11,7 +11,8 @@ from visionattn.models import GlimpseNetwork, MLPEncoder
 from visionattn.tasks import GlimpseClassification
 
 
-def make(policy=Gaussian, retina=None, **options):
+def make_task(policy=Gaussian, retina=None, **options):
+    """Make a glimpse task with three glimpses and a small network."""
     torch.manual_seed(0)
     network = GlimpseNetwork(
         3, retina=retina or Retina(3), policy=policy, encoder=partial(MLPEncoder, features=8), num_glimpses=3,
@@ -20,8 +21,8 @@ def make(policy=Gaussian, retina=None, **options):
     return GlimpseClassification(network, **options)
 
 
-class Spots(L.LightningDataModule):
-    """Images with a bright column, whose position is the class."""
+class Columns(L.LightningDataModule):
+    """A data module of images with a bright column, whose position is the class."""
 
     class_names = ("left", "middle", "right")
 

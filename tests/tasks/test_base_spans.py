@@ -9,14 +9,15 @@ from visionattn.attention import AdaptiveSpan, swap_attention
 from visionattn.tasks import Classification
 
 
-def test_span_penalty_is_the_mean_span_times_its_weight():
+def test_loss_includes_the_mean_span_times_span_penalty():
     network = models.vit()
     swap_attention(network, lambda heads: AdaptiveSpan(heads, max_span=3, init=0.4))
     task = Classification(network, span_penalty=2.5)
     task.prepare(None, 7)
     task.log = lambda *args, **options: None
     batch = {"image": models.pictures(), "label": torch.tensor([1, 5])}
-    expected = F.cross_entropy(network(batch["image"]), batch["label"]) + 2.5 * 1.2
+    mean_span = 0.4 * 3
+    expected = F.cross_entropy(network(batch["image"]), batch["label"]) + 2.5 * mean_span
     torch.testing.assert_close(task.training_step(batch, 0), expected)
     with pytest.raises(ValueError, match="span_penalty must be ≥ 0, got -1"):
         Classification(network, span_penalty=-1)

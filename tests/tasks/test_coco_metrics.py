@@ -15,17 +15,17 @@ from visionattn.tasks import Detection
 from visionattn.tasks.coco_metrics import METRICS, compute_coco_metrics
 
 
-def scene(random, count=40):
-    """Make images of many sizes with boxes, crowds, and nearby detections, in pixels of the letterboxed input."""
-    samples, answers, sources = [], [], []
+def make_images(random, count=40):
+    """Make samples with objects and crowds, predictions near the objects, and both in pixels of the source images."""
+    samples, predictions, sources = [], [], []
     for number in range(count):
         size = (int(random.integers(60, 400)), int(random.integers(60, 400)))
         _, placement = Preprocess(64, fit="letterbox")(np.zeros((*size, 3), np.uint8))
-        many = int(random.integers(0, 6))
-        corner = random.uniform(0, 0.6, (many, 2)) * size[::-1]
-        source = np.concatenate([corner, corner + random.uniform(0.05, 0.4, (many, 2)) * size[::-1]], 1)
-        labels, crowd = random.integers(0, 3, many), random.random(many) < 0.15
-        area = (source[:, 2:] - source[:, :2]).prod(1) * 0.7
+        num_objects = int(random.integers(0, 6))
+        corner = random.uniform(0, 0.6, (num_objects, 2)) * size[::-1]
+        source = np.concatenate([corner, corner + random.uniform(0.05, 0.4, (num_objects, 2)) * size[::-1]], 1)
+        labels, crowd = random.integers(0, 3, num_objects), random.random(num_objects) < 0.15
+        area = (source[:, 2:] - source[:, :2]).prod(1) * 0.7  # an object covers 70 % of its box
         samples.append(
             sample(
                 number,
@@ -42,25 +42,26 @@ def scene(random, count=40):
         found = placement.boxes_to_input(guesses)
         sides = found[:, 2:] - found[:, :2]
         found = found[(sides > 0.5).all(1)]
-        names = np.where(random.random(len(found)) < 0.8, np.resize(labels if many else [0], len(found)), 1)
-        answers.append(
+        true_labels = np.resize(labels if num_objects else [0], len(found))
+        predicted_labels = np.where(random.random(len(found)) < 0.8, true_labels, 1)
+        predictions.append(
             {
                 "boxes": torch.tensor(found, dtype=torch.float32),
                 "scores": torch.tensor(random.random(len(found)), dtype=torch.float32),
-                "labels": torch.tensor(names),
+                "labels": torch.tensor(predicted_labels),
             }
         )
         sources.append((source, labels, crowd, area, placement.boxes_to_source(found)))
-    return samples, answers, sources
+    return samples, predictions, sources
 
 
 def test_metrics_match_pycocotools_in_source_pixels():
-    samples, answers, sources = scene(np.random.default_rng(0))
+    samples, predictions, sources = make_images(np.random.default_rng(0))
     truth, results = [], []
-    for number, ((source, labels, crowd, area, found), answer) in enumerate(
-        zip(sources, answers, strict=True), start=1
+    for number, ((source, labels, crowd, area, found), prediction) in enumerate(
+        zip(sources, predictions, strict=True), start=1
     ):
-        for box, label, many, size in zip(source, labels, crowd, area, strict=True):
+        for box, label, is_crowd, box_area in zip(source, labels, crowd, area, strict=True):
             xywh = [*box[:2], *(box[2:] - box[:2])]
             truth.append(
                 {
@@ -68,11 +69,11 @@ def test_metrics_match_pycocotools_in_source_pixels():
                     "image_id": number,
                     "category_id": int(label) + 1,
                     "bbox": xywh,
-                    "area": size,
-                    "iscrowd": int(many),
+                    "area": box_area,
+                    "iscrowd": int(is_crowd),
                 }
             )
-        for box, score, label in zip(found, answer["scores"].tolist(), answer["labels"].tolist(), strict=True):
+        for box, score, label in zip(found, prediction["scores"].tolist(), prediction["labels"].tolist(), strict=True):
             xywh = [*box[:2], *(box[2:] - box[:2])]
             results.append({"image_id": number, "category_id": label + 1, "bbox": xywh, "score": score})
     with contextlib.redirect_stdout(io.StringIO()):
@@ -84,34 +85,34 @@ def test_metrics_match_pycocotools_in_source_pixels():
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    task = Detection(Oracle(answers, num_classes=3))
-    (found,) = trainer().test(task, datamodule=Samples(samples, "abc"), verbose=False)
-    np.testing.assert_allclose([found[f"test/{name}"] for name in METRICS], evaluation.stats, atol=1e-5)
+    task = Detection(Oracle(predictions, num_classes=3))
+    (metrics,) = trainer().test(task, datamodule=Samples(samples, "abc"), verbose=False)
+    np.testing.assert_allclose([metrics[f"test/{name}"] for name in METRICS], evaluation.stats, atol=1e-5)
     precision = evaluation.eval["precision"][:, :, :, 0, 2]
     for label, name in enumerate("abc"):
-        assert found[f"test/map/{name}"] == pytest.approx(precision[:, :, label].mean(), abs=1e-5)
-    assert 0.1 < found["test/map"] < 0.9
+        assert metrics[f"test/map/{name}"] == pytest.approx(precision[:, :, label].mean(), abs=1e-5)
+    assert 0.1 < metrics["test/map"] < 0.9
 
 
 def test_metrics_are_zero_without_detections_and_minus_one_without_truth():
-    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-    small = {"boxes": torch.tensor([[3.0, 4, 9, 9]]), "labels": torch.tensor([2])}
-    scored = {
-        name: {**some, "scores": torch.ones(len(some["labels"]))} for name, some in {"0": nothing, "1": small}.items()
-    }
-    figures, by_class = compute_coco_metrics([scored["0"]], [small])
-    absent = {"map_medium", "map_large", "mar_medium", "mar_large"}
-    assert figures == {name: -1 if name in absent else 0 for name in METRICS}
+    no_objects = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    small_object = {"boxes": torch.tensor([[3.0, 4, 9, 9]]), "labels": torch.tensor([2])}
+    no_detections, perfect_detection = (
+        {**objects, "scores": torch.ones(len(objects["labels"]))} for objects in (no_objects, small_object)
+    )
+    metrics, by_class = compute_coco_metrics([no_detections], [small_object])
+    metrics_without_objects = {"map_medium", "map_large", "mar_medium", "mar_large"}
+    assert metrics == {name: -1 if name in metrics_without_objects else 0 for name in METRICS}
     assert by_class == {2: 0}
-    assert compute_coco_metrics([scored["1"]], [nothing]) == (dict.fromkeys(METRICS, -1), {2: -1})
+    assert compute_coco_metrics([perfect_detection], [no_objects]) == (dict.fromkeys(METRICS, -1), {2: -1})
     assert compute_coco_metrics([], []) == (dict.fromkeys(METRICS, -1), {})
-    figures, by_class = compute_coco_metrics([scored["1"]], [small])
-    assert figures == {name: pytest.approx(-1 if name in absent else 1) for name in METRICS}
+    metrics, by_class = compute_coco_metrics([perfect_detection], [small_object])
+    assert metrics == {name: pytest.approx(-1 if name in metrics_without_objects else 1) for name in METRICS}
     assert by_class == {2: pytest.approx(1)}
 
 
 def test_metrics_without_detections_and_truth_are_minus_one():
     empty = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.long)}
     task = Detection(Oracle([empty, empty]))
-    (found,) = trainer().test(task, datamodule=Samples([sample(0, [], []), sample(1, [], [])]), verbose=False)
-    assert found["test/map"] == -1
+    (metrics,) = trainer().test(task, datamodule=Samples([sample(0, [], []), sample(1, [], [])]), verbose=False)
+    assert metrics["test/map"] == -1

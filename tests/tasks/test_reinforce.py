@@ -1,7 +1,7 @@
-"""Test the REINFORCE estimators: their mean over many rollouts equals the enumerated gradient, within its error.
+"""Test the REINFORCE estimators: their mean over many rollouts equals the exact gradient, up to its standard error.
 
-One image and two choices of one of four places give sixteen paths. The exact gradient of the expected reward with
-respect to the policy's weights is the derivative of Σ over paths of P(path) · reward(path).
+There is one image, and the policy twice chooses one of four locations, so there are sixteen paths. The exact gradient
+of the expected reward is the derivative of Σ over paths of P(path) · reward(path) by the policy's weights.
 """
 
 import itertools
@@ -20,7 +20,7 @@ BASELINES = ("none", "moving_average", "batch_mean", "learned", "self_critical",
 
 
 class Scripted(Categorical):
-    """A categorical policy with given cells."""
+    """A categorical policy that chooses the cells of `script`, while there are any."""
 
     def __init__(self, in_features, script=(), **options):
         super().__init__(in_features, grid=2, **options)
@@ -43,7 +43,7 @@ def make_task(**options):
         glimpse_features=6, where_features=4, in_chans=1,
     )  # fmt: skip
     task = GlimpseClassification(network, **{"rollouts": 2, **options}).double()
-    torch.manual_seed(24)  # a network whose prediction depends on the path
+    torch.manual_seed(24)  # with this seed, the prediction depends on the path
     with torch.no_grad():
         for parameter in task.parameters():
             parameter.normal_(0, 0.8)
@@ -52,19 +52,21 @@ def make_task(**options):
 
 def reward_of(name, logits_K):
     """Return the reward of one rollout."""
-    likely = logits_K.softmax(-1)[LABEL]
+    probability = logits_K.softmax(-1)[LABEL]
     return {
         "correct": float(logits_K.argmax() == LABEL),
-        "log_likelihood": likely.log(),
-        "confidence_gain": likely,  # less what it was before the first choice, which no choice changes
+        "log_likelihood": probability.log(),
+        "confidence_gain": probability,  # minus p(label) before the first choice, which is constant
     }[name]
 
 
 def flat(gradients):
+    """Concatenate gradients to a vector."""
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def exact(task, image, reward):
+def exact_gradient(task, image, reward):
+    """Return the gradient of the expected reward, from all sixteen paths."""
     expected = torch.zeros((), dtype=torch.float64)
     for path in itertools.product(range(4), repeat=2):
         task.network.policy.script = list(path)
@@ -74,7 +76,7 @@ def exact(task, image, reward):
 
 
 def estimates(task, image, batches, *, images=256):
-    """Return (batches, parameters): the reward's gradient, estimated by the training code batch by batch."""
+    """Return (batches, parameters): the task's estimate of the gradient of the reward, from each batch."""
     batch = {"image": image.expand(images, -1, -1, -1), "label": torch.full((images,), LABEL)}
     found = []
     for _ in range(batches):
@@ -84,46 +86,47 @@ def estimates(task, image, batches, *, images=256):
     return torch.stack(found)
 
 
-def deviations(found, truth):
-    """Return the distance of the mean from the truth in standard errors, for each parameter."""
-    return (found.mean(0) - truth).abs() / (found.std(0) / len(found) ** 0.5)
+def deviations(found, expected):
+    """Return the distance of the mean from the expected value in standard errors, for each parameter."""
+    return (found.mean(0) - expected).abs() / (found.std(0) / len(found) ** 0.5)
 
 
 @pytest.mark.parametrize("reward", REWARDS)
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_estimators_are_unbiased(baseline, reward):
     task, image = make_task(baseline=baseline, reward=reward)
-    truth = exact(task, image, reward)
+    exact = exact_gradient(task, image, reward)
     torch.manual_seed(1)
-    found = estimates(task, image, 250 if baseline == "learned" else 40)  # an untrained value function
-    away = deviations(found, truth)
-    assert away.max() < 4.5, away
-    # and precise: an error of a fifth would be detected
-    assert deviations(found, 0.8 * truth).max() > 5
+    found = estimates(task, image, 250 if baseline == "learned" else 40)  # an untrained baseline: high variance
+    errors = deviations(found, exact)
+    assert errors.max() < 4.5, errors
+    # the test is sensitive: estimates that are 25 % too large would fail
+    assert deviations(found, 0.8 * exact).max() > 5
 
 
 def test_baselines_reduce_the_variance():
-    """For rewards far from 0 the variance of the gradient is none > moving average > leave-one-out."""
-    spread = {}
+    """If rewards are far from 0, the baselines moving_average and leave_one_out reduce the gradient's variance."""
+    variances = {}
     for baseline in ("none", "moving_average", "leave_one_out"):
         task, image = make_task(baseline=baseline, reward="log_likelihood", rollouts=4)
         torch.manual_seed(1)
-        spread[baseline] = estimates(task, image, 150, images=16)[50:].var(0).sum()
-    assert spread["none"] > spread["moving_average"] > 0
-    assert spread["none"] > 1.5 * spread["leave_one_out"]
+        # the first 50 batches are for the moving average to settle
+        variances[baseline] = estimates(task, image, 150, images=16)[50:].var(0).sum()
+    assert variances["none"] > variances["moving_average"] > 0
+    assert variances["none"] > 1.5 * variances["leave_one_out"]
 
 
 def test_rewards_match_a_loop():
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 2, 4, 5), torch.tensor([0, 4, 2])
-    for choices in (3, 4):  # the first location chosen as well, or not
+    for choices in (3, 4):  # 4 glimpses; with 3 choices, the policy does not choose the location of the first glimpse
         for b, r, t in itertools.product(range(3), range(2), range(choices)):
-            likely = [logits[b, r, glimpse].softmax(-1)[labels[b]] for glimpse in range(4)]
-            before = likely[3 - choices + t] if 3 - choices + t >= 0 else torch.tensor(1 / 5)
+            probabilities = [logits[b, r, glimpse].softmax(-1)[labels[b]] for glimpse in range(4)]
+            before = probabilities[3 - choices + t] if 3 - choices + t >= 0 else torch.tensor(1 / 5)
             expected = {
                 reinforce.correct: float(logits[b, r, 3].argmax() == labels[b]),
-                reinforce.log_likelihood: float(likely[3].log()),
-                reinforce.confidence_gain: float(likely[3] - before),
+                reinforce.log_likelihood: float(probabilities[3].log()),
+                reinforce.confidence_gain: float(probabilities[3] - before),
             }
             for reward, value in expected.items():
                 assert reward(logits, labels, choices)[b, r, t].item() == pytest.approx(value, abs=1e-6)
@@ -132,10 +135,10 @@ def test_rewards_match_a_loop():
 def test_baselines_match_a_loop():
     returns = torch.randn(3, 4, 2)
     for b, r, t in itertools.product(range(3), range(4), range(2)):
-        same = [returns[b, other, t] for other in range(4) if other != r]
-        everyone = [returns[i, j, t] for i in range(3) for j in range(4) if (i, j) != (b, r)]
-        torch.testing.assert_close(reinforce.leave_one_out(returns)[b, r, t], torch.stack(same).mean())
-        torch.testing.assert_close(reinforce.batch_mean(returns)[b, r, t], torch.stack(everyone).mean())
+        same_image = [returns[b, other, t] for other in range(4) if other != r]
+        whole_batch = [returns[i, j, t] for i in range(3) for j in range(4) if (i, j) != (b, r)]
+        torch.testing.assert_close(reinforce.leave_one_out(returns)[b, r, t], torch.stack(same_image).mean())
+        torch.testing.assert_close(reinforce.batch_mean(returns)[b, r, t], torch.stack(whole_batch).mean())
     assert torch.equal(reinforce.batch_mean(returns[:1, :1]), torch.zeros(1, 1, 2))  # there is no other rollout
     with pytest.raises(ValueError, match="at least 2 rollouts"):
         reinforce.leave_one_out(returns[:, :1])
@@ -147,5 +150,5 @@ def test_gradient_noise_separates_signal_and_noise():
     variance, ratio = reinforce.gradient_noise(noise + torch.tensor([1.0, 0, 0]))
     assert variance.item() == pytest.approx(3, rel=0.1)
     assert ratio.item() == pytest.approx(2000 / 3, rel=0.1)  # squared norm 1 over the variance of the mean, 3 / 2000
-    _, nothing = reinforce.gradient_noise(noise - noise.mean(0))
-    assert nothing == 0
+    _, ratio_without_signal = reinforce.gradient_noise(noise - noise.mean(0))
+    assert ratio_without_signal == 0

@@ -1,4 +1,4 @@
-"""A save writes a complete checkpoint; if it fails, the earlier checkpoint is kept."""
+"""Test that saving writes a complete checkpoint, and that a failed save keeps the earlier checkpoint."""
 
 import pickle
 
@@ -8,7 +8,7 @@ import torch
 from visionattn.training.checkpoint_io import DurableCheckpointIO
 
 
-def test_torch_reads_a_saved_checkpoint_and_no_other_file_is_left(tmp_path):
+def test_saved_checkpoint_can_be_read_and_is_the_only_file(tmp_path):
     path = tmp_path / "new" / "last.ckpt"
     content = {"state_dict": {"weight": torch.arange(6.0)}, "epoch": 3}
     DurableCheckpointIO().save_checkpoint(content, path)
@@ -18,7 +18,7 @@ def test_torch_reads_a_saved_checkpoint_and_no_other_file_is_left(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_failed_save_keeps_the_earlier_checkpoint(tmp_path):
+def test_failed_save_keeps_the_earlier_checkpoint(tmp_path):
     path = tmp_path / "last.ckpt"
     DurableCheckpointIO().save_checkpoint({"epoch": 1}, path)
     before = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Metrics and overlays go to CSV, TensorBoard and, if configured, W&B (offline here)."""
+"""Test that metrics and overlays go to CSV and TensorBoard, or to CSV and W&B, which is offline here."""
 
 import csv
 from pathlib import Path
@@ -12,7 +12,7 @@ from visionattn.cli import main
 from visionattn.data import read_image
 
 
-def test_wandb_gets_metrics_and_overlays_inside_the_run(tmp_path, monkeypatch):
+def test_wandb_files_with_overlays_are_in_the_run_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -25,15 +25,15 @@ def test_wandb_gets_metrics_and_overlays_inside_the_run(tmp_path, monkeypatch):
     run = Path("runs/quickstart/0")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     (media,) = (run / "wandb").glob("offline-run-*/files/media/images")
-    (shown,) = media.glob("overlays_*.png")
+    (of_epoch,) = media.glob("overlays_*.png")
     written = read_image(run / "overlays" / "epoch_000.jpg").astype(int)
-    assert np.abs(read_image(shown).astype(int) - written).mean() < 3  # one is a JPEG
-    (tested,) = media.glob("test/overlays_*.png")
-    np.testing.assert_array_equal(read_image(tested), read_image(run / "overlays" / "test.png"))
+    assert np.abs(read_image(of_epoch).astype(int) - written).mean() < 3  # the file in the run is a JPEG
+    (of_test,) = media.glob("test/overlays_*.png")
+    np.testing.assert_array_equal(read_image(of_test), read_image(run / "overlays" / "test.png"))
     with open(run / "metrics.csv") as file:
         assert {"val/loss", "val/accuracy"} <= set(next(csv.reader(file)))
     logger = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["logger"]
-    assert logger["init_args"]["save_dir"] == "."  # so that the config's next run does not write into this one
+    assert logger["init_args"]["save_dir"] == "."  # another run with this config must not write into this run
 
 
 def test_tensorboard_and_csv_get_metrics_and_overlays_by_default(quick_run):

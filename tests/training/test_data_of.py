@@ -1,8 +1,9 @@
-"""The data module of a config."""
+"""Test building the data module of a config."""
 
 import pytest
 import torch
 
+from tests.data.annotated import voc
 from tests.refusals import refuses
 from visionattn.data import ClutteredDigitsData
 from visionattn.errors import UsageError
@@ -20,9 +21,9 @@ data:
 def test_data_of_builds_the_configured_data_module(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(CONFIG)
-    by_hand = ClutteredDigitsData(train_size=6, val_size=2, test_size=3, num_workers=0, batch_size=2)
+    expected = ClutteredDigitsData(train_size=6, val_size=2, test_size=3, num_workers=0, batch_size=2)
     batches = []
-    for data in (data_of(str(config)), by_hand):
+    for data in (data_of(str(config)), expected):
         data.prepare_data()
         data.setup("test")
         batches.append(list(data.test_dataloader()))
@@ -34,15 +35,29 @@ def test_data_of_builds_the_configured_data_module(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("trainer: {max_epochs: 1}", "has no data section"),
         ("data: {", "is not valid YAML"),
         (CONFIG.replace("batch_size", "batchsize"), "no option 'batchsize'.*Nearest: batch_size"),
     ],
 )
-def test_a_config_without_data_that_can_be_built_is_refused(text, told, tmp_path):
+def test_config_with_a_missing_or_wrong_data_section_is_refused(text, message, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(text)
-    refuses(UsageError, told, lambda: data_of(str(config)))
+    refuses(UsageError, message, lambda: data_of(str(config)))
     refuses(UsageError, r"there is no config .*nothing\.yaml", lambda: data_of(str(tmp_path / "nothing.yaml")))
+
+
+def test_the_images_that_bad_boxes_drop_leaves_out_are_counted(tmp_path):
+    """The command line silences warnings of jsonargparse, which calls the data module."""
+    root = voc(tmp_path / "voc")
+    (root / "JPEGImages" / "train_0.png").unlink()
+    (root / "JPEGImages" / "train_1.png").write_bytes(b"no image")
+    (tmp_path / "config.yaml").write_text(
+        f"data: {{class_path: visionattn.data.AnnotatedData, init_args: {{root: {root}, bad_boxes: drop}}}}"
+    )
+    with pytest.warns(
+        UserWarning, match="left out or clipped 1 missing image, 1 unreadable image; `visionattn data check"
+    ):
+        data_of(str(tmp_path / "config.yaml"))

@@ -1,4 +1,4 @@
-"""Loading from the hub, whose client is replaced by one with local folders."""
+"""Test loading from the hub. The fixture `shelf` replaces the hub's client by one that uses local folders."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from visionattn.training import publishing
 from visionattn.training.checkpoints import read
 
 
-def test_a_revision_is_downloaded(quick_run, shelf):
+def test_requested_revision_is_downloaded(quick_run, shelf):
     publishing.push(quick_run / "best.ckpt", "me/digits")
     refuses(DataError, "hf://me/digits@v2 could not be downloaded from the hub: 404", va.load, "hf://me/digits@v2")
     assert huggingface_hub.hf_hub_download.call_args.kwargs["revision"] == "v2"
@@ -23,7 +23,7 @@ def test_a_revision_is_downloaded(quick_run, shelf):
 
 
 def test_code_in_a_model_of_the_hub_is_not_run(quick_run, shelf):
-    """Neither a pickle under the weights' name, nor a class that is none of ours."""
+    """The attacks are a function of another package as the network, and a pickle in place of the weights."""
     from safetensors.torch import load_file, save_file
 
     publishing.push(quick_run / "best.ckpt", "me/digits")

@@ -1,4 +1,4 @@
-"""The files uploaded to the hub: weights, a card with results, an overlay."""
+"""Test the files uploaded to the hub. The fixture `shelf` replaces the hub's client by one that uses local folders."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ from visionattn.errors import DataError, UsageError
 from visionattn.training import publishing
 
 
-def test_the_card_tells_the_results_and_its_commands_work(quick_run, shelf, tmp_path, monkeypatch):
+def test_model_card_has_the_results_and_its_commands_work(quick_run, shelf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     publishing.push(quick_run / "best.ckpt", "me/digits", private=False)
     card = (shelf / "me" / "digits" / "README.md").read_text()
@@ -38,16 +38,16 @@ def test_the_card_tells_the_results_and_its_commands_work(quick_run, shelf, tmp_
     assert Path("seen/photo.jpg.overlay.jpg").exists()
 
 
-def test_the_card_shows_an_overlay_of_a_given_picture(quick_run, shelf, tmp_path):
+def test_model_card_shows_an_overlay_of_a_given_picture(quick_run, shelf, tmp_path):
     Image.fromarray(photo()).save(tmp_path / "mine.png")
-    shutil.copy(quick_run / "best.ckpt", tmp_path / "alone.ckpt")
-    refuses(UsageError, "the card shows an overlay", lambda: publishing.push(tmp_path / "alone.ckpt", "me/alone"))
+    shutil.copy(quick_run / "best.ckpt", tmp_path / "alone.ckpt")  # without the run's test.csv and overlays
+    refuses(UsageError, "the card needs an overlay", lambda: publishing.push(tmp_path / "alone.ckpt", "me/alone"))
     publishing.push(tmp_path / "alone.ckpt", "me/alone", picture=tmp_path / "mine.png")
     assert read_image(shelf / "me" / "alone" / "overlay.png").shape == photo().shape
     assert "on the test images" not in (shelf / "me" / "alone" / "README.md").read_text()
 
 
-def test_a_refused_upload_is_an_error_of_one_sentence(quick_run, shelf):
+def test_errors_of_the_hub_and_of_its_names_are_one_line(quick_run, shelf):
     huggingface_hub.HfApi.return_value.create_repo.side_effect = RuntimeError("401 Client Error\nlong story")
     with pytest.raises(DataError, match=r"me/digits cannot be uploaded to the hub: 401 Client Error$"):
         publishing.push(quick_run / "best.ckpt", "me/digits")

@@ -1,4 +1,4 @@
-"""Random numbers of a step, and when checkpoints are written. Whole trainings: `tests/faults/test_resume.py`."""
+"""Test the random numbers of each step. `tests/faults/test_resume.py` tests the resume of whole trainings."""
 
 import random
 from types import SimpleNamespace
@@ -10,8 +10,8 @@ import torch
 from visionattn.training.resume import Resume
 
 
-def drawn(resume, *, epoch=1, batch=2, rank=0, loader=0):
-    """What all three generators give after a batch has begun."""
+def random_numbers(resume, *, epoch=1, batch=2, rank=0, loader=0):
+    """Return the first numbers of the three random generators in a validation batch."""
     trainer = SimpleNamespace(current_epoch=epoch, global_rank=rank)
     resume.on_validation_batch_start(trainer, None, None, batch, loader)
     return random.random(), float(np.random.rand()), float(torch.rand(()))
@@ -20,21 +20,22 @@ def drawn(resume, *, epoch=1, batch=2, rank=0, loader=0):
 def test_random_numbers_depend_only_on_seed_epoch_batch_process_and_loader():
     resume = Resume()
     resume.seed = 3
-    first = drawn(resume)
-    drawn(resume, batch=5)
-    assert drawn(resume) == first
-    others = [drawn(resume, epoch=2), drawn(resume, batch=3), drawn(resume, rank=1), drawn(resume, loader=1)]
+    first = random_numbers(resume)
+    random_numbers(resume, batch=5)
+    assert random_numbers(resume) == first
+    changes = [{"epoch": 2}, {"batch": 3}, {"rank": 1}, {"loader": 1}]
+    others = [random_numbers(resume, **change) for change in changes]
     resume.seed = 4
-    others.append(drawn(resume))
-    for generator in zip(first, *others, strict=True):
-        assert len(set(generator)) == 6
+    others.append(random_numbers(resume))
+    for numbers_of_a_generator in zip(first, *others, strict=True):
+        assert len(set(numbers_of_a_generator)) == 6
 
 
-def test_without_a_seed_the_generators_are_left_alone():
+def test_without_a_seed_the_generators_are_not_seeded():
     torch.manual_seed(7)
     expected = float(torch.rand(()))
     torch.manual_seed(7)
-    assert drawn(Resume())[2] == expected
+    assert random_numbers(Resume())[2] == expected
 
 
 @pytest.mark.parametrize("option", [{"every_n_steps": 0}, {"every_n_minutes": 0.0}])

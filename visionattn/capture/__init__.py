@@ -1,4 +1,4 @@
-"""Watch any model attend: where its layers attend, and to what, while it runs as it always does."""
+"""Record the attention of any vision model while it runs, without changing the model."""
 
 import lazy_loader
 

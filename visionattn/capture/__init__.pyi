@@ -16,11 +16,15 @@ from .reductions import Reduction as Reduction
 from .reductions import products as products
 from .results import compact_state as compact_state
 from .results import to_plain as to_plain
+from .running import keep_freed_memory as keep_freed_memory
 from .running import run as run
 from .running import survey_images as survey_images
 from .running import undisturbed as undisturbed
 from .running import unwrap as unwrap
+from .survey import StaleSurveyError as StaleSurveyError
 from .survey import Survey as Survey
+from .survey import forget as forget
+from .survey import own_state as own_state
 from .token_layout import Activation as Activation
 from .token_layout import Site as Site
 from .token_layout import Tokens as Tokens

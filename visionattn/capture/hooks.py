@@ -33,7 +33,7 @@ _HEARD = ATTENTION | SOFTMAX | {F.multi_head_attention_forward}
 _BUILT_IN = tuple(
     f"torch.nn.modules.{kind}" for kind in ("linear", "conv", "normalization", "dropout", "batchnorm", "pooling")
 )
-_NEVER = nn.Softmax, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase  # subclasses too
+_NEVER = nn.Softmax, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase  # not hooked, nor their subclasses
 _ACTIVATIONS = frozenset({nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU})
 
 
@@ -58,7 +58,7 @@ def unheard() -> Iterator[None]:
 
 
 _inside = threading.local()
-"""`.watchers`: the watchers of this thread that handle a running `F.multi_head_attention_forward`, outermost last."""
+"""`.watchers`: this thread's watchers that handle a call of `F.multi_head_attention_forward`, outermost at the end."""
 
 
 _duty = threading.local()
@@ -66,7 +66,7 @@ _duty = threading.local()
 
 
 class _Shared:
-    """A change to the whole process. The first user in any thread makes the change; the last one undoes it."""
+    """A change to the whole process: the first user in any thread makes the change, and the last user undoes it."""
 
     def __init__(self, change: Callable[[contextlib.ExitStack], None]) -> None:
         self._change = change
@@ -95,8 +95,8 @@ class _Shared:
 def _stay_in_python(undo: contextlib.ExitStack) -> None:
     """Turn off fused transformer layers, compiled code and sparse attention.
 
-    Fused layers and compiled code call no function of torch that a watcher could see. Sparse attention is computed in
-    parts, so no call has a whole row of weights.
+    Fused layers and compiled code call no function of torch that a watcher could intercept. Sparse attention is
+    computed in parts, so no call has a whole row of weights.
     """
     undo.callback(setattr, MaskedAttention, "attend", MaskedAttention.attend)
     setattr(MaskedAttention, "attend", MaskedAttention.dense)  # noqa: B010 - mypy takes no assignment to a method
@@ -129,15 +129,15 @@ def _hear_looks(undo: contextlib.ExitStack) -> None:
 
 
 in_python = _Shared(_stay_in_python)
-"""A context without fused layers, compiled code and sparse attention, so that hooks and watchers see every call."""
+"""A context without fused layers, compiled code and sparse attention, so that hooks and watchers catch every call."""
 
 _names = _Shared(_hear_global_names)
 
-_looks = _Shared(_hear_looks)  # `look` is a method of the retina, not a call of a module, so no hook sees it
+_looks = _Shared(_hear_looks)  # no hook runs when the method `look` is called, so the method itself is replaced
 
 
 def _heard(original: Func, event: str, *args: object, **kwargs: object) -> object:
-    """Call the outermost watcher of this thread. When it runs `original`, the next watcher is called, and so on."""
+    """Call `original` through the watchers of this thread: each calls the next one, and the last calls `original`."""
     call = original
     for watcher in getattr(_inside, "watchers", ()):
         call = functools.partial(_tell, getattr(watcher, event), call)
@@ -239,7 +239,7 @@ class Watcher(TorchFunctionMode):
 
     @contextlib.contextmanager
     def _inside_multi_head_attention(self) -> Iterator[None]:
-        """Watch inner calls by their names in `F`: torch turns a mode off inside a function that the mode handles."""
+        """Replace functions in `F` to catch inner calls: torch turns a mode off while the mode handles a function."""
         before = getattr(_inside, "watchers", ())
         with _names:
             _inside.watchers = (*before, self)
@@ -307,8 +307,8 @@ def gate_of(
         name: dotted name of the module.
         module: the module.
         out: its output.
-        along_row: how to read an output (B, 1, 1, W); the survey finds it out. If true, the last axis runs over
-            positions, and the output is a gate over columns; otherwise it runs over channels.
+        along_row: whether the last axis of an output (B, 1, 1, W) runs over the columns of the image, which makes it a
+            gate over positions; otherwise the axis runs over channels. The survey determines this.
     """
     leaf = name.rpartition(".")[2]
     named = leaf in ("gate", "scale_activation")

@@ -17,18 +17,18 @@ from visionattn.capture.hooks import Args, Func, Kwargs, Watcher, gate_of
 from visionattn.capture.records import Record, Records
 from visionattn.capture.reductions import Call, ClassRow, Reduction
 from visionattn.capture.running import unwrap
-from visionattn.capture.survey import Survey, forget, survey
+from visionattn.capture.survey import StaleSurveyError, Survey, forget, survey
 from visionattn.capture.token_layout import LayoutError, Site
-from visionattn.errors import UsageError, nearest
+from visionattn.errors import UsageError, nearest, warn
 
 
 class Interception(Watcher):
-    """A watcher that knows the `Site` of every call of attention. Subclasses define what happens at each call.
+    """A watcher that finds the `Site` of every call of attention. Subclasses define what happens at each call.
 
     Attributes:
         found: the survey of the model.
         unplanned: module → how a call differs from the survey.
-        turn: index of the present call of attention in the order of calls, from 0.
+        turn: index of the current call of attention within the current call of the model, from 0.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,7 +54,7 @@ class Interception(Watcher):
         Args:
             call: the call.
             out: the output of a fused call, or the weights of a softmax.
-            kept: the tensor to keep that `instead` has computed; None if `instead` returned None.
+            kept: the tensor to keep, if `instead` has computed it; otherwise None.
 
         Returns:
             A tensor to replace `out`, or None.
@@ -78,13 +78,37 @@ class Interception(Watcher):
             self._plan.setdefault(f"{prefix}.{name}".strip("."), []).append(site)
         self._gates_on_grid = {f"{prefix}.{name}".strip(".") for name, on_grid in self.found.gates.items() if on_grid}
 
+    def end(self) -> None:
+        for name, sites in self._plan.items():
+            if (count := self._seen.get(name, 0)) < len(sites):
+                self._differs(name, f"it attended {count} times, and {len(sites)} times when the model was surveyed")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Check, when the context ends without an error, that the model ran as when it was surveyed.
+
+        Raises:
+            StaleSurveyError: the model ran differently; its survey is removed from the cache.
+        """
+        for name, reason in self.unplanned.items():
+            raise StaleSurveyError(f"the model ran otherwise than when it was surveyed: {name}: {reason}")
+
+    def _differs(self, name: str, reason: str) -> None:
+        self.unplanned[name] = reason
+        forget(self._root)
+
     def _next(self, fused: bool) -> Site | None:
         name = self.where
         turn = self._seen[name] = self._seen.get(name, 0) + 1
         sites = self._plan.get(name, [])
         if turn > len(sites) or ((site := sites[turn - 1]) is not None and site.fused != fused):
-            self.unplanned[name] = "it did not attend in this way when the model was surveyed"
-            forget(self._root)
+            self._differs(name, "it did not attend in this way when the model was surveyed")
             return None
         return site
 
@@ -94,7 +118,7 @@ class Interception(Watcher):
             return func(*args, **kwargs)
         assert call.query is not None
         both = None
-        # other watchers would miss a replaced call, and autocast may need another dtype
+        # a replaced call would be invisible to other watchers, and might not have the dtype that autocast chooses
         if not torch._C._len_torch_function_stack() and not torch.is_autocast_enabled(call.query.device.type):
             both = self.instead(call)
         if both is None:
@@ -123,8 +147,7 @@ class Interception(Watcher):
                 raise LayoutError(f"{site.name} has {has} keys, but it had {had} when the model was surveyed")
             return call
         except LayoutError as error:
-            self.unplanned[self.where] = str(error)
-            forget(self._root)
+            self._differs(self.where, str(error))
             return None
 
     def _tell(self, call: Call, out: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -149,46 +172,58 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         >>> records[-1]
         Record(blocks.5.attn: self, grid 10×10, 2 heads, weights (2, 1, 2, 101))
 
-    The outputs do not change either; only `HeadMean` changes them, by rounding. Attention stays fused: the weights to
-    keep are computed a second time from queries and keys. If the model is called several times, the records are
-    appended, and `Record.call` is the number of the call.
+    The outputs do not change either, with two exceptions that change them by rounding: `HeadMean`, and layers that
+    torch would run as one kernel (`nn.TransformerEncoder` in evaluation mode without gradients), which run operation
+    by operation here. Attention stays fused: the weights to keep are computed a second time from queries and keys. If
+    the model is called several times, the records are appended, and `Record.call` is the number of the call.
 
     The first call with an image size also surveys the model: one image runs through it together with the positions of
     its pixels, to find out where each token lies (see `survey.py`). The survey is cached as long as the model exists.
-    If a model picks its tokens by what an image shows, every image of every call is surveyed, and `Tokens.index_BWN`
+    If a model selects tokens depending on the image, every image of every call is surveyed, and `Tokens.index_BWN`
     holds the positions for each image.
 
     Args:
         model: any vision model, from timm, torchvision, transformers or your own; it may be compiled or wrapped in DDP.
         keep: the weights to keep of each call (default: `ClassRow()`); see `reductions.py`.
-        layers: the calls of attention to keep weights of: names of modules, or indices in the order of calls, −1 for
-            the last (default: all).
+        layers: names of modules, or indices of calls of attention in order (−1: the last), whose weights are kept
+            (default: all).
+        strict: raise a StaleSurveyError on exit if the model ran otherwise than when it was surveyed; False warns.
 
     Raises:
-        UsageError: the model is scripted, or there is no such layer. On exit: the model ran, but nothing attended.
+        UsageError: the model is scripted; a layer in `layers` does not exist; or, on exit, the model was called but no
+            attention, gate or glimpse was found.
     """
 
     def __init__(
-        self, model: nn.Module, keep: Reduction | None = None, *, layers: Sequence[int | str] | None = None
+        self,
+        model: nn.Module,
+        keep: Reduction | None = None,
+        *,
+        layers: Sequence[int | str] | None = None,
+        strict: bool = False,
     ) -> None:
         super().__init__(unwrap(model))
+        self.strict = strict
         self.keep = keep or ClassRow()
         self.layers = layers
         self.records = Records()
         self._wanted: set[int] | None = None
-        self._looking: dict[Retina, tuple[View, int, int]] = {}  # the view, the call, the index of the record
+        self._looking: dict[Retina, tuple[View, int, int]] = {}  # last view and call of a retina, index of its record
 
     def __enter__(self) -> Records:  # type: ignore[override] # users want the records, not the watcher
         super().__enter__()
         return self.records
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self.records.unlabelled |= self.unplanned
-        if kind is None and self.records.calls and not self.records:
+    def check(self) -> None:
+        if self.records.calls and not self.records:
             raise UsageError(nothing_attends(self.model, self.records))
+        if self.strict:
+            super().check()
+        for name, reason in self.unplanned.items():
+            warn(
+                f"the records lack attention, since the model ran otherwise than when it was surveyed: {name}: {reason}"
+            )
+            break
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         super().begin(module, args, kwargs)
@@ -199,6 +234,8 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         self.records.missed += [name for name in self.found.missed if name not in self.records.missed]
 
     def end(self) -> None:
+        super().end()
+        self.records.unlabelled |= self.unplanned
         self.records.calls += 1
 
     def wants(self, site: Site) -> bool:
@@ -240,7 +277,7 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
             boxes_BR1S4 = retina.boxes(location_BR12, view.size)
             records, call = self.records._records, self.records.calls
             before = self._looking.get(retina)
-            # one record holds the glimpses of one call; outside a call of the model, the glimpses of one view
+            # glimpses share a record if they belong to one call of the model, or, outside of calls, to one view
             if before is not None and (before[0] is view or (self.stack and before[1] == call)):
                 record = records[before[2]]
                 assert record.locations is not None
@@ -283,7 +320,7 @@ def place(layer: int | str, names: list[str]) -> int:
 
     Args:
         layer: the index of the layer, −1 for the last; its name; or the name of a module that contains it. If several
-            layers inside that module attend, the last one counts.
+            layers inside that module attend, the last of these layers is meant.
         names: names of the layers that attend, in order.
 
     Raises:

@@ -117,8 +117,8 @@ class Records(Sequence[Record]):
 
     Attributes:
         unlabelled: module → the reason why its attention was not understood.
-        other: module → what its softmax runs over, if not positions.
-        missed: modules that look like attention, but did not attend.
+        other: module → the reason why its softmax is not attention over positions.
+        missed: modules whose class name suggests attention, but in which no attention was found.
         calls: number of calls of the model.
     """
 
@@ -193,10 +193,10 @@ class Records(Sequence[Record]):
         for record in self._records:
             shape = "×".join(map(str, record.grid))
             windows = f", {len(record.keys.index_WN)} windows" if record.keys is not None and record.windowed else ""
-            many = f"grid {shape}, {record.heads} heads{windows}"
+            details = f"grid {shape}, {record.heads} heads{windows}"
             if record.boxes is not None:
-                many = f"{record.boxes.shape[2]} at {record.boxes.shape[3]} scales in {shape} pixels"
-            lines.append(f"  {record.name}: {record.kind}, {many}")
+                details = f"{record.boxes.shape[2]} at {record.boxes.shape[3]} scales in {shape} pixels"
+            lines.append(f"  {record.name}: {record.kind}, {details}")
         for title, reasons in (("not understood", self.unlabelled), ("not over positions", self.other)):
             if reasons:
                 lines += [f"{len(reasons)} {title}", *(f"  {name}: {why}" for name, why in reasons.items())]
@@ -215,8 +215,8 @@ def of_record(record: Record) -> NDArray[np.uint8] | None:
     """Draw a record as (H, W, 3) uint8 RGB; None if no weights were kept.
 
     For attention, the picture has a map for each head and image: the class token's row, or without a class token the
-    mean over the patches' rows. For a gate over positions, it shows the gate's map; for a gate over channels, bars; for
-    glimpses, their path. Each map has its own range of colours, from its smallest value to its largest.
+    mean over the patches' rows. A gate over positions is drawn as a map, a gate over channels as bars, and glimpses as
+    a path. Each map has its own range of colours, from its smallest value to its largest.
     """
     title = f"{_KINDS.get(record.kind, record.kind.replace('_', ' '))} of {record.name}"
     if record.boxes is not None:
@@ -252,7 +252,7 @@ def of_records(records: Sequence[Record]) -> NDArray[np.uint8] | None:
 
 
 def _png(picture: NDArray[np.uint8] | None) -> bytes | None:
-    """Encode a picture for a notebook. If there is no picture, None makes the notebook show the text."""
+    """Encode a picture for a notebook; return None without a picture, so that the notebook shows the text."""
     return None if picture is None else encode_image(picture, ".png")
 
 
@@ -279,7 +279,7 @@ def _query_row(record: Record, weights: Tensor) -> Tensor:
 
 
 def _bars(weights_C: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Draw one bar per channel, in order; the longest has the height of the picture."""
+    """Draw one bar per channel, in order; the longest bar has the height of the picture."""
     height, wide = 60, max(1, 400 // len(weights_C))
     share = np.repeat(np.clip(weights_C / max(float(weights_C.max()), 1e-12), 0, 1), wide)
     filled_HW = np.arange(height)[::-1, None] < share * height
@@ -295,10 +295,10 @@ def _heat_of_map(map_hw: Tensor) -> NDArray[np.uint8]:
 
 
 def on_grid(calls: Sequence[Record]) -> Tensor:
-    """Return one map, (B, h, w), for all calls of a spatial gate.
+    """Return one map, (B, h, w), for all calls of a spatial gate: the weights of the last call, averaged over channels.
 
-    It is the map of the last call, averaged over channels. If the calls have different shapes, one gates rows and one
-    gates columns; then it is the product of the last two maps.
+    Calls of different shapes are gates over rows and gates over columns. In this case the map is the product of the
+    last two calls' weights, averaged over channels.
     """
     weights = [record.weights for record in calls if record.weights is not None]
     if len({w.shape[1:] for w in weights}) > 1:  # rows and columns

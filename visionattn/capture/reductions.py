@@ -1,4 +1,4 @@
-"""Reductions: they compute the weights to keep of each call of attention, from its queries and keys.
+"""Reductions: the weights to keep of each call of attention, computed from its queries and keys.
 
 Shapes: B images, W windows, H heads, Q queries, K keys, D channels of a head.
 """
@@ -16,8 +16,9 @@ from torch import Tensor
 from visionattn.capture.hooks import Args, Kwargs
 from visionattn.capture.token_layout import Site
 
-# Numbers of float32 weights to compute at a time. Images are computed together up to 4 MB: smaller calls use only one
-# thread, and larger ones would map new memory in every layer, beyond the model's own. Above 24 MB, heads are split.
+# Largest numbers of float32 weights to compute at a time. Images and windows are computed together up to 4 MB:
+# computing fewer at a time would use only one thread, and computing more would map new memory in every layer. The heads
+# of one window are split above 24 MB.
 _TOGETHER, _MOST = 1_000_000, 6_000_000
 
 Piece: TypeAlias = "tuple[slice, slice, slice]"
@@ -113,7 +114,7 @@ class Call:
     def pieces(self, out: Tensor | None = None) -> "Iterator[tuple[Piece, Tensor]]":
         """Iterate over all weights in pieces: slices of images, windows and heads, and their weights (b, w, h, Q, K).
 
-        The next piece overwrites the buffer of the weights.
+        The weights of each piece overwrite the weights of the piece before.
 
         Args:
             out: a tensor (B, W, H, Q, D) to fill with the attention's output, so that the fused call need not run.
@@ -149,7 +150,7 @@ class Call:
         """Return an empty tensor for the attention's output, (B, W, H, Q, D), with the strides of the fused output.
 
         Return None if the fused call must run: with dropout, windows or gradients, or in a dtype other than float32.
-        In the other cases, an output computed from `pieces` differs from the fused one only by rounding.
+        In the other cases, an output computed from `pieces` differs from the fused output only by rounding.
         """
         if self.value is None or self.query is None or self.dropout or self.site.windowed or self.site.lead[0] != 1:
             return None
@@ -173,8 +174,8 @@ class Call:
 def products(a_BWHQD: Tensor, b_BWHKD: Tensor) -> Tensor:
     """Return the products a bᵀ, (B, W, H, Q, K).
 
-    A ViT stores the keys token by token. For a single query, a product for each head would first copy all these keys.
-    Instead, the keys (K, H·D) are multiplied by a matrix (H·D, H), with the query of head h in column h.
+    For a single query, the keys (K, H·D) are multiplied by a matrix (H·D, H) that has the query of head h in column h.
+    One product for each head would first copy all keys, because a ViT stores its keys token by token.
     """
     heads, queries, width = a_BWHQD.shape[2:]
     if queries != 1 or b_BWHKD.stride()[2::2] != (width, 1):
@@ -215,7 +216,7 @@ class Reduction(ABC):
 
 
 class NoWeights(Reduction):
-    """Keep no weights, only where the calls attend."""
+    """Keep no weights: records hold only the names of modules and the positions of queries and keys."""
 
     def __call__(self, call: Call) -> None:
         return None
@@ -271,6 +272,8 @@ class ClassRow(Reduction):
 
 class PatchRow(Reduction):
     """Keep the row of one patch, (B, W, H, K); 0 in windows without that patch.
+
+    Calls whose queries have no grid, or a grid without that patch, get a record without weights.
 
     Args:
         row, column: position of the patch on the grid of the queries.

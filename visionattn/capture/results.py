@@ -10,8 +10,8 @@ from torch import Tensor
 def compact_state(result: object) -> dict[str, object]:
     """Return the attributes of a result for pickling. Each tensor's storage holds only its own elements.
 
-    torch pickles a slice of a tensor with the whole storage that it shares, so one of a hundred boxes would take the
-    space of a hundred. Attributes with a leading underscore, such as cached properties, are left out.
+    Without this, torch pickles a slice of a tensor with the whole storage that the slice shares: one of a hundred boxes
+    would take the space of all hundred. Attributes with a leading underscore, such as cached properties, are left out.
     """
     return {name: _compact(value) for name, value in vars(result).items() if not name.startswith("_")}
 
@@ -30,7 +30,7 @@ def _compact(value: object) -> object:
 
 
 def to_plain(value: object) -> object:
-    """Convert a value to numbers, strings, lists and dicts, as `json.dumps` takes them.
+    """Convert a value to numbers, strings, lists and dicts for `json.dumps`.
 
     Tensors and arrays become nested lists. NaN stays NaN, which `json.dumps` writes as `NaN`.
 
@@ -47,4 +47,6 @@ def to_plain(value: object) -> object:
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [to_plain(item) for item in value]
-    raise TypeError(f"a {type(value).__name__} has no plain form; only numbers, strings, tensors, lists and dicts have")
+    raise TypeError(
+        f"cannot convert a {type(value).__name__} to plain data; use numbers, strings, tensors, arrays, lists or dicts"
+    )

@@ -1,9 +1,9 @@
 """Surveys: which calls in a model are attention, and where their queries and keys lie in the image.
 
 A survey runs one image through the model together with the positions of its pixels (`token_positions.py`). The survey
-is cached as long as the model exists. If the model picks its tokens by what an image shows, each image is surveyed in
-each call. During a survey the model is in evaluation mode and computes no gradients; afterwards its flags and the
-random state are restored.
+is cached as long as the model exists. If the model selects tokens depending on the image, every image of every call is
+surveyed. During a survey the model is in evaluation mode and computes no gradients; afterwards its training flags and
+the random state are restored.
 
 Shapes: B images, W windows, Q queries, K keys, h × w grid.
 """
@@ -36,6 +36,7 @@ from visionattn.capture.token_layout import (
     per_window,
     varies,
 )
+from visionattn.errors import UsageError
 
 
 @dataclass(repr=False)
@@ -45,16 +46,17 @@ class Survey:
     `print` and a notebook show one line for each site.
 
     Attributes:
-        sites: (name of the module, call of attention in it), in order; the call is None if it is not understood, or is
-            not attention over positions.
-        times: time of each site, comparable with `Activation.time`.
+        sites: (name of the module, site) for every softmax and every fused call, in order. The site is None if the call
+            is not understood, or is not attention over positions.
+        times: for each entry of `sites`, the number of modules that had returned before the call; comparable with
+            `Activation.time`.
         activations: outputs of modules that lie on a grid, in order.
         unlabelled: module → the reason why its softmax or fused call is not understood.
-        other: module → what its softmax runs over instead of positions: channels, branches or classes.
-        missed: names of modules that look like attention, but did not attend.
-        gates: name of a gate → whether it lies on a grid.
+        other: module → the reason why its softmax or fused call is not attention over positions.
+        missed: names of modules whose class name suggests attention, but in which no attention was found.
+        gates: name of a gate → whether the gate is over positions; otherwise it is over channels.
         glimpses: names of the retinas that read glimpses.
-        picks: whether the model picks tokens by what the image shows, so that their positions differ between images.
+        picks: whether the model selects tokens depending on the image, so that their positions differ between images.
     """
 
     sites: list[tuple[str, Site | None]] = field(default_factory=list)
@@ -113,12 +115,16 @@ class Survey:
         lines += [f"  {name}: {reason}" for name, reason in (self.unlabelled | self.other).items()]
         lines += [f"  {name}: looks like attention, but did not attend" for name in self.missed]
         if self.picks:
-            lines.append("  the model picks its tokens by what an image shows")
+            lines.append("  the model selects its tokens depending on the image")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         """Show the lines in a notebook."""
         return f"<pre>{html.escape(repr(self))}</pre>"
+
+
+class StaleSurveyError(UsageError):
+    """The model runs otherwise than when it was surveyed; `Method` then surveys it again."""
 
 
 class Surveyor(Watcher):
@@ -133,8 +139,8 @@ class Surveyor(Watcher):
         self.looks_like_attention: dict[str, bool] = {}  # name → whether the module has attended
         self._inside: tuple[Tensor | None, ...] | None = None
         self._layouts: dict[int, tuple[Tensor, tuple[Tokens, int] | None]] = {}
-        self._whole: list[Axes] = []  # grids before tokens are dropped
-        self._attended: list[Axes] = []  # grids of attention, until the first tokens are dropped
+        self._whole: list[Axes] = []  # grids of the tokens before some of them were dropped
+        self._attended: list[Axes] = []  # grids of the keys of every call until the first tokens are dropped
         self._merges: list[Merge] = []
         tokens = [part.cls_token for part in model.modules() if hasattr(part, "cls_token")]
         self.class_token = not tokens or any(token is not None for token in tokens)
@@ -156,7 +162,7 @@ class Surveyor(Watcher):
             self.survey.gates[name] = gate[0] == "spatial_gate" and gate[1].shape[2:].numel() > 1
             for outer in self.stack:
                 self.looks_like_attention[outer] = True
-        with torch._C.DisableTorchFunction():  # the model does not make these computations
+        with torch._C.DisableTorchFunction():  # these computations belong to the survey, not to the model
             token_positions.follow_module(args, kwargs, out)
             value = out[0] if isinstance(out, (tuple, list)) and out else out
             if isinstance(value, Tensor) and (positions := token_positions.shadow(value)) is not None:
@@ -165,7 +171,7 @@ class Surveyor(Watcher):
                     self.survey.activations.append(Activation(name, *layout, self.time))
 
     def _layout(self, positions: Tensor) -> "tuple[Tokens, int] | None":
-        """Return the layout of an output; cached, since outputs share their shadow until elements move."""
+        """Return the layout of an output, given the positions of its elements; cached by the tensor `positions`."""
         if id(positions) not in self._layouts:
             self._layouts[id(positions)] = (positions, infer_layout(positions, self._whole, self._merges))
         return self._layouts[id(positions)][1]
@@ -187,7 +193,7 @@ class Surveyor(Watcher):
                 self._merges.append(merge)
             token_positions.follow(func, args, kwargs, out)
             return out
-        # positions cannot be followed inside the function, so `fused` and `softmax` take them from here
+        # positions cannot be followed inside multi_head_attention_forward; `fused` and `softmax` read them here
         self._inside = tuple(
             token_positions.per_token(_argument(args, kwargs, i, n)) for i, n in ((0, "query"), (1, "key"))
         )
@@ -308,18 +314,24 @@ class Surveyor(Watcher):
 
 _Key: TypeAlias = "tuple[tuple[tuple[tuple[int, ...], torch.device], ...], int]"
 
+# Number of surveys kept of a model, e.g. for several image sizes. Without a limit they would fill the memory if an
+# attribute of the model differs at each call, such as a counter.
+_MAX_CACHED = 16
+
 _surveys: "WeakKeyDictionary[nn.Module, dict[_Key, Survey]]" = WeakKeyDictionary()
 
 
 def survey(module: nn.Module, args: Args, kwargs: Kwargs) -> Survey:
     """Return the survey of a module for the shapes of these arguments, from the cache if possible.
 
-    If the model picks tokens by what an image shows, every image is surveyed each time. The survey runs in evaluation
-    mode, so tokens that are picked at random during training are not found.
+    If the model selects tokens depending on the image, every image is surveyed each time. The survey runs in evaluation
+    mode, so it does not find a random selection of tokens that the model makes only during training.
     """
     key = _key(module, args, kwargs)
     known = _surveys.setdefault(module, {})
     if key not in known:
+        if len(known) == _MAX_CACHED:
+            known.pop(next(iter(known)))
         known[key] = _run_survey(module, args, kwargs)
     if not known[key].picks:
         return known[key]
@@ -383,10 +395,47 @@ def forget(module: nn.Module) -> None:
 
 
 def _key(module: nn.Module, args: Args, kwargs: Kwargs) -> _Key:
-    """Return the cache key of a survey: the arguments' shapes without batch, their devices, and the model's modules."""
+    """Return the cache key of a survey: the arguments' shapes without batch, their devices, and the model's state."""
     shapes = tuple((tuple(value.shape[1:]), value.device) for value in token_positions._tensors((args, kwargs)))
-    structure = hash(tuple(map(id, module.modules())))
-    return shapes, structure
+    return shapes, hash(tuple(map(_state, module.modules())))
+
+
+def _state(module: nn.Module) -> object:
+    fields, hooks = own_state(module)
+    own = frozenset([(name, _hashable(value)) for name, value in fields.items()])
+    return id(module), type(module), own, *hooks  # the number of a hook is never used twice
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def own_state(module: nn.Module) -> tuple[dict[str, Any], dict[int, Func]]:
+    """Return what a module's forward pass depends on beside weights, buffers and its class.
+
+    Returns:
+        Its attributes, including replaced methods; and its forward hooks by number, except the hooks of watchers.
+    """
+    fields = vars(module)
+    own = {name: fields[name] for name in fields.keys() - _OF_EVERY_MODULE}
+    hooks = {**fields.get("_forward_pre_hooks", {}), **fields.get("_forward_hooks", {})}
+    return own, {n: hook for n, hook in hooks.items() if not isinstance(getattr(hook, "__self__", None), Watcher)}
+
+
+def _hashable(value: object, depth: int = 0) -> object:
+    """Return a hashable stand-in that changes when the value changes: None for tensors, the id for modules."""
+    kind = type(value)
+    if kind in (int, bool, float, str) or value is None:
+        return value
+    if depth == 3 or isinstance(value, (Tensor, nn.Module, type)):
+        # tensors count as equal: a module that stores its last output would otherwise be surveyed at each call
+        return None if isinstance(value, Tensor) else id(value)
+    if isinstance(value, (tuple, list)):
+        items = tuple([_hashable(item, depth + 1) for item in value])
+        return items if any(item is not None for item in items) else None
+    if isinstance(value, dict):
+        return tuple([(str(key), _hashable(item, depth + 1)) for key, item in value.items()])
+    fields = getattr(value, "__dict__", {})
+    return id(value), kind, getattr(value, "__qualname__", ""), _hashable(dict(fields), depth + 1)
 
 
 def _images(args: Args, kwargs: Kwargs) -> Tensor | None:
@@ -400,7 +449,7 @@ def _run_survey(module: nn.Module, args: Args, kwargs: Kwargs, number: int = 0) 
         return Survey()
     batch = len(images)
 
-    def of_image(value: Any) -> Any:  # whatever the user's model takes
+    def of_image(value: Any) -> Any:  # a user's model may take arguments of any type
         if isinstance(value, Tensor):
             if value.ndim == 0 or len(value) != batch:
                 return value
@@ -429,7 +478,7 @@ def _run_survey(module: nn.Module, args: Args, kwargs: Kwargs, number: int = 0) 
 
 @contextlib.contextmanager
 def _quiet(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Context for a survey: evaluation mode, no gradients, hidden from other watchers. The random state is restored."""
+    """Run a survey in evaluation mode, without gradients, hidden from other watchers; restore the random state."""
     training = [part for part in module.modules() if part.training]
     devices = [device] if device.type == "cuda" else []
     try:

@@ -24,8 +24,8 @@ class Tokens:
         grid: (h, w).
         index_WN: (W, N) int64, the cell (row · w + column) of every token; −1 for class tokens, register tokens and
             padding.
-        index_BWN: (B, W, N) int64, the cells for each image, if the model picks its tokens by what the image shows;
-            index_WN then belongs to the first image. None if all images have the same positions.
+        index_BWN: (B, W, N) int64, the cells for each image, if the model selects tokens depending on the image;
+            `index_WN` then belongs to the first image. None if all images have the same positions.
         home_BG: (B, G) int64, for models that merge tokens. If the token of cell g was merged into another token, entry
             g is the cell of that other token; otherwise it is g. None if no tokens were merged.
     """
@@ -40,8 +40,10 @@ class Tokens:
         """The number of tokens before the first token on the grid."""
         placed = (self.index_WN >= 0).any(0)
         first = int(placed.int().argmax()) if placed.any() else len(placed)
-        beyond = len(placed) - int(placed.flip(0).int().argmax())  # the last token may stand for all dropped tokens
-        return first if placed[first:beyond].all() else 0  # tokens without a position between the others are padding
+        # tokens without a position: before the grid a prefix; after the grid a token fused from dropped tokens (EViT);
+        # inside the grid padding
+        beyond = len(placed) - int(placed.flip(0).int().argmax())
+        return first if placed[first:beyond].all() else 0
 
     @property
     def windowed(self) -> bool:
@@ -84,7 +86,7 @@ class Tokens:
     def sum_to_grid(self, values_BWN: Tensor) -> Tensor:
         """Sum the values of the tokens, (B, W, N), in the cells of the grid: (B, h, w). Cells without tokens are 0.
 
-        If other tokens were merged into a token, its value is divided evenly among its own cell and theirs.
+        The value of a merged token is divided evenly among the cells of all tokens that it was merged from.
         """
         height, width = self.grid
         if self.in_order:
@@ -102,7 +104,7 @@ class Tokens:
         return total.reshape(-1, height, width)
 
     def read(self, cells_Bhw: Tensor) -> Tensor:
-        """Return the sum of each token's cells, (B, W, N): the inverse of `sum_to_grid`.
+        """Return the sum of each token's cells, (B, W, N): the reverse of `sum_to_grid`.
 
         The value of a cell is divided evenly among its tokens. A token without a position has the value 0.
         """
@@ -128,8 +130,8 @@ class Tokens:
 
         Args:
             values_BWN: one value for each token.
-            shared: how to treat a token that others were merged into. If true, its value is divided among its cells
-                (for attention); otherwise each cell gets the whole value (for features).
+            shared: how to treat a merged token. If true, its value is divided among its cells (for attention);
+                otherwise each cell gets the whole value (for features).
         """
         summed_Bhw = self.sum_to_grid(values_BWN)
         if self.in_order:
@@ -138,7 +140,7 @@ class Tokens:
         return summed_Bhw / torch.where(held_Bhw > 0, held_Bhw, 1).to(summed_Bhw.device)
 
     def _tokens(self, images: int) -> Tensor:
-        """Return the number of tokens in each cell, or, if its token was merged, in the cell of the other token."""
+        """Return the number of tokens that represent each cell; a merged token counts once in each of its cells."""
         counts_Bhw = self.counts(images)
         return (
             counts_Bhw if self.home_BG is None else counts_Bhw * self._sizes.gather(1, self.home_BG).view_as(counts_Bhw)
@@ -171,7 +173,8 @@ class Site:
         windows: indices of the axes in `lead` that run over windows.
         axis: the axis of the softmax; None if the call is fused.
         context: whether the softmax runs over one score for each position, without queries.
-        class_query: index of the class token, or of the only query, among the queries; None if there is neither.
+        class_query: index of the query whose row is shown for the whole image. 0 if the first query is a class token,
+            or if no query has a position; otherwise None.
     """
 
     name: str
@@ -203,7 +206,7 @@ class Site:
 
     @property
     def reads_the_grid(self) -> bool:
-        """Whether a class token, or the only query, attends to the whole grid."""
+        """Whether the query at `class_query` attends to the whole grid."""
         return self.class_query is not None and not self.windowed and not self.context
 
     @property
@@ -226,7 +229,7 @@ class Site:
             return values[:, None]
         batch = values.shape[0] // self.lead[0]
         if values.shape[0] % self.lead[0]:
-            raise LayoutError(f"{self.name} has {values.shape[0]} windows, which is no multiple of {self.lead[0]}")
+            raise LayoutError(f"the first axis of {self.name}, {values.shape[0]}, is not a multiple of {self.lead[0]}")
         values = values.unflatten(0, (batch, self.lead[0]))
         windows = [axis + 1 for axis in self.windows]
         heads = [axis + 1 for axis in range(len(self.lead)) if axis not in self.windows]
@@ -248,7 +251,7 @@ class Activation:
         name: dotted name of the module that returns it.
         tokens: positions of the output's elements, with W = 1.
         channel_axis: axis of the channels in the output.
-        time: number of modules that returned before, comparable with `Survey.times`.
+        time: number of modules that had returned, including the module itself; comparable with `Survey.times`.
     """
 
     name: str
@@ -297,7 +300,8 @@ def infer_tokens(positions_WN: Tensor, whole: Sequence[Axes] = (), merges: Seque
 
     Args:
         positions_WN: positions y + ix; NaN for tokens without a position.
-        whole: grids from before tokens were dropped. The result uses the largest of them that has all positions.
+        whole: grids from before tokens were dropped. The result uses the largest of these grids that contains all
+            positions.
         merges: merged tokens, in order; see `Tokens.home_BG`.
     """
     known = ~positions_WN.isnan()
@@ -323,7 +327,7 @@ def _homes(index_WN: Tensor, axes: Axes, merges: Sequence[Merge]) -> Tensor | No
         step[_cells(moved, axes).cpu()] = _cells(into, axes).cpu()
         home = step[home]
     is_there = torch.isin(cells, index_WN)
-    home = torch.where(~is_there & is_there[home], home, cells)  # ignores merges of other tokens
+    home = torch.where(~is_there & is_there[home], home, cells)  # only merges of removed tokens into remaining tokens
     return None if torch.equal(home, cells) else home[None]
 
 

@@ -10,12 +10,12 @@ position y + ix of every pixel, with y and x in [0, 1].
 - New elements (class tokens, padding) have no position, NaN.
 - Operations that pick tokens by their values (topk, argsort or a comparison, then gather or indexing) also pick from
   the shadow. The result is valid only for that image.
-- Operations that add tokens to other tokens (scatter) keep the positions of these other tokens. Which token was added
-  to which is recorded.
+- Operations that add tokens to target tokens (scatter) keep the positions of the targets, and record which token was
+  added to which target.
 
 If the weights of a softmax run over different positions, the softmax is attention. The shadows of its queries and keys
-tell where they lie. The survey (`survey.py`) runs once for each model and image size, on one image; if tokens are
-picked, it runs on each image.
+are their positions. The survey (`survey.py`) runs once for each model and image size, on one image; if tokens are
+picked, the survey runs on each image.
 
 Shapes: any. A shadow is complex64 and has the shape of its tensor. Attention logits have two shadows: the positions of
 the queries (rows) and of the keys (columns).
@@ -99,7 +99,7 @@ def depend(args: Args, kwargs: Kwargs, out: object) -> None:
 
 
 def picked(func: Func, args: Args, kwargs: Kwargs) -> tuple[Tensor, bool] | None:
-    """Return the positions that a function picks from, and whether it picks by what the image shows.
+    """Return the positions that a function picks from, and whether the choice depends on the image.
 
     Return None for functions that do not pick.
     """
@@ -113,9 +113,10 @@ def picked(func: Func, args: Args, kwargs: Kwargs) -> tuple[Tensor, bool] | None
 
 
 def merged(func: Func, args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor] | None:
-    """Return pairs as two tensors: positions of tokens that a function adds to others, and positions of these others.
+    """Return the positions of the tokens that a function adds to target tokens, and the positions of the targets.
 
-    Return None for functions that do not add tokens.
+    The two tensors have one entry for each pair of token and target. The result is None for functions that do not add
+    tokens.
     """
     name = _name(func)
     if name not in _ADDS:
@@ -155,9 +156,8 @@ def follow(func: Func, args: Args, kwargs: Kwargs, out: object) -> None:
             return
     if name in _POOLS and out.ndim == 4 and (source := shadow(sources[0])) is not None and source.ndim == 4:
         keys = columns(sources[0]) if source.shape[-2:] == out.shape[-2:] else None
-        cast(
-            out, _pool(source, out), None if keys is None else _pool(keys, out)
-        )  # a convolution over heads keeps the keys
+        # a convolution over the heads of attention logits (B, heads, Q, K) also keeps the positions of the keys
+        cast(out, _pool(source, out), None if keys is None else _pool(keys, out))
     elif name in ("mean", "sum", "amax", "amin", "max", "logsumexp", "softmax_sum"):
         _reduce(out, sources[0], args, kwargs)
     elif name in ("linear", "bilinear") and (source := shadow(sources[0])) is not None:
@@ -190,7 +190,7 @@ def attend(query: Tensor, key: Tensor, out: Tensor) -> tuple[Tensor | None, Tens
 
 
 def per_token(value: object) -> Tensor | None:
-    """Return the positions (B, N) of tokens (N, B, C), as multi-head attention takes them."""
+    """Return the positions (B, N) of tokens (N, B, C), the shape of the inputs of multi-head attention."""
     positions = shadow(value)
     return None if positions is None or positions.ndim != 3 else _along(positions, -1).squeeze(-1).transpose(0, 1)
 
@@ -253,7 +253,7 @@ def _replay(func: Func, name: str, args: Args, kwargs: Kwargs, out: object, read
 
 
 def _inherit(out: Tensor, sources: list[Tensor]) -> None:
-    """Attach the shadow of the first input that has the output's shape, or else that broadcasts to it.
+    """Copy a shadow from the first input with the output's shape, or else from the first input that broadcasts to it.
 
     This is the rule for elementwise operations, norms and activations.
     """
@@ -298,7 +298,7 @@ def _multiply(name: str, args: Args, out: Tensor) -> None:
         and key_positions.isnan().all()
         and not (row_positions is None or row_positions.isnan().all())
     ):
-        key_positions = None  # the result holds features, one row for each position
+        key_positions = None  # only rows have positions, so the result holds features instead of attention logits
     cast(out, row_positions, key_positions)
 
 
@@ -375,7 +375,7 @@ def _nanmean(positions: Tensor, dim: int) -> Tensor:
 
 
 def _along(positions: Tensor, dim: int) -> Tensor:
-    """Reduce `dim` to size 1: the position if all are equal along `dim`, else NaN, since a sum then mixes positions."""
+    """Reduce `dim` to size 1. Equal positions stay; different positions give NaN, since a sum over `dim` mixes them."""
     if positions.stride(dim) == 0 or positions.shape[dim] == 1:
         return positions.narrow(dim, 0, 1)
     parts = torch.view_as_real(positions)

@@ -9,7 +9,7 @@ from visionattn.errors import UsageError, nearest
 
 SHELLS = ("bash", "zsh", "fish")
 
-_USAGE = """Print the script by which a shell completes verbs, options and values:
+_USAGE = """Print the script with which a shell completes verbs, options and values:
 
   bash   visionattn completion bash > ~/.local/share/bash-completion/completions/visionattn
   zsh    visionattn completion zsh > ~/.zfunc/_visionattn     (before compinit in ~/.zshrc: fpath+=(~/.zfunc))
@@ -36,7 +36,7 @@ def run(arguments: list[str], verbs: Mapping[str, tuple[str, str]]) -> int:
     shell = parser(arguments[0]).parse_args(arguments[1:]).shell
     if shell not in SHELLS:
         raise UsageError(
-            f"there is no completion for {shell!r}; there is for {', '.join(SHELLS)}.{nearest(shell, SHELLS)}"
+            f"there is no completion script for {shell!r}; choose one of {', '.join(SHELLS)}.{nearest(shell, SHELLS)}"
         )
 
     import shtab
@@ -60,7 +60,7 @@ def _root(verbs: Mapping[str, tuple[str, str]]) -> argparse.ArgumentParser:
 
 
 def _add_values(parser: argparse.ArgumentParser) -> None:
-    """Tell shtab the possible values of each option: its choices, or files if it has no choices."""
+    """Declare the values of each option for shtab: the option's choices, or file names if there are no choices."""
     import shtab
 
     for action in parser._actions:
@@ -71,9 +71,6 @@ def _add_values(parser: argparse.ArgumentParser) -> None:
             # jsonargparse lists the values of a bool, an Enum or a Literal in the metavar only
             action.choices, action.metavar = action.metavar.strip("{}").split(","), None
         elif action.nargs != 0 and not action.choices:
-            # bash completes files by itself; with shtab's function it would list files instead of the options that can
-            # follow `--images a.jpg`
-            vars(action)["complete"] = {
-                **shtab.FILE,
-                "bash": "",
-            }  # shtab reads this attribute; argparse has no such field
+            # bash completes file names by itself. With shtab.FILE, bash would offer file names instead of options
+            # after `--images a.jpg`. `vars` is used because argparse declares no attribute `complete`.
+            vars(action)["complete"] = {**shtab.FILE, "bash": ""}

@@ -1,4 +1,4 @@
-"""The verb `explore`: write an HTML page to explore what a model attends to."""
+"""The verb `explore`: write an HTML page to explore a model's attention and heatmaps."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
     """Build the parser of `visionattn explore`."""
     parser = Parser(
         prog=f"visionattn {verb}",
-        description="Write one page to explore where a model looks: a single HTML file that needs no network.",
+        description="Write a page to explore a model's attention and heatmaps: one HTML file that needs no network.",
     )
     parser.add_argument(
         "--images", nargs="+", required=True, metavar="PATH", help="images, or folders of images (required)"
@@ -36,7 +36,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
         type=int,
         default=20,
         metavar="INT",
-        help="largest number of images on the page, taken evenly (default: %(default)s)",
+        help="largest number of images on the page, chosen at equal intervals (default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
@@ -50,7 +50,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
         type=int,
         default=32,
         metavar="INT",
-        help="changed images per forward pass (default: %(default)s)",
+        help="perturbed images per forward pass (default: %(default)s)",
     )
     parser.add_argument(
         "--max-mb",
@@ -69,7 +69,7 @@ def run(arguments: list[str]) -> int:
         arguments: the command line after `visionattn`; its first word is the verb.
 
     Raises:
-        UsageError: a flag is wrong, a method does not fit the model, or `--out` exists and is not such a page.
+        UsageError: a flag is wrong, a method does not fit the model, or `--out` is an existing file of another kind.
         DataError: there are no images, the checkpoint cannot be used, or the page cannot be written.
     """
     options = parser(arguments[0]).parse_args(arguments[1:])
@@ -115,7 +115,7 @@ def write_page(
         explainer: the model, its preprocessing and its class names.
         methods: name on the page → method; None for every method that fits the model, except the slow scorecam.
         images: paths of the images.
-        count: largest number of images on the page; they are chosen at equal distances in the list.
+        count: largest number of images on the page, chosen at equal intervals.
         steps, batch_size, limit: see `explorer.explore`; the limit is in bytes.
 
     Returns:

@@ -9,9 +9,9 @@ from visionattn.errors import UsageError
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch_export": ".pt2"}
 
 _FORMATS = """formats:
-  safetensors    .safetensors  weights of a checkpoint, in a format that cannot hold code; every verb takes it as --ckpt
-  onnx           .onnx         a graph: images → scores and heatmap, for any runtime of ONNX
-  torch_export   .pt2          the same graph for torch.export.load"""
+  safetensors    .safetensors  weights of a checkpoint, in a format without code; every verb accepts the file as --ckpt
+  onnx           .onnx         a graph: images → scores and heatmap, for any ONNX runtime
+  torch_export   .pt2          the same graph, for torch.export.load"""
 
 
 def parser(verb: str) -> argparse.ArgumentParser:
@@ -27,12 +27,12 @@ def parser(verb: str) -> argparse.ArgumentParser:
         "--out", required=True, metavar="FILE", help="file to write: .safetensors, .onnx or .pt2 (required)"
     )
     parser.add_argument(
-        "--format", choices=tuple(_SUFFIXES), help="format, see below (default: the one of the suffix of --out)"
+        "--format", choices=tuple(_SUFFIXES), help="file format, see below (default: given by the suffix of --out)"
     )
     parser.add_argument(
         "--method",
         metavar="NAME",
-        help="method of the heatmap in a graph: raw, rollout, gate or gradcam (default: the first that fits the model)",
+        help="heatmap method of a graph: raw, rollout, gate or gradcam (default: one that fits the model)",
     )
     return parser
 
@@ -51,18 +51,20 @@ def run(arguments: list[str]) -> int:
     suffix = os.path.splitext(options.out)[1]
     expected = _SUFFIXES.get(options.format, suffix)
     if expected != suffix or suffix not in _SUFFIXES.values():
-        suffixes = expected if options.format else "one of " + ", ".join(_SUFFIXES.values())
-        raise UsageError(f"--out must end in {suffixes}, the suffix of its format; got {options.out}")
+        known = ", ".join(_SUFFIXES.values())
+        suffixes = f"{expected} with --format {options.format}" if options.format else f"one of {known}"
+        raise UsageError(f"--out must end in {suffixes}, got {options.out}")
     if suffix == ".safetensors":
         if options.method or not options.ckpt:
-            raise UsageError("a .safetensors file holds the weights of a --ckpt and no method; leave --method out")
+            raise UsageError("a .safetensors file holds only weights of a checkpoint; pass --ckpt, and no --method")
         from visionattn.training import export
 
         export(options.ckpt, options.out)
         print(f"wrote {options.out}")
         return 0
-    from visionattn.commands.graph import export_graph
+    from visionattn.commands.graph import check_suffix, export_graph
 
+    check_suffix(options.out)  # before the model is loaded
     model, preprocess, class_names = load(options)
     exported = export_graph(
         model.cpu(), options.out, method=options.method, preprocess=preprocess, class_names=class_names
@@ -72,5 +74,5 @@ def run(arguments: list[str]) -> int:
     if exported.difference is None:
         print("not compared with the model, because onnxruntime is not installed")
     else:
-        print(f"differs from the model by at most {exported.difference:.1g} on noise")
+        print(f"differs from the model by at most {exported.difference:.1g} on random input")
     return 0

@@ -5,6 +5,7 @@ Shapes: B images, C channels, H × W pixels of the model's input, K outputs, h �
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import logging
@@ -27,9 +28,9 @@ from visionattn.maps import GRAPHS, METHODS, Graph, default_method
 from visionattn.overlays import describe_model, is_detector
 
 ENTRY = "visionattn"
-"""Key of the JSON in an exported file: the method, the preprocessing and the class names."""
+"""Key under which an exported file holds a JSON description: the method, the preprocessing and the class names."""
 
-_TOLERANCE = 1e-4  # largest difference between the file's outputs and the model's
+_TOLERANCE = 1e-4  # largest difference allowed between the file's outputs and the model's
 _BATCHES = 1, 3  # batch sizes of the check; the graph is traced with 2
 
 _Runner: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
@@ -43,13 +44,27 @@ class Exported:
     Attributes:
         method: name of the heatmap's method.
         input_size: (C, H, W) of one image; the batch size is free.
-        difference: largest difference between the file's outputs and the model's, on noise; relative to the largest
-            output if that is above 1. None if onnxruntime is not installed.
+        difference: largest difference between the file's outputs and the model's, on random images, divided by the
+            model's largest output if that is above 1. None if onnxruntime is not installed.
     """
 
     method: str
     input_size: tuple[int, int, int]
     difference: float | None
+
+
+def check_suffix(out: str | os.PathLike[str]) -> None:
+    """Check that a graph can be written to a path, without reading a model.
+
+    Raises:
+        UsageError: the suffix is neither .onnx nor .pt2, or a package that writes ONNX is missing.
+    """
+    suffix = Path(out).suffix
+    if suffix not in _WRITERS:
+        raise UsageError(f"a graph must be written as {' or '.join(_WRITERS)}, got {os.fspath(out)}")
+    for package in ("onnx", "onnxscript") if suffix == ".onnx" else ():
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"writing ONNX needs the package {package}; install visionattn[onnx], or write a .pt2")
 
 
 def export_graph(
@@ -64,18 +79,18 @@ def export_graph(
 
         export_graph(model, "vit.onnx", method="rollout")
 
-    The graph takes any number of prepared images; each heatmap is in [0, 1] and spans its image. The file also holds
-    the method, the preprocessing and the class names as JSON: under `visionattn` in the metadata of ONNX, or in the
-    extra file `visionattn` of a .pt2.
+    The graph takes any number of preprocessed images; each heatmap is in [0, 1] and spans its image. The file also
+    holds the method, the preprocessing and the class names as JSON. In ONNX the JSON is the metadata entry
+    `visionattn`, in a .pt2 the extra file `visionattn`.
 
     Args:
         model: any vision model, or a task that `visionattn.load` returned; it is left unchanged.
         out: path of the file: .onnx, or .pt2 for `torch.export.load`.
-        method: raw, rollout, gate or gradcam. Default: the choice of `maps.default_method` if it is one of these, else
-            the first of these that fits. A graph has no gradients, so gradcam fits only a model whose linear head
-            follows a mean over positions: its gradients are the head's weights.
-        preprocess: how images are prepared. Default: the model's own, which timm, torchvision and tasks provide.
-        class_names: names of the outputs. Default: the model's own, which timm and tasks provide.
+        method: raw, rollout, gate or gradcam. Default: the method that `maps.default_method` chooses, if it is one of
+            these four; else the first of the four that fits. A graph computes no gradients. So gradcam fits only models
+            whose linear head follows a mean over positions, where the gradients are the head's weights.
+        preprocess: the preprocessing of images. Default: that of the timm or torchvision model, or of the task.
+        class_names: names of the outputs. Default: those of the timm model or the task.
 
     Returns:
         The method, the image size and the largest difference between the file and the model.
@@ -85,14 +100,13 @@ def export_graph(
             detector, or the method does not fit the model.
         DataError: the model cannot be traced, the file's values differ from the model's, or the file cannot be written.
     """
+    check_suffix(out)
     suffix = Path(out).suffix
-    if suffix not in _WRITERS:
-        raise UsageError(f"a graph must be written as {' or '.join(_WRITERS)}, got {os.fspath(out)}")
     network, own, own_names = describe_model(model)
     if is_detector(network):
         raise UsageError(
-            f"a graph holds scores and heatmaps of whole images, and this {type(network).__name__} finds boxes; its "
-            "weights can be exported, as .safetensors"
+            f"a graph computes scores and heatmaps of whole images, but this {type(network).__name__} finds boxes; "
+            "export its weights as .safetensors"
         )
     preprocess = preprocess or own
     size = image_shape(network) if preprocess is None else (preprocess.channels, *preprocess.input_size)
@@ -107,19 +121,17 @@ def export_graph(
         }
         with _quiet():
             try:
-                batch = torch.export.Dim("batch", max=1 << 24)  # without a bound torch 2.6 compares it with 2⁶³ − 1
+                batch = torch.export.Dim("batch", max=1 << 24)  # without `max`, torch 2.6 compares it with 2⁶³ − 1
                 program = torch.export.export(graph, (noise[:2],), dynamic_shapes=({0: batch},), strict=False)
                 content = _WRITERS[suffix](program, json.dumps(description))
-            except UsageError:
-                raise
             except Exception as error:  # torch.export and ONNX raise many types of errors for unsupported models
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise DataError(f"this {type(bare).__name__} with {graph.method} cannot be traced: {reason}") from error
             difference = _difference(graph, noise, content, suffix)
     if difference is not None and not difference <= _TOLERANCE:
         raise DataError(
-            f"{os.fspath(out)} is not written, because it gives other values than the model: the largest difference is "
-            f"{difference:.2g} and the limit {_TOLERANCE:g}"
+            f"{os.fspath(out)} is not written, because its outputs differ from the model's by up to {difference:.2g}; "
+            f"the limit is {_TOLERANCE:g}"
         )
     write_file(out, content)
     return Exported(graph.method, size, difference)
@@ -129,12 +141,12 @@ def _graph(model: nn.Module, method: str | None, image_1CHW: Tensor) -> Graph:
     """Build the graph of a method, or of the first method that fits.
 
     Raises:
-        UsageError: the method does not fit, or none does; the message names the methods that do.
+        UsageError: the method does not fit the model, or no method fits. The message names the methods that fit.
     """
     if method is not None and method not in METHODS:
         raise UsageError(f"there is no method {method!r}.{nearest(method, METHODS)} All: {', '.join(METHODS)}.")
     first = method or default_method(model, image_1CHW).name
-    reasons = {first: f"{first} needs gradients, or branches on values, and a graph can do neither"}
+    reasons = {first: f"{first} needs gradients or branches on values, and a graph supports neither"}
     fitting: list[str] = []
     for name in dict.fromkeys([first, *GRAPHS]):
         if name in GRAPHS:
@@ -147,7 +159,9 @@ def _graph(model: nn.Module, method: str | None, image_1CHW: Tensor) -> Graph:
                 return graph
             fitting.append(name)
     others = (
-        f"methods that can be exported with it: {', '.join(fitting)}" if fitting else "no other method can be exported"
+        f"methods that fit this model in a graph: {', '.join(fitting)}"
+        if fitting
+        else "no other method can be exported"
     )
     raise UsageError(f"{reasons[first]}; {others}")
 
@@ -173,13 +187,6 @@ def _program(program: torch.export.ExportedProgram, description: str) -> bytes:
 
 
 def _onnx(program: torch.export.ExportedProgram, description: str) -> bytes:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"writing ONNX needs the package {error.name}; install visionattn[onnx], or write a .pt2"
-        ) from error
     exported = torch.onnx.export(
         program, (), dynamo=True, verbose=False, input_names=["images"], output_names=["scores", "heatmap"]
     )
@@ -211,10 +218,7 @@ _RUNNERS = {".onnx": _run_onnx, ".pt2": _run_program}
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporters' messages: deprecation warnings from their own code, and notes on rewritten operators.
-
-    `_difference` still finds wrong values.
-    """
+    """Silence the exporters' deprecation warnings and notes on operators. (`_difference` finds wrong values.)"""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

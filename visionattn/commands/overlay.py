@@ -1,4 +1,4 @@
-"""The verb `overlay`: write overlays of where a model looked."""
+"""The verb `overlay`: draw heatmaps of a model over images."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
     kinds = "\n".join(f"  {name:<{width}}{kind.help}" for name, kind in OUTPUTS.items())
     parser = Parser(
         prog=f"visionattn {verb}",
-        description="Write overlays of where a model looked in images.",
+        description="Draw heatmaps of a model over images.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"kinds to save:\n{kinds}",
     )
@@ -104,16 +104,10 @@ def parser(verb: str) -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="INT",
-        help="processes that share the work, each on its own GPU or share of the cores (default: %(default)s)",
+        help="processes that share the work, each on its own GPU or its part of the cores (default: %(default)s)",
     )
     parser.add_argument(
         "--strategy", choices=("ddp",), default="ddp", help="how processes share the work (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the parts of the model that the method does not watch; the first batch takes minutes "
-        "(default: off)",
     )
     parser.add_argument(
         "--precision",
@@ -148,7 +142,6 @@ def run(arguments: list[str]) -> int:
     page = os.path.join(options.out, "index.html") if options.page else ""
     if page:
         refuse_foreign_file(page)
-    target = options.target
     with _processes(options.devices, arguments) as processes:
         explainers = _explainers(options)
         summary = export(
@@ -157,12 +150,11 @@ def run(arguments: list[str]) -> int:
             explainers,
             save=options.save,
             compare=options.compare is not None,
-            target=int(target) if target is not None and target.isdecimal() else target,
+            target=options.target,
             batch_size=options.batch_size,
             style=_style(options),
             fps=options.fps,
             bf16=options.precision == "bf16",
-            compile=options.compile,
             max_pixels=options.max_pixels or MAX_PIXELS,
             processes=processes,
         )
@@ -196,7 +188,7 @@ def _style(options: argparse.Namespace) -> "Style":
 
 def _processes(devices: int, arguments: list[str]) -> "contextlib.AbstractContextManager[Processes | None]":
     """Start or join the processes that share the work. The context yields None if this process works alone."""
-    if devices == 1 and "WORLD_SIZE" not in os.environ:
+    if devices == 1 and not {"WORLD_SIZE", "SLURM_PROCID"} & os.environ.keys():  # variables of torchrun and srun
         return contextlib.nullcontext()
     from visionattn.overlays import gather
 
@@ -214,9 +206,9 @@ def _explainers(options: argparse.Namespace) -> "list[Explainer]":
 
     if options.compare:
         if len(options.method or ()) > 1 or len(options.layer or ()) > 1:
-            raise UsageError("--compare shows two models by one method and one layer; name one of each")
+            raise UsageError("--compare takes one method and one layer; name at most one of each")
         names = _distinct_names(options.compare)
-        models = [load(argparse.Namespace(ckpt=path, model=None, weights=options.weights)) for path in options.compare]
+        models = [load(argparse.Namespace(**{**vars(options), "ckpt": path})) for path in options.compare]
     else:
         names, models = [""], [load(options)]
     methods = [method_and_layer(method) for method in options.method or [None]]

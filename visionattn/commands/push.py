@@ -10,7 +10,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=f"visionattn {verb}",
         description="Upload a model to the Hugging Face hub: weights as safetensors, a description as JSON, and a card "
-        "with results and an overlay. Every verb then takes it as --ckpt hf://OWNER/NAME.",
+        "with results and an overlay. Every verb then accepts --ckpt hf://OWNER/NAME.",
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint written by visionattn fit (required)")
     parser.add_argument(
@@ -19,7 +19,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--picture",
         metavar="FILE",
-        help="image whose overlay the card shows (default: the run's overlays/test.png, as it is)",
+        help="image to draw an overlay of, for the card (default: the card shows the run's overlays/test.png)",
     )
     parser.add_argument(
         "--public", action="store_true", help="make a newly created repository public (default: private)"

@@ -1,4 +1,4 @@
-"""The verb `score`: measure whether to believe a method's heatmaps."""
+"""The verb `score`: measure whether a method's heatmaps can be trusted."""
 
 import argparse
 
@@ -18,8 +18,8 @@ def parser(verb: str) -> argparse.ArgumentParser:
     """Build the parser of `visionattn score`."""
     parser = Parser(
         prog=f"visionattn {verb}",
-        description="Measure whether to believe a method's heatmaps: score them and controls that do not look at the "
-        "model.",
+        description="Measure whether a method's heatmaps can be trusted: score them, and compare them with controls "
+        "that do not depend on the model.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_FIGURES,
     )
@@ -42,7 +42,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
         type=int,
         default=200,
         metavar="INT",
-        help="largest number of images to score, taken evenly (default: %(default)s)",
+        help="largest number of images to score, chosen at equal intervals (default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
@@ -64,7 +64,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help="file for the figures: .csv, or .json, which also has those of every image (default: none is written)",
+        help="file for the figures: .csv, or .json, which adds the figures of every image (default: no file)",
     )
     return parser
 
@@ -88,16 +88,22 @@ def run(arguments: list[str]) -> int:
     from visionattn.maps import make_method
     from visionattn.overlays import is_detector
 
-    model, preprocess, _ = load(options)
+    model, preprocess, class_names = load(options)
     if is_detector(model):
         raise UsageError(
-            "score measures heatmaps of whole images; for the boxes of a detector use visionattn.evaluation.box_scores"
+            "this model is a detector, and score needs heatmaps of whole images; use visionattn.evaluation.box_scores"
         )
     methods = None
     if options.method:
         methods = {name: make_method(*method_and_layer(name), model) for name in options.method}
     if len(options.data) == 1 and options.data[0].endswith((".yaml", ".yml")):
-        images = images_of_config(options.data[0], preprocess, count=options.images, batch_size=options.batch_size)
+        images = images_of_config(
+            options.data[0],
+            preprocess,
+            class_names if options.ckpt else (),  # timm's own names of ImageNet's classes are not those of the data
+            count=options.images,
+            batch_size=options.batch_size,
+        )
     else:
         images = images_of_files(options.data, preprocess, count=options.images, batch_size=options.batch_size)
     scores = scorecard(

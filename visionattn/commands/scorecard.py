@@ -1,4 +1,4 @@
-"""Input and output of `visionattn score`: images of folders or of a config's data, progress bar, table and file."""
+"""Input and output of `visionattn score`: images from folders or a config's data, progress bar, table and file."""
 
 import contextlib
 import csv
@@ -6,9 +6,12 @@ import io
 import json
 import math
 import os
+import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -20,8 +23,8 @@ from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from visionattn._malloc import keep_freed_memory
-from visionattn.data import Batch, Failure, Preprocess, Sample, collate, find, prepare, read_image
+from visionattn.capture import keep_freed_memory
+from visionattn.data import Batch, Failure, Preprocess, Sample, collate, find, match_classes, prepare, read_image
 from visionattn.errors import DataError, MapWarning, UsageError
 from visionattn.evaluation import METRICS, MIN_IMAGES, Scores, score
 from visionattn.files import printable, write_file
@@ -29,7 +32,8 @@ from visionattn.maps import Method
 
 _WON, _LOST = "✓", "✗"
 _TITLES = {"iou": "IoU"}
-_MAX_FAILURES = 3  # printed one by one; the others are counted
+_LINE = 60.0  # seconds between two lines of progress where the output is no terminal
+_MAX_FAILURES = 3  # failures that are printed; the others are only counted
 
 
 class _Loaded(NamedTuple):
@@ -41,24 +45,29 @@ class _Loaded(NamedTuple):
 
 @dataclass
 class Images:
-    """Batches of images to score; iterate once.
+    """Batches of images to score. Iterate over them only once.
 
     Attributes:
-        loader: yields batches for `evaluation.score`, or (batch or None, failures).
+        loader: yields batches for `evaluation.score`, or pairs (batch, failures); a batch without images is None.
         count: number of images, including unreadable ones.
         failures: error messages of the images that could not be read; filled while iterating.
+        label_numbers: for each class of the data, the number of the model's class; None if they are the same.
     """
 
     loader: Iterable[Batch | tuple[Batch | None, list[Failure]]]
     count: int
     failures: list[str] = field(default_factory=list)
+    label_numbers: list[int] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         for loaded in self.loader:
             batch, failures = loaded if isinstance(loaded, tuple) else (loaded, [])
             self.failures += map(str, failures)
-            if batch is not None:
-                yield batch
+            if batch is None:
+                continue
+            if self.label_numbers is not None and "label" in batch:
+                batch["label"] = torch.tensor(self.label_numbers)[batch["label"]]
+            yield batch
 
 
 def images_of_files(paths: Sequence[str], preprocess: Preprocess, *, count: int, batch_size: int) -> Images:
@@ -73,7 +82,7 @@ def images_of_files(paths: Sequence[str], preprocess: Preprocess, *, count: int,
     Raises:
         UsageError, DataError: as for `data.find`.
     """
-    found = find(paths, out=os.devnull)  # find skips the folder `out`; nothing is written here, so it skips none
+    found = find(paths, out=os.devnull)  # `find` skips the folder `out`; os.devnull makes it skip no folder
     if not found.images:
         place, reason = found.unlisted[0]
         raise DataError(f"{printable(place)} {reason}")
@@ -81,19 +90,22 @@ def images_of_files(paths: Sequence[str], preprocess: Preprocess, *, count: int,
     return Images(DataLoader(chosen, batch_size, collate_fn=_collate_readable), len(chosen))
 
 
-def images_of_config(config: str, preprocess: Preprocess, *, count: int, batch_size: int) -> Images:
+def images_of_config(
+    config: str, preprocess: Preprocess, class_names: Sequence[str] = (), *, count: int, batch_size: int
+) -> Images:
     """Load the test images of a config's data, in batches; the validation images if there is no test split.
 
     Args:
         config: path of the YAML file.
         preprocess: the model's preprocessing.
+        class_names: of the model; labels of data with these classes in another order are changed to the model's order.
         count: largest number of images; see `evenly`.
         batch_size: images per batch.
 
     Raises:
-        UsageError: as for `training.data_of`; or the samples are not dicts with an image, or the data's preprocessing
+        UsageError: as for `training.data_of`, or the samples are not dicts with an image, or the data's preprocessing
             differs from the model's.
-        DataError: as for `training.data_of`, or the split has no images.
+        DataError: as for `training.data_of`, or the split has no images, or the data has other classes than the model.
     """
     from visionattn.training import data_of
 
@@ -102,10 +114,13 @@ def images_of_config(config: str, preprocess: Preprocess, *, count: int, batch_s
     if own != preprocess:
         raise UsageError(
             f"{config} prepares its images differently from this model ({own}, not {preprocess}); "
-            "score the images themselves with --data FOLDER, or take the config.yaml of the model's own run"
+            "score the images with --data FOLDER, or pass the config.yaml of the run that trained the model"
         )
+    label_numbers = match_classes(class_names, getattr(data, "class_names", ()))
+    if label_numbers is not None:
+        print("the data has the model's classes in another order; they are matched by name", file=sys.stderr)
     data.prepare_data()
-    data.setup("predict")  # the data modules of visionattn then load the test split, else the validation split
+    data.setup("predict")  # loads the test split, or the validation split if there is no test split
     loader = data.predict_dataloader()
     dataset = loader.dataset
     if not len(dataset):
@@ -117,13 +132,15 @@ def images_of_config(config: str, preprocess: Preprocess, *, count: int, batch_s
         )
     chosen = Subset(dataset, evenly(len(dataset), count))
     return Images(
-        DataLoader(chosen, batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn), len(chosen)
+        DataLoader(chosen, batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn),
+        len(chosen),
+        label_numbers=label_numbers,
     )
 
 
 @contextlib.contextmanager
 def _collecting_warnings(doubts: list[str]) -> Iterator[None]:
-    """Append the messages of MapWarnings to `doubts`, without those on constant heatmaps: the scores show them."""
+    """Append the messages of MapWarnings to `doubts`, except for constant heatmaps, which the scores show."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MapWarning)
         yield
@@ -174,8 +191,14 @@ def scorecard(
         raise UsageError(f"there is no folder {printable(os.path.dirname(out))} to write {printable(out)} into")
     doubts: list[str] = []
     columns = TextColumn("  scoring"), BarColumn(20), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn()
+    lines = _Lines(console, images.count)
+
+    def advance(done: float) -> None:
+        progress.advance(task, done)
+        lines.advance(done)
+
     try:
-        with Progress(*columns, console=console) as progress, _collecting_warnings(doubts):
+        with Progress(*columns, console=console, speed_estimate_period=600) as progress, _collecting_warnings(doubts):
             task = progress.add_task("", total=images.count)
             scores = score(
                 model,
@@ -184,9 +207,11 @@ def scorecard(
                 steps=steps,
                 batch_size=batch_size,
                 seed=seed,
-                advance=lambda done: progress.advance(task, done),
+                advance=advance,
+                expect=lambda seconds: _print_estimate(console, seconds, images.count),
             )
-            progress.update(task, completed=scores.images, total=scores.images)  # a sum of fractions is not exact
+            # the progress was reported in fractions, whose sum is not exactly the number of images
+            progress.update(task, completed=scores.images, total=scores.images)
     except torch.OutOfMemoryError as error:
         raise UsageError(
             f"a batch of {batch_size} images does not fit into the device's memory; use a smaller batch size"
@@ -207,8 +232,47 @@ def scorecard(
     return scores
 
 
+class _Lines:
+    """Prints the progress and the remaining time once a minute if the output is no terminal."""
+
+    def __init__(self, console: Console, count: int) -> None:
+        self._console, self._count, self._done = console, count, 0.0
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, done: float) -> None:
+        self._done += done
+        now = time.monotonic()
+        if self._console.is_terminal or now - self._printed < _LINE:
+            return
+        self._printed = now
+        left = (now - self._started) * (self._count - self._done) / max(self._done, 1e-9)
+        line = f"  scoring {self._done:.1f}/{self._count} images, {_duration(left)} left"
+        self._console.print(Text(line), soft_wrap=True)
+
+
+def _print_estimate(console: Console, seconds: Mapping[str, float], count: int) -> None:
+    """Print how long the scores will take, if that is more than a minute.
+
+    Args:
+        console: where to print.
+        seconds: method, or `"controls"` → expected seconds for one image.
+        count: number of images.
+    """
+    total, slowest = count * sum(seconds.values()), max(seconds, key=lambda name: seconds[name])
+    if total < _LINE:
+        return
+    line = (
+        f"  about {_duration(total)} for {count} images, of which {slowest} takes {_duration(count * seconds[slowest])}"
+    )
+    console.print(Text(f"{line}; fewer --images take less time"), soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
 def table(scores: Scores) -> Table:
-    """Return a table, a row per method and control, a column per figure; 80 characters wide unless names are long."""
+    """Return a table, a row per method and control, a column per metric; 80 characters wide unless names are long."""
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("", overflow="fold")
     for metric in scores.metrics:
@@ -297,7 +361,7 @@ def _collate_readable(samples: Sequence[Sample | Failure]) -> _Loaded:
 
 
 def _legend(scores: Scores) -> list[str]:
-    accuracy = "" if scores.accuracy is None else f"; the model is right on {scores.accuracy:.3f}"
+    accuracy = "" if scores.accuracy is None else f"; the model's accuracy is {scores.accuracy:.3f}"
     if not scores.decided:
         return [
             f"  A confidence interval needs at least {MIN_IMAGES} images; got {scores.images}, so no method counts as "
@@ -305,7 +369,7 @@ def _legend(scores: Scores) -> list[str]:
         ]
     return [
         f"  ± half of the 95 % interval over {scores.images} images{accuracy}",
-        f"  {_LOST} does not beat centre, and random and edges on the method's grid; {_WON} beats all",
+        f"  {_WON} beats every control (centre; random and edges on its own grid); {_LOST} does not",
     ]
 
 

@@ -1,6 +1,8 @@
 """The verbs `fit`, `validate`, `test` and `predict`: Lightning's command line."""
 
 import argparse
+import os
+import sys
 
 
 def parser(verb: str) -> argparse.ArgumentParser:
@@ -21,5 +23,7 @@ def run(arguments: list[str]) -> int:
     """
     from visionattn.training import run_verb
 
+    if (folder := os.getcwd()) not in sys.path:  # a config may name classes of modules in the current folder
+        sys.path.append(folder)
     run_verb(arguments[0], arguments[1:])
     return 0

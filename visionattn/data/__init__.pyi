@@ -1,5 +1,9 @@
+from .annotations.boxes import BoxFormat as BoxFormat
 from .annotations.boxes import visible as visible
+from .annotations.checks import Report as Report
 from .annotations.checks import check as check
+from .classes import class_index as class_index
+from .classes import match_classes as match_classes
 from .datamodules import ClassificationData as ClassificationData
 from .datamodules import ImageFolderData as ImageFolderData
 from .datamodules import TorchvisionData as TorchvisionData
@@ -12,6 +16,8 @@ from .decode import write_animation as write_animation
 from .decode import write_image as write_image
 from .detection import AnnotatedData as AnnotatedData
 from .detection import DetectionData as DetectionData
+from .folder_check import check_folder as check_folder
+from .folder_check import has_classes as has_classes
 from .image_files import VIDEOS as VIDEOS
 from .image_files import AnyPath as AnyPath
 from .image_files import FoundImages as FoundImages
@@ -20,6 +26,7 @@ from .image_files import is_video as is_video
 from .image_folder import ImageFolder as ImageFolder
 from .image_list import ImageRequest as ImageRequest
 from .loading.batches import ImageData as ImageData
+from .loading.batches import Split as Split
 from .loading.order import mix as mix
 from .loading.workers import Failure as Failure
 from .placement import Placement as Placement

@@ -1,5 +1,6 @@
 """Data modules for image classification: folders of images and torchvision's data sets."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
-from visionattn.data.image_folder import ImageFolder, find_classes
+from visionattn.data.annotations.parsing import split_folders
+from visionattn.data.classes import warn_of_similar
+from visionattn.data.image_folder import ImageFolder, find_classes, sub_folders
+from visionattn.data.listing import Listing, item_of, name_below
 from visionattn.data.loading.batches import ImageData, Split
 from visionattn.data.loading.workers import WORKER_TIMEOUT, Unreadable
 from visionattn.data.placement import Preprocess
 from visionattn.data.samples import Sample, Transform, prepare
+from visionattn.data.splits import draw_splits
 from visionattn.errors import DataError, UsageError
 
 
@@ -21,8 +26,8 @@ class ClassificationData(ImageData):
     """Images with one label each, in a train, a val and perhaps a test split.
 
     A batch is a dict (`Batch`): `image` (B, C, H, W) float32, normalised; `label` (B,) int64; `path` and `placement`,
-    lists. Where the position of the object is known, it also has `box` (B, 4), xyxy in pixels of the input, and `mask`
-    (B, H, W) bool.
+    lists. If the data has the position of the object, the batch also has `box` (B, 4), xyxy in pixels of the input,
+    and `mask` (B, H, W) bool.
 
     Args:
         preprocess, batch_size, num_workers, seed, unreadable, worker_timeout: see `ImageData`.
@@ -30,26 +35,28 @@ class ClassificationData(ImageData):
 
     @property
     def class_counts(self) -> NDArray[np.int64] | None:
-        """Number of training images of each class, or None where counting would mean reading every image."""
+        """Number of training images of each class, or None if counting them would need reading every image."""
         return None
 
 
 class ImageFolderData(ClassificationData):
     """Images in folders, with a sub-folder for each class.
 
-    `root` holds either train/ and optionally val/ (also valid/ or validation/) and test/, each with a folder for each
-    class, or the class folders themselves. Without a val/, validation images are drawn at random from the training
-    images: the same fraction of every class, determined by `seed`.
+    `root` holds either train/ (or training/) and optionally val/ (valid/, validation/) and test/ (testing/), in upper
+    or lower case and each with a folder for each class, or the class folders themselves. If there is no val/, about the
+    same fraction of every class is drawn from the training images for validation. `seed` and a hash of the file's name
+    in its class folder determine the choice, so an image keeps its split when other images are added or removed (see
+    `splits.draw_splits`).
 
     Args:
         root: the folder.
         preprocess: converts an image to the model's input (default: scale the shorter side to 224 and take the central
             224 × 224 pixels, with ImageNet's mean and standard deviation).
         augment: random change of training images, e.g. `visionattn.data.transforms.Augmentation` (default: no change).
-        val_fraction: without a val/: fraction of each class for validation, in (0, 1).
-        test_fraction: where `root` holds the class folders themselves: fraction of each class for testing; 0 gives no
-            test split.
-        batch_size, num_workers, unreadable, worker_timeout: see `ImageData`.
+        val_fraction: approximate fraction of each class for validation, in (0, 1); used if there is no val/.
+        test_fraction: approximate fraction of each class for testing; used if `root` holds the class folders
+            themselves. 0 gives no test split.
+        batch_size, num_workers, unreadable, worker_timeout, changed_ok: see `ImageData`.
         seed: random seed of the order, the augmentation and the split.
 
     Raises:
@@ -71,6 +78,7 @@ class ImageFolderData(ClassificationData):
         seed: int = 0,
         unreadable: Unreadable = "stop",
         worker_timeout: float = WORKER_TIMEOUT,
+        changed_ok: bool = False,
     ) -> None:
         super().__init__(
             preprocess=preprocess or Preprocess(),
@@ -79,6 +87,7 @@ class ImageFolderData(ClassificationData):
             seed=seed,
             unreadable=unreadable,
             worker_timeout=worker_timeout,
+            changed_ok=changed_ok,
         )
         if not (val_fraction > 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
             raise ValueError(
@@ -87,15 +96,22 @@ class ImageFolderData(ClassificationData):
         self.root = Path(root)
         self.augment = augment
         self.val_fraction = val_fraction
-        folders = {split: self._folder(split) for split in ("train", "val", "test")}
-        if folders["train"]:
+        folders = self._split_folders()
+        if "train" in folders:
             self._files = self._from_folders(folders)
         else:
-            self._files = self._divided(find_classes(self.root), test_fraction)
+            self._files = self._divided(self.root, find_classes(self.root), test_fraction)
+        warn_of_similar(self.class_names, root)
 
     @property
     def class_counts(self) -> NDArray[np.int64]:
         return np.bincount([label for _, label in self._files["train"]], minlength=len(self.class_names))
+
+    def listing(self, split: Split) -> Listing | None:
+        return {
+            name_below(path, [self.root]): item_of(path, self.class_names[label].encode("utf-8", "surrogateescape"))
+            for path, label in self._files.get(split, ())
+        }
 
     def dataset(self, split: Split) -> Dataset[Sample] | None:
         if split not in self._files:
@@ -103,12 +119,36 @@ class ImageFolderData(ClassificationData):
         augment = self.augment if split == "train" else None
         return ImageFolder(self._files[split], preprocess=self.preprocess, augment=augment)
 
-    def _folder(self, split: str) -> Path | None:
-        names = ("val", "valid", "validation") if split == "val" else (split,)
-        return next((self.root / name for name in names if (self.root / name).is_dir()), None)
+    def _split_folders(self) -> dict[str, Path]:
+        """Return split → its folder; empty if the sub-folders of the root are classes.
 
-    def _from_folders(self, folders: dict[str, Path | None]) -> dict[str, list[tuple[Path, int]]]:
-        classes = {split: find_classes(folder) for split, folder in folders.items() if folder}
+        Raises:
+            DataError: a split has two folders, or there are folders of splits but none for training.
+        """
+        found = split_folders(self.root)
+        if not found:
+            return {}
+        names = ", ".join(f"{folder.name}/" for _, folder in found)
+        others = set(sub_folders(self.root)) - {folder for _, folder in found}
+        if others and not any(sub_folders(folder) for _, folder in found):
+            warnings.warn(
+                f"{self.root}: {names} is taken as a class, because it has no class folders; "
+                "move the folder away if it is no class",
+                stacklevel=1,
+            )
+            return {}
+        folders: dict[str, Path] = {}
+        for split, folder in found:
+            if split in folders:
+                both = f"{folders[split].name}/ and {folder.name}/"
+                raise DataError(f"{self.root} has two folders of {split} images, {both}; keep one, or merge them")
+            folders[split] = folder
+        if "train" not in folders:
+            raise DataError(f"{self.root} has {names} but no train/; add train/, or rename the folder if it is a class")
+        return folders
+
+    def _from_folders(self, folders: dict[str, Path]) -> dict[str, list[tuple[Path, int]]]:
+        classes = {split: find_classes(folder) for split, folder in folders.items()}
         self.class_names = tuple(classes["train"])
         for split, names in classes.items():
             if odd := sorted(set(names) ^ set(self.class_names)):
@@ -119,24 +159,22 @@ class ImageFolderData(ClassificationData):
             split: [(path, numbers[name]) for name, paths in by_name.items() for path in paths]
             for split, by_name in classes.items()
         }
-        return files if "val" in files else files | self._divided(classes["train"], 0.0)
+        return files if "val" in files else files | self._divided(folders["train"], classes["train"], 0.0)
 
-    def _divided(self, classes: dict[str, list[Path]], test_fraction: float) -> dict[str, list[tuple[Path, int]]]:
-        """Draw validation and test images at random from each class; the rest is for training."""
+    def _divided(
+        self, folder: Path, classes: dict[str, list[Path]], test_fraction: float
+    ) -> dict[str, list[tuple[Path, int]]]:
+        """Draw validation and test images from each class by a hash; the other images are for training."""
         self.class_names = tuple(classes)
-        random = np.random.default_rng(self.seed)
-        files: dict[str, list[tuple[Path, int]]] = {"train": [], "val": [], "test": []}
+        files: dict[str, list[tuple[Path, int]]] = {}
         for label, (name, paths) in enumerate(classes.items()):
-            fractions = (self.val_fraction, test_fraction)
-            counts = [max(1, round(fraction * len(paths))) if fraction else 0 for fraction in fractions]
-            if sum(counts) >= len(paths):
-                raise DataError(
-                    f"the class {name!r} has {len(paths)} images, too few to split; add some, or a val folder"
-                )
-            order = random.permutation(len(paths))
-            for split, chosen in zip(("val", "test", "train"), np.split(order, np.cumsum(counts)), strict=True):
-                files[split] += [(paths[index], label) for index in sorted(chosen)]
-        return {split: pairs for split, pairs in files.items() if pairs}
+            # names in the folder of the class, so that an image that is moved to another class keeps its split
+            names = [path.relative_to(folder / name).as_posix() for path in paths]
+            where = f"the class {name!r}"
+            drawn = draw_splits(names, val=self.val_fraction, test=test_fraction, seed=self.seed, where=where)
+            for split, chosen in drawn.items():
+                files.setdefault(split, []).extend((paths[index], label) for index in chosen)
+        return files
 
 
 class TorchvisionData(ClassificationData):
@@ -146,7 +184,7 @@ class TorchvisionData(ClassificationData):
         dataset: a class of torchvision.datasets that takes (root, train, download), e.g. `torchvision.datasets.MNIST`.
         root: folder of the data set's files, and of the download.
         download: fetch missing files (default: False).
-        preprocess: converts an image to the model's input (default: keep its size, and scale its values to [−1, 1]).
+        preprocess: converts an image to the model's input (default: keep the size, and scale values to [−1, 1]).
         augment: random change of training images (default: no change).
         val_size: number of training images used for validation; every class gives the same fraction.
         batch_size, num_workers, seed: see `ImageData`.
@@ -219,7 +257,7 @@ class TorchvisionData(ClassificationData):
         except RuntimeError as error:  # raised by torchvision for missing files and failed downloads
             raise DataError(
                 f"{self.root} does not hold the files of {getattr(self._make, '__name__', self._make)}; "
-                "set download: true, or put them there"
+                "set download: true, or put the files into this folder"
             ) from error
 
 

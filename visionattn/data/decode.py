@@ -1,4 +1,4 @@
-"""Read and write image files: decoding with Pillow and OpenCV, encoding of images and animations."""
+"""Read and write image files: decode images with Pillow and OpenCV, encode images and animations."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from visionattn.errors import DataError, UsageError
-from visionattn.files import write_file
+from visionattn.files import local_path, write_file
 
 # fmt: off
 SUFFIXES = frozenset({
@@ -21,10 +21,10 @@ SUFFIXES = frozenset({
     ".pnm", ".ppm", ".tif", ".tiff", ".webp"
 })
 # fmt: on
-"""Suffixes of image files in a folder, in lower case. HEIC files may fail to decode; the failure is then reported."""
+"""Suffixes (lower case) by which image files are found in folders. Decoding HEIC may fail; the failure is reported."""
 
 MAX_PIXELS = 178_000_000
-"""Default limit on the pixels of a decoded image; even a small file can declare an image larger than memory."""
+"""Default limit on the pixels of a decoded image. It is needed because a small file can hold a huge image."""
 
 _ORIENTATION = 0x0112  # EXIF tag
 _QUALITY = {".jpg": {"quality": 92}, ".jpeg": {"quality": 92}, ".webp": {"quality": 90}, ".png": {"compress_level": 3}}
@@ -33,8 +33,8 @@ _QUALITY = {".jpg": {"quality": 92}, ".jpeg": {"quality": 92}, ".webp": {"qualit
 def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Read an image file as 8-bit RGB, upright.
 
-    The EXIF rotation is applied; 16-bit values are scaled to 8 bits; CMYK and palette images are converted to RGB;
-    transparent pixels are blended with white; only the first frame of an animation is read.
+    The EXIF rotation is applied. 16-bit values are scaled to 8 bits. CMYK and palette images are converted to RGB.
+    Transparent pixels are blended with white. Of an animation, only the first frame is read.
 
     Args:
         path: file name, which may contain bytes that are not valid text.
@@ -44,10 +44,11 @@ def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_
         (H, W, 3) uint8 RGB.
 
     Raises:
+        UsageError: the path is an address such as s3://bucket/x.jpg.
         DataError: the file is missing, is not an image, is cut short or damaged, or is too large. The message names
             the file.
     """
-    name = os.fsdecode(path)
+    name = local_path(path)
     if os.path.isdir(path):
         raise DataError(f"{name} is a folder, not an image")
     try:
@@ -67,11 +68,11 @@ def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> 
 
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> NDArray[np.uint8]:
-    if max_pixels > MAX_PIXELS:  # Pillow has its own limit; raise it to the caller's
+    if max_pixels > MAX_PIXELS:  # Pillow has a limit of its own: raise Pillow's limit to the caller's
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about large images and odd metadata; the check below decides
+            warnings.simplefilter("ignore")  # Pillow warns about odd metadata and large images, which are checked below
             with Image.open(file) as image:
                 width, height = image.size
                 if width * height > max_pixels:
@@ -89,15 +90,15 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> NDArray[np.uint8]:
         reason = "is empty" if file.seek(0, os.SEEK_END) == 0 else "is not an image that can be read"
         raise DataError(f"{name} {reason}") from error
     except MemoryError as error:
-        raise DataError(f"{name}: no memory to decode it") from error
-    except Exception as error:  # on a damaged file Pillow may raise any exception
+        raise DataError(f"{name}: there is not enough memory to decode the image") from error
+    except Exception as error:  # Pillow may raise any exception for a damaged file
         reason = str(error) or type(error).__name__
         cut = "truncated" in reason.lower() or "cut" in reason.lower()
         raise DataError(f"{name}: {'cut short' if cut else 'damaged'} ({reason})") from error
 
 
 def upright(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert an open PIL image to (H, W, 3) uint8 RGB, as `read_image` does; the image itself is not changed."""
+    """Convert an open PIL image to (H, W, 3) uint8 RGB as `read_image` does, without changing the PIL image."""
     return _to_rgb(image.copy())
 
 
@@ -130,8 +131,10 @@ def encode_image(image_HWC: NDArray[np.uint8] | NDArray[np.uint16], suffix: str)
     """
     suffix = suffix.lower()
     if suffix not in _QUALITY:
-        raise UsageError(f"an image is written as one of {', '.join(_QUALITY)}")
-    if suffix in (".jpg", ".jpeg") and image_HWC.ndim == 3:  # OpenCV takes two thirds of Pillow's time
+        raise UsageError(
+            f"an image cannot be written as {suffix or 'a file without suffix'}; use {', '.join(_QUALITY)}"
+        )
+    if suffix in (".jpg", ".jpeg") and image_HWC.ndim == 3:  # OpenCV needs only two thirds of Pillow's time
         bgr_HWC = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR)
         return cv2.imencode(".jpg", bgr_HWC, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY[suffix]["quality"]])[1].tobytes()
     buffer = io.BytesIO()
@@ -143,7 +146,7 @@ def encode_image(image_HWC: NDArray[np.uint8] | NDArray[np.uint16], suffix: str)
 def write_animation(
     path: "str | bytes | os.PathLike[str]", frames: Sequence[NDArray[np.uint8]], *, seconds: float = 0.8
 ) -> None:
-    """Write an animation that loops forever, atomically: a file under its final name is always complete.
+    """Write an endlessly looping animation atomically: a file under its final name is always complete.
 
     Args:
         path: a name ending in .webp or .gif (see `encode_animation`), in a folder that exists.
@@ -161,7 +164,7 @@ def write_animation(
 
 
 def encode_animation(frames: Sequence[NDArray[np.uint8]], suffix: str, *, seconds: float = 0.8) -> bytes:
-    """Encode an animation that loops forever as the content of a file.
+    """Encode an endlessly looping animation as the content of a file.
 
     Args:
         frames: at least one frame, (H, W, 3) uint8 RGB, all of the same size.
@@ -188,15 +191,11 @@ class _WebpOptions(TypedDict, total=False):
 
 
 def _plain_jpeg(file: BinaryIO) -> NDArray[np.uint8] | None:
-    """Decode a colour JPEG with OpenCV, in two thirds of Pillow's time and to the same values.
-
-    Returns None where OpenCV cannot decode the file, and where the end marker is missing. In a file that is cut short,
-    OpenCV would fill the missing rows with grey without an error.
-    """
+    """Decode a colour JPEG as Pillow does, in two thirds of the time; None if damaged or cut short."""
     file.seek(0)
     content = file.read()
     file.seek(0)
-    if not content.endswith(b"\xff\xd9"):
+    if not content.endswith(b"\xff\xd9"):  # without the end marker, OpenCV would fill missing rows with grey silently
         return None
     bgr_HWC = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     return None if bgr_HWC is None else np.asarray(cv2.cvtColor(bgr_HWC, cv2.COLOR_BGR2RGB, dst=bgr_HWC), np.uint8)
@@ -218,7 +217,7 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _from_deep_grey(values_HW: NDArray[np.generic], *, wide: bool) -> NDArray[np.uint8]:
-    """Scale 16-bit integers, or floats of any range, to 8 bits; if not `wide`, integers all ≤ 255 count as 8-bit."""
+    """Scale 16-bit integers or floats to 8 bits. If `wide` is False, integers that are all ≤ 255 are 8-bit already."""
     values = values_HW.astype(np.float64)
     if np.issubdtype(values_HW.dtype, np.integer):
         top = 65535 if wide or values.max(initial=0) > 255 else 255

@@ -1,4 +1,4 @@
-"""Data modules for object detection: their base class, and annotated images."""
+"""Data modules for object detection: the base class, and images with annotation files."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,14 @@ from torch.utils.data import Dataset
 from visionattn.data.annotations.boxes import Annotated, BoxFormat, Problem, count_kinds, refuse, settle
 from visionattn.data.annotations.checks import same_content, size_of
 from visionattn.data.annotations.reading import read_annotations
+from visionattn.data.classes import warn_of_similar
 from visionattn.data.decode import read_image
+from visionattn.data.listing import Listing, item_of, name_below
 from visionattn.data.loading.batches import ImageData, Split
 from visionattn.data.loading.workers import WORKER_TIMEOUT, Unreadable
 from visionattn.data.placement import Preprocess
 from visionattn.data.samples import Sample, Transform, prepare
+from visionattn.data.splits import draw_splits
 from visionattn.errors import DataError, UsageError
 
 
@@ -31,14 +34,14 @@ class DetectionData(ImageData):
     Args:
         preprocess: converts an image to the model's input; its `fit` must be `letterbox` or `stretch`, which keep the
             whole image.
-        batch_size, num_workers, seed, unreadable, worker_timeout: see `ImageData`.
+        batch_size, num_workers, seed, unreadable, worker_timeout, changed_ok: see `ImageData`.
 
     Raises:
-        UsageError: `preprocess` crops.
+        UsageError: `preprocess` crops, by its `fit` or its `crop_fraction`.
     """
 
     category_ids: tuple[int, ...]
-    """Number of each class in the annotation files, written into the COCO .json of predictions."""
+    """Number of each class in the annotation files; predictions in COCO's format use these numbers."""
 
     def __init__(
         self,
@@ -49,9 +52,14 @@ class DetectionData(ImageData):
         seed: int,
         unreadable: Unreadable = "stop",
         worker_timeout: float = WORKER_TIMEOUT,
+        changed_ok: bool = False,
     ) -> None:
         if preprocess.fit == "crop":
-            raise UsageError("preprocess with fit: crop would cut objects off; detection needs letterbox or stretch")
+            raise UsageError("preprocess with fit: crop would cut off objects; detection needs letterbox or stretch")
+        if preprocess.crop_fraction < 1:
+            raise UsageError(
+                "preprocess with crop_fraction < 1 would cut off objects; detection needs crop_fraction: 1"
+            )
         super().__init__(
             preprocess=preprocess,
             batch_size=batch_size,
@@ -59,14 +67,16 @@ class DetectionData(ImageData):
             seed=seed,
             unreadable=unreadable,
             worker_timeout=worker_timeout,
+            changed_ok=changed_ok,
         )
 
 
 class AnnotatedData(DetectionData):
-    """Images with boxes in COCO, Pascal VOC or YOLO files; see `read_annotations` for the folders it reads.
+    """Images with boxes in COCO, Pascal VOC or YOLO files; `read_annotations` describes the folders.
 
-    Where the files name no val split, validation images are drawn at random from the training images, determined by
-    `seed`.
+    If the files name no val split, validation images are drawn from the training images. `seed` and a hash of the
+    file's name determine the choice, so an image keeps its split when other images are added or removed (see
+    `splits.draw_splits`).
 
     Args:
         root: the folder, a COCO .json or a YOLO .yaml.
@@ -74,14 +84,16 @@ class AnnotatedData(DetectionData):
             standard deviation).
         augment: random change of training images, e.g. `visionattn.data.transforms.Augmentation` (default: no change).
         images, class_names, splits, box_format: see `read_annotations`.
-        bad_boxes: what to do with boxes and images that cannot be trained on (see `boxes.KINDS`): `drop` leaves them
-            out and warns with their counts; `refuse` raises DataError (default: refuse). Boxes that look like another
-            format always raise DataError.
+        bad_boxes: what to do if the annotations have problems (see `boxes.KINDS`): `refuse` raises DataError; `drop`
+            leaves bad boxes and images out, clips boxes at the edges, and warns with the counts (default: refuse).
+            Boxes that look like another format always raise DataError.
         min_visible: a training box is left out if less than this fraction of its area remains after the augmentation,
             or if it becomes less than a pixel wide or high; in [0, 1] (default: 0.3).
-        val_fraction: without a val split: fraction of the training images for validation, in (0, 1).
-        test_fraction: where the files name no splits at all: fraction of the images for testing; 0 gives no test split.
-        batch_size, num_workers, seed, unreadable, worker_timeout: see `ImageData`.
+        val_fraction: approximate fraction of the training images for validation, in (0, 1); used if there is no val
+            split.
+        test_fraction: approximate fraction of the images for testing; used if the files name no splits. 0 gives no
+            test split.
+        batch_size, num_workers, seed, unreadable, worker_timeout, changed_ok: see `ImageData`.
 
     Attributes:
         problems: all problems found in the annotations.
@@ -111,6 +123,7 @@ class AnnotatedData(DetectionData):
         seed: int = 0,
         unreadable: Unreadable = "stop",
         worker_timeout: float = WORKER_TIMEOUT,
+        changed_ok: bool = False,
     ) -> None:
         super().__init__(
             preprocess=preprocess or Preprocess(320, fit="letterbox"),
@@ -119,6 +132,7 @@ class AnnotatedData(DetectionData):
             seed=seed,
             unreadable=unreadable,
             worker_timeout=worker_timeout,
+            changed_ok=changed_ok,
         )
         if not 0 <= min_visible <= 1:
             raise ValueError(f"min_visible must be in [0, 1], got {min_visible}")
@@ -127,6 +141,7 @@ class AnnotatedData(DetectionData):
                 f"val_fraction must be > 0, test_fraction ≥ 0 and their sum < 1, got {val_fraction} and {test_fraction}"
             )
         self.root = root
+        self._folders = [Path(root) if Path(root).is_dir() else Path(root).parent, *([Path(images)] if images else [])]
         self.augment = augment
         self.min_visible = min_visible
         annotations = read_annotations(
@@ -134,6 +149,7 @@ class AnnotatedData(DetectionData):
         )
         settled = settle(annotations, size_of, doubt=box_format is None)
         self.class_names, self.category_ids = annotations.class_names, annotations.category_ids
+        warn_of_similar(self.class_names, root)
         self.problems: list[Problem] = annotations.problems
         doubts = [problem for problem in self.problems if problem.kind == "wrong format"]
         if doubts:
@@ -142,19 +158,32 @@ class AnnotatedData(DetectionData):
             refuse(self.problems, root)
         elif self.problems:
             warnings.warn(
-                f"{root}: left out {count_kinds(self.problems)}; `visionattn data check {root}` lists them",
-                stacklevel=2,
+                f"{root}: left out or clipped {count_kinds(self.problems)}; "
+                f"`visionattn data check {root}` lists these problems",
+                stacklevel=1,  # the caller is jsonargparse, whose warnings the command line silences
             )
-        self._images = _divided(settled, val_fraction, test_fraction, seed)
+        self._images = _divided(settled, val_fraction, test_fraction, seed, root)
         if not any(self._images.values()):
-            raise DataError(f"{root} has no image that can be used; `visionattn data check {root}` says why")
+            raise DataError(f"{root} has no image that can be used; `visionattn data check {root}` lists the problems")
+
+    def listing(self, split: Split) -> Listing | None:
+        names = np.array([name.encode("utf-8", "surrogateescape") for name in self.class_names])
+        return {
+            name_below(image.path, self._folders): item_of(
+                image.path,
+                np.array(image.size).tobytes(),
+                b"\0".join(names[image.labels].tolist()),
+                *(part.tobytes() for part in (image.boxes, image.crowd, image.area)),
+            )
+            for image in self._images.get(split, ())
+        }
 
     def dataset(self, split: Split) -> Dataset[Sample] | None:
         images = self._images.get(split)
         if split == "train":
             if not any(len(image.boxes) for image in images or ()):
                 what = "training images without any box" if images else "no training images"
-                raise DataError(f"{self.root} has {what}; `visionattn data check {self.root}` says why")
+                raise DataError(f"{self.root} has {what}; `visionattn data check {self.root}` lists the problems")
             assert images
             return AnnotatedImages(
                 images, preprocess=self.preprocess, augment=self.augment, min_visible=self.min_visible
@@ -165,14 +194,14 @@ class AnnotatedData(DetectionData):
 class AnnotatedImages(Dataset[Sample]):
     """Images with their boxes; the key of a sample is its index, or (index, seed of the augmentation).
 
-    The augmentation and `preprocess` move the boxes together with the pixels.
+    The augmentation and `preprocess` are applied to the boxes as well as to the pixels.
 
     Args:
         images: returned by `settle`.
         preprocess: resizes and normalises each image.
-        augment: changes each image first (default: no change).
-        min_visible: boxes with less than this fraction of their area left, or less than a pixel wide or high, are
-            dropped, so that no box is degenerate. None keeps every box, as evaluation requires (default: None).
+        augment: changes each image before `preprocess` (default: no change).
+        min_visible: boxes with less than this fraction of their area left, and boxes less than a pixel wide or high,
+            are left out. None keeps every box, as evaluation requires (default: None).
     """
 
     def __init__(
@@ -199,7 +228,7 @@ class AnnotatedImages(Dataset[Sample]):
         keep_N = np.ones(len(boxes_N4), bool)
         if self.min_visible is not None:
             sides_N2 = boxes_N4[:, 2:] - boxes_N4[:, :2]
-            # an affine map scales every area by its determinant
+            # an affine map multiplies every area by the determinant of its matrix
             scale = abs(np.linalg.det(sample["placement"].matrix[:, :2]))
             whole_N = scale * (source.boxes[:, 2:] - source.boxes[:, :2]).prod(1)
             keep_N = (sides_N2 >= 1).all(1) & (sides_N2.prod(1) >= self.min_visible * whole_N)
@@ -222,9 +251,9 @@ class AnnotatedImages(Dataset[Sample]):
 
 
 def _divided(
-    settled: Mapping[str, list[Annotated]], val_fraction: float, test_fraction: float, seed: int
+    settled: Mapping[str, list[Annotated]], val_fraction: float, test_fraction: float, seed: int, root: str
 ) -> dict[str, list[Annotated]]:
-    """Divide images into the splits that the files name, and draw missing splits at random, determined by `seed`."""
+    """Return the splits that the files name; draw missing splits from the training images by a hash."""
     splits = {split: images for split, images in settled.items() if split and images}
     held_out = {image.path for split in ("val", "test") for image in splits.get(split, ())}
     pool = splits.get("train") or [image for image in settled.get("", ()) if image.path not in held_out]
@@ -232,16 +261,17 @@ def _divided(
         return splits
     if "val" in splits:
         return {**splits, "train": pool}
-    fractions = {"val": val_fraction, "test": 0.0 if splits else test_fraction}
-    counts = [max(1, round(fraction * len(pool))) if fraction else 0 for fraction in fractions.values()]
-    if sum(counts) >= len(pool):
-        raise DataError(f"{len(pool)} images are too few to split; add some, or a val split")
-    order = np.random.default_rng(seed).permutation(len(pool))
-    firsts = np.array(same_content([image.path for image in pool]))
-    parts = np.split(order, np.cumsum(counts))
-    drawn: dict[str, list[int]] = {name: part.tolist() for name, part in zip(("val", "test"), parts, strict=False)}
-    taken = {int(firsts[index]) for part in drawn.values() for index in part}
-    # copies of validation and test images are not trained on
-    drawn["train"] = [int(index) for index in parts[2] if int(firsts[index]) not in taken]
-    splits |= {name: [pool[index] for index in sorted(part)] for name, part in drawn.items() if part}
-    return splits
+    names = [image.path.name for image in pool]
+    drawn = draw_splits(names, val=val_fraction, test=0.0 if splits else test_fraction, seed=seed, where=root)
+    firsts = same_content([image.path for image in pool])
+    taken = {firsts[index] for split, part in drawn.items() if split != "train" for index in part}
+    # leave training images out that have the same content as a validation or test image
+    twins = [index for index in drawn["train"] if firsts[index] in taken]
+    if twins:
+        warnings.warn(
+            f"{root}: left out {len(twins)} training images that have the same content as validation or test images, "
+            f"e.g. {pool[twins[0]].path.name} and {pool[firsts[twins[0]]].path.name}; remove the copies",
+            stacklevel=1,
+        )
+    drawn["train"] = [index for index in drawn["train"] if firsts[index] not in taken]
+    return splits | {split: [pool[index] for index in part] for split, part in drawn.items()}

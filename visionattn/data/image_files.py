@@ -1,8 +1,7 @@
-"""Find the images and videos that a run reads, and order them."""
+"""Find images and videos at the paths that a user gives: files, folders, patterns and lists."""
 
 import glob
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import TypeAlias
 from visionattn.data.decode import SUFFIXES
 from visionattn.data.image_list import LISTS, ImageRequest, read_list
 from visionattn.errors import DataError, UsageError, nearest
-from visionattn.files import printable
+from visionattn.files import local_path, natural_key, printable
 
 AnyPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
 
@@ -26,11 +25,11 @@ class FoundImages:
 
     Attributes:
         images: absolute paths, without duplicates.
-        root: the common folder of the inputs; the outputs mirror the folders below it.
-        requests: image → its target and boxes, where a list gives any.
-        ignored: suffix → number of files that were found but are not images.
-        links: number of links to folders; such folders are not searched.
-        unlisted: (folder, reason) of folders that cannot be listed.
+        root: the common folder of the inputs; the folder of outputs has the same sub-folders.
+        requests: image → the target and boxes that a list gives for it.
+        ignored: suffix → number of files found that are not images.
+        links: number of links to folders; linked folders are not searched.
+        unlisted: (folder, reason) of folders whose content cannot be listed.
     """
 
     images: list[str] = field(default_factory=list)
@@ -44,24 +43,24 @@ class FoundImages:
 def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = ()) -> FoundImages:
     """Find the images at the given paths.
 
-    A path is a file, a folder, a pattern (`holiday/**/IMG_*.jpg`) or a list (`image_list.read_list`). A folder gives
-    all images below it in natural order (2 before 10). Inside a folder, these are skipped: hidden files and folders,
-    linked folders, files without an image suffix, videos and earlier outputs. A video is read where its path is
-    given, listed or matched by a pattern.
+    A path is a file, a folder, a pattern (`holiday/**/IMG_*.jpg`) or a list (`image_list.read_list`). For a folder,
+    all images in it and its sub-folders are found, in natural order (2 before 10). The search skips hidden files and
+    folders, linked folders, files without an image suffix, videos and earlier outputs. A video is found only if its
+    path is given, listed or matched by a pattern.
 
     Args:
         inputs: files, folders, patterns and lists (.csv, .jsonl); names may contain bytes that are not valid text.
-        out: the folder of outputs; it is not searched, even if it lies inside a folder of `inputs`.
+        out: the folder of outputs; it is not searched, even if it is inside a folder of `inputs`.
         written: absolute paths of earlier outputs.
 
     Raises:
-        UsageError: there are no inputs; or an input does not exist (the message names similar ones), matches nothing,
-            or is neither file nor folder.
+        UsageError: there are no inputs; or an input is an address such as s3://bucket, does not exist (the message
+            names similar ones), matches nothing, or is neither file nor folder.
         DataError: no input has an image, or a list cannot be read.
     """
     if isinstance(inputs, (str, bytes, os.PathLike)):
         inputs = [inputs]
-    paths = [os.path.abspath(os.fsdecode(path)) for path in inputs]
+    paths = [os.path.abspath(local_path(path)) for path in inputs]
     if not paths:
         raise UsageError("there are no inputs; give files or folders of images")
     found, seen, tops = FoundImages(), set[str](), []
@@ -70,18 +69,19 @@ def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = 
     outputs = {os.path.join(real[os.path.dirname(path)], os.path.basename(path)) for path in written}
 
     def below(path: str) -> Iterator[str]:
-        """Yield the images of one input, and note the folder that its outputs are relative to."""
+        """Yield the images of one input, and append to `tops` the folder to which output paths are relative."""
         if glob.has_magic(path) and not os.path.lexists(path):
-            matches = sorted(glob.glob(path, recursive=True), key=_natural)
+            matches = sorted(glob.glob(path, recursive=True), key=natural_key)
             if not matches:
                 raise UsageError(
                     f"nothing matches {printable(path)}; quote a pattern, so that the shell does not expand it"
                 )
             tops.append(_before_magic(path))
+            # paths that start with `own` are outputs; "\0" starts no path, so it excludes nothing
             own = os.path.join(skip, "") if not os.path.realpath(tops[-1]).startswith(skip) else "\0"
             for match in matches:
                 if os.path.isdir(match):
-                    continue  # a pattern with ** also matches the files inside
+                    continue  # a pattern with ** also matches the files in the folder
                 suffix = os.path.splitext(match)[1].lower()
                 resolved = os.path.join(os.path.realpath(os.path.dirname(match)), os.path.basename(match))
                 if suffix not in SUFFIXES | VIDEOS:
@@ -99,7 +99,10 @@ def find(inputs: Sequence[AnyPath], *, out: AnyPath, written: Collection[str] = 
             for image, request in read_list(path):
                 tops.append(os.path.dirname(image))
                 if request is not None:
-                    found.requests[image] = request if image not in found.requests else found.requests[image] + request
+                    try:
+                        found.requests[image] = found.requests.get(image, ImageRequest()) + request
+                    except ValueError as error:
+                        raise DataError(f"{printable(path)}: {printable(image)} {error}") from error
                 yield image
         else:
             tops.append(os.path.dirname(path))
@@ -137,16 +140,13 @@ def _mode(path: str) -> int:
 
 
 def _walk(folder: str, found: FoundImages, skip: str, outputs: Container[str]) -> Iterator[str]:
-    """Yield the images of a folder, then those of its sub-folders; not recursive, so the depth has no limit.
-
-    `skip` and `outputs` are real paths, since the same folder may also be reached through a link.
-    """
-    stack = [folder]
+    """Yield the images of a folder, then the images of its sub-folders; `skip` and `outputs` are real paths."""
+    stack = [folder]  # a stack instead of recursion, whose depth Python limits
     while stack:
         current = stack.pop()
         try:
             with os.scandir(current) as entries:
-                listed = sorted(entries, key=lambda entry: _natural(entry.name))
+                listed = sorted(entries, key=lambda entry: natural_key(entry.name))
         except OSError as error:
             found.unlisted.append((current, f"cannot be listed: {error.strerror or error}"))
             continue
@@ -161,7 +161,7 @@ def _walk(folder: str, found: FoundImages, skip: str, outputs: Container[str]) -
                     folders.append(entry.path)
             elif os.path.join(real, entry.name) not in outputs:
                 suffix = os.path.splitext(entry.name)[1].lower()
-                # a broken link counts as an image, so that reading it reports an error; a pipe or device does not count
+                # a broken link counts as an image, so that reading it reports the error; pipes and devices are ignored
                 if suffix in SUFFIXES and _is(entry, stat.S_ISREG, broken=True):
                     yield entry.path
                 else:
@@ -170,8 +170,8 @@ def _walk(folder: str, found: FoundImages, skip: str, outputs: Container[str]) -
 
 
 def _is(entry: "os.DirEntry[str]", kind: Callable[[int], bool], *, broken: bool = False) -> bool:
-    """Return whether an entry, or the target of its link, is of a kind; `broken` is the answer for a broken link."""
-    if not entry.is_symlink():  # scandir already knows the kind; no further system call
+    """Return whether an entry, or the target of a link, is of a kind; return `broken` for a broken link."""
+    if not entry.is_symlink():  # os.scandir has already read the kind, so os.stat is not needed
         return entry.is_dir() if kind is stat.S_ISDIR else entry.is_file()
     try:
         return kind(os.stat(entry.path).st_mode)
@@ -180,7 +180,7 @@ def _is(entry: "os.DirEntry[str]", kind: Callable[[int], bool], *, broken: bool 
 
 
 def _before_magic(pattern: str) -> str:
-    """Return the part of a pattern before its first folder or file name with a wildcard."""
+    """Return the leading folders of a pattern, up to the first name that contains a wildcard."""
     while glob.has_magic(pattern):
         pattern = os.path.dirname(pattern)
     return pattern
@@ -189,16 +189,8 @@ def _before_magic(pattern: str) -> str:
 def _common(folders: Collection[str]) -> str:
     try:
         return os.path.commonpath(folders)
-    except ValueError:  # paths on different drives of Windows
+    except ValueError:  # on Windows, the folders are on different drives
         return ""
-
-
-def _natural(name: str) -> tuple[list[int | str], str]:
-    """Return a sort key that puts img2 before img10; text and numbers alternate, so the two are never compared."""
-    parts: list[int | str] = []
-    for place, part in enumerate(re.split("([0-9]+)", name)):
-        parts.append(int(part) if place % 2 else part)
-    return parts, name
 
 
 def is_video(path: str) -> bool:

@@ -1,7 +1,6 @@
 """Images in folders, with a sub-folder for each class."""
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,17 +12,16 @@ from visionattn.data.decode import SUFFIXES, read_image
 from visionattn.data.placement import Preprocess
 from visionattn.data.samples import Sample, Transform, prepare
 from visionattn.errors import DataError, nearest
+from visionattn.files import natural_key
 
 
 class ImageFolder(Dataset[Sample]):
-    """Images with their labels.
-
-    The key of a sample is its index, or (index, seed of the augmentation).
+    """Image files with their labels; the key of a sample is its index, or (index, seed of the augmentation).
 
     Args:
         files: (path, label) of each image.
         preprocess: resizes and normalises each image.
-        augment: changes each image first (default: no change).
+        augment: changes each image before `preprocess` (default: no change).
     """
 
     def __init__(
@@ -55,8 +53,8 @@ class ImageFolder(Dataset[Sample]):
 def find_classes(folder: Path) -> dict[str, list[Path]]:
     """Find the images of each class: name of the sub-folder → its images, both in natural order (2 before 10).
 
-    Hidden files and folders are skipped. Links to images and to class folders are followed; links to folders inside a
-    class are not, since they could form a cycle.
+    Hidden files and folders are skipped. Links to images and to class folders are followed. Links to folders inside a
+    class folder are not followed, since they could form a cycle.
 
     Raises:
         DataError: the folder does not exist or has no sub-folders, or a sub-folder has no image.
@@ -64,22 +62,27 @@ def find_classes(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise DataError(f"there is no folder {folder}.{nearest(folder.name, siblings)}")
-    classes = {name: _images(folder / name) for name in _natural(_entries(folder, folders=True))}
+    classes = {path.name: _images(path) for path in sub_folders(folder)}
     if not classes:
-        raise DataError(f"{folder} holds no sub-folders; it needs one for each class, with the images of that class")
+        raise DataError(f"{folder} has no sub-folders; the images of each class must be in a sub-folder of their own")
     empty = [name for name, images in classes.items() if not images]
     if empty:
         raise DataError(
-            f"the class {empty[0]!r} is empty: {folder / empty[0]} holds no image; add some or remove the folder"
+            f"the class {empty[0]!r} is empty: {folder / empty[0]} holds no image; add images or remove the folder"
         )
     return classes
+
+
+def sub_folders(folder: Path) -> list[Path]:
+    """Return the sub-folders of a folder and links to folders, in natural order; hidden folders are skipped."""
+    return [folder / name for name in sorted(_entries(folder, folders=True), key=natural_key)]
 
 
 def _images(folder: Path) -> list[Path]:
     found = [folder / name for name in _entries(folder, folders=False) if Path(name).suffix.lower() in SUFFIXES]
     for name in _entries(folder, folders=True, links=False):
         found += _images(folder / name)
-    return sorted(found, key=lambda path: _natural_key(str(path)))
+    return sorted(found, key=lambda path: natural_key(str(path)))
 
 
 def _entries(folder: Path, *, folders: bool, links: bool = True) -> list[str]:
@@ -90,11 +93,3 @@ def _entries(folder: Path, *, folders: bool, links: bool = True) -> list[str]:
             if not entry.name.startswith(".")
             and (entry.is_dir(follow_symlinks=links) if folders else entry.is_file(follow_symlinks=links))
         ]
-
-
-def _natural(names: Sequence[str]) -> list[str]:
-    return sorted(names, key=_natural_key)
-
-
-def _natural_key(name: str) -> list[tuple[int, int | str]]:
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name) if part]

@@ -1,4 +1,4 @@
-"""Lists of images: CSV or JSONL files with image paths, targets to explain and boxes to draw."""
+"""Lists of images: CSV or JSONL files with image paths, classes to explain and boxes to draw."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from visionattn.errors import DataError
-from visionattn.files import printable
+from visionattn.files import local_path, printable
 
 LISTS = frozenset({".csv", ".jsonl"})
 _BOX = ("x0", "y0", "x1", "y1")
@@ -19,7 +19,8 @@ class ImageRequest:
     """The target and boxes that a list gives for an image.
 
     Attributes:
-        target: number or name of the class to explain; None to use the target of the run.
+        target: number or name of the class to explain (`class_index` reads text); None for the target that the run sets
+            for all images.
         boxes: xyxy in pixels of the source, drawn on the outputs.
         labels: one per box, or empty.
     """
@@ -29,18 +30,27 @@ class ImageRequest:
     labels: tuple[str, ...] = ()
 
     def __add__(self, other: "ImageRequest") -> "ImageRequest":
-        """Merge two lines about the same image: keep all boxes and the last target."""
+        """Merge two lines of the same image: keep the boxes of both.
+
+        Raises:
+            ValueError: the lines have different targets.
+        """
+        if None not in (self.target, other.target) and self.target != other.target:
+            raise ValueError(
+                f"is listed with the targets {self.target} and {other.target}, and a run explains one target of an "
+                "image; put the second into another list, and export that to another folder"
+            )
         target = self.target if other.target is None else other.target
         return ImageRequest(target, self.boxes + other.boxes, self.labels + other.labels)
 
 
 def read_list(path: str) -> Iterator[tuple[str, ImageRequest | None]]:
-    """Yield the absolute path of each listed image with its request, or None where the line has no target and no boxes.
+    """Yield (absolute path, request) of each listed image; the request is None if the line has only a path.
 
-    Relative paths start at the list's folder. A .csv has the column `path` and the optional columns `target`, `x0`,
-    `y0`, `x1`, `y1` and `label`, one box per line; without a header, each line is a path. A .jsonl has the key `path`
-    and the optional keys `target`, `boxes` and `labels`. A .jsonl line may have `source` in place of `path`, so that
-    the manifest of another run can serve as a list.
+    Relative paths are relative to the list's folder. A .csv has the column `path` and the optional columns `target`,
+    `x0`, `y0`, `x1`, `y1` and `label`, one box per line; without a header, each line is a path. A .jsonl has the key
+    `path` and the optional keys `target`, `boxes` and `labels`. The manifest of another run can also serve as a list:
+    its lines have `source` in place of `path`, and only the paths are used.
 
     Raises:
         DataError: the list cannot be read, or a line has no path or a wrong value; the message gives the line number.
@@ -51,7 +61,10 @@ def read_list(path: str) -> Iterator[tuple[str, ImageRequest | None]]:
             lines = _rows_of_csv(file) if path.lower().endswith(".csv") else _objects(file)
             for number, line in lines:
                 try:
-                    yield os.path.normpath(os.path.join(folder, _text(line, "path", "source"))), _request(line)
+                    yield (
+                        os.path.normpath(os.path.join(folder, local_path(_text(line, "path", "source")))),
+                        _request(line),
+                    )
                 except (ValueError, TypeError, KeyError) as error:
                     raise DataError(f"{printable(path)}, line {number}: {_reason(error)}") from error
     except (OSError, csv.Error, json.JSONDecodeError) as error:
@@ -82,10 +95,10 @@ def _objects(file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _request(line: dict[str, Any]) -> ImageRequest | None:
     if "path" not in line:
-        return None  # a line of a manifest; its target belongs to another run
+        return None  # a line of a manifest, whose target is that of another run
     target = line.get("target")
-    if isinstance(target, str) and target.strip().isdecimal():
-        target = int(target)
+    if isinstance(target, str):
+        target = target.strip()
     if target is not None and (isinstance(target, bool) or not isinstance(target, (int, str))):
         raise ValueError(f"target must be a number or a class name, got {target!r}")
     boxes = line.get("boxes", [])

@@ -1,9 +1,10 @@
-"""Affine maps from the pixels of a source image to the input of a model, and the preprocessing that returns them.
+"""Affine maps from the pixels of a source image to the pixels of a model's input, and preprocessing with such a map.
 
-Coordinates are continuous: pixel i covers [i, i + 1), (0, 0) is the outer corner of the top-left pixel, x runs right
-and y down.
+Coordinates are continuous: pixel i covers [i, i + 1), (0, 0) is the outer corner of the top-left pixel, x increases to
+the right and y downwards.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,9 +12,16 @@ from typing import Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Size = tuple[int, int]
 """(height, width)"""
+
+_PILLOW = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 class Placement:
@@ -25,7 +33,7 @@ class Placement:
         input_size: (height, width) of the input, pixels.
     """
 
-    # not a dataclass: Lightning refuses frozen dataclasses in a batch, and copies the others field by field
+    # not a dataclass: Lightning refuses frozen dataclasses in a batch, and copies other dataclasses field by field
 
     def __init__(self, matrix: NDArray[np.floating], source_size: Size, input_size: Size) -> None:
         self.matrix: NDArray[np.float64] = np.asarray(matrix, np.float64)
@@ -37,17 +45,17 @@ class Placement:
 
     @classmethod
     def identity(cls, size: Size) -> "Placement":
-        """Return the placement of a source that is itself the input."""
+        """Return the placement for an image that is the input without any change."""
         return cls(np.eye(2, 3), size, size)
 
     @classmethod
     def scaling(cls, source_size: Size, input_size: Size) -> "Placement":
-        """Return the placement of the whole source, resized to the input."""
+        """Return the placement for a source image that is resized to the input as a whole."""
         (source_h, source_w), (input_h, input_w) = source_size, input_size
         return cls(np.array([[input_w / source_w, 0, 0], [0, input_h / source_h, 0]], float), source_size, input_size)
 
     def __matmul__(self, inner: "Placement") -> "Placement":
-        """Compose two placements: `inner` is applied first."""
+        """Compose two placements: apply `inner` first, then this placement."""
         return Placement(_square(self.matrix)[:2] @ _square(inner.matrix), inner.source_size, self.input_size)
 
     def to_input(self, points_N2: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -68,7 +76,7 @@ class Placement:
         return _clip(_hull(self.to_source(_corners(boxes_N4))), self.source_size)
 
     def seen(self) -> NDArray[np.bool_]:
-        """Return the (H, W) mask of source pixels with their centre inside the input."""
+        """Return the (H, W) mask of the source pixels whose centre is inside the input."""
         (height, width), (input_h, input_w) = self.source_size, self.input_size
         centres = self.to_input(
             np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), -1).reshape(-1, 2)
@@ -83,14 +91,14 @@ class Placement:
             heatmap_hw: (h, w), any resolution; the heatmap spans the whole input.
 
         Returns:
-            (H, W) float32 at the source's size: bilinear between the centres of the heatmap's cells, constant beyond
-            the outermost centres, and 0 at source pixels outside the input.
+            (H, W) float32 at the source's size. Values are bilinear between the centres of the heatmap's cells and
+            constant beyond the outermost centres. Source pixels outside the input are 0.
         """
         heatmap_hw = np.ascontiguousarray(heatmap_hw, np.float32)
         to_cells = np.diag([heatmap_hw.shape[1] / self.input_size[1], heatmap_hw.shape[0] / self.input_size[0], 1.0])
         matrix = to_cells @ _square(self.matrix)
         height, width = self.source_size
-        if matrix[0, 1] == matrix[1, 0] == 0:  # no rotation or shear: resample each axis on its own, exactly
+        if matrix[0, 1] == matrix[1, 0] == 0:  # no rotation or shear: resampling one axis after the other is exact
             columns_W = matrix[0, 0] * (np.arange(width) + 0.5) + matrix[0, 2]
             rows_H = matrix[1, 1] * (np.arange(height) + 0.5) + matrix[1, 2]
             return _interpolate_rows(np.ascontiguousarray(_interpolate_rows(heatmap_hw.T, columns_W).T), rows_H)
@@ -106,14 +114,17 @@ class Preprocess:
 
     Attributes:
         size: size of the input in pixels: one number for a square, or (height, width) (default: 224).
-        fit: `crop` scales the image until it covers the input and takes the centre; `letterbox` scales the image until
-            it fits into the input and pads with the mean colour; `stretch` scales each side by its own factor
-            (default: crop).
-        crop_fraction: with `crop`, the fraction of the scaled image's shorter side that the input covers, in (0, 1];
-            the same as timm's `crop_pct` (default: 1).
+        fit: `crop` scales the image to cover the frame; `letterbox` scales the image to fit into the frame and pads
+            with the mean colour; `stretch` scales each side by its own factor. These are timm's crop modes `center`,
+            `border` and `squash` (default: crop).
+        crop_fraction: size of the input as a fraction of the frame, > 0; the same as timm's `crop_pct`. The input is
+            the centre of the frame; above 1, `crop` and `stretch` pad with black (default: 1).
+        interpolation: `area` averages the pixels when the image shrinks, and is bicubic when it grows (OpenCV);
+            `bilinear`, `bicubic` and `lanczos` are Pillow's, which timm's models were trained with, and take two to
+            four times as long (default: area).
         mean: subtracted from red, green and blue, which are in [0, 1] (default: ImageNet's). With one number, the input
             has one grey channel, 0.299 R + 0.587 G + 0.114 B.
-        std: each channel is divided by it after the subtraction (default: ImageNet's).
+        std: divisor of each channel after the mean is subtracted (default: ImageNet's).
 
     Raises:
         ValueError: an attribute is out of its range.
@@ -122,18 +133,26 @@ class Preprocess:
     size: int | Size = 224
     fit: Literal["crop", "letterbox", "stretch"] = "crop"
     crop_fraction: float = 1.0
+    interpolation: Literal["area", "bilinear", "bicubic", "lanczos"] = "area"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        if min(self.input_size) < 1:
-            raise ValueError(f"size must be at least one pixel, got {self.size}")
+        sides = self.size if isinstance(self.size, (tuple, list)) else (self.size, self.size)
+        if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
+            raise ValueError(
+                f"size must be a whole number of pixels, at least 1, or two of them (height, width), got {self.size!r}"
+            )
         if self.fit not in ("crop", "letterbox", "stretch"):
             raise ValueError(f"fit must be crop, letterbox or stretch, got {self.fit!r}")
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
             raise ValueError(f"mean and std need three numbers each, or one for grey, got {self.mean} and {self.std}")
-        if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction must be in (0, 1], got {self.crop_fraction}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be > 0, got {self.std}")
+        if not 0 < self.crop_fraction < math.inf:
+            raise ValueError(f"crop_fraction must be > 0, got {self.crop_fraction}")
+        if self.interpolation not in ("area", *_PILLOW):
+            raise ValueError(f"interpolation must be area, {', '.join(_PILLOW)}, got {self.interpolation!r}")
 
     @property
     def input_size(self) -> Size:
@@ -152,23 +171,24 @@ class Preprocess:
             image_HWC: (H, W, 3) uint8 RGB.
 
         Returns:
-            The input, (C, height, width) float32, normalised, and the placement of the source in it.
+            The input, (C, height, width) float32, normalised, and the placement from source to input.
         """
         source = image_HWC.shape[0], image_HWC.shape[1]
         scaled = self._scaled_size(source)
-        image = _resize(image_HWC, scaled)
+        image = _resize(image_HWC, scaled, self.interpolation)
         if self.channels == 1:
             image = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)[..., None]
-        top, left = ((have - want) // 2 for have, want in zip(scaled, self.input_size, strict=True))
+        top, left = map(_centre, scaled, self.input_size)
         height, width = self.input_size
         canvas = image[max(0, top) : max(0, top) + height, max(0, left) : max(0, left) + width]
         normal = cv2.LUT(canvas, self._lookup).reshape(canvas.shape)
-        if top < 0 or left < 0:  # pad with the mean colour, which is 0 after normalisation
-            padding = [
-                (-min(0, top), height + min(0, top) - canvas.shape[0]),
-                (-min(0, left), width + min(0, left) - canvas.shape[1]),
-            ]
-            normal = np.pad(normal, (*padding, (0, 0)))
+        if canvas.shape[:2] != self.input_size:
+            colour = 0 if self.fit == "letterbox" else self._lookup[0, 0]  # the mean colour is 0 after normalisation
+            padded = np.empty((height, width, self.channels), np.float32)
+            padded[:] = colour
+            above, before = max(0, -top), max(0, -left)
+            padded[above : above + canvas.shape[0], before : before + canvas.shape[1]] = normal
+            normal = np.asarray(padded)
         shift = Placement(np.array([[1.0, 0, -left], [0, 1.0, -top]]), scaled, self.input_size)
         return np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32), shift @ Placement.scaling(source, scaled)
 
@@ -178,18 +198,21 @@ class Preprocess:
         return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8).repeat(3 // self.channels, 2)
 
     def _scaled_size(self, source: Size) -> Size:
-        ratios = [want / have for want, have in zip(self.input_size, source, strict=True)]
+        """Return the size to which an image is resized before the centre is taken; rounding is the same as timm's."""
+        height, width = source
+        frame = tuple(max(1, math.floor(side / self.crop_fraction)) for side in self.input_size)
         if self.fit == "stretch":
-            return self.input_size
-        scale = max(ratios) / self.crop_fraction if self.fit == "crop" else min(ratios)
-        height, width = (max(1, round(have * scale)) for have in source)
-        if self.fit == "crop":  # rounding must not leave part of the input uncovered
-            return max(height, self.input_size[0]), max(width, self.input_size[1])
-        return min(height, self.input_size[0]), min(width, self.input_size[1])
+            return frame[0], frame[1]
+        if self.fit == "crop" and frame[0] == frame[1]:  # timm calls torchvision, which rounds the longer side down
+            short, long = frame[0], int(frame[0] * max(source) / min(source))
+            return (short, long) if height <= width else (long, short)
+        ratios = height / frame[0], width / frame[1]
+        ratio = max(ratios) if self.fit == "letterbox" else min(ratios)
+        return max(1, round(height / ratio)), max(1, round(width / ratio))
 
     @cached_property
     def _lookup(self) -> NDArray[np.float32]:
-        """(1, 256, C): the normalised value of every byte value in every channel."""
+        """(1, 256, C): the normalised value for each byte value and channel."""
         values = np.arange(256, dtype=np.float32)[None, :, None] / 255
         return np.ascontiguousarray((values - self._mean) / self._std)
 
@@ -202,19 +225,24 @@ class Preprocess:
         return np.asarray(self.std, np.float32)
 
 
-def _resize(image_HWC: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+def _resize(image_HWC: NDArray[np.uint8], size: Size, interpolation: str) -> NDArray[np.uint8]:
     if size == image_HWC.shape[:2]:
         return image_HWC
+    if interpolation != "area":
+        return np.asarray(Image.fromarray(image_HWC).resize((size[1], size[0]), _PILLOW[interpolation]))
     shrinks = size[0] < image_HWC.shape[0] or size[1] < image_HWC.shape[1]
-    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(image_HWC, (size[1], size[0]), interpolation=interpolation), np.uint8)
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(image_HWC, (size[1], size[0]), interpolation=method), np.uint8)
+
+
+def _centre(have: int, want: int) -> int:
+    """Return where the centre part of an axis begins; negative if the axis is padded. Rounding is torchvision's."""
+    return round((have - want) / 2) if have >= want else -((want - have) // 2)
 
 
 def _interpolate_rows(values_nK: NDArray[np.float32], position_N: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Interpolate linearly between the centres of rows, at positions in units of rows; 0 outside [0, n].
-
-    It avoids a matrix product, because NumPy's BLAS would start threads that wait for each other by spinning.
-    """
+    """Interpolate linearly between the centres of rows, at positions in units of rows; 0 outside [0, n]."""
+    # no matrix product, since the threads of NumPy's BLAS occupy the cores while they wait for each other
     offset_N = np.clip(position_N - 0.5, 0, len(values_nK) - 1)
     below_N = np.minimum(offset_N.astype(int), max(0, len(values_nK) - 2))
     inside_N = (position_N >= 0) & (position_N <= len(values_nK))
@@ -248,7 +276,7 @@ def _clip(boxes_N4: NDArray[np.float64], size: Size) -> NDArray[np.float64]:
 
 
 def image_shape(model: object) -> tuple[int, int, int]:
-    """Return (channels, height, width) of the images that a model is configured for (default: 3 × 224 × 224)."""
+    """Return (channels, height, width) of a model's input; (3, 224, 224) if the model has no such attribute."""
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, height, width = config.get("input_size", (3, 224, 224)) if isinstance(config, dict) else (3, 224, 224)
     size = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "image_size", None)

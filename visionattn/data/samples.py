@@ -1,4 +1,4 @@
-"""Samples of images, their preprocessing, and their collation into batches."""
+"""Samples and batches of images: their types, and the functions that make them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from visionattn.data.placement import Placement, Preprocess
 
 
 class Sample(TypedDict, total=False):
-    """One image of a data set; which keys are present depends on the task.
+    """One image of a data set; the task determines which keys are present.
 
     Attributes:
         image: (C, h, w) float32, normalised.
-        placement: maps pixels of the source to pixels of `image`.
-        path: of the source.
+        placement: maps pixels of the source image to pixels of `image`.
+        path: of the source image.
         label: number of the class.
         box: (4,) xyxy of the object in pixels of the input.
         mask: (h, w) bool, True on the object.
@@ -44,7 +44,7 @@ class Sample(TypedDict, total=False):
 
 
 class Batch(TypedDict, total=False):
-    """B samples: numbers and tensors of equal size are stacked, the rest are lists of B items. Keys: see `Sample`."""
+    """B samples with the keys of `Sample`: tensors and numbers are stacked, other values become lists of B items."""
 
     image: Tensor
     placement: list[Placement]
@@ -60,7 +60,7 @@ class Batch(TypedDict, total=False):
 
 
 class Transform(ABC):
-    """A random change of an image that also returns where each pixel moved."""
+    """A random change of an image, with the affine map from the original to the changed pixels."""
 
     @abstractmethod
     def __call__(self, image_HWC: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint8], Placement]:
@@ -68,10 +68,10 @@ class Transform(ABC):
 
         Args:
             image_HWC: (H, W, 3) uint8 RGB.
-            seed: equal seeds give equal changes.
+            seed: determines the random change.
 
         Returns:
-            The changed image, (h, w, 3) uint8 RGB of any size, and the placement of the original in it.
+            The changed image, (h, w, 3) uint8 RGB of any size, and the placement from the original to this image.
         """
 
 
@@ -88,13 +88,13 @@ def prepare(
     Args:
         image_HWC: (H, W, 3) uint8 RGB.
         preprocess: resizes and normalises, after `augment`.
-        augment: changes the image first (default: no change).
+        augment: changes the image before `preprocess` (default: no change).
         seed: random seed of `augment`.
         boxes: (N, 4) xyxy in pixels of the image (default: the sample has no boxes).
 
     Returns:
-        `image` (C, h, w), `placement`, and with `boxes` also `boxes` (N, 4), clipped at the edges of the augmented
-        image and of the input.
+        A sample with `image` (C, h, w) and `placement`. If boxes are given, also with `boxes` (N, 4), clipped at the
+        edges of the augmented image and of the input.
     """
     if augment is not None:
         image_HWC, moved = augment(image_HWC, seed)
@@ -111,7 +111,7 @@ _LISTS = frozenset({"path", "placement", "boxes", "labels", "crowd", "area"})
 
 
 def collate(samples: Sequence[Mapping[str, object]]) -> Batch:
-    """Join samples into a batch: tensors and numbers are stacked; paths, placements, boxes and labels become lists."""
+    """Join samples into a batch: stack numbers and tensors, make lists of the values of the keys in `_LISTS`."""
     batch = {
         key: [sample[key] for sample in samples]
         if key in _LISTS

@@ -1,11 +1,13 @@
 """Images in tar files (shards) in WebDataset's layout, for data larger than a disk.
 
 A sample consists of consecutive members of a shard with the same name up to the first dot: KEY.jpg (or another image
-suffix) and KEY.cls with the number or name of its class. A local shard is read in place. A remote shard is fetched
-whole into a cache folder of limited size. A sample is identified by its position. So the data set saves no state, and
-interrupted training resumes exactly, as with a folder of images.
+suffix) and KEY.cls, which holds the number of the class, from 0, or its name (see `class_index`). A local shard is read
+in place. A remote shard is downloaded completely into a cache folder of limited size. The index of a sample determines
+its shard and its position in the shard. So the data set has no state to save, and interrupted training resumes exactly,
+as with a folder of images.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -25,17 +27,19 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from visionattn.data.classes import class_index
 from visionattn.data.datamodules import ClassificationData
 from visionattn.data.decode import SUFFIXES, decode_image
 from visionattn.data.loading.batches import Split
 from visionattn.data.loading.workers import Unreadable
 from visionattn.data.placement import Preprocess
 from visionattn.data.samples import Sample, Transform, prepare
-from visionattn.errors import DataError, UsageError, nearest
-from visionattn.files import write_file
+from visionattn.errors import DataError, UsageError
+from visionattn.files import Replacement
 
-_OPEN = 32  # shards that a process keeps open
-_FETCH = 600.0  # time limit for one image in seconds, including the download of its shard
+_OPEN = 32  # maximum number of shards that a process keeps open
+_FETCH = 600.0  # seconds that a worker may take for one image, including the download of its shard
+_REMEDY = "in class_names, give the classes names that are not numbers"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Shard:
 
     def content(self, member: Member) -> bytes:
         """Read the content of a member."""
-        # pread, since forked processes share the position of the handle
+        # os.pread does not use the file position, which forked processes share
         return os.pread(self._handle, member.size, member.at)
 
     def _add(self, sample: dict[str, Member]) -> None:
@@ -91,7 +95,7 @@ class Shard:
         first = next(iter(sample.values())).name
         if len(images) != 1 or "cls" not in sample:
             raise DataError(
-                f"{self.url}: the sample of {first} needs one image and a .cls, and has {', '.join(sample)}"
+                f"{self.url}: the sample of {first} needs one image and a .cls, but has {', '.join(sample)}"
             )
         self.samples.append((images[0], sample["cls"]))
 
@@ -118,7 +122,7 @@ class Shards(Dataset[Sample]):
         class_names: in the order of their numbers.
         preprocess: resizes and normalises each image.
         store: cache of remote shards.
-        augment: changes each image first (default: no change).
+        augment: changes each image before `preprocess` (default: no change).
         mixed: number of shards whose samples are shuffled together.
     """
 
@@ -145,7 +149,7 @@ class Shards(Dataset[Sample]):
         return int(self._ends[-1])
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_held": OrderedDict()}  # file handles are valid in this process only
+        return {**self.__dict__, "_held": OrderedDict()}  # a file descriptor is not valid in another process
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         index, seed = key if isinstance(key, tuple) else (key, key)
@@ -158,7 +162,7 @@ class Shards(Dataset[Sample]):
         return sample
 
     def path_of(self, index: int) -> str:
-        """Return the path of a sample: its shard and member, or its position in a shard that is not open."""
+        """Return the shard and member of a sample; for a shard that is not open, the position in the shard."""
         number, place = self._locate(index)
         if number not in self._held:
             return f"sample {place} of {self.shards[number][0]}"
@@ -179,7 +183,7 @@ class Shards(Dataset[Sample]):
         raise DataError(f"no shard holds {path}")
 
     def shuffled(self, seed: int) -> list[int]:
-        """Return all indices in random order: shuffle the shards, then the samples of each group of `mixed` shards."""
+        """Return all indices in random order: shuffle the shards, then the samples within groups of `mixed` shards."""
         generator = torch.Generator().manual_seed(seed)
         begins = self._ends - [count for _, count in self.shards]
         order: list[int] = []
@@ -195,71 +199,74 @@ class Shards(Dataset[Sample]):
     def _opened(self, number: int) -> Shard:
         if number not in self._held:
             url, count = self.shards[number]
-            shard = Shard(self.store.open(url), url)
-            if len(shard.samples) != count:
-                raise DataError(f"{url} has {len(shard.samples)} samples, but its index says {count}")
-            self._held[number] = shard
+            self._held[number] = self.store.open(url, count)
             while len(self._held) > _OPEN:
                 self._held.popitem(last=False)
         self._held.move_to_end(number)
         return self._held[number]
 
     def _label(self, content: bytes, name: str) -> int:
-        text = content.decode("utf-8", "replace").strip()
-        label = int(text) if text.isdecimal() and len(text) < 10 else -1
-        if text in self.class_names:
-            return self.class_names.index(text)
-        if not 0 <= label < len(self.class_names):
-            raise DataError(f"{name}: there is no class {text[:40]!r}.{nearest(text[:40], self.class_names)}")
-        return label
+        try:
+            return class_index(content.decode("utf-8", "replace").strip(), self.class_names, remedy=_REMEDY)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
 class Store:
-    """A cache folder of fetched shards, shared by all processes of a machine.
+    """A cache folder of downloaded shards, shared by all processes of a machine.
 
     Attributes:
-        folder: path of the cache; it must hold no other files.
-        limit: largest size of the cache in bytes; the least recently used shards are deleted first.
+        folder: path of the cache; it must hold no other .tar files, since these could be deleted.
+        limit: maximum size of the cache in bytes; the least recently used shards are deleted first.
     """
 
     folder: str
     limit: int
 
-    def open(self, url: str) -> int:
-        """Return a file descriptor of a shard; first fetch the shard if it is remote and not in the cache.
+    def open(self, url: str, count: int) -> Shard:
+        """Open a shard; download it first if it is remote and not in the cache.
 
-        The descriptor stays readable when the cache deletes the file.
+        A download is kept only if it is complete, since servers that do not tell the length of a file can cut it short
+        without an error. The shard stays readable after the cache deletes the file.
+
+        Args:
+            url: path or URL of the shard.
+            count: number of samples that it must have.
 
         Raises:
-            DataError: the shard cannot be read or fetched.
+            DataError: the shard cannot be read, is damaged or cut short, or has another number of samples.
         """
         if "://" not in url:
-            return _open(url)
+            return _complete(_open(url), url, count)
         os.makedirs(self.folder, exist_ok=True)
         digits = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
         place = os.path.join(self.folder, f"{digits}.tar")
         with open(os.path.join(self.folder, f".{digits}.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait here, and then find the fetched file
-            try:
-                handle = os.open(place, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait here until the file is downloaded
+            with contextlib.suppress(FileNotFoundError, DataError):  # a damaged file is downloaded again
+                shard = _complete(os.open(place, os.O_RDONLY), url, count)
                 os.utime(place)
-                return handle
-            except FileNotFoundError:
-                return self._fetch(url, place)
+                return shard
+            return self._fetch(url, place, count)
 
-    def _fetch(self, url: str, place: str) -> int:
+    def _fetch(self, url: str, place: str, count: int) -> Shard:
         import fsspec
 
+        new = Replacement(place)
         try:
             with fsspec.open(url, "rb") as source:
-                write_file(place, lambda file: shutil.copyfileobj(source, file, 1 << 20))
-            handle = os.open(place, os.O_RDONLY)
-        except Exception as error:  # each file system of fsspec raises errors of its own
+                new.write(lambda file: shutil.copyfileobj(source, file, 1 << 20))
+            shard = _complete(_open(new.part), url, count)
+            new.commit()
+        except BaseException as error:  # each file system of fsspec has its own exceptions
+            new.discard()
+            if isinstance(error, DataError) or not isinstance(error, Exception):
+                raise
             reason = error.__cause__ or error
             raise DataError(f"{url} cannot be fetched: {reason or type(reason).__name__}") from error
         self._make_room(place)
-        return handle
+        return shard
 
     def _make_room(self, fetched: str) -> None:
         with os.scandir(self.folder) as entries:
@@ -273,6 +280,14 @@ class Store:
                 total -= size
 
 
+def _complete(handle: int, url: str, count: int) -> Shard:
+    """Return the shard; raise DataError if it has another number of samples."""
+    shard = Shard(handle, url)
+    if len(shard.samples) != count:
+        raise DataError(f"{url} has {len(shard.samples)} samples, but {count} were expected")
+    return shard
+
+
 def _open(path: str) -> int:
     try:
         return os.open(path, os.O_RDONLY)
@@ -284,8 +299,8 @@ def find_shards(where: str) -> list[tuple[str, int]]:
     """Find the shards of a split: (path or URL, number of samples) of each.
 
     Args:
-        where: a pattern that matches local tar files (their samples are counted), or the path or URL of a .json index:
-            `{"shardlist": [{"url": "train-000.tar", "nsamples": 1000}, …]}`. The shards must be in the index's folder.
+        where: a pattern that matches local tar files, whose samples are then counted; or the path or URL of a .json
+            index, `{"shardlist": [{"url": "train-000.tar", "nsamples": 1000}, …]}`, in the folder of the shards.
 
     Raises:
         UsageError: `where` is a URL that does not end in .json.
@@ -293,7 +308,7 @@ def find_shards(where: str) -> list[tuple[str, int]]:
     """
     if not where.endswith(".json"):
         if "://" in where:
-            raise UsageError(f"{where}: remote shards need an index; give the URL of a .json")
+            raise UsageError(f"{where}: remote shards need an index; give the URL of a .json index")
         paths = sorted(glob(where, recursive=True))
         if not paths:
             raise DataError(f"no file matches {where}")
@@ -322,8 +337,8 @@ class ShardData(ClassificationData):
 
     Args:
         train, val, test: the shards of each split, see `find_shards`.
-        class_names: a list of names, or the path of a text file with one name per line; a number in a .cls
-            file is the position of the name, from 0.
+        class_names: a list of names, or the path of a text file with one name per line. Digits in a .cls file are
+            an index into this list, from 0; other text is a name.
         cache: folder for remote shards (default: visionattn-shards in the system's folder for temporary files).
         cache_gb: limit on the size of `cache`, in GB (10⁹ bytes); it must hold at least `mixed` shards.
         mixed: number of shards whose samples are shuffled together in training.

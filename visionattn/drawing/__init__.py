@@ -1,4 +1,4 @@
-"""Draw heatmaps, boxes and glimpses with NumPy, OpenCV and Pillow. No torch."""
+"""Draw heatmaps, boxes and glimpses with NumPy, OpenCV and Pillow, without torch."""
 
 import lazy_loader
 

@@ -25,13 +25,13 @@ FOUND: Colour = _PALETTE[1]
 def draw_box(
     image_HWC: NDArray[np.uint8], box: Sequence[float], *, colour: Colour = _PALETTE[0], thickness: int | None = None
 ) -> NDArray[np.uint8]:
-    """Draw a box on a copy of a picture: the outer edge of the line is the box's edge; a dark rim lies inside.
+    """Draw a box on a copy of a picture: a line just inside the box's edge, and a dark rim just inside the line.
 
     Args:
         image_HWC: the picture.
         box: xyxy in pixels.
         colour: RGB.
-        thickness: of the line in pixels, without the rim. Default: `line_width(image_HWC)`.
+        thickness: thickness of the line in pixels, without the rim. Default: `line_width(image_HWC)`.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -49,13 +49,13 @@ def outline(
     *,
     rim: bool = True,
 ) -> None:
-    """Draw a box as `draw_box` does, but in place; parts outside the picture are clipped.
+    """Draw a box as `draw_box` does, but on the picture itself. Parts outside the picture are clipped.
 
     Args:
         drawn: the picture to draw on.
         box: xyxy in pixels.
         colour: RGB.
-        thickness: of the line in pixels.
+        thickness: thickness of the line in pixels, without the rim.
         rim: whether to draw the dark rim.
     """
     left, upper, right, lower = (round(float(edge)) for edge in box)
@@ -73,9 +73,9 @@ def label(
 
     Args:
         image_HWC: the picture.
-        text: one line; shortened, with … at its end, if it is wider than the picture.
-        place: (x, y) of the upper left corner.
-        colour: of the background, RGB.
+        text: one line. A line wider than the picture is cut and ends in ….
+        place: (x, y) of the upper left corner in pixels.
+        colour: colour of the background, RGB.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -94,13 +94,13 @@ def draw_boxes(
 ) -> NDArray[np.uint8]:
     """Draw boxes with their labels on a copy of a picture.
 
-    A label is above its box, or inside if there is no room above.
+    A label is drawn above its box, or inside the box if there is no room above.
 
     Args:
         image_HWC: the picture.
         boxes_N4: xyxy in pixels.
-        labels: one for each box, or none.
-        colours: RGB; repeated if there are more boxes.
+        labels: one label for each box, or none.
+        colours: RGB colours of the boxes, repeated if there are more boxes.
 
     Returns:
         (H, W, 3) uint8 RGB.

@@ -1,4 +1,4 @@
-"""Write text on pictures: choose a font that has the letters, and cut lines that are too long."""
+"""Write text on pictures, in a font that has all letters, and cut lines that are too long."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -33,10 +33,10 @@ def write(page: Image.Image, xy: tuple[int, int], text: str, *, size: int, colou
     Args:
         page: the picture.
         xy: upper left corner in pixels.
-        text: one line; shortened, with … at its end, if it is wider than `width`.
-        size: of the font in pixels.
+        text: one line. A line wider than `width` is cut and ends in ….
+        size: font size in pixels.
         colour: RGB.
-        width: largest width in pixels.
+        width: largest width of the line in pixels.
     """
     font, line = fit(text, size=size, width=width)
     ImageDraw.Draw(page).text(xy, line, font=font, fill=colour)
@@ -45,22 +45,22 @@ def write(page: Image.Image, xy: tuple[int, int], text: str, *, size: int, colou
 def fit(text: str, *, size: int, width: int) -> tuple[Font, str]:
     """Choose a font that has the letters of a text, and cut the text to a width.
 
-    A letter that the font lacks loses its accent or becomes `?`. A byte of a file name that is not valid text becomes
-    `?`.
+    A letter that the chosen font lacks loses its accent or becomes `?`. A byte of a file name that is not valid text
+    becomes `?`.
 
     Args:
         text: one line.
-        size: of the font in pixels.
-        width: largest width in pixels.
+        size: font size in pixels.
+        width: largest width of the text in pixels.
 
     Returns:
-        The font, and the text to draw: shortened, with … at its end, if it is too wide; "" if not even … fits.
+        The font, and the text to draw. A text that is too wide is cut and ends in …, or is "" if not even … fits.
     """
     text = " ".join("".join(letter if letter.isprintable() or _is_byte(letter) else " " for letter in text).split())
     font, text = _legible(text, size)
     if font.getlength(text) <= width:
         return font, text
-    keep, drop = 0, len(text)  # the longest start that fits has between keep and drop letters
+    keep, drop = 0, len(text)  # bisection: `keep` letters and … fit, `drop` letters do not
     while drop - keep > 1:
         middle = (keep + drop) // 2
         keep, drop = (middle, drop) if font.getlength(f"{text[:middle].rstrip()}…") <= width else (keep, middle)
@@ -69,7 +69,7 @@ def fit(text: str, *, size: int, width: int) -> tuple[Font, str]:
 
 
 def _legible(text: str, size: int) -> tuple[Font, str]:
-    """Return the first font that has all letters, or else most of them, and the text with missing letters replaced."""
+    """Return the first font that has the most letters, and the text with missing letters replaced."""
     letters = set(text)
     best, most = _own_font(size), -1
     for font in _fonts(size):
@@ -109,7 +109,7 @@ def _installed(name: str, size: int) -> Font | None:
 
 @lru_cache(maxsize=8192)
 def _draws(font: Font, letter: str) -> bool:
-    """Return whether a font has a letter: whether it draws something other than the box of a missing letter."""
+    """Return whether a font has a letter. Fonts draw missing letters as a box, so the drawing must not be this box."""
     if letter == " ":
         return True
     if not letter.isprintable():

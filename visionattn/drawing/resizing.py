@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 
 def shrink(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Return a picture with a longer side of at most `side` pixels. Each pixel is the mean of the pixels under it."""
+    """Shrink a picture to a longer side of at most `side` pixels. Each new pixel is the mean of the area it covers."""
     height, width = image_HWC.shape[:2]
     scale = side / max(height, width)
     if scale >= 1:
@@ -16,5 +16,5 @@ def shrink(image_HWC: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def enlarge(image_HWC: NDArray[np.uint8], factor: int) -> NDArray[np.uint8]:
-    """Return a picture in which each pixel has become a square of `factor` × `factor` pixels."""
+    """Enlarge a picture: each pixel becomes a square of `factor` × `factor` pixels."""
     return image_HWC.repeat(factor, 0).repeat(factor, 1)

@@ -1,7 +1,7 @@
 """Draw glimpses: their path over an image, an animation, and the density of fixations over a data set.
 
 Shapes: T glimpses, S scales, h × w values of a patch, K classes, H × W pixels.
-Boxes are xyxy in pixels of the picture, the finest scale first; they may reach beyond the picture.
+Boxes are xyxy in pixels of the picture, the finest scale first. Boxes may reach beyond the picture.
 """
 
 import itertools
@@ -20,8 +20,8 @@ from visionattn.drawing.overlay import heat
 from visionattn.drawing.sheets import Tile, sheet
 from visionattn.errors import UsageError
 
-_SIDE = 448  # pixels of the longer side of a picture, so that its numbers can be read
-_UNSEEN = 0.3, 40  # unread pixels: 0.3 · grey + 40, which is distinguishable from read pixels on black pictures too
+_SIDE = 448  # pixels of the longer side of a picture, so that the numbers on it can be read
+_UNSEEN = 0.3, 40  # unread pixels are drawn as 0.3 · grey + 40, so that black unread pixels are not black
 _CLASSES = 5  # largest number of classes whose probabilities an animation shows
 
 
@@ -48,15 +48,15 @@ def draw_scanpath(
 ) -> NDArray[np.uint8]:
     """Draw the path of the glimpses: numbers in temporal order, a ring around the first, and the box of every scale.
 
-    Colours run from violet for the first glimpse to yellow for the last. The finest box has a bold line, the wider
-    boxes have thinner and fainter ones. A number is drawn on its fixation, or next to it with a connecting line if
-    another number is there.
+    Colours run from violet for the first glimpse to yellow for the last. The finest box has a bold line; the wider
+    boxes have thinner and fainter lines. A number is drawn on its fixation. If another number is already there, the
+    number is drawn next to the fixation, with a connecting line.
 
     Args:
         image_HWC: (H, W, 3) uint8 RGB.
         boxes_TS4: box of each glimpse at each scale.
-        side: upper bound on the longer side of the result, in pixels (default: 448, or the picture's longer side if
-            that is larger). Smaller pictures are enlarged by an integer factor.
+        side: limit on the longer side of the result, in pixels (default: 448, or the picture's longer side if that is
+            larger). Smaller pictures are enlarged by an integer factor.
 
     Returns:
         (H', W', 3) uint8 RGB.
@@ -90,9 +90,9 @@ def animate_glimpses(
 ) -> list[NDArray[np.uint8]]:
     """Animate the glimpses: the patches read so far, as sharp as they were read, and the class probabilities.
 
-    The rest of the picture is grey. The boxes are those of the current glimpse and the line is the path so far. The
-    panel shows the class probabilities after each glimpse, for up to five classes: those with the highest probability
-    after any glimpse, and always the true class if `truth` is given. Their order is the same in all frames.
+    The rest of the picture is grey. Each frame shows the boxes of its glimpse and the path so far. A panel shows the
+    probabilities of up to five classes: the classes with the highest probability after any glimpse, and always the true
+    class if `truth` is given. The classes have the same order in all frames.
 
     Args:
         image_HWC: (H, W, 3) uint8 RGB.
@@ -100,7 +100,7 @@ def animate_glimpses(
         patches_TShw3: uint8 RGB, the pixels that were read in each box.
         probabilities_TK: class probabilities after each glimpse (default: none, and no panel).
         class_names: K names; without names, the panel shows class indices.
-        truth: index of the true class, which is marked.
+        truth: index of the true class, which is marked (default: none is marked).
         side: as in `draw_scanpath`, for the picture without the panel (default: 448).
 
     Returns:
@@ -110,7 +110,9 @@ def animate_glimpses(
     factor, offset = _UNSEEN
     grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
     shown = (factor * grey + offset).astype(np.uint8)[..., None].repeat(3, 2)
-    sharpness = np.full(shown.shape[:2], boxes_TS4.shape[1])  # finest scale at which a pixel was read; S for none
+    sharpness = np.full(
+        shown.shape[:2], boxes_TS4.shape[1]
+    )  # finest scale at which a pixel was read; S if it is unread
     unit = _unit(picture)
     colours, points = _ramp(len(boxes_TS4)), centres(boxes_TS4)
     frames = []
@@ -131,12 +133,13 @@ def animate_glimpses(
 def draw_fixation_density(
     maps: Mapping[str, NDArray[np.floating]], *, title: str = "", caption: str = ""
 ) -> NDArray[np.uint8]:
-    """Draw how often each pixel of the model's input was read: the maps side by side, with their largest values below.
+    """Draw maps of how often glimpses read each pixel, side by side, with their largest values below.
 
     Args:
-        maps: name → (H, W) ≥ 0, e.g. the mean number of glimpses that read a pixel at the finest scale; black is 0.
-        title: above the maps.
-        caption: below the maps.
+        maps: name → (H, W) ≥ 0 over the model's input, e.g. the mean number of glimpses that read a pixel at the finest
+            scale. 0 is drawn black.
+        title: text above the maps.
+        caption: text below the maps.
 
     Returns:
         (H', W', 3) uint8 RGB.
@@ -152,7 +155,7 @@ def draw_fixation_density(
 def _fitted(
     image_HWC: NDArray[np.uint8], boxes_TS4: NDArray[np.floating], side: int | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Return the picture and the boxes at the size for drawing."""
+    """Check the picture and the boxes, and resize both for drawing."""
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or not image_HWC.size:
         raise UsageError(f"a picture is (H, W, 3) uint8 RGB, got {image_HWC.shape} {image_HWC.dtype}")
     if boxes_TS4.ndim != 3 or boxes_TS4.shape[2] != 4 or not boxes_TS4.size:
@@ -161,7 +164,7 @@ def _fitted(
 
 
 def _unit(picture: NDArray[np.uint8]) -> float:
-    """Return the unit of length for drawing: 1 pixel at a longer side of 448, proportional to it, at least 0.75."""
+    """Return the unit of length for drawing, in pixels: the longer side / 448, at least 0.75."""
     return max(0.75, max(picture.shape[:2]) / _SIDE)
 
 
@@ -193,7 +196,7 @@ def _numbered(
     _lines(drawn, list(zip(points_T2, places, strict=True)), [INK] * len(places), unit / 2)
     page = Image.fromarray(drawn)
     pen = ImageDraw.Draw(page)
-    for number in reversed(range(len(places))):  # so that the first is on top
+    for number in reversed(range(len(places))):  # the first number is drawn last, on top
         (x, y), colour = places[number] - 0.5, colours[number]  # Pillow's origin is the centre of the first pixel
         rings: list[tuple[float, Colour]] = [(radius, colour)]
         if number == 0:
@@ -208,7 +211,7 @@ def _numbered(
 
 
 def _apart(points_T2: NDArray[np.float64], radius: float, width: int, height: int) -> NDArray[np.float64]:
-    """Return centres of discs that do not overlap: on their points, or at the nearest free position."""
+    """Place a disc for each point so that no discs overlap: on the point, or at the nearest free position."""
     places: list[NDArray[np.float64]] = []
     edge = np.array([width, height], np.float64)
     for point in points_T2:
@@ -248,7 +251,7 @@ def _paste(
 def _belief(
     height: int, turn: int, probabilities_TK: NDArray[np.floating], class_names: Sequence[str], truth: int | None
 ) -> NDArray[np.uint8]:
-    """Draw the panel of class probabilities next to a frame."""
+    """Draw the panel of class probabilities after glimpse `turn`."""
     size = max(11, min(30, height // 22))
     width, row = 13 * size, round(size * 2.3)
     page = Image.new("RGB", (width, height), PAPER)

@@ -17,11 +17,11 @@ from visionattn.drawing.overlay import DIFFERENCE, blend, check_pair, heat
 from visionattn.drawing.resizing import enlarge, shrink
 from visionattn.errors import UsageError
 
-_UNSEEN: Colour = (58, 58, 62)  # colour of pixels outside of the model's input, in a heatmap without its picture
+_UNSEEN: Colour = (58, 58, 62)  # colour of pixels outside the model's input, in heatmaps without a picture
 
 
 def colour_bar(height: int, *, width: int | None = None, colormap: str = "inferno") -> NDArray[np.uint8]:
-    """Draw a vertical scale of a colormap with numbers: 1, 0.5 and 0 from the top, or +1, 0 and −1 for `DIFFERENCE`.
+    """Draw a vertical scale of a colormap, labelled 1, 0.5 and 0 from the top, or +1, 0 and −1 for `DIFFERENCE`.
 
     Args:
         height: height in pixels.
@@ -74,9 +74,9 @@ def side_by_side(
 def row(
     panels: Sequence[tuple[NDArray[np.uint8], str]], *, title: str = "", colormap: str = "inferno"
 ) -> NDArray[np.uint8]:
-    """Draw pictures of equal size side by side with a colour bar at the right.
+    """Draw pictures of equal size side by side, with a colour bar at the right.
 
-    Small pictures are enlarged by a whole factor, so that the text below them can be read.
+    Small pictures are enlarged by a whole factor, so that the text below can be read.
 
     Args:
         panels: pictures, each with the line of text below it.
@@ -112,8 +112,8 @@ class Tile:
     Attributes:
         picture: (H, W, 3) uint8 RGB.
         caption: lines below the picture, e.g. the prediction with its probability, and the true class.
-        right: whether the prediction is correct. True draws a green tick before the first line, False a red cross, and
-            None neither.
+        right: whether the prediction is correct. True draws a green tick before the first line, False draws a red
+            cross, and None draws nothing.
         box: the true box of the object, xyxy in pixels of the picture.
     """
 
@@ -128,7 +128,7 @@ def sheet(
 ) -> NDArray[np.uint8]:
     """Arrange pictures in rows, each scaled to fit a square of `width` pixels, with its caption below.
 
-    Pictures of at most half that size are enlarged by a whole factor, so that their pixels become equal squares.
+    Pictures of at most half that size are enlarged by a whole factor, so that all their pixels become equal squares.
 
     Args:
         tiles: the pictures, at least one.
@@ -174,10 +174,10 @@ def sheet(
 
 
 def _scaled(tile: Tile, width: int) -> NDArray[np.uint8]:
-    """Scale a tile's picture to a longer side of `width`, or a little less for a whole factor; draw the tile's box."""
+    """Scale a tile's picture to a longer side of about `width`, and draw the tile's box."""
     height, wide = tile.picture.shape[:2]
     scale = width / max(height, wide)
-    if scale >= 2:  # every pixel becomes a square of equal size
+    if scale >= 2:  # a whole factor, so that all pixels become equal squares
         scale = int(scale)
         picture = enlarge(tile.picture, scale)
     elif scale >= 1:
@@ -186,12 +186,13 @@ def _scaled(tile: Tile, width: int) -> NDArray[np.uint8]:
     else:
         picture = shrink(tile.picture, width)
     if tile.box is None:
-        return picture  # the box is drawn after scaling, so that its line stays thin
+        return picture
+    # the box is drawn after scaling, so that its line stays thin
     return draw_box(picture, [edge * scale for edge in tile.box], thickness=2)
 
 
 def _mark(page: Image.Image, xy: tuple[int, int], size: int, right: bool) -> None:
-    """Draw a tick or a cross, which differ in shape and not only in colour."""
+    """Draw a tick or a cross; colour-blind readers distinguish them by shape."""
     x, y = xy
     points = [[(1, 8), (5, 12), (13, 2)]] if right else [[(2, 2), (12, 12)], [(2, 12), (12, 2)]]
     pen = ImageDraw.Draw(page)
@@ -202,7 +203,7 @@ def _mark(page: Image.Image, xy: tuple[int, int], size: int, right: bool) -> Non
 
 
 def heat_of_range(map_hw: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Colour a map from its smallest value to its largest, (h, w, 3) uint8 RGB; a constant map is black."""
+    """Colour a map over its own range of values, (h, w, 3) uint8 RGB; a constant map is black."""
     low, high = float(map_hw.min()), float(map_hw.max())
     return heat((map_hw - low) / (high - low) if high > low else np.zeros_like(map_hw))
 

@@ -1,4 +1,4 @@
-"""Is a heatmap true? Faithfulness, localisation, randomisation, and controls that do not look at the model."""
+"""Metrics of heatmaps: faithfulness, localisation and randomisation, and controls that do not depend on the model."""
 
 import lazy_loader
 

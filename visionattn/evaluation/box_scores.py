@@ -1,4 +1,4 @@
-"""Metrics of a detector's heatmaps: does the heatmap of a box show that box?
+"""Metrics of a detector's heatmaps, one for each box: is the heatmap of a box hot inside that box?
 
 Shapes: N boxes of an image, h × w cells of a heatmap, H × W pixels of the input; boxes xyxy in pixels.
 """
@@ -32,8 +32,8 @@ def mass_ratio(heatmaps_Nhw: Tensor, boxes_N4: Tensor, size: tuple[int, int]) ->
 def box_pointing(heatmaps_Nhw: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> Tensor:
     """Return for each heatmap whether its peak lies in its box, (N,) in [0, 1].
 
-    If several pixels are equally high, the value is the fraction of them inside the box. The arguments are those of
-    `mass_ratio`.
+    If several pixels are equally high, the value is the fraction of these pixels that lie inside the box. The arguments
+    are as for `mass_ratio`.
     """
     return hit_share(heatmaps_Nhw, inside(boxes_N4, size))
 
@@ -61,7 +61,7 @@ def score_drop(
         batch_size: perturbed images in one forward pass.
 
     Returns:
-        (N,) drops of each image: at most 1, and below 0 where the score rises.
+        The drops (N,) of each image: at most 1, and below 0 where the score rises.
 
     Raises:
         UsageError: the model is not a detector.

@@ -1,4 +1,4 @@
-"""Controls: heatmaps that do not depend on the model, which a method must beat before its heatmaps are believed.
+"""Controls: heatmaps that do not depend on the model. A method must beat them before its heatmaps can be trusted.
 
 A control is called in the same way as a method.
 
@@ -26,7 +26,7 @@ METRICS = {"deletion": -1, "insertion": 1, "pointing": 1, "energy": 1, "iou": 1,
 - `pointing`, `energy`: on the object's box, or on its mask if there is no box.
 - `iou`: with the object's mask, or with its box if there is no mask, at the threshold that is best for the method.
 - `shuffled`: |rank correlation| between the method's heatmaps of the model and of a copy with shuffled weights,
-  averaged over copies. The absolute value is taken, since an inverted map shows the same regions.
+  averaged over copies. The value is absolute because an inverted map shows the same regions.
 """
 
 Value = TypeVar("Value", float, NDArray[np.floating])
@@ -72,7 +72,7 @@ class RandomMap(Control):
 
 
 class CentreGaussian(Control):
-    """A Gaussian at the centre of the image, exp(−(x² + y²) / (2σ²)): most photographs show their object there.
+    """A Gaussian at the centre of the image, exp(−(x² + y²) / (2σ²)). Most photographs show their object at the centre.
 
     Args:
         sigma: σ as a fraction of each side, > 0.
@@ -99,8 +99,8 @@ class Edges(Control):
     """The length of the image gradient, √(gx² + gy²), by Sobel's 3 × 3 filters on the mean over channels.
 
     Adebayo et al. 2018 (1810.03292) found that the heatmaps of some methods show no more than such edges. Compare a
-    method with the edges on the method's own grid: with one cell per pixel, insertion would restore only the sharpest
-    pixels of a blurred image, which no method with a coarse grid can do.
+    method with the edges on the method's own grid. With one cell per pixel, insertion would restore the sharpest single
+    pixels first, and no method with a coarse grid can do that.
 
     Args:
         grid: (rows, columns) of cells, each ≥ 1; a cell is the mean of its pixels (default: one cell per pixel).

@@ -79,15 +79,15 @@ def deletion(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Curve:
-    """Remove an image's pixels, hottest first (Petsiuk et al. 2018, 1806.07421, algorithm 1): a lower area is better.
+    """Follow the target's probability while an image's pixels are removed, hottest first. A lower area is better.
 
-    Deviations from the paper:
+    Petsiuk et al. 2018 (1806.07421, algorithm 1). Deviations from the paper:
 
-    - There are S equal steps.
-    - Removed pixels get their image's mean colour instead of zero. For photographs that are normalised by the mean of
-      their data set, zero is the mean colour. On white paper or in a dark image, zero is a conspicuous grey.
-    - Pixels of equal heat are removed in random order instead of by position, so that a constant map gets the score of
-      a random order.
+    - The pixels are removed in S equal steps.
+    - Removed pixels get their image's mean colour instead of zero. Zero is the mean colour of normalised photographs,
+      but a conspicuous grey on white paper or in a dark image.
+    - Pixels of equal heat are removed in random order instead of by position. So a constant map scores like a random
+      order.
 
         >>> import timm, torch
         >>> from visionattn.maps import GradCAM
@@ -100,8 +100,8 @@ def deletion(
         images_BCHW: images, normalised for the model.
         heatmaps_Bhw: heatmaps of any resolution, each spanning the whole input.
         target: the output to follow, as a `Method` takes it (default: the prediction for the whole image). For an index
-            the curve is the softmax probability of that output; for a function it is the function's value. A function
-            is called with any number of images in any order.
+            the curve is the softmax probability of that output. For a function the curve is the function's value; the
+            function is called with any number of images in any order.
         steps: S, in [1, H·W].
         baseline: value of removed pixels, broadcast to the images (default: each image's mean colour).
         batch_size: images in one forward pass.
@@ -126,11 +126,11 @@ def insertion(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Curve:
-    """Restore an image's pixels in a blurred copy, hottest first (Petsiuk et al. 2018, 1806.07421, §4.1).
+    """Follow the target's probability while a blurred image is restored, hottest pixels first. A higher area is better.
 
-    A higher area is better. Deviations from the paper: the steps and the order of equal pixels are those of `deletion`;
-    the blur is relative to the image's side, so that it suits images of any size (the paper blurs images of 224 pixels
-    with σ = 5 pixels and a kernel of 11 × 11).
+    Petsiuk et al. 2018 (1806.07421, §4.1). Deviations from the paper: the steps and the order of equal pixels are those
+    of `deletion`. The blur is relative to the image's side, so that it suits images of any size; the paper blurs images
+    of 224 pixels with σ = 5 pixels and a kernel of 11 × 11.
 
     Args:
         model, images_BCHW, heatmaps_Bhw, target, steps, batch_size, seed: as for `deletion`.
@@ -145,7 +145,7 @@ def insertion(
 
 @dataclass(frozen=True)
 class Perturbation:
-    """The first and last images of a deletion or insertion curve. All heatmaps of the same images share them.
+    """The first and last images of a deletion or insertion curve, for any number of heatmaps of the same images.
 
     Attributes:
         before: (B, C, H, W), the images that the curve starts from.
@@ -163,7 +163,7 @@ class Perturbation:
 def deletion_perturbation(
     model: nn.Module, images_BCHW: Tensor, *, target: Target = None, baseline: float | Tensor | None = None
 ) -> Perturbation:
-    """Prepare `deletion` for `perturbation_curve` with any number of heatmaps. Arguments are those of `deletion`."""
+    """Prepare `deletion` for `perturbation_curve` with any number of heatmaps. Arguments are as for `deletion`."""
     check_images(images_BCHW)
     gone = images_BCHW.mean((2, 3), keepdim=True) if baseline is None else torch.as_tensor(baseline).to(images_BCHW)
     score_B, target = probability(model, images_BCHW, target)
@@ -175,7 +175,7 @@ def deletion_perturbation(
 def insertion_perturbation(
     model: nn.Module, images_BCHW: Tensor, *, target: Target = None, blur: float = BLUR
 ) -> Perturbation:
-    """Prepare `insertion` for `perturbation_curve` with any number of heatmaps. Arguments are those of `insertion`."""
+    """Prepare `insertion` for `perturbation_curve` with any number of heatmaps. Arguments are as for `insertion`."""
     check_images(images_BCHW)
     score_B, target = probability(model, images_BCHW, target)
     blurred_BCHW = blurred(images_BCHW, blur)
@@ -242,14 +242,14 @@ def probability(model: nn.Module, images_BCHW: Tensor, target: Target) -> tuple[
             logits_BK = scores_of(output).float()
             if logits_BK.shape[1] == 1:
                 raise UsageError(
-                    "the model has a single output, whose softmax is always 1, so its probability cannot be followed; "
-                    "pass deletion and insertion target=a function from the output to (B,) scores"
+                    "the model has a single output, whose softmax is always 1; call deletion or insertion with "
+                    "target=FUNCTION, a function from the output to (B,) scores"
                 )
             score_B = logits_BK.softmax(1).gather(1, index_B[:, None])[:, 0]
         if len(score_B) != len(images_BCHW):
             raise UsageError(
-                f"the target function returned {len(score_B)} scores for {len(images_BCHW)} images; it is called with "
-                "any number of images in any order, so pass one index an image as a tensor instead"
+                f"the target function returned {len(score_B)} scores for {len(images_BCHW)} images, but is called with "
+                "any number of images in any order; pass a tensor with one index per image instead"
             )
         if not score_B.isfinite().all():
             raise DataError(f"the model's output is not finite; {find_non_finite(bare)}")

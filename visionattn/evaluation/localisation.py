@@ -13,7 +13,7 @@ THRESHOLDS = 100
 def to_pixels(heatmaps_Bhw: Tensor, size: tuple[int, int]) -> Tensor:
     """Interpolate heatmaps bilinearly to the (height, width) of the input: (B, H, W) float32.
 
-    The interpolation runs in double precision, so that equal neighbours stay exactly equal.
+    The interpolation runs in double precision, so that cells with equal values give pixels with equal values.
     """
     fine_B1HW = F.interpolate(heatmaps_Bhw[:, None].double(), size=size, mode="bilinear", align_corners=False)
     return fine_B1HW[:, 0].float()
@@ -36,8 +36,8 @@ def inside(boxes_B4: Tensor, size: tuple[int, int]) -> Tensor:
 def hit_share(heatmaps_Bhw: Tensor, object_BHW: Tensor) -> Tensor:
     """Return the fraction of each heatmap's highest pixels that lie on its object, (B,) in [0, 1].
 
-    If one pixel is highest, the fraction is 0 or 1. If several pixels are equally high, the fraction is what a random
-    choice among them hits on average, so that a constant map scores as a uniform guess does.
+    If one pixel is highest, the fraction is 0 or 1. If several pixels are equally high, the fraction is the probability
+    that a random choice among them hits the object. So a constant map scores like a uniform guess.
 
     Args:
         heatmaps_Bhw: heatmaps of any resolution, each spanning the whole input.
@@ -58,8 +58,8 @@ def pointing(heatmaps_Bhw: Tensor, boxes_B4: Tensor, size: tuple[int, int]) -> d
 
     Returns:
         A dict of three tensors (B,) in [0, 1]: `pointing` is 1 where the peak lies in the box (see `hit_share`);
-        `centre` is the same for a guess at the centre of the input; `chance` is the fraction of the input that the box
-        covers, which is what a uniform guess hits.
+        `centre` is 1 where the centre of the input lies in the box; `chance` is the fraction of the input that the box
+        covers, the expected score of a uniform guess.
     """
     height, width = size
     middle_2 = torch.tensor([width / 2, height / 2], device=boxes_B4.device)
@@ -75,8 +75,8 @@ def pointing(heatmaps_Bhw: Tensor, boxes_B4: Tensor, size: tuple[int, int]) -> d
 def energy(heatmaps_Bhw: Tensor, object_BHW: Tensor) -> Tensor:
     """Return the fraction of each heatmap's sum that lies on its object, (B,) in [0, 1].
 
-    This is the energy-based pointing game (Wang et al. 2020, 1910.01279, section 4.3). A heatmap of zeros scores as a
-    constant heatmap does: the fraction of the input that the object covers.
+    This is the energy-based pointing game (Wang et al. 2020, 1910.01279, section 4.3). A heatmap of zeros scores like a
+    constant heatmap: the fraction of the input that the object covers.
 
     Args:
         heatmaps_Bhw: heatmaps ≥ 0 of any resolution, each spanning the whole input.
@@ -90,10 +90,10 @@ def energy(heatmaps_Bhw: Tensor, object_BHW: Tensor) -> Tensor:
 def overlap(heatmaps_Bhw: Tensor, object_BHW: Tensor, *, thresholds: int = THRESHOLDS) -> Tensor:
     """Return the intersection over union of the object and {heatmap ≥ t}, for t = 0, 1/T … (T − 1)/T: (B, T).
 
-    After Choe et al. 2020 (2001.07437, section 4). Choose one threshold for a method, the one with the highest mean
-    over all images; the best threshold of each image would overstate the overlap. Deviations from the paper: the result
-    is the IoU instead of the fraction of images above some IoU, and a box is compared with every pixel above the
-    threshold instead of with the box around the largest connected part.
+    After Choe et al. 2020 (2001.07437, section 4). For a method, use the threshold with the highest mean over all
+    images; the best threshold of each single image would overstate the overlap. Deviations from the paper: the result
+    is the IoU instead of the fraction of images above a given IoU. A box is compared with all pixels above the
+    threshold, instead of with the box around the largest connected part of these pixels.
 
     Args:
         heatmaps_Bhw: heatmaps in [0, 1] of any resolution, each spanning the whole input.

@@ -15,9 +15,9 @@ def shuffled(model: nn.Module, *, seed: int = 0) -> nn.Module:
     """Return a copy of a model in which the values of each weight tensor are shuffled.
 
     This is the last stage of the model parameter randomisation test of Adebayo et al. 2018 (1810.03292, section 3.1),
-    in which all layers are random. Deviation from the paper: the paper initialises the weights again. Shuffling does
-    not need to know the initialisation, includes class tokens and position embeddings (which no module resets in
-    `reset_parameters`), and keeps activations in their range. The running statistics of batch normalisation are
+    in which all layers are random. Deviation from the paper: the weights are shuffled instead of initialised again.
+    Shuffling needs no knowledge of the initialisation and keeps activations in their range. It includes class tokens
+    and position embeddings, which no `reset_parameters` covers. The running statistics of batch normalisation are
     shuffled too. Other buffers are not learned and stay unchanged.
 
     Args:

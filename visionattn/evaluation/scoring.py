@@ -5,6 +5,7 @@ Shapes: N images in total, B images in a batch, C channels, H × W pixels, R res
 
 import html
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from visionattn.evaluation.randomisation import rank_correlation, shuffled
 from visionattn.maps import Method, methods_that_fit
 
 RESAMPLES = 2_000
+_SLOW = 16  # forward passes above which a method gets one image at a time
+_CONTROLS = 3  # controls of one method, for the expected time
 MIN_IMAGES = 10
 """Smallest number of images for a confidence interval. With fewer images the bootstrap interval is much too narrow: a
 method could beat a control on three images that agree by chance."""
@@ -107,13 +110,13 @@ class Scores:
     def beats(self, method: str, metric: str) -> bool:
         """Return whether a method is better than each of its controls: the lower bound of each margin is above 0.
 
-        The maps of a control do not depend on the model, so a control has a `shuffled` of 1. A method with a lower
-        value depends on the weights of the model. The value itself shows how much: the lower, the more.
+        The maps of a control do not depend on the model, so the metric `shuffled` of a control is 1. The lower the
+        `shuffled` of a method, the more its maps depend on the model's weights.
         """
         return all(self.margin(method, control, metric).low > 0 for control in self.controls[method])
 
     def unbeaten(self, method: str) -> list[str]:
-        """Return the verdict: the metrics in which a method does not beat each of its controls. Empty is good."""
+        """Return the metrics in which a method does not beat each of its controls; an empty list is best."""
         return [metric for metric in self.metrics if not self.beats(method, metric)]
 
     def table(self) -> list[Row]:
@@ -121,7 +124,7 @@ class Scores:
 
         Each row has `name`, `kind` ("method" or "control") and three numbers for every metric: the mean under the
         metric's name, and the bounds of its interval under that name plus `_low` and `_high`. The row of a method also
-        has `unbeaten`, a list of metrics.
+        has `unbeaten`, a list of the metrics in which the method does not beat every control.
         """
         return [self._row(name) for name in self._names()]
 
@@ -166,7 +169,7 @@ class Scores:
         return f"<table><tr><th></th><th></th>{heads}</tr>{''.join(rows)}</table><p>{notes}</p>"
 
     def __getstate__(self) -> dict[str, object]:
-        """Pickle without the cached weights of the resamples, which are large and can be computed from the seed."""
+        """Pickle without the cached weights of the resamples: they are large, and the seed gives the same weights."""
         return {name: value for name, value in vars(self).items() if name != "_weights"}
 
     def _names(self) -> list[str]:
@@ -244,11 +247,12 @@ def score(
     batch_size: int = 32,
     seed: int = 0,
     advance: Callable[[float], None] | None = None,
+    expect: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Scores:
     """Score heatmap methods, and the controls that they must beat, on the same images.
 
-    Every map explains the model's prediction for the whole image, correct or not. The controls are a Gaussian at the
-    centre, and a random map and an edge detector on the grid of each method.
+    Every map explains the model's prediction for the whole image, whether or not the prediction is correct. The
+    controls are a Gaussian at the centre, and a random map and an edge detector on the grid of each method.
 
     Args:
         model: any vision model; unchanged afterwards.
@@ -259,11 +263,15 @@ def score(
         copies: copies of the model with shuffled weights, ≥ 1.
         batch_size: perturbed images in one forward pass.
         seed: seed of all random numbers, in [0, 2³²).
-        advance: called with the number of images scored since its last call, which may be a fraction.
+        advance: called with the number of images scored since its last call, which may be a fraction. The fractions
+            are in proportion to the expected time.
+        expect: called once, before the first heatmap, with the expected seconds for one image of each method and of
+            `"controls"`. The estimate is the time of a measured forward pass times the number of passes, see
+            `Method.passes`.
 
     Raises:
-        UsageError: no method fits, the sizes of images differ, the keys of batches differ, a method has
-            the name of a control, or an argument is out of range.
+        UsageError: no method fits, the sizes of images differ, the keys of batches differ, a method has the name of a
+            control, or an argument is out of range.
         DataError: there are no images, or the images or the model's output hold NaN or infinity.
     """
     if copies < 1 or steps < 2:
@@ -280,21 +288,44 @@ def score(
     paths: list[str] = []
     kind: _Kind | None = None
     images = 0
+    passes: dict[str, int] = {}  # method → forward passes for the heatmaps of an image
+    spent: dict[str, int] = {}  # method or controls → all forward passes for an image
     for batch in batches:
         images_BCHW = batch["image"].to(like.device, like.dtype)
         kind = _same_kind(batch, kind)
+        started = time.perf_counter()
         removal = deletion_perturbation(model, images_BCHW)
         target_B = removal.target
         assert isinstance(target_B, Tensor)
+        middle = time.perf_counter()
         restoration = insertion_perturbation(model, images_BCHW, target=target_B)
+        faster = min(middle - started, time.perf_counter() - middle)  # each has run the model twice
         if methods is None:
             methods = methods_that_fit(model, images_BCHW)
+        if not passes:
+            passes = {name: (1 + copies) * _passes(method, model, images_BCHW) for name, method in methods.items()}
+            curves = 2 * (steps - 1)  # passes of the curves of one map
+            spent = {**{name: count + curves for name, count in passes.items()}, "controls": _CONTROLS * curves}
+            if expect:
+                second = faster / 2 / len(images_BCHW)
+                expect({name: count * second for name, count in spent.items()})
+        left = float(len(images_BCHW))  # images of this batch that were not yet reported
         maps: dict[str, tuple[Tensor, Tensor]] = {}
         for name, method in methods.items():
             if name in failed:
                 continue
             try:
-                maps[name] = _explain(method, model, randoms, images_BCHW, target_B)
+                # slow methods get one image at a time, so that the progress can be reported
+                size = 1 if passes[name] > _SLOW * (1 + copies) else len(images_BCHW)
+                parts = []
+                for part_BCHW, part_B in zip(images_BCHW.split(size), target_B.split(size), strict=True):
+                    parts.append(_explain(method, model, randoms, part_BCHW, part_B))
+                    if advance:
+                        done = len(part_BCHW) * passes[name] / sum(spent.values())
+                        advance(done)
+                        left -= done
+                heatmaps, similar = zip(*parts, strict=True)
+                maps[name] = torch.cat(heatmaps), torch.cat(similar)
             except (UsageError, DataError) as error:
                 failed[name] = error
         if not maps:
@@ -317,7 +348,7 @@ def score(
             }
             measured.setdefault(name, []).append({metric: value.cpu() for metric, value in metrics.items()})
             if advance:
-                advance(len(images_BCHW) / len(maps))
+                advance(left / len(maps))
         if "label" in batch:
             right.append(batch["label"].to(target_B.device) == target_B)
         paths += batch.get("path", ())
@@ -336,6 +367,13 @@ def score(
         paths=tuple(paths),
         seed=seed,
     )
+
+
+def _passes(method: Method, model: nn.Module, images_BCHW: Tensor) -> int:
+    try:
+        return method.passes(model, images_BCHW)
+    except (UsageError, DataError):  # the method does not fit; its call tells why
+        return 1
 
 
 def _explain(

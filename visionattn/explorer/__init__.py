@@ -1,4 +1,4 @@
-"""One HTML page to explore where a model looks."""
+"""The explorer: an HTML page that shows a model's attention and heatmaps on some images."""
 
 import lazy_loader
 

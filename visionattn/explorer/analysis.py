@@ -42,14 +42,14 @@ class Attention:
         heads: H, the number of heads.
         grid: (h, w) of the keys.
         query_grid: (h, w) of the queries; None for queries without positions.
-        asks: text that says which query `whole` belongs to: the class token, or all patches on average.
+        asks: label of the rows in `whole`, shown on the page: "class token", or "all patches, on average".
         class_at: index of the class token among the keys; None without a class token.
         queries: (W, Q) int32, the cell of each query, −1 for class and register tokens; None for queries without
             positions.
         keys: (W, K) int32, the cell of each key; keys without a position in any window come last.
-        whole: the rows (W · H, K) of the class token, or without one the mean rows over all patches.
+        whole: the rows (W · H, K) of the class token; without a class token, the mean rows over all patches.
         rows: the rows (W · H · Q, K) of all queries; None for queries without positions.
-        chains: whether queries and keys are the same tokens, so that layers can be multiplied.
+        chains: whether queries and keys are the same tokens, so that rollout can multiply layers.
     """
 
     name: str
@@ -215,7 +215,7 @@ def _attention(site: Site, record: Record) -> Attention:
     placed_K = (keys_WK >= 0).any(0)
     order = torch.argsort((~placed_K).int(), stable=True)
     count = int(placed_K.sum())
-    if chains:  # queries are in the order of the keys
+    if chains:  # queries are the same tokens as keys, so they are sorted in the same way
         weights_WHQK = weights_WHQK[:, :, order]
     queries_WQ = None if queries is None else queries.index_WN[:, order] if chains else queries.index_WN
     class_at = None if site.class_query is None or not chains else int((order == site.class_query).nonzero())
@@ -266,7 +266,7 @@ def _gates(records: Records, features: Mapping[str, Tensor]) -> list[SpatialGate
 def _features(model: nn.Module, gates: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Yield a dict that a forward pass fills: name of a gate over channels → the feature maps that the gate multiplies.
 
-    Of the modules around the gate, the innermost one that takes a feature map as its first argument gives the maps.
+    The maps are the first argument of a module that contains the gate: of the innermost one that takes a feature map.
     """
     kept: dict[str, Tensor] = {}
     handles = []
@@ -274,7 +274,7 @@ def _features(model: nn.Module, gates: Sequence[str]) -> Iterator[dict[str, Tens
     def keep(gate: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
         def hook(module: nn.Module, args: tuple[object, ...]) -> None:
             if args and isinstance(args[0], Tensor) and args[0].ndim == 4 and args[0].shape[2:].numel() > 1:
-                kept[gate] = args[0].detach().clone()  # the innermost module is called last
+                kept[gate] = args[0].detach().clone()  # the innermost module is called last and overwrites the others
 
         return hook
 
@@ -305,7 +305,7 @@ def _heatmaps(
     controls: dict[str, list[str]] = {}
     failed: dict[str, str] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MapWarning)  # the page shows that a map is constant
+        warnings.simplefilter("ignore", MapWarning)  # a constant map is visible on the page
         for name, method in methods.items():
             try:
                 maps = method(model, image_1CHW, target=target)

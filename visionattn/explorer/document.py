@@ -27,11 +27,11 @@ from visionattn.explorer.encoding import LEVELS, EncodedArrays
 GENERATOR = "visionattn explore"
 
 Arrays: TypeAlias = Mapping[str, Any]
-"""Named arrays, nested lists or strings from users; the keys are those of `explore`'s glimpses or detections."""
+"""Name → array, nested list or text, as users pass them in `glimpses` and `detections` of `explore`."""
 
 Json: TypeAlias = dict[str, object]
 
-_CLASSES = 5  # number of the most probable classes that are shown
+_CLASSES = 5  # number of most probable classes on the page
 _SCRIPTS = "data.js", "attention.js", "draw.js", "parts.js", "shown.js", "panels.js", "page.js"
 
 

@@ -49,7 +49,7 @@ class Rows:
 
     @classmethod
     def of(cls, values_RK: NDArray[np.floating]) -> "Rows":
-        """Make rows of values in [0, 1]."""
+        """Make rows from values in [0, 1]."""
         values_RK = np.asarray(values_RK, np.float32)
         most_R, least_R = values_RK.max(1), values_RK.min(1)
         steps_R = -_STEPS * np.log2(np.clip(most_R, 2.0**-40, 1), dtype=np.float64)
@@ -72,7 +72,7 @@ class Rows:
 
 
 def _together(codes: NDArray[np.int16], levels: int) -> NDArray[np.uint8]:
-    """Pack as many codes as fit into each byte. The first code is the byte modulo `levels`."""
+    """Pack as many codes as fit into each byte, as digits to the base `levels`; the first code is the lowest digit."""
     each = together(levels)
     flat = codes.astype(np.uint8).ravel()
     parts = np.pad(flat, (0, -len(flat) % each)).reshape(-1, each)

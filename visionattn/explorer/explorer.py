@@ -1,4 +1,4 @@
-"""The explorer: one HTML file that shows where a model looks. The file needs no network and no server.
+"""The explorer: one HTML file that shows a model's attention and heatmaps. The file needs no network and no server.
 
     explore(model, ["cat.jpg", "dog.jpg"]).save("seen.html")
 
@@ -68,7 +68,7 @@ class Page:
         write_file(path, self.html.encode())
 
     def to_dict(self) -> dict[str, object]:
-        """Return the attributes of the page, without its HTML, and its size in bytes as plain data for `json.dumps`."""
+        """Return plain data for `json.dumps`: the attributes of the page except `html`, and the size in bytes."""
         return {
             "images": self.images,
             "bytes": len(self.html.encode()),
@@ -162,10 +162,10 @@ def explore(
             or `detections`.
         images: paths of files, pictures (H, W, 3) uint8 RGB, or a batch (B, C, H, W) normalised for the model.
         preprocess: turns a picture into the model's input (default: that of the timm or torchvision model, or of the
-            task). For a batch it only gives the mean and std that turn the batch into pictures (default: ImageNet's).
-        methods: name → method (default: every method that fits the model, except the slow Score-CAM). For a detector
-            the page shows the first method for boxes and all methods for whole images.
-        class_names: names of the model's outputs (default: those of the timm model or the task).
+            task). For a batch, only its mean and std are used, to turn the batch into pictures (default: ImageNet's).
+        methods: name → method (default: every method that fits the model, except the slow Score-CAM). For a detector,
+            the page shows all methods for whole images, but only the first method for boxes.
+        class_names: names of the model's outputs (default: the names that the timm model or the task has).
         model_name: name in the title (default: the class of the model).
         steps: steps of deletion and insertion for every heatmap, ≥ 2; 0 for no curves.
         batch_size: perturbed images in one forward pass.
@@ -174,8 +174,8 @@ def explore(
             `patches` (T, S, h, w, 3) uint8, and `probabilities` (T, K) after each glimpse (default: the glimpses of
             the model if it is a `GlimpseNetwork`).
         detections: one dict per image: `boxes` (N, 4) xyxy in pixels of the source, `labels` and `scores` (N,), `maps`
-            (N, h, w) in [0, 1], each spanning the model's input, and optionally `shows`, a text that says what the maps
-            show (default: the detections of the model if it is a detector).
+            (N, h, w) in [0, 1], each spanning the model's input, and optionally `shows`, a description of the maps
+            (default: the detections of the model if it is a detector).
         max_pixels: largest number of pixels of an image file; larger files fail.
         console: console for a progress bar (default: no bar).
 
@@ -288,7 +288,7 @@ def _root(images: "Tensor | Sequence[AnyPath | NDArray[np.uint8]]") -> str:
     folders = [os.path.dirname(os.path.abspath(os.fsdecode(image))) for image in images if _is_path(image)]
     try:
         return os.path.commonpath(folders) if folders else ""
-    except ValueError:  # on several drives
+    except ValueError:  # the files are on different drives
         return ""
 
 
@@ -311,7 +311,7 @@ def _refuse_nothing(image: PageImage, model_name: str) -> None:
 
 
 def _refuse_too_much(shown: Sequence[PageImage], images: int, limit: int) -> None:
-    """Raise a UsageError after the first image if the weights exceed the limit even at half a bit each, the minimum."""
+    """After the first image, raise a UsageError if all images would exceed the limit even at half a bit per weight."""
     weights = sum(layer.rows.placed.share.size for layer in shown[0].analysis.attention if layer.rows is not None)
     if len(shown) == 1 and weights * images / 16 * 4 / 3 > limit:
         raise UsageError(
@@ -373,13 +373,13 @@ def tell(page: Page, path: AnyPath, *, total: int, console: Console) -> None:
         console: the console to print to.
     """
     name = printable(os.fsdecode(path))
-    sample = "" if total == page.images + len(page.failures) else f" of {total}, taken evenly"
+    sample = "" if total == page.images + len(page.failures) else f" of {total}, chosen at equal intervals"
     console.print(Text(f"  {name}   {len(page.html) / 1e6:.1f} MB   {page.images} images{sample}"), soft_wrap=True)
     if page.levels is not None and page.levels < 256:
         off = 50 / (page.levels - 1)
         line = (
-            f"  weights of patches have {page.levels} levels, an error of at most {off:.2g} % of their row's span; "
-            "fewer images get more levels"
+            f"  attention weights of patches are rounded to {page.levels} levels, with an error of at most {off:.2g} % "
+            "of the range of their row; fewer images give more levels"
         )
         console.print(Text(line), soft_wrap=True)
     for method, reason in page.left_out.items():

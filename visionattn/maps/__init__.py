@@ -1,4 +1,4 @@
-"""Heatmap methods: from a model and images to heatmaps of where the model looked."""
+"""Heatmap methods: each turns a model and images into heatmaps."""
 
 import lazy_loader
 

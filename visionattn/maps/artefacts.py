@@ -1,8 +1,8 @@
 """High-norm tokens: patch tokens in which a transformer stores global information, so that heatmaps are wrong there.
 
 Darcet et al. 2024, "Vision transformers need registers", 2309.16588, §2. These patches get attention regardless of what
-the image shows there. Models that are trained with register tokens have no high-norm patch tokens. Register tokens are
-not on the grid.
+the image shows there. Models that are trained with register tokens have no high-norm patch tokens: they store the
+global information in the register tokens, which are not on the grid.
 
 Shapes: B images, N tokens, C channels, h × w grid.
 """
@@ -20,7 +20,7 @@ from visionattn.drawing import heatmap_sheet
 from visionattn.errors import UsageError, warn
 from visionattn.maps.method import check_images
 
-RATIO, MAX_FRACTION, MIN_TOKENS = 3.0, 0.1, 64
+RATIO, MAX_FRACTION, MIN_TOKENS = 3.0, 0.1, 64  # see `outliers`
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,7 +40,7 @@ class Artefacts:
     source: str
 
     def report(self) -> str:
-        """Return how many high-norm tokens there are, and how their norm compares with that of the other tokens."""
+        """Return the number of high-norm tokens, and the ratio of their norm to the norm of the other tokens."""
         count, images = int(self.mask.sum()), int(self.mask.flatten(1).any(1).sum())
         if not count:
             return f"no high-norm tokens after {self.source}"
@@ -91,9 +91,10 @@ def find_artefacts(model: nn.Module, images_BCHW: Tensor, *, layer: str | None =
 def outliers(norms_Bhw: Tensor) -> Tensor:
     """Return which tokens have a high norm, (B, h, w) bool: more than three times the median norm of their image.
 
-    The paper takes its threshold from a histogram with two separate modes (150 for DINOv2-g, where other tokens have
-    norms of about 50); here each image has its own threshold. If more than a tenth of an image's tokens exceed the
-    threshold (in the paper 2.4 % do), or the image has fewer than 64 tokens, none of its tokens counts as high-norm.
+    Deviation from the paper: each image has its own threshold. The paper has one threshold, read from a histogram with
+    two separate modes (150 for DINOv2-g, where other tokens have norms of about 50). If more than a tenth of an image's
+    tokens exceed the threshold (2.4 % do in the paper), or the image has fewer than 64 tokens, none of its tokens
+    counts as high-norm.
     """
     flat_BN = norms_Bhw.flatten(1)
     high_BN = flat_BN > RATIO * flat_BN.median(1, keepdim=True).values
@@ -125,7 +126,7 @@ def last_block(model: nn.Module, survey: Survey, layer: str | None = None) -> Ac
 
 @contextlib.contextmanager
 def warn_of_artefacts(model: nn.Module, survey: Survey) -> Iterator[None]:
-    """Warn if the model computes high-norm tokens inside this context. The cost is the norms of one layer."""
+    """Warn if the model computes high-norm tokens inside this context. This costs only the norms of one layer."""
     activation = last_block(model, survey)
     if activation is None or activation.tokens.grid[0] * activation.tokens.grid[1] < MIN_TOKENS:
         yield

@@ -23,7 +23,7 @@ from visionattn.data import encode_image
 from visionattn.drawing import Tile, heat_of_range, sheet
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.maps.method import Heatmaps, Method, check_images, describe_map, detach, find_non_finite, normalise
-from visionattn.maps.transformers.raw import RawAttention
+from visionattn.maps.methods.raw import RawAttention
 
 SURE = 0.3
 """Default of `min_score`, the lowest score of a box to explain."""
@@ -96,7 +96,7 @@ class BoxHeatmaps:
 class BoxMethod(ABC):
     """A heatmap method for detectors: it turns a detector and images into a heatmap of every box.
 
-    A call leaves the detector unchanged, as `Method` does, and works under `torch.inference_mode` and `torch.no_grad`.
+    Like a `Method`, a call leaves the model unchanged, and works under `torch.inference_mode` and `torch.no_grad`.
     """
 
     name: ClassVar[str]
@@ -148,10 +148,10 @@ class ODAM(BoxMethod):
 
         relu(Σ_c ∂score/∂A_c · A_c)
 
-    For any detector. The maps of all levels of a feature pyramid are resampled to the finest level, so that each keeps
-    its sum, and are then added. If the image's size is not a multiple of a level's stride, the level extends beyond the
-    image; the method takes the strides from the pyramid's attribute `strides`. Deviations from the paper: the gradient
-    is not smoothed, and only the class score is explained, not the box's edges.
+    For any detector. The map of each level of a feature pyramid is resampled to the finest level with its sum
+    unchanged, and the maps are added. If the image's size is not a multiple of a level's stride, the level extends
+    beyond the image; the strides are read from the pyramid's attribute `strides`. Deviations from the paper: the
+    gradient is not smoothed, and only the class score is explained, not the box's edges.
 
     Args:
         layer: name of a module that returns one map (B, C, h, w), or a list, tuple or dict of maps, and runs once in a
@@ -253,7 +253,7 @@ class QuerySampling(BoxMethod):
 
 
 class BoxAttention(BoxMethod):
-    """Attention of the tokens inside a box, in the backbone: their attention rows, averaged over tokens and heads.
+    """The backbone's attention from the tokens inside a box to all tokens, averaged over these tokens and the heads.
 
     For detectors with a ViT as backbone, or another backbone with self-attention on a grid.
 
@@ -303,13 +303,13 @@ class BoxAttention(BoxMethod):
 
 
 class SameForAllBoxes(BoxMethod):
-    """A method's heatmap of the whole image, repeated for every box. It suits gates, which explain no single output.
+    """A method's heatmap of the whole image, repeated for every box, e.g. for gates, which explain no single output.
 
     Args:
         method: a method for whole images, e.g. `Gate`.
 
     Raises:
-        UsageError: the method is `RawAttention`; `BoxAttention` shows the attention of a box's own tokens.
+        UsageError: the method is `RawAttention` without a query; `BoxAttention` shows the attention of a box's tokens.
     """
 
     name = "whole"
@@ -418,7 +418,7 @@ def splat(raw_Nhw: Tensor, places_NP2: Tensor, weights_NP: Tensor) -> None:
 
 
 def _best(detected: dict[str, Tensor], max_boxes: int, min_score: float) -> dict[str, Tensor]:
-    """Return at most `max_boxes` detections of an image, those with the highest scores of at least `min_score`."""
+    """Return the detections with a score of at least `min_score`: at most `max_boxes`, the highest scores first."""
     count = min(max_boxes, int((detected["scores"].detach() >= min_score).sum()))
     return {name: value[:count] for name, value in detected.items()}
 
@@ -446,7 +446,7 @@ def _cut(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
 
 
 def _cells(module: nn.Module, leaves: Sequence[Tensor], size: tuple[int, int]) -> list[tuple[float, float]]:
-    """Return how many rows and columns of each map the image covers, which need not be whole numbers."""
+    """Return how many rows and columns of each map the image covers; these may be fractions."""
     strides = getattr(module, "strides", ())
     if len(strides) != len(leaves):
         return [(leaf.shape[2], leaf.shape[3]) for leaf in leaves]
@@ -462,7 +462,7 @@ def _enlarged(map_Bhw: Tensor, size: tuple[int, int], cells: tuple[float, float]
 
 
 def _maps(out: object) -> Sequence[Tensor]:
-    """Return the maps (B, C, h, w) in a module's output; none if it holds anything else."""
+    """Return the maps (B, C, h, w) in a module's output; an empty list if the output holds anything else."""
     values = list(out.values()) if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else [out]
     maps = [value for value in values if isinstance(value, Tensor) and value.ndim == 4]
     return maps if len(maps) == len(values) else []
@@ -470,7 +470,7 @@ def _maps(out: object) -> Sequence[Tensor]:
 
 def _replaced(out: object, leaves: Iterator[Tensor]) -> object:
     """Return a module's output with a clone of a leaf in place of each map."""
-    # a clone, since a later in-place activation would fail on the leaf, or change it
+    # clones, since a later in-place activation would fail on a leaf, or change it
     if isinstance(out, dict):
         return type(out)((key, next(leaves).clone()) for key in out)
     return type(out)(x.clone() for x in leaves) if isinstance(out, (list, tuple)) else next(leaves).clone()

@@ -1,7 +1,7 @@
 """A model and its heatmap method as one graph for `torch.export` and ONNX: one forward pass computes both outputs.
 
-The method's computation is part of the graph, so it can neither use gradients nor branch on values. Four methods meet
-these conditions: raw attention, rollout, gates, and Grad-CAM of a model with a linear head.
+Only methods without gradients and without branches on values can be part of a graph: raw attention, rollout, gates, and
+Grad-CAM of a model with a linear head, for which the gradients are known.
 
 Shapes: B images, C channels, K outputs, W windows, H heads, Q queries, N keys or positions, h × w grid.
 """
@@ -26,17 +26,17 @@ from visionattn.capture import (
     survey_images,
 )
 from visionattn.errors import UsageError
-from visionattn.maps.cam import Cut, target_layer
-from visionattn.maps.gates import Gate, spatial_gates
 from visionattn.maps.method import fuse_heads, require_attention, scores_of
-from visionattn.maps.transformers.rollout import Row, check_chain, class_row_only
+from visionattn.maps.methods.cam import Cut, target_layer
+from visionattn.maps.methods.gates import Gate, spatial_gates
+from visionattn.maps.methods.rollout import Row, check_chain, class_row_only
 
 
 class Graph(nn.Module, ABC):
     """A model and its heatmap method: (B, C, H, W) → scores (B, K), heatmaps (B, h, w) in [0, 1].
 
-    The heatmaps equal those of the method of the same name. Each spans the whole input of the model. The smallest value
-    of each map is 0 and the largest 1; a constant map is 0 everywhere.
+    The heatmaps equal the heatmaps of the method with the same name. Each heatmap spans the whole input of the model.
+    Its smallest value is 0 and its largest 1; a constant map is 0 everywhere.
 
     Args:
         model: in evaluation mode, with parameters that do not require gradients.
@@ -54,8 +54,8 @@ class Graph(nn.Module, ABC):
         self.model = model
         if survey_images(model, image_1CHW).picks:
             raise UsageError(
-                f"this {type(model).__name__} picks its tokens by what an image shows, so the graph cannot know the "
-                "tokens' positions; export the model without its token reduction"
+                f"this {type(model).__name__} selects its tokens depending on the image, so their positions cannot be "
+                "part of the graph; export the model without its token reduction"
             )
         self.plan(image_1CHW)
         self(image_1CHW)  # computes the cached positions of tokens before the graph is traced
@@ -109,9 +109,9 @@ class RolloutGraph(Graph):
     method = "rollout"
 
     def plan(self, image_1CHW: Tensor) -> None:
-        sites = require_attention("rollout", self.model, image_1CHW).attention
-        check_chain("rollout", sites)
-        self.count = len(sites)
+        survey = require_attention("rollout", self.model, image_1CHW)
+        check_chain("rollout", survey)
+        self.count = len(survey.attention)
 
     def watch(self, images_BCHW: Tensor) -> tuple[object, Tensor]:
         with _Layers(self.model, self.count) as tape:
@@ -160,8 +160,8 @@ class LinearCAMGraph(Graph):
 
         relu(Σ_c w_kc A_c)        k the predicted class, w the head's weights, A the layer before the mean
 
-    This is class activation mapping (Zhou et al. 2016, 1512.04150, eq. 2): for such a model the head's weights are the
-    gradients.
+    This is class activation mapping (Zhou et al. 2016, 1512.04150, eq. 2): with a linear head after a mean, the head's
+    weights are the gradients.
     """
 
     method = "gradcam"
@@ -175,7 +175,7 @@ class LinearCAMGraph(Graph):
         self.register_buffer("on_grid_N", on_grid_N, persistent=False)
 
     def _linear(self, image_1CHW: Tensor) -> Tensor:
-        """Return the head's weights (K, C), after comparing them with the gradients of some scores on noise.
+        """Return the head's weights (K, C), after checking on noise that the gradients of some scores equal them.
 
         Raises:
             UsageError: the weights differ from the gradients.

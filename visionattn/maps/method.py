@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, SupportsIndex, 
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture import Record, Site, Survey, compact_state, survey_images, undisturbed
+from visionattn.capture import Record, Site, StaleSurveyError, Survey, compact_state, forget, survey_images, undisturbed
 from visionattn.data import encode_image
 from visionattn.drawing import heatmap_sheet
 from visionattn.errors import DataError, UsageError, warn
@@ -24,11 +24,11 @@ Target: TypeAlias = "int | Tensor | Callable[[Any], Tensor] | None"  # a functio
 
 _Output = TypeVar("_Output")
 
-Needs: TypeAlias = Literal["glimpses", "attention over positions", "gates over positions", "feature maps"]
+Needs: TypeAlias = Literal["glimpses", "attention over positions", "gates over positions", "feature maps", "any model"]
 Cost: TypeAlias = Literal["a forward pass", "a forward and a backward pass", "a forward pass a channel"]
 
 
-_SHOWN = 8  # number of images with a peak in `repr`
+_SHOWN = 8  # largest number of images whose peak `repr` shows
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +51,7 @@ class Heatmaps:
 
     heatmaps: Tensor
     raw: Tensor
-    output: Any  # whatever the user's model returns
+    output: Any  # a user's model may return a value of any type
     target: Tensor | None
     source: str
     method: str
@@ -94,11 +94,10 @@ def describe_map(raw_hw: Tensor) -> str:
 
 
 class Explanation(NamedTuple):
-    """The result of `Method.explain`: the raw map (B, h, w), the model's output, the explained output (B,), what the
-    map shows, and the boxes of glimpses."""
+    """The result of `Method.explain`: `raw`, `output`, `target`, `source` and `boxes` of `Heatmaps`."""
 
     raw_Bhw: Tensor  # noqa: N815
-    output: Any  # whatever the user's model returns
+    output: Any  # a user's model may return a value of any type
     target_B: Tensor | None  # noqa: N815
     source: str
     boxes_BTS4: Tensor | None = None  # noqa: N815
@@ -118,12 +117,26 @@ class Method(ABC):
     """What a model must have for the method to fit."""
 
     cost: ClassVar[Cost]
-    """What one batch of images costs."""
+    """The passes through the model that one batch of images costs."""
 
     @classmethod
     def fits(cls, survey: Survey) -> bool:
         """Return whether the method fits a model, given the model's survey."""
         return True
+
+    @classmethod
+    def is_default(cls, survey: Survey) -> bool:
+        """Return whether the method can be a model's default. The first such method in `METHODS` is the default."""
+        return False
+
+    def passes(self, model: nn.Module, images_BCHW: Tensor) -> int:
+        """Return about how many forward passes of an image its heatmap costs; a backward pass counts as two.
+
+        Args:
+            model: any vision model; unchanged afterwards.
+            images_BCHW: an example of its input.
+        """
+        return 3 if getattr(self, "cost", "") == "a forward and a backward pass" else 1
 
     def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Target = None) -> Heatmaps:
         """Explain the model's output for each image.
@@ -141,12 +154,25 @@ class Method(ABC):
         check_images(images_BCHW)
         with undisturbed(model) as bare:
             images_BCHW = images_BCHW.clone() if images_BCHW.is_inference() else images_BCHW.detach()
-            raw, output, target_B, source, boxes_BTS4 = self.explain(bare, images_BCHW, target)
+            try:
+                explanation = self._explain(bare, images_BCHW, target)
+            except StaleSurveyError:  # the model changed in a way that the cache of surveys does not notice
+                forget(bare)
+                explanation = self._explain(bare, images_BCHW, target)
+            raw, output, target_B, source, boxes_BTS4 = explanation
             output = detach(output)
         raw = raw.detach().float()
         if not raw.isfinite().all():
             raise DataError(f"the {self.name} heatmap of {source} is not finite; {find_non_finite(bare)}")
         return Heatmaps(normalise(raw, self.name, source), raw, output, target_B, source, self.name, boxes_BTS4)
+
+    def _explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
+        explanation = self.explain(model, images_BCHW, target)
+        if len(explanation.raw_Bhw) != len(images_BCHW):
+            raise StaleSurveyError(
+                f"{explanation.source} gives {len(explanation.raw_Bhw)} heatmaps for {len(images_BCHW)} images"
+            )
+        return explanation
 
     @abstractmethod
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
@@ -172,7 +198,7 @@ def check_images(images_BCHW: Tensor) -> None:
         raise DataError("the batch of images is empty; pass at least one image")
     if not images_BCHW.is_floating_point():
         raise UsageError(f"images must be normalised floating point, got {images_BCHW.dtype}")
-    # if a value is not finite, the sum is not finite either; the sum is faster, but it may overflow
+    # NaN and infinity make the sum not finite; only then are all values checked, since the sum may also overflow
     if not images_BCHW.sum(dtype=torch.float32).isfinite() and not images_BCHW.isfinite().all():
         raise DataError("the images hold NaN or infinity; check how they were normalised")
 
@@ -198,7 +224,7 @@ def detach(output: _Output) -> _Output:
     return detached
 
 
-def _detached(output: Any) -> Any:  # whatever the user's model returns
+def _detached(output: Any) -> Any:  # a user's model may return a value of any type
     if isinstance(output, Tensor):
         return output.detach()
     if isinstance(output, dict):
@@ -212,7 +238,7 @@ def _detached(output: Any) -> Any:  # whatever the user's model returns
 
 
 def find_non_finite(model: nn.Module) -> str:
-    """Return the first weight or buffer that is not finite, or else advice, as the end of an error message."""
+    """Return the end of an error message: the first weight or buffer with NaN or infinity; advice if there is none."""
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if parameter.is_floating_point() and not parameter.isfinite().all():
             return f"{name} holds NaN or infinity"
@@ -223,11 +249,11 @@ def scores_of(output: object) -> Tensor:
     """Return the (B, K) scores in a model's output.
 
     Args:
-        output: a tensor (B, K); an object with `logits`; or a dict, tuple or list. From the last three, the first 2-D
-            tensor is taken (from a dict first `logits`, then `out`).
+        output: a tensor (B, K), an object with `logits`, or a dict, tuple or list. The result is the first 2-D tensor
+            in a dict, tuple or list; in a dict, `logits` and `out` are tried first.
 
     Raises:
-        UsageError: the output is that of a detector, or has no 2-D tensor.
+        UsageError: the output is a detector's, or has no 2-D tensor.
     """
     candidates: list[object] = [output, getattr(output, "logits", None)]
     if isinstance(output, dict):
@@ -266,13 +292,13 @@ def pick(output: object, target: Target) -> tuple[Tensor, Tensor | None]:
             raise UsageError(f"target must be int64 or another integer type, got {target.dtype}")
         if target.numel() not in (1, len(scores_BK)):
             raise UsageError(
-                f"target holds {target.numel()} indices for {len(scores_BK)} images; pass one, or one an image"
+                f"target holds {target.numel()} indices for {len(scores_BK)} images; pass one index, or one per image"
             )
         index_B = target.to(scores_BK.device, torch.long).reshape(-1).expand(len(scores_BK)).clone()
     elif isinstance(target, SupportsIndex):
         index_B = torch.full((len(scores_BK),), operator.index(target), device=scores_BK.device)
     else:
-        raise UsageError(f"target must be an index, a tensor of them, a function or None, got {target!r}")
+        raise UsageError(f"target must be an index, a tensor of indices, a function or None, got {target!r}")
     if ((index_B < 0) | (index_B >= count)).any():
         raise UsageError(f"target {index_B.tolist()} is out of range: the model has {count} outputs, 0 to {count - 1}")
     return scores_BK.gather(1, index_B[:, None])[:, 0], index_B
@@ -280,8 +306,9 @@ def pick(output: object, target: Target) -> tuple[Tensor, Tensor | None]:
 
 def methods() -> dict[str, type[Method]]:
     """Return every method in the public list of `visionattn.maps`: name → class, ordered by needs, cost and name."""
-    face = sys.modules[__package__]
-    listed = [getattr(face, name, None) for name in face.__all__]  # METHODS does not exist during the import
+    package = sys.modules[__package__]
+    # the list contains METHODS, which does not exist before this function has returned
+    listed = [getattr(package, name, None) for name in package.__all__]
     public = [kind for kind in listed if isinstance(kind, type) and issubclass(kind, Method) and hasattr(kind, "name")]
     order = {text: number for number, text in enumerate((*get_args(Needs), *get_args(Cost)))}
     return {
@@ -356,5 +383,5 @@ def at_layer(kind: type[_Kind], layer: int | str | None) -> _Kind:
     if "int" in str(parameters["layer"].annotation):
         layer = int(layer) if re.fullmatch(r"-?\d+", str(layer)) else layer
     elif isinstance(layer, int):
-        raise UsageError(f"{kind.name} takes the name of a layer, not its place {layer}")
+        raise UsageError(f"{kind.name} takes the name of a layer, not its index {layer}")
     return make(layer=layer)

@@ -1,16 +1,13 @@
-"""The choice of heatmap methods: by name, the default of a model, or every method that fits a model."""
+"""Choose a heatmap method by its name, the default method of a model, or every method that fits a model."""
 
 import torch
 from torch import Tensor, nn
 
 from visionattn.attention import Retina
-from visionattn.capture import survey_images, undisturbed
+from visionattn.capture import Survey, survey_images, undisturbed
 from visionattn.data import image_shape
 from visionattn.errors import UsageError, nearest
-from visionattn.maps.cam import GradCAM
-from visionattn.maps.gaze import Gaze
 from visionattn.maps.method import Method, at_layer, methods
-from visionattn.maps.transformers.raw import RawAttention
 
 METHODS: dict[str, type[Method]] = methods()
 """Name on the command line → class, ordered by needs, cost and name."""
@@ -19,20 +16,18 @@ METHODS: dict[str, type[Method]] = methods()
 def default_method(model: nn.Module, images_BCHW: Tensor | None = None) -> Method:
     """Choose the default heatmap method of a model.
 
-    The default is `Gaze` for a model with a `Retina`. It is `RawAttention` if class tokens or learned queries attend to
-    the grid in the last layer of attention. Otherwise it is `GradCAM`.
+    The default is the first method of `METHODS` whose `is_default` is true: `Gaze` for a model with a `Retina`,
+    `RawAttention` if class tokens or learned queries attend to the grid in the last layer of attention, else `GradCAM`.
 
     Args:
         model: any vision model.
         images_BCHW: an example of its input (default: a grey image of the size that the model was configured for).
     """
     with undisturbed(model) as bare:
-        if any(isinstance(module, Retina) for module in bare.modules()):
-            return Gaze()
-        sites = survey_images(bare, example(bare) if images_BCHW is None else images_BCHW[:1]).attention
-    if sites and sites[-1].reads_the_grid:
-        return RawAttention()
-    return GradCAM()
+        survey = Survey(glimpses=[name for name, part in bare.named_modules() if isinstance(part, Retina)])
+        if not survey.glimpses:  # a network with a retina declares no number of channels, so an example may not fit it
+            survey = survey_images(bare, example(bare) if images_BCHW is None else images_BCHW[:1])
+    return next(kind for kind in METHODS.values() if kind.is_default(survey))()
 
 
 def make_method(

@@ -1,6 +1,7 @@
 from .backbone import class_names_of as class_names_of
 from .backbone import create_backbone as create_backbone
 from .backbone import preprocess_of as preprocess_of
+from .backbone import weights_mismatch as weights_mismatch
 from .classifier import Classifier as Classifier
 from .convnet import ConvNet as ConvNet
 from .detectors.dense import DenseDetector as DenseDetector
@@ -16,3 +17,6 @@ from .encoders import TimmEncoder as TimmEncoder
 from .glimpse_network import GlimpseNetwork as GlimpseNetwork
 from .glimpse_network import LocationMode as LocationMode
 from .glimpse_network import Rollout as Rollout
+from .user_model import create_user_model as create_user_model
+from .user_model import import_package as import_package
+from .user_model import load_weights as load_weights

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from typing import Any, Protocol, cast
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, cast
 
 import timm
 import timm.models
@@ -10,6 +11,14 @@ from torch import Tensor, nn
 
 from visionattn.data import Preprocess, image_shape
 from visionattn.errors import DataError, UsageError, nearest
+from visionattn.files import local_path
+
+_FITS: dict[str, Literal["crop", "letterbox", "stretch"]] = {
+    "center": "crop",
+    "border": "letterbox",
+    "squash": "stretch",
+}
+"""timm's crop mode → `fit` of `Preprocess`."""
 
 
 def create_backbone(
@@ -24,8 +33,8 @@ def create_backbone(
 
     Args:
         name: timm's name, e.g. `resnet50` or `vit_small_patch16_224.augreg_in1k`.
-        num_classes: number of outputs of the head (default: as in the weights, whose head is kept). If the number
-            differs from that of the weights, the model gets a new head.
+        num_classes: number of outputs of the head (default: as many as in the weights). If the weights have another
+            number of outputs, the model gets a new head.
         pretrained: load the model's default weights from the hub (default: False).
         weights: file of weights to load instead, a state dict as .safetensors or .pth; no code in it is executed.
         options: further arguments of the timm model, e.g. `img_size`, `drop_path_rate`.
@@ -56,43 +65,73 @@ def create_backbone(
         finally:
             client.setLevel(level)
 
-    state = _read_state(weights)
+    state = read_state(weights)
     rows = _head_rows(name, state)
     overlay = {"state_dict": state, **({"num_classes": rows} if rows else {})}
     try:
         model = _create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=rows, **options)
     except (RuntimeError, KeyError) as error:
-        raise DataError(
-            f"the weights in {os.fspath(weights)} are not those of a {name}: {_first_line(error)}"
-        ) from error
+        reason = weights_mismatch(_create(name, num_classes=rows, **options), state) or _first_line(error)
+        raise DataError(f"the weights in {os.fspath(weights)} are not those of a {name}: {reason}") from error
     if num_classes is not None and num_classes != rows:
-        cast(_Resettable, model).reset_classifier(num_classes)
+        cast(_TimmModel, model).reset_classifier(num_classes)
     return model
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:
-    """Return a timm model's preprocessing (size, crop, mean and standard deviation) from its own configuration."""
+    """Return a timm model's preprocessing from its own configuration; the inputs equal timm's within 1/255."""
     config = timm.data.resolve_model_data_config(model)
     return Preprocess(
         size=image_shape(model)[1:],  # a ViT may be built for another size than its weights
-        fit="crop",
+        fit=_FITS.get(config["crop_mode"], "crop"),
         crop_fraction=config["crop_pct"],
+        interpolation=config["interpolation"],
         mean=config["mean"],
         std=config["std"],
     )
 
 
 def class_names_of(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a timm model's outputs if timm knows them (ImageNet and its subsets), else ()."""
+    """Return the names of a timm model's outputs if timm knows them (ImageNet and its subsets), else ().
+
+    A model whose head was replaced by one with another number of outputs has no known names.
+    """
     subset = timm.data.infer_imagenet_subset(model)
     if subset is None:
         return ()
     info = timm.data.ImageNetInfo(subset)
+    heads = cast(_TimmModel, model).get_classifier() if hasattr(model, "get_classifier") else ()
+    for head in heads if isinstance(heads, (tuple, list)) else (heads,):
+        outputs = getattr(head, "out_features", None) or getattr(head, "out_channels", None)
+        if outputs is not None and outputs != info.num_classes():
+            return ()
     return tuple(info.index_to_description(index) for index in range(info.num_classes()))
 
 
-class _Resettable(Protocol):
-    """A timm model: every timm model has this method, which replaces its head."""
+def weights_mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Return how a state dict differs from a model's: three names and a count of each kind of difference, or ""."""
+    own = model.state_dict()
+    shapes = [
+        f"{name} {tuple(state[name].shape)} and not {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    kinds = {
+        "missing": [name for name in own if name not in state],
+        "unknown": [name for name in state if name not in own],
+        "of another shape": shapes,
+    }
+    return "; ".join(
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for kind, names in kinds.items()
+        if names
+    )
+
+
+class _TimmModel(Protocol):
+    """The methods of every timm model that return and replace its head."""
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]: ...
 
     def reset_classifier(self, num_classes: int) -> None: ...
 
@@ -104,11 +143,17 @@ def _create(name: str, **options: Any) -> nn.Module:
         raise UsageError(f"{name} does not accept these options: {_first_line(error)}") from error
 
 
-def _read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a state dict from a .safetensors file or a file of torch; no code in it is executed.
+
+    Raises:
+        DataError: there is no such file, or it holds no weights that can be read safely.
+    """
+    local_path(path)
     if not os.path.isfile(path):
         raise DataError(f"there is no weights file {os.fspath(path)}")
     try:
-        return timm.models.load_state_dict(os.fspath(path), use_ema=False)
+        return timm.models.load_state_dict(os.fspath(path), use_ema=False, weights_only=True)
     except Exception as error:  # a truncated file, not a checkpoint, or a pickle that would run code
         raise DataError(f"{os.fspath(path)} holds no weights that can be read safely: {_first_line(error)}") from error
 

@@ -23,14 +23,15 @@ class Classifier(nn.Module):
             weights are loaded (default: no insertion).
         attention_at: places for `insert`: `stages`, `blocks`, `branches`, or names of the backbone's modules (default:
             stages).
-        attention_preserve: insert each mechanism behind a gate that starts closed, so that the pretrained accuracy is
-            kept (default); False inserts it as in its paper.
+        attention_preserve: insert each mechanism with a learned scale γ that starts at 0, so that the pretrained
+            accuracy is kept (default); False inserts the mechanism as in its paper, without γ.
         self_attention: list of functions that make a mechanism from a number of heads, e.g.
             `visionattn.attention.Windowed`. They replace a ViT's self-attention but keep its weights; the layers use
             the functions in turn (default: no replacement).
         self_attention_at: names of the ViT's attention modules for `swap_attention` (default: all).
-        tokens: merges or prunes tokens from block to block of a ViT, e.g. `visionattn.attention.TokenMerging` (default:
-            all tokens). It has no weights, so a model can be trained and tested with or without it.
+        tokens: token reduction that merges or prunes tokens from block to block of a ViT, e.g.
+            `visionattn.attention.TokenMerging` (default: no reduction). A reduction has no weights, so a model can be
+            trained with one and tested without, or the reverse.
 
     Raises:
         UsageError, DataError: see `create_backbone`, `insert`, `swap_attention` and `reduce_tokens`.

@@ -15,8 +15,8 @@ class ConvNet(nn.Module):
 
         block:  x + attention(BN(conv(relu(BN(conv(x))))))        (He et al. 2016, 1512.03385; Woo et al. 2018, fig. 3)
 
-    The stem has two convolutions. The first block of every stage except the first halves the resolution: with a stem of
-    stride 4, two stages end at an eighth of the image's size.
+    The stem has two convolutions. Every stage after the first one halves the resolution in its first block: with a stem
+    of stride 4, two stages end at an eighth of the image's size.
 
     The last stage is pooled by its generalised mean (Radenović et al. 2018, 1711.02512, eq. 3; p is not learned):
 
@@ -26,7 +26,7 @@ class ConvNet(nn.Module):
         num_classes: K.
         widths: channels of each stage (default: 32, 64).
         depth: blocks per stage (default: 1).
-        stem_stride: of both stem convolutions together, 1, 2 or 4 (default: 4); use less for small images.
+        stem_stride: stride of both stem convolutions together, 1, 2 or 4 (default: 4); use less for small images.
         pool: p, ≥ 1 (default: 1, the mean). A larger p is closer to the maximum, for objects that fill a small part of
             the image.
         attention: function that makes a mechanism from a number of channels (default: no mechanism).
@@ -87,7 +87,7 @@ class ConvNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)  # a third faster on CPUs
-        x_BCHW = self.blocks(self.stem(x_BCHW))  # ≥ 0
+        x_BCHW = self.blocks(self.stem(x_BCHW))  # ≥ 0, since each block ends with a ReLU
         if not self.pools:
             return self.head(x_BCHW)
         # the mean exports to ONNX for any size, unlike adaptive pooling

@@ -40,8 +40,8 @@ class Rollout:
         location: (B, R, T, 2), the locations of the glimpses, (x, y) in [−1, 1].
         logits: (B, R, T, K), the prediction after each glimpse.
         state: (B, R, t, D), the input of the policy for each choice, without gradient.
-        log_prob: (B, R, t) of the choices. With a glance the policy chooses every location (t = T); without one it does
-            not choose the first location (t = T − 1). It chooses no location after the last glimpse.
+        log_prob: (B, R, t), log-probabilities of the choices. With a glance, the policy chooses every location (t = T);
+            without a glance, every location except the first (t = T − 1).
         entropy: (B, R, t), nats.
         clipped: (B, R, t), whether the action lay outside the image.
         parameters: for each choice, the P parameters of its distribution, (N, P); the policy gets its gradients only
@@ -62,7 +62,7 @@ class GlimpseNetwork(nn.Module):
 
         g_i = relu(what(patches_i) + where(l_i)),   h_i = core(h_{i−1}, g_i),   l_{i+1} ~ policy(h_i)
 
-    with what = Linear(encoder(patches)) and where = Linear(relu(Linear(l))). After every glimpse the logits are a
+    `what` is Linear(encoder(patches)), and `where` is Linear(relu(Linear(l))). After every glimpse the logits are a
     linear map of h_i. With a glance (the context network of Ba et al. 2015, 1412.7755, or the first step of Wang et al.
     2020, 2010.05300), h_0 is computed from the whole image, and the policy also chooses the first location.
 
@@ -85,7 +85,7 @@ class GlimpseNetwork(nn.Module):
             still starts at the centre.
         glance: function that makes a module from C; the module turns the whole image into features (B, out_features),
             see `Glance` (default: no glance).
-        dropout: of the states, before the logits (default: 0).
+        dropout: dropout probability of the states before the logits (default: 0).
         in_chans: C (default: 3).
 
     Raises:
@@ -142,12 +142,12 @@ class GlimpseNetwork(nn.Module):
         Args:
             x_BCHW: images.
             rollouts: R (default: 1).
-            locations: `sample` draws locations from the policy (default), `mean` takes the most likely ones; `random`
-                (uniform) and `centre` are controls that ignore the policy.
-            num_glimpses: T (default: that of the network).
+            locations: `sample` draws locations from the policy (default), `mean` takes the most likely locations;
+                `random` (uniform) and `centre` are controls that ignore the policy.
+            num_glimpses: T (default: the network's `num_glimpses`).
 
         Raises:
-            UsageError: `locations` is none of these.
+            UsageError: `locations` has another value.
         """
         if locations not in ("sample", "mean", "random", "centre"):
             raise UsageError(f"locations must be sample, mean, random or centre, got {locations!r}")
@@ -192,23 +192,23 @@ class GlimpseNetwork(nn.Module):
         Args:
             x_BCHW: images.
             confidence: the probability, in [0, 1]; above 1, every image gets all glimpses.
-            num_glimpses: maximum of glimpses per image (default: that of the network).
+            num_glimpses: maximum of glimpses per image (default: the network's `num_glimpses`).
         """
-        most = num_glimpses or self.num_glimpses
+        max_glimpses = num_glimpses or self.num_glimpses
         view = self.retina.view(x_BCHW)
         memory, choice = self._start(x_BCHW, 1, "mean")
         location_N2 = self._first(choice, memory, "mean")
         logits_BK = x_BCHW.new_zeros(len(x_BCHW), self.num_classes)
-        glimpses_B = torch.full((len(x_BCHW),), most, device=x_BCHW.device)
+        glimpses_B = torch.full((len(x_BCHW),), max_glimpses, device=x_BCHW.device)
         open_N = torch.arange(len(x_BCHW), device=x_BCHW.device)
-        for turn in range(1, most + 1):
+        for turn in range(1, max_glimpses + 1):
             memory = self._glimpse(view, location_N2, memory)
             logits_NK = self.head(memory.hidden)
             logits_BK[open_N] = logits_NK
             continue_N = logits_NK.softmax(-1).amax(-1) < confidence
             glimpses_B[open_N[~continue_N]] = turn
             open_N = open_N[continue_N]
-            if turn == most or not len(open_N):
+            if turn == max_glimpses or not len(open_N):
                 break
             memory = Memory(*(part[continue_N] for part in memory))
             view = view.of(continue_N)
@@ -242,7 +242,7 @@ class GlimpseNetwork(nn.Module):
 
 
 def _controlled(location_N2: Tensor, locations: LocationMode) -> Tensor:
-    """Return the policy's locations, or those of a control."""
+    """Return the policy's locations, or the locations of a control: random or central."""
     if locations == "random":
         return torch.empty_like(location_N2).uniform_(-1, 1)
     return torch.zeros_like(location_N2) if locations == "centre" else location_N2

@@ -1,16 +1,20 @@
-"""An explainer: a model with its preprocessing, heatmap method and class names."""
+"""An explainer: a model with its preprocessing, heatmap method and class names; and its fingerprint."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+import types
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeGuard
+from typing import Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture import unwrap
-from visionattn.data import Placement, Preprocess, image_shape
+from visionattn.capture import own_state, unwrap
+from visionattn.data import Placement, Preprocess, class_index, image_shape
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.maps import (
     BOX_METHODS,
@@ -24,11 +28,16 @@ from visionattn.maps import (
     scores_of,
 )
 from visionattn.models import Detector
-from visionattn.overlays.outputs import ExplainedImage, GlimpseTrace
+from visionattn.overlays.outputs import VERSION, ExplainedImage, GlimpseTrace
 from visionattn.overlays.per_box import DetectedBoxes, detected_boxes
 
 Explain = Callable[..., Heatmaps]
 """A method of `visionattn.maps`, or any function called the same way: (model, images_BCHW, target=…) → Heatmaps."""
+
+Plain: TypeAlias = "bool | int | float | str | list[Plain] | dict[str, Plain] | None"
+"""Data that JSON can hold."""
+
+_REMEDY = 'for the number, write it without quotes in Python or in a .jsonl list, e.g. {"path": "a.jpg", "target": 1}'
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,10 @@ class Explainer:
     Attributes:
         model: any vision model, on any device; images are moved to that device.
         preprocess: prepares a picture for the model.
-        method: the heatmap method; for the boxes of a detector a `MaxOverBoxes`. None for the default of the model.
-        class_names: of the model's outputs; empty if unknown.
-        model_name: for the manifest; "" for the name of the model's class.
-        name: distinguishes this explainer in sheets and arrays; "" for the name of the method.
+        method: the heatmap method, a `MaxOverBoxes` for the boxes of a detector. None means the model's default.
+        class_names: names of the model's outputs; empty if unknown.
+        model_name: the model's name in the manifest; "" means the name of its class.
+        name: the explainer's name in sheets and arrays; "" means the method's name.
     """
 
     model: nn.Module
@@ -52,19 +61,19 @@ class Explainer:
     name: str = ""
 
     def chosen(self) -> "Explainer":
-        """Return the explainer with its method set: the default of the model if there was none."""
+        """Return this explainer; without a method, a copy with the model's default method."""
         return self if self.method is not None else replace(self, method=find_method(None, None, self.model))
 
     @functools.cached_property
     def convolves(self) -> bool:
-        """Whether the model is a convolutional network; the patch embedding of a ViT does not count."""
+        """Whether the model is a convolutional network: it has more than four Conv2d layers (a ViT has one)."""
         return sum(isinstance(module, nn.Conv2d) for module in self.model.modules()) > 4
 
     def batch(self, images_BCHW: Tensor) -> Tensor:
-        """Return images on the model's device, in its dtype and its fastest memory format."""
+        """Move images to the model's device, dtype and fastest memory format."""
         like = next(self.model.parameters(), images_BCHW)
         images_BCHW = images_BCHW.to(like.device, like.dtype)
-        if self.convolves:  # fastest with channels last: *measured* on a CPU, a fifth faster for ResNet-50
+        if self.convolves:  # channels last is faster: by a fifth, *measured* with ResNet-50 on a CPU
             images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         return images_BCHW
 
@@ -72,16 +81,34 @@ class Explainer:
         """Return the index of an output.
 
         Args:
-            target: the index, the class name, or None.
+            target: the index, the class name, or None. Text of digits is an index too, see `class_index`.
 
         Raises:
-            DataError: there is no such class.
+            DataError: there is no such class, or a class is named with digits that are another class's index.
         """
         if target is None or isinstance(target, int):
             return target
-        if target not in self.class_names:
-            raise DataError(f"the model has no class {target!r}.{nearest(target, self.class_names)}")
-        return self.class_names.index(target)
+        return class_index(target, self.class_names, remedy=_REMEDY)
+
+
+def targets_of(explainers: Sequence[Explainer], target: int | str | None) -> list[int | None]:
+    """Return the index of a target for each explainer.
+
+    Raises:
+        DataError: a model has no such class, or a number is another class in another model.
+    """
+    indices = [explainer.target(target) for explainer in explainers]
+    names = [
+        explainer.class_names[index]
+        for explainer, index in zip(explainers, indices, strict=True)
+        if index is not None and index < len(explainer.class_names)
+    ]
+    if len(set(names)) > 1:
+        other = next(name for name in names if name != names[0])
+        raise DataError(
+            f"the target {target} is {names[0]!r} in one model and {other!r} in another; give the name of the class"
+        )
+    return indices
 
 
 @dataclass(frozen=True)
@@ -89,9 +116,9 @@ class Prediction:
     """The most probable class of one image; every field is None if the model is no classifier.
 
     Attributes:
-        index: of the output.
-        class_name: None if the names are unknown.
-        probability: by softmax, rounded to six digits; None if it is not finite.
+        index: index of the class.
+        class_name: name of the class; None if unknown.
+        probability: softmax probability, rounded to six digits; None if it is not finite.
     """
 
     index: int | None = None
@@ -115,16 +142,16 @@ def is_detector(model: nn.Module) -> bool:
 def find_method(
     name: str | None, layer: int | str | None, model: nn.Module, images_BCHW: Tensor | None = None
 ) -> Method | MaxOverBoxes:
-    """Create a heatmap method from its name, for one layer, for whole images or for the boxes of a detector.
+    """Create a heatmap method from its name and layer; a method for boxes becomes a `MaxOverBoxes`.
 
     Args:
-        name: in `maps.METHODS` or `maps.BOX_METHODS`; None for the default of the model.
-        layer: name of a module, or its index among the modules that the method uses; None for the method's default.
+        name: a name in `maps.METHODS` or `maps.BOX_METHODS`; None means the model's default method.
+        layer: name of a module, or its index among the modules that the method uses; None means the method's default.
         model: any vision model.
-        images_BCHW: an example of its input. Default: a grey image of the size the model was configured for.
+        images_BCHW: an example of the model's input. Default: a grey image of the size the model was configured for.
 
     Raises:
-        UsageError: there is no such method, or the method takes no such layer.
+        UsageError: there is no such method, or the method cannot use the layer.
     """
     known = (*METHODS, *BOX_METHODS)
     if name is not None and name not in known:
@@ -147,10 +174,10 @@ class _DescribedTask(Protocol):
 
 
 def describe_model(model: nn.Module) -> tuple[nn.Module, Preprocess | None, tuple[str, ...]]:
-    """Return a model's network, preprocessing and class names, as far as the model states them.
+    """Return a model's network, preprocessing and class names, as far as they are known.
 
-    Loaded tasks state all of them. Models of timm and torchvision state their preprocessing, alone or inside a
-    `Classifier`.
+    A loaded task has all three. The preprocessing is also known for timm models, for a `Classifier` with a timm
+    backbone, and for torchvision's models other than detectors. Class names are also known for timm's ImageNet models.
 
     Args:
         model: any vision model or task.
@@ -184,8 +211,8 @@ def predictions_of(explainer: Explainer, output: object, count: int) -> list[Pre
     """Return the most probable class of each image.
 
     Args:
-        explainer: with the model and its class names.
-        output: of the model for the batch.
+        explainer: the model and its class names.
+        output: the model's output for the batch.
         count: number of images in the batch.
 
     Returns:
@@ -223,11 +250,11 @@ def explained_images(
     """Split the heatmaps of a batch into one explanation for each image.
 
     Args:
-        explainer: that made the heatmaps.
-        maps: of the batch.
-        placements: of each source in its image.
-        predictions: of each image, by `predictions_of`.
-        glimpse_traces: of each image, see `ExplainedImage`.
+        explainer: the explainer that made the heatmaps.
+        maps: heatmaps of the batch.
+        placements: for each image, the placement of the source in the model's input.
+        predictions: the prediction of each image, by `predictions_of`.
+        glimpse_traces: the glimpse trace of each image, see `ExplainedImage`.
     """
     heatmaps_Bhw, raw_Bhw = (x.detach().float().cpu().numpy() for x in (maps.heatmaps, maps.raw))
     glimpses = [None] * len(placements) if maps.boxes is None else maps.boxes.cpu().numpy()
@@ -251,3 +278,93 @@ def explained_images(
         )
         explanations.append(explained)
     return explanations
+
+
+def fingerprint_of(explainers: Sequence[Explainer], **choices: object) -> str:
+    """Hash every choice that affects an output, except the image itself.
+
+    Args:
+        explainers: their models' structure and weights, preprocessing, methods, class names and names are hashed.
+        choices: further choices, such as the target and the style; anything that `describe` takes.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    hashes: dict[int, str] = {}
+    for explainer in explainers:  # several explainers may share a model
+        hashes.setdefault(id(explainer.model), weights_hash(explainer.model))
+    described = [
+        [
+            hashes[id(explainer.model)],
+            *map(describe, (explainer.preprocess, explainer.method, explainer.class_names, explainer.name)),
+        ]
+        for explainer in explainers
+    ]
+    return hashlib.blake2b(json.dumps([VERSION, described, describe(choices)]).encode(), digest_size=8).hexdigest()
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash a model's structure, attributes, hooks, weights and buffers; takes about a second per gigabyte."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, module in model.named_modules():
+        own, hooks = own_state(module)
+        state = [_describe_part(own), _describe_part(list(hooks.values()))]
+        digest.update(f"{name}:{type(module).__qualname__}:{module.extra_repr()}:{json.dumps(state)}\n".encode())
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            digest.update(f"{name}:{tensor!r}\n".encode())
+            continue
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _describe_part(value: object, depth: int = 0) -> Plain:
+    """Convert an attribute of a module to plain data; other modules, which are hashed apart, are left out."""
+    if isinstance(value, nn.Module) or depth == 8:
+        return type(value).__qualname__
+    if isinstance(value, Mapping):
+        parts = {str(key): _describe_part(item, depth + 1) for key, item in value.items()}
+        return dict(sorted(parts.items()))
+    if isinstance(value, (list, tuple)):
+        return [_describe_part(item, depth + 1) for item in value]
+    if isinstance(value, types.MethodType):
+        return [_describe_part(value.__func__, depth + 1), _describe_part(value.__self__, depth + 1)]
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [
+            value.__qualname__,
+            value.__code__.co_code.hex(),
+            _describe_part([value.__defaults__, cells], depth + 1),
+        ]
+    if isinstance(value, functools.partial):
+        return [_describe_part(part, depth + 1) for part in (value.func, value.args, value.keywords)]
+    if hasattr(value, "__dict__") and not hasattr(value, "__qualname__") and not isinstance(value, torch.Tensor):
+        return [type(value).__qualname__, _describe_part(vars(value), depth + 1)]
+    return describe(value)
+
+
+def describe(value: object) -> Plain:
+    """Convert a choice to plain data that is the same in every process; different choices give different data."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in sorted(value.items(), key=lambda pair: str(pair[0]))}
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return [*sorted(json.dumps(describe(item)) for item in value)]
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        return [str(value.dtype), value.tolist()]
+    if isinstance(value, functools.partial):
+        return ["partial", *map(describe, (value.func, value.args, value.keywords))]
+    if isinstance(value, nn.Module):
+        return [type(value).__qualname__, weights_hash(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return [type(value).__qualname__, fields]
+    if hasattr(value, "__qualname__"):  # a class or a function
+        return f"{value.__module__}.{value.__qualname__}"
+    # an object without a __dict__, such as a path, is described by its repr
+    inside = describe(vars(value)) if hasattr(value, "__dict__") else repr(value)
+    return [f"{type(value).__module__}.{type(value).__qualname__}", inside]

@@ -34,9 +34,9 @@ def trace_glimpses(
         locations: how locations are chosen, as in `GlimpseNetwork.rollout`.
 
     Returns:
-        For each image `locations` (T, 2) xy and `boxes` (T, S, 4) xyxy in pixels of the source, `patches`
-        (T, S, h, w, 3) uint8 RGB, and `probabilities` (T, K) after each glimpse. A location is the centre of the
-        glimpse's finest box; boxes may reach beyond the source.
+        One `GlimpseTrace` per image: `locations` (T, 2) xy and `boxes` (T, S, 4) xyxy in pixels of the source,
+        `patches` (T, S, h, w, 3) uint8 RGB, and `probabilities` (T, K) after each glimpse. A location is the centre of
+        the glimpse's finest box. Boxes may reach beyond the source.
 
     Raises:
         UsageError: the images are not a batch (B, C, H, W) of floating point.

@@ -1,5 +1,6 @@
-"""Heatmaps and overlays of single images, for notebooks and scripts. For folders use `overlays.export`, which reads
-images ahead, keeps a manifest, and continues after an interruption.
+"""Heatmaps and overlays of single images, for notebooks and scripts.
+
+`overlays.export` handles whole folders: it reads images ahead, keeps a manifest, and continues after an interruption.
 
 Shapes: B images, C channels, H × W pixels of a picture, h × w grid of the model.
 """
@@ -37,14 +38,14 @@ Picture: TypeAlias = str | bytes | os.PathLike[str] | Image.Image | NDArray[np.u
 Target: TypeAlias = int | str | Sequence[int] | Tensor | Callable[[Any], Tensor] | None
 """An output's index or class name, one index for each picture, or a function from the model's output to (B,) scores."""
 
-_SHOWN = 768  # pixels of the longer side in a notebook; a photograph at its full size would make the notebook huge
+_SHOWN = 768  # pixels of the longer side in a notebook, so that photographs do not make the notebook file huge
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Heatmap:
-    """The heatmap of one picture, with the model's prediction. A notebook shows it as its overlay.
+    """The heatmap of one picture, with the model's prediction. Notebooks display the overlay.
 
-    It can be pickled; the pickle holds the picture and the heatmap on the model's grid, not the heat of every pixel.
+    A pickle of this object holds the picture and the heatmap on the model's grid, but not the heat of every pixel.
 
     Attributes:
         image: (H, W, 3) uint8 RGB, the source.
@@ -52,9 +53,9 @@ class Heatmap:
         source: what the heatmap shows, e.g. `"gate of layer4.1"`.
         target: index of the explained output; None if the method explains no particular output.
         prediction: index of the most probable class; None if the model is no classifier.
-        class_name: of the prediction; None if unknown.
-        probability: of the prediction, by softmax.
-        explained: the explanation: the heatmap on the model's grid (`heatmap_hw`), and its `placement` in the picture.
+        class_name: name of the predicted class; None if unknown.
+        probability: softmax probability of the predicted class; None if the model is no classifier.
+        explained: the explanation, with the heatmap on the model's grid (`heatmap_hw`) and the source's `placement`.
     """
 
     image: NDArray[np.uint8]
@@ -77,11 +78,11 @@ class Heatmap:
         return peak(self.explained.heatmap_hw, self.explained.placement)
 
     def to_dict(self) -> dict[str, object]:
-        """Return the facts as plain data, ready for JSON.
+        """Convert the heatmap and its facts to plain data that JSON can hold.
 
         Returns:
             `width` and `height` of the source, `method`, `layer`, `target`, `prediction`, `class`, `probability` and
-            `peak` as in the manifest of `overlays.export`, and `heatmap`: rows of the model's grid, in [0, 1].
+            `peak` as in the manifest of `overlays.export`; and `heatmap`, the rows of the model's grid, in [0, 1].
         """
         height, width = self.image.shape[:2]
         return {
@@ -98,7 +99,7 @@ class Heatmap:
         }
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name != "values"}  # `values` is computed again
+        return {name: value for name, value in vars(self).items() if name != "values"}  # `values` can be computed again
 
     def overlay(
         self,
@@ -114,7 +115,7 @@ class Heatmap:
         Args:
             colormap: inferno, magma, plasma, viridis, cividis, turbo or bone.
             alpha: opacity of the hottest pixel, in [0, 1].
-            saturation: fraction of the picture's own colour that is kept, in [0, 1].
+            saturation: fraction of the picture's colour that is kept, in [0, 1]; at 0 the picture is grey.
             contours: levels in (0, 1] at which lines of equal heat are drawn.
             caption: whether to write the prediction into the picture.
 
@@ -134,7 +135,7 @@ class Heatmap:
             path: ends in .jpg, .png or .webp.
 
         Raises:
-            DataError: the folder is missing, the disk is full, or the suffix is not one of these.
+            DataError: the folder is missing, the disk is full, or the suffix is another one.
         """
         write_image(path, self.overlay())
 
@@ -153,7 +154,7 @@ _Single: TypeAlias = str | bytes | os.PathLike[str] | Image.Image
 
 
 @overload
-def heatmap(  # type: ignore[overload-overlap]  # a string, one picture, is also a sequence of strings, several pictures
+def heatmap(  # type: ignore[overload-overlap]  # a string is one picture and also a sequence of strings
     model: nn.Module,
     image: _Single,
     *,
@@ -188,7 +189,7 @@ def heatmap(
     target: Target = ...,
     preprocess: Preprocess | None = ...,
     class_names: Sequence[str] = ...,
-) -> Any: ...  # a Heatmap or a list; it depends on the number of axes, which no type expresses
+) -> Any: ...  # a Heatmap or a list, depending on the number of axes, which no type expresses
 
 
 def heatmap(
@@ -201,7 +202,7 @@ def heatmap(
     preprocess: Preprocess | None = None,
     class_names: Sequence[str] = (),
 ) -> Heatmap | list[Heatmap]:
-    """Compute where a model looked in a picture.
+    """Compute a heatmap that shows which parts of a picture a model uses.
 
         >>> import numpy as np, timm, visionattn as va
         >>> model = timm.create_model("test_vit", num_classes=3)
@@ -210,22 +211,22 @@ def heatmap(
         >>> seen.values.shape, seen.overlay().shape
         ((120, 200), (120, 200, 3))
 
-    The model runs on its own device in evaluation mode, and is left unchanged, its training mode included.
+    The model runs on its own device in evaluation mode. Afterwards it is unchanged, including its training mode.
 
     Args:
         model: any vision model of timm, torchvision or your own, or a task that `visionattn.load` returned.
-        image: a file, a PIL image, (H, W, 3) uint8 RGB, or a normalised tensor (C, H, W). A list of these, or an array
-            with one more axis, is one batch.
+        image: a file, a PIL image, (H, W, 3) uint8 RGB, or a normalised tensor (C, H, W). A list of pictures, or
+            an array or tensor with one more axis, is one batch.
         method: a name in `maps.METHODS` or `maps.BOX_METHODS`, or a method. Default: one that fits the model.
-        layer: name of a module, or its position in the model's order. Default: the last one that fits the method.
-        target: the output to explain: its index or class name, one index for each picture, or a function from the
+        layer: name of a module, or its index among the modules that the method uses. Default: chosen by the method.
+        target: the output to explain: an index, a class name, one index for each picture, or a function from the
             model's output to (B,) scores. Default: the highest output of each picture.
         preprocess: prepares a picture for the model. Default: the model's own, known for timm, torchvision and tasks.
-            For tensors only the mean and std matter: they turn tensors into pictures; they default to ImageNet's.
-        class_names: of the model's outputs. Default: the model's own, known for timm and tasks.
+            For tensors, only its mean and std are used, to show them as pictures (default: ImageNet's).
+        class_names: names of the model's outputs. Default: the model's own, known for timm and tasks.
 
     Returns:
-        A `Heatmap`, or a list of them for a list or a batch.
+        A `Heatmap` for one picture, a list of `Heatmap`s for a batch.
 
     Raises:
         UsageError: the method does not fit the model, there is no such layer or class, or the model's preprocessing is
@@ -250,7 +251,7 @@ def overlay(
     alpha: float = Style.alpha,
     caption: bool = False,
 ) -> Image.Image:
-    """Draw where a model looked: the overlay of `heatmap`, as a PIL image of the source's size.
+    """Draw the heatmap of a model over its picture. The result is a PIL image of the source's size.
 
         >>> import timm, torch, visionattn as va
         >>> model = timm.create_model("test_resnet")
@@ -260,11 +261,11 @@ def overlay(
     A notebook shows the image, `.save("seen.jpg")` writes it, and `np.asarray` turns it into (H, W, 3) uint8 RGB.
 
     Args:
-        model, image, method, layer, target, preprocess, class_names: as `heatmap`, for one picture.
-        colormap, alpha, caption: as `Heatmap.overlay`.
+        model, image, method, layer, target, preprocess, class_names: as for `heatmap`, for one picture.
+        colormap, alpha, caption: as for `Heatmap.overlay`.
 
     Raises:
-        UsageError, DataError: as `heatmap`.
+        UsageError, DataError: as for `heatmap`.
     """
     if not _is_single(image):
         raise UsageError("overlay draws one picture; for several call heatmap(model, images), which returns a list")
@@ -289,7 +290,7 @@ def _heatmaps(
     prepared = [_prepare(picture, preprocess, number) for number, picture in enumerate(pictures)]
     sizes = sorted({tuple(values.shape) for _, _, values in prepared})
     if len(sizes) > 1:
-        raise UsageError(f"the images of one batch must be of one size, and these are {sizes[0]} and {sizes[-1]}")
+        raise UsageError(f"the images of one batch must be of one size, got {sizes[0]} and {sizes[-1]}")
     explainer = Explainer(network, preprocess or Preprocess(), class_names=names)
     images_BCHW = explainer.batch(torch.stack([values for _, _, values in prepared]))
     if isinstance(method, Method):
@@ -322,7 +323,7 @@ def _heatmaps(
 
 
 def _several(images: "Picture | Sequence[Picture]") -> Sequence[Picture]:
-    return list(images)  # type: ignore[arg-type]  # `_is_single` has excluded a single picture
+    return list(images)  # type: ignore[arg-type]  # called only for several pictures
 
 
 def _is_single(image: "Picture | Sequence[Picture]") -> TypeGuard[Picture]:
@@ -347,7 +348,7 @@ def _prepare(
     """Return the picture (H, W, 3), its placement in the model's input, and that input (C, H, W).
 
     Raises:
-        UsageError: the picture has another type or shape, or needs a preprocess and there is none.
+        UsageError: the picture has a wrong type or shape, or the preprocessing is missing.
         DataError: the file cannot be read.
     """
     if isinstance(picture, Tensor) and picture.is_floating_point():
@@ -362,7 +363,7 @@ def _prepare(
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         kind = f"{tuple(picture.shape)} {picture.dtype}" if hasattr(picture, "dtype") else type(picture).__name__
         raise UsageError(
-            "an image is a file, a PIL image, (H, W, 3) uint8 RGB or a normalised floating tensor (C, H, W); "
+            "an image is a file, a PIL image, (H, W, 3) uint8 RGB or a normalised float tensor (C, H, W); "
             f"image {number + 1} is {kind}"
         )
     if preprocess is None:
@@ -375,7 +376,7 @@ def _prepare(
 
 
 def _target_of_method(explainer: Explainer, target: Target) -> "int | Tensor | Callable[[Any], Tensor] | None":
-    """Return the target as a method takes it: class names and lists become indices."""
+    """Convert the target to the form that methods take: class names and lists become indices."""
     if isinstance(target, str):
         return explainer.target(target)
     if isinstance(target, Sequence):

@@ -1,4 +1,4 @@
-"""Kinds of output of one explained image: pictures, and files that hold the numbers.
+"""Kinds of output of one explained image: pictures, and files with the values of the heatmap.
 
 This module does not import torch.
 
@@ -37,22 +37,29 @@ from visionattn.drawing import (
 )
 from visionattn.errors import UsageError, nearest
 
+VERSION = 2
+"""This number is part of every fingerprint. Raise the number when the drawing of an output changes, so that earlier
+outputs are made again.
+
+`tests/overlays/test_outputs.py` compares the drawing with a golden image.
+"""
+
 _TILE = 320  # pixels of the longer side of a picture in a sheet
 
 Needs: TypeAlias = Literal["two models", "glimpses", "a GlimpseNetwork", "boxes"]
-"""What a kind of output can need besides a heatmap."""
+"""Things that a kind of output can need besides a heatmap."""
 
 Output: TypeAlias = "NDArray[np.uint8] | NDArray[np.uint16] | Mapping[str, NDArray[np.generic]] | bytes"
 """A picture (H, W, 3) uint8 RGB, a grey picture (H, W), arrays by name, or the content of a file."""
 
 
 class GlimpseTrace(TypedDict):
-    """T glimpses of a network at one image, at S scales, with K classes, in pixels of the source.
+    """The T glimpses of a network in one image, at S scales, with K classes.
 
     Keys:
-        locations: (T, 2) xy, the centre of each glimpse's finest box.
-        boxes: (T, S, 4) xyxy, the box of each glimpse at each scale, the finest first; boxes may reach beyond the
-            image.
+        locations: (T, 2) xy in pixels of the source, the centre of each glimpse's finest box.
+        boxes: (T, S, 4) xyxy in pixels of the source, the box of each glimpse at each scale, the finest first. Boxes
+            may reach beyond the source.
         patches: (T, S, h, w, 3) uint8 RGB, the pixels that the network read.
         probabilities: (T, K), the class probabilities after each glimpse.
     """
@@ -68,17 +75,17 @@ class ExplainedImage:
     """The explanation of one image by one model and method.
 
     Attributes:
-        name: distinguishes it from the image's other explanations.
+        name: name that distinguishes this explanation from others of the same image.
         caption: the prediction as text, e.g. `"daisy 0.93"`; "" if there is none.
-        heatmap_hw: (h, w) in [0, 1]; spans the model's input.
+        heatmap_hw: (h, w) in [0, 1]; the heatmap spans the model's input.
         raw_hw: (h, w), the heatmap before it was scaled to [0, 1].
-        placement: of the source in the model's input.
-        boxes: of a detector, xyxy in pixels of the source.
-        labels: one for each of `boxes`.
+        placement: placement of the source in the model's input.
+        boxes: boxes of a detector, xyxy in pixels of the source.
+        labels: one label for each of `boxes`.
         glimpses: (T, S, 4), the box of each glimpse at each scale, xyxy in pixels of the model's input.
-        glimpse_trace: of a `GlimpseNetwork`; computed only for an animation.
-        class_names: of the model's outputs.
-        maps: (N, h, w) in [0, 1], the heatmap of each of `boxes`; spans the model's input.
+        glimpse_trace: glimpses of a `GlimpseNetwork`; traced only for animations.
+        class_names: names of the model's outputs.
+        maps: (N, h, w) in [0, 1], the heatmap of each of `boxes`; each heatmap spans the model's input.
     """
 
     name: str
@@ -100,11 +107,11 @@ class OutputScene:
 
     Attributes:
         picture: (H, W, 3) uint8 RGB, the source.
-        explanations: at least one.
-        style: of the pictures.
+        explanations: at least one explanation of the image.
+        style: style of the pictures.
         compared: whether the second of two explanations is compared with the first.
-        boxes: the boxes that the user's list of images gives, xyxy in pixels of the source.
-        labels: one for each of `boxes`, or none.
+        boxes: boxes from the user's list of images, xyxy in pixels of the source.
+        labels: one label for each of `boxes`, or none.
     """
 
     picture: NDArray[np.uint8]
@@ -122,9 +129,9 @@ class OutputKind:
     Attributes:
         make: function from a scene to the output.
         help: one line for the command line.
-        suffix: of the files; None for the suffix of the style.
-        max_methods: largest number of methods in one output; None for any number.
-        needs: what the explanations must hold besides a heatmap; None for nothing.
+        suffix: suffix of the files; None means the suffix of the style.
+        max_methods: largest number of methods in one output; None means any number.
+        needs: what the explanations must hold besides a heatmap; None means nothing else.
     """
 
     make: Callable[[OutputScene], Output]
@@ -146,8 +153,8 @@ def output(
     """Register the decorated function in `OUTPUTS` under a name.
 
     Args:
-        name: on the command line and in the manifest.
-        help, suffix, max_methods, needs: as `OutputKind`.
+        name: name on the command line and in the manifest.
+        help, suffix, max_methods, needs: as for `OutputKind`.
 
     Returns:
         A decorator that returns the function unchanged.
@@ -162,7 +169,7 @@ def output(
 
 @output("overlay", "the heatmap over the picture, at its size; several methods or layers in one sheet")
 def overlay(scene: OutputScene) -> NDArray[np.uint8]:
-    """Draw one heatmap over the picture, several in a sheet, or two compared ones with their difference."""
+    """Draw one heatmap over the picture, several heatmaps in a sheet, or two compared heatmaps and their difference."""
     if scene.compared:
         return _comparison(scene)
     return _one_or_sheet(
@@ -172,7 +179,7 @@ def overlay(scene: OutputScene) -> NDArray[np.uint8]:
 
 @output("contour", "lines of equal heat on the picture")
 def contours(scene: OutputScene) -> NDArray[np.uint8]:
-    """Draw lines of equal heat on the picture, at the style's levels, or at 0.5 if it has none."""
+    """Draw lines of equal heat on the picture, at the levels of the style, or at 0.5 if the style has no levels."""
     levels = scene.style.contours or (0.5,)
     return _one_or_sheet(
         scene,
@@ -206,15 +213,17 @@ def side(scene: OutputScene) -> NDArray[np.uint8]:
     )
 
 
-@output("difference", "with --compare: where the second model looks more (orange) or less (blue)", needs="two models")
+@output(
+    "difference", "with --compare: where the second heatmap is hotter (orange) or colder (blue)", needs="two models"
+)
 def difference(scene: OutputScene) -> NDArray[np.uint8]:
-    """Draw where the second model is hotter (orange) or colder (blue) than the first, at the size of the source."""
+    """Draw where the second heatmap is hotter (orange) or colder (blue) than the first, at the size of the source."""
     return _boxed(scene, _difference(scene, scene.picture))
 
 
 @output("heatmap", "the heatmap as a 16-bit PNG of the picture's size", suffix=".png", max_methods=1)
 def heatmap(scene: OutputScene) -> NDArray[np.uint16]:
-    """Return the heat of every pixel of the source, 65535 for 1; 0 outside of the model's input."""
+    """Return the heat of every pixel of the source, scaled from [0, 1] to [0, 65535]; 0 outside the model's input."""
     (explained,) = scene.explanations
     return np.rint(explained.placement.carry(explained.heatmap_hw) * 65535).astype(np.uint16)
 
@@ -228,21 +237,21 @@ def mask(scene: OutputScene) -> NDArray[np.uint8]:
 
 @output(
     "gaze",
-    "for networks that take glimpses: their path, numbered, and the box of every scale",
+    "for networks that take glimpses: the numbered path and the box of every scale",
     max_methods=1,
     needs="glimpses",
 )
 def gaze(scene: OutputScene) -> NDArray[np.uint8]:
     """Draw the numbered path of the glimpses with the box of every scale; small pictures are enlarged."""
     (explained,) = scene.explanations
-    assert explained.glimpses is not None  # `check_needs` has ensured it
+    assert explained.glimpses is not None  # `check_needs` has checked this
     drawn = draw_scanpath(_boxed(scene, scene.picture), boxes_in_source(explained.glimpses, explained.placement))
     return label(drawn, explained.caption) if scene.style.caption and explained.caption else drawn
 
 
 @output(
     "animation",
-    "for a GlimpseNetwork: .webp, glimpse by glimpse, what it has read and the class probabilities",
+    "for a GlimpseNetwork: .webp of the patches read and the class probabilities after each glimpse",
     suffix=".webp",
     max_methods=1,
     needs="a GlimpseNetwork",
@@ -253,7 +262,7 @@ def animation(scene: OutputScene) -> bytes:
     See `drawing.animate_glimpses`.
     """
     (explained,) = scene.explanations
-    assert explained.glimpse_trace is not None  # `check_needs` has ensured it
+    assert explained.glimpse_trace is not None  # `check_needs` has checked this
     frames = animate_glimpses(
         scene.picture,
         explained.glimpse_trace["boxes"],
@@ -269,7 +278,7 @@ def boxes(scene: OutputScene) -> NDArray[np.uint8]:
     """Draw a sheet: the picture with all detected boxes, then each box with its own heatmap."""
     small = _shrunk(scene)
     (explained,), picture = small.explanations, small.picture
-    assert explained.maps is not None  # `check_needs` has ensured it
+    assert explained.maps is not None  # `check_needs` has checked this
     tiles = [Tile(_boxed(small, picture, replace(explained, labels=())), [f"{len(explained.boxes)} found"])]
     for box, text, map_hw in zip(explained.boxes, explained.labels, explained.maps, strict=True):
         painted = render(picture, map_hw, explained.placement, scene.style)
@@ -285,9 +294,9 @@ def arrays(scene: OutputScene) -> Mapping[str, NDArray[np.generic]]:
 
     Returns:
         `heatmap` (h, w) in [0, 1]; `raw` (h, w), the heatmap before scaling; `matrix` (2, 3); `source_size` and
-        `input_size`, (height, width). With glimpses also `glimpses` (T, S, 4), the box of each at each scale, xyxy in
-        pixels of the source. For a detector also `boxes` (N, 4), xyxy in pixels of the source, and `maps` (N, h, w),
-        the heatmap of each box. With several explanations the keys are `NAME/heatmap` and so on.
+        `input_size`, (height, width). With glimpses also `glimpses` (T, S, 4), the box of each glimpse at each scale,
+        xyxy in pixels of the source. For a detector also `boxes` (N, 4), xyxy in pixels of the source, and `maps`
+        (N, h, w), the heatmap of each box. With several explanations the keys are `NAME/heatmap` and so on.
     """
     named: dict[str, NDArray[np.generic]] = {}
     for explained in scene.explanations:
@@ -320,10 +329,10 @@ def check_outputs(kinds: Sequence[str], *, explanations: int, compared: bool) ->
     for kind in kinds:
         if kind not in OUTPUTS:
             raise UsageError(
-                f"there is no kind {kind!r} to save; there are {', '.join(OUTPUTS)}.{nearest(kind, OUTPUTS)}"
+                f"there is no kind {kind!r} to save; choose among {', '.join(OUTPUTS)}.{nearest(kind, OUTPUTS)}"
             )
         if OUTPUTS[kind].needs == "two models" and not compared:
-            raise UsageError(f"{kind} compares two models; name them by --compare A.ckpt B.ckpt")
+            raise UsageError(f"{kind} compares two models; name them with --compare A.ckpt B.ckpt")
         if (OUTPUTS[kind].max_methods or explanations) < explanations:
             raise UsageError(
                 f"{kind} holds one heatmap per image, got {explanations}; save array, or use one method at a time"
@@ -335,11 +344,11 @@ def check_needs(kinds: Sequence[str], *, model: str, method: str, available: Col
 
     Args:
         kinds: names in `OUTPUTS`.
-        model, method: names for the message.
+        model, method: names for the error message.
         available: what the explanations hold besides a heatmap.
 
     Raises:
-        UsageError: something is missing; the message names it and a method that provides it.
+        UsageError: a need is not met; the message names a method or model that meets it.
     """
     advice = {
         "glimpses": "take the method gaze with a network that reads the image through a Retina",
@@ -350,7 +359,8 @@ def check_needs(kinds: Sequence[str], *, model: str, method: str, available: Col
         need = OUTPUTS[kind].needs
         if need in advice and need not in available:
             raise UsageError(
-                f"{kind} needs {need}, and {method} of this {model} has none; save another kind, or {advice[need]}"
+                f"the output {kind} needs {need}, but {method} of this {model} has none; save another kind, or "
+                f"{advice[need]}"
             )
 
 
@@ -359,7 +369,7 @@ def endings(kinds: Sequence[str], picture: str) -> dict[str, str]:
 
     Args:
         kinds: names in `OUTPUTS`.
-        picture: suffix of pictures, with its dot.
+        picture: suffix of pictures, including the dot.
     """
     return {kind: f".{kind}{OUTPUTS[kind].suffix or picture}" for kind in kinds}
 
@@ -419,7 +429,7 @@ def _boxed(
 
 
 def _shrunk(scene: OutputScene) -> OutputScene:
-    """Return the scene with a picture of at most `_TILE` pixels a side, to resample heatmaps to few pixels only."""
+    """Shrink the picture to at most `_TILE` pixels a side, so that drawing the heatmaps is fast."""
     picture = shrink(scene.picture, _TILE)
     if picture is scene.picture:
         return scene

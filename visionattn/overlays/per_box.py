@@ -12,12 +12,12 @@ from visionattn.maps import SURE, BoxHeatmaps
 
 
 class DetectedBoxes(NamedTuple):
-    """Boxes of one image, without boxes that lie entirely in the padding.
+    """Detected boxes of one image, except boxes that lie entirely in the padding.
 
     Attributes:
         boxes: xyxy in pixels of the source, rounded to a tenth.
         labels: class and score of each box, e.g. `"dog 0.90"`.
-        maps: (N, h, w) in [0, 1], the heatmap of each box; None if the method makes none.
+        maps: (N, h, w) in [0, 1], the heatmap of each box; None if the method makes no heatmap per box.
     """
 
     boxes: list[list[float]]
@@ -26,12 +26,12 @@ class DetectedBoxes(NamedTuple):
 
 
 class PageDetections(TypedDict):
-    """Detected boxes of one image, in the form that the explorer's page needs.
+    """Detected boxes of one image, as the explorer's page needs them.
 
     Keys:
         boxes: (N, 4) xyxy in pixels of the source.
         labels: class index of each box.
-        scores: of each box.
+        scores: score of each box.
         maps: (N, h, w) in [0, 1], the heatmap of each box.
         shows: what the heatmaps show, e.g. `"score by features"`.
     """
@@ -49,8 +49,8 @@ def page_detections(maps: BoxHeatmaps, placement: Placement) -> PageDetections:
     Boxes that lie entirely in the padding are left out.
 
     Args:
-        maps: of the image.
-        placement: of the source in the model's input.
+        maps: the boxes of the image and their heatmaps.
+        placement: placement of the source in the model's input.
     """
     boxes_N4 = placement.boxes_to_source(maps.boxes.float().cpu().numpy())
     seen_N = visible(boxes_N4)
@@ -67,20 +67,21 @@ def detected_boxes(class_names: Sequence[str], output: object, index: int, place
     """Return the confident boxes of one image.
 
     Args:
-        class_names: of the detector's labels; an index beyond them is shown as `class 7`.
-        output: of the model for a batch; if it is not a detector's list of dicts, no boxes are returned.
-        index: of the image in the batch.
-        placement: of the source in the model's input.
+        class_names: names of the detector's classes. A label without a name is shown as e.g. `class 7`.
+        output: the model's output for a batch; unless it is a detector's list of dicts, no boxes are returned.
+        index: index of the image in the batch.
+        placement: placement of the source in the model's input.
 
     Returns:
-        The boxes with a score of at least `maps.SURE`; with a method for boxes, all boxes that the method explains.
+        All boxes that the method explains, if it is a method for boxes; otherwise the boxes with a score of at least
+        `maps.SURE`.
     """
     found = output[index] if isinstance(output, (list, tuple)) and index < len(output) else None
     if not _is_detection(found):
         return DetectedBoxes([], [], None)
     boxes_N4 = placement.boxes_to_source(found["boxes"].detach().float().cpu().numpy())
     scores_N, labels_N = found["scores"].detach().float().cpu().numpy(), found["labels"].cpu().numpy()
-    # a method for boxes has already chosen the boxes that it explains
+    # with "maps", a method for boxes has already selected the boxes
     shown_N = visible(boxes_N4) & (np.bool_("maps" in found) | (scores_N >= SURE))
     labels = [
         f"{class_names[label] if label < len(class_names) else f'class {label}'} {score:.2f}"

@@ -32,7 +32,7 @@ class Classification(ClassificationTask):
         mixup: alpha of mixup (Zhang et al. 2018, 1710.09412); 0 disables it (default: 0).
         cutmix: alpha of CutMix (Yun et al. 2019, 1905.04899); 0 disables it (default: 0). If both are set, each batch
             uses one of them, drawn at random.
-        span_penalty: added to the loss for each patch of the mean adaptive span, see `attention.AdaptiveSpan`
+        span_penalty: factor of the mean adaptive span, in patches, in the loss, see `attention.AdaptiveSpan`
             (default: 0).
         optimization: `label_smoothing`, `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, see
             `ClassificationTask` and `Task`.
@@ -104,6 +104,9 @@ class Classification(ClassificationTask):
     def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits_BK, labels, weight=self._weight_K, label_smoothing=self.label_smoothing)
 
+    def loss_weight(self, labels_B: Tensor) -> Tensor:
+        return super().loss_weight(labels_B) if self._weight_K is None else self._weight_K[labels_B].sum()
+
     def _make_mixing(self, num_classes: int) -> nn.Module | None:
         mixes = []
         if self.mixup:
@@ -122,6 +125,8 @@ class Classification(ClassificationTask):
                     f"class_weights: balanced needs class_counts, which {type(data).__name__} does not have"
                 )
             counts_K = torch.as_tensor(counts, dtype=torch.float32)
+            if self.label_numbers is not None:
+                counts_K = counts_K[torch.tensor(self.label_numbers).argsort()]
             return counts_K.sum() / (num_classes * counts_K)
         if len(self.class_weights) != num_classes:
             raise DataError(f"class_weights has {len(self.class_weights)} weights for {num_classes} classes")

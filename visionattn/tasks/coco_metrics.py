@@ -13,8 +13,8 @@ METRICS = (
     "map", "map_50", "map_75", "map_small", "map_medium", "map_large",
     "mar_1", "mar_10", "mar_100", "mar_small", "mar_medium", "mar_large",
 )  # fmt: skip
-"""COCO's twelve metrics: average precision over IoU .5 to .95, at .5, at .75, and by the size of objects; average
-recall with 1, 10 and 100 boxes per image, and by size. −1 where there is no such object."""
+"""COCO's twelve metrics: average precision over IoU .5 to .95, at .5, at .75, and for each size of objects; average
+recall with 1, 10 and 100 boxes per image, and for each size. A metric without such objects is −1."""
 
 
 def compute_coco_metrics(
@@ -30,8 +30,8 @@ def compute_coco_metrics(
             boxes' area), and `iscrowd` (N,).
 
     Returns:
-        The twelve `METRICS`, and the average precision of each class that occurs in truth or detections; −1 for a class
-        that does not occur in the truth.
+        The twelve `METRICS`, and the average precision of each class in truth or detections (−1 for a class that is not
+        in the truth).
     """
     classes = torch.cat([image["labels"] for image in (*detections, *truth)]).unique().tolist() if detections else []
     true_side, detected_side = (_to_coco(images, classes) for images in (truth, detections))

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visionattn.data import Batch, Placement, visible
+from visionattn.errors import UsageError
 from visionattn.models import Detections, Detector
 from visionattn.tasks.base import Task
 from visionattn.tasks.coco_metrics import compute_coco_metrics
 
 Scored = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
-"""For each image, its detections and its ground truth, in pixels of the source image."""
+"""For each image, the detections and the ground truth, in pixels of the source image."""
 
 
 class Prediction(TypedDict):
@@ -38,12 +39,13 @@ class Detection(Task):
     Args:
         network: a `Detector`. Its `num_classes` must equal the data's number of classes.
         sizes: sizes of the longer side in training, in pixels (default: the size of the data). Each batch is resized to
-            one of them; the choice depends on (seed, step). Use multiples of the coarsest stride, 32.
+            one of these sizes, chosen from (seed, step). Use multiples of the coarsest stride, 32.
         seed: random seed for the choice of sizes (default: 0).
         optimization: `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, see `Task`.
 
     Raises:
         ValueError: a size is less than 32.
+        UsageError: in `setup`, if the trainer's precision would round the boxes, as bf16-true does.
     """
 
     network: Detector
@@ -66,6 +68,12 @@ class Detection(Task):
         self._scored: Scored = []
 
     def setup(self, stage: str) -> None:
+        precision = self.trainer.precision
+        if precision.endswith("-true") and precision != "32-true":
+            raise UsageError(
+                f"detection cannot run with trainer.precision {precision}, since Lightning would convert the annotated "
+                "boxes too; set 32-true, 16-mixed or bf16-mixed"
+            )
         super().setup(stage)
         self._scored = []
 

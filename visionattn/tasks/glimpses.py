@@ -24,8 +24,8 @@ _REWARDS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
     "confidence_gain": reinforce.confidence_gain,
 }
 _CORNER = 0.8  # |x| and |y| above which a location counts as a corner
-_DECAY = 0.99  # of the moving average, per step
-_AVERAGED = 10  # rollouts whose probabilities are averaged in the test
+_DECAY = 0.99  # weight of the previous value in the moving average, at each step
+_AVERAGED = 10  # number of rollouts whose probabilities are averaged in the test
 
 
 class GlimpseClassification(ClassificationTask):
@@ -33,33 +33,37 @@ class GlimpseClassification(ClassificationTask):
 
         loss = NLL + reinforce_weight · (− Σ_t log π(l_t) · (G_t − b_t)) + (b_t − G_t)²  [learned] − entropy_weight · H
 
-    The NLL does not train the policy, and the policy's loss trains only the policy. A learned baseline is trained only
-    by its own loss. The exception is a `pathwise` policy: it has no REINFORCE term, and the gradient of the NLL reaches
-    it through the location.
+    H is the policy's entropy. The term (b_t − G_t)² exists only with a learned baseline, and trains only the baseline.
+    The REINFORCE term trains only the policy, and the NLL does not train the policy. A `pathwise` policy is the
+    exception: there is no REINFORCE term, and the gradient of the NLL reaches the policy through the location.
 
-    In training, the task logs `train/loss` and `train/reward`. For the policy it also logs `train/entropy` (nats per
-    choice), `train/clipped` (fraction of actions outside the image), `train/corners` (fraction of locations with |x|
+    In training, the task logs `train/loss` and `train/reward`, and for the policy `train/entropy` (nats per choice),
+    `train/clipped` (fraction of actions outside the image), `train/corners` (fraction of locations with |x|
     and |y| > 0.8), and `train/gradient_variance` and `train/gradient_snr` (of the gradient at the policy's outputs; see
     `reinforce.gradient_noise`).
 
-    Validation and test score the mean policy. The test also scores sampled locations, with one rollout
-    (`accuracy_sampled`) and with the probabilities of 10 rollouts averaged (`accuracy_sampled_10`); two controls,
-    random locations and the centre alone (`accuracy_random`, `accuracy_centre`); and the mean policy after each glimpse
-    (`accuracy_after_1` …). If the data has boxes of the objects, `fixations_on_object` is the fraction of the mean
-    policy's chosen locations inside the boxes, and `fixations_random` that of random locations.
+    Validation and test score the mean policy. The test also logs more accuracies:
+
+    - `accuracy_sampled`: with locations sampled from the policy, one rollout.
+    - `accuracy_sampled_10`: with the probabilities averaged over 10 such rollouts.
+    - `accuracy_random`, `accuracy_centre`: of the two controls, random locations and the centre alone.
+    - `accuracy_after_1` …: of the mean policy after each glimpse.
+
+    If the data has boxes of the objects, `fixations_on_object` is the fraction of the mean policy's chosen locations
+    inside the boxes, and `fixations_random` is this fraction for random locations.
 
     Args:
         network: a glimpse network.
         rollouts: R, rollouts per image in training (default: 2).
         reward: how a rollout is rewarded, see `reinforce` (default: correct).
-        baseline: subtracted from the reward (default: leave_one_out): the mean over all other rollouts of the batch
-            (`batch_mean`), the mean over the other rollouts of the same image (`leave_one_out`, needs rollouts ≥ 2), a
-            `moving_average` over steps, a linear map of the state (`learned`), the reward of the mean policy
-            (`self_critical`), or nothing (`none`).
+        baseline: name of the value that is subtracted from the reward (default: leave_one_out). `batch_mean`: the mean
+            over all other rollouts of the batch; `leave_one_out`: the mean over the other rollouts of the same image
+            (needs rollouts ≥ 2); `moving_average`: an average over earlier steps; `learned`: a linear map of the state;
+            `self_critical`: the reward of the mean policy; `none`: 0.
         reinforce_weight: factor of the policy's loss (default: 1).
         entropy_weight: factor of the entropy bonus (default: 0).
         every_glimpse: weight w in NLL = (1 − w) · (NLL after the last glimpse) + w · (mean NLL over all glimpses), in
-            [0, 1] (default: 0). With w > 0, the network can be stopped early.
+            [0, 1] (default: 0). With w > 0, the network also learns to classify after fewer glimpses.
         optimization: `label_smoothing`, `optimizer`, `lr_scheduler`, `lr_interval` and `gamma_lr_factor`, see
             `ClassificationTask` and `Task`.
 
@@ -124,22 +128,20 @@ class GlimpseClassification(ClassificationTask):
         images_BCHW, label_B = batch["image"], batch["label"]
         mean = self.network.rollout(images_BCHW, locations="mean")
         logits_BTK = mean.logits[:, 0]
-        looks: tuple[tuple[str, LocationMode, int], ...] = (
+        modes: tuple[tuple[str, LocationMode, int], ...] = (
             ("sampled", "sample", 1),
             (f"sampled_{_AVERAGED}", "sample", _AVERAGED),
             ("random", "random", 1),
             ("centre", "centre", 1),
         )
         answers = {f"after_{turn + 1}": logits_BTK[:, turn] for turn in range(logits_BTK.shape[1])}
-        for name, locations, rollouts in looks:
+        for name, locations, rollouts in modes:
             rollout = self.network.rollout(images_BCHW, locations=locations, rollouts=rollouts)
             answers[name] = rollout.logits[:, :, -1].softmax(-1).mean(1)
             if locations == "random" and "box" in batch and rollout.log_prob.shape[-1]:
                 for metric, located in (("on_object", mean), ("random", rollout)):
-                    fraction = on_object(located, batch["box"], (images_BCHW.shape[-2], images_BCHW.shape[-1])).mean()
-                    self.log(
-                        f"test/fixations_{metric}", fraction, batch_size=len(label_B), on_epoch=True, sync_dist=True
-                    )
+                    size = images_BCHW.shape[-2], images_BCHW.shape[-1]
+                    self.tally(f"test/fixations_{metric}", on_object(located, batch["box"], size))
         for name, answer_BK in answers.items():
             self.tally(f"test/accuracy_{name}", (answer_BK.argmax(-1) == label_B).float())
         return super().test_step(batch, batch_idx)
@@ -160,7 +162,7 @@ class GlimpseClassification(ClassificationTask):
         return torch.lerp(last, self.loss(logits_BRTK.flatten(0, 2), label_BRT.flatten()), self.every_glimpse)
 
     def _baseline(self, batch: Batch, rollout: Rollout, returns_BRt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the baseline, which is subtracted from the returns, and the loss that trains it."""
+        """Return the baseline to subtract from the returns, and the loss that trains a learned baseline."""
         no_loss = returns_BRt.new_zeros(())
         match self.baseline:
             case "none":
@@ -170,7 +172,7 @@ class GlimpseClassification(ClassificationTask):
             case "leave_one_out":
                 return reinforce.leave_one_out(returns_BRt), no_loss
             case "moving_average":
-                before = self.average.clone()  # of earlier steps only, so that it is independent of this step
+                before = self.average.clone()  # of earlier steps only: the baseline must not depend on this step
                 self.average.lerp_(returns_BRt.mean(), 1 - _DECAY)
                 return before.expand_as(returns_BRt), no_loss
             case "self_critical":
@@ -189,7 +191,7 @@ class GlimpseClassification(ClassificationTask):
 
     def _gradient_noise(self, policy_loss: Tensor, rollout: Rollout) -> dict[str, Tensor]:
         gradients = torch.autograd.grad(policy_loss, rollout.parameters, retain_graph=True)
-        # the loss is a mean over rollouts, and the parameters of each rollout occur in its own term only
+        # the loss is a mean over rollouts, and the policy's outputs in a rollout affect only one term of this mean
         variance, ratio = reinforce.gradient_noise(torch.cat(gradients, 1) * len(gradients[0]))
         return {"train/gradient_variance": variance, "train/gradient_snr": ratio}
 

@@ -4,7 +4,8 @@
 
 G_t is the return after choice t; the baseline b_t does not depend on that choice.
 
-Shapes: B images, R rollouts per image, T glimpses, t chosen locations (those of the last t glimpses), K classes.
+Shapes: B images, R rollouts per image, T glimpses, K classes. t is a number too: the policy chooses the
+locations of the last t glimpses.
 """
 
 import torch
@@ -40,7 +41,7 @@ def _log_likelihood(logits_BRTK: Tensor, label_B: Tensor) -> Tensor:
 
 
 def batch_mean(returns_BRt: Tensor) -> Tensor:
-    """Return b (B, R, t): the mean over all other rollouts of the batch; leaving out the own rollout avoids a bias."""
+    """Return b (B, R, t): the mean over the batch without the rollout itself, which would add a bias."""
     others = returns_BRt.shape[0] * returns_BRt.shape[1] - 1
     if others < 1:
         return torch.zeros_like(returns_BRt)
@@ -57,7 +58,7 @@ def leave_one_out(returns_BRt: Tensor) -> Tensor:
     """
     rollouts = returns_BRt.shape[1]
     if rollouts < 2:
-        raise ValueError("leave-one-out needs at least 2 rollouts of every image")
+        raise ValueError(f"the baseline leave_one_out needs at least 2 rollouts of every image, got {rollouts}")
     return (returns_BRt.sum(1, keepdim=True) - returns_BRt) / (rollouts - 1)
 
 
@@ -70,8 +71,8 @@ def gradient_noise(gradient_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Estimate the noise of a gradient estimate from the gradients (N, V) of N single rollouts.
 
     Returns:
-        The variance of a single rollout's gradient, and the signal-to-noise ratio of the mean gradient: its squared
-        norm, minus the part expected from noise alone, divided by its variance; 0 where noise explains the whole norm.
+        The variance of a single rollout's gradient, and the signal-to-noise ratio of the mean gradient:
+        max(0, |mean gradient|² − variance of the mean) / variance of the mean.
     """
     mean_V = gradient_NV.mean(0)
     variance = (gradient_NV - mean_V).square().sum() / max(1, len(gradient_NV) - 1)

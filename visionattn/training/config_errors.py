@@ -1,4 +1,4 @@
-"""Explain a wrong config in one sentence with the nearest valid name, from jsonargparse's message."""
+"""Turn jsonargparse's message about a wrong config into one sentence with the nearest valid name."""
 
 import importlib
 import inspect
@@ -25,20 +25,21 @@ def explain(message: str, sections: Mapping[str, Callable[..., object]]) -> str:
     """Turn jsonargparse's message about a wrong config into one sentence.
 
     Args:
-        message: of jsonargparse, several lines.
-        sections: section of a config → its class, for the sections whose class is fixed: `{"trainer": Trainer, …}`.
+        message: jsonargparse's message, which may have several lines.
+        sections: section of the config → its class, for the sections whose class is fixed: `{"trainer": Trainer, …}`.
 
     Returns:
-        The sentence; where the message names a wrong option, class or module, with the nearest valid names.
+        The sentence. If an option, class or module is wrong, the sentence also gives the nearest valid names.
     """
     place = ".".join(match["key"] for match in _KEY.finditer(message))
     classes = [match["a"] or match["b"] for match in _CLASS.finditer(message)]
     if match := _last(_UNKNOWN, message):
         name = match["a"] or match["b"] or match["c"]
-        if not match["a"]:  # the option is in no class_path
+        if not match["a"]:  # the option is not an argument of a class_path
             section, _, rest = name.partition(".")
-            known = _arguments(sections[section]) if section in sections and rest else sections
-            return f"the config has no option {name}.{_nearest_in(rest or section, section if rest else '', known)}"
+            if section not in sections:
+                return f"the config has no option {name}.{nearest(section, sections)}"
+            return f"the config has no option {name}.{_nearest_in(rest, section, _arguments(sections[section]))}"
         owner = classes[-1] if classes else place
         return f"{place or 'the config'}: {owner} has no option {name!r}.{nearest(name, _arguments(_find(owner)))}"
     if match := _last(_NO_MEMBER, message):
@@ -54,10 +55,10 @@ def explain(message: str, sections: Mapping[str, Callable[..., object]]) -> str:
     if "File does not exist" in message:
         return (
             f"there is no config {message.split(':')[-1].strip()}; "
-            "the shipped configs are configs/quickstart.yaml and its neighbours"
+            "the configs that come with visionattn are in configs/, e.g. configs/quickstart.yaml"
         )
     if "arguments are required" in message or "is required" in message:
-        return f"{message.splitlines()[0]}; give a config with them: --config FILE, e.g. configs/quickstart.yaml"
+        return f"{message.splitlines()[0]}; give a config that has them: --config FILE, e.g. configs/quickstart.yaml"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines[:4]) if message.startswith("Problems parsing config") else lines[0] + _reason(lines)
 
@@ -83,7 +84,7 @@ def _arguments(found: object) -> list[str]:
 
 
 def _find(path: str) -> object:
-    """Import a module or a member of one; None if there is none."""
+    """Import a module or a member of a module; return None if it does not exist."""
     module, _, name = path.rpartition(".")
     for home, member in ((path, None), (module, name)):
         try:

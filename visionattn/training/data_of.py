@@ -3,11 +3,10 @@
 import os
 
 import lightning as L
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from visionattn.errors import UsageError
-from visionattn.training.command import built, find_configs
+from visionattn.training.command import built, find_configs, read_yaml
 from visionattn.training.config_errors import explain
 from visionattn.training.third_party_warnings import silence_third_party_warnings
 
@@ -16,23 +15,19 @@ def data_of(config: str) -> L.LightningDataModule:
     """Build the data module from the `data` section of a config, as the verbs fit, validate, test and predict do.
 
     Args:
-        config: path of a YAML file, e.g. the `config.yaml` of a run. If the current folder lacks a file `configs/…`,
-            the file in the installed package is used.
+        config: path of a YAML file, e.g. the `config.yaml` of a run. If a path `configs/…` does not exist in the
+            current folder, the file in the installed package is used.
 
     Raises:
-        UsageError: the file does not exist, is not valid YAML, or has no `data` section or a wrong one.
+        UsageError: the file does not exist or is not valid YAML, or its `data` section is missing or wrong.
         DataError: the data cannot be used.
     """
     silence_third_party_warnings()
     _, path = find_configs(["--config", config])
     if not os.path.isfile(path):
         raise UsageError(f"there is no config {config}")
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not content.get("data"):
+    content = read_yaml(path)
+    if not content.get("data"):
         raise UsageError(f"{config} has no data section; give the config.yaml of a run, or a folder of images")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)

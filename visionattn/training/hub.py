@@ -1,7 +1,6 @@
 """Download models from the Hugging Face hub.
 
-Weights are .safetensors files, so nothing is unpickled, and only classes of trusted packages are built, as from any
-checkpoint.
+The weights are .safetensors files, which cannot contain code. `checkpoints.load` reads them as any other checkpoint.
 """
 
 import re
@@ -9,7 +8,7 @@ import re
 from visionattn.errors import DataError, UsageError
 
 PREFIX = "hf://"
-"""Prefix of the names of models on the hub: `hf://owner/name`, or `hf://owner/name@revision`."""
+"""Prefix of a model's name on the hub: `hf://owner/name`, or `hf://owner/name@revision`."""
 
 WEIGHTS = "model.safetensors"
 

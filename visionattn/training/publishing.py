@@ -1,4 +1,4 @@
-"""Upload a model to the Hugging Face hub: weights as safetensors, a description as JSON, and a card with results."""
+"""Upload a model to the Hugging Face hub: weights as safetensors, a description as JSON, and a model card."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ _TASKS = {
     "GlimpseClassification": "image-classification",
     "Detection": "object-detection",
 }
-"""Task → its tag on the hub."""
+"""Class of the task → name of the task on the hub."""
 
 
 def push(
@@ -33,15 +33,15 @@ def push(
     """Upload the model of a checkpoint to the hub.
 
     Args:
-        path: a .ckpt of a run, or a .safetensors written by `visionattn export`. The card shows the results in the
-            `test.csv` of the same folder, if there is one.
-        repo: `owner/name`; the repository is created if it is missing.
-        picture: an image; the card shows its overlay. Default: the run's `overlays/test.png`, unchanged.
+        path: a .ckpt of a run, or a .safetensors written by `visionattn export`. If its folder has a `test.csv`, the
+            model card shows these results.
+        repo: `owner/name`; the repository is created if it does not exist.
+        picture: an image, whose overlay the card shows (default: the card shows the run's `overlays/test.png`).
         private: whether a newly created repository is private.
-        token: of the hub. Default: the one of `hf auth login`.
+        token: access token of the hub (default: the token of `hf auth login`).
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
         UsageError: the name is malformed, or there is no picture for the card.
@@ -56,7 +56,7 @@ def push(
         try:
             address = api.create_repo(repo_id=repo, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message="visionattn push")
-        except Exception as error:  # the hub's client raises many kinds
+        except Exception as error:  # the hub's client raises many kinds of exceptions
             raise DataError(f"{repo} cannot be uploaded to the hub: {_first_line(error)}") from error
     return str(address)
 
@@ -71,12 +71,12 @@ def write_folder(
     """Write the files that `push` uploads: `model.safetensors`, `config.json`, `README.md` and `overlay.png`.
 
     Args:
-        path, picture: as `push`.
-        folder: must exist.
-        repo: name of the repository, for the card.
+        path, picture: see `push`.
+        folder: an existing folder.
+        repo: name of the repository, which the card shows.
 
     Raises:
-        UsageError, DataError: as `push`.
+        UsageError, DataError: see `push`.
     """
     from visionattn.training import checkpoints
 
@@ -93,7 +93,7 @@ def _overlay(weights: Path, run: Path, picture: str | os.PathLike[str] | None) -
     if picture is None:
         if not own.is_file():
             raise UsageError(
-                f"the card shows an overlay, and there is no {own}; test the run, or give a picture for an overlay"
+                f"the card needs an overlay, but there is no {own}; test the run, or give a picture to overlay"
             )
         return own.read_bytes()
     from visionattn.overlays import overlay
@@ -105,7 +105,7 @@ def _overlay(weights: Path, run: Path, picture: str | os.PathLike[str] | None) -
 
 
 def _results(path: Path) -> list[tuple[str, float]]:
-    """Return the metrics of a test.csv; empty if there is no such file."""
+    """Return (metric, value) of each row of a test.csv, or an empty list if the file does not exist."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -121,10 +121,10 @@ def _card(entry: Mapping[str, Any], repo: str, results: Sequence[tuple[str, floa
     names = [_plain(name) for name in entry["class_names"]]
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     lines = ["---", *front, "---", "", f"# {title}", "", f"{_network(entry)}, trained with visionattn."]
-    lines += [f"It tells apart {len(names)} classes: {shown}."] if names else []
-    lines += ["", "![where it looked](overlay.png)", ""]
+    lines += [f"The model has {len(names)} classes: {shown}."] if names else []
+    lines += ["", "![overlay of a heatmap](overlay.png)", ""]
     if results:
-        lines += ["| on the test images | |", "|---|---|"]
+        lines += ["| metric on the test images | value |", "|---|---|"]
         lines += [f"| {_plain(name)} | {value:.4g} |" for name, value in results] + [""]
     lines += [
         "```python",
@@ -136,7 +136,7 @@ def _card(entry: Mapping[str, Any], repo: str, results: Sequence[tuple[str, floa
         "",
         f"    visionattn overlay --images photos --out seen --ckpt {PREFIX}{repo}",
         "",
-        "`config.json` says how the network is built and how its images are prepared.",
+        "`config.json` has the options of the network and of the preprocessing.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -154,5 +154,5 @@ def _network(entry: Mapping[str, Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return text without the characters that Markdown interprets."""
+    """Replace the characters that have a meaning in Markdown by spaces."""
     return re.sub(r"[^\w .,:;()/+@%-]", " ", str(text))

@@ -1,12 +1,16 @@
-"""Exact resume: a training that is interrupted at any moment and continued ends with the same weights, bit for bit.
+"""Exact resume: an interrupted and resumed training ends with the same weights, bit for bit.
 
-A training step is a function of the weights, the images and the random numbers. The images depend on (seed, epoch,
-index), see `data.loading.order`; this file makes the random numbers depend on (seed, epoch, batch, process). So
-`last.ckpt` needs no state of a random generator.
+A training step depends on the weights, the images and random numbers. (seed, epoch, index) determines the images, see
+`data.loading.order`. `Resume` makes (seed, epoch, batch, process) determine the random numbers. So `last.ckpt` does not
+need the state of a random generator.
 
-`last.ckpt` is written before each validation, or at the end of an epoch without one; every `every_n_steps` steps or
-`every_n_minutes` minutes; and at a signal. A continued training repeats everything that follows the training steps of
-an epoch, with equal results: validation, choice of the best checkpoint, schedulers that watch a metric, early stopping.
+`last.ckpt` is written before each validation, or at the end of an epoch without validation; every `every_n_steps` steps
+or `every_n_minutes` minutes; and at a signal. If a training is resumed after the last step of an epoch, the rest of the
+epoch is repeated with equal results: validation, choice of the best checkpoint, schedulers that depend on a metric,
+early stopping.
+
+Lightning saves and restores the counters of its loops. `Resume` corrects them in the checkpoint, and
+`data.loading.batches` starts at the batch that they name.
 """
 
 import random
@@ -19,11 +23,12 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from visionattn import signals
 from visionattn.data import mix
 from visionattn.training.callbacks.metrics_file import MetricsFile
-from visionattn.training.callbacks.run_files import is_dev_run
+from visionattn.training.callbacks.run_files import _continue_events, is_dev_run
 
 NAME = "last.ckpt"
 _TRAINING, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
@@ -32,11 +37,11 @@ _TRAINING, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch
 class Resume(Checkpoint):
     """Write `last.ckpt` for an exact resume, and seed the random generators before each step.
 
-    With several processes, a signal to one of them stops all after the same training step.
+    With several processes, a signal to one process stops all processes after the same training step.
 
     Args:
-        every_n_steps: write the checkpoint after this number of optimizer steps; None for never.
-        every_n_minutes: write the checkpoint after this number of minutes; None for never.
+        every_n_steps: number of optimizer steps between two writes of `last.ckpt`; None disables this interval.
+        every_n_minutes: number of minutes between two writes of `last.ckpt`; None disables this interval.
 
     Raises:
         ValueError: a number is not positive.
@@ -50,30 +55,40 @@ class Resume(Checkpoint):
             raise ValueError(f"every_n_minutes must be > 0, got {every_n_minutes}")
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
-        self.seed: int | None = None  # of the run; None leaves the random generators alone
+        self.seed: int | None = None  # of the run; with None, the random generators are not seeded
         self.folder: str | None = None  # of the run
         self._saved_at = time.monotonic()
         self._saved_step = -1
-        self._next: str | None = (
-            None  # loop to continue with, in place of the one Lightning records; set while a checkpoint is written
-        )
+        self._metrics: MetricsFile | None = None
+        self._rows: int | None = None  # rows of metrics.csv at the time of the checkpoint from which a run is resumed
+        # while a checkpoint is written: the loop with which a resumed run continues (None: as Lightning records it)
+        self._next: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._metrics is None else {"rows": self._metrics.count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rows = state_dict["rows"]
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         signals.install()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        signals.install()  # Lightning has replaced the handlers, and its own would exit with 0
+        signals.install()  # again, since Lightning has installed handlers with which the exit code would be 0
         signals.hold()
         self._saved_at = time.monotonic()
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile):
-                logger.continue_at(trainer.global_step)
+        self._metrics = next((logger for logger in trainer.loggers if isinstance(logger, MetricsFile)), None)
+        if self._metrics is not None and self._rows is not None:
+            rows = self._metrics.continue_after(self._rows)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                    _continue_events(logger, max(0, trainer.global_step - 1), rows)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        # only at this point has the previous step logged all its values; and between the batches of one optimizer step
-        # there are gradients that no checkpoint holds
+        # the previous step has logged all its values only now, so a checkpoint must not be written earlier;
+        # a checkpoint does not contain accumulated gradients, so it is written only between optimizer steps
         if batch_idx % trainer.accumulate_grad_batches == 0:
             due = _any(trainer, self._is_due(trainer) or signals.received() is not None)
             if due and batch_idx:
@@ -102,7 +117,7 @@ class Resume(Checkpoint):
         dataloader_idx: int = 0,
     ) -> None:
         number = signals.received()
-        # no vote as in `_any`: processes may have different numbers of batches
+        # processes may have different numbers of batches, so they cannot communicate here as in `_any`
         if trainer.state.fn == "fit" and number is not None:
             raise signals.Stopped(number)
 
@@ -124,12 +139,12 @@ class Resume(Checkpoint):
             return
         progress = checkpoint["loops"]["fit_loop"][self._next]
         done = progress["total"]["processed"]
-        if self._next == _TRAINING:  # the batch was fetched but its step has not begun
+        if self._next == _TRAINING:  # Lightning has counted the next batch as ready, but its step has not begun
             progress["total"]["ready"] = done
             progress["current"]["ready"] = progress["current"]["processed"]
         else:
-            # after all batches Lightning assumes that the validation is done as well; after a stop in the first batch
-            # of a validation it repeats the validation from its beginning
+            # Lightning would skip the validation after the last training batch. So record a stop in the first batch of
+            # the validation, after which Lightning repeats the whole validation.
             progress["total"] |= {"ready": done + 1, "started": done + 1, "completed": done}
             progress["current"] = dict.fromkeys(progress["current"], 0)
         progress["is_last_batch"] = False
@@ -138,7 +153,7 @@ class Resume(Checkpoint):
         if self.seed is not None:
             seed = mix(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank, stage)
             random.seed(seed)
-            np.random.seed(seed % 2**32)  # so that code which draws from the global generators can be resumed too
+            np.random.seed(seed % 2**32)  # NumPy's global generator, which users' code may use
             torch.manual_seed(seed)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
@@ -151,7 +166,7 @@ class Resume(Checkpoint):
             return
         self._saved_at, self._saved_step, self._next = time.monotonic(), trainer.global_step, next_loop
         for logger in trainer.loggers:
-            logger.save()  # before the checkpoint: a row that is logged twice is recognised, a lost row is not restored
+            logger.save()  # the checkpoint has the number of rows, which must be in the file before
         try:
             if not is_dev_run(trainer):
                 trainer.save_checkpoint(self._path(trainer))
@@ -165,7 +180,7 @@ class Resume(Checkpoint):
         if _any(trainer, signals.received() is not None):
             number = signals.received() or signals.TERMINATE
             if trainer.is_global_zero and not is_dev_run(trainer):
-                print(f"stopped; continue from {self._path(trainer)} with --ckpt_path last", file=sys.stderr)
+                print(f"stopped; to resume from {self._path(trainer)}, add --ckpt_path last", file=sys.stderr)
             raise signals.Stopped(number)
 
 

@@ -2,9 +2,9 @@
 
     python -m tests.attention.insertion.coverage
 
-The backbones are one small model of every family of timm, reduced further where only its size changes, and models of
-torchvision. CBAM is inserted after every stage, with γ = 0. All weights are random, including those that are initially
-zero, since a zero weight would hide the modules before it.
+The backbones are one small model of every family of timm, and models of torchvision. Options make some of the models
+smaller, without other changes. CBAM is inserted after every stage, with γ = 0. All weights are random, including those
+that timm initialises to zero, since a zero weight would hide the effect of the modules before it.
 """
 
 import copy
@@ -18,14 +18,14 @@ import torch
 import torchvision
 from torch import nn
 
-from tests.capture.coverage import MEMBERS as ATTENDING
+from tests.capture.coverage import MEMBERS as MEMBERS_WITH_ATTENTION
 from visionattn.attention import CBAM, insert
 from visionattn.errors import UsageError
 
 TABLE = Path(__file__).with_name("COVERAGE.md")
 
-MEMBERS = {  # timm family: model, image size unless the default, and options that make it smaller
-    **ATTENDING,
+MEMBERS = {  # timm family: model, image size (None: the model's default), options that make the model smaller
+    **MEMBERS_WITH_ATTENTION,
     "byoanet": ("botnet26t_256", None, {}),
     "convmixer": ("convmixer_768_32", 112, {}),
     "convnext": ("convnext_atto", 96, {}),
@@ -52,7 +52,7 @@ MEMBERS = {  # timm family: model, image size unless the default, and options th
     "xception": ("legacy_xception", 96, {}),
     "xception_aligned": ("xception41", 96, {}),
 }
-OTHERS = {  # models of torchvision, and the size of their images
+TORCHVISION = {  # models of torchvision, and the size of their images
     "resnet18": 96, "mobilenet_v3_small": 96, "efficientnet_b0": 96, "convnext_tiny": 64, "densenet121": 96,
     "regnet_y_400mf": 96, "shufflenet_v2_x0_5": 96, "squeezenet1_1": 96, "vgg11": 96, "swin_t": 96, "maxvit_t": 224,
     "vit_b_32": 224,
@@ -65,9 +65,9 @@ class Row(NamedTuple):
     family: str
     member: str
     places: str
-    same: bool  # equal outputs, bit by bit, after strict loading of plain weights
-    learns: bool  # gradients of every γ, and of every mechanism after one step
-    restored: bool  # state dict round trip; remove() restores the module tree, the keys and the outputs
+    same: bool  # the outputs equal those of the original model bit by bit, after strict loading of its weights
+    learns: bool  # every γ has a gradient in the first step, and every mechanism has one in the second step
+    restored: bool  # a state dict restores the outputs; remove() restores the modules, the keys and the outputs
     reason: str = ""
 
     @property
@@ -75,27 +75,27 @@ class Row(NamedTuple):
         return bool(self.places) and self.same and self.learns and self.restored
 
 
-def look_at_family(family: str) -> Row:
-    """Insert into a model of a timm family."""
+def check_family(family: str) -> Row:
+    """Check insertion into the model of a timm family."""
     member, size, options = MEMBERS[family]
     model = timm.create_model(member, **options)
-    return look(family, member, model, size or model.default_cfg["input_size"][-1])
+    return check_model(family, member, model, size or model.default_cfg["input_size"][-1])
 
 
-def look_at_other(member: str) -> Row:
-    """Insert into a model of torchvision."""
-    return look("torchvision", member, getattr(torchvision.models, member)(), OTHERS[member])
+def check_torchvision_model(member: str) -> Row:
+    """Check insertion into a model of torchvision."""
+    return check_model("torchvision", member, getattr(torchvision.models, member)(), TORCHVISION[member])
 
 
-def look(family: str, member: str, model: nn.Module, size: int) -> Row:
+def check_model(family: str, member: str, model: nn.Module, size: int) -> Row:
     """Insert CBAM after every stage, and compare the model with one without CBAM."""
     torch.manual_seed(0)
     image = torch.randn(2, 3, size, size)
-    stir(model, image)
+    randomise(model, image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.no_grad():
-            expected = answers_of(model, image)
+            expected = outputs_of(model, image)
         before = copy.deepcopy(model.state_dict())
         tree = [(name, type(module)) for name, module in model.named_modules()]
         try:
@@ -108,24 +108,24 @@ def look(family: str, member: str, model: nn.Module, size: int) -> Row:
                     parameter.add_(1)
         model.load_state_dict(before, strict=True)
         with torch.no_grad():
-            found = answers_of(model, image)
+            found = outputs_of(model, image)
         same = all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-        learns = learn(model, list(inserted.places.values()), image)
+        learns = has_gradients(model, list(inserted.places.values()), image)
 
         trained = copy.deepcopy(model.state_dict())
         with torch.no_grad():
-            answers = answers_of(model, image)
+            trained_outputs = outputs_of(model, image)
             for parameter in model.parameters():
                 parameter.add_(1)
         model.load_state_dict(trained, strict=True)
         with torch.no_grad():
-            restored = all(torch.equal(*pair) for pair in zip(answers_of(model, image), answers, strict=True))
+            restored = all(torch.equal(*pair) for pair in zip(outputs_of(model, image), trained_outputs, strict=True))
         inserted.remove()
         model.load_state_dict(before, strict=True)
         restored &= tree == [(name, type(module)) for name, module in model.named_modules()]
         restored &= list(before) == list(model.state_dict())
         with torch.no_grad():
-            restored &= all(torch.equal(*pair) for pair in zip(answers_of(model, image), expected, strict=True))
+            restored &= all(torch.equal(*pair) for pair in zip(outputs_of(model, image), expected, strict=True))
     places = ", ".join(
         f"{name} {part.layout.channels}×{'×'.join(map(str, part.layout.grid))}"
         for name, part in inserted.places.items()
@@ -133,29 +133,31 @@ def look(family: str, member: str, model: nn.Module, size: int) -> Row:
     return Row(family, member, places, same, learns, restored)
 
 
-def learn(model: nn.Module, parts: list[nn.Module], image: torch.Tensor) -> bool:
-    """Return whether γ has a gradient at first, and whether the mechanism has one after one step."""
+def has_gradients(model: nn.Module, parts: list[nn.Module], image: torch.Tensor) -> bool:
+    """Return whether only γ has a gradient while γ is 0, and the mechanism has one after a step of γ."""
 
     def backward() -> None:
         model.zero_grad()
-        sum(output.float().square().mean() for output in answers_of(model, image) if output.requires_grad).backward()
+        sum(output.float().square().mean() for output in outputs_of(model, image) if output.requires_grad).backward()
 
     backward()
-    opens = all(part.gamma.grad is not None and float(part.gamma.grad.abs()) > 0 for part in parts)
-    closed = all(not p.grad.any() for part in parts for p in part.mechanism.parameters() if p.grad is not None)
+    gammas_learn = all(part.gamma.grad is not None and float(part.gamma.grad.abs()) > 0 for part in parts)
+    mechanisms_do_not = all(
+        not p.grad.any() for part in parts for p in part.mechanism.parameters() if p.grad is not None
+    )
     torch.optim.SGD([part.gamma for part in parts], lr=1.0).step()
     with torch.no_grad():
-        for part in parts:  # independent of the size of the gradient
+        for part in parts:  # |γ| = 0.1, however small the gradient of γ was
             part.gamma.copy_(part.gamma.sign() * 0.1)
     backward()
-    learns = all(
+    mechanisms_learn = all(
         any(p.grad is not None and p.grad.isfinite().all() and bool(p.grad.any()) for p in part.mechanism.parameters())
         for part in parts
     )
-    return opens and closed and learns
+    return gammas_learn and mechanisms_do_not and mechanisms_learn
 
 
-def stir(model: nn.Module, image: torch.Tensor) -> None:
+def randomise(model: nn.Module, image: torch.Tensor) -> None:
     """Add noise to zero weights, and set the statistics of batch normalisations from this image.
 
     Without these statistics the activations of a random inception_v3 reach 1e21.
@@ -175,8 +177,8 @@ def stir(model: nn.Module, image: torch.Tensor) -> None:
     model.eval()
 
 
-def answers_of(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
-    """Return all tensors that a model returns in evaluation mode, without cached state (timm's tables of biases)."""
+def outputs_of(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    """Return all outputs in evaluation mode; train() first drops cached state (timm's tables of biases)."""
     return tensors(model.train().eval()(image))
 
 
@@ -196,14 +198,15 @@ def table(rows: list[Row]) -> str:
         "# Backbones into which a mechanism can be inserted",
         "",
         f"timm {timm.__version__}, torchvision {torchvision.__version__.partition('+')[0]}. Written by "
-        "`python -m tests.attention.insertion.coverage`, which also says how the models were chosen.",
+        "`python -m tests.attention.insertion.coverage`, whose docstring says how the models were chosen.",
         "",
         f"**{len(covered)} of {len(families)} timm families ({100 * len(covered) / len(families):.0f} %)** accept CBAM "
-        "after every stage: plain weights load strictly, the outputs are equal bit by bit, γ has a gradient in the "
-        "first step and the mechanism in the second, the weights survive a state dict, and `remove()` restores the "
-        "network. Modules that do not affect the output are left out: those after the last block of a ViT whose class "
-        "token is read, those between the blocks of SelecSLS, which pass lists, and those whose map EfficientViM does "
-        "not use. Of Hiera's tokens only those of the last stage are in row order.",
+        "after every stage: weights of the original model load strictly; the outputs are equal bit by bit; γ has a "
+        "gradient in the first step, and the mechanism in the second; a state dict restores the trained model; and "
+        "`remove()` restores the network. CBAM is not inserted where it would not affect the output: after the last "
+        "block of a ViT that uses only the class token, and after stages whose maps EfficientViM does not use. CBAM "
+        "cannot be inserted between the blocks of SelecSLS, which pass lists, or before the last stage of Hiera, "
+        "whose tokens are not in row order until then.",
         "",
         "| family | member | after which module, channels × rows × columns | outputs equal | learns | restored |",
         "|---|---|---|---|---|---|",
@@ -219,10 +222,10 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     rows = []
-    for look_at, names in ((look_at_family, MEMBERS), (look_at_other, OTHERS)):
+    for check, names in ((check_family, MEMBERS), (check_torchvision_model, TORCHVISION)):
         for name in sorted(names):
             started = time.perf_counter()
-            rows.append(look_at(name))
+            rows.append(check(name))
             print(f"{time.perf_counter() - started:.0f} s", end=" ")
             print(rows[-1], flush=True)
     TABLE.write_text(table(rows))

@@ -1,4 +1,4 @@
-"""Test insertion against networks with the same built-in mechanism, and in typical use."""
+"""Test insertion: against timm networks with built-in mechanisms, in training, and with invalid arguments."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.attention.insertion.networks import Blocks, refused, resnet
+from tests.attention.insertion.networks import Blocks, error_of_insert, resnet
 from tests.refusals import refuses
 from visionattn.attention import CBAM, ECA, SE, insert, optimizer_for
 from visionattn.attention.insertion.inserting import Inserted
@@ -20,7 +20,8 @@ from visionattn.models import ConvNet
 small_cbam = partial(CBAM, reduction=4)
 
 
-def opened(inserted, value=0.5):
+def set_gamma(inserted, value=0.5):
+    """Set every γ, so that the mechanisms change the outputs."""
     with torch.no_grad():
         for part in inserted.places.values():
             part.gamma.fill_(value)
@@ -28,17 +29,17 @@ def opened(inserted, value=0.5):
 
 def test_se_at_branches_of_a_resnet_equals_timms_seresnet():
     torch.manual_seed(0)
-    peer = timm.create_model("seresnet18", zero_init_last=False).eval()
+    seresnet = timm.create_model("seresnet18", zero_init_last=False).eval()
     model = resnet()
     inserted = insert(model, lambda c: SE(c, reduction=c // max(8, c // 16)), at="branches", preserve=False)
     weights = {}
-    for name, tensor in peer.state_dict().items():
+    for name, tensor in seresnet.state_dict().items():
         block, _, rest = name.partition(".se.")
         weights[f"{block}.bn2.inserted.mechanism.attention.{rest}" if rest else name] = tensor
     model.load_state_dict(weights, strict=True)
     assert list(inserted.places) == [f"layer{stage}.{block}.bn2" for stage in (1, 2, 3, 4) for block in (0, 1)]
     x = torch.randn(2, 3, 64, 96)
-    assert torch.equal(model(x), peer(x))
+    assert torch.equal(model(x), seresnet(x))
 
 
 @pytest.mark.parametrize("preserve", [True, False])
@@ -47,7 +48,7 @@ def test_insertion_after_resnet_stages_matches_a_manual_forward(preserve):
     inserted = insert(model, small_cbam, preserve=preserve)
     assert list(inserted.places) == ["layer1", "layer2", "layer3", "layer4"]
     if preserve:
-        opened(inserted, 0.3)
+        set_gamma(inserted, 0.3)
     x = torch.randn(2, 3, 64, 96)
     y = model.maxpool(model.act1(model.bn1(model.conv1(x))))
     for name, part in inserted.places.items():
@@ -61,50 +62,50 @@ def test_insertion_after_resnet_stages_matches_a_manual_forward(preserve):
 
 def test_gamma_one_gives_the_mechanism_alone():
     model = resnet()
-    bare = copy.deepcopy(model)
+    without_gamma = copy.deepcopy(model)
     torch.manual_seed(1)
-    gated = insert(model, small_cbam, at="blocks")
-    opened(gated, 1.0)
+    with_gamma = insert(model, small_cbam, at="blocks")
+    set_gamma(with_gamma, 1.0)
     torch.manual_seed(1)
-    insert(bare, small_cbam, at="blocks", preserve=False)
+    insert(without_gamma, small_cbam, at="blocks", preserve=False)
     x = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(model(x), bare(x))
+    torch.testing.assert_close(model(x), without_gamma(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_closed_gate_keeps_every_value_for_any_mechanism(dtype):
+def test_gamma_zero_keeps_every_value_even_if_the_difference_overflows(dtype):
     model = nn.Sequential(nn.Identity(), nn.Conv2d(3, 3, 1)).to(dtype)
-    insert(model, lambda channels: Opposite(), at="0", image=torch.zeros(3, 4, 4, dtype=dtype))
+    insert(model, lambda channels: Negation(), at="0", image=torch.zeros(3, 4, 4, dtype=dtype))
     x = torch.tensor([0.0, -0.0, 1.0, -3.14159, 6e4, 6e-8]).to(dtype).repeat(1, 3, 4, 1)
     assert torch.equal(model[0](x), x)
 
 
-class Opposite(nn.Module):
-    """−x, whose difference from x overflows in half precision where x is large."""
+class Negation(nn.Module):
+    """Return −x. For large x, the difference −x − x overflows in half precision."""
 
     def forward(self, x):
         return -x
 
 
-def test_closed_gate_keeps_the_networks_gradients():
-    plain, model = resnet(), resnet()
+def test_gamma_zero_keeps_the_networks_gradients():
+    original, model = resnet(), resnet()
     insert(model, small_cbam)
     x = torch.randn(2, 3, 64, 64)
-    plain(x).square().mean().backward()
+    original(x).square().mean().backward()
     model(x).square().mean().backward()
-    for name, parameter in plain.named_parameters():
+    for name, parameter in original.named_parameters():
         assert torch.equal(model.get_parameter(name).grad, parameter.grad), name
 
 
-def test_plain_weights_load_strictly_and_other_missing_keys_raise():
+def test_original_weights_load_strictly_and_other_missing_keys_raise():
     model = resnet()
     insert(model, small_cbam)
-    plain = resnet(1)
-    weights = plain.state_dict()
-    for frame, prefix in ((model, ""), (nn.ModuleDict({"backbone": model}), "backbone.")):
-        frame.load_state_dict({prefix + name: tensor for name, tensor in weights.items()}, strict=True)
+    original = resnet(1)
+    weights = original.state_dict()
+    for parent, prefix in ((model, ""), (nn.ModuleDict({"backbone": model}), "backbone.")):
+        parent.load_state_dict({prefix + name: tensor for name, tensor in weights.items()}, strict=True)
     x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(model(x), plain(x))
+    assert torch.equal(model(x), original(x))
     own = model.state_dict()
     model.load_state_dict(own, strict=True)
     with pytest.raises(RuntimeError, match=r"Missing key.*layer1\.1\.inserted\.gamma"):
@@ -125,8 +126,8 @@ def test_remove_restores_the_network():
     inserted.remove()
     inserted.remove()
     assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
-    for (name, module), other in zip(model.named_modules(), before.modules(), strict=True):
-        assert module.__dict__.keys() == other.__dict__.keys(), name
+    for (name, module), original in zip(model.named_modules(), before.modules(), strict=True):
+        assert module.__dict__.keys() == original.__dict__.keys(), name
         hooks = [key for key in module.__dict__ if key.endswith("_hooks")]
         assert not any(getattr(module, key) for key in hooks), name
     for name, tensor in before.state_dict().items():
@@ -134,37 +135,37 @@ def test_remove_restores_the_network():
     refuses(RuntimeError, "Missing key", lambda: model.load_state_dict({}))
 
 
-def test_error_for_a_network_that_cannot_be_copied_gives_a_remedy():
+def test_error_for_a_network_that_cannot_be_copied_names_a_solution():
     model = timm.create_model("levit_128s").eval()
-    model(torch.randn(1, 3, 224, 224))  # its cached table of biases now belongs to a graph
-    assert "cannot be copied" in refused(model)
+    model(torch.randn(1, 3, 224, 224))  # caches a table of biases that has a grad_fn, which deepcopy rejects
+    assert "cannot be copied" in error_of_insert(model)
     model.train()
     insert(model, SE)
 
 
-def test_deepcopy_has_its_own_mechanisms():
+def test_copies_have_their_own_mechanisms():
     model = resnet()
     inserted = insert(model, small_cbam)
     x = torch.randn(2, 3, 64, 64)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        opened(inserted, 0.0)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        set_gamma(inserted, 0.0)
         expected = model(x)
-        opened(inserted, 0.7)
-        assert torch.equal(other(x), expected)
-        parts = [part for part in other.modules() if isinstance(part, Inserted)]
+        set_gamma(inserted, 0.7)
+        assert torch.equal(copied(x), expected)
+        parts = [part for part in copied.modules() if isinstance(part, Inserted)]
         assert len(parts) == 4
         with torch.no_grad():
             for part in parts:
                 part.gamma.fill_(0.7)
-        assert torch.equal(other(x), model(x))
-        assert not torch.equal(other(x), expected)
-        other.load_state_dict(resnet().state_dict(), strict=True)
+        assert torch.equal(copied(x), model(x))
+        assert not torch.equal(copied(x), expected)
+        copied.load_state_dict(resnet().state_dict(), strict=True)
 
 
-def test_insertion_moves_compiles_exports_and_checkpoints():
+def test_insertion_compiles_exports_recomputes_and_changes_dtype():
     model = resnet()
     inserted = insert(model, small_cbam)
-    opened(inserted)
+    set_gamma(inserted)
     x = torch.randn(2, 3, 64, 64)
     expected = model(x)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
@@ -180,20 +181,22 @@ def test_insertion_moves_compiles_exports_and_checkpoints():
 def test_timm_features_include_the_mechanism():
     model = timm.create_model("resnet18", features_only=True, zero_init_last=False).eval()
     x = torch.randn(1, 3, 64, 64)
-    plain = model(x)
+    before = model(x)
     inserted = insert(model, small_cbam)
     assert list(inserted.places) == ["layer1", "layer2", "layer3", "layer4"]
-    assert all(torch.equal(*pair) for pair in zip(model(x), plain, strict=True))
-    opened(inserted)
-    changed = [not torch.equal(*pair) for pair in zip(model(x), plain, strict=True)]
+    assert all(torch.equal(*pair) for pair in zip(model(x), before, strict=True))
+    set_gamma(inserted)
+    changed = [not torch.equal(*pair) for pair in zip(model(x), before, strict=True)]
     assert changed == [False, True, True, True, True]
-    whole = timm.create_model("resnet18", zero_init_last=False).eval()
-    inserted = insert(whole, small_cbam)
-    opened(inserted)
-    torch.testing.assert_close(whole.forward_intermediates(x, intermediates_only=True)[-1], whole.forward_features(x))
+    classifier = timm.create_model("resnet18", zero_init_last=False).eval()
+    inserted = insert(classifier, small_cbam)
+    set_gamma(inserted)
+    torch.testing.assert_close(
+        classifier.forward_intermediates(x, intermediates_only=True)[-1], classifier.forward_features(x)
+    )
 
 
-def test_maps_capture_inserted_gates():
+def test_capture_records_inserted_gates():
     model = resnet()
     insert(model, small_cbam)
     with torch.no_grad(), capture(model) as records:
@@ -203,7 +206,9 @@ def test_maps_capture_inserted_gates():
     assert spatial[-1].name.startswith("layer4.1.inserted.mechanism.")
 
 
-class Groups(nn.Module):
+class NormOf48Groups(nn.Module):
+    """A mechanism that cannot be built for 64 channels."""
+
     def __init__(self, channels):
         super().__init__()
         self.norm = nn.GroupNorm(48, channels)
@@ -212,30 +217,37 @@ class Groups(nn.Module):
         return self.norm(x)
 
 
-def test_impossible_insertions_raise_with_the_place():
+def test_impossible_insertions_raise_and_name_the_place():
     model = resnet()
-    assert "no module of this ResNet is named 'layer5'. Nearest: layer" in refused(model, at="layer5")
-    assert "no module of this ResNet is named 'layer4.*.bn9'" in refused(model, at=["layer4", "layer4.*.bn9"])
-    message = refused(model, Groups)
+    assert "no module of this ResNet is named 'layer5'. Nearest: layer" in error_of_insert(model, at="layer5")
+    assert "no module of this ResNet is named 'layer4.*.bn9'" in error_of_insert(model, at=["layer4", "layer4.*.bn9"])
+    message = error_of_insert(model, NormOf48Groups)
     assert message.startswith("no mechanism can be made for layer1 of this ResNet, 64 channels on 16×16: ")
     assert "must be divisible by num_groups (48)" in message
-    assert "must keep the shape; AvgPool2d did not at layer1" in refused(model, lambda c: nn.AvgPool2d(2))
-    assert "nothing can be put after fc of this ResNet: it gives a tensor (2, 1000)" in refused(model, at="fc")
-    message = refused(model, image=torch.zeros(4, 64, 64))
+    assert "must keep the shape; AvgPool2d did not at layer1" in error_of_insert(model, lambda c: nn.AvgPool2d(2))
+    assert "nothing can be inserted after fc of this ResNet: it returns a tensor (2, 1000)" in error_of_insert(
+        model, at="fc"
+    )
+    message = error_of_insert(model, image=torch.zeros(4, 64, 64))
     assert message.startswith("this ResNet does not run on an image of 4×64×64 (")
     flat = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 2))
-    assert "no stages can be found in this Sequential; name modules of it" in refused(flat, image=torch.zeros(3, 2, 2))
+    assert "no stages can be found in this Sequential; use names of modules" in error_of_insert(
+        flat, image=torch.zeros(3, 2, 2)
+    )
     dense = timm.create_model("densenet121").eval()
-    assert "no branches can be found in this DenseNet; take at='stages' or take at='blocks' or name" in refused(
-        dense, at="branches"
+    assert (
+        "no branches can be found in this DenseNet; use at='stages' or at='blocks' or names of modules"
+        in error_of_insert(dense, at="branches")
     )
     lists = timm.create_model("crossvit_tiny_240")
-    assert "blocks.0 of this CrossVit: it gives a list; name a module inside it" in refused(lists, at="blocks.0")
+    assert "blocks.0 of this CrossVit: it returns a list; name a module inside it" in error_of_insert(
+        lists, at="blocks.0"
+    )
     twice = nn.Sequential(block := Blocks.block(3), block, nn.Conv2d(3, 3, 1))
-    assert "it runs more than once" in refused(twice, at="0", image=torch.zeros(3, 8, 8))
+    assert "it runs more than once" in error_of_insert(twice, at="0", image=torch.zeros(3, 8, 8))
 
 
-def test_second_mechanism_at_one_place_raises():
+def test_second_mechanism_at_the_same_place_raises():
     model = resnet()
     inserted = insert(model, SE, at="layer1")
     for at in ("layer1", "layer1.1", "blocks"):
@@ -245,8 +257,8 @@ def test_second_mechanism_at_one_place_raises():
     insert(model, ECA, at="layer1")
 
 
-def steps(scheduler, factor, count=6):
-    """Return the largest change of γ and of the head's bias at each step, both with gradient 1, and the schedule."""
+def changes_and_rates(scheduler, factor, count=6):
+    """Return the change of γ and of the head's bias in each step, all gradients being 1, and the scheduled rates."""
     model = ConvNet(3, widths=(8,))
     inserted = insert(model, SE)
     optimizer = optimizer_for(model, lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.5), gamma_lr_factor=factor)
@@ -274,9 +286,10 @@ def steps(scheduler, factor, count=6):
         lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 6, eta_min=0.01),
         lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=4),
     ],
+    ids=["step", "one cycle", "cosine", "linear"],
 )
-def test_gamma_has_its_own_rate_with_every_scheduler_and_no_decay(scheduler):
-    changes, rates = steps(scheduler, 5.0)
+def test_gamma_has_its_own_rate_and_no_decay_with_every_scheduler(scheduler):
+    changes, rates = changes_and_rates(scheduler, 5.0)
     assert len(set(rates)) > 1
     for (gamma, bias), rate in zip(changes, rates, strict=True):
         assert gamma == pytest.approx(5 * rate, abs=1e-6)

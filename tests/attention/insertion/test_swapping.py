@@ -1,4 +1,4 @@
-"""Test swapped self-attention in timm's ViTs: weights, equivalent cases, and removal."""
+"""Test swapped self-attention in timm's ViTs: outputs, weights, removal, export, and errors."""
 
 import copy
 from functools import partial
@@ -12,14 +12,18 @@ from tests.attention.self_attention.attended_by_hand import MASKED, attended, we
 from tests.capture import models
 from tests.refusals import refuses
 from visionattn.attention import (
+    CBAM,
     AdaptiveSpan,
     Dense,
     Neighbourhood,
     PooledKeys,
+    TokenMerging,
+    TokenPruning,
     TopK,
     Windowed,
     insert,
     mean_span,
+    reduce_tokens,
     spans,
     swap_attention,
 )
@@ -37,7 +41,7 @@ VITS = {
     "vit_small_patch16_rope_224": {},
     "vit_base_patch16_siglip_224": {},
 }
-WHOLE = [
+WHOLE_GRID = [  # forms in which every patch attends to all patches
     Dense, partial(Windowed, window=8), partial(Neighbourhood, size=9), partial(PooledKeys, pool=1),
     partial(TopK, k=64), partial(AdaptiveSpan, max_span=8, init=1),
 ]  # fmt: skip
@@ -48,41 +52,42 @@ def vit_of(name):
 
 
 @pytest.mark.parametrize("name", VITS)
-def test_mechanisms_that_cover_the_whole_grid_change_nothing(name):
+def test_mechanisms_that_cover_the_whole_grid_keep_outputs_and_gradients(name):
     model, images = vit_of(name), models.pictures(VITS[name].get("img_size", 64))
-    model.train()  # `remove` restores another class, which takes over the training mode
+    model.train()  # `remove` must restore the training mode as well
     outputs = []
-    for part in (None, *WHOLE):
+    for part in (None, *WHOLE_GRID):
         swap = part and swap_attention(model, part)
         assert model.training
         model.eval()
         found = model(images)
         found.square().sum().backward()
-        outputs.append([found, *(parameter.grad.clone() for parameter in models_own(model))])
+        outputs.append([found, *(parameter.grad.clone() for parameter in parameters_of_vit(model))])
         model.zero_grad()
         model.train()
         if swap:
             swap.remove()
     for found in outputs[1:]:
-        for one, other in zip(found, outputs[0], strict=True):
-            close(one, other, atol=1e-5 * max(1, float(other.detach().abs().max())), rtol=0)
+        for value, expected in zip(found, outputs[0], strict=True):
+            close(value, expected, atol=1e-5 * max(1, float(expected.detach().abs().max())), rtol=0)
 
 
-def models_own(model):
+def parameters_of_vit(model):
+    """Return the parameters with gradients, except the parameters of the mechanisms."""
     return [p for name, p in model.named_parameters() if "mechanism" not in name and p.grad is not None]
 
 
 @pytest.mark.parametrize("name", ["windowed, shifted", "neighbourhood", "adaptive span"])
-def test_block_output_matches_the_mechanisms_equation(name):
-    """Compare a single block of a ViT with a computation from its weights."""
+def test_output_of_a_block_matches_the_mechanisms_equation(name):
+    """Compare the attention of a ViT's single block with attention computed pair by pair from its weights."""
     make, m = MASKED[name]
     model = models.vit(img_size=(64, 96), depth=1)
     swap_attention(model, make)
     attention = model.blocks[0].attn
-    seen = []
-    attention.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    calls = []
+    attention.register_forward_hook(lambda module, args, out: calls.append((args[0], out)))
     model(models.pictures((64, 96)))
-    x, out = seen[0]
+    x, out = calls[0]
     q, k, v = attention.qkv(x).reshape(2, 25, 3, 3, 16).permute(2, 0, 3, 1, 4)
     expected, _ = attended(q, k, v, weights_by_hand(m, 3, (4, 6), 1))
     close(out, attention.proj(expected.float().transpose(1, 2).reshape(2, 25, 48)), atol=1e-5, rtol=1e-4)
@@ -92,31 +97,33 @@ def test_swapped_model_accepts_the_same_image_sizes():
     model = models.vit(dynamic_img_size=True)
     sizes = [(64, 64), (32, 96), (16, 160), (64, 64)]
     before = [model(models.pictures(size)) for size in sizes]
-    swap_attention(model, partial(Windowed, window=10))
+    swap_attention(model, partial(Windowed, window=10))  # a window covers each of these grids
     for size, expected in zip(sizes, before, strict=True):
         close(model(models.pictures(size)), expected, atol=1e-5, rtol=1e-4)
-    swap_other = models.vit(dynamic_img_size=True)
-    swap_attention(swap_other, partial(Windowed, window=3))
-    assert not torch.allclose(swap_other(models.pictures((32, 96))), before[1], atol=1e-3)
+    model_with_small_windows = models.vit(dynamic_img_size=True)
+    swap_attention(model_with_small_windows, partial(Windowed, window=3))
+    assert not torch.allclose(model_with_small_windows(models.pictures((32, 96))), before[1], atol=1e-3)
 
 
 def test_weights_keep_their_names_and_load_strictly_both_ways():
-    plain, model = models.vit(), models.vit()
+    original, model = models.vit(), models.vit()
     swap = swap_attention(model, partial(AdaptiveSpan, max_span=3))
     new = {f"blocks.{block}.attn.mechanism.span" for block in range(3)}
-    assert model.state_dict().keys() == plain.state_dict().keys() | new
+    assert model.state_dict().keys() == original.state_dict().keys() | new
     assert [name for name, _ in model.named_parameters() if "mechanism" not in name] == [
-        name for name, _ in plain.named_parameters()
+        name for name, _ in original.named_parameters()
     ]
-    model.load_state_dict(plain.state_dict())  # spans keep their values
+    # strict, although the original has no spans; the model's spans keep their values
+    model.load_state_dict(original.state_dict())
     with torch.no_grad():
         swap.places["blocks.1.attn"].mechanism.span.copy_(torch.tensor([0.1, 0.2, 0.3]))
-    other = models.vit()
-    swap_attention(other, partial(AdaptiveSpan, max_span=3))
-    other.load_state_dict(model.state_dict())
-    close(spans(other)["blocks.1.attn.mechanism"].detach(), torch.tensor([0.3, 0.6, 0.9]))
-    close(mean_span(other).detach(), torch.tensor((1.5 * 6 + 1.8) / 9))
-    assert mean_span(plain) is None
+    second = models.vit()
+    swap_attention(second, partial(AdaptiveSpan, max_span=3))
+    second.load_state_dict(model.state_dict())
+    close(spans(second)["blocks.1.attn.mechanism"].detach(), torch.tensor([0.3, 0.6, 0.9]))
+    # six heads keep the initial span of 1.5; the spans of three heads are 0.3, 0.6 and 0.9
+    close(mean_span(second).detach(), torch.tensor((1.5 * 6 + 1.8) / 9))
+    assert mean_span(original) is None
     assert "spans 0.3, 0.6, 0.9 of 3, ramp 2" in repr(swap)
 
 
@@ -131,24 +138,24 @@ def test_remove_restores_the_model_with_its_trained_weights():
     swap.remove()
     swap.remove()
     assert [block.attn for block in model.blocks] == attentions
-    plain = models.vit()
-    before = {name: parameter.clone() for name, parameter in plain.named_parameters()}
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(plain(images), model(images))
+    original = models.vit()
+    before = {name: parameter.clone() for name, parameter in original.named_parameters()}
+    original.load_state_dict(model.state_dict())
+    assert torch.equal(original(images), model(images))
     assert not torch.equal(before["blocks.0.attn.qkv.weight"], model.blocks[0].attn.qkv.weight)
     assert not any(module._forward_hooks or module._load_state_dict_pre_hooks for module in model.modules())
     assert not any(module.training for module in model.modules())
 
 
-def test_deepcopy_is_independent():
+def test_deepcopy_has_its_own_grid():
     model = models.vit(dynamic_img_size=True)
     swap_attention(model, partial(Windowed, window=2))
-    other = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     small, large = models.pictures(32), models.pictures(64)
     expected = model(large)
-    other(small)
-    close(other(large), expected)
-    assert other.blocks[0].attn.grid is not model.blocks[0].attn.grid
+    copied(small)
+    close(copied(large), expected)
+    assert copied.blocks[0].attn.grid is not model.blocks[0].attn.grid
 
 
 def test_layers_are_chosen_by_name_and_mechanisms_alternate():
@@ -159,9 +166,11 @@ def test_layers_are_chosen_by_name_and_mechanisms_alternate():
     swap = swap_attention(model, Dense, at=["blocks.2.attn", "blocks.0.*"])
     assert list(swap.places) == ["blocks.0.attn", "blocks.2.attn"]
     assert type(model.blocks[1].attn) is timm.layers.Attention
-    with pytest.raises(UsageError, match=r"nothing in this VisionTransformer attends under the name 'block.0.attn'"):
+    with pytest.raises(UsageError, match=r"no attention module of this VisionTransformer is named 'block.0.attn'"):
         swap_attention(model, Dense, at="block.0.attn")
-    with pytest.raises(UsageError, match=r"blocks.0.attn of this VisionTransformer has a mechanism already"):
+    with pytest.raises(
+        UsageError, match=r"the attention of blocks.0.attn of this VisionTransformer is swapped already"
+    ):
         swap_attention(model, Dense, at="blocks.0.attn")
     refuses(UsageError, "at least one factory", swap_attention, model, [], at="blocks.1.attn")
 
@@ -184,10 +193,10 @@ def test_layers_are_chosen_by_name_and_mechanisms_alternate():
             lambda: models.vit(name="vit_little_patch16_reg1_gap_256", attn_layer="diff"),
             "DiffAttention; attention that can be swapped: ",
         ),
-        (lambda: nn.Sequential(models.vit()), "whose patch_embed gives the grid; this Sequential has none"),
+        (lambda: nn.Sequential(models.vit()), "whose patch_embed gives the grid; this Sequential is not one"),
     ],
 )
-def test_impossible_swaps_raise_with_the_name_and_change_nothing(make, text):
+def test_impossible_swaps_raise_and_leave_the_model_unchanged(make, text):
     model = make()
     before = {name: type(module) for name, module in model.named_modules()}
     refuses(UsageError, text, swap_attention, model, Dense)
@@ -200,26 +209,26 @@ def test_unsupported_calls_of_swapped_attention_raise():
     refuses(UsageError, r"needs every token of the grid.*patch_drop_rate", lambda: model.train()(models.pictures()))
     with pytest.raises(UsageError, match="accepts no mask"):
         model.eval().blocks[0].attn(torch.zeros(1, 17, 48), attn_mask=torch.zeros(17, 17))
-    alone = models.vit()
-    swap_attention(alone, Dense)
-    refuses(UsageError, "runs inside its ViT", lambda: alone.blocks[0](torch.zeros(1, 17, 48)))
+    unused = models.vit()  # no image has run through this ViT, so its grid is unknown
+    swap_attention(unused, Dense)
+    refuses(UsageError, "call the whole ViT", lambda: unused.blocks[0](torch.zeros(1, 17, 48)))
 
 
-def test_a_classifier_swaps_after_its_weights_are_loaded(tmp_path):
+def test_classifier_loads_weights_before_it_swaps_attention(tmp_path):
     options = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
-    plain = models.stirred(timm.create_model("vit_tiny_patch16_224", num_classes=5, **options))
-    torch.save(plain.state_dict(), tmp_path / "vit.pth")
+    original = models.stirred(timm.create_model("vit_tiny_patch16_224", num_classes=5, **options))
+    torch.save(original.state_dict(), tmp_path / "vit.pth")
     make = partial(
         Classifier, "vit_tiny_patch16_224", num_classes=5, weights=str(tmp_path / "vit.pth"), options=options
     )
     images = models.pictures()
-    close(make(self_attention=[partial(Windowed, window=4)]).eval()(images), plain(images), atol=1e-5, rtol=1e-4)
+    close(make(self_attention=[partial(Windowed, window=4)]).eval()(images), original(images), atol=1e-5, rtol=1e-4)
     swapped = make(self_attention=[partial(Windowed, window=2)], self_attention_at="blocks.0.attn").eval()
-    assert not torch.allclose(swapped(images), plain(images), atol=1e-3)
+    assert not torch.allclose(swapped(images), original(images), atol=1e-3)
     assert type(swapped.backbone.blocks[1].attn) is timm.layers.Attention
 
 
-def test_insertion_works_with_swapped_attention():
+def test_insert_works_in_a_vit_with_swapped_attention():
     from visionattn.attention import SE
 
     model, images = models.vit(), models.pictures()
@@ -243,7 +252,7 @@ def test_swapped_vit_compiles_and_exports():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(MASKED))
-def test_swapped_vit_runs_as_onnx(name, tmp_path):
+def test_swapped_vit_exports_to_onnx(name, tmp_path):
     import onnxruntime
 
     model, images = models.vit(depth=2, img_size=(64, 96)), models.pictures((64, 96))
@@ -254,3 +263,26 @@ def test_swapped_vit_runs_as_onnx(name, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "vit.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("reduction", [TokenMerging(2), TokenPruning(keep=0.5)])
+def test_insertion_swapping_and_token_reduction_refuse_each_other_and_change_nothing(reduction):
+    model, images = timm.create_model("test_vit", img_size=64).eval(), torch.randn(1, 3, 64, 64)
+    reduced = reduce_tokens(model, reduction)
+    before = model(images)
+    refuses(
+        UsageError,
+        "the tokens of this VisionTransformer are reduced",
+        swap_attention,
+        model,
+        partial(Windowed, window=2),
+    )
+    refuses(UsageError, "the tokens of this VisionTransformer are reduced", insert, model, CBAM, at="blocks")
+    assert torch.equal(model(images), before)
+    reduced.remove()
+    insertion = insert(model, CBAM, at="blocks")
+    before = model(images)
+    refuses(UsageError, r"the mechanism inserted into block \d needs every token", reduce_tokens, model, reduction)
+    assert torch.equal(model(images), before)
+    insertion.remove()
+    reduce_tokens(model, reduction)

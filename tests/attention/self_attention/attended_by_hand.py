@@ -1,4 +1,8 @@
-"""The allowed pairs of each form of self-attention, pair by pair, and attention with such weights."""
+"""References for self-attention: which pairs of patches each form allows, and attention with these weights.
+
+Patches i and j are pairs (row, column). The factor m of a pair is 1 if the pair is allowed and 0 if not; the ramp of an
+adaptive span also has values between 0 and 1.
+"""
 
 import math
 from functools import partial
@@ -11,10 +15,12 @@ SPANS = (0.3, 3.2)
 
 
 def windowed(i, j, grid, window, shift):
+    """Return whether patches i and j are in the same window."""
     return all(math.floor((a - shift) / window) == math.floor((b - shift) / window) for a, b in zip(i, j, strict=True))
 
 
 def neighbourhood(i, j, grid, size):
+    """Return whether patch j is in the size × size neighbourhood of patch i, moved inwards at the edges."""
     for a, b, extent in zip(i, j, grid, strict=True):
         k = min(size, extent)
         start = max(0, min(a - size // 2, extent - k))
@@ -24,28 +30,30 @@ def neighbourhood(i, j, grid, size):
 
 
 def cross(i, j, grid):
-    """Allow the query's own row and own column."""
+    """Return whether patch j is in the row or the column of patch i."""
     return i[0] == j[0] or i[1] == j[1]
 
 
 def adaptive_span(i, j, grid, z, ramp):
+    """Return m of the paper's ramp, in [0, 1]."""
     distance = max(abs(i[0] - j[0]), abs(i[1] - j[1]))
     return min(max((ramp + z - distance) / ramp, 0), 1)
 
 
 def allowed_cross(row_i, column_i, row_j, column_j):
+    """Return the same as `cross`, for tensors."""
     return (row_i == row_j) | (column_i == column_j)
 
 
-def spanned(num_heads):
-    """Make two heads with different spans."""
+def adaptive_span_with_two_spans(num_heads):
+    """Make an AdaptiveSpan whose even and odd heads have different spans."""
     module = attention.AdaptiveSpan(num_heads, max_span=4, ramp=1.5)
     with torch.no_grad():
         module.span.copy_(torch.tensor([SPANS[head % 2] / 4 for head in range(num_heads)]))
     return module
 
 
-MASKED = {  # a factory of the mechanism, and m of a head and a pair of patches
+MASKED = {  # name: (factory of the mechanism, m as a function of head, i, j and grid)
     "windowed": (partial(attention.Windowed, window=3), lambda head, i, j, grid: windowed(i, j, grid, 3, 0)),
     "windowed, shifted": (
         partial(attention.Windowed, window=4, shift=3),
@@ -56,7 +64,10 @@ MASKED = {  # a factory of the mechanism, and m of a head and a pair of patches
         partial(attention.BlockSparse, allowed=allowed_cross, block=4),
         lambda head, i, j, grid: cross(i, j, grid),
     ),
-    "adaptive span": (spanned, lambda head, i, j, grid: adaptive_span(i, j, grid, SPANS[head % 2], 1.5)),
+    "adaptive span": (
+        adaptive_span_with_two_spans,
+        lambda head, i, j, grid: adaptive_span(i, j, grid, SPANS[head % 2], 1.5),
+    ),
 }
 
 
@@ -72,7 +83,7 @@ def weights_by_hand(m, heads, grid, prefix):
 
 
 def attended(q, k, v, m_HNN):
-    """Return Σ_j m exp(s) v / Σ_j m exp(s) in float64, and the weights."""
+    """Return Σ_j m exp(s) v / Σ_j m exp(s) and the weights m exp(s) / Σ_j m exp(s), in float64."""
     q, k, v = q.double(), k.double(), v.double()
     scores = (q @ k.mT * q.shape[-1] ** -0.5).exp() * m_HNN
     weights = scores / scores.sum(-1, keepdim=True)

@@ -1,13 +1,13 @@
-"""A fixture that makes blocks short, so that small grids have several blocks."""
+"""A fixture that makes attention in blocks cheap, so that small grids are computed in blocks."""
 
 import pytest
 
-from visionattn.attention.self_attention import block_attention as local
+from visionattn.attention.self_attention import block_attention
 
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Choose blocks wherever they save products; the grids of the tests are too small to save time."""
+    """Count only products as costs: with all costs, the grids of the tests would be too small for blocks."""
     for cost in ("_KEY", "_COPY", "_CALL"):
-        monkeypatch.setattr(local, cost, 0)
-    monkeypatch.setattr(local, "_plans", {})
+        monkeypatch.setattr(block_attention, cost, 0)
+    monkeypatch.setattr(block_attention, "_plans", {})

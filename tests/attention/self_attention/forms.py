@@ -1,4 +1,4 @@
-"""All forms of self-attention, and their test inputs."""
+"""Inputs for the tests of self-attention, and a counter of computed products."""
 
 import torch
 from torch import nn
@@ -14,8 +14,8 @@ def qkv(grid, prefix, *, batch=2, heads=2, width=8, dtype=torch.float32):
     return [part.detach().requires_grad_() for part in x]
 
 
-class Counted(TorchFunctionMode):
-    """Count the query-key products in calls of the fused attention."""
+class ProductCounter(TorchFunctionMode):
+    """Count the query-key products in calls of `scaled_dot_product_attention`."""
 
     products = 0
 

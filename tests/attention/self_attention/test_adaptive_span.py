@@ -5,21 +5,21 @@ from functools import partial
 import pytest
 import torch
 
-from tests.attention.self_attention.forms import Counted, qkv
+from tests.attention.self_attention.forms import ProductCounter, qkv
 from visionattn import attention
 
 close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("prefix", [0, 2])
-@pytest.mark.parametrize("way", ["chosen", "blocks"])
-def test_gradient_of_spans_matches_finite_differences(prefix, way, request):
-    if way == "blocks":
+@pytest.mark.parametrize("calls", ["default", "blocks"])
+def test_gradient_of_spans_matches_finite_differences(prefix, calls, request):
+    if calls == "blocks":
         request.getfixturevalue("blocks")
     grid = (4, 5)
     module = attention.AdaptiveSpan(3, max_span=4, ramp=1.7).double()
     inputs = qkv(grid, prefix, batch=1, heads=3, width=4, dtype=torch.float64)
-    span = torch.tensor([0.06, 0.4, 0.78], dtype=torch.float64, requires_grad=True)  # between the kinks of m
+    span = torch.tensor([0.06, 0.4, 0.78], dtype=torch.float64, requires_grad=True)  # away from the kinks of m
 
     def output(span):
         call = partial(torch.func.functional_call, module, {"span": span}, tuple(inputs))
@@ -41,7 +41,7 @@ def test_spans_stay_within_bounds_and_can_leave_them(compiled):
     module = attention.AdaptiveSpan(2, max_span=4)
     run = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
     optimizer = torch.optim.SGD(module.parameters(), lr=10)
-    for sign in (1, -1):  # far below 0, then far beyond 1
+    for sign in (1, -1):  # a large step to below 0, then a large step to above 1
         (sign * attention.mean_span(module)).backward()
         optimizer.step()
         run(*qkv((2, 2), 0), grid=(2, 2))
@@ -49,19 +49,19 @@ def test_spans_stay_within_bounds_and_can_leave_them(compiled):
         optimizer.zero_grad()
 
 
-def test_every_head_computes_only_its_own_span():
+def test_every_head_computes_only_patches_within_its_span():
     grid = (32, 32)
     module = attention.AdaptiveSpan(3, max_span=32, ramp=2).eval()
     inputs = [x.detach() for x in qkv(grid, 1, batch=1, heads=3)]
-    counts = {}
+    fractions = {}  # spans of the heads: computed products, as a fraction of dense attention
     for spans in ((0, 0, 0), (0, 0, 32), (4, 4, 4), (32, 32, 32)):
-        with torch.no_grad(), Counted() as counted:
+        with torch.no_grad(), ProductCounter() as counter:
             module.span.copy_(torch.tensor(spans) / 32)
             out = module(*inputs, grid=grid, num_prefix_tokens=1)
-        counts[spans] = counted.products / (3 * 1025**2)
+        fractions[spans] = counter.products / (3 * 1025**2)
         with torch.no_grad():
             close(module.dense(*inputs, grid, 1, 0.0), out, atol=1e-5, rtol=0)
-    assert counts[32, 32, 32] == 1
-    assert counts[0, 0, 0] < 0.1
-    assert counts[4, 4, 4] < 0.4
-    close(counts[0, 0, 32], (2 * counts[0, 0, 0] + 1) / 3, atol=1e-3, rtol=0)
+    assert fractions[32, 32, 32] == 1
+    assert fractions[0, 0, 0] < 0.1
+    assert fractions[4, 4, 4] < 0.4
+    close(fractions[0, 0, 32], (2 * fractions[0, 0, 0] + 1) / 3, atol=1e-3, rtol=0)

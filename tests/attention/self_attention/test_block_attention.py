@@ -5,14 +5,14 @@ import torch
 from visionattn.attention.self_attention.block_attention import attend, attend_in_blocks, cut
 
 
-def near(size, reach):
-    """Return for every row the rows at a distance of at most `reach`."""
-    return [(max(0, i - reach), min(size, i + reach + 1)) for i in range(size)]
+def reach_of(size, distance):
+    """Return for every row the range of rows at most `distance` away."""
+    return [(max(0, i - distance), min(size, i + distance + 1)) for i in range(size)]
 
 
 def test_block_attention_matches_a_loop_over_queries():
     torch.manual_seed(0)
-    rows, columns = near(5, 1), near(7, 2)
+    rows, columns = reach_of(5, 1), reach_of(7, 2)
     q, k, v = torch.randn(3, 2, 5, 7, 2, 4, dtype=torch.float64)
     prefix_k, prefix_v = torch.randn(2, 2, 2, 1, 4, dtype=torch.float64)
 
@@ -30,16 +30,16 @@ def test_block_attention_matches_a_loop_over_queries():
 
 
 def test_every_row_is_in_one_block_with_all_rows_it_reaches():
-    reach = near(23, 3)
-    seen = {}
+    reach = reach_of(23, 3)
+    reached = {}  # row of queries: the ranges of keys in the blocks that contain the row
     for run in cut(reach, 4):
         for number in range(run.count):
             start = run.start + number * run.block
             for row in range(run.block):
                 low, high = run.reach[row]
-                seen.setdefault(start + run.offset + row, []).append((start + low, start + high))
+                reached.setdefault(start + run.offset + row, []).append((start + low, start + high))
                 assert high <= run.extent
-    assert seen == {row: [some] for row, some in enumerate(reach)}
+    assert reached == {row: [keys] for row, keys in enumerate(reach)}
 
 
 def test_gradient_of_a_bias_matches_torch():
@@ -48,8 +48,8 @@ def test_gradient_of_a_bias_matches_torch():
     bias = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
     expected = torch.softmax(q @ k.mT / 2 + bias, -1) @ v
     weights = torch.randn_like(expected)
-    got = attend(q, k, v, bias, 0.0)
-    torch.testing.assert_close(got, expected)
-    (ours,) = torch.autograd.grad((got * weights).sum(), bias)
-    (theirs,) = torch.autograd.grad((expected * weights).sum(), bias)
-    torch.testing.assert_close(ours, theirs)
+    found = attend(q, k, v, bias, 0.0)
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), bias)
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), bias)
+    torch.testing.assert_close(gradient, expected_gradient)

@@ -1,10 +1,10 @@
-"""Test attention under a custom mask, of which only blocks with an allowed pair are computed."""
+"""Test attention under a custom mask: only blocks with an allowed pair are computed."""
 
 import pytest
 import torch
 
 from tests.attention.self_attention.attended_by_hand import MASKED, attended, weights_by_hand
-from tests.attention.self_attention.forms import Counted, qkv
+from tests.attention.self_attention.forms import ProductCounter, qkv
 from visionattn import attention
 from visionattn.errors import UsageError
 
@@ -12,17 +12,19 @@ close = torch.testing.assert_close
 
 
 def test_mask_that_leaves_a_patch_without_keys_raises():
+    # patches of row 1 have no keys; the other terms are always true
     module = attention.BlockSparse(1, allowed=lambda a, b, c, d: (a != 1) & (c == c) & (b == b) & (d == d))
-    with pytest.raises(UsageError, match=r"patch \(1, 0\) of a grid of 2×3 no key"):
+    with pytest.raises(UsageError, match=r"allowed leaves patch \(1, 0\) of a grid of 2×3 without a key"):
         module(*qkv((2, 3), 0, heads=1), grid=(2, 3))
 
 
 def test_block_sparse_computes_only_blocks_with_an_allowed_pair():
     grid = (16, 16)
-    near = attention.BlockSparse(2, allowed=lambda a, b, c, d: (a // 4 == c // 4) & (b == b) & (d == d), block=16)
-    with torch.no_grad(), Counted() as counted:
-        near(*qkv(grid, 0), grid=grid)
-    assert counted.products == 2 * 2 * 256 * 64
+    # in bands of four rows, each of the 256 patches attends to 64 patches; the other terms are always true
+    bands = attention.BlockSparse(2, allowed=lambda a, b, c, d: (a // 4 == c // 4) & (b == b) & (d == d), block=16)
+    with torch.no_grad(), ProductCounter() as counter:
+        bands(*qkv(grid, 0), grid=grid)
+    assert counter.products == 2 * 2 * 256 * 64  # two images, two heads
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

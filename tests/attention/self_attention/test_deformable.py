@@ -20,6 +20,7 @@ def bilinear(map_chw, x, y):
 
 
 def by_the_equation(attention, queries, boxes, maps):
+    """Compute equation 3 of the paper in loops."""
     heads, levels, points = attention.heads, attention.levels, attention.points
     head_dim = queries.shape[2] // heads
     out = torch.zeros_like(queries)
@@ -29,7 +30,7 @@ def by_the_equation(attention, queries, boxes, maps):
             cx, cy, w, h = boxes[b, q].tolist()
             offsets = attention.offsets(queries[b, q]).view(heads, levels, points, 2)
             weights = attention.weigh(queries[b, q]).view(heads, levels * points).softmax(-1)
-            parts = []
+            outputs = []  # one for each head
             for m in range(heads):
                 head = torch.zeros(head_dim, dtype=queries.dtype)
                 for level in range(levels):
@@ -37,10 +38,10 @@ def by_the_equation(attention, queries, boxes, maps):
                     for k in range(points):
                         x = cx + float(offsets[m, level, k, 0]) * w / (2 * points)
                         y = cy + float(offsets[m, level, k, 1]) * h / (2 * points)
-                        place = x * value.shape[2], y * value.shape[1]
-                        head += weights[m, level * points + k] * bilinear(value, *place)
-                parts.append(head)
-            out[b, q] = attention.project(torch.cat(parts))
+                        point = x * value.shape[2], y * value.shape[1]
+                        head += weights[m, level * points + k] * bilinear(value, *point)
+                outputs.append(head)
+            out[b, q] = attention.project(torch.cat(outputs))
     return out
 
 
@@ -57,7 +58,7 @@ def test_deformable_attention_matches_its_equation(heads, points, levels):
 
 
 def test_map_that_extends_beyond_the_image_is_sampled_at_image_coordinates():
-    """The maps hold the coordinates of their own cells, in pixels of an image of 44 × 60."""
+    """Each map contains the pixel coordinates of its cells in a 44 × 60 image, so sampling returns coordinates."""
     attention = DeformableAttention(8, levels=3, heads=1, points=1).requires_grad_(False)
     attention.offsets.bias.zero_()
     attention.value.weight.copy_(torch.eye(8)[:, :, None, None])
@@ -78,10 +79,10 @@ def test_map_that_extends_beyond_the_image_is_sampled_at_image_coordinates():
 
 def test_initial_points_surround_the_box_with_equal_weights():
     attention = DeformableAttention(8, levels=1, heads=4, points=2)
-    seen = []
-    attention.sampling.register_forward_hook(lambda _, args, out: seen.append(out))
+    samplings = []
+    attention.sampling.register_forward_hook(lambda _, args, out: samplings.append(out))
     attention(torch.randn(1, 1, 8), torch.tensor([[[0.5, 0.5, 0.4, 0.2]]]), [torch.randn(1, 8, 4, 4)])
-    ((places, weights),) = seen
+    ((points, weights),) = samplings
     torch.testing.assert_close(weights, torch.full_like(weights, 0.5))
-    edges = places[0, 0, :, 0, 1]  # the last point of each head is on the box's edge
+    edges = points[0, 0, :, 0, 1]  # the last point of each head is on the box's edge
     torch.testing.assert_close(edges, torch.tensor([[0.7, 0.5], [0.5, 0.6], [0.3, 0.5], [0.5, 0.4]]))

@@ -1,4 +1,4 @@
-"""Test all forms of self-attention: their equations pair by pair, precision, and invalid arguments."""
+"""Test all forms of self-attention: equations computed for each pair of patches, precision, and invalid arguments."""
 
 from functools import partial
 
@@ -19,40 +19,40 @@ GRIDS = [(9, 13), (2, 3), (1, 8), (1, 1)]
 @masked
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("prefix", [0, 3])
-@pytest.mark.parametrize("way", ["chosen", "blocks", "one call"])
-def test_output_and_gradients_match_dense_attention_with_the_mask(make, m, grid, prefix, way, request):
-    if way == "blocks":
+@pytest.mark.parametrize("calls", ["default", "blocks", "one call"])
+def test_output_and_gradients_match_dense_attention_with_the_mask(make, m, grid, prefix, calls, request):
+    if calls == "blocks":
         request.getfixturevalue("blocks")
     module, inputs = make(2), qkv(grid, prefix)
     upstream = torch.randn_like(inputs[0])
-    if way == "one call":
+    if calls == "one call":
         module.attend = module.dense
     out = module(*inputs, grid=grid, num_prefix_tokens=prefix)
     expected, _ = attended(*inputs, weights_by_hand(m, 2, grid, prefix))
     close(out.double(), expected, atol=1e-5, rtol=0)
     found = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
-    for one, other in zip(found, torch.autograd.grad(expected, inputs, upstream.double()), strict=True):
-        close(one, other, atol=1e-5, rtol=0)
+    for gradient, reference in zip(found, torch.autograd.grad(expected, inputs, upstream.double()), strict=True):
+        close(gradient, reference, atol=1e-5, rtol=0)
 
 
-EVERY = {name: make for name, (make, _) in MASKED.items()} | {
+ALL_FORMS = {name: make for name, (make, _) in MASKED.items()} | {
     "dense": attention.Dense,
     "pooled keys": partial(attention.PooledKeys, pool=2),
     "top-k": partial(attention.TopK, k=3),
 }
-every = pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
+every = pytest.mark.parametrize("make", ALL_FORMS.values(), ids=ALL_FORMS)
 
 
 @every
 @pytest.mark.usefixtures("blocks")
-def test_half_precision_single_images_and_dropout_work(make):
+def test_bfloat16_is_close_to_float32_and_dropout_changes_the_output(make):
     grid, module = (9, 7), make(2).bfloat16()
     inputs = qkv(grid, 1, batch=1, dtype=torch.bfloat16)
     out = module(*inputs, grid=grid, num_prefix_tokens=1)
     assert out.dtype == torch.bfloat16
     module.float()
     exact = module(*(x.float() for x in inputs), grid=grid, num_prefix_tokens=1)
-    if make is not EVERY["top-k"]:  # TopK, which rounds before it selects
+    if make is not ALL_FORMS["top-k"]:  # rounding changes which logits TopK selects
         close(out.float(), exact, atol=0.05, rtol=0)
     out.float().square().sum().backward()
     assert all(x.grad.isfinite().all() for x in inputs)
@@ -62,7 +62,7 @@ def test_half_precision_single_images_and_dropout_work(make):
 
 
 @every
-def test_tokens_without_a_grid_and_bad_options_raise(make):
+def test_wrong_number_of_tokens_and_zero_heads_raise(make):
     with pytest.raises(UsageError, match="needs every token of the grid: 4×4 patches and 1 prefix tokens, got 16"):
         make(2)(*qkv((4, 4), 0), grid=(4, 4), num_prefix_tokens=1)
     refuses(ValueError, "num_heads must be ≥ 1, got 0", make, 0)

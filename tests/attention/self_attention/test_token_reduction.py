@@ -1,4 +1,4 @@
-"""Test token merging and pruning against the papers' equations token by token, and in typical use."""
+"""Test token merging and pruning: against the papers' equations, in training and export, and with invalid use."""
 
 import copy
 import pickle
@@ -31,36 +31,37 @@ def pruning(keep=KEEP, **options):
     return TokenPruning(list(keep.values()), blocks=list(keep), **options)
 
 
-REDUCTIONS = {
+REDUCTIONS = {  # name: (factory, reference for a network)
     "merged": (merging, lambda model: by_hand.merge(model, RATES)),
     "fused": (pruning, lambda model: by_hand.prune(model, KEEP)),
     "dropped": (lambda: pruning(fuse=False), lambda model: by_hand.prune(model, KEEP, fuse=False)),
 }
-every = pytest.mark.parametrize("reduction", [merging, pruning], ids=["merged", "pruned"])
+both = pytest.mark.parametrize("reduction", [merging, pruning], ids=["merged", "pruned"])
 
 
-def reduced(model, reduction):
+def with_reduction(model, reduction):
+    """Reduce the tokens of a model, and return the model."""
     reduce_tokens(model, reduction)
     return model
 
 
-# What it computes ---------------------------------------------------------------------------------------------------
+# Equations ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", by_hand.NETWORKS)
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_reduced_network_matches_the_papers_token_by_token(kind, name):
+def test_reduced_network_matches_the_equations_token_by_token(kind, name):
     make, reduce = REDUCTIONS[name]
     model, images = by_hand.network(kind), by_hand.images()
-    plain = model(images)
+    unreduced = model(images)
     if name != "merged" and kind in WITHOUT_CLASS_TOKEN:
         with pytest.raises(UsageError, match="TokenPruning needs a class token, and this VisionTransformer has none"):
             reduce_tokens(model, make())
         return
     expected = by_hand.run(model, images[1], reduce(model)).logits
-    found = reduced(model, make())(images)
+    found = with_reduction(model, make())(images)
     close(found[1], expected, atol=1e-10, rtol=0)
-    assert (found - plain).abs().max() > 1e-3
+    assert (found - unreduced).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["class token", "rotary, registers"])
@@ -71,7 +72,7 @@ def test_gradients_match_the_equations(kind, name):
     weights = torch.arange(5.0, dtype=torch.float64)
     inputs = [image, *model.parameters()]
     expected = torch.autograd.grad(by_hand.run(model, image[0], reduce(model)).logits @ weights, inputs)
-    found = torch.autograd.grad((reduced(model, make())(image) @ weights).sum(), inputs)
+    found = torch.autograd.grad((with_reduction(model, make())(image) @ weights).sum(), inputs)
     for gradient, reference in zip(found, expected, strict=True):
         close(gradient, reference, atol=1e-9, rtol=1e-7)
     assert found[0].any()
@@ -93,28 +94,28 @@ def test_most_similar_pairs_match_a_search(patches):
             assert kept[b].tolist() == sorted({a // 2 for a in range(0, patches, 2)} - set(moved[b].tolist()))
 
 
-def heads_of(tokens, *, batch=2, dtype=torch.float64, seed=0):
+def random_heads(tokens, *, batch=2, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     query, key = (torch.randn(batch, 3, tokens, 4, generator=generator, dtype=dtype) for _ in range(2))
     return Heads(query.requires_grad_(), key.requires_grad_(), None, 0.5, False)
 
 
-def test_merging_averages_and_loses_no_patch():
-    """Tokens of ones stay ones, and the size-weighted mean of all tokens is constant under repeated merging."""
+def test_merging_keeps_the_weighted_mean_and_all_patches():
+    """The sizes always sum to the number of tokens, and repeated merging keeps the size-weighted mean."""
     x = torch.randn(3, 2 + 23, 6, dtype=torch.float64)
     held, mean = Held(2), x[:, 2:].mean(1)
     for rate in (4, 3, 9, 9):
-        x, held = TokenMerging(rate)(x, held, heads_of(x.shape[1], batch=3), rate)
+        x, held = TokenMerging(rate)(x, held, random_heads(x.shape[1], batch=3), rate)
         size = held.size_BN
         assert torch.equal(size[:, :2], torch.ones(3, 2))
         assert torch.equal(size.sum(1), torch.full((3,), 25.0))
         close((x * size[..., None])[:, 2:].sum(1) / 23, mean)
 
 
-@every
+@both
 def test_gradients_match_finite_differences(reduction):
     part = reduction()
-    heads = heads_of(2 + 9, batch=1)
+    heads = random_heads(2 + 9, batch=1)
     x = torch.randn(1, 11, 3, dtype=torch.float64, requires_grad=True)
     held = Held(2, torch.randint(1, 5, (1, 11)).double())
 
@@ -125,7 +126,7 @@ def test_gradients_match_finite_differences(reduction):
 
 
 def test_class_attention_is_the_class_tokens_row_of_the_softmax():
-    heads = heads_of(7)
+    heads = random_heads(7)
     query, key = heads.query_BHND.detach(), heads.key_BHND.detach()
     expected = models.softmax_by_hand(query, key, scale=0.5)[:, :, 0].mean(1)
     close(class_attention(heads, 1).detach(), expected)
@@ -136,24 +137,24 @@ def test_class_attention_is_the_class_tokens_row_of_the_softmax():
 
 @pytest.mark.parametrize("reduction", [TokenMerging(0), TokenMerging([0, 0, 0, 0]), TokenPruning(1.0)], ids=repr)
 @pytest.mark.parametrize("kind", by_hand.NETWORKS)
-def test_rate_zero_changes_no_bit(kind, reduction):
+def test_rate_zero_keeps_outputs_bit_by_bit(kind, reduction):
     if kind in WITHOUT_CLASS_TOKEN and isinstance(reduction, TokenPruning):
         return
     model, images = by_hand.network(kind).float().train(), by_hand.images().float()
     expected = model(images)
-    assert torch.equal(reduced(model, reduction)(images), expected)
+    assert torch.equal(with_reduction(model, reduction)(images), expected)
 
 
-def counts_of(model, images):
+def token_counts(model, images):
     """Return the number of tokens in every block's MLP."""
-    seen = []
+    counts = []
     handles = [
-        block.mlp.register_forward_hook(lambda m, args, out: seen.append(out.shape[1])) for block in model.blocks
+        block.mlp.register_forward_hook(lambda m, args, out: counts.append(out.shape[1])) for block in model.blocks
     ]
     model(images)
     for handle in handles:
         handle.remove()
-    return seen
+    return counts
 
 
 @pytest.mark.parametrize(
@@ -161,77 +162,77 @@ def counts_of(model, images):
     [
         (TokenMerging(3), [21, 18, 15, 12]),
         (TokenMerging(3, decreasing=True), [18, 14, 12, 12]),
-        (TokenMerging(99), [12, 6, 3, 2]),  # at most half
+        (TokenMerging(99), [12, 6, 3, 2]),  # a block merges at most half of its patches
         (TokenMerging([0, 5, 0, 1]), [24, 19, 19, 18]),
-        (TokenPruning(0.7), [24, 18, 14, 11]),  # ⌈.7 · 24⌉ = 17, ⌈.7 · 18⌉ = 13, ⌈.7 · 14⌉ = 10, and one fused
+        (TokenPruning(0.7), [24, 18, 14, 11]),  # ⌈.7 · 24⌉ = 17, ⌈.7 · 18⌉ = 13, ⌈.7 · 14⌉ = 10, plus one fused token
         (TokenPruning(0.7, fuse=False), [24, 17, 12, 9]),
         (TokenPruning([0.5, 0.01], blocks=[0, 3]), [13, 13, 13, 2]),
     ],
     ids=repr,
 )
 @pytest.mark.parametrize("kind", ["class token", "layer scale, registers"])
-def test_number_of_tokens_after_each_block(kind, reduction, expected):
+def test_blocks_have_the_expected_number_of_tokens(kind, reduction, expected):
     model = by_hand.network(kind)
-    found = counts_of(reduced(model, reduction), by_hand.images())
+    found = token_counts(with_reduction(model, reduction), by_hand.images())
     assert [count - model.num_prefix_tokens for count in found] == expected
 
 
-def test_decreasing_schedule_matches_the_paper():
+def test_schedules_of_rates_match_the_papers():
     assert TokenMerging(13, decreasing=True).rates(12) == [26, 24, 21, 19, 17, 14, 12, 9, 7, 5, 2, None]
     assert TokenMerging(13).rates(12) == [13] * 12
     assert TokenPruning(0.7).rates(12) == [None] * 3 + [0.7] + [None] * 2 + [0.7] + [None] * 2 + [0.7] + [None] * 2
 
 
-# Circumstances ------------------------------------------------------------------------------------------------------
+# Use ---------------------------------------------------------------------------------------------------------------
 
 
-@every
+@both
 @pytest.mark.parametrize("kind", ["class token", "rotary, registers"])
 def test_images_of_a_batch_are_independent(reduction, kind):
-    model, images = reduced(by_hand.network(kind), reduction()), by_hand.images(3)
+    model, images = with_reduction(by_hand.network(kind), reduction()), by_hand.images(3)
     together = model(images)
     for image, logits in zip(images, together, strict=True):
         close(model(image[None])[0], logits)
-    if kind == "class token":  # timm's Eva takes no empty batch
+    if kind == "class token":  # timm's Eva rejects an empty batch
         assert model(images[:0]).shape == (0, 5)
 
 
-@every
-def test_prefix_tokens_stay_for_any_keys(reduction):
+@both
+def test_prefix_tokens_stay_even_if_their_keys_equal_a_patchs_key(reduction):
     x = torch.randn(2, 5 + 8, 6, dtype=torch.float64)
-    heads = heads_of(13)
+    heads = random_heads(13)
     with torch.no_grad():
-        heads.key_BHND[:, :, :5] = heads.key_BHND[:, :, 5:6]  # identical to a patch
+        heads.key_BHND[:, :, :5] = heads.key_BHND[:, :, 5:6]  # the key of the first patch
     out, _ = reduction()(x, Held(5), heads, 4 if reduction is merging else 0.3)
     assert torch.equal(out[:, :5], x[:, :5])
 
 
-@every
-@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
-def test_half_precision_is_close_to_single(reduction, how):
-    model, images = reduced(by_hand.network().float(), reduction()), by_hand.images(4).float()
-    shapes = counts_of(model, images)
-    if how == "bfloat16":
+@both
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+def test_bfloat16_and_autocast_are_close_to_float32(reduction, precision):
+    model, images = with_reduction(by_hand.network().float(), reduction()), by_hand.images(4).float()
+    expected_counts = token_counts(model, images)
+    if precision == "bfloat16":
         found = copy.deepcopy(model).bfloat16()(images.bfloat16())
         assert found.dtype == torch.bfloat16
-        assert counts_of(copy.deepcopy(model).bfloat16(), images.bfloat16()) == shapes
+        assert token_counts(copy.deepcopy(model).bfloat16(), images.bfloat16()) == expected_counts
     else:
         with torch.autocast("cpu", torch.bfloat16):
             found = model(images)
     assert found.isfinite().all()
-    # equal keys remove the same tokens, with similar results
-    part, x, heads = reduction(), torch.randn(2, 13, 6), heads_of(13, dtype=torch.float32)
+    # given the same keys, both precisions remove the same tokens, so the results are close
+    part, x, heads = reduction(), torch.randn(2, 13, 6), random_heads(13, dtype=torch.float32)
     rate = 4 if reduction is merging else 0.5
     with torch.no_grad():
         expected, _ = part(x, Held(1), heads, rate)
         found, held = part(x.bfloat16(), Held(1), heads, rate)
     close(found.float(), expected, atol=3e-2, rtol=2e-2)
-    assert held.size_BN is None or held.size_BN.dtype == torch.float32  # bfloat16 cannot represent 257
+    assert held.size_BN is None or held.size_BN.dtype == torch.float32  # bfloat16 could not count to 257
 
 
-@every
+@both
 def test_reduced_network_trains_every_weight(reduction):
-    model, images = reduced(by_hand.network().float().train(), reduction()), by_hand.images(4).float()
+    model, images = with_reduction(by_hand.network().float().train(), reduction()), by_hand.images(4).float()
     labels = torch.tensor([0, 1, 2, 3])
     optimizer, losses = torch.optim.SGD(model.parameters(), 0.01), []
     for _ in range(12):
@@ -243,10 +244,10 @@ def test_reduced_network_trains_every_weight(reduction):
     assert all(parameter.grad.any() for parameter in model.parameters())
 
 
-@every
+@both
 @pytest.mark.parametrize("kind", ["class token", "rotary, mean"])
 def test_activation_checkpointing_gives_the_same_gradients(reduction, kind):
-    model, images = reduced(by_hand.network(kind), reduction()).train(), by_hand.images()
+    model, images = with_reduction(by_hand.network(kind), reduction()).train(), by_hand.images()
     gradients = []
     for recompute in (False, True):
         model.set_grad_checkpointing(recompute)
@@ -256,11 +257,11 @@ def test_activation_checkpointing_gives_the_same_gradients(reduction, kind):
         close(found, expected)
 
 
-@every
+@both
 def test_reduced_network_compiles_in_one_graph_and_exports_for_any_batch(reduction):
     torch._dynamo.reset()
     part = TokenMerging([3, 2]) if reduction is merging else TokenPruning(0.5, blocks=[0])
-    model, images = reduced(by_hand.network(depth=2).float(), part), by_hand.images(3).float()
+    model, images = with_reduction(by_hand.network(depth=2).float(), part), by_hand.images(3).float()
     with torch.no_grad():
         expected = model(images)
         close(torch.compile(model, backend="aot_eager", fullgraph=True)(images), expected)
@@ -269,9 +270,9 @@ def test_reduced_network_compiles_in_one_graph_and_exports_for_any_batch(reducti
         close(exported(images[:2]), expected[:2])
 
 
-@every
-def test_threads_do_not_share_tokens(reduction):
-    model, images = reduced(by_hand.network(), reduction()), by_hand.images(6)
+@both
+def test_threads_run_the_same_model_independently(reduction):
+    model, images = with_reduction(by_hand.network(), reduction()), by_hand.images(6)
     with torch.no_grad():
         expected = model(images)
     found = {}
@@ -286,27 +287,27 @@ def test_threads_do_not_share_tokens(reduction):
     for thread in threads:
         thread.join()
     for number, logits in enumerate(expected):
-        for one in found[number]:
-            close(one, logits)
+        for repeated in found[number]:
+            close(repeated, logits)
 
 
-@every
+@both
 def test_remove_restores_the_network_and_weights_keep_their_names(reduction):
     model, images = by_hand.network("layer scale, registers"), by_hand.images()
     before, expected, keys = models.state_of(model), model(images), list(model.state_dict())
-    first = reduce_tokens(model, reduction())
+    handle = reduce_tokens(model, reduction())
     assert list(model.state_dict()) == keys
-    assert type(reduction()).__name__ in repr(first)
+    assert type(reduction()).__name__ in repr(handle)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     found = model(images)
     assert not torch.equal(found, expected)
-    first.remove()
-    first.remove()
+    handle.remove()
+    handle.remove()
     models.assert_same_state(before, models.state_of(model))
     assert torch.equal(model(images), expected)
     assert all("forward" not in vars(block) for block in model.blocks)
-    for one in copies:  # the tokens stay reduced
-        assert torch.equal(one(images), found)
+    for copied in copies:  # remove() does not affect copies
+        assert torch.equal(copied(images), found)
     reduce_tokens(model, reduction())
     assert torch.equal(model(images), found)
 
@@ -314,34 +315,34 @@ def test_remove_restores_the_network_and_weights_keep_their_names(reduction):
 def test_mechanism_can_be_inserted_before_the_first_reduction():
     model, images = by_hand.network(), by_hand.images()
     inserted = insert(model, lambda channels: CBAM(channels, reduction=4), at=["blocks.0", "blocks.1"], image=images[0])
-    expected = reduced(copy.deepcopy(model), TokenMerging([0, 0, 3, 3]))(images)
+    expected = with_reduction(copy.deepcopy(model), TokenMerging([0, 0, 3, 3]))(images)
     with torch.no_grad():
         for part in inserted.places.values():
             part.gamma.fill_(0.5)
-    found = reduced(model, TokenMerging([0, 0, 3, 3]))(images)
+    found = with_reduction(model, TokenMerging([0, 0, 3, 3]))(images)
     assert (found - expected).abs().max() > 1e-3
 
 
 # Errors -------------------------------------------------------------------------------------------------------------
 
 
-def test_unsupported_networks_raise_with_their_name_and_stay_unchanged():
-    def parallel():
+def test_unsupported_networks_raise_and_stay_unchanged():
+    def vit_with_parallel_blocks():
         return timm.create_model(
             "vit_tiny_patch16_224", depth=1, block_fn=timm.models.vision_transformer.ParallelScalingBlock
         )
 
-    refused = {
+    unsupported = {
         "in a VisionTransformer or an Eva of timm; this is a ResNet": lambda: timm.create_model("resnet10t"),
         "this is a Beit": lambda: timm.create_model("beit_base_patch16_224", depth=1),
         "this is a SwinTransformer": lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
         "of timm; this is a VisionTransformer": lambda: torchvision.models.VisionTransformer(32, 16, 1, 1, 8, 8),
-        "in block 0 of this VisionTransformer, a ParallelScalingBlock": parallel,
+        "in block 0 of this VisionTransformer, a ParallelScalingBlock": vit_with_parallel_blocks,
         "block 0 of this VisionTransformer, whose attention is DiffAttention": lambda: timm.create_model(
             "vit_tiny_patch16_224", depth=1, num_heads=4, attn_layer="diff"
         ),
     }
-    for message, make in refused.items():
+    for message, make in unsupported.items():
         model = make()
         before = models.state_of(model)
         with pytest.raises(UsageError, match=message):
@@ -350,26 +351,26 @@ def test_unsupported_networks_raise_with_their_name_and_stay_unchanged():
 
 
 def test_wrong_rates_raise():
-    for wrong in (-1, [], [3, -1]):
-        refuses(ValueError, "rate must be ≥ 0", TokenMerging, wrong)
+    for rate in (-1, [], [3, -1]):
+        refuses(ValueError, "rate must be ≥ 0", TokenMerging, rate)
     refuses(ValueError, "needs a single rate", TokenMerging, [1, 2], decreasing=True)
-    for wrong in (0, 1.1, [], [0.5, 0]):
-        refuses(ValueError, r"keep must be in \(0, 1\]", TokenPruning, wrong)
+    for keep in (0, 1.1, [], [0.5, 0]):
+        refuses(ValueError, r"keep must be in \(0, 1\]", TokenPruning, keep)
     model = by_hand.network()
     before = models.state_of(model)
-    for message, wrong in {
+    for message, reduction in {
         "rate has 2 entries for 4 blocks; give one number, or one per block": TokenMerging([1, 2]),
         "keep has 3 entries for 1 blocks": TokenPruning([0.5, 0.5, 0.5], blocks=[1]),
         r"blocks must be distinct numbers from 0 to 3, got \[4\]": TokenPruning(0.5, blocks=[4]),
         r"distinct numbers from 0 to 3, got \[1, 1\]": TokenPruning(0.5, blocks=[1, 1]),
     }.items():
-        refuses(UsageError, message, reduce_tokens, model, wrong)
+        refuses(UsageError, message, reduce_tokens, model, reduction)
     models.assert_same_state(before, models.state_of(model))
 
 
-@every
-def test_second_reduction_masks_and_lost_tokens_raise(reduction):
-    model, images = reduced(by_hand.network(), reduction()), by_hand.images()
+@both
+def test_second_reduction_attention_mask_and_replaced_block_output_raise(reduction):
+    model, images = with_reduction(by_hand.network(), reduction()), by_hand.images()
     with pytest.raises(
         UsageError, match="block 0 of this VisionTransformer are reduced already; remove\\(\\) that first"
     ):
@@ -381,9 +382,10 @@ def test_second_reduction_masks_and_lost_tokens_raise(reduction):
     assert model(images).isfinite().all()
 
 
-def test_pooling_of_unknown_tokens_raises():
-    model = reduced(by_hand.network("mean"), merging())
+def test_pooling_of_copied_tokens_raises():
+    model = with_reduction(by_hand.network("mean"), merging())
     features = model.forward_features(by_hand.images())
     assert model.forward_head(features).shape == (2, 5)
+    # a clone lacks the attribute with the sizes of the tokens
     with pytest.raises(UsageError, match="the patches of these tokens are unknown"):
         model.forward_head(features.clone())

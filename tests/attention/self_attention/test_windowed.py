@@ -1,4 +1,4 @@
-"""Test windowed attention against attention in one window at a time."""
+"""Test windowed attention against dense attention inside each window."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from visionattn.attention import Windowed
 
 
 @pytest.mark.parametrize(("window", "shift"), [(2, 0), (3, 1), (4, 3), (9, 0)])
-def test_each_window_attends_to_itself_only(window, shift):
+def test_patches_attend_only_to_patches_of_their_window(window, shift):
     torch.manual_seed(0)
     rows, columns = 5, 7
     q, k, v = torch.randn(3, 2, 2, rows * columns, 4)
@@ -16,11 +16,11 @@ def test_each_window_attends_to_itself_only(window, shift):
     windows = {}
     for row in range(rows):
         for column in range(columns):
-            place = (row - shift) // window, (column - shift) // window
-            windows.setdefault(place, []).append(row * columns + column)
+            window_of_patch = (row - shift) // window, (column - shift) // window
+            windows.setdefault(window_of_patch, []).append(row * columns + column)
     for tokens in windows.values():
-        alone = F.scaled_dot_product_attention(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens])
-        torch.testing.assert_close(out[:, :, tokens], alone)
+        expected = F.scaled_dot_product_attention(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens])
+        torch.testing.assert_close(out[:, :, tokens], expected)
 
 
 @pytest.mark.parametrize(("window", "shift"), [(0, 0), (3, 3), (3, -1)])

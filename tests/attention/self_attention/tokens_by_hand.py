@@ -1,4 +1,4 @@
-"""Reference of token merging and pruning: token by token from the papers' equations, in timm's networks."""
+"""References for token merging and pruning: timm's networks with the papers' equations, token by token."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ NETWORKS = {  # 4 × 6 patches
     "layer scale, registers": ("vit_small_patch14_reg4_dinov2", {}),
     "two class tokens": ("deit_tiny_distilled_patch16_224", {}),
     "mean": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
-    "mean, norms behind": ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock}),
+    "mean, post-norm": ("vit_tiny_patch16_224", {"block_fn": timm.models.vision_transformer.ResPostBlock}),
     "attention pooling": ("vit_base_patch16_siglip_224", {}),
     "rotary, mean": ("eva02_tiny_patch14_224", {}),
     "rotary, registers": ("vit_small_patch16_dinov3", {}),
@@ -25,7 +25,7 @@ NETWORKS = {  # 4 × 6 patches
         "vit_small_patch16_dinov3",
         {"attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1},
     ),
-    "norms behind": ("eva_giant_patch14_224", {"use_post_norm": True, "mlp_ratio": 2.0}),
+    "post-norm": ("eva_giant_patch14_224", {"use_post_norm": True, "mlp_ratio": 2.0}),
 }
 
 
@@ -46,7 +46,7 @@ def images(batch=2, seed=1):
 
 @dataclass
 class Token:
-    """A token: its features, its patches (the last one of B gives its name), and the position of its rotation."""
+    """The features of a token, its patches (if merged, the patch of B is last), and the patch whose rotation it has."""
 
     x: torch.Tensor
     patches: list[int] = field(default_factory=list)
@@ -58,8 +58,8 @@ class Token:
 
 
 @dataclass
-class Seen:
-    """The tokens of one image and their attention (H, N, N), before each reduction."""
+class Run:
+    """For one image, the tokens and the attention (H, N, N) of each block before its reduction, and the logits."""
 
     tokens: list[list[Token]] = field(default_factory=list)
     attention: list[torch.Tensor] = field(default_factory=list)
@@ -67,8 +67,8 @@ class Seen:
 
 
 def run(model, image, reduce):
-    """Run the network on one image; `reduce(block number, tokens, keys, attention)` reduces each block's tokens."""
-    seen = Seen()
+    """Run the network on one image; `reduce(block number, tokens, keys, attention)` returns the reduced tokens."""
+    record = Run()
     x = model.patch_embed(image[None])
     embedded = model._pos_embed(x)
     x, ropes = embedded if isinstance(embedded, tuple) else (embedded, None)
@@ -84,18 +84,19 @@ def run(model, image, reduce):
             rope = ropes[number] if getattr(model, "rope_mixed", False) else ropes[None]
         run_attention = functools.partial(attention, block.attn, rope=rope)
         branch, weights, keys = attended(block, tokens, run_attention)
-        seen.tokens.append(tokens)
-        seen.attention.append(weights.detach())
+        record.tokens.append(tokens)
+        record.attention.append(weights.detach())
         tokens = [Token(t.x + b, t.patches, t.place) for t, b in zip(tokens, branch, strict=True)]
         tokens = reduce(number, tokens, keys, weights)
-        tokens = [Token(t.x + fed(block, t.x), t.patches, t.place) for t in tokens]
-    # a token of several patches counts as often
+        tokens = [Token(t.x + fed_forward(block, t.x), t.patches, t.place) for t in tokens]
+    # a token of n patches is repeated n times
     repeated = [t.x for t in tokens for _ in range(t.size)]
-    seen.logits = model.forward_head(model.norm(torch.stack(repeated)[None]))[0]
-    return seen
+    record.logits = model.forward_head(model.norm(torch.stack(repeated)[None]))[0]
+    return record
 
 
 def attended(block, tokens, run_attention):
+    """Return the output of a block's attention branch, with norm and layer scale; the weights; and the keys."""
     x = torch.stack([t.x for t in tokens])
     if hasattr(block, "ls1") or hasattr(block, "gamma_1"):
         out, weights, keys = run_attention(tokens, block.norm1(x))
@@ -105,7 +106,8 @@ def attended(block, tokens, run_attention):
     return block.norm1(out), weights, keys
 
 
-def fed(block, x):
+def fed_forward(block, x):
+    """Return the output of a block's MLP branch, with norm and layer scale."""
     if hasattr(block, "ls2"):
         return block.ls2(block.mlp(block.norm2(x)))
     if hasattr(block, "gamma_2"):
@@ -125,28 +127,29 @@ def attention(attn, tokens, y, *, rope):
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         q, k, v = torch.nn.functional.linear(y, attn.qkv.weight, bias).chunk(3, -1)
     q, k, v = (part.reshape(len(y), -1, width) for part in (q, k, v))
-    shared = heads // k.shape[1]
+    shared = heads // k.shape[1]  # query heads per key head
     q, k = attn.q_norm(q), attn.k_norm(k)
     keys = [k[i].mean(0) for i in range(len(y))]
     sizes = torch.tensor([token.size for token in tokens], dtype=y.dtype)
     weights, out = [], []
     for h in range(heads):
-        turned_q = torch.stack([turned(q[i, h], tokens[i], rope, h, attn) for i in range(len(y))])
-        turned_k = torch.stack([turned(k[i, h // shared], tokens[i], rope, h, attn) for i in range(len(y))])
+        rotated_q = torch.stack([rotated(q[i, h], tokens[i], rope, h, attn) for i in range(len(y))])
+        rotated_k = torch.stack([rotated(k[i, h // shared], tokens[i], rope, h, attn) for i in range(len(y))])
         rows = []
         for i in range(len(y)):
-            powers = sizes * torch.exp(turned_k @ turned_q[i] / math.sqrt(width))
-            rows.append(powers / powers.sum())
+            numerators = sizes * torch.exp(rotated_k @ rotated_q[i] / math.sqrt(width))
+            rows.append(numerators / numerators.sum())
         weights.append(torch.stack(rows))
         out.append(torch.stack([row @ v[:, h // shared] for row in rows]))
     return attn.proj(attn.norm(torch.cat(out, -1))), torch.stack(weights), keys
 
 
-def turned(vector, token, rope, head, attn):
+def rotated(vector, token, rope, head, attn):
+    """Apply the rotary embedding of the token's position, if there is one."""
     if rope is None or token.place is None:
         return vector
-    angles = rope[head if len(rope) > 1 else 0, token.place]
-    return apply_rot_embed_cat(vector[None], angles[None], half=getattr(attn, "rotate_half", False))[0]
+    embedding = rope[head if len(rope) > 1 else 0, token.place]
+    return apply_rot_embed_cat(vector[None], embedding[None], half=getattr(attn, "rotate_half", False))[0]
 
 
 def merge(model, rates):
@@ -158,8 +161,8 @@ def merge(model, rates):
         of_a, of_b = range(0, len(patches), 2), range(1, len(patches), 2)
         edges = []
         for a in of_a:
-            likest = max(of_b, key=lambda b: cosine(keys[a], keys[b]))
-            edges.append((cosine(keys[a], keys[likest]), a, likest))
+            most_similar = max(of_b, key=lambda b: cosine(keys[a], keys[b]))
+            edges.append((cosine(keys[a], keys[most_similar]), a, most_similar))
         edges = sorted(edges, reverse=True)[: min(rates[number], len(patches) // 2)]
         into = {a: b for _, a, b in edges}
         merged = []
@@ -178,7 +181,7 @@ def cosine(a, b):
 
 
 def prune(model, keep, *, fuse=True):
-    """Keep the tokens with most class attention and fuse the others (EViT, §3); `keep` is {block: fraction}."""
+    """Keep the patches with most class attention and fuse all other patches (EViT, §3); `keep` is {block: fraction}."""
     prefix = model.num_prefix_tokens
 
     def reduce(number, tokens, keys, weights):

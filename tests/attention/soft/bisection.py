@@ -1,10 +1,10 @@
-"""Reference of the normalisers, by bisection."""
+"""Reference for sparsemax and 1.5-entmax, by bisection."""
 
 import torch
 
 
 def by_bisection(scores, power):
-    """Return p = max(s / power − tau, 0) ** power of a list of scores, with tau found by halving an interval."""
+    """Return p = max(s / power − tau, 0) ** power for a list of scores; tau is found by halving an interval."""
     z = [float(score) / power for score in scores]
     low, high = max(z) - 1, max(z)
     for _ in range(200):

@@ -91,8 +91,8 @@ def test_gct_matches_its_equation():
         s = [alpha[c] * math.sqrt(sum(float(v) ** 2 for v in x[b, c].flatten()) + 1e-5) for c in range(6)]
         norm = math.sqrt(sum(value**2 for value in s) + 6 * 1e-5)
         for c in range(6):
-            competing = math.sqrt(6) * s[c] / norm  # as the paper writes it
-            out[b, c] = x[b, c] * (1 + math.tanh(gamma[c] * competing + beta[c]))
+            normalised = math.sqrt(6) * s[c] / norm  # √C ŝ / ‖s‖, the paper's form
+            out[b, c] = x[b, c] * (1 + math.tanh(gamma[c] * normalised + beta[c]))
     torch.testing.assert_close(module(x), out)
 
 
@@ -101,7 +101,8 @@ def test_gct_starts_as_the_identity():
     assert torch.equal(GCT(6).double()(x), x)
 
 
-BEST = [(0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0)]  # the first half of the authors' list
+# the first half of the authors' list
+BEST_FREQUENCIES = [(0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0)]
 
 
 @pytest.mark.parametrize(("channels", "frequencies", "size"), [(16, 8, (7, 14)), (7, 8, (5, 9)), (8, 4, (21, 3))])
@@ -112,15 +113,15 @@ def test_fcanet_matches_its_equation(channels, frequencies, size):
     groups = min(channels, frequencies)
     height, width = size
 
-    def cosine(place, frequency, length):
-        value = math.cos(math.pi * frequency * (place + 0.5) / length)
+    def cosine(index, frequency, length):
+        value = math.cos(math.pi * frequency * (index + 0.5) / length)
         return value * math.sqrt(2) if frequency else value
 
     out = torch.empty_like(x)
     for b in range(2):
         z = torch.zeros(channels, dtype=torch.float64)
         for c in range(channels):
-            u, v = BEST[math.floor(c * groups / channels)]
+            u, v = BEST_FREQUENCIES[math.floor(c * groups / channels)]
             for i, j in itertools.product(range(height), range(width)):
                 weight = cosine(i, math.floor(u * height / 7), height) * cosine(j, math.floor(v * width / 7), width)
                 z[c] += x[b, c, i, j] * weight / (height * width)
@@ -131,9 +132,9 @@ def test_fcanet_matches_its_equation(channels, frequencies, size):
 
 
 def test_fcanet_with_one_frequency_equals_se_without_biases():
-    module, other = seeded(FcaNet, 8, frequencies=1, reduction=2), seeded(SE, 8, reduction=2)
+    module, se = seeded(FcaNet, 8, frequencies=1, reduction=2), seeded(SE, 8, reduction=2)
     w = weights(module)
-    other.load_state_dict(
+    se.load_state_dict(
         {
             "attention.fc1.weight": w["mlp.0.weight"][..., None, None],
             "attention.fc1.bias": torch.zeros(4),
@@ -142,7 +143,7 @@ def test_fcanet_with_one_frequency_equals_se_without_biases():
         }
     )
     x = image(2, 8, 5, 6)
-    torch.testing.assert_close(module(x), other(x))
+    torch.testing.assert_close(module(x), se(x))
 
 
 def test_fcanet_weights_do_not_depend_on_the_image_size():

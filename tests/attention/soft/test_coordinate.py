@@ -51,7 +51,7 @@ def test_simple_coordinate_attention_matches_its_equation():
     torch.testing.assert_close(module(x), out)
 
 
-def slid(line, kernel):
+def convolved(line, kernel):
     """Compute a one-dimensional convolution of a list with zero padding."""
     half = len(kernel) // 2
     return [
@@ -69,7 +69,7 @@ def test_ela_matches_its_equation():
         gates = {}
         for axis, means in (("h", x[b].mean(2)), ("w", x[b].mean(1))):
             kernels = w[f"conv_{axis}.weight"].flatten(1)
-            values = torch.tensor([slid(means[c], kernels[c]) for c in range(4)], dtype=torch.float64)
+            values = torch.tensor([convolved(means[c], kernels[c]) for c in range(4)], dtype=torch.float64)
             values = (values - values.mean()) / (values.var(correction=0) + 1e-5).sqrt()
             values = values * w[f"norm_{axis}.weight"][:, None] + w[f"norm_{axis}.bias"][:, None]
             gates[axis] = torch.sigmoid(silu(values))
@@ -84,8 +84,8 @@ def test_strip_attention_matches_its_equation():
     w = weights(module)
     out = torch.empty_like(x)
     for b, c in itertools.product(range(2), range(4)):
-        rows = slid(x[b, c].mean(1), w["conv_h.weight"][c].flatten())
-        columns = slid(x[b, c].mean(0), w["conv_w.weight"][c].flatten())
+        rows = convolved(x[b, c].mean(1), w["conv_h.weight"][c].flatten())
+        columns = convolved(x[b, c].mean(0), w["conv_w.weight"][c].flatten())
         for i, j in itertools.product(range(5), range(3)):
             out[b, c, i, j] = x[b, c, i, j] * sigmoid(rows[i] + columns[j])
     torch.testing.assert_close(module(x), out)
@@ -93,5 +93,5 @@ def test_strip_attention_matches_its_equation():
 
 @pytest.mark.parametrize("mechanism", [ELA, StripAttention])
 def test_even_kernel_raises(mechanism):
-    with pytest.raises(ValueError, match="kernel_size must be odd so that the gate stays in place, got 4"):
+    with pytest.raises(ValueError, match="kernel_size must be odd, so that the gate has the input's size, got 4"):
         mechanism(8, kernel_size=4)

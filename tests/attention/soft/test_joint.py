@@ -53,8 +53,8 @@ def test_bam_matches_its_equation():
     x = image(2, 4, 5, 6)
     w = weights(module)
 
-    def everywhere(planes, name):
-        """Compute a convolution by loops; the dilation is 2 for 3 × 3 kernels."""
+    def convolved(planes, name):
+        """Compute a 1 × 1 convolution, or a 3 × 3 one of dilation 2, position by position."""
         weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
         size = weight.shape[-1]
         found = torch.empty(len(weight), 5, 6, dtype=torch.float64)
@@ -73,11 +73,11 @@ def test_bam_matches_its_equation():
 
     for b in range(2):
         mean = x[b].mean((1, 2))[:, None, None].expand(-1, 5, 6)
-        channel = everywhere(hidden(everywhere(mean, "channel.0"), "channel.1"), "channel.3")
+        channel = convolved(hidden(convolved(mean, "channel.0"), "channel.1"), "channel.3")
         spatial = x[b]
         for convolution, norm in ((0, 1), (3, 4), (6, 7)):
-            spatial = hidden(everywhere(spatial, f"spatial.{convolution}"), f"spatial.{norm}")
-        spatial = everywhere(spatial, "spatial.9")
+            spatial = hidden(convolved(spatial, f"spatial.{convolution}"), f"spatial.{norm}")
+        spatial = convolved(spatial, "spatial.9")
         expected = x[b] + x[b] * torch.sigmoid(channel + spatial)
         torch.testing.assert_close(module(x)[b], expected)
 
@@ -91,13 +91,13 @@ def test_simam_matches_its_equation(shape):
         values = [float(value) for value in x[b, c].flatten()]
         mean = sum(values) / count
         var = sum((value - mean) ** 2 for value in values) / (count - 1)
-        for place, value in enumerate(values):
-            energy = 4 * (var + 1e-4) / ((value - mean) ** 2 + 2 * var + 2e-4)  # e as the paper writes it
-            out[b, c].view(-1)[place] = value * sigmoid(1 / energy)
+        for position, value in enumerate(values):
+            energy = 4 * (var + 1e-4) / ((value - mean) ** 2 + 2 * var + 2e-4)  # e in the paper's form, eq. 5
+            out[b, c].view(-1)[position] = value * sigmoid(1 / energy)
     torch.testing.assert_close(SimAM(shape[1])(x), out)
 
 
-def test_simam_of_a_single_position_equals_the_mean():
+def test_simam_treats_a_single_position_as_equal_to_the_mean():
     x = image(2, 3, 1, 1)
     torch.testing.assert_close(SimAM(3)(x), x / (1 + math.exp(-0.5)))
 
@@ -109,12 +109,12 @@ def test_triplet_attention_matches_its_equation():
     out = torch.zeros_like(x)
     for b in range(2):
         for axis, branch in enumerate(("over_channels", "over_rows", "over_columns")):
-            turned = x[b].movedim(axis, 0)  # the paper rotates the tensor and pools its first axis
-            planes = F.pad(torch.stack([turned.max(0).values, turned.mean(0)]), (1, 1, 1, 1))
-            result = torch.empty_like(turned)
-            for i, j in itertools.product(*map(range, turned.shape[1:])):
+            rotated = x[b].movedim(axis, 0)  # as in the paper, which pools the first axis
+            planes = F.pad(torch.stack([rotated.max(0).values, rotated.mean(0)]), (1, 1, 1, 1))
+            result = torch.empty_like(rotated)
+            for i, j in itertools.product(*map(range, rotated.shape[1:])):
                 value = (planes[:, i : i + 3, j : j + 3] * w[f"gate.{branch}.0.weight"][0]).sum()
-                result[:, i, j] = turned[:, i, j] * sigmoid(float(normalised(value, w, f"gate.{branch}.1")))
+                result[:, i, j] = rotated[:, i, j] * sigmoid(float(normalised(value, w, f"gate.{branch}.1")))
             out[b] += result.movedim(0, axis) / 3
     torch.testing.assert_close(module(x), out)
 
@@ -147,7 +147,7 @@ def test_ema_matches_its_equation():
 
 def test_invalid_arguments_raise():
     for mechanism in (CBAM, LightCBAM, TripletAttention):
-        with pytest.raises(ValueError, match="kernel_size must be odd so that the gate stays in place, got 4"):
+        with pytest.raises(ValueError, match="kernel_size must be odd, so that the gate has the input's size, got 4"):
             mechanism(8, kernel_size=4)
     refuses(ValueError, "8 channels are not a multiple of groups=3; pass a divisor", EMA, 8, groups=3)
     refuses(ValueError, "regularisation must be > 0, got 0", SimAM, 8, regularisation=0)

@@ -1,4 +1,4 @@
-"""Test the normalisers against bisection, numerical gradients and a few cases by hand."""
+"""Test the normalisers against bisection, numerical gradients and cases with known results."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from tests.attention.soft.bisection import by_bisection
 from visionattn.attention import Entmax15, NormalisedSigmoid, Softmax, Sparsemax, entmax15, sparsemax
 
-PROJECTIONS = {sparsemax: 1, entmax15: 2}
+PROJECTIONS = {sparsemax: 1, entmax15: 2}  # function: power in `by_bisection`
 
 
 @pytest.mark.parametrize(("project", "power"), PROJECTIONS.items())
@@ -23,7 +23,7 @@ def test_projections_match_bisection(project, power, scale, length):
 
 
 @pytest.mark.parametrize("project", PROJECTIONS)
-def test_gradients_match_numerical_ones(project):
+def test_gradients_match_finite_differences(project):
     torch.manual_seed(0)
     scores = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     assert (project(scores) == 0).any()
@@ -32,7 +32,16 @@ def test_gradients_match_numerical_ones(project):
 
 
 @pytest.mark.parametrize("project", PROJECTIONS)
-def test_equal_scores_get_equal_weights_and_a_far_score_gets_all(project):
+@pytest.mark.parametrize("offset", [100, -100, 1e4, 1e6])
+def test_a_constant_added_to_the_scores_changes_nothing(project, offset):
+    scores = torch.randint(-8, 9, (50, 40)) / 8  # an offset rounds none of these in float32
+    found = project(scores + offset)
+    torch.testing.assert_close(found, project(scores))
+    torch.testing.assert_close(found.sum(-1), torch.ones(50))
+
+
+@pytest.mark.parametrize("project", PROJECTIONS)
+def test_equal_scores_get_equal_weights_and_a_much_larger_score_gets_all(project):
     torch.testing.assert_close(project(torch.zeros(5)), torch.full((5,), 0.2))
     assert project(torch.tensor([0.0, 9.0, 1.0])).tolist() == [0, 1, 0]
 
@@ -51,10 +60,10 @@ def test_softmax_matches_its_equation():
     torch.testing.assert_close(Softmax(0.5)(scores), expected / expected.sum((2, 3), keepdim=True))
 
 
-def test_normalised_sigmoid_matches_its_equation_also_for_low_scores():
+def test_normalised_sigmoid_matches_its_equation_and_handles_very_low_scores():
     scores = torch.randn(2, 3, 2, 4, dtype=torch.float64)
-    opened = 1 / (1 + (-scores).exp())
-    torch.testing.assert_close(NormalisedSigmoid()(scores), opened / opened.sum((2, 3), keepdim=True))
+    sigmoids = 1 / (1 + (-scores).exp())
+    torch.testing.assert_close(NormalisedSigmoid()(scores), sigmoids / sigmoids.sum((2, 3), keepdim=True))
     torch.testing.assert_close(NormalisedSigmoid()(torch.full((1, 1, 2, 2), -500.0)), torch.full((1, 1, 2, 2), 0.25))
 
 

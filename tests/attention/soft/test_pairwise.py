@@ -14,20 +14,21 @@ from visionattn.capture import FullAttention, capture
 from visionattn.errors import UsageError
 
 
-def share(scores):
+def softmax(scores):
     """Return the softmax of a list of numbers."""
-    top = max(scores)
-    powers = [math.exp(score - top) for score in scores]
-    return [power / sum(powers) for power in powers]
+    largest = max(scores)
+    exponentials = [math.exp(score - largest) for score in scores]
+    return [value / sum(exponentials) for value in exponentials]
 
 
 def projected(x_CHW, w, name):
+    """Compute a 1 × 1 convolution, (C, H, W) → (N, D)."""
     bias = w.get(f"{name}.bias", torch.zeros(()))
-    return (w[f"{name}.weight"][:, :, 0, 0] @ x_CHW.flatten(1)).T + bias  # (N, D)
+    return (w[f"{name}.weight"][:, :, 0, 0] @ x_CHW.flatten(1)).T + bias
 
 
-def attended(module, x):
-    """Return the captured map of the single call of attention."""
+def captured(module, x):
+    """Return the record of the module's only attention."""
     with torch.no_grad(), capture(module, FullAttention()) as records:
         module(x)
     (record,) = records.attention
@@ -43,23 +44,23 @@ def test_non_local_matches_its_equation_and_is_captured():
     for b in range(2):
         q, k, v = (projected(x[b], w, name) for name in ("t", "p", "g"))
         for n in range(12):
-            p = share([float(q[n] @ k[m]) / math.sqrt(8) for m in range(12)])
+            p = softmax([float(q[n] @ k[m]) / math.sqrt(8) for m in range(12)])
             maps[b, n] = torch.tensor(p)
             y = sum(p[m] * v[m] for m in range(12))
             z = w["z.weight"][:, :, 0, 0] @ y + w["z.bias"]
             out[b, :, n // 4, n % 4] = x[b, :, n // 4, n % 4] + normalised(z, per_channel, "norm")
     torch.testing.assert_close(module(x), out)
-    record = attended(module, x)
+    record = captured(module, x)
     assert (record.kind, record.grid) == ("self", (3, 4))
     torch.testing.assert_close(record.weights.double().view(2, 12, 12), maps, atol=1e-6, rtol=1e-5)
 
 
 def test_non_local_matches_timm():
     module = seeded(NonLocal, 16, reduction=2)
-    theirs = create_attn("nl", 16, rd_channels=8).double().eval()
-    theirs.load_state_dict(weights(module))
+    reference = create_attn("nl", 16, rd_channels=8).double().eval()
+    reference.load_state_dict(weights(module))
     x = image(2, 16, 7, 5)
-    torch.testing.assert_close(module(x), theirs(x))
+    torch.testing.assert_close(module(x), reference(x))
 
 
 def test_dual_attention_matches_its_equation_and_is_captured():
@@ -70,16 +71,16 @@ def test_dual_attention_matches_its_equation_and_is_captured():
     for b in range(2):
         q, k, v = (projected(x[b], w, name) for name in ("query", "key", "value"))
         flat = x[b].flatten(1)
-        channels = [share([float(flat[c] @ flat[d]) for d in range(4)]) for c in range(4)]
+        channels = [softmax([float(flat[c] @ flat[d]) for d in range(4)]) for c in range(4)]
         for n in range(6):
-            p = share([float(q[n] @ k[m]) for m in range(6)])
+            p = softmax([float(q[n] @ k[m]) for m in range(6)])
             maps[b, n] = torch.tensor(p)
             over_positions = sum(p[m] * v[m] for m in range(6))
             for c in range(4):
                 over_channels = sum(channels[c][d] * flat[d, n] for d in range(4))
                 out[b, c].view(-1)[n] = flat[c, n] + w["alpha"] * over_positions[c] + w["beta"] * over_channels
     torch.testing.assert_close(module(x), out)
-    record = attended(module, x)
+    record = captured(module, x)
     assert (record.kind, record.grid) == ("self", (3, 2))
     torch.testing.assert_close(record.weights.double().view(2, 6, 6), maps, atol=1e-6, rtol=1e-5)
 
@@ -97,41 +98,41 @@ def test_bottleneck_attention_matches_its_equation_and_is_captured(size, height,
     n = height * width
 
     def distance(table, offset, length):
-        """Interpolate the values learned per distance from size × size to another length, with aligned ends."""
+        """Interpolate the values learned for `size` positions to `length` positions, with aligned ends."""
         if length == 1:
-            return table[size - 1]  # equal for all keys, so that it cancels
-        place = (size - 1) + offset * (size - 1) / (length - 1)
-        low = min(math.floor(place + 1e-9), len(table) - 1)
+            return table[size - 1]  # the same for all keys, so the softmax does not depend on this value
+        index = (size - 1) + offset * (size - 1) / (length - 1)
+        low = min(math.floor(index + 1e-9), len(table) - 1)
         high = min(low + 1, len(table) - 1)
-        return table[low] + (place - low) * (table[high] - table[low])
+        return table[low] + (index - low) * (table[high] - table[low])
 
     out, maps = torch.empty_like(x), torch.empty(2, 2, n, n, dtype=torch.float64)
     for b, head in itertools.product(range(2), range(2)):
         q, k, v = projected(x[b], w, "qkv").unflatten(1, (3, 2, 4)).unbind(1)
         q, k, v = q[:, head], k[:, head], v[:, head]
-        for here in range(n):
+        for i in range(n):
             scores = []
-            for there in range(n):
-                rows, columns = there // width - here // width, there % width - here % width
-                near = distance(w["pos_embed.height_rel"], rows, height)
-                near = near + distance(w["pos_embed.width_rel"], columns, width)
-                scores.append(float(q[here] @ k[there]) / 2 + float(q[here] @ near))
-            p = share(scores)
-            maps[b, head, here] = torch.tensor(p)
-            y = sum(p[there] * v[there] for there in range(n))
-            out[b, 4 * head : 4 * head + 4, here // width, here % width] = y
+            for j in range(n):
+                rows, columns = j // width - i // width, j % width - i % width
+                r = distance(w["pos_embed.height_rel"], rows, height)
+                r = r + distance(w["pos_embed.width_rel"], columns, width)
+                scores.append(float(q[i] @ k[j]) / 2 + float(q[i] @ r))  # √D = 2
+            p = softmax(scores)
+            maps[b, head, i] = torch.tensor(p)
+            y = sum(p[j] * v[j] for j in range(n))
+            out[b, 4 * head : 4 * head + 4, i // width, i % width] = y
     torch.testing.assert_close(module(x), out)
-    record = attended(module, x)
+    record = captured(module, x)
     assert (record.kind, record.grid, record.heads) == ("self", (height, width), 2)
     torch.testing.assert_close(record.weights.double().view(2, 2, n, n), maps, atol=1e-6, rtol=1e-5)
 
 
 def test_bottleneck_attention_matches_timm_at_the_learned_size():
     module = seeded(BottleneckAttention, 16, size=6)
-    theirs = create_attn("bottleneck", 16, feat_size=(6, 6)).double()
-    theirs.load_state_dict(weights(module))
+    reference = create_attn("bottleneck", 16, feat_size=(6, 6)).double()
+    reference.load_state_dict(weights(module))
     x = image(2, 16, 6, 6)
-    torch.testing.assert_close(module(x), theirs(x))
+    torch.testing.assert_close(module(x), reference(x))
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 3), (1, 6)])
@@ -146,29 +147,29 @@ def test_halo_attention_matches_its_equation(height, width):
         q = projected(x[b], w, "q")[:, 4 * head : 4 * head + 4]
         # timm's projection stores k and v of a head next to each other
         k, v = projected(x[b], w, "kv")[:, 8 * head : 8 * head + 8].split(4, 1)
-        nothing = torch.zeros(4, dtype=torch.float64)
+        zeros = torch.zeros(4, dtype=torch.float64)  # k and v outside the image
         for i, j in itertools.product(range(height), range(width)):
             top, left = i // block * block - halo, j // block * block - halo
             scores, values = [], []
             for di, dj in itertools.product(range(window), range(window)):
                 row, column = top + di, left + dj
                 inside = 0 <= row < height and 0 <= column < width
-                key = k[row * width + column] if inside else nothing
-                values.append(v[row * width + column] if inside else nothing)
-                here = q[i * width + j]
-                near = w["pos_embed.height_rel"][di - i % block + window - 1]
-                near = near + w["pos_embed.width_rel"][dj - j % block + window - 1]
-                scores.append(float(here @ key) / 2 + float(here @ near))
-            p = share(scores)
+                key = k[row * width + column] if inside else zeros
+                values.append(v[row * width + column] if inside else zeros)
+                query = q[i * width + j]
+                r = w["pos_embed.height_rel"][di - i % block + window - 1]
+                r = r + w["pos_embed.width_rel"][dj - j % block + window - 1]
+                scores.append(float(query @ key) / 2 + float(query @ r))  # √D = 2
+            p = softmax(scores)
             out[b, 4 * head : 4 * head + 4, i, j] = sum(p[m] * values[m] for m in range(window**2))
     torch.testing.assert_close(module(x), out)
 
 
 def test_halo_attention_is_captured_block_by_block():
-    record = attended(seeded(HaloAttention, 8, block_size=4, halo_size=1), image(1, 8, 8, 12))
+    record = captured(seeded(HaloAttention, 8, block_size=4, halo_size=1), image(1, 8, 8, 12))
     assert (record.kind, record.grid, record.heads) == ("self", (8, 12), 8)
     assert record.windowed
-    assert len(record.keys.index_WN) == 6
+    assert len(record.keys.index_WN) == 6  # blocks of 4 × 4 on a map of 8 × 12
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (5, 3)])
@@ -177,8 +178,9 @@ def test_bilinear_attention_matches_its_equation(height, width):
     module = seeded(BilinearAttention, 8, block_size=size, groups=groups, reduction=2)
     x = image(2, 8, height, width)
     w = weights(module)
+    # height and width are rounded up to multiples of s = size; a block has a rows and c columns
     tall, wide = -(-height // size) * size, -(-width // size) * size
-    a, c = tall // size, wide // size  # rows and columns of a block
+    a, c = tall // size, wide // size
 
     def layer(planes, name):
         out = (w[f"{name}.conv.weight"][:, :, 0, 0] @ planes.flatten(1)).T
@@ -207,15 +209,15 @@ def test_bilinear_attention_matches_its_equation(height, width):
     torch.testing.assert_close(module(x), out)
 
 
-def test_bilinear_attention_matches_timm_where_timm_runs():
+def test_bilinear_attention_matches_timm_at_multiples_of_the_block_size():
     module = seeded(BilinearAttention, 16, reduction=2)
-    theirs = create_attn("bat", 16, rd_channels=8).double().eval()
-    theirs.load_state_dict(weights(module))
+    reference = create_attn("bat", 16, rd_channels=8).double().eval()
+    reference.load_state_dict(weights(module))
     x = image(2, 16, 14, 21)
-    torch.testing.assert_close(module(x), theirs(x))
+    torch.testing.assert_close(module(x), reference(x))
 
 
-def test_bilinear_attention_has_no_token_positions_and_raises():
+def test_capture_of_bilinear_attention_raises():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), BilinearAttention(8)).eval()
     with pytest.raises(UsageError, match="nothing in this Sequential attends"), torch.no_grad(), capture(model):
         model(torch.randn(1, 3, 14, 14))

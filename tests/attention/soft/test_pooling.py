@@ -1,4 +1,4 @@
-"""Test attention pooling: every score with every normaliser against loops, capture by `maps`, and heads."""
+"""Test attention pooling: all scores and normalisers against loops, captured maps, and classification heads."""
 
 import itertools
 import math
@@ -33,25 +33,26 @@ from visionattn.models import ConvNet
 C, K = 4, 3
 
 
-def flat(w, name):
+def matrix(w, name):
+    """Return the weight of a 1 × 1 convolution as a matrix."""
     return w[f"{name}.weight"].flatten(1)
 
 
-SCORES = {  # weights, features of one position, mean over positions, k → the score
-    DotScore: lambda w, x, mean, k: flat(w, "query")[k] @ x,
-    ScaledDotScore: lambda w, x, mean, k: flat(w, "query")[k] @ x / math.sqrt(C),
-    AdditiveScore: lambda w, x, mean, k: flat(w, "query")[k] @ torch.tanh(flat(w, "hidden") @ x + w["hidden.bias"]),
+SCORES = {  # class: score of map k, from weights w, the features x of one position, and their mean over positions
+    DotScore: lambda w, x, mean, k: matrix(w, "query")[k] @ x,
+    ScaledDotScore: lambda w, x, mean, k: matrix(w, "query")[k] @ x / math.sqrt(C),
+    AdditiveScore: lambda w, x, mean, k: matrix(w, "query")[k] @ torch.tanh(matrix(w, "hidden") @ x + w["hidden.bias"]),
     BilinearScore: lambda w, x, mean, k: (w["query.weight"][k * C : k * C + C] @ mean) @ x,
     CosineScore: lambda w, x, mean, k: w["beta"] * (w["query"][k] @ x) / (w["query"][k].norm() * x.norm()),
     GatedScore: lambda w, x, mean, k: (
-        flat(w, "query")[k]
+        matrix(w, "query")[k]
         @ (
-            torch.tanh(flat(w, "hidden")[:2] @ x + w["hidden.bias"][:2])
-            * torch.sigmoid(flat(w, "hidden")[2:] @ x + w["hidden.bias"][2:])
+            torch.tanh(matrix(w, "hidden")[:2] @ x + w["hidden.bias"][:2])
+            * torch.sigmoid(matrix(w, "hidden")[2:] @ x + w["hidden.bias"][2:])
         )
     ),
 }
-NORMALISERS = {
+NORMALISERS = {  # class: weights from the list of scores of one map
     Softmax: lambda s: torch.tensor([math.exp(v) / sum(map(math.exp, s)) for v in s]),
     Sparsemax: lambda s: by_bisection(s, 1),
     Entmax15: lambda s: by_bisection(s, 2),
@@ -74,12 +75,12 @@ def test_pooling_matches_its_equation_and_its_map_is_captured(score, normaliser)
     w = {name.removeprefix("score."): value for name, value in pool.state_dict().items()}
     out, maps = torch.zeros(2, K, C, dtype=torch.float64), torch.empty(2, K, 3, 5, dtype=torch.float64)
     for b, k in itertools.product(range(2), range(K)):
-        places = x[b].flatten(1).T
-        scores = [float(SCORES[score](w, place, x[b].mean((1, 2)), k)) for place in places]
+        positions = x[b].flatten(1).T
+        scores = [float(SCORES[score](w, features, x[b].mean((1, 2)), k)) for features in positions]
         p = NORMALISERS[normaliser](scores)
         maps[b, k] = p.view(3, 5)
         for n in range(15):
-            out[b, k] += p[n] * places[n]
+            out[b, k] += p[n] * positions[n]
     torch.testing.assert_close(pool(x), out, atol=1e-6, rtol=1e-5)
     with torch.no_grad(), capture(pool, FullAttention()) as records:
         pool(x)
@@ -91,7 +92,7 @@ def test_pooling_matches_its_equation_and_its_map_is_captured(score, normaliser)
 
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("normaliser", NORMALISERS)
-def test_every_shape_and_precision_trains(score, normaliser):
+def test_gradients_are_finite_for_every_shape_and_precision(score, normaliser):
     for shape, dtype in (((1, 1, 1), torch.float32), ((3, 5, 9), torch.bfloat16), ((2, 7, 4), torch.float32)):
         pool = pool_of(score, normaliser).to(dtype)
         x = torch.randn(shape[0], C, *shape[1:]).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
@@ -121,7 +122,7 @@ def test_pooling_compiles_and_exports(score, normaliser, tmp_path):
     torch.testing.assert_close(torch.from_numpy(out), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_head_is_pooling_and_a_linear_layer():
+def test_head_is_pooling_followed_by_a_linear_layer():
     torch.manual_seed(0)
     head = stirred(AttentionHead(C, 5)).double()
     x = image(2, C, 3, 4)
@@ -145,7 +146,7 @@ def test_class_wise_head_has_a_map_for_every_class():
 
 
 def test_maps_of_two_classes_in_one_image_peak_at_their_objects():
-    """An object of class k is a high value in channel k at one place; query and weights of class k respond to it."""
+    """An object of class k is a high value in channel k; the query and the weights of class k select this channel."""
     head = AttentionHead(3, 3, class_wise=True)
     with torch.no_grad():
         head.pool.score.query.weight.copy_(3 * torch.eye(3)[..., None, None])
@@ -162,7 +163,7 @@ def test_maps_of_two_classes_in_one_image_peak_at_their_objects():
 
 
 @pytest.mark.parametrize("class_wise", [False, True])
-def test_convnet_with_attention_head_gives_a_map_without_cam(class_wise):
+def test_raw_attention_gives_heatmaps_of_a_convnet_with_attention_head(class_wise):
     model = ConvNet(4, head=lambda channels, classes: AttentionHead(channels, classes, class_wise=class_wise)).eval()
     images = torch.randn(2, 3, 32, 48)
     maps = RawAttention()(model, images)

@@ -18,7 +18,7 @@ from visionattn.capture import NoWeights, capture
 def test_attention_gate_matches_its_equation():
     torch.manual_seed(0)
     module = stirred(AttentionGate(4, 6, width=3)).double()
-    x, signal = image(2, 4, 5, 7), image(2, 6, 5, 7)  # of equal size, so that nothing is resampled
+    x, signal = image(2, 4, 5, 7), image(2, 6, 5, 7)  # equal sizes: no interpolation
     w = weights(module)
     out = torch.empty_like(x)
     for b, i, j in itertools.product(range(2), range(5), range(7)):
@@ -33,15 +33,15 @@ def test_coarser_signal_is_upsampled_bilinearly():
     torch.manual_seed(0)
     module = stirred(AttentionGate(4, 6)).double()
     x, signal = image(2, 4, 6, 8), image(2, 6, 3, 4)
-    fine = torch.empty(2, 6, 6, 8, dtype=torch.float64)
+    upsampled = torch.empty(2, 6, 6, 8, dtype=torch.float64)
     for i, j in itertools.product(range(6), range(8)):
-        row, column = (min(max((place + 0.5) / 2 - 0.5, 0), size - 1) for place, size in ((i, 3), (j, 4)))
+        row, column = (min(max((index + 0.5) / 2 - 0.5, 0), size - 1) for index, size in ((i, 3), (j, 4)))
         top, left = math.floor(row), math.floor(column)
-        fine[:, :, i, j] = sum(
+        upsampled[:, :, i, j] = sum(
             (1 - abs(row - y)) * (1 - abs(column - z)) * signal[:, :, y, z]
             for y, z in itertools.product({top, min(top + 1, 2)}, {left, min(left + 1, 3)})
         )
-    torch.testing.assert_close(module(x, signal), module(x, fine))
+    torch.testing.assert_close(module(x, signal), module(x, upsampled))
 
 
 @pytest.mark.parametrize(("size", "coarse"), [((1, 1), (1, 1)), ((5, 9), (2, 4)), ((7, 4), (3, 1))])
@@ -72,7 +72,7 @@ def test_attention_gate_exports_to_onnx(tmp_path):
     inputs = torch.randn(1, 4, 6, 8), torch.randn(1, 6, 3, 4)
     torch.onnx.export(module, inputs, tmp_path / "gate.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "gate.onnx")
-    names = [found.name for found in session.get_inputs()]
+    names = [session_input.name for session_input in session.get_inputs()]
     (out,) = session.run(None, dict(zip(names, (value.numpy() for value in inputs), strict=True)))
     torch.testing.assert_close(torch.from_numpy(out), module(*inputs).detach(), atol=1e-5, rtol=1e-4)
 
@@ -85,12 +85,12 @@ def test_gather_excite_without_weights_matches_its_equation_and_timm(extent):
     for b, c, i, j in itertools.product(range(2), range(3), range(9), range(6)):
         if extent:
             grid = math.ceil(9 / extent), math.ceil(6 / extent)
-            row, column = (extent * (place * n // size) for place, n, size in ((i, grid[0], 9), (j, grid[1], 6)))
+            row, column = (extent * (index * n // size) for index, n, size in ((i, grid[0], 9), (j, grid[1], 6)))
             top, left = max(0, row - extent + 1), max(0, column - extent + 1)
-            around = x[b, c, top : row + extent, left : column + extent]
+            neighbourhood = x[b, c, top : row + extent, left : column + extent]
         else:
-            around = x[b, c]
-        out[b, c, i, j] = x[b, c, i, j] * sigmoid(float(around.mean()))
+            neighbourhood = x[b, c]
+        out[b, c, i, j] = x[b, c, i, j] * sigmoid(float(neighbourhood.mean()))
     torch.testing.assert_close(module(x), out)
     torch.testing.assert_close(module(x), GatherExciteOfTimm(3, extent=extent, use_mlp=False)(x))
 
@@ -127,10 +127,10 @@ def test_lska_matches_its_equation(kernel_size, dilation, far):
         found = w[f"gate.{layer}.bias"][None, :, None, None].expand_as(planes).clone()
         for k in range(size):
             shift = step * (k - size // 2)
-            for place in range(planes.shape[axis]):
-                if 0 <= place + shift < planes.shape[axis]:
+            for position in range(planes.shape[axis]):
+                if 0 <= position + shift < planes.shape[axis]:
                     weight = w[f"gate.{layer}.weight"].flatten(1)[None, :, k, None]
-                    found.select(axis, place).add_(weight * planes.select(axis, place + shift))
+                    found.select(axis, position).add_(weight * planes.select(axis, position + shift))
         planes = found
     gate = torch.empty_like(x)
     for c in range(3):
@@ -140,5 +140,5 @@ def test_lska_matches_its_equation(kernel_size, dilation, far):
 
 def test_invalid_arguments_raise():
     refuses(ValueError, "extent must be 0 or a power of two ≥ 2, got 3", GatherExcite, 8, extent=3)
-    refuses(ValueError, r"kernel_size // dilation must be odd .*, got 8 // 2", LSKA, 8, kernel_size=8)
+    refuses(ValueError, r"kernel_size // dilation must be odd, .*, got 8 // 2", LSKA, 8, kernel_size=8)
     refuses(ValueError, "width must be ≥ 1, got 0", AttentionGate, 8, 8, width=0)

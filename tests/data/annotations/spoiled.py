@@ -1,4 +1,4 @@
-"""Annotations with known problems."""
+"""A COCO folder with a known number of problems."""
 
 import json
 
@@ -6,7 +6,7 @@ from tests.data.annotated import picture
 
 
 def spoiled(root):
-    """Write each kind of problem a known number of times."""
+    """Add each kind of problem a known number of times to the folder that `annotated.coco` wrote."""
     file = root / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
 

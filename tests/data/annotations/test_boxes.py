@@ -11,7 +11,7 @@ from visionattn.data.annotations.checks import check
 
 @pytest.mark.parametrize("wrong", ["xyxy", "cxcywh"])
 def test_wrong_box_format_is_reported_with_the_right_one(wrong, tmp_path):
-    """Write 60 boxes, since a few could be plausible by chance; the test itself computes the numbers of each format."""
+    """Write 60 boxes in a format that COCO does not use. A few boxes could also fit COCO's format by chance."""
     root = coco(tmp_path)
     file = root / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
@@ -24,11 +24,11 @@ def test_wrong_box_format_is_reported_with_the_right_one(wrong, tmp_path):
         content["annotations"].append({"id": number, "image_id": 1, "category_id": 3, "bbox": box})
     file.write_text(json.dumps(content))
     problems = check(root).problems
-    assert f"as {wrong} only; set box_format: {wrong}" in next(p.detail for p in problems if p.kind == "wrong format")
+    assert f"fit {wrong}; set box_format: {wrong}" in next(p.detail for p in problems if p.kind == "wrong format")
     assert not [p for p in check(root, box_format=wrong).problems if p.kind == "wrong format"]
 
 
-def test_fractions_and_pixels_are_distinguished(tmp_path):
+def test_fractions_read_as_pixels_and_pixels_read_as_fractions_are_reported(tmp_path):
     root = voc(tmp_path / "voc")
     for file in (root / "Annotations").glob("*.xml"):
         text = file.read_text()

@@ -9,7 +9,7 @@ from visionattn.data.annotations.reading import read_annotations
 from visionattn.errors import DataError, UsageError
 
 
-def test_split_files_accept_names_with_spaces_and_distinguish_folders(tmp_path):
+def test_split_files_may_have_spaces_in_names_and_folders_before_names(tmp_path):
     root = voc(tmp_path / "voc")
     (root / "JPEGImages" / "train_0.png").rename(root / "JPEGImages" / "an eel é, 1.v2.png")
     (root / "Annotations" / "train_0.xml").rename(root / "Annotations" / "an eel é, 1.v2.xml")
@@ -31,7 +31,7 @@ def test_split_files_accept_names_with_spaces_and_distinguish_folders(tmp_path):
     (root / "b.txt").write_text("images\\val\\0\n")
     report = check(root, splits={"train": str(root / "a.txt"), "valid": str(root / "b.txt")})
     assert not report.problems
-    assert {split: [image.path.parent.name for image in some] for split, some in report.splits.items()} == {
+    assert {split: [image.path.parent.name for image in images] for split, images in report.splits.items()} == {
         "train": ["train", "train"],
         "val": ["val"],
     }

@@ -1,4 +1,4 @@
-"""Test files of other tools and contradictory files: read correctly, counted, or refused."""
+"""Test folders that differ from the plain layouts: other tools' files, missing images, missing annotations."""
 
 import shutil
 
@@ -15,7 +15,7 @@ from visionattn.errors import DataError
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_case_of_suffixes_and_byte_order_marks_are_ignored(layout, tmp_path):
+def test_upper_case_suffixes_byte_order_marks_and_hidden_files_change_nothing(layout, tmp_path):
     expected = boxes_of(check(LAYOUTS[layout](tmp_path / "plain")))
     root = LAYOUTS[layout](tmp_path / "odd")
     for file in [file for file in root.rglob("*") if file.is_file()]:
@@ -23,21 +23,22 @@ def test_case_of_suffixes_and_byte_order_marks_are_ignored(layout, tmp_path):
             file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
         if file.parent.name != "Main" and not (layout == "coco" and file.suffix == ".png"):
             file.rename(file.with_suffix(file.suffix.upper()) if file.suffix != ".yaml" else file.with_suffix(".YAML"))
-        (file.parent / f"._{file.name}").write_bytes(b"what macOS leaves")
+        (file.parent / f"._{file.name}").write_bytes(b"macOS leaves such files on other file systems")
     report = check(root)
     assert not report.problems
     assert boxes_of(report) == expected
 
 
 @pytest.mark.parametrize("layout", ["voc", "yolo"])
-def test_other_json_is_not_taken_for_coco(layout, tmp_path):
+def test_json_file_without_annotations_does_not_make_a_folder_coco(layout, tmp_path):
     root = LAYOUTS[layout](tmp_path)
     (root / "package.json").write_text('{"name": "mine"}')
     assert layout_of(root) == layout
     assert not check(root).problems
 
 
-def test_folder_with_two_names_is_read_once(tmp_path):
+def test_annotation_folder_with_two_names_is_read_once(tmp_path):
+    """A link stands for a file system that ignores case."""
     root = voc(tmp_path)
     (root / "annotations").symlink_to(root / "Annotations")
     assert not check(root).problems
@@ -102,10 +103,12 @@ def test_images_without_annotations_can_be_evaluated(tmp_path):
     assert found.class_names == ("cat", "dog")
 
 
-def test_box_outside_the_crop_is_dropped_with_min_visible_zero(tmp_path):
+def test_box_outside_the_crop_is_dropped_even_if_min_visible_is_zero(tmp_path):
     root = voc(tmp_path)
     crop = Augmentation([A.Crop(x_min=26, y_min=0, x_max=80, y_max=60, p=1)])
     found = data(root, augment=crop, min_visible=0.0)
     found.setup("fit")
     index = [image.path.name for image in found.datasets["train"].images].index("train_0.png")
-    assert found.datasets["train"][index, 0]["labels"].tolist() == [2]  # the cat's box ends at 25
+    assert found.datasets["train"][index, 0]["labels"].tolist() == [
+        2
+    ]  # the cat's box ends at 25, the crop starts at 26

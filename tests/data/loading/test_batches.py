@@ -1,11 +1,11 @@
-"""Test that batches do not depend on the number of workers."""
+"""Test the content of batches, and that the number of workers does not change batches."""
 
 import torch
 
 from visionattn.data import ClutteredDigitsData
 
 
-def test_a_batch_keeps_boxes_masks_and_placements():
+def test_batch_has_boxes_masks_and_placements():
     data = ClutteredDigitsData(train_size=8, val_size=4, test_size=4, batch_size=4)
     data.setup("fit")
     batch = next(iter(data.val_dataloader()))

@@ -1,4 +1,4 @@
-"""Test workers that die, hang or fail."""
+"""Test samples at which the worker dies or hangs, or which cannot be loaded."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ BAD = 7
 
 
 class Spoiled(Dataset):
-    """Twenty samples, one of which fails."""
+    """Twenty samples; loading the sample BAD calls `trouble`."""
 
     def __init__(self, trouble):
         self.trouble = trouble
@@ -49,8 +49,12 @@ def unreadable():
     raise DataError("images/07.jpg: cut short")
 
 
-TROUBLES = {die: "the process that read it died", hang: "not read within 1 seconds", fail: "KeyError: 'no such tag'"}
-TROUBLES |= {unreadable: "cut short"}
+TROUBLES = {  # what happens to the sample → part of the error message
+    die: "the process that read this image died",
+    hang: "not read within 1 seconds",
+    fail: "KeyError: 'no such tag'",
+    unreadable: "cut short",
+}
 
 
 def loader(trouble, workers, **options):
@@ -61,12 +65,12 @@ def loader(trouble, workers, **options):
 @pytest.mark.parametrize("trouble", TROUBLES)
 def test_failure_stops_the_run_soon_and_names_the_file(trouble, workers):
     if not workers and trouble in (die, hang):
-        return  # in the main process, which could not report it any more
+        return  # without workers, the test process itself would die or hang
     started = time.monotonic()
-    with pytest.raises(DataError, match=r"images/07\.jpg") as told:
+    with pytest.raises(DataError, match=r"images/07\.jpg") as raised:
         list(loader(trouble, workers))
-    assert TROUBLES[trouble] in str(told.value)
-    assert "\n" not in str(told.value)
+    assert TROUBLES[trouble] in str(raised.value)
+    assert "\n" not in str(raised.value)
     assert time.monotonic() - started < 30
 
 
@@ -77,9 +81,9 @@ def test_failure_is_skipped_and_counted(trouble, workers, capsys):
         return
     skipped = {}
     batches = loader(trouble, workers, unreadable="skip", skipped=skipped, persistent_workers=workers > 0)
-    for _ in range(2):  # the second epoch reads the sample again
-        seen = [path for batch in batches for path in batch["path"]]
-        assert seen == [f"images/{index:02d}.jpg" for index in range(20) if index != BAD]
+    for _ in range(2):  # the second epoch tries to load the sample again
+        loaded = [path for batch in batches for path in batch["path"]]
+        assert loaded == [f"images/{index:02d}.jpg" for index in range(20) if index != BAD]
     assert list(skipped) == ["images/07.jpg"]
     assert TROUBLES[trouble] in skipped["images/07.jpg"]
     assert capsys.readouterr().err.count("left out: images/07.jpg") == 1
@@ -91,5 +95,5 @@ def test_skipped_training_image_is_replaced_by_another_of_its_batch():
     assert batches[1]["path"] == ["images/04.jpg", "images/05.jpg", "images/06.jpg", "images/04.jpg"]
 
 
-def test_slow_image_is_awaited():
+def test_slow_samples_within_the_time_limit_are_loaded():
     assert sum(len(batch["path"]) for batch in loader(lambda: time.sleep(0.5), 2)) == 20

@@ -1,4 +1,4 @@
-"""A replacement for MNIST."""
+"""A replacement for MNIST that needs no download."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ import torchvision
 
 
 class FakeMNIST(torchvision.datasets.VisionDataset):
-    """Noise with the interface of torchvision's MNIST."""
+    """Random pixels with the interface of torchvision's MNIST."""
 
     classes = [f"{number} - name" for number in range(10)]  # noqa: RUF012
 

@@ -39,7 +39,7 @@ def test_no_handwritten_instance_is_in_two_splits():
     assert sum(map(len, found)) == len(found[0] | found[1] | found[2]) == len(whole)
 
 
-def test_box_and_mask_are_those_of_the_digit():
+def test_box_and_mask_match_the_ink_of_the_digit():
     data = ClutteredDigits("val", size=40)
     bare = ClutteredDigits("val", size=40, fragments=0)
     for index in range(40):
@@ -54,15 +54,15 @@ def test_box_and_mask_are_those_of_the_digit():
 
 
 def test_labels_match_the_handwriting():
-    """The nearest neighbour among the training instances gives the label of nearly every uncluttered digit."""
+    """For at least 90 of 100 digits without clutter, the nearest training instance has the same label."""
     data = ClutteredDigits("test", size=100, fragments=0, scale=(32, 32), distort=0)
     images, labels = ClutteredDigits("train", size=1).instances
     images = images.reshape(-1, 8, 4, 8, 4).mean((2, 4))
-    right = 0
+    correct = 0
     for index in range(100):
         sample = data[index]
         x0, y0 = (int(edge) for edge in sample["box"][:2])
-        best = []
+        candidates = []  # (distance, label) of the nearest instance, for several positions around the box
         picture = data.read_source(sample["path"])[..., 0].astype(float)
         for dy in range(-4, 1):
             for dx in range(-12, 1):
@@ -70,9 +70,9 @@ def test_labels_match_the_handwriting():
                 if 0 <= top <= 32 and 0 <= left <= 32:
                     cut = picture[top : top + 32, left : left + 32].reshape(8, 4, 8, 4).mean((1, 3))
                     distance = ((images - cut) ** 2).sum((1, 2))
-                    best.append((distance.min(), labels[distance.argmin()]))
-        right += min(best)[1] == sample["label"]
-    assert right >= 90
+                    candidates.append((distance.min(), labels[distance.argmin()]))
+        correct += min(candidates)[1] == sample["label"]
+    assert correct >= 90
 
 
 def test_invalid_arguments_raise():
@@ -89,14 +89,14 @@ def test_invalid_arguments_raise():
         ClutteredDigits("train", size=1).draw(1)
 
 
-def test_remembered_images_equal_the_drawn_ones(monkeypatch):
+def test_changing_a_sample_does_not_change_the_cached_image(monkeypatch):
     monkeypatch.setattr("visionattn.data.synthetic.cluttered_digits.REMEMBERED", 2)
-    data, again = ClutteredDigits("train", size=4), ClutteredDigits("train", size=4)
+    data, unchanged = ClutteredDigits("train", size=4), ClutteredDigits("train", size=4)
     for index in (0, 1, 2, 3, 2, 1):
         sample = data[index]
-        sample["image"] += 1  # changing a sample does not change another
+        sample["image"] += 1
         sample["mask"][:] = True
     for index in range(4):
         for key in ("image", "mask"):
-            assert torch.equal(data[index][key], again[index][key])
-    assert len(pickle.loads(pickle.dumps(data))) == 4  # pickled as for worker processes
+            assert torch.equal(data[index][key], unchanged[index][key])
+    assert len(pickle.loads(pickle.dumps(data))) == 4  # worker processes get a pickled copy

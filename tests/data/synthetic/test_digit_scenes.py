@@ -6,7 +6,7 @@ import torch
 from visionattn.data import DigitScenes, DigitScenesData
 
 
-def test_digit_scenes_have_their_boxes_around_the_ink():
+def test_boxes_of_digit_scenes_enclose_the_ink():
     scenes = DigitScenes("val", size=40, fragments=0, count=(0, 4))
     counts = set()
     for index in range(40):
@@ -30,10 +30,10 @@ def test_digits_of_a_scene_overlap_little():
     pairs = 0
     for index in range(60):
         boxes = scenes[index]["boxes"].numpy()
-        for n, one in enumerate(boxes):
-            for other in boxes[:n]:
-                sides = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])
-                smaller = min((box[2:] - box[:2]).prod() for box in (one, other))
+        for number, first in enumerate(boxes):
+            for second in boxes[:number]:
+                sides = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
+                smaller = min((box[2:] - box[:2]).prod() for box in (first, second))
                 assert sides.clip(0).prod() <= 0.2 * smaller + 1e-6
                 pairs += (sides > 0).all()
     assert pairs > 50

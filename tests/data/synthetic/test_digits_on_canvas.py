@@ -1,4 +1,4 @@
-"""Test the digits on a canvas: boxes, pieces of other digits, and pictures that depend on their seed only."""
+"""Test the digits on a canvas: boxes, pieces of other digits, and reproducible pictures."""
 
 import numpy as np
 import torch
@@ -10,9 +10,10 @@ from visionattn.data.synthetic.digits_on_canvas import DigitsOnCanvas, _uniform
 
 
 def canvas(count=40, **options):
+    """Return a data set whose digits are rectangles of random position and brightness."""
     random = np.random.default_rng(0)
     digits = np.zeros((count, 28, 28), np.uint8)
-    for digit in digits:  # each digit is a block with its own brightness near the centre
+    for digit in digits:
         top, left = random.integers(2, 10, 2)
         digit[top : top + 12, left : left + 9] = random.integers(100, 256)
     chosen = {"canvas": 60, "fragments": 0, "fragment_size": 8, "distort": 0.0, "shift": 0.0, "seed": 5, **options}
@@ -20,7 +21,7 @@ def canvas(count=40, **options):
     return DigitsOnCanvas(digits, np.arange(count), name="canvas/val", preprocess=grey, **chosen)
 
 
-def test_box_contains_all_of_the_digit_and_nothing_else():
+def test_box_is_the_bounding_box_of_the_digit():
     dataset = canvas()
     batch = dataset.__getitems__(list(range(40)))
     assert batch["image"].shape == (40, 1, 60, 60)
@@ -40,20 +41,20 @@ def test_box_contains_all_of_the_digit_and_nothing_else():
 
 
 def test_pieces_are_squares_of_other_digits_and_overlaps_take_the_maximum():
-    plain, cluttered = canvas(), canvas(fragments=3)
-    levels = {int(digit.max()) for digit in plain.digits}
+    uncluttered, cluttered = canvas(), canvas(fragments=3)
+    levels = {int(digit.max()) for digit in uncluttered.digits}  # each digit has a single brightness
     for index in range(40):
-        a, b = (dataset[index] for dataset in (plain, cluttered))
-        assert torch.equal(a["box"], b["box"])
-        without, within = ((sample["image"][0] * 255).round().int() for sample in (a, b))
-        assert (within >= without).all()
-        assert {int(level) for level in within.unique() if level} <= levels
-        added = (within != without).sum()
-        assert added <= 3 * 64
-    assert any(not torch.equal(plain[index]["image"], cluttered[index]["image"]) for index in range(40))
+        samples = [dataset[index] for dataset in (uncluttered, cluttered)]
+        assert torch.equal(samples[0]["box"], samples[1]["box"])
+        before, after = ((sample["image"][0] * 255).round().int() for sample in samples)
+        assert (after >= before).all()
+        assert {int(level) for level in after.unique() if level} <= levels
+        changed = (after != before).sum()
+        assert changed <= 3 * 64
+    assert any(not torch.equal(uncluttered[index]["image"], cluttered[index]["image"]) for index in range(40))
 
 
-def test_picture_depends_on_its_seed_only():
+def test_index_and_seed_determine_a_picture():
     dataset = canvas(fragments=2, distort=0.2, shift=2.0)
     keys = [(3, 99), (7, 99), (3, 100), (3, 99)]
     batch = dataset.__getitems__(keys)
@@ -78,7 +79,7 @@ def test_seeds_give_uniform_uncorrelated_numbers():
     assert abs(np.corrcoef(numbers[:-1, 0], numbers[1:, 0])[0, 1]) < 0.06
 
 
-def test_module_gives_batches_and_new_training_images_every_epoch():
+def test_data_module_draws_new_training_images_every_epoch_and_the_same_validation_images():
     data = DigitsOnCanvasData("nowhere", dataset=FakeMNIST, canvas=40, val_size=100, batch_size=50, distort=0.1)
     data.setup("fit")
     loader = data.train_dataloader()
@@ -98,7 +99,7 @@ def test_module_gives_batches_and_new_training_images_every_epoch():
     assert data.class_counts.tolist() == [50] * 10
 
 
-def test_canvas_of_the_digits_size_shows_the_digit_unchanged():
+def test_canvas_as_large_as_the_digits_shows_them_unchanged():
     data = DigitsOnCanvasData("nowhere", dataset=FakeMNIST, canvas=28, val_size=100)
     data.setup("test")
     batch = next(iter(data.test_dataloader()))
@@ -110,7 +111,7 @@ def test_incompatible_sizes_raise():
         refuses(ValueError, "must be", DigitsOnCanvasData, "nowhere", dataset=FakeMNIST, val_size=100, **options)
 
 
-def test_grey_input_is_the_luma_and_denormalises_to_a_picture():
+def test_grey_input_is_the_luma_and_denormalise_inverts_it():
     grey = Preprocess((4, 6), fit="stretch", mean=(0.25,), std=(0.5,))
     picture = np.random.default_rng(0).integers(0, 256, (4, 6, 3)).astype(np.uint8)
     image, _ = grey(picture)

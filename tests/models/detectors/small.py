@@ -1,4 +1,4 @@
-"""Small detectors, and a batch of shapes to test them."""
+"""Small detectors, and a batch of images of shapes to test them."""
 
 import torch
 
@@ -29,6 +29,7 @@ def batch(count=4, side=64, seed=0):
 
 
 def learn(detector, images, boxes, labels, steps, lr=5e-3):
+    """Train a detector on one batch, and return it in evaluation mode."""
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()

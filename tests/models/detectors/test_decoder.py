@@ -1,4 +1,4 @@
-"""Test the query detector's decoder against slow loops."""
+"""Test the decoder of the query detector against its equations."""
 
 import math
 
@@ -11,34 +11,34 @@ from visionattn.models.detectors.decoder import Decoder, DecoderLayer, sine
 def test_boxes_are_refined_layer_by_layer():
     torch.manual_seed(0)
     decoder = Decoder(16, 3, levels=1, layers=2, heads=2, points=2, hidden=16).eval()
-    content, boxes, maps = torch.randn(1, 4, 16), 0.2 + 0.6 * torch.rand(1, 4, 4), [torch.randn(1, 16, 6, 6)]
-    first, second = decoder(content, boxes, maps)
-    torch.testing.assert_close(first.boxes, boxes, atol=1e-5, rtol=1e-5)  # initially boxes do not move
+    queries, boxes, maps = torch.randn(1, 4, 16), 0.2 + 0.6 * torch.rand(1, 4, 4), [torch.randn(1, 16, 6, 6)]
+    first, second = decoder(queries, boxes, maps)
+    torch.testing.assert_close(first.boxes, boxes, atol=1e-5, rtol=1e-5)  # before training, boxes do not move
     with torch.no_grad():
         for move, step in zip(decoder.move, (0.3, -0.2), strict=True):
             move[-1].bias.fill_(step)
-    first, second = decoder(content, boxes, maps)
+    first, second = decoder(queries, boxes, maps)
     torch.testing.assert_close(first.boxes, (boxes.logit() + 0.3).sigmoid())
     torch.testing.assert_close(second.boxes, (boxes.logit() + 0.1).sigmoid())
     (gradient,) = torch.autograd.grad(second.boxes.sum(), decoder.move[0][-1].bias)
-    assert gradient.abs().sum() > 0  # look forward twice
-    (nothing,) = torch.autograd.grad(
-        decoder(content, boxes, maps)[1].logits.sum(), decoder.move[0][-1].bias, allow_unused=True
+    assert gradient.abs().sum() > 0  # the second layer's loss also trains the first layer's box
+    (no_gradient,) = torch.autograd.grad(
+        decoder(queries, boxes, maps)[1].logits.sum(), decoder.move[0][-1].bias, allow_unused=True
     )
-    assert nothing is None  # the box as the place of attention has no gradient
+    assert no_gradient is None  # no gradient flows from the attention into the box around which it samples
 
 
-def test_decoder_gets_the_spans_of_maps_beyond_the_image():
+def test_attention_gets_the_sizes_of_maps_that_extend_beyond_the_image():
     detector = query().eval()
-    seen = []
+    spans_of_calls = []
     for layer in detector.decoder.layers:
-        layer.look.register_forward_pre_hook(lambda _, args: seen.append(args[3]))
+        layer.look.register_forward_pre_hook(lambda _, args: spans_of_calls.append(args[3]))
     images, boxes, labels = batch(1)
     with torch.no_grad():
         detector(images[..., :40, :])
-        detector.losses(images[..., :40, :], [some[:0] for some in boxes], [some[:0] for some in labels])
-    assert len(seen) == 4
-    for spans in seen:
+        detector.losses(images[..., :40, :], [b[:0] for b in boxes], [n[:0] for n in labels])
+    assert len(spans_of_calls) == 4
+    for spans in spans_of_calls:
         torch.testing.assert_close(spans, torch.tensor([[1, 1], [1, 48 / 40], [1, 64 / 40]]))
 
 
@@ -66,6 +66,6 @@ def test_position_encoding_is_sines_of_the_box():
     (found,) = sine(box, 4)[0]
     expected = []
     for number in box[0, 0].tolist():
-        angles = [number * 2 * math.pi / 20 ** (2 * place / 4) for place in range(2)]
+        angles = [number * 2 * math.pi / 20 ** (2 * index / 4) for index in range(2)]
         expected += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
     torch.testing.assert_close(found, torch.tensor(expected))

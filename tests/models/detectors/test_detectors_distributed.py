@@ -1,4 +1,4 @@
-"""Test detectors under data parallelism, with two processes, one of which has images without boxes."""
+"""Test data-parallel training of detectors in two processes, one of which has a batch without boxes."""
 
 import copy
 
@@ -21,7 +21,7 @@ class Losses(nn.Module):
         return sum(self.detector.losses(images, boxes, labels).values())
 
 
-def share(rank, step):
+def batch_of(rank, step):
     """Return the batch of a process in a step; in the first step the second process has no boxes."""
     images, boxes, labels = batch(2, seed=10 * step + rank)
     if (rank, step) == (1, 0):
@@ -30,24 +30,24 @@ def share(rank, step):
 
 
 def gradients(network, rank, step):
-    torch.manual_seed(rank)  # of the noised queries
+    torch.manual_seed(rank)  # for the random noise of the noised queries
     network.zero_grad()
-    network.train()(*share(rank, step)).backward()
+    network.train()(*batch_of(rank, step)).backward()
     return {name.removeprefix("module."): p.grad.clone() for name, p in network.named_parameters()}
 
 
-def one_of_two(rank, meeting_place):
-    """Run one of the two processes; a failed assertion in it fails the test."""
+def run_one_process(rank, rendezvous_file):
+    """Train in one of two processes; `spawn` raises a failure of this function in the test."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous_file}", rank=rank, world_size=2)
     for make in (dense, query):
         torch.manual_seed(0)
         bare = Losses(make())
-        alone = [copy.deepcopy(bare), copy.deepcopy(bare)]
-        together = DistributedDataParallel(bare)
+        single_process = [copy.deepcopy(bare), copy.deepcopy(bare)]
+        parallel = DistributedDataParallel(bare)
         for step in range(2):
-            expected = [gradients(network, other, step) for other, network in enumerate(alone)]
-            for name, found in gradients(together, rank, step).items():
+            expected = [gradients(network, index, step) for index, network in enumerate(single_process)]
+            for name, found in gradients(parallel, rank, step).items():
                 mean = (expected[0][name] + expected[1][name]) / 2
                 torch.testing.assert_close(
                     found, mean, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
@@ -56,4 +56,4 @@ def one_of_two(rank, meeting_place):
 
 
 def test_two_processes_train_detectors_with_averaged_gradients(tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (tmp_path / "meeting_place",), nprocs=2)
+    torch.multiprocessing.spawn(run_one_process, (tmp_path / "rendezvous",), nprocs=2)

@@ -1,4 +1,4 @@
-"""Test the pyramid against torchvision's, and with every kind of backbone."""
+"""Test the pyramid against torchvision's FeaturePyramidNetwork, and on every kind of backbone."""
 
 import math
 from functools import partial
@@ -15,17 +15,17 @@ from visionattn.errors import UsageError
 
 
 def test_top_down_path_matches_torchvision():
-    ours = pyramid(strides=(4, 8, 16)).eval()
-    ours.smooth = nn.ModuleList(nn.Identity() for _ in range(3))
-    theirs = FeaturePyramidNetwork([8, 16, 24], 32).eval()
-    for place, lateral in enumerate(ours.lateral):
-        theirs.inner_blocks[place][0].load_state_dict(lateral.state_dict())
-        theirs.layer_blocks[place] = nn.Identity()
+    features = pyramid(strides=(4, 8, 16)).eval()
+    features.smooth = nn.ModuleList(nn.Identity() for _ in range(3))
+    torchvision_fpn = FeaturePyramidNetwork([8, 16, 24], 32).eval()
+    for index, lateral in enumerate(features.lateral):
+        torchvision_fpn.inner_blocks[index][0].load_state_dict(lateral.state_dict())
+        torchvision_fpn.layer_blocks[index] = nn.Identity()
     images = torch.randn(2, 3, 72, 88)
     with torch.no_grad():
-        maps = ours.backbone.forward_intermediates(images, intermediates_only=True, indices=ours.places)
-        expected = theirs({str(place): x for place, x in enumerate(maps)})
-        torch.testing.assert_close(ours(images), list(expected.values()))
+        maps = features.backbone.forward_intermediates(images, intermediates_only=True, indices=features.places)
+        expected = torchvision_fpn({str(index): x for index, x in enumerate(maps)})
+        torch.testing.assert_close(features(images), list(expected.values()))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_top_down_path_matches_torchvision():
         ("vit_tiny_patch16_224", (8, 16), {**VIT, "dynamic_img_size": True}),
     ],
 )
-def test_maps_have_their_strides_and_every_weight_a_gradient(backbone, strides, options):
+def test_maps_have_the_given_strides_and_every_weight_gets_a_gradient(backbone, strides, options):
     features = pyramid(backbone, strides=strides, **({"options": options} if options else {}))
     height, width = (64, 64) if features.plain and not options else (64, 96)
     maps = features(torch.randn(2, 3, height, width))
@@ -50,23 +50,23 @@ def test_maps_have_their_strides_and_every_weight_a_gradient(backbone, strides, 
 
 
 @pytest.mark.parametrize(("backbone", "at"), [("resnet10t", "stages"), ("vit_tiny_patch16_224", "blocks")])
-def test_inserted_attention_starts_closed_and_has_an_effect_when_open(backbone, at):
+def test_inserted_attention_has_no_effect_while_gamma_is_0(backbone, at):
     torch.manual_seed(0)
-    plain = pyramid(backbone).eval()
+    reference = pyramid(backbone).eval()
     torch.manual_seed(0)
     attending = pyramid(backbone, attention=CBAM, attention_at=at).eval()
-    attending.load_state_dict(plain.state_dict(), strict=False)
+    attending.load_state_dict(reference.state_dict(), strict=False)
     images = torch.randn(1, 3, 64, 64)
     gammas = [parameter for name, parameter in attending.named_parameters() if name.endswith("gamma")]
     with torch.no_grad():
-        torch.testing.assert_close(attending(images), plain(images))
+        torch.testing.assert_close(attending(images), reference(images))
         for gamma in gammas:
             gamma.fill_(1.0)
-        assert not torch.allclose(attending(images)[0], plain(images)[0])
+        assert not torch.allclose(attending(images)[0], reference(images)[0])
     assert len(gammas) >= 2
 
 
-def test_plain_backbone_map_is_max_pooled():
+def test_coarser_maps_of_a_vit_are_max_pooled():
     features = pyramid("vit_tiny_patch16_224", strides=(16, 32, 64)).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
@@ -75,18 +75,18 @@ def test_plain_backbone_map_is_max_pooled():
             torch.testing.assert_close(found, scale[-2:](nn.functional.max_pool2d(x, factor)))
 
 
-def test_swapped_attention_keeps_the_weights_and_limits_attention():
+def test_windowed_attention_keeps_the_weights_and_limits_attention_to_windows():
     torch.manual_seed(0)
-    plain = pyramid("vit_tiny_patch16_224").eval()
-    whole, narrow = (
+    reference = pyramid("vit_tiny_patch16_224").eval()
+    one_window, four_windows = (
         pyramid("vit_tiny_patch16_224", self_attention=[partial(Windowed, window=window)]).eval() for window in (4, 2)
     )
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        for swapped in (whole, narrow):
-            swapped.load_state_dict(plain.state_dict())
-        torch.testing.assert_close(whole(images), plain(images))  # one window covers all 4 × 4 tokens
-        assert not torch.allclose(narrow(images)[0], plain(images)[0])
+        for swapped in (one_window, four_windows):
+            swapped.load_state_dict(reference.state_dict())
+        torch.testing.assert_close(one_window(images), reference(images))  # this window covers all 4 × 4 tokens
+        assert not torch.allclose(four_windows(images)[0], reference(images)[0])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

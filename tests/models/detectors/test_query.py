@@ -1,4 +1,4 @@
-"""Test the query detector's parts against slow loops, and the isolation of noised queries."""
+"""Test the parts of the query detector against slow loops, and that noised queries do not affect other queries."""
 
 import itertools
 import math
@@ -34,7 +34,8 @@ def test_matching_has_the_lowest_cost_of_all_pairings():
         pair = (box_convert(box[None], "cxcywh", "xyxy") for box in (found.boxes[0, q], TRUTH[0][n]))
         return 2 * classes + 5 * boxes - 2 * float(generalized_box_iou(*pair))
 
-    best = min(itertools.permutations(range(5), 3), key=lambda some: sum(cost(q, n) for n, q in enumerate(some)))
+    pairings = itertools.permutations(range(5), 3)  # the query of each of the three objects
+    best = min(pairings, key=lambda pairing: sum(cost(q, n) for n, q in enumerate(pairing)))
     assert dict(zip(items.tolist(), queries.tolist(), strict=True)) == dict(enumerate(best))
 
 
@@ -45,7 +46,7 @@ def test_losses_match_the_equation():
     goal = torch.zeros(2, 5, 3)
     box = overlap = 0.0
     for q, n in ((4, 0), (0, 1), (2, 2)):
-        pair = [box_convert(some[None], "cxcywh", "xyxy") for some in (found.boxes[0, q], TRUTH[0][n])]
+        pair = [box_convert(box_4[None], "cxcywh", "xyxy") for box_4 in (found.boxes[0, q], TRUTH[0][n])]
         goal[0, q, LABELS[0][n]] = box_iou(*pair)
         box += 5 * float((found.boxes[0, q] - TRUTH[0][n]).abs().sum()) / 3
         overlap += 2 * (1 - float(generalized_box_iou(*pair))) / 3
@@ -70,7 +71,7 @@ def test_noise_has_the_documented_size():
     assert ((moved[:, 1] >= 0.4 - 1e-5) | cut[:, 1]).all()
     assert (moved[:, 1] <= 0.8 + 1e-5).all()
     kept = noise.labels[0].view(groups, 2, 3) == LABELS[0]
-    assert 0.75 < kept.float().mean() < 0.92  # a quarter is redrawn, a third of which gets the same label
+    assert 0.75 < kept.float().mean() < 0.92  # expected 1 − 1/4 · 2/3: a third of the redrawn quarter keeps its label
     queries, items = noise.pairs[0]
     assert queries.tolist() == [6 * group + number for group in range(groups) for number in range(3)]
     assert items.tolist() == [0, 1, 2] * groups
@@ -88,53 +89,55 @@ def test_noised_queries_do_not_affect_other_queries():
             torch.nn.init.normal_(layer.look.offsets.weight, std=0.1)
             torch.nn.init.normal_(layer.look.weigh.weight)
         maps = detector.features(images)
-        content, anchors = detector.select(maps, detector.dense(maps), size)
-        truth = [box_convert(some, "xyxy", "cxcywh") / size[0] for some in boxes]
+        queries, anchors = detector.select(maps, detector.dense(maps), size)
+        truth = [box_convert(boxes_N4, "xyxy", "cxcywh") / size[0] for boxes_N4 in boxes]
         noise = make_noise(truth, labels, 40, 4)
-        alone = detector.decoder(content, anchors, maps)[-1]
-        hidden = noise.hidden(noise.boxes.shape[1] + content.shape[1])
-        joined = torch.cat([noise.boxes, anchors], 1)
-        both = detector.decoder(torch.cat([detector.label(noise.labels), content], 1), joined, maps, hidden)[-1]
+        alone = detector.decoder(queries, anchors, maps)[-1]
+        hidden = noise.hidden(noise.boxes.shape[1] + queries.shape[1])
+        all_queries = torch.cat([detector.label(noise.labels), queries], 1)
+        all_anchors = torch.cat([noise.boxes, anchors], 1)
+        with_noise = detector.decoder(all_queries, all_anchors, maps, hidden)[-1]
         count = noise.boxes.shape[1]
-        torch.testing.assert_close(both.logits[:, count:], alone.logits, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(both.boxes[:, count:], alone.boxes, atol=1e-5, rtol=1e-5)
-        changed = joined.clone()
-        changed[:, : noise.group] += 0.05  # the first group changes, without an effect on the others
-        again = detector.decoder(torch.cat([detector.label(noise.labels), content], 1), changed, maps, hidden)[-1]
+        torch.testing.assert_close(with_noise.logits[:, count:], alone.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(with_noise.boxes[:, count:], alone.boxes, atol=1e-5, rtol=1e-5)
+        changed_anchors = all_anchors.clone()
+        changed_anchors[:, : noise.group] += 0.05  # a change of the first group must not affect other queries
+        changed = detector.decoder(all_queries, changed_anchors, maps, hidden)[-1]
     assert count >= 2 * noise.group
-    torch.testing.assert_close(again.boxes[:, noise.group : count], both.boxes[:, noise.group : count])
-    assert not torch.allclose(again.boxes[:, : noise.group], both.boxes[:, : noise.group])
+    torch.testing.assert_close(changed.boxes[:, noise.group : count], with_noise.boxes[:, noise.group : count])
+    assert not torch.allclose(changed.boxes[:, : noise.group], with_noise.boxes[:, : noise.group])
 
 
-@pytest.mark.parametrize("near", [True, False])
-def test_best_cells_become_queries_with_duplicates_ranked_last(near):
+@pytest.mark.parametrize("duplicates", [True, False], ids=["duplicates", "distinct boxes"])
+def test_best_cells_become_queries_with_duplicates_ranked_last(duplicates):
     torch.manual_seed(0)
     detector = query().eval()
     images, *_ = batch(2)
-    if near:  # wide boxes, so that most cells propose nearly the same box
+    if duplicates:  # with wide boxes, most cells propose nearly the same box
         torch.nn.init.constant_(detector.dense.regress.bias, 2.5)
     with torch.no_grad():
         maps = detector.features(images)
         found = detector.dense(maps)
-        content, anchors = detector.select(maps, found, (64, 64))
+        queries, anchors = detector.select(maps, found, (64, 64))
     for n in range(2):
         distinct, others = [], []
         for place in found.logits[n].amax(1).argsort(descending=True).tolist():
             overlap = box_iou(found.boxes[n, place][None], found.boxes[n, distinct])
             (others if (overlap > 0.7).any() else distinct).append(place)
-        assert (len(distinct) < 20) == near
+        assert (len(distinct) < 20) == duplicates
         order = (distinct + others)[:20]
         expected = box_convert(found.boxes[n, order], "xyxy", "cxcywh") / 64
         torch.testing.assert_close(anchors[n], expected.clamp(0, 1))
         tokens = torch.cat([x.flatten(2) for x in maps], 2)[n].T
-        torch.testing.assert_close(content[n], detector.start(tokens[order]))
+        torch.testing.assert_close(queries[n], detector.start(tokens[order]))
 
 
 def test_boxes_of_different_images_do_not_suppress_each_other():
     detector = query().eval()
     detector.queries = 1
     maps = [torch.randn(2, detector.features.channels, 1, 2)]
-    # batched_nms offsets the second image by the largest edge plus one, which maps its first box onto the first image's
+    # batched_nms offsets the boxes of the second image by the largest coordinate plus one. With negative coordinates,
+    # the offset would move the second image's first box onto the first image's first box.
     boxes = torch.tensor([[[0.0, 0, 99, 99], [50, 50, 60, 60]], [[-100, -100, -1, -1], [10, 10, 20, 20]]])
     logits = torch.tensor([[3.0, 0], [2, 1]])[..., None].expand(2, 2, 4)
     _, anchors = detector.select(maps, DensePredictions(logits, boxes, torch.zeros(2, 3)), (100, 100))
@@ -164,11 +167,11 @@ def test_best_hundred_predictions_are_returned_without_suppression():
 def test_images_without_boxes_give_losses():
     images, boxes, labels = batch(2)
     detector = query()
-    for some in (
+    for boxes_and_labels in (
         ([boxes[0], boxes[1][:0]], [labels[0], labels[1][:0]]),
         ([b[:0] for b in boxes], [b[:0] for b in labels]),
     ):
-        losses = detector.losses(images, *some)
+        losses = detector.losses(images, *boxes_and_labels)
         assert all(loss.isfinite() for loss in losses.values())
         sum(losses.values()).backward()
     assert {"dense_class", "dense_box", "class", "box", "overlap"} <= losses.keys()
@@ -178,11 +181,11 @@ def test_query_detector_overfits_a_batch():
     torch.manual_seed(0)
     images, boxes, labels = batch(2)
     detector = learn(query(), images, boxes, labels, 150, lr=2e-3)
-    right = []
+    correct = []
     with torch.no_grad():
         for found, true, label in zip(detector(images), boxes, labels, strict=True):
             best = found["scores"] > 0.3
             overlap, place = box_iou(true, found["boxes"][best]).max(1)
-            right += ((overlap > 0.5) & (found["labels"][best][place] == label)).tolist()
-            assert int(best.sum()) <= len(true) + 1  # without suppression
-    assert sum(right) >= 0.8 * len(right)
+            correct += ((overlap > 0.5) & (found["labels"][best][place] == label)).tolist()
+            assert int(best.sum()) <= len(true) + 1  # almost no duplicates, although nothing is suppressed
+    assert sum(correct) >= 0.8 * len(correct)

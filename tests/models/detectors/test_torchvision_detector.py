@@ -18,7 +18,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_boxes_are_not_rounded_to_bfloat16(kind):
-    """bfloat16 has eight bits, which cannot distinguish neighbouring pixels beyond 256."""
+    """bfloat16 has eight bits of precision, so it cannot represent every pixel position above 256."""
     torch.manual_seed(0)
     detector = TorchvisionDetector(KINDS[kind], pyramid(), 4).eval()
     images, boxes, labels = batch(2, side=96)
@@ -41,19 +41,19 @@ def test_losses_and_boxes_match_torchvision(kind):
     torch.manual_seed(1)
     losses = detector.train().losses(images, boxes, labels)
     torch.manual_seed(1)
-    theirs = detector.detector(list(images), targets)
-    assert losses.keys() == theirs.keys()
+    expected = detector.detector(list(images), targets)
+    assert losses.keys() == expected.keys()
     for name in losses:
-        torch.testing.assert_close(losses[name], theirs[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-3, atol=1e-4)
     sum(losses.values()).backward()
     assert not [name for name, parameter in detector.named_parameters() if parameter.grad is None]
     with torch.no_grad():
         found = detector.eval()(images)
-        theirs = detector.detector(list(images))
-    for some, other in zip(found, theirs, strict=True):
-        torch.testing.assert_close(some["boxes"], other["boxes"][:100])
-        assert (some["labels"] == other["labels"][:100] - shift).all()
-        assert some["labels"].min() >= 0
-        assert some["labels"].max() < 4
-        assert some["boxes"].min() >= 0
-        assert some["boxes"].max() <= 64  # in pixels of the given images, not of resized ones
+        expected = detector.detector(list(images))
+    for image, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(image["boxes"], reference["boxes"][:100])
+        assert (image["labels"] == reference["labels"][:100] - shift).all()
+        assert image["labels"].min() >= 0
+        assert image["labels"].max() < 4
+        assert image["boxes"].min() >= 0
+        assert image["boxes"].max() <= 64  # pixels of the input, which torchvision does not resize

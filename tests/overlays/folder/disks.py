@@ -1,4 +1,4 @@
-"""A disk that is full after a number of bytes."""
+"""Simulate a full disk with a limit on the size of files."""
 
 import resource
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def disk_full_after(size):
-    """No file may become larger than this limit; Python ignores SIGXFSZ, so the write fails."""
+    """Let writes beyond `size` bytes of a file fail. Python ignores SIGXFSZ, so they raise an OSError."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Helpers for small exports: a model, a method with a known heatmap, pictures, and the content of output folders."""
+"""Helpers for small exports: a model, a method with a known heatmap, pictures, and readers of output folders."""
 
 import json
 import os
@@ -28,7 +28,7 @@ class Tiny(nn.Module):
 
 
 def bright(model, images_BCHW, *, target=None, contrast=1):
-    """A method whose heatmap is known: how bright each cell of the input is."""
+    """A method with a known heatmap: the brightness of each 2 × 2 cell of the input."""
     cells_Bhw = F.avg_pool2d(images_BCHW, 2).mean(1).mul(contrast)
     low, high = cells_Bhw.amin((1, 2), keepdim=True), cells_Bhw.amax((1, 2), keepdim=True)
     heatmaps_Bhw = (cells_Bhw - low) / (high - low).clamp(min=1e-6)
@@ -69,7 +69,7 @@ def photos(folder, count=7):
 
 def manifest(out):
     entries = [json.loads(line) for line in (out / "manifest.jsonl").read_bytes().splitlines()]
-    assert len({entry["source"] for entry in entries}) == len(entries)  # each image once
+    assert len({entry["source"] for entry in entries}) == len(entries)  # one line per image
     return {os.path.basename(entry["source"]): entry for entry in entries}
 
 
@@ -82,54 +82,55 @@ def snapshot(out):
 
 
 def awkward(folder):
-    """Images that are hard to read, as (H, W, 3) where Pillow or arithmetic says what they show, or why they fail."""
+    """Write unusual and broken images: name → the expected (H, W, 3) picture, or a pattern of the error message."""
     folder.mkdir()
-    plain = noise()
-    save(folder / "plain.png", plain)
-    save(folder / "grey.png", plain[..., 0])
-    Image.fromarray(plain).convert("CMYK").save(folder / "cmyk.jpg")
-    deep = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100
-    save(folder / "deep.png", deep)
-    palette = Image.fromarray(plain).quantize(16)
+    picture = noise()
+    save(folder / "rgb.png", picture)
+    save(folder / "grey.png", picture[..., 0])
+    Image.fromarray(picture).convert("CMYK").save(folder / "cmyk.jpg")
+    grey_16_bit = np.arange(600, dtype=np.uint16).reshape(20, 30) * 100
+    save(folder / "16_bit.png", grey_16_bit)
+    palette = Image.fromarray(picture).quantize(16)
     palette.info["transparency"] = 3
     palette.save(folder / "palette.png", transparency=3)
     rgb, indices = np.array(palette.convert("RGB")), np.array(palette)
-    rgb[indices == 3] = 255  # seen through, over white
-    half = np.dstack([plain, np.full((20, 30), 128, np.uint8)])
-    save(folder / "half.png", half)
+    rgb[indices == 3] = 255  # transparent pixels are blended with white
+    rgba = np.dstack([picture, np.full((20, 30), 128, np.uint8)])
+    save(folder / "half_transparent.png", rgba)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned a quarter to the right
-    Image.fromarray(np.rot90(plain)).save(folder / "turned.png", exif=exif)
+    exif[0x0112] = 6  # viewers rotate the image by 90° clockwise
+    Image.fromarray(np.rot90(picture)).save(folder / "rotated.png", exif=exif)
     frames = [Image.fromarray(noise(seed=seed)).quantize(32) for seed in range(3)]
-    frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:], duration=50)
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:], duration=50)
 
-    save(folder / "cut.jpg", noise(200, 200))
-    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:9000])
+    save(folder / "truncated.jpg", noise(200, 200))
+    (folder / "truncated.jpg").write_bytes((folder / "truncated.jpg").read_bytes()[:9000])
     (folder / "empty.jpg").touch()
     (folder / "corrupt.jpg").write_bytes(np.random.default_rng(5).bytes(3000))
-    save(folder / "header.png", plain)
+    save(folder / "header.png", picture)
     (folder / "header.png").write_bytes((folder / "header.png").read_bytes()[:40])
     save(folder / "huge.png", noise(200, 201))
-    (folder / "gone.jpg").symlink_to(folder / "nowhere")
+    (folder / "dangling_link.jpg").symlink_to(folder / "nowhere")
     return {
-        "plain.png": plain,
-        "grey.png": np.repeat(plain[..., :1], 3, 2),
+        "rgb.png": picture,
+        "grey.png": np.repeat(picture[..., :1], 3, 2),
         "cmyk.jpg": np.array(Image.open(folder / "cmyk.jpg").convert("RGB")),
-        "deep.png": np.repeat(np.rint(deep / 257).astype(np.uint8)[..., None], 3, 2),
+        "16_bit.png": np.repeat(np.rint(grey_16_bit / 257).astype(np.uint8)[..., None], 3, 2),
         "palette.png": rgb,
-        "half.png": np.rint(plain * (128 / 255) + 255 * (127 / 255)).astype(np.uint8),
-        "turned.png": plain,
-        "moving.gif": np.array(frames[0].convert("RGB")),
-        "cut.jpg": "cut short",
+        "half_transparent.png": np.rint(picture * (128 / 255) + 255 * (127 / 255)).astype(np.uint8),
+        "rotated.png": picture,
+        "animated.gif": np.array(frames[0].convert("RGB")),
+        "truncated.jpg": "cut short",
         "empty.jpg": "is empty",
         "corrupt.jpg": "is not an image",
         "header.png": "damaged|cut short|is not an image",
         "huge.png": r"200 × 201|201 × 200",
-        "gone.jpg": "there is no",
+        "dangling_link.jpg": "there is no",
     }
 
 
 def other_weights():
+    """Return the model with one weight changed by 1e-6."""
     model = Tiny()
     with torch.no_grad():
         model.conv.weight[0, 0, 0, 0] += 1e-6

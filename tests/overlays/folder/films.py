@@ -5,7 +5,7 @@ import numpy as np
 
 
 def film(path, shades, *, fps=10.0, size=(32, 48)):
-    """A video whose frames are grey, each of its own shade."""
+    """Write a video of uniform grey frames, one for each shade."""
     writer = cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), fps, size[::-1])
     for shade in shades:
         writer.write(np.full((*size, 3), shade, np.uint8))

@@ -1,4 +1,4 @@
-"""Unusual images, unusual names and failing models: each image becomes an overlay or a failure with a reason."""
+"""Unusual images, unusual names and failing models: each image gets an overlay or a reason for its failure."""
 
 import io
 import os
@@ -12,27 +12,27 @@ from rich.console import Console
 
 from tests.overlays.folder.exports import Tiny, awkward, bright, manifest, noise, overlays, photos, run, save
 from visionattn.data.placement import Preprocess
-from visionattn.drawing.rendering import Style, render
+from visionattn.drawing import Style, render
 from visionattn.errors import DataError
-from visionattn.maps.cam import GradCAM
+from visionattn.maps.methods.cam import GradCAM
 
-NOT_TEXT = os.fsdecode(b"caf\xe9.jpg")
+NOT_TEXT = os.fsdecode(b"caf\xe9.jpg")  # Latin-1, not valid UTF-8
 
 
-def test_awkward_images_become_overlays_or_failures_with_their_reason(tmp_path):
-    known = awkward(tmp_path / "in")
+def test_unusual_images_get_overlays_and_broken_images_get_reasons(tmp_path):
+    expected = awkward(tmp_path / "in")
     summary = run([tmp_path / "in"], tmp_path / "out", style=Style(suffix=".png"), max_pixels=40_000)
     entries = manifest(tmp_path / "out")
-    assert set(entries) == set(known)
-    good = {name for name, content in known.items() if isinstance(content, np.ndarray)}
+    assert set(entries) == set(expected)
+    good = {name for name, content in expected.items() if isinstance(content, np.ndarray)}
     assert overlays(tmp_path / "out") == {f"{name}.overlay.png" for name in good}
-    assert (summary.written, summary.failed, summary.exit_code) == (len(good), len(known) - len(good), 1)
-    for name, content in known.items():
+    assert (summary.written, summary.failed, summary.exit_code) == (len(good), len(expected) - len(good), 1)
+    for name, content in expected.items():
         entry = entries[name]
         if isinstance(content, str):
             assert entry["status"] == "failed"
             assert re.search(content, entry["reason"])
-            assert str(tmp_path) not in entry["reason"]  # it stands in `source`
+            assert str(tmp_path) not in entry["reason"]  # the path is only in `source`
             assert "\n" not in entry["reason"]
             continue
         assert entry["status"] == "done"
@@ -41,7 +41,7 @@ def test_awkward_images_become_overlays_or_failures_with_their_reason(tmp_path):
         tensor, placement = Preprocess(16)(content)
         heatmap = bright(Tiny(), torch.from_numpy(tensor)[None]).heatmaps[0].numpy()
         difference = np.abs(drawn.astype(int) - render(content, heatmap, placement, Style()))
-        assert difference.max() <= 8, name  # what Pillow rounds otherwise, and one level of heat
+        assert difference.max() <= 8, name  # rounding by Pillow, and one level of heat
 
 
 @pytest.mark.parametrize("size", [(60, 90), (90, 60), (41, 77), (77, 41)])
@@ -51,7 +51,7 @@ def test_overlay_and_peak_point_at_the_object_in_the_source(tmp_path, size, fit,
     upright = np.full((*size, 3), 20, np.uint8)
     top, left = size[0] // 2 + 4, size[1] // 2 - 12
     upright[top : top + 8, left : left + 8] = 255
-    turns = {1: 0, 3: 2, 6: 1, 8: 3}[orientation]  # quarters to the left, that undo what the camera noted
+    turns = {1: 0, 3: 2, 6: 1, 8: 3}[orientation]  # counterclockwise quarter turns that the EXIF orientation undoes
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / "x.png", np.rot90(upright, turns), exif=exif)
@@ -62,14 +62,14 @@ def test_overlay_and_peak_point_at_the_object_in_the_source(tmp_path, size, fit,
     assert top - 2 <= y <= top + 10
     drawn = np.array(Image.open(tmp_path / "out" / "x.png.overlay.png")).astype(int)
     assert drawn.shape == upright.shape
-    yellow = (drawn[..., 0] > 200) & (drawn[..., 1] > 200) & (drawn[..., 2] > 80)  # the hottest of inferno
+    yellow = (drawn[..., 0] > 200) & (drawn[..., 1] > 200) & (drawn[..., 2] > 80)  # the hottest colour of inferno
     ys, xs = np.nonzero(yellow)
     assert len(ys)
     assert abs(ys.mean() + 0.5 - (top + 4)) < 3
     assert abs(xs.mean() + 0.5 - (left + 4)) < 3
 
 
-def test_odd_names_are_exported_like_others(tmp_path):
+def test_files_with_unusual_names_are_exported(tmp_path):
     names = [NOT_TEXT, "a" * 251 + ".png", "new\nline.png", "[red]x.png", "ảnh 犬.png", "x.PNG", "x.png"]
     for name in names:
         save(tmp_path / "in" / "plain.png", noise())
@@ -86,7 +86,7 @@ def test_odd_names_are_exported_like_others(tmp_path):
 
 
 @pytest.mark.parametrize("out", ["in", "in/seen", "link"])
-def test_outputs_among_the_inputs_are_not_read_again(tmp_path, out):
+def test_outputs_inside_the_input_folder_are_not_read_as_images(tmp_path, out):
     photos(tmp_path / "in", 3)
     photos(tmp_path / "in" / "more", 2)
     (tmp_path / "link").symlink_to(tmp_path / "in")
@@ -112,21 +112,21 @@ def test_a_folder_that_cannot_be_listed_fails_and_the_others_are_exported(tmp_pa
     assert summary.failures == [("locked", "cannot be listed: Permission denied")]
 
 
-def test_an_image_that_the_method_cannot_explain_fails_alone(tmp_path):
+def test_only_the_image_that_the_method_refuses_fails(tmp_path):
     photos(tmp_path / "in", 7)
     save(tmp_path / "in" / "3.png", np.full((20, 20, 3), 255, np.uint8))
 
-    def picky(model, images_BCHW, *, target=None):
+    def refuse_uniform(model, images_BCHW, *, target=None):
         if (images_BCHW.std((1, 2, 3)) < 0.5).any():
             raise DataError("the images hold NaN or infinity")
         return bright(model, images_BCHW)
 
-    summary = run([tmp_path / "in"], tmp_path / "out", method=picky)
+    summary = run([tmp_path / "in"], tmp_path / "out", method=refuse_uniform)
     assert (summary.written, summary.failed) == (6, 1)
     assert manifest(tmp_path / "out")["3.png"]["reason"] == "the images hold NaN or infinity"
 
 
-def test_a_model_with_nan_ends_the_run_with_the_reason(tmp_path):
+def test_a_model_with_nan_weights_ends_the_run_with_an_error(tmp_path):
     photos(tmp_path / "in", 4)
     model = Tiny()
     model.conv.weight.data[0] = float("nan")

@@ -1,4 +1,4 @@
-"""Exports that were killed or interrupted are continued."""
+"""The next run continues an export that was killed or interrupted."""
 
 import json
 import subprocess
@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from tests.overlays.folder.exports import bright, contents, manifest, overlays, photos, run, snapshot
-from visionattn.drawing.rendering import Style
+from visionattn.drawing import Style
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import tests.overlays.folder.exports as t
-from visionattn.drawing.rendering import Style
+from visionattn.drawing import Style
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
-def after(count, act):
+def after(count, act):  # act from call number count + 1 on
     calls = []
     def counted(*args, **kwargs):
         calls.append(1)
@@ -26,27 +26,27 @@ def after(count, act):
     return counted
 
 def in_the_method(folder):
-    dying = after(3, lambda: die())
+    die_later = after(3, lambda: die())
     def method(*args, **kwargs):
-        dying()
+        die_later()
         return t.bright(*args, **kwargs)
     method.__qualname__, method.__module__ = t.bright.__qualname__, t.bright.__module__
     return {"method": method}
 
-def written_but_not_noted(folder):
-    replace, dying = os.replace, after(3, lambda: die())
-    def replacing(source, target):
+def written_but_not_listed(folder):
+    replace, die_later = os.replace, after(3, lambda: die())
+    def replace_and_die(source, target):
         replace(source, target)
-        dying()
-    os.replace = replacing
+        die_later()
+    os.replace = replace_and_die
     return {}
 
 def half_written(folder):
-    dying = after(3, lambda handle: (os.ftruncate(handle, 100), die()))
-    os.fsync = lambda handle: ".part" in os.readlink(f"/proc/self/fd/{handle}") and dying(handle)
+    die_later = after(3, lambda handle: (os.ftruncate(handle, 100), die()))
+    os.fsync = lambda handle: ".part" in os.readlink(f"/proc/self/fd/{handle}") and die_later(handle)
     return {}
 
-for name in sys.argv[2:]:  # forked, so that torch is imported once
+for name in sys.argv[2:]:  # in forks, so that torch is imported only once
     child = os.fork()
     if child == 0:
         folder, (way, alpha) = Path(sys.argv[1]), name.split(",")
@@ -54,12 +54,12 @@ for name in sys.argv[2:]:  # forked, so that torch is imported once
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, name
 """
-WAYS = ["in_the_method", "written_but_not_noted", "half_written"]
+WAYS = ["in_the_method", "written_but_not_listed", "half_written"]
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """Output folders whose run was killed, named way,alpha; before it, another run had done some of the images."""
+    """Output folders of killed runs, named `way,alpha`. Most had outputs of an earlier run with another alpha."""
     root = tmp_path_factory.mktemp("killed")
     photos(root / "in", 11)
     run([root / "in"], root / "whole")
@@ -75,7 +75,7 @@ def killed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_killed_run_is_continued_and_no_output_is_lost_or_made_twice(killed, way):
+def test_the_next_run_keeps_the_listed_outputs_of_a_killed_run_and_makes_the_others(killed, way):
     out = killed / f"{way},0.75"
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_bytes().splitlines()]
     fingerprint = manifest(killed / "whole")["0.png"]["fingerprint"]
@@ -92,7 +92,7 @@ def test_a_killed_run_is_continued_and_no_output_is_lost_or_made_twice(killed, w
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
-def test_outputs_that_a_killed_run_replaced_are_made_again(killed, way):
+def test_outputs_that_a_killed_run_may_have_replaced_are_made_again(killed, way):
     out = killed / f"{way},0.1"
     whole = contents(killed / "whole")
     # other threads of the killed run may have left unfinished files, which are not in `whole`
@@ -106,16 +106,16 @@ def test_ctrl_c_keeps_the_finished_outputs(tmp_path):
     photos(tmp_path / "in", 20)
     calls = []
 
-    def stopped(*args, **kwargs):
+    def interrupt_fifth_call(*args, **kwargs):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
         return bright(*args, **kwargs)
 
-    stopped.__qualname__, stopped.__module__ = bright.__qualname__, bright.__module__
+    interrupt_fifth_call.__qualname__, interrupt_fifth_call.__module__ = bright.__qualname__, bright.__module__
     with pytest.raises(KeyboardInterrupt):
-        run([tmp_path / "in"], tmp_path / "out", method=stopped)
-    made = overlays(tmp_path / "out")
-    assert {entry["outputs"]["overlay"] for entry in manifest(tmp_path / "out").values()} == made
-    assert run([tmp_path / "in"], tmp_path / "out").skipped == len(made) > 0
+        run([tmp_path / "in"], tmp_path / "out", method=interrupt_fifth_call)
+    finished = overlays(tmp_path / "out")
+    assert {entry["outputs"]["overlay"] for entry in manifest(tmp_path / "out").values()} == finished
+    assert run([tmp_path / "in"], tmp_path / "out").skipped == len(finished) > 0
     assert len(overlays(tmp_path / "out")) == 20

@@ -1,4 +1,4 @@
-"""The number of files that run between the command line and the overlay of one JPEG is small."""
+"""The code that exports one JPEG from the command line is spread over few files of the package."""
 
 import subprocess
 import sys
@@ -9,8 +9,8 @@ from PIL import Image
 
 import visionattn
 
-MOST = 30
-WALK = """
+MAX_FILES = 28
+TRACE = """
 import sys, threading
 from pathlib import Path
 from visionattn.cli import main
@@ -23,7 +23,7 @@ def profile(frame, event, argument):
         return
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return  # what runs while a module is imported does not count
+            return  # code that runs during an import does not count
         frame = frame.f_back
     called.add(Path(file).relative_to(root).as_posix())
 
@@ -36,13 +36,13 @@ sys.exit(code)
 """
 
 
-def test_an_exported_image_is_followed_through_few_files(tmp_path):
+def test_the_export_of_one_image_runs_code_of_few_files(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
     Image.fromarray(picture).save(tmp_path / "a.jpg")
     command = ["overlay", "--images", "a.jpg", "--out", "out", "--model", "test_vit", "--weights", "random"]
-    home = str(Path(visionattn.__file__).parent)
+    package = str(Path(visionattn.__file__).parent)
     done = subprocess.run(
-        [sys.executable, "-c", WALK, home, *command, "--method", "rollout"],
+        [sys.executable, "-c", TRACE, package, *command, "--method", "rollout"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -50,4 +50,4 @@ def test_an_exported_image_is_followed_through_few_files(tmp_path):
     )
     called = done.stdout.rpartition("called: ")[2].split()
     assert {"cli.py", "data/decode.py", "capture/survey.py", "drawing/overlay.py"} <= set(called)
-    assert len(called) <= MOST, called
+    assert len(called) <= MAX_FILES, called

@@ -1,4 +1,4 @@
-"""Pictures and figures of the fixations of a glimpse network."""
+"""Test the pictures and metrics of a glimpse network's fixations."""
 
 import csv
 from types import SimpleNamespace
@@ -27,13 +27,13 @@ from visionattn.training.callbacks.scanpath_report import FixationDensity
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One epoch and a test: the folder, and the trained task."""
+    """Train a glimpse network for an epoch and test it; return the run's folder, the task and the data."""
     home = tmp_path_factory.mktemp("gaze")
     torch.manual_seed(0)
     options = {"policy": Gaussian, "encoder": MLPEncoder, "num_glimpses": 3, "hidden_size": 16, "in_chans": 1}
     network = GlimpseNetwork(10, retina=Retina(6, scales=2), **options)
     with torch.no_grad():
-        network.policy.layers[-1].weight.mul_(300)  # so that it looks about
+        network.policy.layers[-1].weight.mul_(300)  # so that the locations differ between images
     task = GlimpseClassification(network)
     data = DigitsOnCanvasData(str(home), dataset=FakeMNIST, canvas=40, val_size=100, batch_size=64)
     trainer = L.Trainer(
@@ -51,21 +51,21 @@ def run(tmp_path_factory):
     return trainer.log_dir, task.eval(), data
 
 
-def test_the_sheets_show_paths_with_the_object_s_box_and_heat(run):
+def test_sheets_show_scanpath_box_and_heatmap_of_each_image(run):
     folder, task, data = run
     sample = data.dataset("test")[0]
     source = data.dataset("test").read_source(sample["path"])
     maps = Gaze()(task.network, sample["image"][None])
     path = draw_box(draw_scanpath(source, maps.boxes[0].numpy(), side=240), 6 * sample["box"], thickness=2)
-    over = blend(source, maps.heatmaps[0].numpy()).repeat(6, 0).repeat(6, 1)
+    overlay = blend(source, maps.heatmaps[0].numpy()).repeat(6, 0).repeat(6, 1)
     picture = read_image(f"{folder}/overlays/test.png")
     np.testing.assert_array_equal(picture[46 : 46 + 240, 16 : 16 + 240], path)
-    over = draw_box(over, 6 * sample["box"], thickness=2)
-    np.testing.assert_array_equal(picture[46 : 46 + 240, 272 : 272 + 240], over)
+    overlay = draw_box(overlay, 6 * sample["box"], thickness=2)
+    np.testing.assert_array_equal(picture[46 : 46 + 240, 272 : 272 + 240], overlay)
     assert read_image(f"{folder}/overlays/epoch_000.jpg").shape[1] == picture.shape[1]
 
 
-def test_the_density_is_the_mean_over_all_test_images(run):
+def test_density_picture_shows_the_means_over_all_test_images(run):
     folder, task, data = run
     dataset = data.dataset("test")
     first, later, boxes = (np.zeros((40, 40)) for _ in range(3))
@@ -73,42 +73,43 @@ def test_the_density_is_the_mean_over_all_test_images(run):
         sample = dataset[index]
         with torch.no_grad():
             location = task.network.rollout(sample["image"][None], locations="mean").location[0, 0]
-        seen = task.network.retina.boxes(location, (40, 40))[:, 0].int().clamp(0, 40).tolist()
-        for turn, (left, top, right, bottom) in enumerate(seen):
-            (later if turn else first)[top:bottom, left:right] += 1 / len(dataset)
+        finest_boxes = task.network.retina.boxes(location, (40, 40))[:, 0].int().clamp(0, 40).tolist()
+        for glimpse, (left, top, right, bottom) in enumerate(finest_boxes):
+            (later if glimpse else first)[top:bottom, left:right] += 1 / len(dataset)
         left, top, right, bottom = sample["box"].int().tolist()
         boxes[top:bottom, left:right] += 1 / len(dataset)
     picture = read_image(f"{folder}/overlays/gaze_density.png")
-    for place, expected in enumerate((first, later, boxes)):
-        shown = heat(expected / expected.max()).repeat(7, 0).repeat(7, 1)
-        left = 16 + place * (300 + 16) + 10
-        np.testing.assert_allclose(picture[46 : 46 + 280, left : left + 280].astype(int), shown, atol=3)
+    for column, mean in enumerate((first, later, boxes)):
+        expected = heat(mean / mean.max()).repeat(7, 0).repeat(7, 1)
+        left = 16 + column * (300 + 16) + 10
+        np.testing.assert_allclose(picture[46 : 46 + 280, left : left + 280].astype(int), expected, atol=3)
 
 
-def test_the_animation_has_one_frame_per_glimpse(run):
+def test_animation_has_one_frame_per_glimpse(run):
     folder, _, _ = run
     with Image.open(f"{folder}/overlays/gaze.webp") as image:
         assert image.n_frames == 3
 
 
-def test_the_report_has_the_fraction_of_fixations_on_the_object(run):
+def test_report_has_the_fraction_of_fixations_on_the_object(run):
     folder, task, data = run
     with open(f"{folder}/test.csv", newline="") as file:
-        figures = {row["figure"]: float(row["value"]) for row in csv.DictReader(file)}
+        metrics = {row["figure"]: float(row["value"]) for row in csv.DictReader(file)}
     batch = data.dataset("test").__getitems__(list(range(len(data.dataset("test")))))
     with torch.no_grad():
         rollout = task.network.rollout(batch["image"], locations="mean")
-    assert 0.02 < figures["fixations_on_object"] < 0.98
-    assert figures["fixations_on_object"] == pytest.approx(
+    assert 0.02 < metrics["fixations_on_object"] < 0.98
+    assert metrics["fixations_on_object"] == pytest.approx(
         float(on_object(rollout, batch["box"], (40, 40)).mean()), abs=1e-4
     )
-    # a random location is the middle of a pixel or between two: a box of w × h is met by about w · h / 39²
+    # ±1 are the centres of the outermost pixels, so random locations are uniform on a square with side 39 pixels;
+    # a box of w × h pixels contains about w · h / 39² of these locations
     areas = (batch["box"][:, 2:] - batch["box"][:, :2]).prod(1).mean() / 39**2
-    assert figures["fixations_random"] == pytest.approx(float(areas), abs=0.05)
-    assert {"pointing", "pointing_centre_guess", "pointing_chance"} <= figures.keys()
+    assert metrics["fixations_random"] == pytest.approx(float(areas), abs=0.05)
+    assert {"pointing", "pointing_centre_guess", "pointing_chance"} <= metrics.keys()
 
 
-def test_density_counts_images_and_not_batches():
+def test_density_is_a_mean_over_images_and_not_over_batches():
     density = FixationDensity()
     for count in (3, 1):
         boxes = torch.tensor([[[[2.0, 2, 4, 4]], [[0.0, 0, 8, 8]]]]).expand(count, 2, 1, 4)
@@ -125,7 +126,8 @@ def test_density_sums_over_processes():
     density = FixationDensity()
     zeros, boxes = torch.zeros(3, 8, 8), torch.tensor([[[[2.0, 2, 4, 4]]]]).expand(3, 1, 1, 4)
     density.add(Heatmaps(zeros, zeros, None, None, "", Gaze.name, boxes), {"image": torch.zeros(3, 1, 8, 8)})
-    other = {(): torch.tensor(1), (8, 8): torch.full((8, 8), 5.0)}  # a process that saw one image, five times all over
+    # sums of the other process, by shape: it counted one image, and each pixel of this image five times
+    other = {(): torch.tensor(1), (8, 8): torch.full((8, 8), 5.0)}
 
     def reduce(value, reduce_op):
         assert reduce_op == "sum"

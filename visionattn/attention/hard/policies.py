@@ -1,6 +1,6 @@
 """Policies: distributions over the next location of a glimpse.
 
-Shapes: N independent decisions, D features of the state, P numbers that describe the distribution.
+Shapes: N decisions, D features of the state, P parameters of the distribution.
 """
 
 import math
@@ -15,14 +15,14 @@ _LOG_2PI = math.log(2 * math.pi)
 
 
 class Choice(NamedTuple):
-    """Chosen locations and their probability.
+    """Chosen locations and their log-probabilities.
 
     Attributes:
         location: (N, 2), (x, y) in [−1, 1].
-        log_prob: (N,) of the action, before it was clamped to the image.
-        entropy: (N,) of the distribution, nats.
+        log_prob: (N,), log-probability of the sampled action, before the action was clamped to the image.
+        entropy: (N,), entropy of the distribution, in nats.
         clipped: (N,) bool, whether the action lay outside the image.
-        parameters: (N, P) of the distribution; a gradient with respect to row n belongs to decision n alone.
+        parameters: (N, P), parameters of the distributions; row n affects decision n only.
     """
 
     location: Tensor
@@ -33,27 +33,27 @@ class Choice(NamedTuple):
 
 
 class Policy(nn.Module, ABC):
-    """A distribution over locations; a small network computes its parameters from the state.
+    """A distribution over locations, whose parameters a small network computes from the state.
 
     Args:
         in_features: D.
         num_parameters: P.
         hidden_features: width of a hidden layer; 0 gives a linear map, as in the paper.
-        pathwise: keep the gradient of the location with respect to the parameters, for comparison with REINFORCE;
-            needs a retina with `subpixel`. Otherwise the location has no gradient.
+        pathwise: True keeps the gradient of the location with respect to the parameters, for comparison with
+            REINFORCE; this needs a retina with `subpixel`. False detaches the location.
     """
 
     def __init__(self, in_features: int, num_parameters: int, *, hidden_features: int, pathwise: bool) -> None:
         super().__init__()
         last = nn.Linear(hidden_features or in_features, num_parameters)
-        nn.init.normal_(last.weight, std=0.01)  # start near the centre, or near the uniform distribution
+        nn.init.normal_(last.weight, std=0.01)  # Gaussians start near the centre, Categorical near uniform
         nn.init.zeros_(last.bias)
         first = [nn.Linear(in_features, hidden_features), nn.ReLU()] if hidden_features else []
         self.layers = nn.Sequential(*first, last)
         self.pathwise = pathwise
 
     def forward(self, state_ND: Tensor, *, greedy: bool = False) -> Choice:
-        """Sample a location for every state (N, D), or if `greedy` take the most likely one (Gaussians: the mean)."""
+        """Sample a location for every state (N, D); `greedy` returns the most likely cell, or a Gaussian's mean."""
         parameters_NP = self.layers(state_ND)
         choice = self.choose(parameters_NP, greedy=greedy)
         return choice if self.pathwise else choice._replace(location=choice.location.detach())
@@ -112,9 +112,8 @@ class Gaussian(_Normal):
 
         action ~ N(tanh(mean), std²),    location = clamp(action, −1, 1)
 
-    log_prob belongs to the action before the clamp, since this action was sampled. Deviation from the paper: tanh
-    bounds the mean. All actions beyond an edge give the same glimpse, so no gradient would move a mean back into the
-    image.
+    `log_prob` belongs to the action before the clamp. Deviation from the paper: tanh keeps the mean inside the image.
+    All actions beyond an edge give the same glimpse, so a mean outside would get no gradient towards the image.
 
     Args:
         in_features: D.
@@ -154,7 +153,7 @@ class TruncatedGaussian(_Normal):
         mean_N2 = mean_N2.tanh()
         low_N2, high_N2 = (-1 - mean_N2) / std_N2, (1 - mean_N2) / std_N2
         below_N2, above_N2 = torch.special.ndtr(low_N2), torch.special.ndtr(high_N2)
-        mass_N2 = above_N2 - below_N2  # ≥ ½ · P(|z| < 2/std), since the mean lies in the image
+        mass_N2 = above_N2 - below_N2  # never near 0: the mean lies in the image, so mass ≥ ½ · P(|z| < 2/std)
         if greedy:
             location_N2 = mean_N2
         else:
@@ -171,15 +170,15 @@ class TruncatedGaussian(_Normal):
 
 
 class TanhGaussian(_Normal):
-    """A normal distribution mapped into the image by tanh, with the density corrected for tanh.
+    """A normal distribution mapped into the image by tanh; `log_prob` includes the derivative of tanh.
 
         u ~ N(mean, std²),    l = tanh(u),    log p(l) = log N(u) − Σ log(1 − tanh²(u))
 
     See Haarnoja et al. 2018, 1801.01290, appendix C. The greedy location is tanh(mean). The entropy has no closed form.
-    `entropy` is an unbiased estimate: the entropy of u plus the correction at the sampled action.
+    `entropy` is an unbiased estimate: the entropy of u plus Σ log(1 − tanh²(u)) at the sampled u.
 
     Args:
-        in_features, std, learned_std, hidden_features, pathwise: see `Gaussian`; std is that of u.
+        in_features, std, learned_std, hidden_features, pathwise: see `Gaussian`; `std` is the standard deviation of u.
     """
 
     def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
@@ -198,12 +197,12 @@ class Categorical(Policy):
     """A categorical distribution over the cells of a grid; the location is the centre of a cell.
 
     With `pathwise` this is the straight-through Gumbel-softmax (Jang et al. 2017, 1611.01144): the location is the
-    centre of the sampled cell, and its gradient is that of the mean location under the softened sample.
+    centre of the sampled cell, and has the gradient of the mean location under a softened sample.
 
     Args:
         in_features: D.
         grid: (rows, columns), or one number for both (default: 7).
-        temperature: of the softened sample, > 0 (default: 1).
+        temperature: temperature of the softened sample, > 0; used with `pathwise` only (default: 1).
         hidden_features, pathwise: see `Policy`.
 
     Raises:
@@ -232,7 +231,7 @@ class Categorical(Policy):
 
     def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:
         log_prob_NP = parameters_NP.log_softmax(-1)
-        # Gumbel noise: the argmax of the sum is a sample
+        # Gumbel noise: the argmax of log-probability plus noise is a sample
         noise_NP = -torch.empty_like(log_prob_NP).exponential_().log()
         score_NP = log_prob_NP if greedy else log_prob_NP + noise_NP
         cell_N1 = score_NP.argmax(-1, keepdim=True)

@@ -16,9 +16,9 @@ from visionattn.errors import UsageError
 class Axis(NamedTuple):
     """A linear map from a location to the coordinates of a patch's values in the planes, along rows or columns.
 
-    In plane s the coordinate of the k-th value is slope[s] · location + offset[s] + reach[s, k]. In an exact retina the
-    coordinate is an index: the first two terms are rounded down before the reach is added. In a sub-pixel retina it is
-    a coordinate of grid_sample.
+    In plane s the coordinate of the k-th value is slope[s] · location + offset[s] + reach[s, k]. An exact retina rounds
+    slope · location + offset down, so that the coordinate is an index. In a sub-pixel retina, the coordinate is in the
+    units of grid_sample.
     """
 
     slope: Tensor
@@ -27,12 +27,12 @@ class Axis(NamedTuple):
 
 
 class View(NamedTuple):
-    """Images prepared by a retina: one plane per scale, f = factor^s, with the background subtracted.
+    """Images prepared by a retina, with the background subtracted: one plane for each scale s, with f = factor^s.
 
     Attributes:
-        planes: in an exact retina, planes[s] is (B, C, H + 2F − f + 1, W + 2F − f + 1), where F is the largest f; its
-            value at [y + F, x + F] is the sum of the f × f pixels with top-left pixel (y, x), and its outermost rows
-            and columns are background. In a sub-pixel retina, planes[s] is (B, C, ⌈H/f⌉, ⌈W/f⌉); its value at [i, j] is
+        planes: in an exact retina, planes[s] is (B, C, H + 2F − f + 1, W + 2F − f + 1), where F is the largest f. The
+            value at [y + F, x + F] is the sum of the f × f pixels with top-left pixel (y, x). The outermost rows and
+            columns are background. In a sub-pixel retina, planes[s] is (B, C, ⌈H/f⌉, ⌈W/f⌉), and the value at [i, j] is
             the mean of the f × f pixels with top-left pixel (f·i, f·j).
         axes: rows, columns.
         size: (H, W).
@@ -43,7 +43,7 @@ class View(NamedTuple):
     size: tuple[int, int]
 
     def of(self, which: Tensor) -> "View":
-        """Return the view of a part of the images, chosen by a mask or by indices."""
+        """Return the view of some of the images, selected by a mask or by indices."""
         return self._replace(planes=tuple(plane[which] for plane in self.planes))
 
 
@@ -72,8 +72,9 @@ class Retina(nn.Module):
         patch_size: (h, w), or one number for both; odd or even.
         scales: S (default: 1).
         factor: ratio of the widths of successive scales, ≥ 2 (default: 2).
-        background: value outside the image, in the normalisation of the images: one number, or one per channel
-            (default: 0). Set it to the images' own background; otherwise the visible image edge reveals the location.
+        background: value of the pixels outside the image, normalised like the images: one number, or one per channel
+            (default: 0). Use the value of the images' own background. With another value, patches show the edge of the
+            image, and so reveal the location.
         subpixel: interpolate between pixels (default: False).
 
     Raises:
@@ -101,7 +102,8 @@ class Retina(nn.Module):
         self.patch_size = (height, width)
         self.scales = scales
         self.factor = factor
-        self.fields = [factor**scale for scale in range(scales)]  # pixels that a value covers, along each axis
+        # at each scale, a value is the mean over field × field pixels
+        self.fields = [factor**scale for scale in range(scales)]
         self.subpixel = subpixel
         self.coloured = background not in (0, (0,))
         values = (background,) if isinstance(background, (int, float)) else tuple(background)
@@ -115,7 +117,8 @@ class Retina(nn.Module):
         """Prepare images (B, C, H, W) for any number of `look` calls."""
         if len(self.background) not in (1, image_BCHW.shape[1]):
             raise UsageError(
-                f"background has {len(self.background)} values and the images have {image_BCHW.shape[1]} channels"
+                f"background has {len(self.background)} values and the images have {image_BCHW.shape[1]} channels; "
+                "give one value, or one per channel"
             )
         # after this subtraction the background is 0, so zero padding gives background
         image = image_BCHW - self.background.to(image_BCHW) if self.coloured else image_BCHW
@@ -141,15 +144,15 @@ class Retina(nn.Module):
         count, middle = self.patch_size[axis], (image.shape[2 + axis] - 1) / 2
         slopes, offsets, steps = [], [], []
         for field, plane in zip(self.fields, planes, strict=True):
-            begin = middle - (field * count - 1) / 2  # first pixel of a centred patch
+            begin = middle - (field * count - 1) / 2  # first pixel of a patch at the image's centre
             if self.subpixel:
-                unit = 2 / plane.shape[2 + axis]  # grid_sample's coordinates: −1 and 1 are the edges of the plane
+                unit = 2 / plane.shape[2 + axis]  # grid_sample: −1 and 1 are the plane's edges
                 slopes.append(middle / field * unit)
                 offsets.append((begin / field + 0.5) * unit - 1)
                 steps.append(unit)
             else:
                 slopes.append(middle)
-                offsets.append(begin + self.fields[-1] + 0.5)  # + 0.5: rounding down then rounds halves up
+                offsets.append(begin + self.fields[-1] + 0.5)  # floor(c + 0.5) rounds halves up
                 steps.append(field)
         dtype = torch.promote_types(image.dtype, torch.float32)
         reaches = [[step * place for place in range(count)] for step in steps]
@@ -198,7 +201,7 @@ class Retina(nn.Module):
         patches = []
         for scale, plane_BCYX in enumerate(view.planes):
             rows, columns = plane_BCYX.shape[-2:]
-            # the outermost rows and columns are background, so clamping reads background
+            # an index outside the plane is clamped to an outermost row or column, which is background
             row_BRh = row_BRSh[:, :, scale].clamp(0, rows - 1).long()
             column_BRw = column_BRSw[:, :, scale].clamp(0, columns - 1).long()
             index_BRhw = (row_BRh * columns)[..., None] + column_BRw[..., None, :]

@@ -12,50 +12,51 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from visionattn.attention.insertion.insertion_points import Layout, Places
+from visionattn.attention.self_attention.token_reduction import refuse_reduced_tokens
 from visionattn.errors import UsageError
 
 _CHILD = "inserted"
 
 
 class Inserted(nn.Module):
-    """A mechanism at an insertion point, by default with a gate γ that starts closed.
+    """A mechanism at an insertion point, by default with a learned scale γ that starts at 0.
 
         out = x + γ (mechanism(x) − x),    γ = 0 at first
 
-    With γ = 0 the network computes what it did before (−0 may become 0), and training opens γ as far as the mechanism
-    helps. ReZero opens residual branches in this way (Bachlechner et al. 2021, 2003.04887, eq. 3); here the mechanism
-    replaces the branch, and x keeps its weight 1 − γ. γ is one number per insertion point; γ = 1 is the paper's form.
+    With γ = 0 the network's outputs do not change (except that −0 may become 0). With γ = 1 the mechanism is applied
+    as in its paper. Each insertion point has one γ. ReZero scales residual branches in this way (Bachlechner et al.
+    2021, 2003.04887, eq. 3); here the branch is mechanism(x) − x.
 
     Args:
         mechanism: (B, C, h, w) → the same.
         layout: how the module's output stores the feature map.
-        preserve: True (default) uses γ; False gives out = mechanism(x), the paper's form.
+        preserve: True (default) uses γ; False gives out = mechanism(x), as in the mechanism's paper.
 
-    Shape: as `layout` → the same; prefix tokens pass unchanged.
+    Shape: as `layout` describes → the same; prefix tokens do not change.
     """
 
     def __init__(self, mechanism: nn.Module, layout: Layout, *, preserve: bool = True) -> None:
         super().__init__()
         self.mechanism = mechanism
         self.layout = layout
-        # one axis, since fully sharded training accepts no scalar parameters
+        # shape (1,): fully sharded training rejects scalar parameters
         self.gamma = nn.Parameter(torch.zeros(1)) if preserve else None
 
     def forward(self, x: Tensor) -> Tensor:
         maps_BChw = self.layout.to_maps(x)
         attended_BChw = self.mechanism(maps_BChw).to(x.dtype)  # under autocast a mechanism may change the dtype
         if self.gamma is not None:
-            # lerp computes the difference in a wider type: in half precision it could overflow, and 0 · inf is NaN
+            # lerp subtracts in a wider type: in half precision the difference could be inf, and 0 · inf is NaN
             attended_BChw = torch.lerp(maps_BChw, attended_BChw, self.gamma.to(x.dtype))
         return self.layout.from_maps(attended_BChw, x)
 
     def after(self, module: nn.Module, args: object, output: Any) -> Any:
-        """Apply the mechanism to the output of the module before it, as its forward hook."""
+        """Forward hook of the module before the mechanism: apply the mechanism to the module's output."""
         if self.layout.item is None:
             return self(output)
         old = output[self.layout.item]
         new = self(old)
-        return tuple(new if item is old else item for item in output)  # some networks return the tensor twice
+        return tuple(new if item is old else item for item in output)  # some networks return a tensor twice
 
 
 class Insertion:
@@ -82,7 +83,7 @@ class Insertion:
         return f"Insertion({'; '.join(parts)})"
 
     def remove(self) -> None:
-        """Remove all mechanisms, which leaves the model as it was before `insert`. A second call has no effect."""
+        """Remove all mechanisms, and so restore the model. A second call has no effect."""
         for handle in self._handles:
             handle.remove()
         for host in self._hosts:
@@ -100,9 +101,9 @@ def insert(
 ) -> Insertion:
     """Insert a mechanism into a network, in place.
 
-    By default the network's outputs do not change, and weights of the plain network still load strictly: a state dict
-    may lack all keys of the inserted mechanisms, but no other keys. No module changes its name. A mechanism becomes the
-    child `inserted` of the module that it follows (of the last item, if that module is a Sequential).
+    By default the network's outputs do not change at first. A state dict of the original network still loads strictly,
+    although the keys of the mechanisms are missing. The modules keep their names. A mechanism becomes the child
+    `inserted` of the module before it (of the last item, if that module is a Sequential).
 
         >>> import timm, visionattn as va
         >>> model = timm.create_model("resnet18")
@@ -113,20 +114,22 @@ def insert(
         model: a network of timm, torchvision or your own, or a part of one.
         mechanism: makes a mechanism for maps (B, C, h, w) from C, e.g. `visionattn.attention.CBAM`. Channels-last maps
             and tokens are rearranged to (B, C, h, w) for it; class and register tokens pass unchanged.
-        at: `"stages"` or `"blocks"`: after each of them (default: stages); `"branches"`: at the end of every residual
-            branch, before the addition; or names of modules, in which * stands for one part of a name:
-            `"layer4.*.bn3"`, `["layer3", "layer4"]`. Modules that do not affect the output are left out unless named.
-        preserve: start with a closed gate γ, see `Inserted` (default); False gives the paper's form.
-        image: (C, H, W), an example of the network's input (default: the size that the model is configured for). A
-            network with tokens needs it if your images have another shape.
+        at: `"stages"` or `"blocks"`: after each stage or block (default: stages); `"branches"`: at the end of every
+            residual branch, before the addition; or names of modules, in which * stands for one part of a name:
+            `"layer4.*.bn3"`, `["layer3", "layer4"]`. Modules that do not affect the output are skipped unless named.
+        preserve: True (default) starts with γ = 0, see `Inserted`; False applies the mechanism as in its paper.
+        image: (C, H, W), an example of the network's input (default: the size that the model is configured for).
+            Required for a network with tokens if the aspect ratio of your images differs from the default.
 
     Returns:
-        The inserted mechanisms by place, with `remove()`.
+        The inserted mechanisms, by the name of the module before each; `remove()` undoes the insertion.
 
     Raises:
-        UsageError: there is no such place, the network does not run on the image, a mechanism is already inserted
-            there, or the mechanism cannot be made for the channels there. The network is then unchanged.
+        UsageError: `at` matches no insertion point; the network does not run on the image; an insertion point has a
+            mechanism already; `mechanism` cannot be made for its channels; or the network's tokens are reduced. The
+            network is then unchanged.
     """
+    refuse_reduced_tokens(model)
     places = Places(model, image, skip=Inserted)
     modules = dict(model.named_modules())
     inserted: dict[str, Inserted] = {}
@@ -158,15 +161,15 @@ def optimizer_for(
 ) -> torch.optim.Optimizer:
     """Make an optimizer in which the γ of inserted mechanisms have their own learning rate and no weight decay.
 
-    The γ form a parameter group with an `lr_factor`. It multiplies the learning rate during each step only, so
-    schedulers can set `lr` as usual.
+    All γ are in one parameter group with an `lr_factor`. During each step, and only then, the group's `lr` is
+    multiplied by this factor, so schedulers can set `lr` as usual.
 
     Args:
-        model: with or without insertions; without, the optimizer has one group.
+        model: the network. Without inserted γ, the optimizer has a single group.
         make: makes the optimizer from parameters or parameter groups.
-        gamma_lr_factor: > 0 (default: 10). It was measured once, with CBAM after the blocks of a small network trained
-            on noisy digits (114 steps of AdamW at 5e-4, two seeds): |γ| reached .05 with factor 1, .42 with 10, and 1.6
-            with 100; the accuracy was .966, .968 and .961.
+        gamma_lr_factor: factor on the learning rate of γ, > 0 (default: 10). The factors 1, 10 and 100 were compared
+            with CBAM after the blocks of a small network on noisy digits (114 steps of AdamW at 5e-4, two seeds): |γ|
+            reached .05, .42 and 1.6, and the accuracy .966, .968 and .961.
 
     Raises:
         ValueError: gamma_lr_factor is not > 0.
@@ -190,8 +193,8 @@ def _names(places: Places, at: str | Sequence[str]) -> list[str]:
     names = {"stages": places.stages, "blocks": places.blocks, "branches": places.branches}[at]()
     if not names:
         others = [kind for kind in ("stages", "blocks", "branches") if kind != at and getattr(places, kind)()]
-        works = " or ".join([*(f"take at={kind!r}" for kind in others), "name modules of it"])
-        raise UsageError(f"no {at} can be found in this {places.kind}; {works}")
+        choices = " or ".join([*(f"at={kind!r}" for kind in others), "names of modules"])
+        raise UsageError(f"no {at} can be found in this {places.kind}; use {choices}")
     return names
 
 
@@ -213,7 +216,7 @@ def _make(mechanism: Callable[[int], nn.Module], name: str, places: Places, pres
 def fill_missing(
     prefixes: tuple[str, ...], model: nn.Module, state_dict: dict[str, object], prefix: str, *_: object
 ) -> None:
-    """Let weights of the plain network load: if a state dict lacks the inserted parts, add their current values."""
+    """Let weights of the original network load: add the inserted parts' current values if their keys are missing."""
     inserted = tuple(prefix + name for name in prefixes)
     if not any(key.startswith(inserted) for key in state_dict):
         own = model.state_dict(prefix=prefix)
@@ -221,13 +224,13 @@ def fill_missing(
 
 
 def _check_shape(shape: tuple[int, int], model: nn.Module, args: tuple[object, ...]) -> None:
-    """Raise if images have another aspect ratio than the example: their tokens would form another grid."""
+    """Raise if the images' aspect ratio differs from the example's, since their tokens would form another grid."""
     if args and isinstance(args[0], Tensor) and args[0].ndim == 4:
         height, width = args[0].shape[2:]
         if height * shape[1] != width * shape[0]:
             raise UsageError(
-                f"attention was inserted for the tokens of images in the shape of {shape[0]}×{shape[1]}, and this one "
-                f"has {height}×{width}; insert it with image= an example of that shape"
+                f"attention was inserted for images with the aspect ratio of {shape[0]}×{shape[1]}, but this batch has "
+                f"{height}×{width}; insert it again with image= an example of your images"
             )
 
 

@@ -1,8 +1,9 @@
 """Find the modules of a network after which a mechanism can be inserted, and the ends of stages, blocks and branches.
 
-Everything is measured, without a table of networks: two images that differ in one rectangle run through the network
-once. The shape of an output may allow several layouts; the chosen layout places the difference of the two outputs at
-the rectangle. If no layout of the tokens does, they are not in row order, and are refused.
+The layouts of feature maps are measured, without a table of networks: two images that differ only inside a rectangle
+run through the network once. If the shape of an output fits several layouts, the chosen layout is one in which the two
+outputs differ at the rectangle. If no layout of the tokens fulfils this, the tokens are not in row order, and nothing
+can be inserted after them.
 
 Shapes: B batch, C channels, H rows and W columns of the image, h rows and w columns of the grid, N tokens.
 """
@@ -26,7 +27,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
 _ADDITIONS = frozenset(["add", "add_", "__add__", "__radd__", "__iadd__"])
 _MAX_PREFIX = 16  # class and register tokens; the networks of timm have fewer
-_ROWS, _COLUMNS = (0.25, 0.375), (0.625, 0.75)  # the rectangle; it does not overlap its own mirror images
+_ROWS, _COLUMNS = (0.25, 0.375), (0.625, 0.75)  # the rectangle, as fractions of the image; a flip or transpose moves it
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Layout:
 
     Attributes:
         channels: C.
-        grid: (h, w), for images of the measured size.
+        grid: (h, w), for images of the example's size.
         channel_axis: 1 for (B, C, h, w), −1 for (B, h, w, C) and for tokens (B, N, C).
-        num_prefix_tokens: tokens before those of the grid; None if the output is not tokens.
+        num_prefix_tokens: number of tokens before the grid; None if the output is not tokens.
         item: index in the output if that is a tuple; None if the output is the tensor itself.
     """
 
@@ -71,8 +72,8 @@ class Layout:
         height, width = round(height * scale), round(width * scale)
         if height * width != count:
             raise UsageError(
-                f"{count} tokens do not form a grid in the shape of {self.grid[0]}×{self.grid[1]}, for which attention "
-                "was inserted; insert it with image= an example of the size that you use"
+                f"{count} tokens do not form a grid with the aspect ratio of {self.grid[0]}×{self.grid[1]}, for which "
+                "attention was inserted; insert it again with image= an example of your images"
             )
         return height, width
 
@@ -81,7 +82,7 @@ class Layout:
 class _Output:
     """The output of one module: its layout and tensor, or the reason why nothing can be inserted after the module.
 
-    `opens` tells whether insertion points may be found inside the module.
+    `opens` is True if insertion points may be found inside the module.
     """
 
     layout: Layout | None
@@ -91,10 +92,10 @@ class _Output:
 
 
 class Places:
-    """The outputs of a network's modules for one image, in the order in which the modules finished.
+    """The outputs of a network's modules for two images, in the order in which the modules finished.
 
     Args:
-        model: the network. A copy is measured, so that the network itself, its caches and its buffers do not change.
+        model: the network. A copy runs, so that the network's caches and buffers do not change.
         image: (C, H, W) or (1, C, H, W), an example of the input (default: the size that the model is configured for).
         skip: modules of this class, and the modules inside them, are ignored.
 
@@ -109,10 +110,10 @@ class Places:
         self.image_size = (self.images_BCHW.shape[2], self.images_BCHW.shape[3])
         try:
             self._model = copy.deepcopy(model).eval()
-        except (RuntimeError, TypeError) as error:  # e.g. the model holds a tensor with a graph
+        except (RuntimeError, TypeError) as error:  # e.g. the model stores a tensor that has a grad_fn
             raise UsageError(
                 f"this {self.kind} cannot be copied for measuring ({_first_line(error)}); "
-                "model.train() drops the tensors that some networks cache"
+                "if the network caches tensors, call model.train() first, which drops them"
             ) from error
         _randomise_zeros(self._model)
         self._skipped = {part for outer in self._model.modules() if isinstance(outer, skip) for part in outer.modules()}
@@ -131,7 +132,7 @@ class Places:
             size = "×".join(map(str, self.images_BCHW.shape[1:]))
             raise UsageError(
                 f"this {self.kind} does not run on an image of {size} ({_first_line(error)}); "
-                "pass one that it accepts: image= a tensor (C, H, W)"
+                "pass image= a tensor (C, H, W) that the network accepts"
             ) from error
 
     def layout(self, name: str) -> Layout:
@@ -142,9 +143,9 @@ class Places:
         """
         measured = self._outputs.get(name)
         if measured is None:
-            raise UsageError(f"{name} of this {self.kind} is not called as a module, so nothing can be put after it")
+            raise UsageError(f"nothing can be inserted after {name} of this {self.kind}: it is not called as a module")
         if measured.layout is None:
-            raise UsageError(f"nothing can be put after {name} of this {self.kind}: it {measured.reason}")
+            raise UsageError(f"nothing can be inserted after {name} of this {self.kind}: it {measured.reason}")
         return measured.layout
 
     def output(self, name: str) -> Tensor:
@@ -156,8 +157,8 @@ class Places:
     def holder(self, name: str) -> tuple[str, str]:
         """Return the module that holds a mechanism inserted after `name`, and the module to hook.
 
-        A Sequential would run an added child as one of its items, so its last item becomes the holder. If possible,
-        the hook is on this item too, since some networks call the items one by one when they recompute activations.
+        A Sequential would run an added child as one of its items, so the Sequential's last item becomes the holder. If
+        possible, this item is hooked too: some networks recompute activations by calling the items one by one.
         """
         keeper, hooked = name, name
         while isinstance(module := self.modules[keeper], _CONTAINERS) and len(module):
@@ -170,7 +171,7 @@ class Places:
         return keeper, hooked
 
     def stages(self) -> list[str]:
-        """Find the ends of the stages: the last module with blocks in it before each change of the resolution.
+        """Find the ends of the stages: the last module that contains blocks before each change of the resolution.
 
         A network with a single resolution, such as a plain ViT, is divided into four stages with equally many blocks
         (as in Li et al. 2022, 2203.16527, section 3).
@@ -191,8 +192,8 @@ class Places:
     def blocks(self) -> list[str]:
         """Find the items of Sequentials and ModuleLists that have at least two layers with weights.
 
-        An item is replaced by the items inside it that have the same output shape. Of nested items that remain, the
-        outermost is a block.
+        An item is not a block if it contains another such item with the same output shape. Of the remaining items, only
+        the outermost are blocks.
         """
         return self._reaching(self._blocks())
 
@@ -208,7 +209,7 @@ class Places:
         return [name for name in blocks if not any(_inside(name, other) for other in blocks)]
 
     def branches(self) -> list[str]:
-        """Find the ends of the residual branches: the module that returned the deeper of two maps that are added."""
+        """Find the ends of the residual branches: when two maps are added, the module that returned the deeper map."""
         ends = []
         for names in self._flow.branches:
             weighted = [name for name in names if next(self.modules[name].parameters(), None) is not None]
@@ -228,14 +229,14 @@ class Places:
             if not names:
                 raise UsageError(
                     f"no module of this {self.kind} is named {pattern!r}.{nearest(pattern, self.modules)} "
-                    "A * stands for one part of a name; 'stages', 'blocks' and 'branches' find places by themselves."
+                    "Use * for one part of a name, or 'stages', 'blocks' or 'branches' without a name."
                 )
             for name in names:
                 self.layout(name)
             matched.update(names)
         return [name for name in self._outputs if name in matched]
 
-    # Machinery ------------------------------------------------------------------------------------------------------
+    # Internals ------------------------------------------------------------------------------------------------------
 
     def _note_as(self, name: str) -> Callable[[nn.Module, object, object], object]:
         def note(module: nn.Module, args: object, output: object) -> object:
@@ -243,7 +244,7 @@ class Places:
                 self._outputs[name] = _Output(None, "runs more than once for an image")
                 return output
             if type(output) is tuple:
-                # return views: the module itself did not use them, so their gradient shows whether others use them
+                # return views: the module itself does not use a view, so its gradient shows whether later modules do
                 new = {id(tensor): tensor for tensor in _tensors(output) if not _holds(args, tensor)}
                 views = {key: tensor.view_as(tensor) for key, tensor in new.items()}
                 output = tuple(views.get(id(item), item) for item in output)
@@ -257,21 +258,21 @@ class Places:
         if type(output) is tuple:
             for item, tensor in enumerate(output):
                 if not isinstance(tensor, Tensor) or _holds(inputs, tensor):
-                    continue  # an input that is passed through
+                    continue  # the module passes this input through unchanged
                 layout = _layout(tensor, self.images_BCHW, item)
                 if layout:
                     return _Output(layout, tensor=tensor)
-            return _Output(None, "gives a tuple without a map in it")
+            return _Output(None, "returns a tuple without a feature map")
         if not isinstance(output, Tensor):
-            return _Output(None, f"gives a {type(output).__name__}; name a module inside it")
+            return _Output(None, f"returns a {type(output).__name__}; name a module inside it")
         layout = _layout(output, self.images_BCHW)
         if layout:
             return _Output(layout, tensor=output)
-        reason = f"gives a tensor {tuple(output.shape)} for two images, which is no map of them"
+        reason = f"returns a tensor {tuple(output.shape)} for two images, which is not a feature map in row order"
         return _Output(None, reason, opens=True)
 
     def _reaching(self, names: list[str]) -> list[str]:
-        """Drop modules that do not affect the output, such as those after the last attention to the class token."""
+        """Drop modules that do not affect the output, such as modules after the last attention to the class token."""
         outputs = {name: output for name in names if (output := self._outputs[name].tensor) is not None}
         known = [name for name, output in outputs.items() if output.requires_grad]
         with torch.inference_mode(False), torch.enable_grad():
@@ -288,7 +289,7 @@ class Places:
         return names if len(dead) == len(names) else [name for name in names if name not in dead]
 
     def _trunk(self, name: str) -> list[str]:
-        """Find the modules that run one after the other, down to modules inside which the resolution is constant."""
+        """Find the modules that run one after the other; modules that change the resolution are split up."""
         module = self.modules[name] if name else self._model
         children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
         children = [child for child in children if child in self.modules]
@@ -297,11 +298,11 @@ class Places:
         for child in children:
             measured = self._outputs.get(child)
             if measured is not None and measured.layout is None and not measured.opens:
-                continue  # a list of maps, or a module that runs several times
+                continue  # the module returns a list of maps, or runs several times
             inner = self._trunk(child)
             if isinstance(self.modules[child], _CONTAINERS):
                 opens = len(set(map(self._grid, inner))) > 1
-            else:  # a block may change the resolution inside; a wrapper contains several blocks
+            else:  # a block stays whole; a wrapper whose blocks differ in resolution is split up
                 opens = alone and len({self._grid(part) for part in inner if self._has_blocks(part)}) > 1
             trunk += [child] if self._has_layout(child) and not opens else inner
         order = {part: place for place, part in enumerate(self._outputs)}
@@ -324,7 +325,7 @@ class Places:
         return self.modules[parent] if parent else self._model
 
     def _has_blocks(self, name: str) -> bool:
-        """Return whether a module is or holds a module of several layers, other than a Sequential of single layers."""
+        """Return whether a module is, or contains, a module with several layers that is not just a container."""
         inside = [self.modules[other] for other in self.modules if other == name or _inside(other, name)]
         return any(not isinstance(m, _CONTAINERS) and _count_layers(m, self._skipped) > 1 for m in inside)
 
@@ -334,10 +335,10 @@ class Places:
 
 
 class _Flow(TorchFunctionMode):
-    """Count the operations between the image and every tensor, and note additions of a deeper map to a shallower one.
+    """Compute the depth of every tensor, the number of operations since the image, and find residual additions.
 
     Attributes:
-        branches: for each such addition, the modules that returned the deeper map, innermost first.
+        branches: for each addition of maps of two depths, the modules that returned the deeper map, innermost first.
     """
 
     def __init__(self) -> None:
@@ -345,7 +346,7 @@ class _Flow(TorchFunctionMode):
         self.branches: list[list[str]] = []
         self._depth: dict[int, int] = {}
         self._makers: dict[int, list[str]] = {}
-        self._kept: list[Tensor] = []  # keeps the tensors alive, so that no id is used twice
+        self._kept: list[Tensor] = []  # keeps tensors alive, so that Python does not reuse their ids
 
     @contextlib.contextmanager
     def of(self, image: Tensor) -> Iterator[None]:
@@ -358,7 +359,7 @@ class _Flow(TorchFunctionMode):
         self._makers.clear()
 
     def made(self, name: str, output: object) -> None:
-        """Note which tensors a module returned."""
+        """Record which tensors a module returned."""
         for tensor in _tensors(output):
             self._makers.setdefault(id(tensor), []).append(name)
             self._kept.append(tensor)
@@ -377,7 +378,7 @@ class _Flow(TorchFunctionMode):
         for tensor in _tensors(output) if inputs else ():
             self._set(tensor, max(depths) + 1)
             if addition:
-                self._makers.pop(id(tensor), None)  # changed in place: no longer the module's output
+                self._makers.pop(id(tensor), None)  # an addition in place: no longer the module's output
         return output
 
     def _set(self, tensor: Tensor, depth: int) -> None:
@@ -386,14 +387,14 @@ class _Flow(TorchFunctionMode):
 
 
 def _layout(output: Tensor, images_BCHW: Tensor, item: int | None = None) -> Layout | None:
-    """Find the layout under which the outputs for the two images differ most where the images differ."""
+    """Return the first layout in which the outputs for the two images differ mostly where the images differ."""
     if len(output) != len(images_BCHW) if output.ndim else True:
         return None
     height, width = images_BCHW.shape[2:]
     candidates = []
     if output.ndim == 4:
         for axis, (rows, columns) in ((1, output.shape[2:]), (-1, output.shape[1:3])):
-            if abs(rows * width - columns * height) <= max(height, width):  # the image's aspect ratio, within a cell
+            if abs(rows * width - columns * height) <= max(height, width):  # the image's aspect ratio, up to a cell
                 candidates.append(Layout(output.shape[axis], (rows, columns), axis, None, item))
     elif output.ndim == 3:
         grids = {(height // s, width // s) for s in range(1, min(height, width) + 1)}
@@ -407,16 +408,17 @@ def _layout(output: Tensor, images_BCHW: Tensor, item: int | None = None) -> Lay
     for layout in candidates:
         if _agreement(layout, output) > 0.5:
             return layout
-    # a map is identified by its shape alone; tokens are not, since they can have any order
+    # the shape alone identifies a map (B, C, h, w), but not the grid of tokens, which can have any order
     return candidates[0] if candidates and output.ndim == 4 else None
 
 
 @torch.no_grad()
 def _agreement(layout: Layout, output: Tensor) -> float:
-    """Return how much of the outputs' difference lies where the images differ; 1 if no other cells differ more.
+    """Return (mean difference in the rectangle's cells) ÷ (mean difference in as many of the most different cells).
 
-    With random weights it is at least .82, and mostly 1, after the blocks of 19 families of timm with tokens in row
-    order. In Hiera, which orders its tokens differently, it is .03 and .06 after the first two stages.
+    The result is 1 if no other cells differ more. With random weights, after the blocks of 19 families of timm with
+    tokens in row order, the result is at least .82 and mostly 1. In Hiera, whose tokens are in another order, the
+    result is .03 after the first stage and .06 after the second.
     """
     maps_BChw = layout.to_maps(output.detach()).float()
     change_hw = (maps_BChw[0] - maps_BChw[1]).abs().sum(0)
@@ -431,7 +433,7 @@ def _agreement(layout: Layout, output: Tensor) -> float:
 
 @torch.no_grad()
 def _randomise_zeros(model: nn.Module) -> None:
-    """Replace weights that are all zero by noise: a branch or head that starts at zero would hide differences."""
+    """Replace weights that are all zero by noise, since a branch of zeros would hide the images' difference."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if not parameter.any():

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from visionattn.attention.insertion.inserting import fill_missing
 from visionattn.attention.self_attention.dense import SelfAttention
+from visionattn.attention.self_attention.token_reduction import refuse_reduced_tokens
 from visionattn.errors import UsageError, nearest
 
 _KNOWN = (timm.layers.Attention, timm.layers.AttentionRope, EvaAttention)
@@ -32,15 +33,15 @@ _BIASES = (
 
 
 class SwappedAttention(nn.Module):
-    """A self-attention of timm with its own weights, in which another mechanism combines q, k and v.
+    """A self-attention of timm, with its weights, in which another mechanism combines q, k and v.
 
-    The module shares everything with the module that it replaces: parameters under the same names, norms of queries and
-    keys, rotary embeddings, gates, dropout, hooks. The mechanism is an additional child `mechanism`.
+    The new module shares all parts of the replaced module: parameters under the same names, norms of queries and keys,
+    rotary embeddings, gates, dropout, hooks. The mechanism is an additional child `mechanism`.
 
     Args:
-        attention: the module of timm.
+        attention: timm's module, which is replaced.
         mechanism: combines q, k and v.
-        grid: gives the grid of the current images.
+        grid: holds the grid of the current images.
         num_prefix_tokens: class and register tokens before the patches.
 
     Shape: (B, N, C) → the same.
@@ -107,11 +108,13 @@ class Grid:
     def size(self) -> tuple[int, int]:
         """(rows, columns) of patches."""
         if self._size is None:
-            raise UsageError("a block with swapped attention runs inside its ViT, which gives it the grid")
+            raise UsageError(
+                "the grid of patches is unknown; call the whole ViT instead of one block with swapped attention"
+            )
         return self._size
 
     def note(self, embedding: Any, args: tuple[Tensor, ...], output: object) -> None:
-        """Note the grid, as a forward hook of the patch embedding."""
+        """Forward hook of the patch embedding: store the grid of the images."""
         height, width = embedding.dynamic_feat_size(tuple(args[0].shape[-2:]))
         self._size = int(height), int(width)
 
@@ -138,7 +141,7 @@ class Swap:
         return f"Swap({'; '.join(f'{name}: {part.mechanism}' for name, part in self.places.items())})"
 
     def remove(self) -> None:
-        """Restore timm's attention, with the current weights. A second call has no effect."""
+        """Restore timm's attention modules; the weights keep their current values. A second call has no effect."""
         for handle in self._handles:
             handle.remove()
         for name, original in self._originals.items():
@@ -156,8 +159,8 @@ def swap_attention(
     """Swap the mechanism that combines q, k and v in a ViT, in place, and keep the ViT's weights.
 
     The rest of timm's attention stays: projections, norms of queries and keys, rotary embeddings, gates, dropout.
-    Weights of the plain ViT still load strictly, and no module or parameter changes its name; learned weights of a
-    mechanism are in the child `mechanism` of the attention. The grid is determined for each image size.
+    Weights of the original ViT still load strictly, and modules and parameters keep their names. Learned weights of a
+    mechanism are in the child `mechanism` of the attention. The grid is computed from the images of each call.
 
         >>> import timm, torch
         >>> from functools import partial
@@ -172,18 +175,19 @@ def swap_attention(
         vit: a ViT of timm with class, register or no prefix tokens, with or without rotary embeddings: ViT, DeiT,
             DINOv2, DINOv3, EVA, EVA-02, CLIP, SigLIP …
         mechanism: makes a mechanism from the number of heads, e.g. `partial(visionattn.attention.Windowed, window=8)`.
-            The layers use the items of a sequence in turn, e.g. for windows that are shifted in every second layer.
+            A sequence is used cyclically over the layers, e.g. for windows that are shifted in every second layer.
         at: names of attention modules, in which * stands for one part of a name, e.g. `blocks.*.attn` or
             `["blocks.2.attn"]` (default: all).
 
     Returns:
-        The new attention by place, with `remove()`.
+        The new attention modules by name; `remove()` undoes the swap.
 
     Raises:
-        UsageError: the model has no self-attention of these kinds; its attention has a relative-position bias, which no
-            mechanism supports; `at` matches no attention module; or the attention is already swapped. The model is then
-            unchanged.
+        UsageError: the model is no ViT of timm, or has no self-attention that can be swapped (a relative-position bias
+            is not supported); `at` matches no attention module; the attention is already swapped; or the model's
+            tokens are reduced. The model is then unchanged.
     """
+    refuse_reduced_tokens(vit)
     kind = type(vit).__name__
     embedding: Any = getattr(vit, "patch_embed", None)
     attentions = {name: module for name, module in vit.named_modules() if type(module) in _KNOWN}
@@ -192,11 +196,11 @@ def swap_attention(
     prefix = getattr(vit, "num_prefix_tokens", None)
     if prefix is None or not hasattr(embedding, "dynamic_feat_size"):
         raise UsageError(
-            f"attention is swapped in ViTs of timm, whose patch_embed gives the grid; this {kind} has none"
+            f"attention can be swapped only in a ViT of timm, whose patch_embed gives the grid; this {kind} is not one"
         )
     factories = [mechanism] if callable(mechanism) else list(mechanism)
     if not factories:
-        raise UsageError("mechanism must hold at least one factory")
+        raise UsageError("mechanism is an empty sequence; give at least one factory")
     grid, places = Grid(), {}
     for number, (name, module) in enumerate(attentions.items()):
         part = factories[number % len(factories)](module.num_heads)
@@ -215,7 +219,7 @@ def _chosen(vit: nn.Module, patterns: Sequence[str], known: dict[str, nn.Module]
     """Return the attention modules that the patterns name.
 
     Raises:
-        UsageError: a pattern matches no attention module, or one that cannot be swapped.
+        UsageError: a pattern matches no attention module, or only attention that cannot be swapped.
     """
     chosen: list[str] = []
     for pattern in patterns:
@@ -245,11 +249,11 @@ def _refuse(vit: nn.Module, pattern: str) -> NoReturn:
         raise UsageError(f"this {kind} has no self-attention that can be swapped; use a ViT of timm")
     names = _matching(pattern, attending)
     if not names:
-        raise UsageError(f"nothing in this {kind} attends under the name {pattern!r}.{nearest(pattern, attending)}")
+        raise UsageError(f"no attention module of this {kind} is named {pattern!r}.{nearest(pattern, attending)}")
     module = attending[names[0]]
     place = f"{names[0]} of this {kind}"
     if isinstance(module, SwappedAttention):
-        raise UsageError(f"{place} has a mechanism already; remove() that first")
+        raise UsageError(f"the attention of {place} is swapped already; remove() that first")
     place += f" is a {type(module).__name__}"
     if any(getattr(module, bias, None) is not None for bias in _BIASES):
         raise UsageError(f"{place} with a relative-position bias in its logits, which no mechanism supports")

@@ -1,4 +1,4 @@
-"""Self-attention whose heads learn how far they attend, and skip the rest of the computation.
+"""Self-attention whose heads learn how far they attend, and do not compute pairs beyond this span.
 
 Shapes: as in dense.py.
 """
@@ -20,11 +20,10 @@ class AdaptiveSpan(MaskedAttention):
         m(d) = clip((R + z − d) / R, 0, 1)                       z the head's span, R the ramp
         d_ij = max(|row_i − row_j|, |column_i − column_j|)
 
-    Each head has its own z, stored as a fraction of the largest, in [0, 1]. In training and in evaluation a head
-    computes only the blocks within its span, so that small spans take less time; if all heads reach nearly everything,
-    one dense call computes them all. A penalty in the loss makes the spans shrink, see `mean_span`. Deviations from the
-    paper: patches lie on a grid, so the distance is the larger of the row and column distances; the logits have no
-    position embeddings; the initial span is an argument instead of 0.
+    Each head has its own z, stored as a fraction of `max_span`. A head computes only the blocks within its span, so
+    small spans take less time. If all heads reach nearly all patches, one dense call computes all heads. A penalty in
+    the loss makes the spans shrink, see `mean_span`. Deviations from the paper: the distance is the larger of the row
+    and column distances; the logits have no position embeddings; the initial span is an argument instead of 0.
 
     Args:
         num_heads: H.
@@ -47,12 +46,12 @@ class AdaptiveSpan(MaskedAttention):
 
     @property
     def spans(self) -> Tensor:
-        """z of every head, (H,), in patches."""
-        # the gradient passes through the clamp: with a zero gradient at 0 and 1 a head could never leave the bounds
+        """The span z of every head, (H,), in patches."""
+        # the clamp passes the gradient on unchanged: with a zero gradient, a head could never leave the bounds 0 and 1
         return (self.span + (self.span.clamp(0, 1) - self.span).detach()) * self.max_span
 
     def reach(self, extent: int) -> Tensor:
-        """Return m of every head around a patch, (H, 2 · extent + 1, 2 · extent + 1)."""
+        """Return m of every head at every offset from a patch, (H, 2 · extent + 1, 2 · extent + 1)."""
         away = torch.arange(-extent, extent + 1, device=self.span.device).abs()
         return self._bias(torch.maximum(away[:, None], away), self.spans).exp()
 
@@ -67,9 +66,9 @@ class AdaptiveSpan(MaskedAttention):
     def sparse(
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
-        if self.training:  # as in the authors' code; with .data, as two forward passes may precede one backward pass
+        if self.training:  # clamp as in the authors' code, through .data: autograd may still need the old version
             self.span.data.clamp_(0, 1)
-        if torch.compiler.is_compiling():  # a graph cannot depend on the values of spans
+        if torch.compiler.is_compiling():  # a compiled graph cannot depend on the values of spans
             return self.dense(q_BHND, k_BHND, v_BHND, grid, prefix, p)
         outputs: dict[int, Tensor] = {}
         spans = self.spans
@@ -93,11 +92,11 @@ class AdaptiveSpan(MaskedAttention):
         """Return log m of every head, (H, *distance)."""
         z = z_H.view(-1, *(1,) * distance.ndim)
         m = ((self.ramp + z - distance) / self.ramp).clamp(0, 1)
-        # the clamp keeps the gradient of the logarithm finite; where m is 0 there is no gradient
+        # the clamp keeps the gradient of the logarithm finite; m = 0 gets no gradient
         return torch.where(m > 0, m.clamp(min=torch.finfo(m.dtype).tiny).log(), -math.inf)
 
     def _heads_by_blocks(self, grid: tuple[int, int], spans: Tensor) -> list[tuple[Runs | None, list[int]]]:
-        """Group heads that compute the same blocks; None in place of blocks if one call over all tokens costs less."""
+        """Group heads that compute the same blocks; None instead of blocks if one call over all tokens costs less."""
         groups: dict[Runs | None, list[int]] = defaultdict(list)
         for head, span in enumerate(spans.tolist()):
             radius = math.ceil(span + self.ramp) - 1
@@ -117,7 +116,7 @@ def spans(model: nn.Module) -> dict[str, Tensor]:
 
 
 def mean_span(model: nn.Module) -> Tensor | None:
-    """Return the mean span of all heads, in patches, or None if no head has a span; add it to the loss with a weight.
+    """Return the mean span of all heads, in patches, or None if no head has a span; for use as a term of the loss.
 
     The paper's penalty is λ/M Σ z over the M heads of each layer (Sukhbaatar et al. 2019, eq. 6).
     """

@@ -1,7 +1,7 @@
 """Local attention on a grid: blocks of queries, each with the rectangle of keys that the queries reach.
 
-Rows and columns are cut separately, each into runs of equal blocks. A region (a run of rows times a run of columns) is
-one call of `scaled_dot_product_attention`, with one bias for all its blocks.
+Rows and columns are cut separately, each into runs of equal blocks. One call of `scaled_dot_product_attention` computes
+a region: the blocks in which one block of rows crosses one run of columns. The blocks of a region share a bias.
 
 Shapes: B batch, H heads, h × w grid, D channels of a head; G blocks of Q queries and K keys.
 """
@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Reach: TypeAlias = Sequence[tuple[int, int]]
-"""For every row (or column) of queries, the first row of keys that it reaches and the row after the last one.
+"""For every row (or column) of queries, the first row of keys in its reach and the row after the last one.
 
 Neither number decreases from one row of queries to the next.
 """
 
 BLOCKS = 4, 8, 12, 16, 24, 32
-# Costs with 64 channels per head. The unit is one query-key product in one call over all tokens. In blocks: a product,
-# a key in the reach of a block, a copied token, and a call. Last: a product in one call with a mask.
+# Costs with 64 channels per head; 1 is the cost of one query-key product in a single call over all tokens. In blocks,
+# the costs are _PRODUCT for a product, _KEY for a key of a block, _COPY for a copied token and _CALL for a call.
+# _MASKED is the cost of a product in a single call with a mask.
 _PRODUCT, _KEY, _COPY, _CALL, _MASKED = 1.25, 80.0, 30.0, 10_000.0, 1.2
 _TOGETHER = 1 << 20  # attention weights computed at a time for the gradient of a learned bias
 
@@ -163,8 +164,8 @@ def attend_in_blocks(
 def _reached(x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]) -> Iterator[Tensor]:
     """Yield the keys or values in the reach of each row of blocks, (B · G, H, K, D), for one run of columns at a time.
 
-    If rows of blocks overlap, each strip as wide as a block's reach is copied once; its rows are then contiguous, and a
-    block's reach is a view of the strip. Otherwise each row of blocks is copied when it is needed.
+    If the reaches of two rows of blocks overlap, each strip as wide as a block's reach is copied once, so that every
+    block's reach is a view of the strip. Otherwise the reach of each row of blocks is copied when it is needed.
     """
     overlap = any(row.extent > row.block for row in rows)
     for run in columns:
@@ -179,7 +180,8 @@ def _reached(x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]) -
 class _Reached(torch.autograd.Function):
     """`_reached` with a backward pass that adds up overlapping gradients in place.
 
-    The gradient of torch's `unfold` takes several times as long, and torch's gradient of each slice has the full size.
+    The gradient of torch's `unfold` takes several times as long, and the gradient of a slice is as large as the whole
+    tensor.
     """
 
     @staticmethod
@@ -201,7 +203,7 @@ class _Reached(torch.autograd.Function):
             for row in rows:
                 grad = next(grads).unflatten(2, (row.extent, run.extent)).unflatten(0, (batch, run.count))
                 strip.narrow(3, row.start, row.extent).add_(grad)
-            for first in range(0, run.extent, run.block):  # pieces up to a block wide do not overlap
+            for first in range(0, run.extent, run.block):  # pieces no wider than a block do not overlap
                 piece = strip[:, :, :, :, first : first + run.block]
                 size = piece.shape[4]
                 place = total_BhwHD.narrow(2, run.start + first, (run.count - 1) * run.block + size)
@@ -239,7 +241,9 @@ class _BiasGradient(torch.autograd.Function):
     """Pass the output on unchanged, and compute the bias's gradient: ∂/∂bias = Σ_B A (dO vᵀ − rowsum(dO ⊙ O))."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:  # torch's context
+    def forward(
+        ctx: Any, out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor
+    ) -> Tensor:  # torch's context is untyped
         ctx.save_for_backward(out, q, k, v, bias)
         return out.view_as(out)
 

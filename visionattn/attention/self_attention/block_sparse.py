@@ -22,20 +22,20 @@ class BlockSparse(MaskedAttention):
 
         i → j  iff  allowed(row_i, column_i, row_j, column_j)
 
-    CUDA tensors without dropout use `flex_attention` (Dong et al. 2024, 2412.05496). On other devices, flex_attention
-    has no backward pass or does not run. There, and with dropout, each block of queries is gathered with the blocks of
-    keys that it attends to; blocks with the same number of keys share one call. If this would cost more than dense
-    attention, one dense call with the mask computes everything.
+    CUDA tensors without dropout use `flex_attention` (Dong et al. 2024, 2412.05496), which elsewhere has no backward
+    pass or does not run. In all other cases, the keys that a block of queries attends to are gathered; one call
+    computes all blocks with equally many keys. If one dense call with the mask costs less, that call is used instead.
 
     Args:
         num_heads: H; unused.
-        allowed: (row, column of the query, row, column of the key) → bool; takes tensors that broadcast, and must
-            consist of elementwise functions of torch. Every patch needs at least one allowed key. Called once per grid.
+        allowed: (row, column of the query, row, column of the key) → bool. Its arguments are tensors that broadcast,
+            and it may use elementwise functions of torch only. Every patch needs an allowed key. The mask must not
+            change between calls.
         block: number of consecutive patches in a block (default: 64).
 
     Raises:
         ValueError: block is < 1.
-        UsageError: when called, if `allowed` gives a patch no key.
+        UsageError: when called, if `allowed` leaves a patch without a key.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class BlockSparse(MaskedAttention):
             if not mask_QN.any(1).all():
                 cell = int(queries_Q[~mask_QN.any(1)][0])
                 raise UsageError(
-                    f"allowed gives patch {divmod(cell, grid[1])} of a grid of {grid[0]}×{grid[1]} no key; "
+                    f"allowed leaves patch {divmod(cell, grid[1])} of a grid of {grid[0]}×{grid[1]} without a key; "
                     "allow at least one"
                 )
             keys_K = torch.cat([keys for keys in blocks if mask_QN[:, keys].any()])

@@ -1,10 +1,10 @@
-"""Forms of self-attention over a grid of tokens: dense, and cheaper ones; the base classes of all forms.
+"""Base classes of the forms of self-attention over a grid of tokens, and the forms Dense, PooledKeys and TopK.
 
-A form is built from a number of heads. It is called with q, k and v after a transformer's projections, and with the
-grid of the patch tokens; `swap_attention` puts a form into a ViT. In every form prefix tokens (class, registers) come
-before the grid, attend to all tokens, and all tokens attend to them.
+A form is built from a number of heads. A form is called with q, k and v after a transformer's projections, and with the
+grid of the patch tokens; `swap_attention` puts a form into a ViT. In every form, prefix tokens (class, registers) come
+before the grid and attend to all tokens, and all tokens attend to them.
 
-Shapes: B batch, H heads, N tokens = P prefix tokens and h · w patches row by row, D channels of a head, W windows.
+Shapes: B batch, H heads, N tokens = P prefix tokens and h · w patches row by row, D channels of a head.
 """
 
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ class SelfAttention(nn.Module, ABC):
     """Base of the forms of self-attention: combines q, k and v.
 
     Args:
-        num_heads: H. Most forms do not use it; every form takes it, so that all are built alike.
+        num_heads: H. Most forms ignore this argument, but `swap_attention` builds every form with it.
 
     Raises:
         ValueError: num_heads is < 1.
@@ -52,7 +52,7 @@ class SelfAttention(nn.Module, ABC):
         if tokens != num_prefix_tokens + grid[0] * grid[1]:
             raise UsageError(
                 f"{type(self).__name__} needs every token of the grid: {grid[0]}×{grid[1]} patches and "
-                f"{num_prefix_tokens} prefix tokens, got {tokens}; set patch_drop_rate and the like to 0"
+                f"{num_prefix_tokens} prefix tokens, got {tokens}; set options that drop tokens (patch_drop_rate) to 0"
             )
         return self.attend(q_BHND, k_BHND, v_BHND, grid, num_prefix_tokens, dropout_p)
 
@@ -64,7 +64,7 @@ class SelfAttention(nn.Module, ABC):
 
 
 class MaskedAttention(SelfAttention):
-    """Base of the forms that equal dense attention with a mask, and skip the masked pairs."""
+    """Base of the forms that equal dense attention with a mask, but do not compute the masked pairs."""
 
     def attend(
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
@@ -112,11 +112,11 @@ class Dense(SelfAttention):
 class PooledKeys(SelfAttention):
     """Self-attention whose keys and values are means over k × k patches.
 
-        out = softmax(q pool(k)ᵀ / √D) pool(v)        pool the mean over k × k patches, fewer at the far edges
+        out = softmax(q pool(k)ᵀ / √D) pool(v)        pool: mean over k × k patches, fewer at bottom and right
 
     PVTv2's linear attention pools in this way (Wang et al. 2022, 2106.13797, §3.1). Deviations from the paper: the
-    pooled cells have a fixed size, where the paper fixes their number; keys and values are pooled after their
-    projections, and nothing is learned or normalised, so that weights of dense attention can be used.
+    pooled cells have a fixed size instead of a fixed number; keys and values are pooled after their projections,
+    without learned weights or normalisation, so that weights of dense attention can be used.
 
     Args:
         num_heads: H; unused.
@@ -148,7 +148,7 @@ class PooledKeys(SelfAttention):
 class TopK(SelfAttention):
     """Self-attention in which every patch attends to the k patches with the largest logits, in each head.
 
-        i → j  iff  q_i · k_j is among the k largest of row i;    on a tie, all that tie with the k-th
+        i → j  iff  q_i · k_j is among the k largest of row i, or ties with the k-th
 
     See Zhao et al. 2019, 1912.11637, eq. 2–3. The selection has no gradient; the weights of the selected patches have
     one. This saves no time, since the selection needs all products. Deviation from the paper: patches also attend to
@@ -156,7 +156,7 @@ class TopK(SelfAttention):
 
     Args:
         num_heads: H; unused.
-        k: number of patches that each patch attends to; all if there are no more than k.
+        k: number of patches that each patch attends to; if the grid has at most k patches, all of them.
 
     Raises:
         ValueError: k is < 1.
@@ -197,7 +197,7 @@ def in_blocks(
     p: float,
 ) -> Tensor:
     """Compute attention of patches to patches (block by block) and to the prefix, and of the prefix to all tokens."""
-    # a transformer's projections store all heads of a token together, so this transposition restores their order
+    # transformers store all heads of a token together, so these transposed tensors are in memory order
     parts_BhwHD = [x[:, :, prefix:].transpose(1, 2).unflatten(1, grid) for x in (q_BHND, k_BHND, v_BHND)]
     out_BhwHD = attend_in_blocks(parts_BhwHD, [x[:, :, :prefix] for x in (k_BHND, v_BHND)], runs, bias, p)
     out_BNHD = out_BhwHD.flatten(1, 2)

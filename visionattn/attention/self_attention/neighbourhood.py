@@ -17,8 +17,8 @@ class Neighbourhood(MaskedAttention):
         start(i) = clip(i − ⌊k / 2⌋, 0, size − k)
 
     At the edges the neighbourhood moves inwards, so that every patch attends to k × k patches, or to all rows (columns)
-    of a grid with fewer than k. The result is exact. One call computes each block of patches and the rectangle that the
-    patches reach; if one call over all patches costs less, that is used. Deviation from the paper: no position bias.
+    of a grid with fewer than k. Patches are computed in blocks, each with the rectangle of keys in its reach, or in one
+    call over all patches if that costs less; both are exact. Deviation from the paper: no position bias.
 
     Args:
         num_heads: H; unused.

@@ -1,7 +1,7 @@
 """Token reduction: merge similar tokens (ToMe) or prune tokens with little class attention (EViT).
 
-Shapes: B batch, N tokens, P prefix tokens (class, registers) first among them, n = N − P patches, C channels, H heads,
-D channels of a head, R merged tokens, K kept tokens.
+Shapes: B batch, N tokens: first P prefix tokens (class, registers), then n = N − P patches; C channels, H heads, D
+channels of a head, R merged tokens, K kept tokens.
 """
 
 import math
@@ -28,13 +28,13 @@ _HELD = "_held"  # attribute of the tokens' tensor that carries a `Held` from bl
 
 @dataclass(frozen=True)
 class Held:
-    """The state of reduced tokens, beside their features.
+    """Sizes and positions of reduced tokens.
 
     Attributes:
         prefix: P.
         size_BN: number of patches that each token represents; None while every token represents one.
-        place_Bn: index of the patch whose position each patch token has, −1 for no position; None while the tokens are
-            the patches in order.
+        place_Bn: for each patch token, the index of the patch whose position the token has, or −1 for no position; None
+            while the tokens are the patches in order.
     """
 
     prefix: int
@@ -67,7 +67,7 @@ class TokenReduction(nn.Module, ABC):
 
     @abstractmethod
     def rates(self, depth: int) -> Sequence[float | None]:
-        """Return the rate of each of `depth` blocks, passed to `forward`; None for blocks without reduction.
+        """Return the rate that `forward` gets in each of `depth` blocks; None for blocks without reduction.
 
         Raises:
             UsageError: the rates were given for another number of blocks.
@@ -81,15 +81,15 @@ class TokenReduction(nn.Module, ABC):
 class TokenMerging(TokenReduction):
     """ToMe (Bolya et al. 2023, 2210.09461, §3): every block merges the `rate` most similar pairs of patches.
 
-        A, B = every second patch, and the others
+        A = patches 0, 2, 4 …,  B = patches 1, 3, 5 …
         each patch of A is paired with the most similar patch of B, by the cosine of keys averaged over heads
         the `rate` most similar pairs are merged:  x = Σ s x / Σ s    over the pair
         s is the number of patches that a token represents
-        tokens: prefix, the rest of A, B
+        order of the tokens: prefix, unmerged patches of A, B
 
-    In later blocks a token is weighted by s (eq. 1): softmax(q kᵀ/√D + log s). It is weighted in the same way where the
-    network pools its tokens at the end. The module has no parameters: it can be put into a trained network, or be used
-    in training; the choice of pairs has no gradient.
+    In later blocks a token is weighted by s (eq. 1): softmax(q kᵀ/√D + log s). The network's final pooling weights the
+    tokens by s too. The module has no parameters, so it can be used in training or put into a trained network. The
+    choice of pairs has no gradient.
 
     Deviations from the paper: none in the equations. The paper does not give the order of A, or how tokens with rotary
     positions merge: here A keeps its order, and a merged token keeps the rotation of its patch of B.
@@ -134,7 +134,7 @@ class TokenMerging(TokenReduction):
             return x_BNC, held
         moved_BR, into_BR, kept_BK = most_similar_pairs(heads.key_BHND[:, :, first:], rate)
         size_BN = held.size_BN
-        if size_BN is None:  # single precision counts exactly, half precision does not
+        if size_BN is None:  # bfloat16 cannot represent every count
             size_BN = torch.ones(x_BNC.shape[:2], device=x_BNC.device, dtype=_at_least_single(x_BNC))
         size_Ba, size_Bb = size_BN[:, first::2], size_BN[:, first + 1 :: 2]
         moved_size_BR = size_Ba.gather(1, moved_BR)
@@ -160,9 +160,9 @@ class TokenPruning(TokenReduction):
         kept:   the ⌈keep · n⌉ patches of the largest a, in their order
         fused:  one more token after them, Σ a x over the other patches
 
-    The next pruning block treats the fused token as a patch. The module has no parameters: it can be put into a trained
-    network, or be used in training. The choice of patches has no gradient; the weights of the fused token have one. The
-    network needs a class token.
+    The next pruning block treats the fused token as a patch. The module has no parameters, so it can be used in
+    training or put into a trained network. The choice of patches has no gradient; the weights of the fused token have
+    one. The network needs a class token.
 
     Deviations from the paper: none in the equations; as in the paper, the weights of the fused token do not sum to one.
     The paper does not say how rotary positions are fused: here the fused token is not rotated, like the class token.
@@ -251,7 +251,7 @@ def class_attention(heads: Heads, prefix: int) -> Tensor:
     key_BHND = key_BHND.repeat_interleave(groups, 1) if groups > 1 else key_BHND
     logits_BHN = (query_BHND * heads.scale @ key_BHND.mT)[:, :, 0]
     logits_BHN = logits_BHN.to(_at_least_single(logits_BHN))
-    # no call of softmax: `capture` would take it for a second attention of the block
+    # not written as softmax, since `capture` would record that as a second attention of the block
     return (logits_BHN - logits_BHN.logsumexp(-1, keepdim=True)).exp().mean(1)
 
 
@@ -270,21 +270,34 @@ class Reduced:
         return f"Reduced({self.reduction})"
 
     def remove(self) -> None:
-        """Undo the reduction, which leaves the network as it was before. A second call has no effect."""
+        """Undo the reduction, and so restore the network. A second call has no effect."""
         while self._undo:
             self._undo.pop()()
+
+
+def refuse_reduced_tokens(model: nn.Module) -> None:
+    """Refuse to change a network that drops or merges tokens: what is inserted needs every token of the grid.
+
+    Raises:
+        UsageError: the network has reduced tokens.
+    """
+    if any(isinstance(vars(part).get("forward"), _ReducedBlock) for part in model.modules()):
+        raise UsageError(
+            f"the tokens of this {type(model).__name__} are reduced; remove() the reduction first, and reduce the "
+            "tokens again if the changed network allows it"
+        )
 
 
 def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
     """Reduce the tokens of a ViT from layer to layer, in place.
 
-    The network's weights, their names and the way to call the network do not change. Outputs other than logits have
-    fewer tokens (`forward_features`) or are not available (feature maps of `forward_intermediates`).
+    The network is called as before, and its weights keep their names and values. `forward_features` returns fewer
+    tokens, and `forward_intermediates` cannot return feature maps.
 
         >>> import timm, torch
         >>> vit = timm.create_model("test_vit", img_size=160)
         >>> reduced = reduce_tokens(vit, TokenMerging(10))
-        >>> vit.forward_features(torch.zeros(1, 3, 160, 160)).shape[1]  # of 101
+        >>> vit.forward_features(torch.zeros(1, 3, 160, 160)).shape[1]  # 101 without reduction
         41
         >>> reduced.remove()
 
@@ -297,8 +310,8 @@ def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
         An object with `remove()`, which undoes the reduction.
 
     Raises:
-        UsageError: the network's blocks, attention or pooling are not supported, its tokens are already reduced, or the
-            rates do not fit. The network is then unchanged.
+        UsageError: the network's blocks, attention or pooling are not supported, its tokens are already reduced, a
+            mechanism is inserted into its blocks, or the rates do not fit. The network is then unchanged.
     """
     kind = type(model).__name__
     if not isinstance(model, (VisionTransformer, Eva)):
@@ -317,9 +330,17 @@ def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
     pool = model.attn_pool
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
         raise UsageError(f"tokens cannot be reduced where {type(pool).__name__} pools them by position")
+    rates = list(reduction.rates(len(blocks)))
+    first = next((number for number, rate in enumerate(rates) if rate), len(blocks))
+    for number, block in enumerate(blocks[first:], first):
+        if any(name.rpartition(".")[2] == "inserted" for name, _ in block.named_modules()):
+            raise UsageError(
+                f"tokens cannot be reduced in block {first} of this {kind}: the mechanism inserted into block {number} "
+                "needs every token of the grid; remove() the insertion first, or reduce tokens only after that block"
+            )
     undo: list[Callable[[], object]] = []
     reduced = False
-    for block, rate in zip(blocks, reduction.rates(len(blocks)), strict=True):
+    for block, rate in zip(blocks, rates, strict=True):
         part = _ReducedBlock(block, reduction, rate, model.num_prefix_tokens, follows=reduced)
         block.forward = part
         undo += [
@@ -342,7 +363,7 @@ class _ReducedBlock:
     ) -> None:
         self.block: Any = block  # one of timm's classes, which share no type
         self.reduction, self.rate, self.prefix = reduction, rate, prefix
-        self.follows = follows
+        self.follows = follows  # whether an earlier block reduces tokens
         self._kept: dict[tuple[str, int], Tensor] = {}
 
     def keep_query(self, module: nn.Module, args: object, out: Tensor) -> None:
@@ -391,7 +412,7 @@ class _Pool:
         size_BN = _held(x_BNC, model.num_prefix_tokens, lost=True).size_BN
         if size_BN is None:
             return type(model).pool(model, x_BNC, pool_type)
-        # Eva's attention pooling includes the prefix
+        # Eva, whose attention pooling includes the prefix, has no pool_include_prefix
         prefixed = getattr(model, "pool_include_prefix", model.attn_pool is not None)
         first = 0 if prefixed else model.num_prefix_tokens
         x_BNC, size_BN = x_BNC[:, first:], size_BN[:, first:].to(x_BNC.dtype)
@@ -402,7 +423,7 @@ class _Pool:
 
 
 def _carry(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-    """Copy the tokens' state from the input to the output of the norm after the blocks, as its forward hook."""
+    """Forward hook of the norm after the blocks: copy the tokens' state from the norm's input to the output."""
     if (held := getattr(args[0], _HELD, None)) is not None:
         setattr(out, _HELD, held)
 

@@ -15,9 +15,9 @@ class Windowed(MaskedAttention):
 
         i → j  iff  ⌊(row_i − s) / window⌋ = ⌊(row_j − s) / window⌋, and the columns likewise;    s the shift
 
-    Windows at the edges hold the rest of the grid, and only their own tokens are computed. This is equivalent to the
-    paper's rolling and masking. Deviations from the paper: no position bias; `shift` is an argument. To shift every
-    second layer, give `swap_attention` two factories.
+    Windows at the edges are smaller if the grid ends inside them, which equals the paper's rolling and masking.
+    Deviations from the paper: no position bias; `shift` is an argument. To shift every second layer, give
+    `swap_attention` two factories.
 
     Args:
         num_heads: H; unused.

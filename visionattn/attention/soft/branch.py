@@ -77,12 +77,12 @@ class SplitAttention(nn.Module):
         super().__init__()
         if radix < 2 or channels % radix:
             raise ValueError(
-                f"SplitAttention needs radix ≥ 2 and a multiple of it as channels, "
+                f"SplitAttention needs radix ≥ 2 and channels that are a multiple of radix, "
                 f"got radix={radix} and {channels} channels"
             )
         width = max(32, _bottleneck(channels * radix, reduction))
         self.attention = SplitAttn(channels, radix=radix, rd_channels=-(-width // radix), norm_layer=_BatchNorm2d)
-        # the same softmax, with its output reshaped to the four axes of a gate
+        # timm's softmax, with its output reshaped to the four axes of a gate
         softmax = self.attention.rsoftmax
         self.attention.add_module("rsoftmax", nn.Sequential(OrderedDict(gate=_BranchGate(softmax))))
 

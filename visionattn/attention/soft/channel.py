@@ -63,7 +63,7 @@ class ECA(nn.Module):
 
         out = x · sigmoid(conv1d_k(mean of x over H·W)),    k = |log2(C) / 2 + 1 / 2| made odd
 
-    Deviation from the paper: k is at least 3, so that neighbouring channels are mixed even if there are few.
+    Deviation from the paper: k is at least 3, so that neighbouring channels are mixed even if C is small.
 
     Args:
         channels: C of the input.
@@ -82,7 +82,7 @@ class ECA(nn.Module):
 class CircularECA(nn.Module):
     """Efficient channel attention whose convolution wraps around from the last channel to the first, by timm's module.
 
-    It is `ECA` with circular padding instead of zeros, so that no channel is at an edge. It has no paper.
+    The padding of `ECA` is circular here instead of zeros, so that no channel is at an edge. This variant has no paper.
 
     Args:
         channels: C of the input.
@@ -104,7 +104,7 @@ class WideECA(nn.Module):
         out = x · sigmoid(conv1d_k(relu(w · mean of x over H·W + b)))
 
     w and b turn each channel's mean into several values, and the convolution mixes the values of k neighbouring
-    channels. It has no paper.
+    channels. This variant has no paper.
 
     Args:
         channels: C of the input.
@@ -171,10 +171,10 @@ class FcaNet(nn.Module):
         f_u(i, H) = cos(pi U (i + 1/2) / H) · (1 if U = 0 else √2),             U = ⌊u H / 7⌋
         out = x · sigmoid(W2 relu(W1 z))
 
-    The paper splits the channels into 16 groups, which get the 16 best frequencies of a 7 × 7 spectrum; (0, 0) is the
-    mean, so that a single group gives squeeze and excitation. Deviations from the paper: the cosines have the input's
-    own size, whereas the authors' code first pools the input to a fixed size; the cosines are scaled so that (0, 0) is
-    the mean at any size; groups need not be equal, and with C < 16 the C best frequencies are used.
+    The paper splits the channels into 16 groups, one for each of the 16 best frequencies of a 7 × 7 spectrum. The
+    frequency (0, 0) gives the mean, so that a single group gives squeeze and excitation. Deviations from the paper: the
+    cosines have the input's size, whereas the authors' code pools the input to a fixed size; the cosines are scaled so
+    that (0, 0) is the mean at any size; groups may be unequal, and if C < 16, the C best frequencies are used.
 
     Args:
         channels: C of the input.
@@ -213,7 +213,7 @@ _FREQUENCIES = (
     *((0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0)),
     *((5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2)),
 )
-"""(u, v) in a 7 × 7 spectrum, rows and columns, the best first, in the order of the authors' code."""
+"""Frequencies (u, v) along rows and columns in a 7 × 7 spectrum, the best first, as in the authors' code."""
 
 
 def _cosines(frequency_C: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -230,7 +230,7 @@ def _bottleneck(channels: int, reduction: int) -> int:
 
 
 class _BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that uses the running statistics for a single value, which has no variance."""
+    """Batch normalisation that uses the running statistics if each channel has a single value, and so no variance."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         if self.training and x_BCHW.shape[0] * x_BCHW.shape[2] * x_BCHW.shape[3] == 1:
@@ -253,4 +253,4 @@ def _divisor(channels: int, number: int | None, most: int, what: str) -> int:
 
 def _must_be_odd(kernel_size: int) -> None:
     if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd so that the gate stays in place, got {kernel_size}")
+        raise ValueError(f"kernel_size must be odd, so that the gate has the input's size, got {kernel_size}")

@@ -97,7 +97,7 @@ class DoubleAttention(nn.Module):
 class Lambda(nn.Module):
     """Lambda layer (Bello 2021, 2102.08602, eq. 1–3, and its lambda convolution), with timm's weights.
 
-        y[n] = (softmax over positions of (K)ᵀ V + sum over m near n of E[m − n] V[m])ᵀ q[n]
+        y[n] = (softmax(K)ᵀ V + sum over m near n of E[m − n] V[m])ᵀ q[n]         the softmax over positions
 
     q, K and V are projections of x; q and V are batch-normalised. E has r × r relative positions and is shared by the
     heads. The module replaces a 3 × 3 convolution, so it has no shortcut. The paper's intra-depth is 1 here. Deviations
@@ -124,7 +124,7 @@ class Lambda(nn.Module):
         q_Bhkn = block.norm_q(query).flatten(2).unflatten(1, (block.num_heads, -1))
         value = block.norm_v(value)
         content_Bvk = value.flatten(2) @ F.softmax(key.flatten(2), -1).transpose(1, 2)
-        # timm's conv3d of depth 1 as a conv2d: on some CPUs torch never writes the conv3d's gradient in bfloat16
+        # timm's conv3d of depth 1 as a conv2d: on some CPUs torch's bfloat16 gradient of conv3d is uninitialised memory
         conv = block.conv_lambda
         near = F.conv2d(value.flatten(0, 1)[:, None], conv.weight[..., 0], conv.bias, padding=conv.padding[:2])
         lambda_Bvkn = content_Bvk[..., None] + near.flatten(2).unflatten(0, (-1, block.dim_v))

@@ -14,7 +14,7 @@ from visionattn.attention.soft.gate_ops import mean, outer, pointwise, thin
 class CoordinateAttention(nn.Module):
     """Coordinate attention (Hou et al. 2021, 2103.02907, eq. 4–9), with timm's weights.
 
-        f   = hswish(BN(W1 [mean of x over W ; mean of x over H]))       both concatenated, H + W positions
+        f   = hswish(BN(W1 [mean of x over W ; mean of x over H]))       the means concatenated, H + W positions
         g^h = sigmoid(Wh f^h),    g^w = sigmoid(Ww f^w)
         out[c, i, j] = x[c, i, j] · g^h[c, i] · g^w[c, j]
 

@@ -23,8 +23,8 @@ def mean(x: Tensor, *dims: int) -> Tensor:
 def pooled(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return x, and its mean and maximum over a dim, kept with size 1.
 
-    Use the returned x from here on. The gradients of all three are then computed in one pass over x; torch's own
-    operations would materialise a gradient of x's size for each, and add them up.
+    Use the returned x in place of the argument. One pass over x then computes the gradients of all three; torch's own
+    operations would materialise and add three gradients of x's size.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return _Pooled.apply(x, dim)[:3]
@@ -49,7 +49,9 @@ class _Pooled(torch.autograd.Function):
         return x.view_as(x), mean(x, dim), maximum_, index
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, ...]) -> None:  # torch's context
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, ...]
+    ) -> None:  # torch's context is untyped
         ctx.dim = inputs[1]
         ctx.mark_non_differentiable(output[3])
         ctx.save_for_backward(output[3])
@@ -63,7 +65,7 @@ class _Pooled(torch.autograd.Function):
 
 
 def outer(rows_BCH1: Tensor, columns_BC1W: Tensor) -> Tensor:
-    """Return rows · columns, (B, C, H, W), as a matrix product; its gradient needs no other tensor of that size."""
+    """Return rows · columns, (B, C, H, W), as a matrix product, whose gradient needs no other tensor of that size."""
     shape = (*rows_BCH1.shape[:3], columns_BC1W.shape[3])
     return (rows_BCH1.flatten(0, 1) @ columns_BC1W.flatten(0, 1)).view(shape)
 
@@ -81,7 +83,7 @@ def narrowed(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
 
 
 def thin(layer: Callable[[Tensor], Tensor], x_BCHW: Tensor) -> Tensor:
-    """Apply a convolution of few channels, or a depthwise one; channels-last is two to six times as fast on a CPU."""
+    """Apply a convolution of few channels, or a depthwise one, in channels-last: two to six times as fast on a CPU."""
     last = torch.channels_last
     if x_BCHW.device.type != "cpu" or x_BCHW.is_contiguous(memory_format=last):
         return layer(x_BCHW)

@@ -39,7 +39,7 @@ class CBAM(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # timm's layers in their order, with means and maxima in one call of the MLP
+        # timm's layers in timm's order; one call of the MLP processes means and maxima
         channel, spatial = self.attention.channel, self.attention.spatial
         x_BCHW, *both_BC11 = pooled_positions(x_BCHW)
         squeezed = torch.cat(both_BC11)
@@ -73,7 +73,7 @@ class LightCBAM(nn.Module):
         )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # timm's layers in their order; timm's own channel part does not call its `gate`, so that no hook could see it
+        # timm's layers in timm's order; timm's own channel part does not call its `gate`, so no hook could record it
         channel, spatial = self.attention.channel, self.attention.spatial
         x_BCHW, mean_BC11, maximum_BC11 = pooled_positions(x_BCHW)
         z_BC11 = 0.5 * (mean_BC11 + maximum_BC11)
@@ -133,7 +133,7 @@ class SimAM(nn.Module):
         out = x · sigmoid(1/e)
 
     The module has no learned weights. Deviations from the paper: var divides by H·W − 1, as in the authors' code; a
-    single position counts as equal to the mean.
+    single position is treated as equal to the mean.
 
     Args:
         channels: C of the input. Unused; every mechanism is built from its number of channels.
@@ -212,16 +212,16 @@ class _TripletGate(nn.Module):
 class EMA(nn.Module):
     """Efficient multi-scale attention (Ouyang et al. 2023, 2305.13563, fig. 3 and eq. 1–2).
 
-    u is one of G groups of D = C / G channels. Each group has a far and a near view, and each view weights the other:
+    u is one of G groups of D = C / G channels. Two maps, far and near, are computed from u, and each weights the other:
 
         far   = GN(u · sigmoid(h) · sigmoid(w)),    [h ; w] = conv_1([mean of u over W ; mean of u over H])
         near  = conv_3(u)
         gate  = sigmoid(softmax(mean of far over H·W)ᵀ near + softmax(mean of near over H·W)ᵀ far)
         out   = u · gate                            softmax and products over the D channels
 
-    The groups share their weights. far is normalised, so its mean is the bias of GN. near is needed only in sums, which
-    are computed without near itself. Deviations from the paper: none; where the paper's text leaves details open, this
-    module follows the authors' code.
+    The groups share their weights. The mean of far over H·W is the bias of GN. Only sums of near are needed, and these
+    are computed without near itself. Deviations from the paper: none. Details that the paper leaves open are those of
+    the authors' code.
 
     Args:
         channels: C of the input.
@@ -254,7 +254,7 @@ class _MultiScaleGate(nn.Module):
         both = pointwise(self.along, torch.cat([mean(u, 3), mean(u, 2).mT], 2)).sigmoid()
         rows, columns = both.split([height, width], 2)
         far = self.norm(u * outer(rows, columns.mT))
-        of_far_D = F.softmax(self.norm.bias, 0)  # weights of near's D kernels, which are summed before the convolution
+        of_far_D = F.softmax(self.norm.bias, 0)  # weights of near's channels; applied to the kernels, to convolve once
         kernel_D33 = torch.einsum("e,edij->dij", of_far_D, self.near.weight)
         of_near = partial(
             F.conv2d, weight=kernel_D33[None], bias=(of_far_D @ self.near.get_parameter("bias"))[None], padding=1
@@ -270,7 +270,7 @@ class _MultiScaleGate(nn.Module):
         return F.linear(sums / meets_9N.shape[1], self.near.weight.flatten(1), self.near.bias)
 
 
-def _layers(sequential: nn.Sequential) -> list[Any]:  # Any: the callers know the classes
+def _layers(sequential: nn.Sequential) -> list[Any]:  # Any: callers know the classes
     return list(sequential)
 
 

@@ -1,4 +1,4 @@
-"""Normalisers turn scores into weights over positions that sum to one.
+"""Normalisers: functions and modules that turn scores into weights that sum to one.
 
 Shapes: B batch, K maps, H rows, W columns; N the axis that is normalised.
 """
@@ -16,10 +16,11 @@ def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
 
         p = max(s − tau, 0),    tau such that p sums to one                     (alg. 1)
 
-    Gradients are exact (their prop. 2): the sort only determines which weights are above 0, and tau is computed from
-    their scores. Returns the shape and dtype of `scores`.
+    Gradients are exact (prop. 2): the sort only selects the scores with weights above 0, and tau is computed from the
+    selected scores. The result has the shape and dtype of `scores`.
     """
     z = _exact(scores)
+    z = z - z.amax(dim, keepdim=True).detach()  # sums of large scores would round away small differences
     with torch.no_grad():
         sorted_, rank = _sorted(z, dim)
         inside = 1 + rank * sorted_ > sorted_.cumsum(dim)
@@ -34,11 +35,11 @@ def entmax15(scores: Tensor, dim: int = -1) -> Tensor:
 
         p = max(s / 2 − tau, 0)^2,    tau such that p sums to one
 
-    Gradients are exact: the sort only determines which weights are above 0, and tau is computed from their scores.
-    Returns the shape and dtype of `scores`.
+    Gradients are exact: the sort only selects the scores with weights above 0, and tau is computed from the selected
+    scores. The result has the shape and dtype of `scores`.
     """
     z = _exact(scores) / 2
-    z = z - z.amax(dim, keepdim=True).detach()  # otherwise squares of large scores lose their differences
+    z = z - z.amax(dim, keepdim=True).detach()  # otherwise the squares of large scores lose precision
     with torch.no_grad():
         sorted_, rank = _sorted(z, dim)
         inside = _threshold(sorted_.cumsum(dim) / rank, sorted_.square().cumsum(dim) / rank, rank) <= sorted_
@@ -67,7 +68,7 @@ def _lowest(sorted_: Tensor, inside: Tensor, dim: int) -> Tensor:
 
 
 def _threshold(mean: Tensor, mean_square: Tensor, count: Tensor) -> Tensor:
-    """Return tau, given that `count` weights are above 0 and their scores have these moments."""
+    """Return tau from the mean, mean square and number of the scores whose weights are above 0."""
     return mean - (1 / count - mean_square + mean.square()).clamp(min=0).sqrt()
 
 
@@ -146,5 +147,5 @@ class _OverPositions(nn.Module):
 
 def _normalised_sigmoid(scores: Tensor) -> Tensor:
     log = F.logsigmoid(_exact(scores))
-    relative = (log - log.amax(-1, keepdim=True)).exp()  # without the maximum, very low scores would all give 0
+    relative = (log - log.amax(-1, keepdim=True)).exp()  # without this shift, very low scores would all give 0
     return (relative / relative.sum(-1, keepdim=True)).to(scores.dtype)

@@ -80,13 +80,13 @@ class BottleneckAttention(nn.Module):
         out = softmax(q kᵀ / √D + q r_hᵀ + q r_wᵀ) v            q, k, v = W x, in heads of D channels
 
     r_h and r_w are learned for every distance along rows and columns. The module replaces a 3 × 3 convolution, so it
-    has no shortcut. timm's module accepts one image size only; here r_h and r_w are learned for a `size` × `size` map,
-    and interpolated linearly for other sizes, so that the largest distance remains the largest. Deviations from the
-    paper: this interpolation; q r is not divided by √D, as in the authors' code.
+    has no shortcut. timm's module accepts one image size only. Here r_h and r_w are learned for a `size` × `size` map,
+    and interpolated linearly for other sizes, with the largest distances aligned. Deviations from the paper: this
+    interpolation; q r is not divided by √D, as in the authors' code.
 
     Args:
         channels: C of the input.
-        num_heads: default: the greatest common divisor of C and 4.
+        num_heads: number of heads (default: the greatest common divisor of C and 4).
         size: rows and columns of the map for which r_h and r_w are learned (default: 14).
 
     Raises:
@@ -120,10 +120,11 @@ class BilinearAttention(nn.Module):
         out = x + dropout(relu(BN(W_3 relu(BN(W_2 y)))))
 
     The image is cut into s × s blocks, and P and Q are s × s: position (i, j) of a block attends to the same position
-    of the blocks above and below, then of those left and right. P and Q are sigmoids of a projection of the maxima of
-    each row and column of blocks, normalised to sum to 1 over the attended blocks. Deviation from the paper, as in
-    timm: P and Q are computed from the blocks' maxima instead of all of x. If the sides of an image are not multiples
-    of s, its last row and column are repeated; timm's module refuses such an image.
+    of the blocks above and below, then to that of the blocks left and right. P is computed from the maximum of each
+    row of blocks and Q from the maximum of each column of blocks: by a projection, a sigmoid, and division by the sum
+    over the attended blocks. Deviation from the paper, as in timm: P and Q are computed from these maxima instead of
+    all of x. If the sides of an image are not multiples of s, its last row and column are repeated; timm's module
+    rejects such an image.
 
     Args:
         channels: C of the input.
@@ -173,15 +174,15 @@ class HaloAttention(nn.Module):
         out = softmax(q kᵀ / √D + q r_hᵀ + q r_wᵀ) v            q of a block; k, v of the block and a halo around it
 
     r_h and r_w are learned for every distance along rows and columns. The module replaces a 3 × 3 convolution, so it
-    has no shortcut. The image is surrounded by zeros, and positions attend to them, as in the paper's code. If the
-    sides of an image are not multiples of the block, they are padded with zeros too; timm's module refuses such an
+    has no shortcut. The image is padded with zeros, and positions attend to these, as in the paper's code. If the
+    sides of an image are not multiples of the block, they are padded with zeros too; timm's module rejects such an
     image. Deviations from the paper: none.
 
     Args:
         channels: C of the input.
-        num_heads: default: the greatest common divisor of C and 8.
+        num_heads: number of heads (default: the greatest common divisor of C and 8).
         block_size: rows and columns of a block (default: 8).
-        halo_size: rows and columns around a block to which it also attends (default: 3).
+        halo_size: width of the halo, in rows and columns on each side of the block (default: 3).
 
     Raises:
         ValueError: block_size is < 1 or halo_size is negative.

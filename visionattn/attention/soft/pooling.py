@@ -22,7 +22,7 @@ class DotScore(nn.Module):
         channels: C.
         maps: K.
 
-    Shape: (B, C, H, W) → scores (B, K, H, W), as for all scores below.
+    Shape: (B, C, H, W) → scores (B, K, H, W). All scores below have the same shape.
     """
 
     def __init__(self, channels: int, maps: int) -> None:
@@ -54,7 +54,7 @@ class ScaledDotScore(nn.Module):
 class AdditiveScore(nn.Module):
     """s_k = v_k · tanh(W x + b) (Bahdanau et al. 2015, 1409.0473, app. A.1.2).
 
-    The paper's query is a constant here and is part of b.
+    The paper's query is constant here, and b includes it.
 
     Args:
         channels: C.

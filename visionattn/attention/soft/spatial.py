@@ -1,4 +1,4 @@
-"""Gates over positions: they weight the positions of the feature map.
+"""Gates that weight the positions of a feature map.
 
 Shapes: B batch, C channels, H rows, W columns; D channels of the gating signal.
 """
@@ -120,7 +120,8 @@ class LSKA(nn.Module):
         far = kernel_size // dilation if dilation > 0 else 0
         if far % 2 == 0:
             raise ValueError(
-                f"kernel_size // dilation must be odd so that the gate stays in place, got {kernel_size} // {dilation}"
+                f"kernel_size // dilation must be odd, so that the gate has the input's size, "
+                f"got {kernel_size} // {dilation}"
             )
 
         def line(size: int, along_rows: bool, step: int) -> nn.Conv2d:

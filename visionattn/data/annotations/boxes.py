@@ -1,4 +1,4 @@
-"""The classes that hold images with boxes, and checks of the boxes that files contain; no torch.
+"""Classes for images with boxes, and checks of the boxes in annotation files. This file does not import torch.
 
 Boxes are xyxy in pixels of the source image: pixel i covers [i, i + 1).
 """
@@ -18,11 +18,9 @@ from visionattn.errors import DataError
 BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
 """xyxy: two corners; xywh: the top-left corner and the size; cxcywh: the centre and the size."""
 
-_ROUNDING = (
-    0.5  # pixels by which a box may reach over its image's edge without a report; the box is clipped in any case
-)
-_PLAUSIBLE = 0.98  # fraction of the boxes that must fit another format before it is suggested
-_ENOUGH = 8  # minimum number of boxes for a check of their format
+_ROUNDING = 0.5  # pixels; boxes that reach over the edge by at most this much are clipped without a report
+_PLAUSIBLE = 0.98  # another format is suggested if at least this fraction of the boxes fits that format
+_ENOUGH = 8  # with fewer boxes than this, the format is not checked
 
 
 class Problem(NamedTuple):
@@ -34,7 +32,7 @@ class Problem(NamedTuple):
 
 
 KINDS = {
-    "wrong format": "boxes that look like another format than the one they are read in",
+    "wrong format": "boxes that look like a different format from the one in which they are read",
     "not finite": "boxes with NaN, infinity or a coordinate that is not a number",
     "inverted": "boxes whose right edge is left of their left edge, or whose lower edge is above their upper edge",
     "empty": "boxes less than a pixel wide or high",
@@ -45,13 +43,15 @@ KINDS = {
     "unknown image": "boxes of an image that is not listed",
     "shared id": "images with the same id, so that their boxes cannot be assigned",
     "unreadable annotation": "files or lines that cannot be parsed",
-    "missing image": "annotations without their image",
+    "missing image": "annotations whose image was not found",
     "unreadable image": "images that cannot be opened",
-    "wrong size": "images of another size than their annotation says",
+    "wrong size": "images whose size differs from their annotation",
+    "no size": "annotations that give a width or height of 0; the size of the image file is used",
     "listed twice": "images that a split lists twice",
     "not annotated": "images that a split lists but that have no annotation",
     "twin": "images with the same content as another image of their split",
     "leak": "images that are in two splits",
+    "missing class": "classes of which a split has no image",
 }
 """Kind of problem → description, the most serious first."""
 
@@ -67,7 +67,8 @@ class Annotated:
         labels: (N,) int64, numbers of the classes.
         crowd: (N,) bool; True for a box around many objects (COCO's iscrowd) or a difficult object (Pascal VOC). Such
             boxes are not trained on, and detections of them count neither as right nor as wrong.
-        area: (N,) float64, pixels: the area of each object in the file, else the area of its box; used by mAP by size.
+        area: (N,) float64, pixels: the area of each object in the file; if the file has none, the area of the box.
+            mAP by object size uses it.
         image_id: the image's id in a COCO file, otherwise a running number.
     """
 
@@ -85,7 +86,7 @@ class Entry:
     """An image and its N boxes as an annotation file gives them, in the format of the file.
 
     Attributes:
-        path: of the image; None where the image was not found.
+        path: of the image; None if the image was not found.
         where: name of the annotation in error messages.
         image_id: the image's id in a COCO file, otherwise a running number.
         stated: (height, width) of the image as the annotation gives it, or None.
@@ -112,7 +113,7 @@ class Annotations:
     """The content of annotation files.
 
     Attributes:
-        splits: name → its entries; the name is "" where the files name no splits.
+        splits: name → its entries; the name is "" if the files name no splits.
         class_names: in the order of the labels.
         category_ids: number of each class in the files; Pascal VOC has no numbers, so its classes count from 1.
         box_format: format of the entries' boxes.
@@ -129,10 +130,11 @@ class Annotations:
 def settle(
     annotations: Annotations, size_of: Callable[[Path], Size], *, doubt: bool = True
 ) -> dict[str, list[Annotated]]:
-    """Convert entries to images with boxes that can be trained on, and append problems to `annotations.problems`.
+    """Convert entries to images with usable boxes, and append the problems found to `annotations.problems`.
 
-    Boxes that reach over an edge are clipped; other bad boxes are left out. Images that are missing, cannot be opened
-    or differ in size from their annotation are left out with their boxes. Images without boxes are kept.
+    Boxes that reach over an edge of the image are clipped; other bad boxes are left out. Images that are missing,
+    cannot be opened or differ in size from their annotation are left out with their boxes. Images without boxes are
+    kept.
 
     Args:
         annotations: returned by a reader.
@@ -142,7 +144,7 @@ def settle(
     Returns:
         Split → its images.
     """
-    # an image in two splits has one entry, which is checked once
+    # an image in two splits has a single entry, so check each entry once
     distinct = {id(entry): entry for entries in annotations.splits.values() for entry in entries}
     sizes = {key: _size(entry, size_of, annotations.problems) for key, entry in distinct.items()}
     if doubt:
@@ -160,7 +162,7 @@ def settle(
                 continue
             if entry.path in seen:
                 annotations.problems.append(
-                    Problem("listed twice", entry.where, f"{entry.path.name} in {split or 'it'}")
+                    Problem("listed twice", entry.where, f"{entry.path.name} in {split or 'the only split'}")
                 )
                 continue
             seen.add(entry.path)
@@ -171,7 +173,7 @@ def settle(
 
 
 def refuse(problems: Sequence[Problem], root: str) -> None:
-    """Raise DataError if there are problems, with the count of each kind and the first problem."""
+    """Raise DataError if there are problems; the message has the count of each kind and the first problem."""
     if problems:
         first = problems[0]
         raise DataError(
@@ -202,9 +204,12 @@ def visible(boxes_N4: NDArray[np.floating]) -> NDArray[np.bool_]:
 
 
 def _size(entry: Entry, size_of: Callable[[Path], Size], problems: list[Problem]) -> Size | None:
-    """Return the size of an entry's image, or note the problem that prevents its use and return None."""
+    """Return the size of an entry's image; if the image cannot be used, append the problem and return None."""
     if entry.path is None:
-        problems.append(Problem("missing image", entry.where, "its image is not in the usual folders; set images: DIR"))
+        detail = (
+            "not in the usual folders; give the folder of the images: --images DIR here, --data.images DIR in training"
+        )
+        problems.append(Problem("missing image", entry.where, detail))
         return None
     try:
         size = size_of(entry.path)
@@ -212,8 +217,9 @@ def _size(entry: Entry, size_of: Callable[[Path], Size], problems: list[Problem]
         problems.append(Problem("unreadable image", entry.where, str(error)))
         return None
     if entry.stated and min(entry.stated) > 0 and entry.stated != size:
-        says, has = (f"{height}×{width}" for height, width in (entry.stated, size))
-        problems.append(Problem("wrong size", entry.where, f"says {says} pixels, and {entry.path.name} has {has}"))
+        stated, actual = (f"{width}×{height}" for height, width in (entry.stated, size))
+        detail = f"the annotation gives {stated} pixels (width × height), but {entry.path.name} has {actual}"
+        problems.append(Problem("wrong size", entry.where, detail))
         return None
     return size
 
@@ -247,7 +253,7 @@ def _settled(entry: Entry, path: Path, size: Size, annotations: Annotations) -> 
         keep_N[number] = kind is None
         kind = kind or ("over the edge" if out_N[number] else None)
         if kind == "unknown class":
-            continue  # the reader has reported it, with the name of the class
+            continue  # the reader has already reported the box with the name of its class
         if kind:
             edges = ", ".join(f"{edge:g}" for edge in np.round(boxes_N4[number], 2))
             detail = f"box {number + 1} ({edges}) in {size[1]}×{size[0]}"
@@ -273,12 +279,12 @@ def _doubts(pairs: Sequence[tuple[Entry, Size]], box_format: BoxFormat) -> list[
     if fractions != relative and (fractions or (boxes_N4 > 1.5).any(1).mean() > 0.5):
         names = ("pixels", "fractions of the image")
         read, look = names if fractions else names[::-1]
-        mend = "multiply" if fractions else "divide"
-        detail = f"coordinates are read as {read}, but look like {look}; {mend} them by its width and height"
+        remedy = "multiply" if fractions else "divide"
+        detail = f"coordinates are read as {read}, but look like {look}; {remedy} them by the image's width and height"
         return [Problem("wrong format", pairs[0][0].where, detail)]
 
     def plausible(candidate: BoxFormat) -> float:
-        """The fraction of boxes that are not inverted and lie in their image."""
+        """Return the fraction of boxes that, read in this format, lie in their image and are not inverted."""
         edges_N4 = to_xyxy(boxes_N4, candidate) * (scale_N4 if relative else 1)
         inside_N = (edges_N4 >= -1).all(1) & (edges_N4 <= scale_N4 + 1).all(1)
         return float((inside_N & (edges_N4[:, 2:] > edges_N4[:, :2]).all(1)).mean())
@@ -286,7 +292,7 @@ def _doubts(pairs: Sequence[tuple[Entry, Size]], box_format: BoxFormat) -> list[
     formats: tuple[BoxFormat, ...] = ("xyxy", "xywh", "cxcywh")
     best = max(formats, key=lambda candidate: (plausible(candidate), candidate == box_format))
     if plausible(box_format) < 0.9 and plausible(best) >= _PLAUSIBLE:
-        share = f"{plausible(best):.0%} are plausible as {best} only"
-        detail = f"boxes are read as {box_format}, but {share}; set box_format: {best}"
+        fitting = f"only {plausible(box_format):.0%} of them fit this format, and {plausible(best):.0%} fit {best}"
+        detail = f"boxes are read as {box_format}, but {fitting}; set box_format: {best}"
         return [Problem("wrong format", pairs[0][0].where, detail)]
     return []

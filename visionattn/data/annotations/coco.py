@@ -1,4 +1,4 @@
-"""Read COCO's .json annotation files, without importing torch."""
+"""Read COCO's .json annotation files. This file does not import torch."""
 
 import json
 from collections import Counter
@@ -11,9 +11,9 @@ import numpy as np
 from visionattn.data.annotations.boxes import Annotations, Entry, Problem
 from visionattn.data.annotations.parsing import (
     IMAGE_FOLDERS,
-    SPLITS,
     chosen_names,
     files_ending,
+    split_folders,
     split_of,
     stated_size,
     to_number,
@@ -25,7 +25,7 @@ from visionattn.errors import DataError
 
 def coco_files(root: Path) -> list[Path]:
     """Return the .json files of a folder that may hold boxes."""
-    places = [root, root / "annotations", *(root / name for name in SPLITS)]
+    places = [root, root / "annotations", *(folder for _, folder in split_folders(root))]
     files = [file for place in places for file in files_ending(place, ".json")]
     return [file for file in files if not file.name.startswith(("captions", "person_keypoints"))]
 
@@ -39,14 +39,23 @@ def read_coco(root: Path, images: Path | None, class_names: Sequence[str] | None
     files = [root] if root.is_file() else coco_files(root)
     contents = [(file, _load_json(file)) for file in files]
     contents = [(file, content) for file, content in contents if {"images", "annotations"} <= content.keys()]
+    panoptic = [file for file, content in contents if _is_panoptic(file, content)]
+    contents = [(file, content) for file, content in contents if file not in panoptic]
+    if panoptic and not contents:
+        raise DataError(
+            f"{panoptic[0]} holds COCO's panoptic segments (segments_info), not boxes; use a file of instances, e.g. "
+            "instances_train2017.json"
+        )
     if not contents:
-        raise DataError(f"{root}: no .json is in COCO's layout, an object with images, annotations and categories")
+        raise DataError(
+            f"{root}: no .json is in COCO's layout, which is an object with images, annotations and categories"
+        )
     categories: dict[int, str] = {}
     for file, content in contents:
         for number, name in _categories(file, content):
             if categories.setdefault(number, name) != name:
-                raise DataError(f"{file} calls class {number} {name!r}, and another .json there {categories[number]!r}")
-    # some exporters give two category ids the same name: both ids mean one class, which keeps the higher id
+                raise DataError(f"{file} names class {number} {name!r}, but another .json has {categories[number]!r}")
+    # some exporters give two category ids the same name; these become one class with the higher id
     by_name = {categories[number]: number for number in sorted(categories)}
     names = chosen_names(class_names, by_name, root)
     numbers = {number: names.index(name) for number, name in categories.items() if name in names}
@@ -77,8 +86,10 @@ def _coco_entries(
     home = file.parent.parent if file.parent.name == "annotations" else file.parent
     token = file.stem.rpartition("_")[2]  # instances_train2017 → train2017
     folders = [images] if images else []
-    folders += [home / part / name for part in (token, split, "") for name in IMAGE_FOLDERS]
-    folders += [home / name / part for part in (token, split) if part for name in IMAGE_FOLDERS]
+    tops = [home / token, *(folder for name, folder in split_folders(home) if name == split), home]
+    folders += [top / name for top in tops for name in IMAGE_FOLDERS]
+    for images_folder in (home / name for name in IMAGE_FOLDERS):
+        folders += [images_folder / token, *(place for name, place in split_folders(images_folder) if name == split)]
     listed = _objects(file, content, "images")
     uses = Counter(to_whole(image.get("id")) for image in listed)
     if uses[None]:
@@ -99,7 +110,7 @@ def _coco_entries(
         number, name = to_whole(image["id"]), str(image.get("file_name", ""))
         where = f"{file.name}, {name or number}"
         if uses[number] > 1:
-            problems.append(Problem("shared id", where, f"id {number} is also another image's"))
+            problems.append(Problem("shared id", where, f"another image also has the id {number}"))
         if number is None or uses[number] > 1:
             continue
         own = boxes[number]
@@ -123,6 +134,11 @@ def _class_of(annotation: Mapping[str, object], numbers: Mapping[int, int]) -> i
     return -1 if category is None else numbers.get(category, -1)
 
 
+def _is_panoptic(file: Path, content: Mapping[str, object]) -> bool:
+    annotations = _objects(file, content, "annotations")
+    return bool(annotations) and all("segments_info" in annotation for annotation in annotations)
+
+
 def _load_json(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_bytes())
@@ -134,5 +150,5 @@ def _load_json(file: Path) -> dict[str, object]:
 def _objects(file: Path, content: Mapping[str, object], name: str) -> list[Mapping[str, Any]]:
     objects = content.get(name, [])
     if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
-        raise DataError(f"{file} is not COCO's: {name} must be a list of objects")
+        raise DataError(f"{file} is not in COCO's layout: {name} must be a list of objects")
     return objects

@@ -1,4 +1,4 @@
-"""Helpers shared by the readers of annotations; no torch."""
+"""Helpers shared by the readers of annotations. This file does not import torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,20 +12,28 @@ from visionattn.data.decode import SUFFIXES
 from visionattn.data.placement import Size
 from visionattn.errors import DataError, nearest
 
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""File or folder name of a split → split."""
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Name of a split in file and folder names, in lower case → name of the split in this package."""
 IMAGE_FOLDERS = ("images", "JPEGImages", "Images", "imgs", "")
-"""Usual names of the folder of images."""
+"""Usual names of the folder of images; "" is the data set's own folder."""
 
 
 def files_ending(folder: Path, suffix: str) -> list[Path]:
-    """Return the files of a folder with a suffix, in upper or lower case; hidden files are skipped."""
+    """Return the files in a folder with this suffix, in upper or lower case; hidden files are skipped."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     return [file for file in there if file.suffix.lower() == suffix and not file.name.startswith(".")]
 
 
 def pictures_in(place: Path, *, deep: bool = True) -> list[Path]:
-    """Return the images of a folder (if `deep`, of its sub-folders too), or the images that a text file lists."""
+    """Return the images in a folder (with `deep`, also in its sub-folders) or in a text file that lists images."""
     if place.is_file():
         lines = place.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
         return [place.parent / line.strip() for line in lines if line.strip()]
@@ -33,6 +41,16 @@ def pictures_in(place: Path, *, deep: bool = True) -> list[Path]:
         return []
     files = sorted(place.rglob("*") if deep else place.iterdir())
     return [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+
+
+def split_folders(root: Path) -> list[tuple[str, Path]]:
+    """Return (split, folder) of each sub-folder that is named after a split, in upper or lower case."""
+    names = (
+        [path.name for path in root.iterdir() if path.name.lower() in SPLITS and path.is_dir()] if root.is_dir() else []
+    )
+    order = list(SPLITS)
+    names.sort(key=lambda name: (order.index(name.lower()), name))
+    return [(SPLITS[name.lower()], root / name) for name in names]
 
 
 def chosen_names(class_names: Sequence[str] | None, by_name: Mapping[str, int], root: Path) -> tuple[str, ...]:
@@ -48,7 +66,7 @@ def chosen_names(class_names: Sequence[str] | None, by_name: Mapping[str, int], 
 
 
 def split_of(name: str) -> str | None:
-    """Return the split in the name of a file or folder, such as `instances_train2017`, or None."""
+    """Return the split that a file or folder name contains, e.g. train for `instances_train2017`, or None."""
     for part in name.lower().replace("-", "_").split("_"):
         for alias, split in SPLITS.items():
             if part.rstrip("0123456789") == alias:
@@ -57,7 +75,7 @@ def split_of(name: str) -> str | None:
 
 
 def to_rows(values: Sequence[object]) -> NDArray[np.float64]:
-    """Convert boxes to an (N, 4) array; NaN where a coordinate is missing or not a number."""
+    """Convert boxes to an (N, 4) array; a coordinate that is missing or not a number becomes NaN."""
     rows = [
         [to_number(value) for value in row] if isinstance(row, (list, tuple)) and len(row) == 4 else [math.nan] * 4
         for row in values
@@ -66,29 +84,33 @@ def to_rows(values: Sequence[object]) -> NDArray[np.float64]:
 
 
 def stated_size(height: object, width: object) -> Size | None:
-    """Return the size stated in a file, or None where height or width is missing or not a number."""
+    """Convert a size from a file to (height, width), or None if a side is missing or not a number."""
     sides = to_number(height), to_number(width)
     return (int(sides[0]), int(sides[1])) if np.isfinite(sides).all() else None
 
 
 def to_number(value: object) -> float:
-    """Convert a number, or the text of one, to float; NaN where that fails."""
+    """Convert a number, or text that holds a number, to float; other values become NaN."""
     try:
-        return float(value)  # type: ignore[arg-type]  # other types raise the TypeError below
+        return float(value)  # type: ignore[arg-type]  # float() raises TypeError for other types
     except (TypeError, ValueError):
         return math.nan
 
 
 def to_whole(value: object) -> int | None:
-    """Convert a COCO number, which some tools write as text, to int; None where that fails."""
-    if isinstance(value, int):  # not converted to float, which cannot hold all integers above 2⁵³
+    """Convert an id in a COCO file to int; some tools write ids as text. Other values become None."""
+    if isinstance(value, int):  # do not convert to float, which cannot hold all integers above 2⁵³
         return value
     number = to_number(value)
     return int(number) if number.is_integer() else None
 
 
 def resplit(annotations: Annotations, files: Mapping[str, Path]) -> Annotations:
-    """Divide the entries into the splits that split files list.
+    """Assign the entries to splits according to split files.
+
+    Args:
+        annotations: the entries.
+        files: split → text file; each line names an image.
 
     Raises:
         DataError: a split file is missing, or one of its lines matches two images.
@@ -104,7 +126,7 @@ def resplit(annotations: Annotations, files: Mapping[str, Path]) -> Annotations:
             raise DataError(f"there is no split file {file}")
         splits[split] = []
         for line in file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines():
-            # names may contain spaces, and Pascal VOC writes 1 or -1 after the name
+            # try the whole line first, since names may contain spaces; Pascal VOC writes 1 or -1 after the name
             texts = [line.strip(), *line.rsplit(None, 1)[:1]] if line.strip() else []
             known = next((matches for text in texts if (matches := _matching(text, by_name))), [])
             if len(known) > 1:

@@ -1,4 +1,4 @@
-"""Read box annotations in one of three layouts (COCO, Pascal VOC or YOLO), without importing torch."""
+"""Read box annotations in one of three layouts: COCO, Pascal VOC or YOLO. This file does not import torch."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Literal
 
 from visionattn.data.annotations.boxes import Annotations, BoxFormat
 from visionattn.data.annotations.coco import coco_files, read_coco
-from visionattn.data.annotations.parsing import SPLITS, resplit
+from visionattn.data.annotations.parsing import SPLITS, resplit, split_folders
 from visionattn.data.annotations.voc import read_voc, xml_folders
 from visionattn.data.annotations.yolo import read_yolo, yaml_of
 from visionattn.errors import DataError, UsageError, nearest
@@ -23,22 +23,23 @@ def read_annotations(
     splits: Mapping[str, str] | None = None,
     box_format: BoxFormat | None = None,
 ) -> Annotations:
-    """Read the annotations of a folder; the layout is recognised from the files in the folder.
+    """Read the annotations of a folder. The files in the folder determine the layout.
 
     - COCO: .json files in the folder or in its sub-folder annotations/, each with its split in the file name; or one
       .json file in each of train/, val/ (or valid/) and test/. Without such names there is a single unnamed split.
-    - Pascal VOC: .xml files in Annotations/ (or next to the images), images in JPEGImages/ or images/, splits in
-      ImageSets/Main/train.txt, val.txt, test.txt. Coordinates are used as written: the original VOC counts pixels from
-      1, but most tools that write the format do not; the difference is one pixel at most.
+    - Pascal VOC: .xml files in Annotations/ (or next to the images), images in JPEGImages/ or images/, or else where
+      <folder> or <path> in the .xml says, splits in ImageSets/Main/train.txt, val.txt, test.txt. Coordinates are used
+      as written. The original VOC counts pixels from 1, but most tools that write the format count from 0; the
+      difference is at most one pixel.
     - YOLO: data.yaml (or another .yaml with `names`), or images/ and labels/, with sub-folders for the splits. A line
-      with more than five numbers is a polygon, which is replaced by its bounding box.
+      with more than six numbers is a polygon, which is replaced by its bounding box.
 
     Args:
         root: the folder, or one .json or .yaml file.
         images: folder of the images (default: the layout's usual folders).
         class_names: the classes to read, in the order of their labels (default: those in the files).
-        splits: split files, `{train: train.txt, …}`. Each line names an image. Its folder and suffix may be left out,
-            but only the folder distinguishes images of the same name. These files replace the splits of the layout.
+        splits: split files, `{train: train.txt, …}`, which replace the splits of the layout. Each line names an image.
+            The suffix may be left out, and so may the folder, unless images in two folders have the same name.
         box_format: format of the boxes in the files (default: COCO xywh, VOC xyxy, YOLO cxcywh).
 
     Raises:
@@ -48,7 +49,9 @@ def read_annotations(
     """
     root = Path(root)
     if unknown := [name for name in splits or () if name not in SPLITS]:
-        raise UsageError(f"splits are train, val and test, not {unknown[0]!r}.{nearest(unknown[0], SPLITS)}")
+        raise UsageError(
+            f"splits are train, val and test, not {unknown[0]!r}.{nearest(unknown[0], dict.fromkeys(SPLITS.values()))}"
+        )
     if not root.exists():
         siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
         raise DataError(f"there is no folder {root}.{nearest(root.name, siblings)}")
@@ -69,9 +72,11 @@ def layout_of(root: Path) -> Layout:
     if root.is_file():
         return "coco" if root.suffix.lower() == ".json" else "yolo"
     others: list[Layout] = ["voc"] if xml_folders(root) else []
-    if yaml_of(root) or any(path.is_dir() for path in (root / "labels", root / "train" / "labels")):
+    if yaml_of(root) or any(
+        path.is_dir() for path in (root / "labels", *(folder / "labels" for _, folder in split_folders(root)))
+    ):
         others.append("yolo")
-    # in a folder that also has another layout, a .json file without annotations does not count as COCO
+    # if the folder also fits another layout, only a .json file with "annotations" makes it a COCO folder
     if any(not others or b'"annotations"' in file.read_bytes() for file in coco_files(root)):
         return "coco"
     if others:

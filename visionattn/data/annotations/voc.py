@@ -1,31 +1,32 @@
-"""Read Pascal VOC's xml files of annotations; no torch."""
+"""Read Pascal VOC's .xml annotation files. This file does not import torch."""
 
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
 from visionattn.data.annotations.boxes import Annotations, Entry, Problem
 from visionattn.data.annotations.parsing import (
     IMAGE_FOLDERS,
-    SPLITS,
     files_ending,
     pictures_in,
     resplit,
+    split_folders,
     stated_size,
     to_rows,
 )
+from visionattn.data.decode import SUFFIXES
 
 
 def xml_folders(root: Path) -> list[tuple[str, Path]]:
-    """Return (split, folder) of each folder with .xml files; the split is "" where the folder serves all splits."""
+    """Return (split, folder) of each folder with .xml files; the split is "" if the folder is for all splits."""
     places = [("", root / "Annotations"), ("", root / "annotations"), ("", root)]
-    places += [(split, root / name) for name, split in SPLITS.items()]
-    places += [(split, root / name / "Annotations") for name, split in SPLITS.items()]
+    places += split_folders(root)
+    places += [(split, folder / "Annotations") for split, folder in split_folders(root)]
     folders: list[tuple[str, Path]] = []
     for split, place in places:
-        # where the file system ignores case, Annotations and annotations are the same folder
+        # on a file system that ignores case, Annotations and annotations are the same folder
         if files_ending(place, ".xml") and not any(place.samefile(other) for _, other in folders):
             folders.append((split, place))
     return folders
@@ -48,8 +49,8 @@ def read_voc(root: Path, images: Path | None, class_names: Sequence[str] | None)
             except (ET.ParseError, LookupError, ValueError) as error:  # not well-formed, or in an unknown encoding
                 problems.append(Problem("unreadable annotation", file.name, str(error)))
                 continue
-            path = pictures.get(file.stem) or pictures.get(Path(tree.findtext("filename") or "").stem)
-            parsed.append((split, file, tree, path))
+            path = pictures.get(file.stem) or pictures.get(Path(_text(tree, "filename")).stem)
+            parsed.append((split, file, tree, path if path or images else _named_image(tree, file, base)))
     names = class_names or sorted(
         {_text(item, "name") for _, _, tree, _ in parsed for item in tree.iter("object")} - {""}
     )
@@ -90,3 +91,13 @@ def _by_stem(folders: Iterable[Path]) -> dict[str, Path]:
         for path in pictures_in(folder, deep=False):
             by_stem.setdefault(path.stem, path)
     return by_stem
+
+
+def _named_image(tree: ET.Element, file: Path, base: Path) -> Path | None:
+    """Return the image that <folder> and <path> name, relative to the data set or absolute, if it exists."""
+    named = PureWindowsPath(_text(tree, "path"))  # of either system: it takes / and \\ alike
+    name = _text(tree, "filename") or named.name
+    folder = _text(tree, "folder").replace("\\", "/")
+    places = [base / folder / name, base.parent / folder / name, file.parent / folder / name]
+    places += [Path(_text(tree, "path")), base / named.parent.name / named.name, base / named.name]
+    return next((place for place in places if place.suffix.lower() in SUFFIXES and place.is_file()), None)

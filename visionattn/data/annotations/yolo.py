@@ -1,4 +1,4 @@
-"""Read YOLO's txt files of annotations; no torch."""
+"""Read YOLO's .txt annotation files. This file does not import torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from visionattn.data.annotations.parsing import (
     chosen_names,
     files_ending,
     pictures_in,
+    split_folders,
     to_number,
     to_rows,
     to_whole,
@@ -22,7 +23,11 @@ from visionattn.errors import DataError
 
 
 def yaml_of(root: Path) -> dict[str, Any] | None:
-    """Return the content of a .yaml file, or of the first one in a folder, that has the key `names`; otherwise None."""
+    """Return the content of the first .yaml file with the key `names`, or None.
+
+    Args:
+        root: a folder, whose .yaml and .yml files are tried in order, or a single file.
+    """
     for file in [root] if root.is_file() else [*files_ending(root, ".yaml"), *files_ending(root, ".yml")]:
         try:
             content = yaml.safe_load(file.read_bytes())
@@ -41,12 +46,12 @@ def read_yolo(root: Path, images: Path | None, class_names: Sequence[str] | None
     """
     content = yaml_of(root)
     if content is None and root.is_file():
-        raise DataError(f"{root} is not a YOLO data set, which is a .yaml file with names")
+        raise DataError(f"{root} is not the .yaml file of a YOLO data set: it has no key `names`")
     home = root.parent if root.is_file() else root
     known = _yolo_names(root, content["names"] if content else None)
     folders = {split: paths for split, paths in _yolo_images(home, content or {}, images).items() if paths}
     if not folders:
-        raise DataError(f"{root} has labels and no images; give their folder: images: PATH")
+        raise DataError(f"{root} has labels, but no images were found; set images: to the folder of the images")
     problems: list[Problem] = []
     labels = {
         split: [
@@ -62,7 +67,7 @@ def read_yolo(root: Path, images: Path | None, class_names: Sequence[str] | None
     elif class_names:
         names, ids = tuple(class_names), list(range(len(class_names)))
         numbers = dict(zip(ids, ids, strict=True))
-    else:  # the files name no classes: take the numbers in use
+    else:  # neither the .yaml nor the caller names the classes: take the numbers that occur in the labels
         ids = sorted({line[0] for items in labels.values() for *_, lines in items for line in lines} - {-1})
         names = tuple(f"class {number}" for number in ids)
         numbers = {category: number for number, category in enumerate(ids)}
@@ -94,13 +99,13 @@ def read_yolo(root: Path, images: Path | None, class_names: Sequence[str] | None
 
 
 def _yolo_names(root: Path, names: object) -> dict[int, str]:
-    """Convert `names` of a .yaml file, a list or a dict, to number → name."""
+    """Convert `names` of a .yaml file, which is a list or a dict, to a dict from number to name."""
     if names is None:
         return {}
     by_key = dict(enumerate(names)) if isinstance(names, list) else names
     if isinstance(by_key, dict) and all(to_whole(number) is not None for number in by_key):
         return {int(number): str(name) for number, name in by_key.items()}
-    raise DataError(f"{root}: names must be a list, or numbers with a name each, not {names!r}")
+    raise DataError(f"{root}: names must be a list of names or map numbers to names, not {names!r}")
 
 
 def _yolo_images(home: Path, content: Mapping[str, Any], images: Path | None) -> dict[str, list[Path]]:
@@ -110,35 +115,30 @@ def _yolo_images(home: Path, content: Mapping[str, Any], images: Path | None) ->
     by_split: dict[str, list[Path]] = {}
     for name, split in SPLITS.items():
         for item in _listed(content.get(name)):
-            # some exporters write ../train/images for a folder next to the .yaml
+            # for a folder next to the .yaml, some exporters write ../train/images instead of train/images
             places = [base / item, base / str(item).removeprefix("../")]
             by_split.setdefault(split, []).extend(next((pictures_in(place) for place in places if place.exists()), []))
-    for name, split in SPLITS.items():
-        if not by_split.get(split):  # the .yaml does not name the split: try the usual folders
-            places = [base / "images" / name, base / name / "images"]
-            by_split[split] = next((pictures_in(place) for place in places if place.is_dir()), [])
+    folders = split_folders(base / "images")
+    folders += [(split, folder / "images") for split, folder in split_folders(base)]
+    for split, folder in folders:
+        if not by_split.get(split):  # the .yaml does not name the split
+            by_split[split] = pictures_in(folder)
     return by_split if any(by_split.values()) else {"": pictures_in(base / "images")}
 
 
 def _label_file(image: Path) -> Path:
-    """Return the label file of …/images/…/x.jpg: …/labels/…/x.txt, or x.txt next to the image.
-
-    Where neither exists, return the first of these names.
-    """
+    """Return the label file of …/images/…/x.jpg: …/labels/…/x.txt if it exists, else x.txt next to the image."""
     places = [image]
     for place in range(len(image.parts) - 2, -1, -1):
         if image.parts[place] == "images":
             places.insert(0, Path(*image.parts[:place], "labels", *image.parts[place + 1 :]))
             break
     files = [place.with_suffix(suffix) for place in places for suffix in (".txt", ".TXT")]
-    return next((file for file in files if file.is_file()), files[0])
+    return next((file for file in files if file.is_file()), files[0])  # if none exists, the preferred path
 
 
 def _yolo_lines(file: Path, problems: list[Problem]) -> list[tuple[int, list[float]]]:
-    """Read (class, [centre x, centre y, width, height]) of each line; class −1 is invalid.
-
-    A polygon is replaced by its bounding box.
-    """
+    """Read (class, [centre x, centre y, width, height]) of each line; an invalid class becomes −1."""
     if not file.is_file():
         return []
     lines = []
@@ -146,7 +146,7 @@ def _yolo_lines(file: Path, problems: list[Problem]) -> list[tuple[int, list[flo
         values = [to_number(part) for part in line.split()]
         if not values:
             continue
-        if len(values) > 6 and len(values) % 2:
+        if len(values) > 6 and len(values) % 2:  # a polygon, which is replaced by its bounding box
             x, y = np.array(values[1::2]), np.array(values[2::2])
             values = [values[0], *((edge.max() + edge.min()) / 2 for edge in (x, y)), np.ptp(x), np.ptp(y)]
         if len(values) != 5 or not math.isfinite(values[0]):

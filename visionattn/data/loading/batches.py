@@ -1,13 +1,15 @@
-"""The base of the data modules: splits, and loaders that can resume without losing or repeating an image."""
+"""The base class of the data modules: splits, and loaders that resume without losing or repeating an image."""
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sized
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypedDict, cast, runtime_checkable
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from visionattn.data.listing import Listing, PackedListing, differences, pack, unpack
 from visionattn.data.loading.order import Order, RankSampler
 from visionattn.data.loading.workers import WORKER_TIMEOUT, Loader, Unreadable
 from visionattn.data.placement import Preprocess
@@ -15,6 +17,7 @@ from visionattn.data.samples import Batch, Sample, collate
 from visionattn.errors import DataError, UsageError
 
 Split = Literal["train", "val", "test"]
+_OF_TRAINING: tuple[Split, ...] = ("train", "val")  # the splits that a training uses
 
 
 @runtime_checkable
@@ -25,32 +28,51 @@ class _OwnOrder(Protocol):
 
 
 class _Processed(Protocol):
-    """The type of Lightning's batch counter; its own class is private."""
+    """The type of Lightning's batch counter, since Lightning's own class is private."""
 
     processed: int
+
+
+class _State(TypedDict, total=False):
+    """What a checkpoint holds of a data module.
+
+    Keys:
+        seed, images, together: see `ImageData.state_dict`.
+        splits: the images of the splits `train` and `val`, where their names are known.
+    """
+
+    seed: int
+    images: int
+    together: int
+    splits: dict[str, PackedListing]
 
 
 class ImageData(L.LightningDataModule, ABC):
     """Images in a train, a val and perhaps a test split.
 
-    In training, (seed, epoch) determines the order, and (seed, epoch, index) determines the augmentation. Training that
-    is resumed in the middle of an epoch continues with the next image of the order. Evaluation uses every image exactly
-    once, for any number of processes.
+    In training, (seed, epoch) determines the order, and (seed, epoch, index) determines the augmentation. If training
+    is resumed in the middle of an epoch, it continues with the next image of the order. Evaluation uses every image
+    exactly once, with any number of processes.
+
+    If the data module lists its images (`listing`), a checkpoint holds their names, file sizes, labels and boxes. A
+    resume with other images is refused, and a test says how many of its images the checkpoint was trained on.
 
     Args:
         preprocess: converts an image to the model's input.
         batch_size: images per batch and process.
         num_workers: processes that load images; 0 loads them in the main process.
         seed: random seed of the order, the augmentation and the split.
-        unreadable: what to do if an image cannot be read, or the worker that reads it dies or hangs: `stop` or `skip`
-            (default: stop).
+        unreadable: what to do if an image cannot be read, or if the worker that reads the image dies or hangs: `stop`
+            or `skip` (default: stop).
         worker_timeout: seconds that a worker may take for one image (default: 20).
+        changed_ok: resume also if images were added, removed or changed since the checkpoint (default: False).
 
     Attributes:
         skipped: path → reason of each image that was left out.
 
     Raises:
         ValueError: an argument is out of its range.
+        DataError: in `load_state_dict`, if training is resumed with other images and `changed_ok` is False.
     """
 
     class_names: tuple[str, ...]
@@ -65,6 +87,7 @@ class ImageData(L.LightningDataModule, ABC):
         seed: int,
         unreadable: Unreadable = "stop",
         worker_timeout: float = WORKER_TIMEOUT,
+        changed_ok: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -77,18 +100,24 @@ class ImageData(L.LightningDataModule, ABC):
         self.seed = seed
         self.unreadable = unreadable
         self.worker_timeout = worker_timeout
+        self.changed_ok = changed_ok
         self.skipped: dict[str, str] = {}
         self.datasets: dict[Split, Dataset[Sample] | None] = {}
         self._order: Order | None = None
-        self._saved: dict[str, int] = {}
+        self._saved: _State = {}
+        self._packed: dict[str, PackedListing] = {}
 
     @abstractmethod
     def dataset(self, split: Split) -> Dataset[Sample] | None:
-        """Return the samples of a split, or None where there is no such split; only `train` is augmented.
+        """Return the data set of a split, or None if the split does not exist; only `train` is augmented.
 
-        Optional methods of the data set: `path_of(index)` returns the file of a sample, for error messages;
-        `shuffled(seed)` returns the order of an epoch, for data that cannot be read efficiently in fully random order.
+        The data set may have two optional methods. `path_of(index)` returns the file of a sample, for error messages.
+        `shuffled(seed)` returns the order of an epoch, for data that is slow to read in fully random order.
         """
+
+    def listing(self, split: Split) -> Listing | None:
+        """Return the name and item of each image of a split, or None if they are unknown (the default)."""
+        return None
 
     def setup(self, stage: str) -> None:
         by_stage: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -107,7 +136,7 @@ class ImageData(L.LightningDataModule, ABC):
             batch_size=self.batch_size,
             rank=rank,
             world_size=world_size,
-            start=self._images_done,  # Lightning may ask for the loader before it has read the checkpoint
+            start=self._images_done,  # a function, since Lightning may build the loader before it reads the checkpoint
             shuffled=dataset.shuffled if isinstance(dataset, _OwnOrder) else None,
         )
         return self._loader(dataset, sampler=self._order, fill=True)
@@ -121,28 +150,67 @@ class ImageData(L.LightningDataModule, ABC):
     def predict_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation("test" if self.datasets["test"] is not None else "val")
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the numbers that determine the order in an epoch; Lightning itself saves the number of batches."""
+    def state_dict(self) -> _State:  # type: ignore[override]  # Lightning's type is dict[str, Any]
+        """Return the images, and the numbers that determine their order in an epoch.
+
+        Lightning saves the number of finished batches. `together` is the total batch size of all processes.
+        """
         if self._order is None:
             return {}
+        if not self._packed:
+            listings = {split: self.listing(split) for split in _OF_TRAINING}
+            self._packed = {split: pack(listing) for split, listing in listings.items() if listing is not None}
         together = self.batch_size * self._order.num_replicas
-        return {"seed": self.seed, "images": self._order.length, "together": together}
+        return {"seed": self.seed, "images": self._order.length, "together": together, "splits": self._packed}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: _State) -> None:  # type: ignore[override]  # as for state_dict
         self._saved = state_dict
+        saved = {split: unpack(packed) for split, packed in state_dict.get("splits", {}).items()}
+        stage = self.trainer.state.fn if self.trainer else None
+        if stage == "fit":
+            self._compare(saved)
+        elif stage in ("test", "validate"):
+            self._count_trained(saved.get("train"), "test" if stage == "test" else "val")
+
+    def _compare(self, saved: dict[str, Listing]) -> None:
+        now: dict[str, Listing] = {split: self.listing(split) or {} for split in _OF_TRAINING if split in saved}
+        changes = differences(saved, now)
+        if changes and not self.changed_ok:
+            raise DataError(
+                f"the images differ from those of the checkpoint: {changes}; restore them, or set data.changed_ok: "
+                "true to go on with the present images"
+            )
+        if changes:
+            self._say(f"the images differ from those of the checkpoint: {changes}")
+
+    def _count_trained(self, trained: Listing | None, split: Split) -> None:
+        """Say how many images of a split the checkpoint was trained on: images of equal name and file size."""
+        listing = self.listing(split)
+        if trained is None or listing is None:
+            return
+        count = sum(name in trained and trained[name].size == item.size for name, item in listing.items())
+        name = "validation" if split == "val" else split
+        self._say(f"the checkpoint was trained on {count} of the {len(listing)} {name} images")
+
+    def _say(self, line: str) -> None:
+        if self._rank()[0] == 0:
+            print(line, file=sys.stderr)
 
     def _images_done(self) -> int:
-        """Return how many images of the epoch were used before training was resumed; 0 if it was not resumed."""
+        """Return how many images of the epoch were used before the resume; 0 without a resume."""
         loop = self.trainer.fit_loop if self.trainer else None
         if loop is None or not loop.restarting:
             return 0
-        now = self.state_dict()
-        names = {"seed": "seed", "images": "number of training images", "together": "batch of all processes together"}
+        now = cast(dict[str, int], self.state_dict())
+        names = {"seed": "seed", "images": "number of training images", "together": "total batch size of all processes"}
+        if self.changed_ok:
+            del names["images"]
+        saved = cast(dict[str, int], self._saved)
         for key, name in names.items():
-            if key in self._saved and self._saved[key] != now[key]:
+            if key in saved and saved[key] != now[key]:
                 raise UsageError(
-                    f"the checkpoint was saved in the middle of an epoch, when the {name} was {self._saved[key]}; "
-                    f"now it is {now[key]}. To resume with the next image, set the old value again"
+                    f"the checkpoint was saved in the middle of an epoch with the {name} {saved[key]}, "
+                    f"but this run has {now[key]}; set {saved[key]} again to resume with the next image"
                 )
         progress = cast(_Processed, loop.epoch_loop.batch_progress.current)
         return progress.processed * now["together"]

@@ -9,28 +9,29 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
 Bits = TypeVar("Bits", bound="int | NDArray[np.uint64]")
-_ALL = 0xFFFFFFFFFFFFFFFF  # keeps the low 64 bits of a Python int; uint64 arrays do not need it
+_ALL = 0xFFFFFFFFFFFFFFFF  # mask for the low 64 bits of a Python int; uint64 arrays overflow to 64 bits by themselves
 
 
 class Order(DistributedSampler[tuple[int, int]]):
     """Yield (index, seed of the augmentation) in a new order every epoch.
 
-    The order is a function of (seed, epoch), and the augmentation's seed a function of (seed, epoch, index). Neither
-    depends on worker processes or on earlier draws. Lightning calls `set_epoch`, and does not replace a
-    DistributedSampler by one of its own.
+    (seed, epoch) determines the order, and (seed, epoch, index) determines the augmentation's seed. Neither depends on
+    worker processes or on earlier draws. Lightning calls `set_epoch` before each epoch. With several processes,
+    Lightning would replace a sampler that is not a DistributedSampler.
 
     With n processes, each process takes every n-th sample. So n processes together use the same batches as one process
     with n times the batch size, and training can be resumed with another number of processes. Images that do not fill
-    the last batch are left out of the epoch, since a batch of one image would break batch normalisation. If all images
-    together do not fill one batch, they form a smaller batch; its first images are repeated up to a multiple of n.
+    the last batch are left out of the epoch, since a batch of one image would break batch normalisation. If the data
+    set has fewer images than one batch, they form a smaller batch, and its first images are repeated up to a multiple
+    of n.
 
     Args:
-        dataset: gives the number of samples.
+        dataset: only its length is used.
         seed: random seed of the order and of the augmentation.
         batch_size: samples per batch and process.
         rank: number of this process.
         world_size: n, the number of processes.
-        start: called when an epoch begins; returns how many samples (of all processes) to skip (default: 0).
+        start: function called when an epoch begins; returns how many samples of all processes to skip (default: 0).
         shuffled: seed → all indices in the order of an epoch (default: every order is equally likely).
     """
 
@@ -71,9 +72,9 @@ class RankSampler(DistributedSampler[int]):
     """Yield every n-th index, so that n processes together use every sample exactly once.
 
     Attributes:
-        starved: True where there are fewer samples than processes and this process has no sample. The sampler then
-            yields index 0, and the loader turns this sample into an empty batch, so that the process still takes part
-            in collective operations.
+        starved: True if there are fewer samples than processes and this process has no sample. The sampler then yields
+            index 0, and the loader turns this sample into an empty batch. So the process still takes part in collective
+            operations.
     """
 
     def __init__(self, dataset: Sized, *, rank: int = 0, world_size: int = 1) -> None:
@@ -97,7 +98,7 @@ def mix(*numbers: int) -> int:
 
 def scramble(state: Bits) -> Bits:
     """Apply one step of splitmix64 to a 64-bit number, or to each number of an array."""
-    bits = cast(int, state)  # an array has the same operators, but NumPy's types reject Python's large numbers
+    bits = cast(int, state)  # arrays work too, but NumPy's type annotations reject the large constants below
     bits = (bits + 0x9E3779B97F4A7C15) & _ALL
     bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _ALL
     bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _ALL

@@ -1,4 +1,4 @@
-"""A DataLoader that names the file of a failed sample, and detects workers that died or hang."""
+"""A DataLoader whose errors name the file of a failed sample, and which detects workers that died or hang."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ Unreadable = Literal["stop", "skip"]
 WORKER_TIMEOUT = 20.0
 """Default time limit of a worker for one image, in seconds."""
 
-_POLL = 2.0  # seconds between checks of the workers while no batch arrives
+_POLL = 2.0  # seconds to wait for a batch before the workers are checked
 
 Key: TypeAlias = "int | tuple[int, int]"
 """Index of a sample, or (index, seed of its augmentation)."""
@@ -40,7 +40,7 @@ class Failure:
 
 
 class _Loaded(NamedTuple):
-    """A batch (None if all its samples failed) and the failures. It is a tuple, so that torch can pin its memory."""
+    """A batch (None if all its samples failed) and the failures; a tuple, because torch pins the memory of tuples."""
 
     batch: Batch | None
     failures: list[Failure]
@@ -48,31 +48,32 @@ class _Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class _Whole:
-    """A batch that a data set returned as a whole, so that there are no samples to collate."""
+    """A complete batch that a data set returned, which needs no collating."""
 
     batch: Batch
 
 
 class Loader(DataLoader[Batch]):
-    """A DataLoader that names the file when a sample fails, or when its worker dies or hangs.
+    """A DataLoader whose error names the file if a sample fails, or if the worker that loads it dies or hangs.
 
-    PyTorch's own loader reports only the process id of a dead worker, and raises at an arbitrary point of the main
-    process. It waits forever for a worker that hangs.
+    PyTorch's own loader reports only the process id of a dead worker, and raises the error at an arbitrary point of the
+    main process. For a worker that hangs, PyTorch's loader waits forever.
 
     Args:
-        dataset: returns samples, which are dicts; its optional method `path_of(index)` names a sample in errors.
+        dataset: returns samples, which are dicts. Its optional method `path_of(index)` gives the name used in errors.
         collate: joins samples into a batch.
         worker_timeout: seconds that a worker may take for one sample (default: 20).
         unreadable: what to do if a sample fails: `stop` or `skip` (default: stop).
-        fill: replace skipped samples by others of the same batch, so that batches keep their size (default: False).
-        skipped: dict to which the skipped samples are added, path → reason.
-        starved: yield empty batches, for a process that has no samples (see `RankSampler`; default: False).
+        fill: replace skipped samples by copies of other samples of the batch, so that batches keep their size
+            (default: False).
+        skipped: dict path → reason, to which skipped samples are added.
+        starved: yield empty batches, for a process without samples, see `RankSampler` (default: False).
         options: other arguments of DataLoader.
 
     Raises:
-        DataError: while iterating, if a sample fails and `unreadable` is `stop`, or if a whole batch fails and `fill`
-            is set.
-        UsageError: while iterating, if a sample fails through wrong usage.
+        DataError: during iteration, if a sample fails and `unreadable` is `stop`, or if all samples of a batch fail and
+            `fill` is set.
+        UsageError: during iteration, if loading a sample raises UsageError.
     """
 
     def __init__(
@@ -99,14 +100,14 @@ class Loader(DataLoader[Batch]):
         self.skipped = {} if skipped is None else skipped
         self.starved = starved
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch's annotation is its own iterator class
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch annotates a class of its own
         for batch, failures in self._loaded():
             for failure in failures:
                 if self.unreadable == "stop" or isinstance(failure.error, UsageError):
                     raise failure.error
                 self._skip(failure)
             if not batch and self.fill:
-                raise DataError(f"no image of a whole batch can be read; {failures[0]}")
+                raise DataError(f"none of the images of a batch can be read, e.g. {failures[0]}")
             if batch:
                 yield _without_samples(batch) if self.starved else batch
 
@@ -124,7 +125,7 @@ class Loader(DataLoader[Batch]):
                     raise
                 index, reason = self._watched.dead() if died else self._watched.hung(self.worker_timeout)
                 if reason is None:
-                    continue  # no worker hangs; the samples are only slow
+                    continue  # every worker is within the time limit, so wait for the batch
                 self._watched.kill()
                 self._iterator = None
                 if self.unreadable == "stop" or index is None:
@@ -141,7 +142,7 @@ class Loader(DataLoader[Batch]):
         return {name: getattr(self, name) for name in names}
 
     def _start(self, make: Callable[[], Iterator[Any]]) -> Iterator[_Loaded]:
-        """Start the workers and remove torch's SIGCHLD handler, since `_loaded` handles dead workers."""
+        """Start the workers, then restore the SIGCHLD handler that torch replaces; `_loaded` handles dead workers."""
         if threading.current_thread() is not threading.main_thread():
             return make()
         before = signal.getsignal(signal.SIGCHLD)
@@ -157,18 +158,18 @@ class Loader(DataLoader[Batch]):
 
 
 class _Watched(Dataset[Any]):
-    """A data set that notes in shared memory which process is reading which sample, and since when."""
+    """A data set that records in shared memory which process is reading which sample, and since when."""
 
     def __init__(self, dataset: Any, workers: int) -> None:  # dataset: any data set, perhaps with the optional methods
         self.dataset = dataset
         self.left_out: dict[int, str] = {}
-        # for each worker: index + 1, start in ns, process id
+        # three numbers per worker: index + 1 of the sample (0: none), start in ns, process id
         self._slots = multiprocessing.RawArray("q", 3 * max(1, workers))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getattr__(self, name: str) -> Any:  # other attributes are those of the data set
+    def __getattr__(self, name: str) -> Any:  # forwards all other attributes to the data set
         if name.startswith("__") or name == "dataset":
             raise AttributeError(name)
         return getattr(self.dataset, name)
@@ -185,25 +186,26 @@ class _Watched(Dataset[Any]):
         except (DataError, UsageError) as error:
             return Failure(self._name(index), error)
         except Exception as error:
-            reason = DataError(f"{self._name(index)} cannot be made a sample: {type(error).__name__}: {error}")
+            reason = DataError(f"{self._name(index)} cannot be loaded: {type(error).__name__}: {error}")
             return Failure(self._name(index), reason)
         finally:
             if worker is not None:
                 self._slots[3 * worker.id] = 0
 
     def __getitems__(self, keys: Sequence[Key]) -> "list[Sample | Failure] | _Whole":
-        make_batch = getattr(self.dataset, "__getitems__", None)  # some data sets make a whole batch at once
+        make_batch = getattr(self.dataset, "__getitems__", None)  # some data sets return a complete batch
         return [self[key] for key in keys] if make_batch is None else _Whole(make_batch(keys))
 
     def dead(self) -> tuple[int | None, str]:
-        """Return the sample that a dead worker was reading (None if unknown), and the error message."""
+        """Return the index of the sample that a dead worker was reading (None if unknown), and the error message."""
         for index, _, process in self._at_work():
             if not _alive(process):
-                return index, f"{self._name(index)}: the process that read it died; it may be too large or damaged"
+                reason = "the process that read this image died; the image may be too large or damaged"
+                return index, f"{self._name(index)}: {reason}"
         return None, "a process that loads images died; the system may have been out of memory"
 
     def hung(self, worker_timeout: float) -> tuple[int | None, str | None]:
-        """Return a sample that a worker has read for too long, and the error message; (None, None) if there is none."""
+        """Return the index of a sample that exceeds the time limit, and the error message, or (None, None)."""
         now = time.monotonic_ns()
         for index, since, _ in self._at_work():
             if now - since > worker_timeout * 1e9:
@@ -230,7 +232,7 @@ class _Watched(Dataset[Any]):
 
 
 class _Collate:
-    """Collate the samples that did not fail. A class, since spawned workers need a callable that can be pickled."""
+    """Collate the samples that did not fail. This is a class because workers need a callable that can be pickled."""
 
     def __init__(self, collate: Callable[[Sequence[Sample]], Batch], fill: bool) -> None:
         self.collate = collate

@@ -1,4 +1,4 @@
-"""Handwritten digits among clutter: a data set that needs no download and has a box and a mask of each digit."""
+"""Handwritten digits among clutter: a data set without download, with the box and the mask of each digit."""
 
 from functools import cached_property
 from typing import Literal, TypedDict
@@ -15,9 +15,9 @@ from visionattn.data.placement import Preprocess
 from visionattn.data.samples import Sample
 
 SPLITS = ("train", "val", "test")
-_FRACTIONS = (0.7, 0.1, 0.2)  # of the handwritten instances, per split
-_SMOOTH = 32  # the 8 × 8 pixels are upsampled once to this side, by cubic interpolation
-REMEMBERED = 16_384  # images that a data set caches, 8 kB each, so that later epochs do not draw them again
+_FRACTIONS = (0.7, 0.1, 0.2)  # fraction of the handwritten instances in train, val and test
+_SMOOTH = 32  # pixels; cubic interpolation enlarges each 8 × 8 instance to this side when it is loaded
+REMEMBERED = 16_384  # maximum number of images that a data set keeps, 8 kB each, to draw them only in the first epoch
 
 
 class _Options(TypedDict):
@@ -27,22 +27,22 @@ class _Options(TypedDict):
 
 
 class ClutteredDigits(Dataset[Sample]):
-    """One digit at a random scale and place among fragments of others, after Mnih et al. 2014 (1406.6247, section 4.1).
+    """A digit of random size and position among fragments of other digits (Mnih et al. 2014, 1406.6247, section 4.1).
 
-    The handwriting is scikit-learn's: 1,797 instances of 8 × 8 pixels by 43 people (UCI optical recognition of
-    handwritten digits). Deviations from the paper: these smaller digits replace MNIST's; their scale varies; and each
-    digit is slightly stretched and sheared, since there are few instances.
+    The digits are those of scikit-learn: 1,797 handwritten instances of 8 × 8 pixels by 43 people (UCI optical
+    recognition of handwritten digits). Deviations from the paper: these smaller digits replace MNIST's; their size
+    varies; and each digit is slightly stretched and sheared, since there are few instances.
 
-    An image is a function of (seed, split, index). No instance is used in two splits, not even in fragments.
+    (seed, split, index) determines an image. Each instance is used in one split only, as a digit and in fragments.
 
     Args:
         split: train, val or test.
         size: number of images.
         seed: random seed of the images (default: 0). The assignment of instances to splits does not depend on it.
         canvas: side of the square image, pixels (default: 64).
-        scale: smallest and largest side of a digit, pixels (default: 22 to 38).
-        distort: each digit is transformed by a 2 × 2 matrix. Each entry differs from the identity matrix by a random
-            amount of at most `distort`, in [0, 0.5] (default: 0.15).
+        scale: minimum and maximum side of a digit, pixels (default: 22 to 38).
+        distort: each digit is distorted by the identity matrix plus a random 2 × 2 matrix with entries in
+            [−distort, distort]; in [0, 0.5] (default: 0.15).
         fragments: number of pieces of other digits (default: 4).
         fragment_size: side of a piece, pixels (default: 9).
         preprocess: converts an image to the model's input (default: no resizing, values in [−1, 1]).
@@ -91,7 +91,7 @@ class ClutteredDigits(Dataset[Sample]):
         return self.size
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        index = key[0] if isinstance(key, tuple) else key  # the augmentation's seed is unused: nothing is augmented
+        index = key[0] if isinstance(key, tuple) else key  # key[1], the seed of the augmentation, is not needed
         image_HW, label, ink_HW = self.draw(index)
         image_CHW, placement = self.preprocess(np.repeat(image_HW[..., None], 3, 2))
         mask_HW = ink_HW
@@ -112,7 +112,7 @@ class ClutteredDigits(Dataset[Sample]):
         }
 
     def path_of(self, index: int) -> str:
-        """Return the path of a sample; no file exists there."""
+        """Return the name of a sample in the form of a path; the file does not exist."""
         return f"digits/{self.split}/{index:06d}.png"
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
@@ -121,7 +121,7 @@ class ClutteredDigits(Dataset[Sample]):
         return np.repeat(image_HW[..., None], 3, 2)
 
     def draw(self, index: int) -> tuple[NDArray[np.uint8], int, NDArray[np.bool_]]:
-        """Draw image `index`: (canvas, canvas) uint8, the digit's label, and the (canvas, canvas) mask of its ink."""
+        """Draw an image, (canvas, canvas) uint8; also return the digit's label and its (canvas, canvas) bool mask."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is out of range: the split has {self.size} images")
         if index not in self._drawn:
@@ -136,7 +136,7 @@ class ClutteredDigits(Dataset[Sample]):
             np.random.Philox(key=[self.seed, SPLITS.index(self.split)], counter=[0, 0, 0, index])
         )
         images, labels = self.instances
-        # one row per piece, the digit last: instance, side, cut (2), position (2), distortion (4)
+        # one row per piece, and the last row is the digit; columns: instance, side, cut (2), position (2), distort (4)
         draws = random.random((self.fragments + 1, 10))
         instances = (draws[:, 0] * len(images)).astype(int).tolist()
         sides = (self.scale[0] + draws[:, 1] * (self.scale[1] + 1 - self.scale[0])).astype(int)
@@ -155,7 +155,7 @@ class ClutteredDigits(Dataset[Sample]):
             np.maximum(region, digit_hw[cut[0] : cut[0] + piece, cut[1] : cut[1] + piece], out=region)
         ink_HW = np.zeros((self.canvas, self.canvas), bool)
         ink_HW[top : top + piece, left : left + piece] = digit_hw > 64  # the last piece is the digit
-        canvas_HW.flags.writeable = ink_HW.flags.writeable = False  # callers share the remembered arrays
+        canvas_HW.flags.writeable = ink_HW.flags.writeable = False  # all callers get the same cached arrays
         return canvas_HW, int(labels[instances[-1]]), ink_HW
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Images with several handwritten digits and their boxes: detection data that need no download."""
+"""Images with several handwritten digits and their boxes: detection data without download."""
 
 from typing import Literal, TypedDict
 
@@ -13,7 +13,7 @@ from visionattn.data.placement import Preprocess
 from visionattn.data.samples import Sample
 from visionattn.data.synthetic.cluttered_digits import REMEMBERED, SPLITS, ClutteredDigits, enlarged
 
-_TRIES = 20  # random places tried for a digit
+_TRIES = 20  # number of random positions tried for a digit
 
 
 class _Options(TypedDict):
@@ -25,9 +25,9 @@ class _Options(TypedDict):
 class DigitScenes(Dataset[Sample]):
     """Images with several digits at random scales and positions, among fragments of other digits.
 
-    The digits are drawn as in `ClutteredDigits`. An image is a function of (seed, split, index). The overlap of two
-    boxes is at most a fifth of the smaller box; a digit that finds no place in 20 tries is left out. Each handwritten
-    instance of a digit is used in one split only.
+    The digits are drawn as in `ClutteredDigits`. (seed, split, index) determines an image. The overlap of two boxes is
+    at most a fifth of the smaller box. A digit is left out if its box overlaps too much at 20 random positions. Each
+    handwritten instance is used in one split only.
 
     A sample has `image`, `boxes` (N, 4) xyxy in pixels of the input, `labels` (N,), `crowd` (N,) all False, `area`
     (N,), `image_id`, `path` and `placement`.
@@ -37,12 +37,12 @@ class DigitScenes(Dataset[Sample]):
         size: number of images.
         seed: seed of the images (default: 0).
         canvas: side of the square image, pixels (default: 96).
-        count: smallest and largest number of digits, ≥ 0 (default: 1 to 5).
-        scale: smallest and largest side of a digit, pixels (default: 18 to 40).
+        count: minimum and maximum number of digits, ≥ 0 (default: 1 to 5).
+        scale: minimum and maximum side of a digit, pixels (default: 18 to 40).
         distort: see `ClutteredDigits` (default: 0.15).
         fragments: number of pieces of other digits (default: 6).
         fragment_size: side of a piece, pixels (default: 9).
-        preprocess: converts an image to the model's input (default: the canvas unresized, with values in [−1, 1]).
+        preprocess: converts an image to the model's input (default: no resizing, values in [−1, 1]).
 
     Raises:
         ValueError: an argument is out of its range.
@@ -66,7 +66,7 @@ class DigitScenes(Dataset[Sample]):
     ) -> None:
         if not 0 <= count[0] <= count[1]:
             raise ValueError(f"count must be (smallest, largest), both ≥ 0, got {count}")
-        # holds the split's instances, and checks the arguments
+        # used for its handwritten instances and for the checks of its arguments
         self._single = ClutteredDigits(
             split, size=size, seed=seed, canvas=canvas, scale=scale, distort=distort, fragment_size=fragment_size
         )
@@ -97,7 +97,7 @@ class DigitScenes(Dataset[Sample]):
         }
 
     def path_of(self, index: int) -> str:
-        """Return the path of a sample; no file exists there."""
+        """Return the name of a sample in the form of a path; the file does not exist."""
         return f"digits/{self.split}/{index:06d}.png"
 
     def read_source(self, path: str) -> NDArray[np.uint8]:
@@ -106,7 +106,7 @@ class DigitScenes(Dataset[Sample]):
         return np.repeat(image_HW[..., None], 3, 2)
 
     def draw(self, index: int) -> tuple[NDArray[np.uint8], NDArray[np.float64], NDArray[np.int64]]:
-        """Draw image `index`, (canvas, canvas) uint8, the boxes of its digits' ink, (N, 4), and their labels, (N,)."""
+        """Draw an image, (canvas, canvas) uint8; also return the (N, 4) boxes of the digits and their (N,) labels."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is out of range: the split has {self.size} images")
         if index not in self._drawn:
@@ -148,7 +148,7 @@ class DigitScenes(Dataset[Sample]):
                     boxes.append([int(edge) for edge in box])
                     drawn_labels.append(label)
                     break
-        canvas_HW.flags.writeable = False  # callers share the remembered array
+        canvas_HW.flags.writeable = False  # all callers get the same cached array
         return canvas_HW, np.array(boxes, float).reshape(-1, 4), np.array(drawn_labels, np.int64)
 
 
@@ -173,7 +173,7 @@ class DigitScenesData(DetectionData):
         val_size: number of validation images (default: 200).
         test_size: number of test images (default: 500).
         canvas: side of the images, pixels (default: 96).
-        count: smallest and largest number of digits (default: 1 to 5).
+        count: minimum and maximum number of digits (default: 1 to 5).
         batch_size, num_workers, seed: see `ImageData`.
     """
 

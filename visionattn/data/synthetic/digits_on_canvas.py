@@ -1,4 +1,4 @@
-"""MNIST's digits on a larger canvas; a whole batch is drawn at once.
+"""MNIST's digits on a larger canvas. All images of a batch are drawn together.
 
 Shapes: B images in a batch, M pieces of digits, H × W canvas, h × w digit or piece.
 """
@@ -33,23 +33,23 @@ class _Changes(TypedDict):
 
 
 class DigitsOnCanvas(Dataset[Sample]):
-    """A digit at a random place on a black canvas, with pieces of others (Mnih et al. 2014, 1406.6247, section 4.1).
+    """A digit on a black canvas among pieces of other digits (Mnih et al. 2014, 1406.6247, section 4.1).
 
-    Each pixel of the canvas is the maximum of the digit and the pieces (clutter). The index and seed of a sample
-    determine its picture: in training, a sample has a new seed every epoch; in the other splits, it has a fixed seed.
-    Deviation: the paper adds the clutter to the image; the maximum keeps the brightness of overlapping strokes.
+    The position is random. Each pixel of the canvas is the maximum of the digit and the pieces (clutter). The index and
+    seed of a sample determine its picture: in training, the seed is new in every epoch; in the other splits, the seed
+    is fixed. Deviation: the paper adds the clutter to the image; the maximum does not brighten overlapping strokes.
 
     Args:
         digits: (n, 28, 28) uint8.
         labels: (n,).
         name: name of the split, used in paths.
-        seed: random seed of the pictures, used where the key of a sample is an index without a seed.
+        seed: random seed of the pictures; used if the key of a sample is only an index, without a seed.
         canvas: side of the square image, pixels, ≥ the digits' side.
         fragments: number of square pieces of other digits.
         fragment_size: side of a piece, pixels.
-        distort: each digit is distorted by a random 2 × 2 matrix; its entries differ from the identity matrix by at
-            most this number. 0 draws the digits undistorted.
-        shift: largest random shift of a digit within its own 28 × 28 pixels, in pixels.
+        distort: each digit is distorted by the identity matrix plus a random 2 × 2 matrix with entries in
+            [−distort, distort]. 0 gives no distortion.
+        shift: maximum random shift of a digit within its own 28 × 28 pixels, in pixels.
         preprocess: only its mean and std are used, since the size does not change.
     """
 
@@ -94,7 +94,7 @@ class DigitsOnCanvas(Dataset[Sample]):
         }
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> Batch:
-        """Draw a batch; torch's loader calls this method in place of `__getitem__`."""
+        """Draw a batch; torch's loader calls this method instead of `__getitem__`."""
         index_B, seed_B = self._keys(keys)
         canvas_BHW, box_B4 = self.draw(index_B, seed_B)
         mean, std = self.preprocess.mean[0], self.preprocess.std[0]
@@ -113,7 +113,7 @@ class DigitsOnCanvas(Dataset[Sample]):
         return canvas_BHW[0, :, :, None].expand(-1, -1, 3).numpy()
 
     def draw(self, index_B: Tensor, seed_B: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
-        """Draw pictures: (B, canvas, canvas) uint8, and the (B, 4) box of each digit's ink, xyxy in pixels."""
+        """Draw pictures, (B, canvas, canvas) uint8; also return the boxes of the digits, (B, 4) xyxy in pixels."""
         side, piece, canvas = self.digits.shape[-1], self.fragment_size, self.canvas
         random_BN = torch.from_numpy(_uniform(seed_B, 8 + 5 * self.fragments))
         digit_Bhw = self._distorted(self.digits[index_B], random_BN[:, :6])
@@ -122,7 +122,7 @@ class DigitsOnCanvas(Dataset[Sample]):
         _put(pictures, digit_Bhw[:, None], place_B2[:, None], canvas)
         if self.fragments:
             drawn_BM5 = random_BN[:, 8:].unflatten(1, (self.fragments, 5))
-            # any image of the split except the sample's own digit
+            # each piece is cut from a random image of the split that is not the sample's own digit
             other_BM = (index_B[:, None] + 1 + (drawn_BM5[..., 0] * (len(self) - 1)).long()) % len(self)
             cut_BM2 = (drawn_BM5[..., 1:3] * (side - piece + 1)).long()
             at_BM2 = (drawn_BM5[..., 3:5] * (canvas - piece + 1)).long()
@@ -154,14 +154,14 @@ class DigitsOnCanvas(Dataset[Sample]):
 
 
 class DigitsOnCanvasData(ClassificationData):
-    """MNIST's digits on a canvas (see `DigitsOnCanvas`); training images are drawn anew every epoch.
+    """MNIST's digits on a canvas (see `DigitsOnCanvas`); training images are drawn with new random numbers every epoch.
 
     Args:
         root: folder of MNIST's files, and of the download.
         dataset: torchvision class of the digits (default: torchvision.datasets.MNIST), or of other small square grey
             pictures, e.g. `torchvision.datasets.FashionMNIST`.
         download: fetch missing files (default: False).
-        canvas: side of the images, pixels; 28 leaves no space around the digits (default: 60).
+        canvas: side of the images, pixels (default: 60). 28 is the size of the digits themselves.
         fragments: number of pieces of other digits (default: 0); the paper's cluttered images have 4 at 60 pixels and 8
             at 100.
         fragment_size: side of a piece, pixels (default: 8).
@@ -199,7 +199,7 @@ class DigitsOnCanvasData(ClassificationData):
         self.class_names = self._source.class_names
         self._options: _Options = {"canvas": canvas, "fragments": fragments, "fragment_size": fragment_size}
         self._changes: _Changes = {"distort": distort, "shift": shift}
-        # black is 0, which is also the value of a glimpse outside the image
+        # black stays 0, which is also the value that a glimpse has outside the image
         preprocess = Preprocess(canvas, fit="stretch", mean=(0.0,), std=(1.0,))
         super().__init__(preprocess=preprocess, batch_size=batch_size, num_workers=num_workers, seed=seed)
 
@@ -223,13 +223,13 @@ class DigitsOnCanvasData(ClassificationData):
 
 
 def _put(pictures_BN: Tensor, piece_BMhw: Tensor, place_BM2: Tensor, canvas: int) -> None:
-    """Paste square pieces onto flat canvases, taking the maximum where strokes overlap."""
+    """Paste square pieces onto flattened canvases; the value of a pixel becomes the maximum of both."""
     pixel_BMhw = _window(place_BM2, piece_BMhw.shape[-1], canvas)
     pictures_BN.scatter_reduce_(1, pixel_BMhw.flatten(1), piece_BMhw.flatten(1), "amax")
 
 
 def _window(corner_BM2: Tensor, size: int, width: int) -> Tensor:
-    """Return the flat indices (B, M, size, size) of squares with these top-left corners, in an image of this width."""
+    """Return the indices (B, M, size, size) of squares in a flattened image, given their top-left corners."""
     steps = torch.arange(size)
     return (corner_BM2[..., 0, None] + steps)[..., None] * width + (corner_BM2[..., 1, None] + steps)[..., None, :]
 
@@ -237,7 +237,7 @@ def _window(corner_BM2: Tensor, size: int, width: int) -> Tensor:
 def _box(digit_Bhw: Tensor, place_B2: Tensor) -> Tensor:
     ink = digit_Bhw > 64
     edges = []
-    for axis, along in ((1, 1), (0, 2)):  # x: the columns with ink in any row; then y
+    for axis, along in ((1, 1), (0, 2)):  # first x, from the columns that have ink; then y, from the rows
         has_BN = ink.any(along).long()
         size = has_BN.shape[1]
         edges.append((place_B2[:, axis] + has_BN.argmax(1), place_B2[:, axis] + size - has_BN.flip(1).argmax(1)))
@@ -246,6 +246,6 @@ def _box(digit_Bhw: Tensor, place_B2: Tensor) -> Tensor:
 
 
 def _uniform(seed_B: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
-    """Return (B, count) numbers in [0, 1), determined by the seeds."""
+    """Return (B, count) pseudo-random numbers in [0, 1); each row depends only on its seed."""
     steps_N = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return (scramble(scramble(seed_B)[:, None] + steps_N) >> np.uint64(11)).astype(np.float64) / 2**53

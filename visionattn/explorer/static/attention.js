@@ -1,4 +1,4 @@
-// Maps of attention from its rows: of one head, of fused heads, or by rollout over layers.
+// Attention maps, computed from rows of weights: of one head, of several heads together, or by rollout over layers.
 
 /** @typedef {number | "mean" | "max" | "rollout"} Heads */
 /** @typedef {Grid & {elsewhere: number}} Asked `elsewhere` is the fraction of attention on tokens without a position */
@@ -34,10 +34,10 @@ class Layers {
   }
 
   /**
-   * Return the attention of the class token, or of a patch, in a layer; null if it is no query there.
+   * Return the attention of a patch, or the rows in `whole`, in a layer; null if the layer has no such query.
    * @param {number} at layer
    * @param {Heads} heads
-   * @param {number | null} cell the patch; null for the class token
+   * @param {number | null} cell the patch; null for the rows in `whole`
    * @returns {Asked | null}
    */
   ask(at, heads, cell) {
@@ -65,7 +65,8 @@ class Layers {
 
   /**
    * Return the row of (A_last + I) / 2 … (A_0 + I) / 2, heads averaged (Abnar & Zuidema 2020). The weight of a patch on
-   * itself is much larger than all others, so it counts as off the grid, and its cell gets the largest of the others.
+   * itself is much larger than all other weights. So this weight is added to `elsewhere`, and the patch's own cell gets
+   * the largest of the other weights.
    * @param {number} last @param {number | null} cell
    * @returns {Asked | null}
    */

@@ -9,13 +9,13 @@
  * @property {number} heads
  * @property {[number, number]} grid rows and columns of the keys
  * @property {[number, number] | null} queryGrid
- * @property {string} asks whose row `whole` is
- * @property {boolean} chains
+ * @property {string} asks label of the rows in `whole`: "class token", or "all patches, on average"
+ * @property {boolean} chains whether rollout can multiply this layer with other layers
  * @property {number | null} classAt index of the class token among the keys
  * @property {Ref | null} queries cell of each query, window by window
  * @property {Ref} keys
- * @property {Rows[]} whole one row a window and head: weights of tokens on the grid, then of the others
- * @property {Rows[] | null} rows one row a window, head and query
+ * @property {Rows[]} whole one row per window and head: first the weights of tokens on the grid, then of the other tokens
+ * @property {Rows[] | null} rows one row per window, head and query
  */
 /**
  * @typedef {object} Gate
@@ -24,7 +24,7 @@
  * @property {Scaled} [map]
  * @property {Ref} [weights]
  * @property {number[]} [channels] the strongest channels, in descending order
- * @property {Scaled[] | null} [features] their feature maps
+ * @property {Scaled[] | null} [features] feature maps of the strongest channels
  */
 /** @typedef {{scores: number[], area: number}} Curve */
 /**
@@ -55,12 +55,12 @@
 /**
  * @typedef {object} Picture
  * @property {string} name
- * @property {[number, number]} size of the source, width first
- * @property {[number, number]} shown of the picture on the page
+ * @property {[number, number]} size width and height of the source
+ * @property {[number, number]} shown width and height of the picture on the page
  * @property {string} source
- * @property {number[]} matrix source to input
- * @property {[number, number]} input
- * @property {[number, number][]} answer class and probability
+ * @property {number[]} matrix affine map from pixels of the source to pixels of the model's input
+ * @property {[number, number]} input width and height of the model's input
+ * @property {[number, number][]} answer the most probable classes, each as [class, probability]
  * @property {Layer[]} attention
  * @property {Gate[]} gates
  * @property {Heatmap[]} heatmaps
@@ -124,7 +124,7 @@ class Numbers {
     return { grid: [map.codes.shape[0], map.codes.shape[1]], values };
   }
 
-  /** Decode one row; its parts follow each other. @param {Rows[]} parts @param {number} row */
+  /** Decode one row: the values of all parts, one part after the other. @param {Rows[]} parts @param {number} row */
   row(parts, row) {
     const values = new Float32Array(parts.reduce((sum, { length }) => sum + length, 0));
     let at = 0;
@@ -142,7 +142,7 @@ class Numbers {
     return values;
   }
 
-  /** Unpack all codes, one a byte. @param {Rows} rows @returns {Uint8Array} */
+  /** Unpack all codes into one byte each. @param {Rows} rows @returns {Uint8Array} */
   codes(rows) {
     const packed = this.bytes(rows.codes);
     const each = together(rows.levels);

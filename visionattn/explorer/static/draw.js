@@ -11,7 +11,7 @@ function ramp(name) {
 /** @param {HTMLCanvasElement} canvas */
 function pen(canvas) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
-  if (!context) throw new Error("this browser draws no canvas");
+  if (!context) throw new Error("this browser cannot draw on a canvas");
   return context;
 }
 
@@ -63,7 +63,7 @@ function placer(picture, [rows, columns]) {
   };
 }
 
-/** Interpolate bilinearly between centres of cells; constant outside the outermost centres. @param {Grid} map @param {number} row @param {number} column */
+/** Interpolate bilinearly between the centres of cells; repeat the border cells outside the outermost centres. @param {Grid} map @param {number} row @param {number} column */
 function between({ grid: [rows, columns], values }, row, column) {
   const y = Math.min(Math.max(row, 0), rows - 1), x = Math.min(Math.max(column, 0), columns - 1);
   const up = Math.floor(y), left = Math.floor(x);
@@ -104,7 +104,7 @@ function blend(base, heat, colours, alpha) {
   return out;
 }
 
-/** Draw a map alone, one pixel a cell. @param {HTMLCanvasElement} canvas @param {Grid | null} map @param {Uint8Array} colours */
+/** Draw a map without a picture, one pixel per cell. @param {HTMLCanvasElement} canvas @param {Grid | null} map @param {Uint8Array} colours */
 function drawCells(canvas, map, colours) {
   const [rows, columns] = map ? map.grid : [1, 1];
   canvas.width = columns;

@@ -1,14 +1,14 @@
-// The page: the state of the choices, and the events that change it.
+// The state of the page (the user's choices), and the events that change this state.
 
 /** @typedef {"attention" | "heatmaps" | "gates" | "glimpses" | "detections"} View */
 /** @type {Record<View, string>} */
 const TITLES = { attention: "Attention", heatmaps: "Heatmaps", gates: "Gates", glimpses: "Path", detections: "Boxes" };
 const KEYS = {
-  attention: "On the picture: click a patch, or move by arrow keys, to see what it attends to; Escape returns to the whole image.",
-  heatmaps: "Choose a method to see its heatmap; its curves show whether the model's answer depends on it.",
-  gates: "Choose a gate, and in a gate over channels one of its strongest feature maps.",
-  glimpses: "Left and right arrow keys on the picture go from glimpse to glimpse.",
-  detections: "Click a box, or reach it by Tab and press Enter, to see its map.",
+  attention: "Click a patch of the picture, or choose one with the arrow keys, to see what the patch attends to. Escape returns to the whole image.",
+  heatmaps: "Choose a method to see its heatmap. The curves show whether the model's answer depends on the hottest pixels.",
+  gates: "Choose a gate. For a gate over channels, also choose one of the strongest feature maps.",
+  glimpses: "When the picture has the focus, the left and right arrow keys go from glimpse to glimpse.",
+  detections: "Click a box, or select the box by Tab and Enter, to see its map.",
 };
 
 const state = {
@@ -88,14 +88,14 @@ function cellsMatch(before) {
   return grids[0] === grids[1];
 }
 
-/** Return the pixels of a picture. @param {Picture} one */
-async function decoded(one) {
+/** Return the pixels of a picture. @param {Picture} entry */
+async function decoded(entry) {
   const image = new Image();
-  image.src = one.source;
+  image.src = entry.source;
   await image.decode();
-  const sheet = make("canvas", { width: one.shown[0], height: one.shown[1] });
-  pen(sheet).drawImage(image, 0, 0, ...one.shown);
-  return pen(sheet).getImageData(0, 0, ...one.shown);
+  const sheet = make("canvas", { width: entry.shown[0], height: entry.shown[1] });
+  pen(sheet).drawImage(image, 0, 0, ...entry.shown);
+  return pen(sheet).getImageData(0, 0, ...entry.shown);
 }
 
 /** @param {View} view */
@@ -150,7 +150,7 @@ function cellAt(event) {
   return row >= 0 && column >= 0 && row < grid[0] && column < grid[1] ? row * grid[1] + column : null;
 }
 
-/** @param {string} key @returns {boolean} whether it meant something */
+/** @param {string} key @returns {boolean} whether the key has an effect */
 function pressed(key) {
   const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
   const move = moves[/** @type {keyof typeof moves} */ (key)];
@@ -198,7 +198,7 @@ function stop() {
 
 function showAnswer() {
   const { answer } = picture();
-  byId("answer").replaceChildren(...(answer.length ? [bars(answer.map(([index, share]) => [className(index), share]), "Likeliest classes")] : []));
+  byId("answer").replaceChildren(...(answer.length ? [bars(answer.map(([index, share]) => [className(index), share]), "Most probable classes")] : []));
 }
 
 function showViews() {
@@ -214,10 +214,10 @@ function showViews() {
 
 function precision() {
   const levels = facts.pictures.flatMap(({ attention }) => attention.map(({ rows }) => rows?.[0].levels ?? 256));
-  const parts = ["Pictures have at most 512 pixels a side; heatmaps and gates 256 levels."];
+  const parts = ["Pictures have at most 512 pixels per side. Heatmaps and gates have 256 levels."];
   if (levels.length) {
     const off = percent(0.5 / (Math.min(...levels) - 1));
-    parts.unshift(`Each patch's weights are rounded to ${Math.min(...levels)} levels, with an error of at most ${off} of their row's span; the rows of the whole image have 256.`);
+    parts.unshift(`The weights of each patch are rounded to ${Math.min(...levels)} levels, with an error of at most ${off} of the range of their row. The rows of the whole image have 256 levels.`);
   }
   return parts.join(" ");
 }

@@ -58,7 +58,7 @@ function panelAttention() {
       give(button, { "aria-pressed": String(chosen) });
       if (chosen) stopAt(grid, button);
     }
-    const method = state.heads === "rollout" ? "rollout" : "raw"; // the class token's row of the last layer
+    const method = state.heads === "rollout" ? "rollout" : "raw"; // `raw` shows the class token's row of the last layer
     const heatmap = picture().heatmaps.find(({ name }) => name === method);
     if (below.dataset.of === method) return;
     below.dataset.of = method;
@@ -72,7 +72,7 @@ function panelAttention() {
   ];
 }
 
-/** Return the patch of another layer at the same position. @param {number} at layer @param {number | null} cell of the chosen layer */
+/** Return the patch at the same position in another layer. @param {number} at layer @param {number | null} cell of the chosen layer */
 function cellIn(at, cell) {
   const [mine, theirs] = [picture().attention[state.layer].queryGrid, picture().attention[at].queryGrid];
   if (cell === null || !mine || !theirs) return cell;
@@ -97,12 +97,12 @@ function panelHeatmaps() {
     const lost = Object.keys(heatmap.unbeaten);
     const mark = heatmap.control || !scored ? "" : lost.length ? "\u2717" : "\u2713";
     const judgement = lost.length ? "does not beat the controls" : "beats the controls";
-    const figures = ["deletion", "insertion"].map((figure) => {
-      const area = heatmap.curves[/** @type {"deletion" | "insertion"} */ (figure)]?.area;
-      return make("span", { class: lost.includes(figure) ? "number lost" : "number" }, area === undefined ? "" : brief(area));
+    const areas = ["deletion", "insertion"].map((metric) => {
+      const area = heatmap.curves[/** @type {"deletion" | "insertion"} */ (metric)]?.area;
+      return make("span", { class: lost.includes(metric) ? "number lost" : "number" }, area === undefined ? "" : brief(area));
     });
     const sign = make("span", { class: lost.length ? "sign lost" : "sign", ...(mark ? { title: judgement, role: "img", "aria-label": judgement } : {}) }, mark);
-    const content = [sign, make("span", { class: heatmap.control ? "name control" : "name" }, heatmap.name), ...(scored ? figures : [])];
+    const content = [sign, make("span", { class: heatmap.control ? "name control" : "name" }, heatmap.name), ...(scored ? areas : [])];
     return /** @type {[string, (Node | string)[]]} */ ([heatmap.name, content]);
   });
   const list = choices("heatmap", "Method", rows, state.heatmap, (name) => {
@@ -194,7 +194,7 @@ function panelGlimpses() {
   });
   return [
     make("div", { class: "row" }, play, back, on, make("span", { class: "grow" }, slider)),
-    make("h2", {}, "What it saw"), sees,
+    make("h2", {}, "Patches of this glimpse"), sees,
     make("h2", {}, "Probabilities after this glimpse"), belief,
   ];
 }

@@ -39,7 +39,7 @@ function brief(value) {
 }
 
 /**
- * Draw one bar a class, in the given order.
+ * Draw one bar per class, in the given order.
  * @param {[string, number][]} shares @param {string} title
  */
 function bars(shares, title) {
@@ -69,7 +69,7 @@ function choices(group, title, choices, taken, take) {
 }
 
 /**
- * Make a group of buttons one tab stop; arrow keys move between the buttons.
+ * Make a group of buttons a single tab stop; arrow keys move between the buttons.
  * @param {HTMLElement} container @param {() => number} columns
  */
 function rove(container, columns) {
@@ -93,28 +93,28 @@ function stopAt(container, chosen) {
 
 /**
  * Draw the curve of a heatmap beside the curves of the controls.
- * @param {Heatmap} shown @param {Heatmap[]} all @param {"deletion" | "insertion"} figure
+ * @param {Heatmap} shown @param {Heatmap[]} all @param {"deletion" | "insertion"} metric
  */
-function curve(shown, all, figure) {
-  const mine = shown.curves[figure];
+function curve(shown, all, metric) {
+  const mine = shown.curves[metric];
   if (!mine) return "";
   const controls = all.filter((heatmap) => heatmap.control && heatmap !== shown && belongs(heatmap, shown));
   const [width, height] = [150, 90];
-  const top = Math.max(...[shown, ...controls].flatMap((heatmap) => heatmap.curves[figure]?.scores ?? []), 1e-6);
+  const top = Math.max(...[shown, ...controls].flatMap((heatmap) => heatmap.curves[metric]?.scores ?? []), 1e-6);
   const line = (/** @type {number[]} */ scores) =>
     scores.map((score, i) => `${((i / (scores.length - 1)) * width).toFixed(1)},${((1 - score / top) * height).toFixed(1)}`).join(" ");
-  const better = figure === "deletion" ? "lower is better" : "higher is better";
-  const areas = controls.map((control) => `${control.name} ${brief(control.curves[figure]?.area ?? 0)}`).join(", ");
+  const better = metric === "deletion" ? "lower is better" : "higher is better";
+  const areas = controls.map((control) => `${control.name} ${brief(control.curves[metric]?.area ?? 0)}`).join(", ");
   const svg = makeSvg("svg", {
     viewBox: `-2 -14 ${width + 4} ${height + 16}`, role: "img",
-    "aria-label": `${figure}: area ${brief(mine.area)}, ${better}; ${areas}`,
+    "aria-label": `${metric}: area ${brief(mine.area)}, ${better}; ${areas}`,
   });
   svg.append(makeSvg("path", { class: "axes", d: `M0 0V${height}H${width}` }), label(percent(top), 0, -4));
   for (const control of controls) {
-    svg.append(makeSvg("polyline", { class: "control", points: line(control.curves[figure]?.scores ?? []) }));
+    svg.append(makeSvg("polyline", { class: "control", points: line(control.curves[metric]?.scores ?? []) }));
   }
-  svg.append(makeSvg("polyline", { class: `line ${figure}`, points: line(mine.scores) }));
-  const caption = make("figcaption", {}, make("b", {}, figure), ` ${brief(mine.area)} `, make("small", {}, better));
+  svg.append(makeSvg("polyline", { class: `line ${metric}`, points: line(mine.scores) }));
+  const caption = make("figcaption", {}, make("b", {}, metric), ` ${brief(mine.area)} `, make("small", {}, better));
   return make("figure", { class: "curve" }, svg, caption);
 }
 
@@ -132,7 +132,7 @@ function belongs(control, shown) {
 }
 
 /**
- * Say whether the heatmap beats its controls on this image.
+ * Show whether the heatmap beats its controls on this image.
  * @param {Heatmap} shown @param {Heatmap[]} all
  */
 function verdict(shown, all) {
@@ -140,17 +140,17 @@ function verdict(shown, all) {
   if (!shown.curves.deletion) return block;
   const pair = make("div", { class: "curves" }, curve(shown, all, "deletion"), curve(shown, all, "insertion"));
   const lost = Object.entries(shown.unbeaten);
-  const losses = lost.map(([figure, names]) => `${names.join(", ")} (${figure})`).join("; ");
+  const losses = lost.map(([metric, names]) => `${names.join(", ")} (${metric})`).join("; ");
   const text = shown.control
     ? "A control: this heatmap does not depend on the model."
     : lost.length
-      ? `In this image ${shown.name} does no better than ${losses}: do not trust it without further checks.`
-      : `${shown.name} beats every control on this image; one image proves little (visionattn score measures many images).`;
+      ? `On this image, ${shown.name} does no better than ${losses}. Do not trust this heatmap without further checks.`
+      : `On this image, ${shown.name} beats every control. One image proves little; visionattn score measures many images.`;
   block.append(
-    make("h2", {}, `Does the answer depend on the heatmap of ${shown.name}?`),
+    make("h2", {}, `Does the prediction depend on the pixels that ${shown.name} marks?`),
     make("p", { class: lost.length ? "warning" : "fine" }, text),
     pair,
-    make("p", { class: "note" }, "Probability of the answer while the hottest pixels are removed, or restored in a blurred image; grey: controls."),
+    make("p", { class: "note" }, "Probability of the answer while the hottest pixels are removed, or restored in a blurred image. The grey curves are the controls."),
   );
   return block;
 }

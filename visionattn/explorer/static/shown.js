@@ -19,14 +19,14 @@ const SHOWN = {
     const gate = picture().gates[state.gate];
     if (gate.kind === "spatial") return { ...scaled(gate.map, "gate"), readout: `Gate over positions of ${gate.name}` };
     const channel = gate.channels?.[state.channel];
-    const readout = `Channel ${channel} of ${gate.name}, ${ordinal(state.channel)} strongest of ${gate.weights?.shape[0]}`;
+    const readout = `Channel ${channel} of ${gate.name}, ${ordinal(state.channel)}strongest of ${gate.weights?.shape[0]}`;
     return { ...scaled(gate.features?.[state.channel], "feature"), readout: gate.features ? readout : `${readout}; its feature map was not found` };
   },
   glimpses: () => {
     const { locations, classes, probabilities } = must(picture().glimpses);
     const [x, y] = locations[state.step];
     const best = probabilities[state.step].indexOf(Math.max(...probabilities[state.step]));
-    const readout = `Glimpse ${state.step + 1} of ${locations.length} at ${x.toFixed(0)}, ${y.toFixed(0)}; after it ${className(classes[best])} ${percent(probabilities[state.step][best])}`;
+    const readout = `Glimpse ${state.step + 1} of ${locations.length} at ${x.toFixed(0)}, ${y.toFixed(0)}; prediction: ${className(classes[best])} ${percent(probabilities[state.step][best])}`;
     return { map: null, low: "", high: "", shows: "", readout };
   },
   detections: () => {
@@ -44,9 +44,9 @@ function shownAttention() {
   const asked = layers.ask(state.layer, state.heads, cell);
   const query = cell === null ? capital(layer.asks) : `Patch ${where(cell, layer.queryGrid)}`;
   const how = `layer ${state.layer + 1}, ${headsName(state.heads)}`;
-  if (!asked) return { map: null, low: "", high: "", shows: "", readout: `${query}, ${how}: is no query in this layer` };
+  if (!asked) return { map: null, low: "", high: "", shows: "", readout: `${query}, ${how}: this layer has no such query` };
   const { low, high } = bounds(asked.values);
-  const itself = state.heads === "rollout" ? cell : null; // this cell holds the largest of the other values
+  const itself = state.heads === "rollout" ? cell : null; // the own cell, in which rollout puts the largest other value
   const most = asked.values.findIndex((value, at) => value === high && at !== itself);
   const rest = asked.elsewhere > 0.0005 ? `; ${percent(asked.elsewhere)} ${itself === null ? "" : "on itself and "}off the grid` : "";
   const readout = `${query}, ${how}: most on ${where(most, asked.grid)}, ${percent(high)}${rest}`;
@@ -66,7 +66,7 @@ function chosenHeatmap() {
 /** @param {Heads} heads */
 function headsName(heads) {
   if (typeof heads === "number") return `head ${heads + 1}`;
-  return { mean: "mean of its heads", max: "largest of its heads", rollout: "rolled out from the first" }[heads];
+  return { mean: "mean of its heads", max: "largest of its heads", rollout: "rollout from layer 1" }[heads];
 }
 
 /** @param {number} cell @param {[number, number] | null} grid */

@@ -27,16 +27,16 @@ class Decoder(nn.Module):
         box_l = σ(σ⁻¹(box_{l-1}) + MLP_l(query))                       (Zhu et al. 2020, 2010.04159, section 4.3)
 
     The gradient of a layer's loss flows into the box of the layer before it, but not into earlier boxes (look forward
-    twice, DINO, Zhang et al. 2022, 2203.03605, section 3.5). Attention passes no gradient to the box
-    that it samples around.
+    twice, DINO, Zhang et al. 2022, 2203.03605, section 3.5). No gradient flows from the attention into the box around
+    which it samples.
 
     Args:
         channels: C.
         num_classes: K.
         levels: L.
         layers: number of layers (default: 3).
-        heads, points: of the deformable attention (default: 8 and 4).
-        hidden: channels of the feed-forward parts (default: 512).
+        heads, points: heads of the attention, and points that each head samples in each map (default: 8, 4).
+        hidden: hidden channels of the feed-forward parts (default: 512).
     """
 
     def __init__(
@@ -72,7 +72,8 @@ class Decoder(nn.Module):
             query_BQC: initial queries.
             boxes_BQ4: initial boxes.
             maps: L maps (B, C, h, w).
-            hidden_QQ: True where a query (row) may not attend to another (column) (default: all may).
+            hidden_QQ: mask, True where the query of the row must not attend to the query of the column (default: every
+                query attends to all).
             spans_L2: sizes of the maps in fractions of the image, see `DeformableAttention`.
 
         Returns:

@@ -36,9 +36,9 @@ class DenseHead(nn.Module):
 
         t = σ(logit of the box's class) · IoU^β
 
-    If several boxes choose the same cell, it is assigned to the box that has the largest IoU with its prediction. Among
-    the cells of a box, the cell with the largest t has the largest IoU of these cells as its target y. The targets of
-    the other cells are lower, in proportion to t:
+    If several boxes choose the same cell, the cell is assigned to the box with the largest IoU with its prediction. The
+    target y of a cell is proportional to t, and scaled so that the largest target of a box is the largest IoU among the
+    cells of this box:
 
         y = t / max t · max IoU,    L = (Σ_cells |y − σ(logit)|² · BCE(σ(logit), y) + 2 Σ_positive y (1 − GIoU)) / Σ y
 
@@ -52,7 +52,7 @@ class DenseHead(nn.Module):
         num_classes: K.
         strides: stride of each map, pixels.
         channels: C, the channels of each map.
-        depth: convolutions of a tower (default: 2).
+        depth: convolutions in each tower (default: 2).
         radius: largest distance of a cell from the box's centre along each axis, in strides (default: 1.5).
         topk: maximum number of cells per box (default: 10).
         beta: β (default: 2).
@@ -84,7 +84,7 @@ class DenseHead(nn.Module):
         assert self.classify.bias is not None
         nn.init.constant_(self.classify.bias, -math.log(99))  # initial scores of .01, section 4 of 1708.02002
         assert self.regress.bias is not None
-        # initial boxes are 6 strides wide and high, the middle of the range of sizes of a map
+        # initial boxes are 6 strides wide and high, in the middle of the range of box sizes that a map has in FCOS
         nn.init.constant_(self.regress.bias, math.log(3.0))
 
     def forward(self, maps: Sequence[Tensor]) -> DensePredictions:
@@ -145,7 +145,7 @@ class DenseDetector(Detector):
     Args:
         features: the pyramid.
         num_classes: K.
-        depth: convolutions of the head's towers (default: 2); FCOS has 4.
+        depth: convolutions in each tower of the head (default: 2); FCOS has 4.
         nms: IoU of two boxes of a class above which the box with the lower score is removed (default: 0.6).
     """
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 Detections = dict[str, Tensor]
-"""`boxes` (N, 4), `scores` (N,) in [0, 1] and `labels` (N,) int64, sorted by descending score; if the detector knows it
-also `index` (N,) int64, the number of the prediction of each box. Scores have gradients where gradients are enabled."""
+"""`boxes` (N, 4), `scores` (N,) in [0, 1] and `labels` (N,) int64, sorted by descending score. Some detectors add
+`index` (N,) int64, the number of the prediction of each box. Scores have gradients if gradients are enabled."""
 
 
 class Detector(nn.Module, ABC):
@@ -51,10 +51,10 @@ def detections(
         scores_BPK: in [0, 1].
         boxes_BP4: one box per prediction.
         size: (height, width) of the image; boxes are clipped to it.
-        iou: threshold of non-maximum suppression: if two boxes of a class have a larger IoU, only the better one is
-            kept; None keeps all.
+        iou: threshold of non-maximum suppression: if two boxes of a class have a larger IoU, only the box with the
+            higher score is kept; None keeps all boxes.
         min_score: boxes with a lower score are dropped (default: 0.01).
-        max_boxes: maximum of boxes per image (default: 100).
+        max_boxes: maximum number of boxes per image (default: 100).
         candidates: number of best scores that are considered (default: 1,000).
     """
     height, width = size

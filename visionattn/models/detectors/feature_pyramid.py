@@ -33,29 +33,28 @@ class _Intermediates(Protocol):
 class FeaturePyramid(nn.Module):
     """Feature maps with equal channels, one per stride, for a detector.
 
-    For a backbone with stages this is the feature pyramid network (Lin et al. 2017, 1612.03144, section 3): the
-    backbone's last map C_s of each stride is projected to C channels, and the next coarser map is upsampled and added:
+    A backbone with stages gets the feature pyramid network (Lin et al. 2017, 1612.03144, section 3): the backbone's
+    last map C_s of each stride is projected to C channels, and the next coarser map is upsampled and added:
 
         P_s = conv3×3(M_s),    M_s = conv1×1(C_s) + upsample(M_2s)
 
     Maps of larger strides than the backbone's are made from the coarsest P_s by 3 × 3 convolutions of stride 2 (Lin et
-    al. 2017, 1708.02002, section 4). The maps of a plain backbone, such as a ViT, have a single stride. Then this is
-    the simple feature pyramid (Li et al. 2022, 2203.16527, section 3): transposed convolutions or max pooling bring the
-    last map to each stride, and a 1 × 1 and a 3 × 3 convolution follow. Deviations from the papers: group
-    normalisation. The feature pyramid network has no normalisation, and the simple feature pyramid has layer
-    normalisation.
+    al. 2017, 1708.02002, section 4). A plain backbone, such as a ViT, has maps of a single stride, and gets the simple
+    feature pyramid (Li et al. 2022, 2203.16527, section 3): transposed convolutions or max pooling bring the last map
+    to each stride, and a 1 × 1 and a 3 × 3 convolution follow. Deviation from the papers: both pyramids have group
+    normalisation; in the papers the first has no normalisation, and the second has layer normalisation.
 
     Args:
         backbone: name of a timm model.
-        strides: of the maps, each twice the one before (default: 8, 16, 32).
+        strides: strides of the maps, each twice the one before (default: 8, 16, 32).
         channels: C, a multiple of 8 (default: 128).
-        pretrained, weights, options, attention, attention_at, attention_preserve, self_attention, self_attention_at: of
-            the backbone, see `Classifier`.
+        pretrained, weights, options, attention, attention_at, attention_preserve, self_attention, self_attention_at:
+            arguments of the backbone, as for `Classifier`.
 
     Raises:
-        UsageError, DataError: see `create_backbone`, `insert` and `swap_attention`. Also UsageError if strides or
-            channels are out of their range, if the backbone has no map of such a stride, or, when called, if the
-            backbone does not accept the size of the images.
+        UsageError, DataError: see `create_backbone`, `insert` and `swap_attention`.
+        UsageError: strides or channels are out of their range, or the backbone has no map of one of the strides. When
+            called: the backbone does not accept the size of the images.
 
     Shape: (B, 3, H, W) → a list of (B, C, ⌈H/s⌉, ⌈W/s⌉).
     """
@@ -114,10 +113,10 @@ class FeaturePyramid(nn.Module):
         backbone = cast(_Intermediates, self.backbone)
         try:
             maps = backbone.forward_intermediates(x_BCHW, indices=self.places, intermediates_only=True)
-        except AssertionError as error:  # e.g. of a ViT that is built for one size
+        except AssertionError as error:  # e.g. from a ViT that was built for one image size
             raise UsageError(
                 f"the {type(self.backbone).__name__} does not accept images of {x_BCHW.shape[2]}×{x_BCHW.shape[3]} "
-                f"pixels: {error} Give the size of the data in its options, img_size: …, or dynamic_img_size: true"
+                f"pixels: {error} Set img_size to this size in the backbone's options, or dynamic_img_size to true"
             ) from error
         if self.plain:
             return [scale(maps[-1]) for scale in self.scales]

@@ -1,7 +1,7 @@
 """A query detector: each query starts from a prediction of a dense head, and finds one object.
 
-Shapes: B batch, Q queries, C channels, P cells, N boxes of an image, K classes; boxes are xyxy in pixels unless
-stated otherwise: then they are centre, width and height in fractions of the image.
+Shapes: B batch, Q queries, C channels, P cells, N boxes of an image, K classes. Boxes are xyxy in pixels; boxes in
+fractions of the image are centre, width and height.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from visionattn.models.detectors.dense import DenseHead, DensePredictions, paire
 from visionattn.models.detectors.detector import Detections, Detector, detections, padded
 from visionattn.models.detectors.feature_pyramid import FeaturePyramid
 
-CLASS_COST, BOX_COST, OVERLAP_COST = 2.0, 5.0, 2.0  # of the matching, as in Deformable DETR
+CLASS_COST, BOX_COST, OVERLAP_COST = 2.0, 5.0, 2.0  # weights of the matching cost, as in Deformable DETR
 _DISTINCT = 0.7  # IoU above which two proposals count as the same object, as in 2303.12776
-_CANDIDATES = 8  # cells per query that are considered
-CLASS_WEIGHT, BOX_WEIGHT, OVERLAP_WEIGHT = 1.0, 5.0, 2.0
+_CANDIDATES = 8  # candidate cells per query
+CLASS_WEIGHT, BOX_WEIGHT, OVERLAP_WEIGHT = 1.0, 5.0, 2.0  # weights of the terms of the loss
 
 
 class QueryDetector(Detector):
@@ -30,18 +30,19 @@ class QueryDetector(Detector):
     - A dense head on the pyramid, trained one-to-many by its own loss, proposes boxes. The features of the best
       `queries` cells become the queries of the decoder, and their boxes become the anchors (query selection, Deformable
       DETR, Zhu et al. 2020, 2010.04159, section 4.3; DINO, Zhang et al. 2022, 2203.03605, section 3.4). Deviation: the
-      papers train that head one-to-one, like the decoder. With one-to-many training it learns in a fraction of the
-      time, but several of its cells then propose the same object. So of several proposals with an IoU above .7, only
-      the best is in the group that is ranked first (dense distinct queries, DDQ, Zhang et al. 2023, 2303.12776, section
-      3.2); the others fill the remaining queries. *Measured* on `tests/shapes.py`, equal time, one seed: mAP50 .95 with
-      this ranking and .89 without.
+      papers train that head one-to-one, like the decoder. With one-to-many training the head learns in a fraction of
+      the time, but several of its cells propose the same object. So the proposals that non-maximum suppression at an
+      IoU of .7 keeps are ranked first, and the others fill the remaining queries (dense distinct queries, DDQ, Zhang et
+      al. 2023, 2303.12776, section 3.2). *Measured* on `tests/shapes.py`, equal time, one seed: mAP50 .95 with this
+      ranking and .89 without.
     - The `decoder` refines the queries. Each layer's predictions are matched one-to-one with the objects (Hungarian).
-    - In training, noised true boxes give additional queries. The decoder must restore the less noised ones and reject
-      the more noised ones (denoising, DN-DETR, Li et al. 2022, 2203.01305; contrastive, 2203.03605, section 3.3).
+    - In training, true boxes with noise are additional queries. The decoder must restore the boxes with little noise
+      (denoising, DN-DETR, Li et al. 2022, 2203.01305) and reject the boxes with more noise (contrastive denoising,
+      2203.03605, section 3.3).
 
     There is no transformer encoder: the pyramid merges the maps.
 
-        L = dense + Σ_layers (class + 5 |box − truth|₁ + 2 (1 − GIoU)) / objects,     the same for the noised queries
+        L = dense + Σ_layers (class + 5 |box − truth|₁ + 2 (1 − GIoU)) / objects,     and this sum for noised queries
 
     with the class loss of `DenseHead`: the target score of a matched query is its IoU with the object.
 
@@ -49,10 +50,10 @@ class QueryDetector(Detector):
         features: the pyramid.
         num_classes: K.
         queries: Q (default: 100).
-        layers: of the decoder (default: 3).
-        heads, points: of its attention (default: 8 and 4).
-        hidden: channels of its feed-forward parts (default: 512).
-        depth: convolutions of the dense head's towers (default: 2).
+        layers: number of decoder layers (default: 3).
+        heads, points: heads of the decoder's attention, and points that each head samples in each map (default: 8, 4).
+        hidden: hidden channels of the decoder's feed-forward parts (default: 512).
+        depth: convolutions in each tower of the dense head (default: 2).
         noised: approximate maximum number of noised queries per image; 0 trains without them (default: 60).
     """
 
@@ -178,7 +179,7 @@ def match(answer: Answer, truth: Sequence[Tensor], labels: Sequence[Tensor]) -> 
         cost_QN += BOX_COST * torch.cdist(boxes_Q4, truth[number], p=1)
         corners = [box_convert(boxes, "cxcywh", "xyxy") for boxes in (boxes_Q4, truth[number])]
         cost_QN -= OVERLAP_COST * generalized_box_iou(*corners)
-        # if the network gives NaN, the check of the loss reports it with the names of the images
+        # the matching cannot handle NaN; the check of the loss reports NaN later, with the names of the images
         query, item = linear_sum_assignment(cost_QN.nan_to_num(1e6).cpu().numpy())
         pairs.append((torch.as_tensor(query, device=p_QN.device), torch.as_tensor(item, device=p_QN.device)))
     return pairs

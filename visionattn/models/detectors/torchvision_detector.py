@@ -30,7 +30,7 @@ class TorchvisionDetector(Detector):
         detector: function that makes the detector from a backbone and a number of classes:
             `torchvision.models.detection.FCOS`, `RetinaNet` or `FasterRCNN`, with its further arguments. If its anchors
             do not match the number of maps, they are replaced. The new anchors are four strides wide (FCOS: one), with
-            the aspect ratios 1/2, 1 and 2 (FCOS: 1); RetinaNet has them at three scales.
+            the aspect ratios 1/2, 1 and 2 (FCOS: 1); RetinaNet gets each of them at three scales.
         features: the pyramid.
         num_classes: K, without a background class.
     """
@@ -71,8 +71,8 @@ class TorchvisionDetector(Detector):
         return self.detector(list(images_BCHW), targets)
 
 
-def _fit(made: Any, strides: Sequence[int]) -> None:  # one of torchvision's detectors
-    """Replace anchors and region pooling that do not match the number of maps; aspect ratios per cell stay."""
+def _fit(made: Any, strides: Sequence[int]) -> None:  # `made` is one of torchvision's detectors
+    """Replace anchors and region pooling that do not match the number of maps; use torchvision's aspect ratios."""
     count = len(strides)
     holder = made.rpn if hasattr(made, "rpn") else made
     sides: tuple[tuple[int, ...], ...]

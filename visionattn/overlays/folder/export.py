@@ -1,29 +1,29 @@
 """Export overlays of whole folders: find the images, make the missing outputs, and record them in a manifest."""
 
-import contextlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
-from visionattn._malloc import keep_freed_memory
+from visionattn.capture import keep_freed_memory
 from visionattn.data import MAX_PIXELS, AnyPath, FoundImages, find, is_video
 from visionattn.drawing import Style
 from visionattn.errors import DataError, UsageError
-from visionattn.files import printable
-from visionattn.overlays.explainer import Explainer
-from visionattn.overlays.folder.fingerprint import fingerprint_of
+from visionattn.files import local_path, printable
+from visionattn.overlays.explainer import Explainer, fingerprint_of, targets_of
 from visionattn.overlays.folder.image_export import ExportJob, stamp_of
 from visionattn.overlays.folder.journal import Journal
+from visionattn.overlays.folder.lock import FolderLock
 from visionattn.overlays.folder.manifest import Entry, Manifest, output_names
 from visionattn.overlays.folder.pipeline import OneProcess, Work, run
 from visionattn.overlays.folder.progress import ProgressBar, Summary, print_summary
 from visionattn.overlays.folder.video import SUFFIX
 from visionattn.overlays.outputs import check_outputs, endings
 
-_BATCH_PIXELS = 16 * 224 * 224  # of a batch, unless batch_size is set
+_BATCH_PIXELS = 16 * 224 * 224  # pixels of a batch, unless batch_size is set
 
 
 def export(
@@ -38,7 +38,6 @@ def export(
     style: Style | None = None,
     fps: float | None = None,
     bf16: bool = False,
-    compile: bool = False,
     max_pixels: int = MAX_PIXELS,
     workers: int | None = None,
     console: Console | None = None,
@@ -48,36 +47,35 @@ def export(
 
     The outputs mirror the images: `a/x.jpg` goes to `a/x.jpg.overlay.jpg`, at the size of the source. An image that
     cannot be read does not stop the run. A second run with the same models, methods, preprocessing, target, style,
-    `compare`, `bf16` and `compile` makes only outputs that are missing or have a changed source; with other settings it
-    makes all outputs again. From this call on, the process keeps the memory that it frees, see
-    `_malloc.keep_freed_memory`.
+    `compare` and `bf16` makes only outputs that are missing or have a changed source. A run with other
+    settings makes all outputs again. From this call on, the process reuses freed memory instead of returning it to the
+    operating system, see `capture.keep_freed_memory`.
 
     Args:
         inputs: images, videos, folders, patterns and lists, see `data.find`.
         out: folder for the outputs; nothing is written elsewhere.
-        explainers: an explainer, or several, which are drawn into one sheet.
+        explainers: an explainer, or several, whose overlays are drawn into one sheet.
         save: kinds of output to make, names in `OUTPUTS`.
         compare: whether to compare the second of two explainers with the first.
         target: the output to explain, its index or class name. Default: the highest output of each image.
-        batch_size: images per forward pass. Default: 16 of 224 × 224 pixels, fewer of larger inputs.
-        style: of the pictures. Default: `Style()`.
+        batch_size: images per forward pass. Default: 16 at 224 × 224; at other sizes, as many as have the same pixels.
+        style: style of the pictures. Default: `Style()`.
         fps: frames per second to sample from videos. Default: every frame.
         bf16: whether models run under autocast to bfloat16.
-        compile: whether to compile the parts of the models that the methods do not watch, see `compiled.compiled`; the
-            first batch then takes minutes.
         max_pixels: images with more pixels fail.
         workers: threads that read and draw. Default: torch's number of threads, at most 8.
-        console: shows the progress and the summary; `Console(quiet=True)` for none. Default: the terminal.
-        processes: that share the work, see `processes.gather`. Default: this process alone.
+        console: shows the progress and the summary; `Console(quiet=True)` shows nothing. Default: the terminal.
+        processes: the processes that share the work, see `processes.gather`. Default: this process alone.
 
     Returns:
-        Counts and failures. The first process returns those of all images, every other process those of its own images.
+        Counts and failures: of all images in the first process, of the images it exported in any other process.
 
     Raises:
-        UsageError: an input does not exist, a method does not fit its model, the class names do not fit its outputs, a
-            kind does not fit the explainers, or an output would overwrite a file that no earlier run has written.
+        UsageError: an input does not exist, an input or `out` is an address such as s3://bucket, a method does not fit
+            its model, the class names do not fit its outputs, a kind does not fit the explainers, an output would
+            overwrite a file that no earlier run has written, or another export is writing into `out`.
         DataError: there is no image, the manifest cannot be written, the model's values are not finite, or another
-            process stopped or was killed. All outputs that were finished by then are kept.
+            process has met an error. All outputs that were finished by then are kept.
     """
     explainers = [explainers] if isinstance(explainers, Explainer) else list(explainers)
     _check(explainers, save, compare, target, batch_size, max_pixels, workers)
@@ -87,7 +85,7 @@ def export(
     explainers = [explainer.chosen() for explainer in explainers]
     style, processes = style or Style(), processes or OneProcess()
     console = console or Console(quiet=processes.rank > 0)
-    folder = os.path.abspath(os.fsdecode(out))
+    folder = os.path.abspath(local_path(out))
     batch_size = batch_size or _default_batch_size(explainers)
     workers = workers or min(8, torch.get_num_threads())
     job = ExportJob(
@@ -97,16 +95,14 @@ def export(
         target=target,
         style=style,
         max_pixels=max_pixels,
-        fingerprint=fingerprint_of(explainers, compare=compare, target=target, style=style, bf16=bf16, compile=compile),
+        fingerprint=fingerprint_of(explainers, compare=compare, target=target, style=style, bf16=bf16),
         folder=folder,
         fps=fps,
         bf16=bf16,
     )
-    with contextlib.ExitStack() as stack:
-        for explainer in explainers if compile else ():
-            stack.enter_context(_compiled(explainer))
-        if processes.rank:
-            return _help(job, processes, batch_size, workers)
+    if processes.rank:
+        return _help(job, processes, batch_size, workers)
+    with FolderLock(folder):  # of all processes, see `processes`
         return _lead(job, processes, inputs, os.fsdecode(out), batch_size, workers, console)
 
 
@@ -123,11 +119,10 @@ def _lead(
     started = time.perf_counter()
     manifest = Manifest(job.folder)
     try:
-        # even if an error is raised, every output that was written gets its line in the manifest first
+        # `run` notes every written output even if it raises; then `finally` closes the manifest
         manifest.take_in()
         found, todo = _plan(job, manifest, inputs)
-        portions = _portions(todo, batch_size, processes.size)
-        processes.lay_out([job.task(path) for path in portion] for portion in portions)
+        _lay_out(job, processes, todo, batch_size)
         summary = Summary(
             out=out,
             noun="overlay" if "overlay" in job.kinds else "image",
@@ -137,8 +132,12 @@ def _lead(
             images=[image for image in found.images if not is_video(image)],
         )
 
+        counted: set[str] = set()
+
         def count(entry: Entry) -> None:
             summary.count(entry, os.path.relpath(entry.source, found.root or None))
+            if processes.size > 1:
+                counted.add(entry.source)
 
         with ProgressBar(console, summary.out, len(todo)) as bar:
 
@@ -151,19 +150,24 @@ def _lead(
             run(job, processes, manifest, note, bar.advance, batch_size, workers)
             for sums in processes.wait():
                 bar.advance(sums)
-        for entry in manifest.take_in():
-            count(entry)
+            for entry in manifest.take_in():
+                count(entry)
+            if processes.lost and not processes.trouble:
+                _lay_out(job, processes, [path for path in todo if path not in counted], batch_size)
+                run(job, processes, manifest, note, bar.advance, batch_size, workers)
     finally:
         manifest.close()
     summary.seconds = time.perf_counter() - started
     print_summary(console, summary)
+    for reason in processes.lost:
+        console.print(Text(f"  {reason}; the first process has done its work", "yellow"), soft_wrap=True)
     if processes.trouble:
         raise DataError(processes.trouble)
     return summary
 
 
 def _plan(job: ExportJob, manifest: Manifest, inputs: Sequence[AnyPath]) -> tuple[FoundImages, list[str]]:
-    """Find the images and name their outputs; return the images found, and the paths of those still to export."""
+    """Find the images and name their outputs; return the found images, and the paths still to export."""
     written = {os.path.join(job.folder, *name.split("/")) for name in manifest.owners}
     found = find(inputs, out=job.folder, written=written)
     job.requests = found.requests
@@ -185,27 +189,18 @@ def _help(job: ExportJob, processes: Work, batch_size: int, workers: int) -> Sum
     try:
         run(job, processes, journal, note, lambda sums: None, batch_size, workers)
     except (UsageError, DataError) as error:
-        reason = str(error)  # the first process raises it
+        reason = str(error)  # the first process raises this error
     finally:
         journal.close()
     processes.finish(reason)
     return summary
 
 
-def _compiled(explainer: Explainer) -> contextlib.AbstractContextManager[list[str]]:
-    from visionattn.overlays.compiled import compiled
-
-    assert explainer.method is not None
-    like = next(explainer.model.parameters(), torch.zeros(()))
-    example = torch.zeros(2, 3, *explainer.preprocess.input_size, device=like.device, dtype=like.dtype)
-    return compiled(explainer.model, explainer.method, example)
-
-
-def _portions(todo: Sequence[str], batch_size: int, processes: int) -> Iterator[Sequence[str]]:
-    """Divide the images into portions of a batch, or smaller ones if there are too few images for all processes."""
-    size = max(1, min(batch_size, len(todo) // (4 * processes)))
-    for start in range(0, len(todo), size):
-        yield todo[start : start + size]
+def _lay_out(job: ExportJob, processes: Work, todo: Sequence[str], batch_size: int) -> None:
+    """Divide the images into portions: one batch each, or less so that every process gets about four."""
+    size = max(1, min(batch_size, len(todo) // (4 * processes.size)))
+    portions = (todo[start : start + size] for start in range(0, len(todo), size))
+    processes.lay_out([job.task(path) for path in portion] for portion in portions)
 
 
 def _check(
@@ -223,19 +218,20 @@ def _check(
         )
     if compare and len(explainers) != 2:
         raise UsageError(f"compare needs two explainers, got {len(explainers)}")
+    if not explainers:
+        raise UsageError("there is no explainer; pass at least one")
     names = [explainer.name for explainer in explainers]
-    if len(explainers) != 1 and (not explainers or len(set(names)) < len(names)):
+    if len(set(names)) < len(names):
         raise UsageError(f"each of several explainers needs a name of its own, got {names}")
     check_outputs(save, explanations=len(explainers), compared=compare)
-    for explainer in explainers:
-        try:
-            explainer.target(target)
-        except DataError as error:
-            raise UsageError(str(error)) from error
+    try:
+        targets_of(explainers, target)
+    except DataError as error:
+        raise UsageError(str(error)) from error
 
 
 def _default_batch_size(explainers: Sequence[Explainer]) -> int:
-    """Return the number of images in a batch for the largest of the models' inputs."""
+    """Return how many of the largest model inputs have `_BATCH_PIXELS` pixels together, at least 1."""
     sizes = [explainer.preprocess.input_size for explainer in explainers]
     return max(1, _BATCH_PIXELS // max(height * width for height, width in sizes))
 
@@ -243,7 +239,7 @@ def _default_batch_size(explainers: Sequence[Explainer]) -> int:
 def _names(
     images: Sequence[str], root: str, manifest: Manifest, save: Sequence[str], style: Style
 ) -> dict[str, dict[str, str]]:
-    """Return image → kind → output, a path below the folder."""
+    """Name every output: image → kind → path below the folder."""
     names: dict[str, dict[str, str]] = {image: {} for image in images}
     stills, videos = ([image for image in images if is_video(image) == moving] for moving in (False, True))
     of_videos = {kind: os.path.splitext(ending)[0] for kind, ending in endings(save, SUFFIX).items()}

@@ -1,4 +1,4 @@
-"""The export of one image, or of one batch: read, explain, draw, write."""
+"""The export of one image or one batch: read, explain, draw and write it."""
 
 import contextlib
 import hashlib
@@ -22,15 +22,15 @@ from visionattn.data import VIDEOS, ImageRequest, Placement, encode_image, read_
 from visionattn.drawing import Style, boxes_in_source, centres, heatmap_difference, peak
 from visionattn.errors import DataError, UsageError
 from visionattn.files import Replacement, printable
-from visionattn.overlays.explainer import Explainer, explained_images, predictions_of
+from visionattn.overlays.explainer import Explainer, explained_images, predictions_of, targets_of
 from visionattn.overlays.folder.manifest import Done, Entry, Facts, Failed, Stamp
 from visionattn.overlays.outputs import OUTPUTS, ExplainedImage, GlimpseTrace, Needs, Output, OutputScene, check_needs
 
-_KEPT_BYTES = 192 << 20  # limit for decoded pictures that wait for their heatmap; the others are read a second time
+_KEPT_BYTES = 192 << 20  # limit on decoded pictures kept until they are drawn; pictures beyond it are read again
 
 
 class Video(Protocol):
-    """The video that a frame belongs to; see `video_export.VideoExport`."""
+    """The methods of `video_export.VideoExport` that the frames of a video use."""
 
     def add(self, frame: "LoadedImage", explained: "ImageResult", drawing: "Future[dict[str, Output]]") -> None: ...
 
@@ -39,13 +39,13 @@ class Video(Protocol):
 
 @dataclass(frozen=True)
 class ImageTask:
-    """The facts that distinguish one image of an export, as they are sent to other processes.
+    """One image to export, in a form that can be sent to another process.
 
     Attributes:
         path: absolute path of the image.
         names: kind → output, a path below the folder with / between folders.
-        earlier: kind → output of an earlier run with the same fingerprint that still exists.
-        request: the image's line in a list; None if there is none.
+        earlier: kind → existing output of an earlier run with the same fingerprint.
+        request: target and boxes from the user's list of images; None without a list.
     """
 
     path: str
@@ -69,14 +69,14 @@ class ImageTask:
 
 @dataclass(eq=False)
 class LoadedImage:
-    """An image, or a frame of a video, between reading and drawing.
+    """An image, or a frame of a video, that was read and is not yet drawn.
 
     Attributes:
-        path: of the image or video.
-        stamp: of the file.
-        prepared: for each explainer the model's input (C, height, width) and the placement of the source in it; emptied
-            once the image is explained.
-        picture: (H, W, 3) uint8 RGB, the source; None if there was no room to keep it, and it must be read again.
+        path: path of the image or video.
+        stamp: size and time of the file.
+        prepared: for each explainer, the model's input (C, height, width) and the placement of the source in it. The
+            list is emptied once the image is explained.
+        picture: (H, W, 3) uint8 RGB, the source. None if memory was short: then `draw` reads the picture again.
         video: the video that a frame belongs to; None for an image.
         at: seconds from the start of the video.
     """
@@ -107,15 +107,15 @@ class ExportJob:
         explainers: models and methods that explain each image.
         compared: whether the second of two explainers is compared with the first.
         kinds: kinds of output to make, names in `outputs.OUTPUTS`.
-        target: output to explain, its index or class name; None for the highest output of each image.
-        style: of the pictures.
+        target: index or class name of the output to explain; None means the highest output of each image.
+        style: style of the pictures.
         max_pixels: images with more pixels fail.
-        fingerprint: see `fingerprint.fingerprint_of`.
+        fingerprint: hash of these settings, see `explainer.fingerprint_of`.
         folder: absolute path of the output folder.
         names: image → kind → its output, a path below `folder` with / between folders.
-        requests: image → its line in a list.
-        earlier: image → kind → output of an earlier run with the same fingerprint that still exists.
-        fps: frames per second to sample from videos; None for every frame.
+        requests: image → its target and boxes from the user's list of images.
+        earlier: image → kind → existing output of an earlier run with the same fingerprint.
+        fps: frames per second to sample from videos; None means every frame.
         bf16: whether models run under autocast to bfloat16.
     """
 
@@ -134,7 +134,7 @@ class ExportJob:
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        self._kept = 0  # bytes of decoded pictures
+        self._kept = 0  # bytes of the decoded pictures in memory
         self._lock = threading.Lock()
 
     def task(self, path: str) -> ImageTask:
@@ -142,7 +142,7 @@ class ExportJob:
         return ImageTask(path, self.names[path], self.earlier.get(path, {}), self.requests.get(path))
 
     def accept(self, task: ImageTask) -> str:
-        """Store a task, perhaps of another process, and return the path of its image."""
+        """Store a task, which another process may have sent, and return the path of its image."""
         self.names[task.path], self.earlier[task.path] = task.names, task.earlier
         if task.request is not None:
             self.requests[task.path] = task.request
@@ -152,8 +152,7 @@ class ExportJob:
         """Read and prepare one image."""
         try:
             stamp = stamp_of(path)
-            for explainer in self.explainers:
-                explainer.target(self._request(path).target)
+            targets_of(self.explainers, self._request(path).target)
             return self.prepare(path, stamp, read_image(path, max_pixels=self.max_pixels))
         except Exception as error:  # no error of one file may stop the others
             return self.failure(path, reason_of(error, path))
@@ -180,8 +179,8 @@ class ExportJob:
     def explain(self, batch: Sequence[LoadedImage]) -> list[ImageResult | Failed]:
         """Explain a batch.
 
-        If the batch fails because of its data or of a target from a list, the images are explained one by one, so that
-        only the faulty ones fail.
+        If the images or a target from the user's list cause an error, the images are explained one by one, so that only
+        the faulty images fail.
 
         Raises:
             UsageError: the method does not fit the model, or the batch does not fit into the device's memory.
@@ -206,7 +205,7 @@ class ExportJob:
         return [self._combined(list(of_image)) for of_image in zip(*by_explainer, strict=True)]
 
     def _explain(self, number: int, batch: Sequence[LoadedImage]) -> list[tuple[ExplainedImage, Facts]]:
-        """Explain a batch with one explainer; images with a given target form one group, the others a second group."""
+        """Explain a batch with one explainer, in two groups: images with a target and images without."""
         explainer = self.explainers[number]
         requests = [self._request(image.path).target for image in batch]
         targets = [explainer.target(self.target if request is None else request) for request in requests]
@@ -260,7 +259,7 @@ class ExportJob:
         return results
 
     def _combined(self, results: Sequence[tuple[ExplainedImage, Facts]]) -> ImageResult:
-        """Combine the explanations of one image by every explainer."""
+        """Combine the explanations that all explainers made of one image."""
         explanations = [explained for explained, _ in results]
         facts = results[0][1].copy()
         if len(results) > 1:
@@ -276,7 +275,7 @@ class ExportJob:
         """Make every kind of output of one image, and release its picture.
 
         Raises:
-            DataError: the picture must be read again, and this fails.
+            DataError: the picture is not in memory, and reading it again fails.
         """
         try:
             picture_HWC = image.picture
@@ -299,7 +298,7 @@ class ExportJob:
             for kind, output in self.draw(image, explained).items():
                 name = self.names[image.path][kind]
                 files.add(name, encoded(output, os.path.splitext(name)[1]))
-        except Exception as error:  # e.g. a full disk, or a source that was changed meanwhile
+        except Exception as error:  # e.g. a full disk, or a source that has changed meanwhile
             files.drop()
             return self.failure(image.path, reason_of(error, image.path))
         return files
@@ -318,7 +317,7 @@ class ExportJob:
         return Failed(path, stamp, self.fingerprint_of(path), reason)
 
     def fingerprint_of(self, path: str) -> str:
-        """Return the fingerprint of one image, which includes its line in a list, and for videos the sampling rate."""
+        """Return the fingerprint of one image; it covers the image's target and boxes, and a video's sampling rate."""
         request = self._request(path)
         fps = self.fps if os.path.splitext(path)[1].lower() in VIDEOS else None
         if request == ImageRequest() and fps is None:
@@ -360,8 +359,8 @@ class OutputFiles:
     """The outputs of one image, written to temporary files and renamed into place once they are on disk.
 
     Args:
-        job: of the export.
-        entry: the manifest's entry of the image.
+        job: settings of the export.
+        entry: entry for the manifest if all outputs are written.
     """
 
     def __init__(self, job: ExportJob, entry: Done) -> None:
@@ -381,10 +380,10 @@ class OutputFiles:
     def settle(self, secure: Callable[[], None]) -> Entry:
         """Wait until the files are on disk, rename them, and return the manifest's entry.
 
-        Waiting takes many times as long as writing but no processor time, so separate threads do it.
+        Waiting takes many times as long as writing but no processor time, so separate threads wait.
 
         Args:
-            secure: waits until the promises of the outputs are on disk too, see `Manifest.promise`.
+            secure: function that waits until the outputs' promises are on disk, see `Manifest.secure`.
         """
         try:
             secure()
@@ -402,7 +401,7 @@ class OutputFiles:
 
 
 def _trace(explainer: Explainer, images_BCHW: Tensor, placements: Sequence[Placement]) -> Sequence[GlimpseTrace | None]:
-    """Trace the glimpses of a glimpse network by running it again along the same path; None for other models."""
+    """Run a glimpse network again along the same path and trace its glimpses; None for other models."""
     from visionattn.models import GlimpseNetwork
     from visionattn.overlays.glimpses import trace_glimpses
 
@@ -423,14 +422,14 @@ def _available(explained: ExplainedImage) -> set[Needs]:
 
 
 def encoded(output: Output, suffix: str) -> bytes:
-    """Return the content of a file with this suffix."""
+    """Encode an output as the content of a file with the given suffix."""
     if isinstance(output, bytes):
         return output
     if isinstance(output, np.ndarray):
         return encode_image(output, suffix)
     file = io.BytesIO()
     named: dict[str, NDArray[np.generic]] = {name: np.asarray(value) for name, value in output.items()}
-    np.savez_compressed(file, **named)  # type: ignore[arg-type]  # a name could be one of NumPy's own keywords
+    np.savez_compressed(file, **named)  # type: ignore[arg-type]  # for mypy, a name could be a keyword argument
     return file.getvalue()
 
 
@@ -445,7 +444,7 @@ def stamp_of(path: str) -> Stamp:
 
 
 def reason_of(error: Exception, path: str) -> str:
-    """Return an error's message without the file name, which the manifest has in another key."""
+    """Return an error's message without the path, which the manifest already holds as `source`."""
     if isinstance(error, (DataError, UsageError)):
         text = str(error)
         for beginning in (f"{path}: ", f"{path} "):

@@ -1,46 +1,38 @@
-"""The journal of a helper process of an export; the first process moves its entries into the manifest."""
+"""The journal of a helper. Helpers are all processes of an export except the first, which writes the manifest."""
 
-import io
 import os
 from collections.abc import Iterable
 
-from visionattn.overlays.folder.manifest import JOURNAL, Entry, append, encode, writing
+from visionattn.overlays.folder.manifest import JOURNAL, Entry, LineFile, encode
 
 
 class Journal:
-    """The entries of a helper process of an export; `Manifest.take_in` moves them into the manifest.
+    """Records the promises and entries of one helper; `Manifest.take_in` moves them into the manifest.
+
+    The first process of this run, or of the next run, deletes the journal when it no longer waits for the helper. Then
+    the helper can write no further output.
 
     Args:
         out: the output folder; it is created with the first line.
-        rank: of the process, > 0.
+        rank: rank of the process, > 0.
     """
 
     def __init__(self, out: str, rank: int) -> None:
         self.path = os.path.join(out, f"{JOURNAL}{rank}")
-        self._file: io.FileIO | None = None
+        self._lines = LineFile(self.path)
 
     def promise(self, outputs: Iterable[tuple[str, str]], fingerprint: str) -> None:
-        """Record outputs that are about to be written, as `Manifest.promise`."""
-        self._write(b"".join(encode([*pair, fingerprint]) for pair in outputs))
+        """Record outputs that are about to be written, as `Manifest.promise` does."""
+        self._lines.append(b"".join(encode([*pair, fingerprint]) for pair in outputs))
 
     def secure(self) -> None:
-        """Wait until the promises are on disk, as `Manifest.secure`."""
-        if self._file is not None:
-            with writing(self.path):
-                os.fsync(self._file.fileno())
+        """Wait until the promises are on disk, as `Manifest.secure` does."""
+        self._lines.sync()
 
     def add(self, entry: Entry) -> None:
-        """Write the line of one image, as `Manifest.add`."""
-        self._write(encode(entry.to_dict()))
+        """Write the line of one image, as `Manifest.add` does."""
+        self._lines.append(encode(entry.to_dict()))
 
     def close(self) -> None:
-        """Close the file; it stays until the first process takes it in."""
-        if self._file is not None:
-            self._file.close()
-
-    def _write(self, lines: bytes) -> None:
-        with writing(self.path):
-            if self._file is None:
-                os.makedirs(os.path.dirname(self.path), exist_ok=True)
-                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  # closed in `close`
-            append(self._file, lines)
+        """Close the file, which the first process reads and deletes."""
+        self._lines.close()

@@ -3,24 +3,28 @@
 A line is a JSON object. Keys of every image:
     source: absolute path of the image.
     bytes, modified: size of the file, and time of its last change in ns.
-    fingerprint: hash of every choice that affects the outputs, see `fingerprint.fingerprint_of`.
+    fingerprint: hash of every choice that affects the outputs, see `explainer.fingerprint_of`.
     status: "done" or "failed".
     earlier: outputs of an earlier run that this run did not replace; absent if there are none.
 Key of a failed image:
     reason: the error message.
 Keys of a finished image:
-    outputs: kind → path below the folder; also those of an earlier run with the same fingerprint.
-    width, height: of the source, upright.
-    model, method, layer, target: what was explained, and how.
-    prediction, class, probability: the most probable class; null if the model has no classes.
-    peak: [x, y] of the hottest pixel of the source; null if the heatmap is constant.
-    found: for a detector: [x0, y0, x1, y1, "class score"] of each confident box.
-    fixations: for glimpses: [x, y] of each glimpse, in pixels of the source.
-    seconds: the image's share of the time of the model and the method.
-    explanations: with several methods or models: name, model, method and so on of each; the keys above repeat the
-    first.
-    difference: for two compared models: `mean` of |second − first|, and `peak`, where they differ most.
-    frames, fps: for a video: lists of `at`, the seconds from the start, `prediction`, `probability` and `peak`.
+    outputs: kind → path below the folder, including outputs of an earlier run with the same fingerprint.
+    width, height: size of the source in pixels, upright.
+    model, method: names of the model and of the heatmap method.
+    layer: what the heatmap shows, e.g. "gate of layer4.1".
+    target: index of the explained output; null if the method explains no particular output.
+    prediction, class, probability: index, name and probability of the most probable class; null if unknown.
+    peak: [x, y] of the hottest point, in pixels of the source; null if the heatmap is constant.
+    found: only for detectors: [x0, y0, x1, y1, "class score"] of each confident box.
+    fixations: only for glimpses: [x, y] of each glimpse, in pixels of the source.
+    seconds: run time of the model and the method for a batch, divided by the number of its images.
+    explanations: only with several methods or models: the keys from model to seconds for each, and its name. The keys
+    above then hold the first one's values, but seconds holds the sum.
+    difference: only for two compared models: `mean` of |second − first|, and `peak`, the point where it is largest.
+    fps: only for videos: frames per second of the outputs.
+    frames: only for videos: lists with one value per frame: `at` (seconds from the start), `prediction`, `probability`
+    and `peak`. The keys above then hold the values of the most confident frame, but seconds holds the sum.
 
 Bytes of file names that are not valid text are written as lone surrogates (`"\\udcff"`); `os.fsencode` restores them.
 """
@@ -31,6 +35,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,10 +101,10 @@ class Done:
 
     Attributes:
         source: absolute path.
-        stamp: of the file.
-        fingerprint: of its outputs.
+        stamp: size and time of the file.
+        fingerprint: fingerprint of the outputs.
         outputs: kind → path below the folder.
-        facts: the other keys of its line.
+        facts: the other keys of the line.
         earlier: outputs of an earlier run that this run did not replace.
     """
 
@@ -136,10 +141,10 @@ class Failed:
 
     Attributes:
         source: absolute path.
-        stamp: of the file; (0, 0) if there is none.
-        fingerprint: of the outputs that it should have got.
+        stamp: size and time of the file; (0, 0) if there is no file.
+        fingerprint: fingerprint that the outputs would have had.
         reason: the error message.
-        earlier: outputs of an earlier run, which are still there.
+        earlier: outputs of an earlier run that still exist.
     """
 
     source: str
@@ -173,10 +178,10 @@ def entry_from_dict(line: object) -> Entry:
     """Read the JSON object of an image's line.
 
     Raises:
-        LookupError, TypeError, ValueError: this is no such object.
+        LookupError, TypeError, ValueError: a key is missing or holds another type.
     """
     if not isinstance(line, dict) or not isinstance(line.get("source"), str) or "status" not in line:
-        raise ValueError("it names no source and status")
+        raise ValueError("source or status is missing")
     return Done.from_dict(line) if line["status"] == "done" else Failed.from_dict(line)
 
 
@@ -200,14 +205,17 @@ def _strings(value: object) -> list[str]:
 class Manifest:
     """The manifest of a folder: read as a whole, written line by line.
 
-    Before an output is written, its path is recorded in a second file, as a promise. So if a run is killed before it
-    writes the lines of its outputs, the next run still recognises them, and no other file is ever overwritten.
+    Before an output is written, its path is recorded in a second file, as a promise. If a run is killed before it adds
+    an output's line, the next run recognises the output by its promise. Other files are never overwritten.
+
+    One process at a time may use a folder, see `lock.FolderLock`. If another process has written into one of the two
+    files since this object read it, then nothing more is written and all lines of the other process are kept.
 
     Attributes:
         out: the folder.
-        path: of the manifest.
+        path: path of the manifest.
         done: image → its finished entry, without facts.
-        owners: output → its image, failed images included.
+        owners: output → its image, including failed images.
 
     Args:
         out: the folder; it is created with the first line.
@@ -227,18 +235,16 @@ class Manifest:
         self._open: dict[str, tuple[str, str]] = {}  # promised outputs without a line: output → (image, fingerprint)
         self._failures: dict[str, Failed] = {}
         self._stale = 0  # lines that a later line of the same image replaces
-        self._end = self._promises_end = 0  # byte after the last complete line
-        self._gap = b""
-        self._lines: io.FileIO | None = None
-        self._promises: io.FileIO | None = None
+        self._lines = LineFile(self.path)
+        self._promises = LineFile(self._promised)
         if os.path.lexists(out) and not os.path.isdir(out):
             raise UsageError(f"{printable(out)} is a file; name a folder for the overlays")
         try:
             self._read()
-            for promise in _lines(self._promised):
+            for promise in self._promises.read():
                 if promise.endswith(b"\n"):  # an incomplete line is from a run that was killed
                     self._recall(*json.loads(promise))
-                    self._promises_end += len(promise)
+                    self._promises.keep(promise)
         except OSError as error:
             raise DataError(f"{printable(error.filename or out)} cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, LookupError) as error:
@@ -251,7 +257,7 @@ class Manifest:
 
         Args:
             outputs: (output, image) pairs.
-            fingerprint: of the outputs.
+            fingerprint: fingerprint of the outputs.
 
         Raises:
             DataError: the promises cannot be written.
@@ -259,20 +265,13 @@ class Manifest:
         outputs = list(outputs)
         if not outputs:
             return
-        with self._writing():
-            if self._promises is None:
-                os.makedirs(self.out, exist_ok=True)
-                self._promises = open(self._promised, "ab", buffering=0)  # noqa: SIM115  # closed in `close`
-                self._promises.truncate(self._promises_end)
-            append(self._promises, b"".join(encode([*pair, fingerprint]) for pair in outputs))
+        self._promises.append(b"".join(encode([*pair, fingerprint]) for pair in outputs))
         for output, image in outputs:
             self._promise(output, image, fingerprint)
 
     def secure(self) -> None:
         """Wait until the promises are on disk, so that every output that survives a power cut has a promise."""
-        if self._promises is not None:
-            with self._writing():
-                os.fsync(self._promises.fileno())
+        self._promises.sync()
 
     def add(self, entry: Entry) -> None:
         """Write the line of one image; a failure that is already recorded is not written again.
@@ -286,17 +285,11 @@ class Manifest:
         entry = replace(entry, earlier=earlier or entry.earlier)
         if isinstance(entry, Failed) and _same_failure(self._failures.get(entry.source), entry):
             return
-        with self._writing():
-            if self._lines is None:
-                os.makedirs(self.out, exist_ok=True)
-                self._lines = open(self.path, "ab", buffering=0)  # noqa: SIM115  # closed in `close`
-                self._lines.truncate(self._end)
-                append(self._lines, self._gap)
-            append(self._lines, encode(entry.to_dict()))
+        self._lines.append(encode(entry.to_dict()))
         self._note(entry)
 
     def take_in(self) -> list[Entry]:
-        """Move the entries of all journals into the manifest, also those of processes that were killed.
+        """Move the entries of all journals into the manifest, including journals of killed processes.
 
         Returns:
             The entries, in no particular order.
@@ -329,7 +322,7 @@ class Manifest:
         for entry in entries:
             self.add(entry)
         for path in _journals(self.out):
-            with self._writing():
+            with writing(path):
                 os.unlink(path)
         return entries
 
@@ -339,13 +332,13 @@ class Manifest:
         Raises:
             DataError: the manifest cannot be written.
         """
-        if self._lines is not None:
-            self._lines.close()
-        if self._promises is not None:
-            self._promises.close()
-        if self._lines is None and self._promises is None:
+        try:
+            listed = self._lines.close()
+        finally:
+            promised = self._promises.close()
+        if not listed and not promised:
             return
-        with self._writing():
+        with writing(self.path):
             if self._stale:
                 self._compact()
             left = [name for name in self._open if os.path.lexists(os.path.join(self.out, name))]
@@ -356,7 +349,7 @@ class Manifest:
                     os.unlink(self._promised)
 
     def _read(self) -> None:
-        lines = _lines(self.path)
+        lines = self._lines.read()
         for number, line in enumerate(lines):
             try:
                 try:
@@ -369,8 +362,7 @@ class Manifest:
                     return  # the run was killed while it wrote the line
                 raise
             self._note(entry)
-            self._end += len(line)
-            self._gap = b"" if line.endswith(b"\n") else b"\n"
+            self._lines.keep(line)
 
     def _note(self, entry: Entry) -> None:
         source = entry.source
@@ -411,13 +403,92 @@ class Manifest:
             try:
                 source = json.loads(line)["source"]
             except ValueError:
-                continue  # an incomplete line of a killed run; this run has added no line that would overwrite it
+                continue  # a killed run left this line incomplete, and this run has added none in its place
             last.pop(source, None)
             last[source] = line.rstrip(b"\n") + b"\n"
         write_file(self.path, lambda file: file.writelines(last.values()))
 
-    def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return writing(self.path)
+
+class LineFile:
+    """A file of lines to which this process appends. Lines that another process has written are never cut or followed.
+
+    Args:
+        path: path of the file; the file and its folder are made with the first line.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._size = 0  # bytes of the file that this object knows
+        self._end = 0  # byte after the last line to keep
+        self._gap = b""  # the line break that the last line to keep lacks
+        self._file: io.FileIO | None = None
+        self._lock = threading.Lock()  # one thread appends, others call `sync`
+
+    def read(self) -> list[bytes]:
+        """Return the lines; the next `append` drops the lines that were not passed to `keep`."""
+        lines = _lines(self.path)
+        self._size = sum(map(len, lines))
+        return lines
+
+    def keep(self, line: bytes) -> None:
+        """Keep the next of the lines that `read` returned."""
+        self._end += len(line)
+        self._gap = b"" if line.endswith(b"\n") else b"\n"
+
+    def append(self, lines: bytes) -> None:
+        """Append all lines or, when the disk is full, none of them.
+
+        Raises:
+            DataError: the file cannot be written, or another process has written into it or removed it.
+        """
+        with writing(self.path), self._lock:
+            if self._file is None:
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115  # closed in `close`
+                self._check(self._file)
+                self._file.truncate(self._end)
+                self._size, lines = self._end, self._gap + lines
+            self._check(self._file)
+            try:
+                content = lines
+                while content:
+                    content = content[self._file.write(content) :]
+            except OSError:
+                self._file.truncate(self._size)
+                raise
+            self._size += len(lines)
+
+    def sync(self) -> None:
+        """Wait until the appended lines are on disk.
+
+        Raises:
+            DataError: as for `append`.
+        """
+        if self._file is not None:
+            with writing(self.path):
+                with self._lock:
+                    self._check(self._file)
+                os.fsync(self._file.fileno())
+
+    def close(self) -> bool:
+        """Close the file and return whether lines were appended.
+
+        Raises:
+            DataError: as for `append`.
+        """
+        if self._file is None:
+            return False
+        with writing(self.path), self._file:
+            self._check(self._file)
+        return True
+
+    def _check(self, file: io.FileIO) -> None:
+        state = os.fstat(file.fileno())
+        if state.st_size != self._size or state.st_nlink == 0:
+            raise DataError(
+                f"{printable(self.path)} was changed by another process during this run; nothing more is exported, "
+                "run the command again"
+            )
 
 
 @contextlib.contextmanager
@@ -442,17 +513,6 @@ def _lines(path: str) -> list[bytes]:
         return []
 
 
-def append(file: io.FileIO, content: bytes) -> None:
-    """Append the whole content or, when the disk is full, none of it."""
-    end = os.fstat(file.fileno()).st_size
-    try:
-        while content:
-            content = content[file.write(content) :]
-    except OSError:
-        file.truncate(end)
-        raise
-
-
 def _same_failure(earlier: Failed | None, entry: Failed) -> bool:
     return earlier is not None and replace(earlier, earlier=()) == replace(entry, earlier=())
 
@@ -471,7 +531,7 @@ _LONGEST_NAME = 255  # bytes, on every common file system
 def output_names(
     images: Sequence[str], root: str, ending: str, taken: Mapping[str, str], kept: Mapping[str, str]
 ) -> dict[str, str]:
-    """Name the output of each image: the image's path below `root` with its own suffix, followed by `ending`.
+    """Name the output of each image: the image's path below `root`, with its suffix, followed by `ending`.
 
     For example `a/x.jpg` and `a/x.png` get `a/x.jpg.overlay.jpg` and `a/x.png.overlay.jpg`. If that name belongs to
     another image (ignoring case) or is too long for a file system, eight digits of a hash of the image's path are
@@ -482,7 +542,7 @@ def output_names(
         root: folder below which the outputs mirror the images; "" if the images share none.
         ending: with its dots, e.g. `.overlay.jpg`.
         taken: output of an earlier run → its image.
-        kept: image of an earlier run → its output, which keeps its name.
+        kept: image → its output of an earlier run, whose name is used again.
 
     Returns:
         image → output: a path below the output folder, with / between folders.
@@ -508,7 +568,7 @@ def output_names(
 
 
 def _alike(name: str) -> str:
-    """Return a key that is equal for names that some file systems do not distinguish."""
+    """Return a key; names that some file system treats as the same have the same key."""
     return unicodedata.normalize("NFC", name).casefold()
 
 

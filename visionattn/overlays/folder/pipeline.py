@@ -2,7 +2,7 @@
 
 While the models process one batch, threads read the next images and draw the overlays of earlier batches. Other threads
 wait until the written files are on disk. OpenCV and Pillow release Python's global interpreter lock (GIL) during all
-long operations.
+long operations, so the threads run in parallel.
 """
 
 import threading
@@ -19,10 +19,10 @@ from visionattn.overlays.folder.journal import Journal
 from visionattn.overlays.folder.manifest import Entry, Failed, Manifest
 from visionattn.overlays.folder.video_export import VideoExport
 
-_WAITERS = 8  # threads that wait for the disk, which handles simultaneous requests together
+_WAITERS = 8  # threads that wait for the disk; the disk handles their requests together
 
 Pending: TypeAlias = "Future[Entry] | Future[None] | Entry"
-"""An entry, a future that returns one, or the future of a video frame, which returns None: the entry comes later."""
+"""An entry, or a future of one. A video frame's future returns None, since the video's entry comes after all frames."""
 
 _Item: TypeAlias = LoadedImage | Failed | VideoExport
 """An image or frame, a failure, or a video after its last frame."""
@@ -34,12 +34,14 @@ class Work(Protocol):
     Attributes:
         rank: rank of this process; the process of rank 0 leads the others.
         size: number of processes.
-        trouble: why another process had to stop; "" if none had to.
+        trouble: the error that stopped another process; "" if there was none.
+        lost: why each process that was killed or is silent made no more outputs.
     """
 
     rank: int
     size: int
     trouble: str
+    lost: list[str]
 
     def lay_out(self, portions: Iterable[list[ImageTask]]) -> None: ...
 
@@ -58,9 +60,10 @@ class OneProcess:
     rank, size, trouble = 0, 1, ""
 
     def __init__(self) -> None:
+        self.lost: list[str] = []
         self._portions: Iterable[list[ImageTask]] = ()
         self._tally: Counter[str] = Counter()
-        self._lock = threading.Lock()  # the thread that reads videos changes the counters too
+        self._lock = threading.Lock()  # the thread that reads videos also calls `tally`
 
     def lay_out(self, portions: Iterable[list[ImageTask]]) -> None:
         """Set the images to export, in portions."""
@@ -94,12 +97,12 @@ def run(
     batch_size: int,
     workers: int,
 ) -> None:
-    """Export this process's images. Reading is up to two batches ahead of the models, and writing two batches behind.
+    """Export this process's images. Reading is up to two batches ahead of the models, writing up to two behind.
 
     Args:
         job: settings of the export.
-        processes: the work of the export, of which this process does its share.
-        manifest: records which outputs are about to be written.
+        processes: gives this process its share of the images.
+        manifest: records the outputs that are about to be written.
         note: called with the entry of each finished or failed image.
         advance: called with the sums of the counters after each image or frame.
         batch_size: images per forward pass.
@@ -127,14 +130,14 @@ def run(
     )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", MapWarning)  # the manifest records constant heatmaps
+            warnings.simplefilter("ignore", MapWarning)  # the manifest reports constant heatmaps too
             for batch in _batches(_read_ahead(threads, job, todo, 2 * batch_size), batch_size):
                 good = [image for image in batch if isinstance(image, LoadedImage)]
                 explained = job.explain(good)
                 failed = [result.reason for result in explained if isinstance(result, Failed)]
                 several = len({image.path for image in good}) > 1
                 if first and several and len(failed) == len(good) and not job.requests:
-                    raise DataError(failed[0])  # several images fail, and no list gives targets: the model is at fault
+                    raise DataError(failed[0])  # no image of the first batch can be explained: the model is at fault
                 first = first and not good
                 for image in good:
                     if image.video not in open_videos:
@@ -161,7 +164,7 @@ def run(
         threads.end()
         for video in open_videos:
             video.drop()
-        for pending in unsettled:  # after an error or Ctrl-C: note the images that threads have finished meanwhile
+        for pending in unsettled:  # left after an error or Ctrl-C: note the images that threads have finished
             try:
                 settled(pending)
             except (CancelledError, DataError):
@@ -209,7 +212,7 @@ def _settle(secure: Callable[[], None], writing: "Future[OutputFiles | Failed]")
 
 
 def _read_ahead(threads: _Threads, job: ExportJob, todo: Iterable[str | VideoExport], count: int) -> Iterator[_Item]:
-    """Yield images and frames in order; a video follows its last frame."""
+    """Read up to `count` items ahead; yield images and frames in order, and each video after its last frame."""
     waiting: deque[Future[LoadedImage | Failed] | Future[LoadedImage | None] | VideoExport] = deque()
     for source in todo:
         if isinstance(source, VideoExport):
@@ -235,9 +238,9 @@ def _read(
 
 
 def _batches(items: Iterator[_Item], batch_size: int) -> Iterator[list[_Item]]:
-    """Group items so that each group has `batch_size` readable images, and the failures and videos between them.
+    """Group items in order: each group has `batch_size` readable images, or 4 · `batch_size` items of any kind.
 
-    A group of 4 · `batch_size` items is complete even with fewer readable images; the last group may be smaller.
+    The last group may be smaller.
     """
     batch: list[_Item] = []
     good = 0

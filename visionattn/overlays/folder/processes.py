@@ -3,12 +3,18 @@
 The first process finds the images and divides them into portions. Every process, the first one included, takes the next
 portion as soon as it is free. A shared counter says which portion is next, so nothing is done twice. The other
 processes write their entries into journals in the output folder. At the end the first process moves the journals into
-the manifest; if it was killed, the next run does so.
+the manifest, and makes the outputs of processes that were killed or are silent. If the first process is killed, the
+others end, and the next run moves the journals.
+
+Each process adds to a counter of its own in the shared store, as a sign of life. A process is silent if its counter
+has not changed for some minutes: its machine or its network has failed, or it was stopped.
 """
 
 import contextlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,11 +23,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Protocol
 
-from visionattn.errors import DataError
+from visionattn.errors import DataError, UsageError
 from visionattn.overlays.folder.image_export import ImageTask
+from visionattn.overlays.folder.launch import Place, launched
 
-_TIMEOUT = timedelta(days=30)  # timeout of the store; the first process may need long to find ten million images
-_REFRESH = 0.2  # seconds between two exchanges of the counters
+_REFRESH = 0.2  # seconds between two updates of the shared counters
+_BEAT = 5.0  # seconds between two signs of life
+_SILENCE = 180.0  # seconds without a sign of life after which a process counts as lost
+_JOIN = 600.0  # seconds in which the first process must begin; tasks of a cluster may start at different times
+_ANSWER = timedelta(minutes=1)  # time in which the store must answer
+_CHILD = "VISIONATTN_CHILD"  # environment variable of processes that `gather` has started
 
 
 class Store(Protocol):
@@ -42,40 +53,54 @@ class Processes:
     """The processes of an export.
 
     Attributes:
-        rank: of this process; the first process has rank 0.
+        rank: rank of this process; the first process has rank 0.
         size: number of processes.
-        trouble: why another process stopped early, e.g. an error or a kill; "" if none did. `wait` sets it.
+        trouble: the error that stopped another process; "" if there was none. `wait` sets it.
+        lost: why each process that was killed or is silent made no more outputs. `wait` sets it.
 
     Args:
-        store: shared by all processes, a `torch.distributed.Store`.
-        rank: of this process.
+        store: a `torch.distributed.Store` that all processes share.
+        rank: rank of this process.
         size: number of processes.
-        children: the processes that this one started.
+        children: the processes that this process started.
     """
 
     def __init__(self, store: Store, rank: int, size: int, children: "Sequence[subprocess.Popen[bytes]]" = ()) -> None:
         self.rank, self.size, self.trouble = rank, size, ""
+        self.lost: list[str] = []
+        self._portions = 0
+        self._heard: dict[int, tuple[int, float]] = {}  # rank → its number of signs of life, and when this changed
         self._store, self._children = store, children
         self._tally: dict[str, int] = {}
         self._unsent: dict[str, int] = {}
         self._sent = 0.0
-        self._lock = threading.Lock()  # the thread that reads videos counts their frames
+        self._lock = threading.Lock()  # the thread that reads videos also calls `tally`
 
     def lay_out(self, portions: Iterable[list[ImageTask]]) -> None:
-        """Put the images into the store, in portions; called by the first process."""
-        count = 0
+        """Put the images into the store, in portions; called by the first process.
+
+        A second call adds portions after all earlier ones were taken.
+        """
+        first = self._portions
         for portion in portions:
-            self._store.set(f"portion {count}", json.dumps([task.to_dict() for task in portion]))
-            count += 1
-        self._store.set("portions", str(count))
+            self._store.set(f"portion {self._portions}", json.dumps([task.to_dict() for task in portion]))
+            self._portions += 1
+        self._store.set("next", str(first))
+        self._store.set("portions", str(self._portions))
+        for rank in range(1, self.size):
+            self._is_silent(rank)  # from now on, a process that never joins is silent
 
     def images(self) -> Iterator[ImageTask]:
         """Take one portion after another until none is left, and yield their images.
 
         Raises:
-            DataError: the first process cannot be reached.
+            DataError: the first process cannot be reached, or is silent.
         """
         with _reaching():
+            while not self._store.check(["portions"]):  # waiting here and not in the store lets signals end the process
+                if self._is_silent(0):
+                    raise DataError(f"the first process of this export {_silent()}; run the command again to continue")
+                time.sleep(_REFRESH)
             count = int(self._store.get("portions"))
         while True:
             with _reaching():
@@ -100,7 +125,7 @@ class Processes:
         """Announce that this process has done its work.
 
         Args:
-            error: why it had to stop; "" if it did not.
+            error: the error that stopped this process; "" if there was none.
 
         Raises:
             DataError: the first process cannot be reached.
@@ -110,27 +135,83 @@ class Processes:
             self._store.set(f"end {self.rank}", error or " ")
 
     def wait(self) -> Iterator[dict[str, int]]:
-        """Yield the sums of the counters until all other processes have ended; then `trouble` is known."""
+        """Yield the sums of the counters until all other processes have ended or are lost; set `trouble` and `lost`."""
         left = set(range(1, self.size))
-        reasons = []
         while left:
             for rank in sorted(left):
-                if self._store.check([f"end {rank}"]):
+                end = self._end(rank)
+                if end is not None:
                     left.discard(rank)
-                    reasons.append(self._store.get(f"end {rank}").decode().strip())
-                elif len(self._children) >= rank and self._children[rank - 1].poll() is not None:
-                    time.sleep(_REFRESH)  # its announcement may still arrive
-                    if not self._store.check([f"end {rank}"]):
-                        left.discard(rank)
-                        code = self._children[rank - 1].returncode
-                        reasons.append(
-                            f"process {rank} ended with {code}; run the command again to make the missing outputs"
-                        )
+                    self.trouble = self.trouble or end
+                elif reason := self._loss(rank):
+                    left.discard(rank)
+                    self.lost.append(reason)
             self._send()
             yield self._tally
             if left:
                 time.sleep(_REFRESH)
-        self.trouble = next(filter(None, reasons), "")
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator["Processes"]:
+        """Give signs of life inside a `with` block.
+
+        A process other than the first exits with code 1 when the store has not answered for `_SILENCE` seconds: the
+        store gives no error if the machine that serves it is silent.
+        """
+        done, answered = threading.Event(), [time.monotonic()]
+
+        def beat() -> None:
+            while True:
+                try:
+                    self._store.add(f"beat {self.rank}", 1)
+                    for rank in range(1, self.size) if self.rank == 0 else ():
+                        self._is_silent(rank)
+                except RuntimeError:
+                    return  # the other thread of this process gets this error too
+                answered[0] = time.monotonic()
+                if done.wait(_BEAT):
+                    return
+
+        def watch() -> None:
+            while not done.wait(min(_BEAT, _SILENCE / 4)):
+                if time.monotonic() - answered[0] > _SILENCE:
+                    print(f"error: the first process of this export {_silent()}", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+        threading.Thread(target=beat, daemon=True).start()
+        if self.rank:
+            threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield self
+        finally:
+            done.set()
+
+    def _end(self, rank: int) -> str | None:
+        """Return the error with which a process has ended, "" if there was none, or None if the process still runs."""
+        if not self._store.check([f"end {rank}"]):
+            return None
+        return self._store.get(f"end {rank}").decode().strip()
+
+    def _loss(self, rank: int) -> str:
+        """Return why a process makes no more outputs, or "" if it is at work."""
+        child = self._children[rank - 1] if len(self._children) >= rank else None
+        if child is not None and child.poll() is not None:
+            time.sleep(_REFRESH)  # the child may have announced its end just before it exited
+            return "" if self._end(rank) is not None else f"process {rank} ended with {child.returncode}"
+        if not self._is_silent(rank):
+            return ""
+        if child is not None:
+            child.kill()
+        return f"process {rank} {_silent()}"
+
+    def _is_silent(self, rank: int) -> bool:
+        """Return whether a process has given no sign of life for `_SILENCE` seconds, since the first call or later."""
+        now, beats = time.monotonic(), self._store.add(f"beat {rank}", 0)
+        before, since = self._heard.setdefault(rank, (beats, now))
+        if beats != before:
+            self._heard[rank] = beats, now
+            return False
+        return now - since > _SILENCE
 
     def _send(self) -> None:
         self._sent = time.monotonic()
@@ -144,17 +225,19 @@ class Processes:
 def _reaching() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torch raises it for a lost connection
+    except RuntimeError as error:  # torch raises a RuntimeError for a lost connection
         raise DataError(
             "the first process of this export cannot be reached; run the command again to continue"
         ) from error
 
 
+def _silent() -> str:
+    return f"has given no sign of life for {_SILENCE:.0f} s"
+
+
 @contextlib.contextmanager
 def gather(devices: int, arguments: Sequence[str]) -> Iterator[Processes | None]:
-    """Start processes that run the same command line, or join those of torchrun or another launcher.
-
-    Such a launcher sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as for `torch.distributed`.
+    """Start processes that run the same command line, or join the processes of a launcher: torchrun or srun.
 
     Args:
         devices: number of processes on this machine, each on its own GPU or share of the cores; ignored if a launcher
@@ -163,9 +246,15 @@ def gather(devices: int, arguments: Sequence[str]) -> Iterator[Processes | None]
 
     Yields:
         The processes, or None if this process is the only one.
+
+    Raises:
+        UsageError: a variable of the launcher is wrong, see `launch.launched`, or its port is in use.
+        DataError: the first process does not begin within ten minutes.
     """
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        yield _join()
+    place = launched()
+    if place is not None:
+        with _join(place).alive() as processes:
+            yield processes
         return
     if devices == 1:
         yield None
@@ -173,39 +262,78 @@ def gather(devices: int, arguments: Sequence[str]) -> Iterator[Processes | None]
     from torch.distributed import PrefixStore, TCPStore
 
     _take_cores(devices)
-    store = TCPStore("127.0.0.1", 0, None, True, timeout=_TIMEOUT, wait_for_workers=False)
-    common = {"WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    store = TCPStore("127.0.0.1", 0, None, True, timeout=_ANSWER, wait_for_workers=False)
+    common = {"WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), _CHILD: "1"}
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "visionattn", *arguments],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(devices)},
+            stdin=subprocess.PIPE,  # closed when this process ends, also after a kill; see `_end_with_parent`
         )
         for rank in range(1, devices)
     ]
     try:
-        yield Processes(PrefixStore("visionattn", store), 0, devices, children)
+        with Processes(PrefixStore("visionattn", store), 0, devices, children).alive() as processes:
+            yield processes
     finally:
         for child in children:
             child.terminate()  # no effect on processes that have exited
         for child in children:
-            child.wait()
+            try:
+                child.wait(_BEAT)
+            except subprocess.TimeoutExpired:  # e.g. a process that was stopped
+                child.kill()
+                child.wait()
+            assert child.stdin is not None
+            child.stdin.close()
 
 
-def _join() -> Processes:
+def _join(place: Place) -> Processes:
     from torch.distributed import PrefixStore, TCPStore
 
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun hosts the store
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        None,
-        hosts,
-        timeout=_TIMEOUT,
-        wait_for_workers=False,
-    )
-    return Processes(PrefixStore("visionattn", store), rank, size)
+    if _CHILD in os.environ:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    _take_cores(place.local_size)
+    if not place.hosts:
+        _wait_for(place)
+    try:
+        store = TCPStore(place.address, place.port, None, place.hosts, timeout=_ANSWER, wait_for_workers=False)
+    except RuntimeError as error:
+        raise UsageError(
+            f"the processes of this export cannot meet at {place.address}, port {place.port} "
+            f"({str(error).splitlines()[0]}); set MASTER_PORT to a free port"
+        ) from error
+    return Processes(PrefixStore(f"visionattn{place.name}", store), place.rank, place.size)
+
+
+def _wait_for(place: Place) -> None:
+    """Wait until the store can be reached. Waiting here and not in torch lets signals end the process.
+
+    Raises:
+        DataError: the store cannot be reached within `_JOIN` seconds.
+    """
+    end = time.monotonic() + _JOIN
+    while True:
+        try:
+            socket.create_connection((place.address, place.port), timeout=_BEAT).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise DataError(
+                    f"the first process of this export cannot be reached at {place.address}, port {place.port} "
+                    f"({error.strerror or error}); start all processes at the same time"
+                ) from error
+            time.sleep(_REFRESH)
+
+
+def _end_with_parent() -> None:
+    """End this process when the process that started it has ended; that process holds the other end of stdin."""
+    with contextlib.suppress(OSError):
+        while os.read(0, 4096):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)  # a clean end, if the main thread runs Python code …
+    time.sleep(_BEAT)
+    os._exit(128 + signal.SIGTERM)  # … and an end in any case
 
 
 def _take_cores(processes: int) -> None:

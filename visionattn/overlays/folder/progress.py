@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from visionattn.files import printable
 from visionattn.overlays.folder.manifest import Entry, Failed
 
-_MAX_FAILURES = 5  # shown on the terminal; the manifest has all
-_MAX_DIFFERENT = 3  # shown images in which two compared models differ most
+_LINE = 60.0  # seconds between two lines of progress where the output is no terminal
+_MAX_FAILURES = 5  # failures shown on the terminal; the manifest lists all
+_MAX_DIFFERENT = 3  # images shown for a comparison: those in which the models differ most
 
 
 @dataclass
@@ -22,17 +24,17 @@ class Summary:
     """The counts and failures of an export.
 
     Attributes:
-        out: the output folder, as it was given.
-        noun: name of one output in the summary.
+        out: the output folder, as the user named it.
+        noun: noun for one output in the summary, e.g. `overlay`.
         written: number of images with all outputs written.
         failed: number of images that failed.
-        skipped: number of images with up-to-date outputs from an earlier run.
+        skipped: number of images with outputs of an earlier run that are up to date.
         blank: number of images with a constant heatmap, which shows nothing.
         ignored: suffix → number of files in the input folders that are not images.
         links: number of linked folders that were not entered.
-        failures: (file, reason) of the first failures.
-        source: what the heatmaps show, e.g. `gate of layer4.1`; "" if nothing was made.
-        apart: (mean difference, file) of the images in which two compared models differ most, in descending order.
+        failures: (file, reason) of the first failures, at most five.
+        source: what the heatmaps show, e.g. `gate of layer4.1`; "" if no heatmap was made.
+        apart: (mean difference, file) of the images in which two models differ most, largest first, at most three.
         images: paths of all images, without videos.
         seconds: duration of the run.
     """
@@ -79,6 +81,8 @@ class Summary:
 class ProgressBar:
     """A progress bar: `seen/ ━━━━━━━━━━━━━━━━━━━━ 212/214  34 images/s  2 failed`.
 
+    If the output is no terminal, the same text without the bar is printed once a minute.
+
     Args:
         console: shows the bar.
         out: the output folder.
@@ -90,7 +94,8 @@ class ProgressBar:
         self._progress = Progress(*columns, console=console, disable=total == 0)
         self._task = self._progress.add_task(_folder(out), total=total, state=f"0/{total}")
         self._total = total
-        self._started = time.perf_counter()
+        self._console, self._out = console, _folder(out)
+        self._started = self._printed = time.perf_counter()
 
     def __enter__(self) -> "ProgressBar":
         self._progress.start()
@@ -105,28 +110,32 @@ class ProgressBar:
         """Show the sums of the counters.
 
         Args:
-            sums: `done`, the number of finished images and frames, failures included; `failed`, the number of failures;
-                `frames`, the number of video frames to export in addition to `total`.
+            sums: `done`, the number of finished images and frames, including failures; `failed`, the number of
+                failures; `frames`, the number of video frames to export in addition to `total`.
         """
         done, failed = sums.get("done", 0), sums.get("failed", 0)
         total = self._total + sums.get("frames", 0)
-        seconds = time.perf_counter() - self._started
+        now = time.perf_counter()
+        seconds = now - self._started
         rate = done / max(seconds, 1e-9)
         state = f"{done - failed}/{total}  {_number(rate)} images/s"
         if 0 < done < total:
             state += f"  {_duration((total - done) / rate)} left"
         if failed:
             state += f"  [red]{failed} failed[/red]"
+        if not self._console.is_terminal and now - self._printed > _LINE:
+            self._printed = now
+            self._console.print(Text.from_markup(f"  {escape(self._out)} {state}"), soft_wrap=True)
         self._progress.update(self._task, completed=done, total=total, state=state)
 
 
 def print_summary(console: Console, summary: Summary) -> None:
     """Print the table at the end of an export."""
     folder, manifest = _folder(summary.out), _folder(summary.out) + "manifest.jsonl"
-    pointing = f"pointing at: {printable(summary.source)}" if summary.source else ""
+    heatmaps = f"heatmaps: {printable(summary.source)}" if summary.source else ""
     rows: list[tuple[str, str, str, str]] = []
     if summary.written or not summary.skipped:
-        rows.append((str(summary.written), summary.noun + "s" * (summary.written != 1), folder, pointing))
+        rows.append((str(summary.written), summary.noun + "s" * (summary.written != 1), folder, heatmaps))
     if summary.skipped:
         rows.append((str(summary.skipped), "as before", "" if rows else folder, ""))
     if summary.blank:
@@ -142,7 +151,7 @@ def print_summary(console: Console, summary: Summary) -> None:
         rows.append(("", "", "", f"and {summary.failed - len(summary.failures)} more, in the manifest"))
     if summary.ignored:
         kinds = ", ".join(f"{count} {kind or 'without suffix'}" for kind, count in summary.ignored.most_common(4))
-        rows.append((str(sum(summary.ignored.values())), "ignored", "", f"no images: {kinds}"))
+        rows.append((str(sum(summary.ignored.values())), "ignored", "", f"not images: {kinds}"))
     if summary.links:
         rows.append((str(summary.links), "not entered", "", "linked folders"))
     if not summary.failed:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from visionattn.errors import DataError
 from visionattn.files import printable
 
-# our own error message says what is wrong with a file; FFmpeg and OpenCV must not print theirs
+# unreadable files raise a DataError, so FFmpeg and OpenCV need not print their own messages
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 if hasattr(cv2.utils, "logging"):  # since OpenCV 5.0
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
@@ -23,23 +23,23 @@ else:
     cv2.setLogLevel(2)  # type: ignore[attr-defined]  # OpenCV 4: the stubs lack it; 2 is the level of errors
 
 SUFFIX = ".mp4"
-"""MPEG-4 part 2: the only codec that both OpenCV's wheels write and video players read; *measured*: 2 ms per frame of
-640 × 480. Browsers read VP8 and VP9 instead, which take 14 and 73 ms."""
+"""Videos are MPEG-4 part 2, the only codec that OpenCV's wheels can write and video players can play. *Measured*: a
+frame of 640 × 480 takes 2 ms. Browsers play VP8 and VP9 instead, which take 14 and 73 ms."""
 
 
 class VideoFrames:
     """The frames of a video, in order.
 
     Attributes:
-        path: of the video.
-        fps: frames per second that are yielded.
-        count: approximate number of frames; 0 if the file does not say.
+        path: path of the video.
+        fps: number of yielded frames per second of video.
+        count: approximate number of yielded frames; 0 if unknown.
 
     Args:
         path: any file name, even one that is not valid UTF-8.
-        fps: frames per second to sample: the first frame at or after each multiple of 1 / fps. None, or a rate above
-            that of the video, takes every frame.
-        max_pixels: largest width × height.
+        fps: frames to sample per second: the first frame at or after each multiple of 1 / fps seconds. With None, or
+            with a rate above the video's own, every frame is sampled.
+        max_pixels: largest allowed width × height.
 
     Raises:
         DataError: there is no such file, it is not a video, or its frames are too large.
@@ -64,7 +64,7 @@ class VideoFrames:
         self.count = max(0, round(self._capture.get(cv2.CAP_PROP_FRAME_COUNT) * self.fps / self._rate))
 
     def __iter__(self) -> Iterator[tuple[float, NDArray[np.uint8]]]:
-        """Yield (seconds from the start, (H, W, 3) uint8 RGB), upright as the video's orientation tag says."""
+        """Yield (seconds from the start, (H, W, 3) uint8 RGB), rotated upright by the video's orientation tag."""
         number, taken = 0, 0
         while self._capture.grab():
             at = number / self._rate
@@ -82,7 +82,7 @@ class VideoWriter:
     """Writes a video frame by frame.
 
     Args:
-        path: of the file, ends in `SUFFIX`.
+        path: path of the file; it ends in `SUFFIX`.
         fps: frames per second.
     """
 
@@ -94,7 +94,7 @@ class VideoWriter:
         """Write a frame.
 
         Args:
-            picture: (H, W, 3) uint8 RGB, or (H, W) uint8 or uint16 grey; of the same size in all frames.
+            picture: (H, W, 3) uint8 RGB, or (H, W) uint8 or uint16 grey. All frames have the same size.
 
         Raises:
             DataError: the file cannot be written.
@@ -117,7 +117,7 @@ class VideoWriter:
 
 @contextlib.contextmanager
 def _readable(path: str) -> Iterator[str]:
-    """Yield a file name that OpenCV accepts: a link for a name that is not valid UTF-8, on which OpenCV crashes."""
+    """Yield a name that OpenCV can open. OpenCV crashes on names that are not valid UTF-8, so they are linked."""
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The export of one video: its frames are read one by one, and its outputs are written frame by frame."""
+"""The export of one video: frames are read one by one, and outputs are written frame by frame."""
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -22,20 +22,20 @@ from visionattn.overlays.folder.manifest import Entry, Facts, Stamp
 from visionattn.overlays.folder.video import VideoFrames, VideoWriter
 from visionattn.overlays.outputs import Output
 
-_OF_FRAMES = ("heatmap", "raw", "glimpses")  # arrays that differ from frame to frame
+_OF_FRAMES = ("heatmap", "raw", "glimpses")  # names of the arrays that differ from frame to frame
 
 
 class VideoExport:
-    """Reads the frames of a video and collects their outputs; one thread at a time calls each method.
+    """Reads the frames of a video and collects their outputs. Each method is called by one thread at a time.
 
     Attributes:
-        path: of the video.
+        path: path of the video.
         ended: whether the last frame was read.
 
     Args:
         job: settings of the export.
-        path: of the video.
-        expect: called with the number of frames once it is known.
+        path: path of the video.
+        expect: function called with the number of frames once it is known.
     """
 
     def __init__(self, job: ExportJob, path: str, expect: Callable[[int], object]) -> None:
@@ -77,8 +77,8 @@ class VideoExport:
 
         Args:
             frame: a frame of this video.
-            explained: its explanations.
-            drawing: the future outputs of the frame.
+            explained: the frame's explanations and facts.
+            drawing: future of the frame's outputs.
         """
         try:
             outputs = drawing.result()
@@ -98,11 +98,11 @@ class VideoExport:
             self.fail(reason_of(error, self.path))
 
     def fail(self, reason: str) -> None:
-        """Mark the video as failed; of several reasons, the first is kept."""
+        """Mark the video as failed; if it has failed before, the earlier reason is kept."""
         self._failed = self._failed or reason
 
     def finish(self, secure: Callable[[], None]) -> Entry:
-        """Complete the outputs and rename them, see `OutputFiles.settle`; return the manifest's entry."""
+        """Complete the outputs, rename them as `OutputFiles.settle` does, and return the manifest's entry."""
         films = self._films.values()
         for film, _ in films:
             film.close()
@@ -136,7 +136,7 @@ class VideoExport:
         return self._films[kind][0]
 
     def _stacked(self, parts: list[Mapping[str, NDArray[np.generic]]]) -> Mapping[str, NDArray[np.generic]]:
-        """Stack the arrays of all frames along a new first axis, and keep the arrays that all frames share."""
+        """Stack the arrays that differ between frames along a new first axis; keep the others as in the first frame."""
         of_frames = {key for key in parts[0] if key.rpartition("/")[2] in _OF_FRAMES}
         stacked = {
             key: np.stack([part[key] for part in parts]) if key in of_frames else parts[0][key] for key in parts[0]
@@ -144,7 +144,7 @@ class VideoExport:
         return {**stacked, "at": np.array(self._at)}
 
     def _video_facts(self) -> Facts:
-        """Return all facts of the most confident frame, and the predictions and peaks of every frame."""
+        """Return the facts of the most confident frame, and the prediction, probability and peak of every frame."""
         assert self._frames is not None
         most_confident = max(self._facts, key=lambda facts: facts["probability"] or 0)
         height, width = self._size

@@ -1,4 +1,4 @@
-"""`metrics.csv` of a run: one row per logged step, without lost rows when the run is killed and continued."""
+"""Write `metrics.csv` of a run: a row for each logged step, complete even if the run is killed and resumed."""
 
 import csv
 import io
@@ -14,17 +14,20 @@ from visionattn.errors import DataError
 from visionattn.files import write_file
 
 NAME = "metrics.csv"
-_ROWS = 100  # kept in memory before they are written
+_ROWS = 100  # maximum number of rows kept in memory before they are written
 
 
 class MetricsFile(Logger):
     """A Lightning logger that writes `metrics.csv`.
 
-    Lightning's CSVLogger deletes an earlier file of the same run and rewrites the file in place for each new column.
-    This logger appends to the rows of an earlier process, and the file is complete at any moment.
+    This logger appends to the rows of an earlier process, and the file is complete at any moment. In contrast,
+    Lightning's CSVLogger deletes an earlier file of the same run, and rewrites the file in place for each new column.
 
     Args:
         folder: of the run.
+
+    Attributes:
+        count: number of rows that this run has logged so far, including those of earlier processes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,8 +35,7 @@ class MetricsFile(Logger):
         self.path = folder / NAME
         self._columns: list[str] = []
         self._waiting: list[dict[str, object]] = []
-        self._seam: int | None = None  # the last step of an earlier process
-        self._at_seam: list[set[str]] = []  # the columns of its rows
+        self.count = 0
 
     @property
     def name(self) -> str:
@@ -49,25 +51,26 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: "dict[str, object] | Namespace", *args: object, **kwargs: object) -> None:
-        """Do nothing, because config.yaml has them."""
+        """Do nothing, because config.yaml has the hyper-parameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add a row; rows are written when a hundred are waiting, at a checkpoint, and at the end."""
-        row: dict[str, object] = {"step": step, **metrics}
-        if step == self._seam and row.keys() in self._at_seam:
-            return  # a repeated validation
-        self._waiting.append(row)
+        """Add a row. Rows are written in hundreds, before each checkpoint, and at the end."""
+        self._waiting.append({"step": step, **metrics})
+        self.count += 1
         if len(self._waiting) >= _ROWS:
             self.save()
 
-    @rank_zero_only
-    def continue_at(self, step: int) -> None:
-        """Keep an earlier process's rows of the steps before `step`; the others are dropped and logged again."""
-        rows = [row for row in _read(self.path) if int(row["step"]) < step]
-        self._seam, self._at_seam = step - 1, [set(row) for row in rows if int(row["step"]) == step - 1]
+    def continue_after(self, count: int) -> list[dict[str, str]]:
+        """Keep the first `count` rows of the file and return them; drop later rows, which the resumed run logs again.
+
+        Only the first process of a run changes the file.
+        """
+        rows = _read(self.path)[:count]
+        self.count = len(rows)
         self._columns = sorted({column for row in rows for column in row})
         self._replace(rows)
+        return rows
 
     @rank_zero_only
     def save(self) -> None:
@@ -77,7 +80,7 @@ class MetricsFile(Logger):
             DataError: the file cannot be written; its earlier rows are unchanged.
         """
         rows, self._waiting = self._waiting, []
-        self._columns = self._columns or _columns(self.path)  # a test after the training finds the columns in the file
+        self._columns = self._columns or _columns(self.path)  # the file may be from an earlier training or test
         columns = sorted({*self._columns, *(column for row in rows for column in row)})
         if not rows:
             return
@@ -91,6 +94,7 @@ class MetricsFile(Logger):
     def finalize(self, status: str) -> None:
         self.save()
 
+    @rank_zero_only
     def _replace(self, rows: Sequence[Mapping[str, object]]) -> None:
         if rows or self.path.exists():
             header = ",".join(self._columns) + "\r\n" if self._columns else ""
@@ -107,15 +111,14 @@ def _columns(path: Path) -> list[str]:
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    """Return the complete rows of a file without their empty fields; empty if there is no file."""
+    """Return the complete rows of a file, without empty fields; an empty list if there is no file."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return []
     whole = content[: content.rfind(b"\n") + 1].decode()
     rows = csv.DictReader(io.StringIO(whole, newline=""))
-    found = [{column: value for column, value in row.items() if value} for row in rows]
-    return [row for row in found if row.get("step", "").isdigit()]
+    return [{column: value for column, value in row.items() if value} for row in rows]
 
 
 def _text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> bytes:
@@ -125,7 +128,7 @@ def _text(columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> bytes
 
 
 def _append(path: Path, content: bytes) -> None:
-    """Append the whole content or, when the disk is full, none of it."""
+    """Append the content; if writing fails, e.g. on a full disk, restore the file's old length."""
     end = os.path.getsize(path)
     try:
         with open(path, "ab", buffering=0) as file:

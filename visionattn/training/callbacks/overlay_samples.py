@@ -12,12 +12,12 @@ from visionattn.training.callbacks.sample_sheet import explain, picture_of
 class OverlaySamples(Callback):
     """Write overlays of the same validation images every few epochs, into the run's overlays/, TensorBoard and W&B.
 
-    For a network that takes glimpses, their path and the box of every scale are drawn next to the heatmap.
+    If the network takes glimpses, the sheet also shows their locations and boxes, next to the heatmap.
 
     Args:
-        every_n_epochs: epochs between two sheets; 0 writes none.
-        num_images: number of images, the first of the validation split.
-        method: heatmap method for whole images or for each box. Default: one that fits the model.
+        every_n_epochs: write a sheet of overlays after every `every_n_epochs` epochs; 0 for never.
+        num_images: number of images, taken from the beginning of the validation split.
+        method: heatmap method for whole images or for each box (default: a method that fits the model).
 
     Raises:
         ValueError: a number is out of range.
@@ -37,9 +37,8 @@ class OverlaySamples(Callback):
     ) -> None:
         if batch_idx == 0 and self._is_due(trainer):
             self._batch = _first(batch, self.num_images)
-        if (
-            trainer.sanity_checking and self.every_n_epochs
-        ):  # so that a method that does not fit fails before the first epoch
+        if trainer.sanity_checking and self.every_n_epochs:
+            # raise before the first epoch if the method does not fit the model
             explain(self.method, pl_module, _first(batch, 1))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Write predictions into the run, each image once, in the order of the data."""
+"""Write the predictions of the verb `predict` into the run's folder."""
 
 import csv
 import itertools
@@ -19,18 +19,18 @@ from visionattn.training.callbacks.run_files import _csv, _dataset, _folder, cla
 
 
 class WritePredictions(BasePredictionWriter):
-    """Write predictions into the run, each image once, in the order of the data.
+    """Write predictions into the run, once for each image and in the order of the data.
 
-    For a classifier: predictions.csv with the most probable class of every image. For a detector: predictions.json in
-    COCO's results format, with boxes in pixels of the source images and the image and category ids of the annotation
-    files. Each box also has its image's `file_name`, because Pascal VOC and YOLO have no ids. Pictures of the first
-    images with their boxes go into predictions/.
+    For a classifier, write predictions.csv with the most probable class of every image. For a detector, write
+    predictions.json in COCO's results format: boxes in pixels of the source images, with the image and category ids of
+    the annotation files. Each box also has the `file_name` of its image, because Pascal VOC and YOLO have no image ids.
+    The folder predictions/ gets pictures of the first images with their boxes.
 
     Each process writes a part; the first process joins the parts at the end.
 
     Args:
-        pictures: largest number of pictures.
-        min_score: smallest score of a box in a picture.
+        pictures: maximum number of pictures.
+        min_score: minimum score of a box in a picture.
     """
 
     def __init__(self, pictures: int = 100, min_score: float = 0.3) -> None:
@@ -42,7 +42,7 @@ class WritePredictions(BasePredictionWriter):
         self._done = 0
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = _folder(trainer)  # it reads log_dir, a broadcast, so every process must call it
+        folder = _folder(trainer)  # every process must call this, since trainer.log_dir broadcasts between processes
         self._home = folder and folder.parent
         detects = hasattr(datamodule_of(trainer), "category_ids")
         self._name = "predictions.json" if detects else "predictions.csv"
@@ -63,15 +63,19 @@ class WritePredictions(BasePredictionWriter):
     ) -> None:
         if self._home is None:
             return
-        rows = _classes if self._name == "predictions.csv" else _boxes
-        content = rows(prediction, datamodule_of(trainer))
+        data = datamodule_of(trainer)
+        names = class_names_of(pl_module) or class_names_of(data)
+        if self._name == "predictions.csv":
+            content = _classes(prediction, names)
+        else:
+            content = _boxes(prediction, _category_ids(data, pl_module))
         try:
             with open(self._part(trainer.global_rank), "ab") as file:
                 file.write(content)
         except OSError as error:
             raise DataError(f"{self._home / self._name} cannot be written: {error.strerror}") from error
         if self._name == "predictions.json":
-            self._draw(trainer, prediction, self._home / "predictions")
+            self._draw(trainer, prediction, names, self._home / "predictions")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.barrier()
@@ -87,24 +91,23 @@ class WritePredictions(BasePredictionWriter):
         if self._home:
             self._part(trainer.global_rank).unlink(missing_ok=True)
 
-    def _draw(self, trainer: L.Trainer, prediction: Any, folder: Path) -> None:
+    def _draw(self, trainer: L.Trainer, prediction: Any, class_names: Sequence[str], folder: Path) -> None:
         dataset = _dataset(trainer.predict_dataloaders)
-        class_names = class_names_of(datamodule_of(trainer))
         for path, image_id, found in zip(
             prediction["path"], prediction["image_id"], prediction["detections"], strict=True
         ):
-            place = self._done * trainer.world_size + trainer.global_rank  # among the images of all processes
+            place = self._done * trainer.world_size + trainer.global_rank  # index of the image in the data set
             self._done += 1
             if place >= self.pictures:
                 return
             edges, scores, labels = (found[name].float().cpu() for name in ("boxes", "scores", "labels"))
-            seen = scores >= self.min_score
+            drawn = scores >= self.min_score
             names = [
                 f"{class_names[int(label)]} {score:.2f}"
-                for label, score in zip(labels[seen].tolist(), scores[seen].tolist(), strict=True)
+                for label, score in zip(labels[drawn].tolist(), scores[drawn].tolist(), strict=True)
             ]
             folder.mkdir(exist_ok=True)
-            picture = draw_boxes(dataset.read_source(path), edges[seen].numpy(), labels=names)
+            picture = draw_boxes(dataset.read_source(path), edges[drawn].numpy(), labels=names)
             write_image(folder / f"{image_id:06d}_{Path(path).stem}.jpg", picture)
 
     def _part(self, rank: int) -> Path:
@@ -112,9 +115,15 @@ class WritePredictions(BasePredictionWriter):
         return self._home / f".predictions.{rank}.part"
 
 
-def _classes(prediction: Any, data: object) -> bytes:
-    """Return one CSV row per image: its path, its most probable class, and the probability."""
-    names = class_names_of(data)
+def _category_ids(data: Any, pl_module: L.LightningModule) -> Sequence[int]:
+    """Return the category ids of the annotation files in the order of the model's classes."""
+    numbers = getattr(pl_module, "label_numbers", None)
+    ids: Sequence[int] = data.category_ids
+    return ids if numbers is None else [ids[numbers.index(label)] for label in range(len(ids))]
+
+
+def _classes(prediction: Any, names: Sequence[str]) -> bytes:
+    """Return a CSV row per image: path, most probable class and its probability."""
     probabilities, classes = prediction["probability"].float().cpu().max(-1)
     return _csv(
         [
@@ -126,8 +135,8 @@ def _classes(prediction: Any, data: object) -> bytes:
     )
 
 
-def _boxes(prediction: Any, data: Any) -> bytes:
-    """Return one line per image: the JSON list of its results in COCO's format."""
+def _boxes(prediction: Any, category_ids: Sequence[int]) -> bytes:
+    """Return a line per image: a JSON list of its results in COCO's format."""
     lines = []
     for path, image_id, found in zip(prediction["path"], prediction["image_id"], prediction["detections"], strict=True):
         edges, scores, labels = (found[name].float().cpu().tolist() for name in ("boxes", "scores", "labels"))
@@ -135,7 +144,7 @@ def _boxes(prediction: Any, data: Any) -> bytes:
             {
                 "image_id": image_id,
                 "file_name": Path(path).name,
-                "category_id": data.category_ids[int(label)],
+                "category_id": category_ids[int(label)],
                 "bbox": [round(edge, 2) for edge in (x1, y1, x2 - x1, y2 - y1)],
                 "score": round(score, 5),
             }
@@ -146,7 +155,7 @@ def _boxes(prediction: Any, data: Any) -> bytes:
 
 
 def _interleave(parts: Sequence[Path], file: BinaryIO) -> None:
-    """Join the rows of n processes, each of which took every n-th image."""
+    """Join the rows of n processes; each process predicted every n-th image."""
     file.write(_csv([["path", "class", "probability"]]))
     with ExitStack() as stack:
         texts = [
@@ -157,11 +166,11 @@ def _interleave(parts: Sequence[Path], file: BinaryIO) -> None:
 
 
 def _interleave_json(parts: Sequence[Path], file: BinaryIO) -> None:
-    """Join the JSON lists of n processes, each of which took every n-th image, into one list."""
+    """Join the JSON lists of n processes into one list; each process predicted every n-th image."""
     with ExitStack() as stack:
         texts = [stack.enter_context(open(part, "rb")) for part in parts]
         lines = (line for group in itertools.zip_longest(*texts) for line in group if line)
-        lists = (line.strip()[1:-1] for line in lines)  # without their brackets
+        lists = (line.strip()[1:-1] for line in lines)  # without the brackets of each list
         file.write(b"[")
         for number, results in enumerate(results for results in lists if results):
             file.write(b",\n" * bool(number) + results)

@@ -1,4 +1,4 @@
-"""The report of a test: a table, CSV files, and overlays of the first images."""
+"""The report of a test: a table of metrics, CSV files, and overlays of the first images."""
 
 from pathlib import Path
 
@@ -29,23 +29,24 @@ from visionattn.training.callbacks.scanpath_report import FixationDensity, write
 class TestReport(Callback):
     """Print and write a report at the end of a test.
 
-    The run gets `test.csv` with the metrics, `confusion.csv`, and `overlays/test.png`, a sheet of images with their
-    heatmaps. If the data has the objects' boxes, the pointing game is scored on every image, and printed next to the
-    scores of a centre guess and of chance.
+    The report consists of `test.csv` with the metrics, `confusion.csv`, and `overlays/test.png`, a sheet of images with
+    their heatmaps. If the data has the box of the object in each image, the report includes the pointing game over all
+    images, and for comparison the scores of guessing the centre and of chance.
 
-    For heatmaps of glimpses the sheet shows their paths, and `overlays/` also gets `gaze_density.png`: how often each
-    pixel was read at the finest scale in the whole test, for the first glimpse and for the later ones, and where the
-    objects were. For a `GlimpseNetwork` it also gets `gaze.webp`, the glimpses at the first image one by one.
+    For heatmaps of glimpses, the sheet shows the scanpaths, and the report includes `overlays/gaze_density.png`: how
+    often each pixel was inside the finest patch, over all test images, for the first glimpse and for the later
+    glimpses, and how often inside an object's box. For a `GlimpseNetwork`, the report also includes
+    `overlays/gaze.webp`, an animation of the glimpses at the first image.
 
     Args:
-        num_images: number of images on the sheet, the first of the test split.
-        method: heatmap method for whole images or for each box. Default: one that fits the model.
+        num_images: number of images on the sheet, taken from the beginning of the test split.
+        method: heatmap method for whole images or for each box (default: a method that fits the model).
 
     Raises:
         ValueError: num_images is below 1.
     """
 
-    __test__ = False  # pytest would collect the class because of its name
+    __test__ = False  # pytest must not collect this class, whose name starts with Test
 
     def __init__(self, num_images: int = 12, method: Method | BoxMethod | None = None) -> None:
         if num_images < 1:
@@ -59,7 +60,7 @@ class TestReport(Callback):
         self._density = FixationDensity()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._folder = _folder(trainer)  # it reads log_dir, a broadcast, so every process must call it
+        self._folder = _folder(trainer)  # every process must call this, since trainer.log_dir broadcasts
         self._hits = {}
         self._density = FixationDensity()
 
@@ -76,9 +77,9 @@ class TestReport(Callback):
         if "box" in batch:
             for name in figures.values():
                 self._hits.setdefault(f"test/{name}", MeanMetric().to(pl_module.device))
-        if not len(batch["image"]):  # there are more processes than images
+        if not len(batch["image"]):  # with more processes than images, some processes get an empty batch
             return
-        whole = "boxes" not in batch  # the heatmaps are of whole images, not of boxes
+        whole = "boxes" not in batch  # a classifier has heatmaps of whole images, a detector has heatmaps of boxes
         method = self.method or (chosen(pl_module, batch) if whole else None)
         if whole and ("box" in batch or isinstance(method, Gaze)):
             maps = explain(method, pl_module, batch)
@@ -96,7 +97,7 @@ class TestReport(Callback):
         for name, hits in self._hits.items():
             if not hits.update_called:
                 hits.update(0.0, weight=0.0)
-            pl_module.log(name, hits.compute(), sync_dist=True)  # equal in every process
+            pl_module.log(name, hits.compute(), sync_dist=True)  # compute() already combines the processes
         self._density.gather(trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

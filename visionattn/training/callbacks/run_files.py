@@ -2,15 +2,17 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
-from torch import nn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch import Tensor, nn
 
 from visionattn.data import Batch
 
@@ -26,12 +28,12 @@ class _HasImages(Protocol):
 
 
 def is_dev_run(trainer: L.Trainer) -> bool:
-    """Return whether this is a `fast_dev_run`, which leaves no files."""
+    """Return whether the run is a `fast_dev_run`, which writes no files."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def datamodule_of(trainer: L.Trainer) -> object:
-    """Return the data module of a trainer, or None."""
+    """Return the data module of a trainer, or None if there is none."""
     return getattr(trainer, "datamodule", None)
 
 
@@ -42,14 +44,23 @@ def network_of(pl_module: L.LightningModule) -> nn.Module:
     return network
 
 
+def images_of(pl_module: L.LightningModule, batch: Batch) -> Tensor:
+    """Return a batch's images in the number format of the task's network, which `trainer.precision` may have changed.
+
+    Inside the trainer's steps, Lightning converts the images itself.
+    """
+    kinds = (tensor.dtype for tensor in network_of(pl_module).parameters() if tensor.is_floating_point())
+    return batch["image"].to(next(kinds, torch.float32))
+
+
 def class_names_of(owner: object) -> Sequence[str]:
-    """Return the class names of a task or data module; empty if it has none."""
+    """Return the class names of a task or data module; empty if there are none."""
     names: Sequence[str] = getattr(owner, "class_names", ())
     return names
 
 
 def _folder(trainer: L.Trainer) -> Path | None:
-    """Return the folder of a run's overlays, or None for a run that leaves no files."""
+    """Return the folder of a run's overlays, or None for a run that writes no files."""
     if is_dev_run(trainer) or trainer.log_dir is None:
         return None
     return Path(trainer.log_dir) / "overlays"
@@ -57,11 +68,28 @@ def _folder(trainer: L.Trainer) -> Path | None:
 
 def _show(trainer: L.Trainer, name: str, picture_HWC: NDArray[np.uint8]) -> None:
     """Send a picture to the loggers that accept pictures: TensorBoard and W&B."""
+    step = max(0, trainer.global_step - 1)  # Lightning logs the metrics of a validation with the step before it
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, picture_HWC, trainer.global_step, dataformats="HWC")
+            logger.experiment.add_image(name, picture_HWC, step, dataformats="HWC")
         elif isinstance(logger, WandbLogger):
-            logger.log_image(name, [picture_HWC], step=trainer.global_step)
+            logger.log_image(name, [picture_HWC], step=step)
+
+
+def _continue_events(logger: TensorBoardLogger, step: int, rows: Sequence[Mapping[str, str]]) -> None:
+    """Hide what earlier processes sent to TensorBoard from a step on, and log the metrics of this step again.
+
+    Args:
+        logger: of the resumed run.
+        step: the last step before the resume.
+        rows: the rows of metrics.csv from before the resume.
+    """
+    start = SessionLog(status=SessionLog.START)  # TensorBoard drops all earlier events from the step of a start on
+    logger.experiment.file_writer.add_event(Event(step=step, session_log=start))
+    for row in rows:
+        if row.get("step") == str(step):
+            metrics = {name: float(value) for name, value in row.items() if name != "step"}
+            logger.log_metrics(metrics, step)
 
 
 def _dataset(loaders: object) -> SourceImages:

@@ -1,4 +1,4 @@
-"""Reports of a test of a glimpse network: density of fixations over all images, and an animation of one image.
+"""Reports of a glimpse network's test: the density of fixations over all images, and an animation for one image.
 
 Shapes: B images, T glimpses, S scales, H × W the model's input.
 """
@@ -17,11 +17,11 @@ from visionattn.evaluation import inside
 from visionattn.maps import Heatmaps, coverage
 from visionattn.models import GlimpseNetwork
 from visionattn.overlays import trace_glimpses
-from visionattn.training.callbacks.run_files import SourceImages, class_names_of, network_of
+from visionattn.training.callbacks.run_files import SourceImages, class_names_of, images_of, network_of
 
 
 class FixationDensity:
-    """Counts how often each pixel of the input was read at the finest scale, and how often it lay in an object's box.
+    """Count how often each pixel of the input was inside the finest patch of a glimpse, and inside an object's box.
 
     Attributes:
         images: number of images counted.
@@ -32,7 +32,7 @@ class FixationDensity:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, maps: Heatmaps, batch: Batch) -> None:
-        """Count the glimpses of a batch; does nothing for heatmaps without glimpses."""
+        """Count the glimpses of a batch. Heatmaps without glimpses have no effect."""
         if maps.boxes is None:
             return
         size = batch["image"].shape[-2], batch["image"].shape[-1]
@@ -48,7 +48,7 @@ class FixationDensity:
         self.images += len(finest_BT14)
 
     def gather(self, trainer: L.Trainer) -> None:
-        """Sum over all processes; every process must call this."""
+        """Sum the counts over all processes; every process must call this method."""
         if self._sums:
             device = next(iter(self._sums.values())).device
             self.images = int(trainer.strategy.reduce(torch.tensor(self.images, device=device), reduce_op="sum"))
@@ -57,32 +57,31 @@ class FixationDensity:
     def means(self) -> dict[str, NDArray[np.float32]]:
         """Return name → (H, W), means over the images.
 
-        `first glimpse` and `later glimpses`: number of glimpses that read the pixel at the finest scale. `objects'
-        boxes`: fraction of the images in which the pixel lies in the object's box; only if the data has boxes.
+        `first glimpse` and `later glimpses`: number of glimpses whose finest patch contains the pixel. `objects'
+        boxes`: fraction of the images in which the object's box contains the pixel; only if the data has boxes.
         """
         return {name: (total / self.images).cpu().numpy() for name, total in self._sums.items()}
 
     def write(self, path: Path) -> None:
-        """Draw the means into a file; does nothing if no glimpse was counted."""
+        """Write a picture of the means, unless no glimpse was counted."""
         if self._sums:
-            write_image(
-                path, draw_fixation_density(self.means(), title=f"where {self.images:,} images were seen sharply")
-            )
+            title = f"density of fixations over {self.images:,} images"
+            write_image(path, draw_fixation_density(self.means(), title=title))
 
 
 def write_glimpse_animation(
     path: Path, pl_module: L.LightningModule, batch: Batch, dataset: SourceImages, preprocess: Preprocess
 ) -> None:
-    """Write an animation of the glimpses at the first image of a batch, with the class probabilities after each.
+    """Write an animation of the glimpses at a batch's first image, with the class probabilities after each glimpse.
 
     Args:
-        path: of the .webp or .gif.
+        path: of the .webp or .gif file.
         pl_module: the task of a `GlimpseNetwork`.
         batch: of the data.
         dataset: reads the source images.
         preprocess: of the data.
     """
-    images_1CHW = batch["image"][:1].float()
+    images_1CHW = images_of(pl_module, batch)[:1]
     network = network_of(pl_module)
     assert isinstance(network, GlimpseNetwork)
     (trace,) = trace_glimpses(network, images_1CHW, batch["placement"][:1], preprocess)

@@ -1,4 +1,4 @@
-"""Draw the adaptive spans of a network during training."""
+"""Draw the learned spans of a network with adaptive-span attention during training."""
 
 import math
 
@@ -14,9 +14,9 @@ from visionattn.training.callbacks.run_files import _folder
 
 
 class DrawSpans(Callback):
-    """Write `overlays/spans.png` into the run after every validation: the reach of each head, one row per layer.
+    """Write `overlays/spans.png` into the run after every validation: the reach of each head, with a row per layer.
 
-    Does nothing for networks without adaptive spans.
+    For networks without adaptive spans, nothing is written.
     """
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
