@@ -1,6 +1,6 @@
 """Any sequence of changes to one model in one process gives the results of a model that was built in that state.
 
-`pytest` runs the sequences that fit 30 seconds. More, in batches that continue after an interruption:
+`pytest` runs the sequences that fit 15 seconds. More, in batches that continue after an interruption:
 
     python -m tests.test_sequences 2000 --done sequences.txt
 """
@@ -273,7 +273,7 @@ def run_sequences(count, number):
 
 
 def test_every_state_of_a_model_gives_the_results_of_a_model_built_in_that_state():
-    run_sequences(25, number=0)
+    run_sequences(12, number=0)
 
 
 if __name__ == "__main__":
