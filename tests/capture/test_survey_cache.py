@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.capture import models
 from visionattn.attention import CBAM, TokenMerging, Windowed, insert, reduce_tokens, swap_attention
+from visionattn.capture import survey as survey_module
 from visionattn.capture import survey_images
 from visionattn.maps import Chefer, EigenCAM, GradCAM, GradientRollout, RawAttention, Rollout
 
@@ -121,3 +122,12 @@ def test_the_survey_of_an_unchanged_model_is_cached():
     assert len(survey_images(model, IMAGES).gates) > 0
     insertion.remove()
     assert survey_images(model, IMAGES).gates == {}
+
+
+@pytest.mark.parametrize("method", [Rollout, Chefer, RawAttention, GradCAM, EigenCAM])
+def test_a_second_heatmap_needs_no_survey(method, monkeypatch):
+    model, runs, plain = vit(), [], survey_module._run_survey
+    monkeypatch.setattr(survey_module, "_run_survey", lambda *args: runs.append(1) or plain(*args))
+    for _ in range(3):
+        method()(model, IMAGES)
+    assert len(runs) == 1

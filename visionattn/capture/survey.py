@@ -418,7 +418,14 @@ def own_state(module: nn.Module) -> tuple[dict[str, Any], dict[int, Func]]:
     fields = vars(module)
     own = {name: fields[name] for name in fields.keys() - _OF_EVERY_MODULE}
     hooks = {**fields.get("_forward_pre_hooks", {}), **fields.get("_forward_hooks", {})}
-    return own, {n: hook for n, hook in hooks.items() if not isinstance(getattr(hook, "__self__", None), Watcher)}
+    return own, {n: hook for n, hook in hooks.items() if not _only_reads(hook)}
+
+
+def _only_reads(hook: Func) -> bool:
+    """Return whether a hook is one that visionattn sets while it reads a model, for a capture or a heatmap."""
+    return isinstance(getattr(hook, "__self__", None), Watcher) or (getattr(hook, "__module__", None) or "").startswith(
+        "visionattn.maps."
+    )
 
 
 def _hashable(value: object, depth: int = 0) -> object:
