@@ -276,7 +276,7 @@ class Reduced:
 
 
 def refuse_reduced_tokens(model: nn.Module) -> None:
-    """Refuse to change a network that drops or merges tokens: what is inserted needs every token of the grid.
+    """Refuse a network that drops or merges tokens, since inserted or swapped attention needs the whole grid.
 
     Raises:
         UsageError: the network has reduced tokens.

@@ -24,7 +24,7 @@ _TURNED = (5, 6, 7, 8)  # EXIF orientations for which the upright image has heig
 
 
 Progress = Callable[[Iterable[_T], int], Iterable[_T]]
-"""Yields the items of an iterable, whose number it is told, and shows how many are done."""
+"""Takes an iterable and the number of its items, yields the items, and shows how many are done."""
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def run(
     batch_size: int,
     workers: int,
 ) -> None:
-    """Export this process's images. Reading is up to two batches ahead of the models, writing up to two behind.
+    """Export this process's images, reading up to two batches before the models and writing up to two after them.
 
     Args:
         job: settings of the export.
