@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # set before torch is imported; threads of parallel tests slow each other down
 
+import multiprocessing
 import shutil
 from unittest import mock
 
@@ -14,12 +15,25 @@ import pytest
 
 from tests.explorer.explored import CHROMIUM
 
+# Tests that start processes fork them from a server, which has imported these once. A fork of the test's own process
+# would inherit threads of autograd, with which torch refuses to compute gradients.
+multiprocessing.set_forkserver_preload(["lightning", "timm"])
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = [
     "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--data.train_size=256", "--data.val_size=64",
     "--data.test_size=64",
 ]  # fmt: skip
 """Flags with which the quickstart takes seconds."""
+
+
+SLOWEST = ("faults", "notebooks", "test_readme.py", "test_package.py")
+"""Files and folders of tests/ that take longest. They run first, so that no process waits for another at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in SLOWEST)
 
 
 @pytest.fixture(scope="session")

@@ -36,3 +36,13 @@ def test_help_of_a_verb_exits_with_0(verb, capsys):
         main([verb, "--help"])
     assert ended.value.code == 0
     assert "--help" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_a_verb_that_cannot_share_its_work_refuses_several_processes(variable, monkeypatch, capsys):
+    monkeypatch.setenv(variable, "4")
+    assert main(["score", "--model", "test_vit", "--data", "photos"]) == 2
+    assert f"score runs in one process, and {variable} says that 4 were started" in capsys.readouterr().err
+    monkeypatch.setenv(variable, "1")
+    assert main(["data", "check", "photos"]) == 1
+    assert "there is no" in capsys.readouterr().err  # folder photos

@@ -1,4 +1,4 @@
-"""The examples (`>>>`) in docstrings run and give the documented results."""
+"""The examples (`>>>`) in docstrings run and give the documented results; the API pages are made without warnings."""
 
 import doctest
 import importlib
@@ -29,3 +29,15 @@ def test_examples_of_module_run(name, tmp_path, monkeypatch):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted
     assert not result.failed
+
+
+def test_pages_of_the_public_names_are_made_without_warnings(tmp_path):
+    """The same command is in CONTRIBUTING.md; pytest turns each warning into a failure."""
+    import pdoc
+
+    pdoc.render.configure(docformat="google")
+    pdoc.pdoc("visionattn", output_directory=tmp_path)
+    for package in (name for _, name, is_package in pkgutil.iter_modules(visionattn.__path__) if is_package):
+        public = getattr(importlib.import_module(f"visionattn.{package}"), "__all__", [])
+        page = (tmp_path / "visionattn" / f"{package}.html").read_text("utf-8") if public else ""
+        assert [name for name in public if f'id="{name}"' not in page] == []

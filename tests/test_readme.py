@@ -1,21 +1,31 @@
 """READMEs: commands and code run from top to bottom in one folder, links lead to files, and tables match the code."""
 
+import ast
+import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
+import torch
 import torchvision
 from PIL import Image
 
 from tests.commands.command_line import FakeMNIST
 from tests.conftest import CONFIGS, SMALL
 from tests.data.annotated import voc
+from tests.data.tables.labelled import label_table
+from tests.maps import glimpses
+from tests.models.detectors import small
+from tests.overlays.folder.films import film
+from visionattn.attention import CBAM
 from visionattn.cli import _VERBS, main
-from visionattn.maps import METHODS
+from visionattn.maps import METHODS, default_box_method, default_method
+from visionattn.models import ConvNet
 from visionattn.overlays import OUTPUTS
 
 ROOT = CONFIGS.parent
@@ -29,7 +39,6 @@ PAGES = [
 ]
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 ELSEWHERE = {
-    "mynet": "tests/commands/test_options_own_network.py trains and explains such a network",
     "python -m pip install": ".ci/run installs the package, and test_package.py builds the wheel",
     "--devices 2": "tests/commands/test_overlay.py runs the commands of overlays/README.md",
     "torchrun": "tests/faults/test_resume.py",
@@ -78,7 +87,14 @@ def home(tmp_path_factory):
         path = home / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (60, 60, 3), dtype=np.uint8)).save(path)
+    film(home / "film.mp4", range(0, 200, 50))
+    label_table(home / "my_images", home / "my_images")
     voc(home / "my_boxes")
+    for kind, block in re.findall(
+        r"```(?:python|yaml)\n# mynet\.(py|yaml)\n(.*?)```", TEXTS["visionattn/models/README.md"], re.S
+    ):
+        (home / f"mynet.{kind}").write_text(block)
+    (home / "names.txt").write_text("".join(f"kind{kind}\n" for kind in range(5)))
     return home
 
 
@@ -86,6 +102,7 @@ def home(tmp_path_factory):
 def reader(home, monkeypatch):
     """Work in the folder `home`, without a network: smaller models with random weights replace the pretrained ones."""
     monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(home)  # as in a notebook, modules of the current folder can be imported
     monkeypatch.setattr(torchvision.datasets, "MNIST", FakeMNIST)
     create = timm.create_model
 
@@ -103,6 +120,12 @@ def fit(*arguments):
 
 def prepare(text):
     """Train the runs whose checkpoints the text names, unless they exist."""
+    if "mynet.pth" in text and not Path("mynet.pth").exists():
+        import mynet
+
+        torch.save(mynet.make().state_dict(), "mynet.pth")
+    if "runs/mynet/" in text and not Path("runs/mynet/0/best.ckpt").exists():
+        fit("--config=mynet.yaml")
     for name, configs in {
         "quickstart": ["quickstart.yaml"],
         "vit-dense": ["vit/dense.yaml"],
@@ -134,9 +157,10 @@ def test_command_of_a_readme_runs(page, command, reader, capfd):
             flag for flag in SHORT if verb == "fit" or not flag.startswith(("--trainer.max", "--trainer.limit_t"))
         ]
         words += FOLDER if "ImageFolderData" in text else []
+        words += ["--test_after_fit=false"] if "TableData" in text else []
         words += BOXES if "AnnotatedData" in text and verb == "fit" else []
         words += SMALL[2:] if "quickstart" in command else []
-    if "--model" in words:
+    if "--model" in words and "--weights" not in words:
         words += ["--weights", "random"]
     if verb == "score":
         words += ["--images", "4", "--steps", "2"]
@@ -158,6 +182,17 @@ def test_code_of_a_readme_runs(page, reader):
     code = re.sub(r"#.*", "", "\n".join(re.findall(r"```python\n(.*?)```", TEXTS[page], re.S)))
     for file in re.findall(r'write_\w+\("([\w.]+)"|\.save\("([\w.]+)"\)', code):
         assert Path("".join(file)).exists()
+
+
+def test_recipes_have_at_most_six_lines():
+    blocks = [
+        block
+        for text in TEXTS.values()
+        for section in re.findall(r"^## Recipes\n(.*?)(?=^## |\Z)", text, re.S | re.M)
+        for block in re.findall(r"```python\n(.*?)```", section, re.S)
+    ]
+    assert len(blocks) >= 7
+    assert [block for block in blocks if len(block.splitlines()) > 6] == []
 
 
 def anchors(text):
@@ -207,6 +242,62 @@ def test_table_of_verbs_names_every_verb_and_its_module():
         for verb in re.findall(r"[\w-]+", verbs.replace("data check", "data")):
             modules[verb] = files.split(".py")[0]
     assert modules == {verb: module.rpartition(".")[2] for verb, (module, _) in _VERBS.items()}
+
+
+def test_messages_of_troubleshooting_are_in_the_code():
+    files = [ast.parse(path.read_text()) for path in (ROOT / "visionattn").rglob("*.py")]
+    texts = {node.value for tree in files for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    code = "\n".join(text for text in texts if isinstance(text, str))
+    table = list(rows("visionattn/commands/README.md", "## Troubleshooting"))
+    quoted = [message for _, messages, _ in table for message in re.split("`, `", messages)]
+    assert len(quoted) >= len(table) >= 10
+    assert [message for message in quoted if message not in code] == []
+
+
+def linked_text(page, cell):
+    """Return the text of the pages and notebooks that a cell of a table links to."""
+    text = ""
+    for link in re.findall(r"\]\(([^)#]+)", cell):
+        file = (ROOT / page).parent / link
+        cells = json.loads(file.read_text())["cells"] if file.suffix == ".ipynb" else []
+        text += file.read_text() if not cells else ""
+        text += "".join(str(output.get("text", "")) for part in cells for output in part.get("outputs", []))
+    return text
+
+
+def test_figures_of_which_method_are_those_of_the_linked_pages():
+    page, figure = "visionattn/maps/README.md", r"(?<![\d.])\d*\.\d+"
+    figures = 0
+    for network, _, _, measured, _ in rows(page, "## Which method?"):
+        known = {float(text) for text in re.findall(figure, linked_text(page, measured))}
+        found = [float(text) for text in re.findall(figure, re.sub(r"\]\([^)]*\)", "", measured))]
+        assert known.issuperset(found), (network, set(found) - known)
+        figures += len(found)
+    assert figures > 20
+
+
+def test_defaults_of_which_method_are_those_of_the_code():
+    swin = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 8, "depths": (1, 1), "num_heads": (2, 2)}
+    networks = {
+        "CNN": timm.create_model("test_resnet"),
+        "CNN with gates": ConvNet(3, attention=CBAM, widths=[16, 32]),
+        "ViT with a class token": timm.create_model("test_vit"),
+        "ViT without a class token": timm.create_model("test_vit", class_token=False, global_pool="avg"),
+        "windowed ViT": timm.create_model("swin_tiny_patch4_window7_224", **swin),
+        "detector": small.dense(),
+        "detector with deformable attention": small.query(),
+        "glimpses": glimpses.network(channels=3),
+    }
+    found = {}
+    for kinds, default, *_ in rows("visionattn/maps/README.md", "## Which method?"):
+        found |= dict.fromkeys(kinds.split(", "), default.split("`")[0])
+    images = {"windowed ViT": torch.rand(1, 3, 32, 32), "glimpses": torch.rand(1, 3, 12, 15)}
+    assert found == {
+        kind: (default_box_method if "detector" in kind else partial(default_method, images_BCHW=images.get(kind)))(
+            network.eval()
+        ).name
+        for kind, network in networks.items()
+    }
 
 
 def test_root_readme_has_at_most_125_lines():

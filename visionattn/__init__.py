@@ -6,6 +6,7 @@
     va.heatmap(model, "cat.jpg")      compute the heatmap as an array, with the prediction and the peak
     va.explore(model, ["cat.jpg"])    make a page to explore patches, heads, layers and heatmap methods
     va.insert(model, mechanism)       insert an attention mechanism into a model
+    va.load_model("hf:OWNER/NAME")    load a model by its name, with its preprocessing and class names
     va.load("best.ckpt")              load a trained task from a checkpoint; `task.network` is the model
 
 Names and sub-packages are imported on first use, so `import visionattn` is fast.

@@ -12,6 +12,7 @@ from . import tasks as tasks
 from . import training as training
 from .attention.insertion.inserting import insert as insert
 from .explorer.explorer import explore as explore
+from .models.resolve import load_model as load_model
 from .overlays.heatmaps import Heatmap as Heatmap
 from .overlays.heatmaps import heatmap as heatmap
 from .overlays.heatmaps import overlay as overlay

@@ -27,6 +27,8 @@ _VERBS = {
     ),
 }
 
+_SHARED_BY_PROCESSES = ("fit", "validate", "test", "predict", "overlay")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb of the command line.
@@ -70,10 +72,23 @@ def _run(arguments: list[str]) -> int:
     verb = arguments[0]
     if verb not in _VERBS:
         raise UsageError(f"visionattn has no verb {verb!r}.{nearest(verb, _VERBS)} See visionattn --help.")
+    _refuse_several_processes(verb)
     module = importlib.import_module(_VERBS[verb][0])
     if verb == "completion":  # the only verb that needs the parsers of the others
         return int(module.run(arguments, _VERBS))
     return int(module.run(arguments))
+
+
+def _refuse_several_processes(verb: str) -> None:
+    """Refuse a verb that torchrun or SLURM's srun has started several times, if its processes cannot share the work."""
+    if verb in _SHARED_BY_PROCESSES:
+        return
+    for variable in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):  # the number of processes: torchrun, srun
+        if os.environ.get(variable, "1") not in ("", "1"):
+            raise UsageError(
+                f"visionattn {verb} runs in one process, and {variable} says that {os.environ[variable]} were "
+                "started; start one"
+            )
 
 
 def _help() -> str:
@@ -90,6 +105,8 @@ def _help() -> str:
             "  visionattn --version",
             "  --debug                    with any verb: show the traceback of an error",
             "",
-            "First steps: visionattn fit --config configs/quickstart.yaml",
+            "First steps:",
+            "  visionattn overlay --demo                          draw heatmaps over photographs",
+            "  visionattn fit --config configs/quickstart.yaml    train a small network in a minute",
         ]
     )

@@ -25,10 +25,10 @@ MECHANISMS = {
 def seeded(mechanism, channels, **options):
     """Make a mechanism in float64 and evaluation mode with random weights and statistics."""
     torch.manual_seed(0)
-    return stirred(mechanism(channels, **options)).double().eval()
+    return randomised(mechanism(channels, **options)).double().eval()
 
 
-def stirred(module):
+def randomised(module):
     """Set all weights and statistics to random values; variances are positive."""
     with torch.no_grad():
         for name, tensor in module.state_dict().items():

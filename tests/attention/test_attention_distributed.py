@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.distributed
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.capture import models
@@ -56,4 +57,4 @@ def compare_with_one_process(rank, meeting_place):
 
 
 def test_two_processes_train_like_one(tmp_path):
-    torch.multiprocessing.spawn(compare_with_one_process, (tmp_path / "meeting_place",), nprocs=2)
+    start_processes(compare_with_one_process, (tmp_path / "meeting_place",), nprocs=2, start_method="forkserver")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.attention.mechanisms import MECHANISMS, stirred
+from tests.attention.mechanisms import MECHANISMS, randomised
 from visionattn.attention import AttentionGate, SplitAttention
 from visionattn.capture import NoWeights, capture
 from visionattn.maps import Gate
@@ -16,13 +16,13 @@ every = pytest.mark.parametrize("mechanism", MECHANISMS.values(), ids=MECHANISMS
 SHAPES = [(1, 1, 2, 3), (2, 7, 5, 9), (1, 16, 8, 8), (3, 8, 14, 6)]
 
 
-# a bias that is added to all scores of a softmax has no effect, and so a gradient of zero up to rounding
+# a bias that is added to all scores of a softmax has no effect, so its gradient is zero up to rounding
 BIAS_OF_SOFTMAX = {"attention.conv_attn.bias"}
 
 
 def make(mechanism, channels):
     torch.manual_seed(0)
-    return stirred(mechanism(channels))
+    return randomised(mechanism(channels))
 
 
 @every

@@ -47,8 +47,7 @@ from visionattn.evaluation.box_scores import mass_ratio
 from visionattn.maps.boxes import ODAM, QuerySampling
 from visionattn.models import DenseDetector, FeaturePyramid, QueryDetector, TorchvisionDetector
 from visionattn.tasks.coco_metrics import compute_coco_metrics
-from visionattn.training import load
-from visionattn.training.data_of import data_of
+from visionattn.training import data_from_config, load
 
 GOALS = {
     "dense_map50_10s": 0.93,
@@ -170,7 +169,7 @@ def mass(detector, method, data, count=64):
 def run_masses(run):
     """Return (method, mass ratio, text about the controls) for a run's best checkpoint."""
     detector = load(run / "best.ckpt").network
-    data = data_of(str(run / "config.yaml"))
+    data = data_from_config(str(run / "config.yaml"))
     data.setup("predict")
     images = data.predict_dataloader().dataset
     methods = [ODAM(), QuerySampling()] if isinstance(detector, QueryDetector) else [ODAM()]

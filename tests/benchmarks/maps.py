@@ -25,7 +25,7 @@ import timm
 import torch
 
 from visionattn.capture import ClassRow, HeadMean, capture, keep_freed_memory
-from visionattn.maps import GradCAM, GradientAttention, Rollout
+from visionattn.maps import BeyondIntuition, Chefer, GradCAM, GradientAttention, LeGrad, Rollout, TokenTM
 
 MODELS = {"small": "vit_small_patch16_224", "base": "vit_base_patch16_384"}
 BATCH = 8
@@ -36,6 +36,10 @@ GOALS = {
     "rollout": (1.05, 1.02),
     "grad_attention": (1.08, 1.05),
     "gradcam": (1.12, 1.10),
+    "legrad": (1.15, 1.12),
+    "tokentm": (1.25, 1.20),
+    "beyond_intuition": (1.25, 1.20),
+    "chefer": (None, None),
     "peer_gradcam": (None, None),
     "peer_extract": (None, None),
 }
@@ -98,6 +102,10 @@ ROWS = {
     "rollout": lambda model, images: Rollout()(model, images),
     "grad_attention": lambda model, images: GradientAttention()(model, images),
     "gradcam": lambda model, images: GradCAM()(model, images),
+    "legrad": lambda model, images: LeGrad()(model, images),
+    "tokentm": lambda model, images: TokenTM()(model, images),
+    "beyond_intuition": lambda model, images: BeyondIntuition()(model, images),
+    "chefer": lambda model, images: Chefer()(model, images),
     "peer_gradcam": peer_gradcam,
     "peer_extract": peer_extract,
 }

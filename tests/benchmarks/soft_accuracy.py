@@ -27,8 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.data.samples import collate
-from visionattn.training import load
-from visionattn.training.data_of import data_of
+from visionattn.training import data_from_config, load
 
 TRAINING_IMAGES = 5_000
 
@@ -44,7 +43,7 @@ def accuracy(network, dataset):
 def read_run(run):
     """Return the network of a run, the test accuracy from its test.csv, and the accuracy on training images."""
     network = load(run / "best.ckpt").network
-    data = data_of(str(run / "config.yaml"))
+    data = data_from_config(str(run / "config.yaml"))
     data.augment = None
     data.setup("fit")
     train = data.datasets["train"]

@@ -1,4 +1,4 @@
-"""Small models with attention far from uniform, attention computed by hand, and the state that must not change."""
+"""Small models with attention far from uniform, attention computed by hand, and the state that captures must keep."""
 
 import copy
 import functools
@@ -12,7 +12,7 @@ import torchvision
 from visionattn.capture import capture
 
 
-def stirred(model, seed=0):
+def randomised(model, seed=0):
     """Give every weight matrix random values large enough that attention differs between positions."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -46,12 +46,12 @@ def made_once(make):
 def vit(**options):
     """Three blocks of three heads, 4 × 4 patches."""
     options = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3, "num_classes": 7} | options
-    return stirred(timm.create_model(options.pop("name", "vit_tiny_patch16_224"), **options))
+    return randomised(timm.create_model(options.pop("name", "vit_tiny_patch16_224"), **options))
 
 
 @made_once
 def torchvision_vit():
-    return stirred(torchvision.models.VisionTransformer(64, 16, 2, 3, 48, 96, num_classes=7))
+    return randomised(torchvision.models.VisionTransformer(64, 16, 2, 3, 48, 96, num_classes=7))
 
 
 @made_once
@@ -59,7 +59,7 @@ def swin(**options):
     """Windows of 4 × 4 on a grid of 8 × 8, shifted by two in every second block."""
     options = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 24, "depths": (2, 2)} | options
     options = {"num_heads": (2, 4), "num_classes": 7} | options
-    return stirred(timm.create_model("swin_tiny_patch4_window7_224", **options))
+    return randomised(timm.create_model("swin_tiny_patch4_window7_224", **options))
 
 
 @made_once
@@ -67,7 +67,7 @@ def resnet(name="resnet10t", **options):
     """A narrow network of timm, its normalisation fitted to random pictures so that nothing saturates."""
     if name != "legacy_seresnet18":
         options = {"channels": (8, 16, 32, 32)} | options
-    model = stirred(timm.create_model(name, num_classes=7, **options))
+    model = randomised(timm.create_model(name, num_classes=7, **options))
     norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
@@ -106,7 +106,7 @@ def with_gradients(model, images, score):
 
 
 def softmax_by_hand(query, key, *, bias=None, scale=None, causal=False):
-    """Compute the equation one query at a time: (B, H, Q, D), (B, G, K, D) → (B, H, Q, K)."""
+    """Compute softmax(q kᵀ · scale + bias) one query at a time: (B, H, Q, D), (B, G, K, D) → (B, H, Q, K)."""
     batch, heads, queries, width = query.shape
     groups = heads // key.shape[1]
     out = torch.zeros(batch, heads, queries, key.shape[2], dtype=torch.float64)

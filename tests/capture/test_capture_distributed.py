@@ -1,14 +1,14 @@
 """Captures inside data-parallel training in two processes, each of which records its own images."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import lightning
+import pytest
 import torch
 import torch.distributed
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.capture import models
@@ -25,7 +25,7 @@ def assert_same_records(found, expected):
 
 
 def run_one_process(rank, rendezvous_file):
-    """Capture and train in one of two processes; `spawn` raises a failure of this function in the test."""
+    """Capture and train in one of two processes; `start_processes` raises a failure of this function in the test."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous_file}", rank=rank, world_size=2)
     images, labels = models.pictures(batch=4), torch.tensor([0, 3, 6, 3])
@@ -54,20 +54,15 @@ def run_one_process(rank, rendezvous_file):
 
 
 def test_ddp_processes_record_their_own_images_and_average_gradients_over_all_images(tmp_path):
-    torch.multiprocessing.spawn(run_one_process, (tmp_path / "rendezvous",), nprocs=2)
+    start_processes(run_one_process, (tmp_path / "rendezvous",), nprocs=2, start_method="forkserver")
 
 
-SCRIPT = """
-import sys
-import lightning
-import torch
-from tests.capture import models
-from visionattn.capture import FullAttention, capture
+class Capturing(lightning.LightningModule):
+    """Captures attention in each validation step, and writes it into a folder."""
 
-class Task(lightning.LightningModule):
-    def __init__(self):
+    def __init__(self, folder):
         super().__init__()
-        self.network = models.vit(depth=2)
+        self.folder, self.network = folder, models.vit(depth=2).train()
 
     def training_step(self, batch, index):
         return self.network(batch).square().mean()
@@ -76,30 +71,28 @@ class Task(lightning.LightningModule):
         with capture(self.network, FullAttention()) as records:
             self.network(batch)
         weights = {record.name: record.weights for record in records}
-        torch.save(weights, f"{sys.argv[1]}/{self.global_rank} {index}.pt")
+        torch.save(weights, self.folder / f"{self.global_rank} {index}.pt")
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.0)
 
-torch.set_num_threads(1)
-trainer = lightning.Trainer(
-    strategy="ddp", devices=2, accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, logger=False,
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=sys.argv[1],
-)
-pictures = torch.utils.data.DataLoader(models.pictures(batch=4))
-trainer.fit(Task(), pictures, pictures)
-"""
 
-
+@pytest.mark.filterwarnings("ignore:Grad strides do not match")  # a remark of torch on speed
 def test_capture_works_in_a_lightning_validation_step_with_ddp(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    command = [sys.executable, str(script), str(tmp_path)]
-    run = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120, check=False
+    pictures = torch.utils.data.DataLoader(models.pictures(batch=4))
+    trainer = lightning.Trainer(
+        strategy=DDPStrategy(start_method="forkserver"),
+        devices=2,
+        accelerator="cpu",
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
     )
-    assert run.returncode == 0, run.stderr
+    trainer.fit(Capturing(tmp_path), pictures, pictures)
     expected = kept(models.vit(depth=2), models.pictures(batch=4), FullAttention())
     assert len(list(tmp_path.glob("*.pt"))) == 4
     for rank in range(2):

@@ -57,7 +57,7 @@ GATES = {
 def test_a_member_of_the_family_gives_rows_that_sum_to_one(family):
     member, options, size, grids, windowed = QUICK[family]
     torch.manual_seed(0)
-    model = models.stirred(timm.create_model(member, **options))
+    model = models.randomised(timm.create_model(member, **options))
     images = models.pictures(size)
     with torch.no_grad():
         expected = model(images)
@@ -84,7 +84,7 @@ def test_a_member_of_a_family_with_gates_gives_records_of_gates(family):
 
 
 def test_attention_over_channels_is_reported_and_the_rest_is_recorded():
-    model = models.stirred(timm.create_model("xcit_nano_12_p16_224", depth=2, cls_attn_layers=1))
+    model = models.randomised(timm.create_model("xcit_nano_12_p16_224", depth=2, cls_attn_layers=1))
     row = coverage.capture_model("xcit", "xcit_nano_12_p16_224", model, 64)
     assert row.covered
     assert row.attention == 1
@@ -126,7 +126,8 @@ def test_every_family_gives_records_or_a_reason(family):
 @pytest.mark.parametrize("title", coverage.OTHERS)
 def test_models_of_other_libraries_give_records(title):
     row = coverage.capture_other(title)
-    assert row.same or title == "torchvision ViT"  # its fast path, which rounds differently, is off during a capture
+    # torch's fast path, which rounds differently, is off during a capture
+    assert row.same or title == "torchvision ViT"
     assert row.error <= 1e-4
     assert row.attention or row.gates
 

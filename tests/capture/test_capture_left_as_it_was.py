@@ -21,7 +21,7 @@ def test_outputs_are_equal_bit_for_bit_during_capture(family, keep):
         expected = model(images)
         with capture(model, keep):
             found = model(images)
-    if family == "torchvision vit":  # its fast path, which rounds differently, is off during a capture
+    if family == "torchvision vit":  # torch's fast path, which rounds differently, is off during a capture
         close(found, expected, atol=1e-5, rtol=0)
     else:
         assert torch.equal(found, expected)

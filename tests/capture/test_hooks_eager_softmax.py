@@ -17,7 +17,7 @@ def test_recorded_weights_equal_the_attentions_that_transformers_returns(impleme
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=64
     )
     config._attn_implementation = implementation
-    model = models.stirred(transformers.ViTForImageClassification(config))
+    model = models.randomised(transformers.ViTForImageClassification(config))
     images = models.pictures()
     with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)

@@ -1,6 +1,7 @@
 """Pictures of records in a notebook."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -10,10 +11,12 @@ from PIL import Image
 from torch import nn
 
 from tests.capture.models import swin, vit
+from tests.refusals import refuses
 from visionattn.attention import CBAM, Retina, insert
-from visionattn.capture import ClassRow, FullAttention, HeadMean, NoWeights, capture
+from visionattn.capture import ClassRow, FullAttention, HeadMean, NoWeights, PatchRow, capture
 from visionattn.capture import records as records_module
 from visionattn.capture.records import Record
+from visionattn.errors import UsageError
 from visionattn.maps import Rollout
 
 
@@ -91,3 +94,30 @@ def test_the_picture_of_a_large_batch_is_not_too_high(count):
     record = records_of(vit(), images=torch.rand(count, 3, 64, 64))[-1]
     with Image.open(io.BytesIO(record._repr_png_())) as picture:
         assert picture.height < 1000
+
+
+@pytest.mark.parametrize("row", [None, (1, 2)])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "vit_wee_patch16_reg1_gap_256", "swin_tiny_patch4_window7_224"]
+)
+def test_maps_equal_a_loop_over_the_cells(name, row):
+    torch.manual_seed(0)
+    size = (56, 84) if name.startswith("swin") else (48, 64)
+    model = timm.create_model(name, img_size=size).eval()
+    keep = ClassRow() if row is None else PatchRow(*row)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad(), capture(model, keep, layers=[1]) as records:
+        model(images)
+    record = records[1]
+    maps = record.maps()
+    assert maps.shape == (2, record.heads, *record.grid)
+    for image, head, window in itertools.product(range(2), range(record.heads), range(record.weights.shape[1])):
+        for key, cell in enumerate(record.keys.index_WN[window].tolist()):
+            if cell >= 0:
+                found = maps[image, head, cell // record.grid[1], cell % record.grid[1]]
+                torch.testing.assert_close(found, record.weights[image, window, head, key])
+
+
+def test_maps_of_a_record_without_weights_are_refused():
+    (first, *_) = records_of(vit(), NoWeights())
+    refuses(UsageError, "no weights of blocks.0.attn were kept; name the module", first.maps)

@@ -1,4 +1,4 @@
-"""Records hold the locations and boxes of glimpses, apart for each call, network and thread."""
+"""Records hold the locations and boxes of glimpses, separately for each call, network and thread."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

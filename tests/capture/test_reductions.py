@@ -24,7 +24,7 @@ close = torch.testing.assert_close
         (lambda: models.vit(reg_tokens=4, class_token=False, global_pool="avg"), 64),
         (models.torchvision_vit, 64),
         (models.swin, 32),
-        (lambda: models.stirred(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1))), 64),
+        (lambda: models.randomised(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1))), 64),
     ],
     ids=["vit", "registers", "registers without class token", "torchvision", "swin", "pooled keys"],
 )
@@ -97,7 +97,7 @@ def call_and_weights(shape, bias, *, fused=True):
     return Call(site, query, key, value, added, 0.3), expected, value
 
 
-PIECES = {  # (images, windows, heads), the limits _TOGETHER and _MOST in heads, and the expected sizes of the pieces
+PIECES = {  # (images, windows, heads); the limits _TOGETHER and _MOST as numbers of heads; the expected sizes of pieces
     "all at once": ((3, 5, 4), 60, 60, [(3, 5, 4)]),
     "heads split, the last piece smaller": ((1, 1, 5), 2, 2, [(1, 1, 2)] * 2 + [(1, 1, 1)]),
     "heads split, of every image and window": ((2, 2, 3), 1, 1, [(1, 1, 1)] * 12),

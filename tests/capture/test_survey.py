@@ -32,7 +32,7 @@ def test_the_report_lists_missed_modules_and_records():
 
 
 def test_a_softmax_over_channels_is_reported_and_not_recorded_as_attention():
-    model = models.stirred(timm.create_model("xcit_nano_12_p16_224", depth=1, cls_attn_layers=1))
+    model = models.randomised(timm.create_model("xcit_nano_12_p16_224", depth=1, cls_attn_layers=1))
     with torch.no_grad(), capture(model, FullAttention()) as records:
         model(models.pictures(64))
     assert [record.name for record in records.attention] == ["cls_attn_blocks.0.attn"]

@@ -131,3 +131,19 @@ def test_a_second_heatmap_needs_no_survey(method, monkeypatch):
     for _ in range(3):
         method()(model, IMAGES)
     assert len(runs) == 1
+
+
+def test_a_model_with_nested_settings_is_surveyed_once(monkeypatch):
+    """The configuration of a model of transformers holds a torch.dtype, and objects in objects."""
+    surveys = []
+    run_survey = survey_module._run_survey
+    monkeypatch.setattr(survey_module, "_run_survey", lambda *arguments: surveys.append(1) or run_survey(*arguments))
+    model = vit()
+    inner = types.SimpleNamespace(dtype=torch.float32, deeper=types.SimpleNamespace(value=types.SimpleNamespace(x=1)))
+    model.config = types.SimpleNamespace(dtype=torch.float32, inner=inner)
+    for _ in range(3):
+        survey_images(model, IMAGES)
+    assert len(surveys) == 1
+    model.config.inner = None
+    survey_images(model, IMAGES)
+    assert len(surveys) == 2

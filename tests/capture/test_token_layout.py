@@ -64,7 +64,7 @@ def test_tokens_of_shifted_windows_have_the_right_cells(fused):
     ids=["maxvit", "torchvision swin, padded"],
 )
 def test_windows_and_grids_of_other_models_cover_every_cell_once(make, size):
-    model = models.stirred(make())
+    model = models.randomised(make())
     with torch.no_grad(), capture(model, FullAttention()) as records:
         model(models.pictures(size))
     assert records.attention
@@ -75,7 +75,7 @@ def test_windows_and_grids_of_other_models_cover_every_cell_once(make, size):
 
 
 def test_maxvit_attends_first_inside_windows_then_across_a_dilated_grid():
-    model = models.stirred(timm.create_model("maxvit_tiny_tf_224", depths=(1,), embed_dim=(32,), stem_width=16))
+    model = models.randomised(timm.create_model("maxvit_tiny_tf_224", depths=(1,), embed_dim=(32,), stem_width=16))
     with torch.no_grad(), capture(model, NoWeights()) as records:
         model(models.pictures(224))
     block, grid = records.attention

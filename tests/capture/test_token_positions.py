@@ -115,7 +115,7 @@ class Pruning(nn.Module):
 
 def pruning(*args, **options):
     torch.manual_seed(0)
-    return models.stirred(Pruning(*args, **options))
+    return models.randomised(Pruning(*args, **options))
 
 
 images_of = functools.partial(models.pictures, (32, 48))
@@ -163,7 +163,7 @@ def test_tokens_that_remain_after_two_reductions_keep_their_positions():
             return self.third(self.prune2(x))
 
     torch.manual_seed(0)
-    model = models.stirred(Twice())
+    model = models.randomised(Twice())
     third = kept(model, images_of(batch=3), ClassRow())[-1]
     assert (third.name, third.grid) == ("third", (4, 6))
     assert third.keys.images(3)[:, 0, 1:].tolist() == model.prune.picked.gather(1, model.prune2.picked).tolist()
@@ -296,7 +296,7 @@ def test_a_fixed_choice_of_tokens_is_followed_and_cached(monkeypatch):
             return x[:, self.order], self.order.expand(len(x), -1)
 
     torch.manual_seed(0)
-    model, images = models.stirred(Fixed()), images_of(batch=2)
+    model, images = models.randomised(Fixed()), images_of(batch=2)
     runs = []
     run_survey = survey_module._run_survey
     monkeypatch.setattr(survey_module, "_run_survey", lambda *args: runs.append(1) or run_survey(*args))
@@ -319,7 +319,7 @@ def test_a_call_whose_layout_differs_between_images_is_reported():
             return self.head(self.last(x).mean(1))
 
     torch.manual_seed(0)
-    model = models.stirred(PruneBrightImages(class_token=False))
+    model = models.randomised(PruneBrightImages(class_token=False))
     images = images_of(batch=2)
     images[0] += 9
     message = "last: its attention differs between the images of a batch"

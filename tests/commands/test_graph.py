@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from tests.capture.models import vit
 from tests.commands.programs import assert_graph_equals_model, images, resnet_with_cbam
+from tests.conftest import CONFIGS
+from tests.models.compared import pictures
 from tests.models.detectors.small import query
 from visionattn.attention import TokenMerging, reduce_tokens
 from visionattn.commands.graph import export_graph
@@ -40,6 +44,36 @@ def test_onnx_outputs_equal_the_models_for_any_batch_size(build, method, tmp_pat
     assert description["method"] == method
     assert description["class_names"] == list("abcdefg")
     assert description["preprocess"]["size"] == 64
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        Preprocess(64, crop_fraction=0.875, interpolation="bicubic"),
+        Preprocess(64, fit="stretch", crop_fraction=0.9, interpolation="lanczos", rounding="down"),
+        Preprocess((64, 48), fit="stretch", interpolation="nearest", mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3)),
+        Preprocess(64, crop_fraction=0.8, interpolation="bilinear", rounding="down", channel_order="bgr"),
+    ],
+)
+def test_the_readme_prepares_images_by_the_metadata_of_a_file(preprocess, tmp_path):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.conv(x).mean((2, 3)))
+
+    export_graph(Plain().eval(), tmp_path / "x.pt2", method="gradcam", preprocess=preprocess)
+    files = {"visionattn": ""}
+    torch.export.load(tmp_path / "x.pt2", extra_files=files)
+    steps = json.loads(files["visionattn"])["preprocess"]
+    page = (CONFIGS.parent / "visionattn/training/README.md").read_text().split("### Images for an exported graph")[1]
+    names = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    for picture in pictures([(97, 131), (301, 202), (63, 240)]):
+        ours, theirs = preprocess(picture)[0][None], names["prepare"](Image.fromarray(picture), steps)
+        np.testing.assert_allclose(theirs, ours, atol=1e-5)
 
 
 def test_a_file_whose_outputs_differ_from_the_model_is_not_written(tmp_path, monkeypatch):

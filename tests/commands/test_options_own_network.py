@@ -1,4 +1,4 @@
-"""A network of the user's own module, from training to overlays, as the README of overlays/ says."""
+"""A network of the user's own module, from training to overlays, as the README of models/ says."""
 
 import subprocess
 import sys
@@ -78,5 +78,17 @@ def test_an_own_function_with_weights_gives_overlays(in_folder, photo_folder, tm
     assert main([*command, "--target", "digit 3"]) == 0
     assert list((tmp_path / "out").glob("*.overlay.jpg"))
     fails([*command, "--mean", "0.5", "0.5"], 2, "--size, --mean and --std: mean and std need three", capsys=capsys)
-    timm = ["--model", "test_vit", "--weights", "random", "--size", "48"]
-    fails([*command[:5], *timm], 2, "--size is for --model MODULE:FUNCTION", capsys=capsys)
+    fails(
+        [*command, "--trust", "x", "--size", "7", "7", "7"], 2, "--size, --mean and --std: size must be", capsys=capsys
+    )
+    timm = ["--model", "vit_tiny_patch16_224", "--weights", "random", "--size", "48"]
+    message = (
+        "vit_tiny_patch16_224 does not accept images of 48 × 48 pixels (Input height (48) doesn't match model (224)"
+    )
+    fails([*command[:5], *timm], 2, message, capsys=capsys)
+    fails(
+        [*command[:5], "--ckpt", "runs/own/0/best.ckpt", "--trust", "ownnet_of_a_test", "--size", "48"],
+        2,
+        "--size needs --model",
+        capsys=capsys,
+    )

@@ -10,6 +10,7 @@ import yaml
 from tests.commands.command_line import QUICKSTART, FakeMNIST, fails
 from tests.conftest import CONFIGS, SMALL
 from tests.data.annotated import coco_of_sixteen, voc
+from tests.data.tables.labelled import label_table
 from visionattn.cli import main
 
 
@@ -25,6 +26,10 @@ def test_every_config_runs(config, photo_folder, tmp_path, tmp_path_factory, mon
     if "ImageFolderData" in text:
         command += [f"--data.root={photo_folder}", "--data.num_workers=0", "--data.batch_size=4"]
         command += ["--model.network.num_classes=5"]
+    if "TableData" in text:
+        command += [f"--data.table={label_table(photo_folder, tmp_path_factory.mktemp('table'))}"]
+        command += [f"--data.root={photo_folder}", "--data.num_workers=0", "--data.batch_size=4"]
+        command += ["--test_after_fit=false"]
     if "AnnotatedData" in text:
         root = (coco_of_sixteen if "root: coco" in text else voc)(tmp_path_factory.mktemp("annotated"))
         command += [] if "root: coco" in text else ["--model.network.num_classes=3"]

@@ -5,6 +5,7 @@ import pytest
 import torchvision
 
 from visionattn.data import TorchvisionData
+from visionattn.data.listing import differences
 from visionattn.errors import DataError
 
 
@@ -36,3 +37,13 @@ def test_mnist_is_read_from_its_own_files(tmp_path):
     expected = images[3].astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(sample["image"][0].numpy(), expected, atol=1e-6)
     np.testing.assert_array_equal(data.datasets["test"].read_source(sample["path"])[..., 0], images[3])
+    listing = data.listing("train")
+    assert set(listing) == train
+    changed = TorchvisionData(torchvision.datasets.MNIST, str(tmp_path), val_size=10, num_workers=0)
+    changed._train.data[:] = 255 - changed._train.data
+    for split in ("train", "val"):
+        assert differences({split: data.listing(split)}, {split: data.listing(split)}) == ""
+        count = len(data.listing(split))
+        assert f"{count} with other labels" in differences(
+            {split: data.listing(split)}, {split: changed.listing(split)}
+        )

@@ -3,6 +3,7 @@
 import json
 
 import albumentations as A
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -162,3 +163,15 @@ def test_truncated_image_is_named_when_read(unreadable, tmp_path):
     assert loaded
     assert str(broken) not in loaded
     assert list(data.skipped) == [str(broken)]
+
+
+@pytest.mark.parametrize("border", [cv2.BORDER_REFLECT, cv2.BORDER_REFLECT_101, cv2.BORDER_WRAP])
+def test_borders_that_repeat_objects_are_refused(border, tmp_path):
+    augment = Augmentation([A.HorizontalFlip(), A.OneOf([A.PadIfNeeded(256, 256, border_mode=border)])])
+    root = str(voc(tmp_path))
+    refuses(
+        UsageError, "copies of objects would have no boxes; set border_mode: 0", AnnotatedData, root, augment=augment
+    )
+    plain = Augmentation([A.PadIfNeeded(256, 256), A.Affine(scale=0.5, border_mode=cv2.BORDER_REPLICATE)])
+    assert AnnotatedData(root, augment=plain).augment is plain
+    refuses(UsageError, "--data.root: s3://boxes is an address", AnnotatedData, "s3://boxes")

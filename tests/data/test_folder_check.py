@@ -53,3 +53,12 @@ def test_folder_without_images_is_refused(tmp_path, capsys):
     assert not has_classes(tmp_path / "gone")
     assert main(["data", "check", str(tmp_path)]) == 1
     assert "holds no annotations" in capsys.readouterr().err
+
+
+def test_a_json_file_without_boxes_beside_class_folders_is_no_annotation(folder, capsys):
+    (folder / "notes.json").write_text('{"camera": "old"}')
+    assert has_classes(folder)
+    assert main(["data", "check", str(folder)]) == 0
+    assert "folder, 2 classes: cat, dog" in capsys.readouterr().out
+    (folder / "instances_train.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    assert not has_classes(folder)

@@ -1,12 +1,13 @@
 """Test the search for images, against `os.walk` and against expected lists."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from tests.refusals import refuses
-from visionattn.data.decode import SUFFIXES
-from visionattn.data.image_files import find
+from visionattn.data.decode import SUFFIXES, read_image
+from visionattn.data.image_files import find, sample_photographs
 from visionattn.errors import DataError, UsageError
 
 NOT_TEXT = os.fsdecode(b"caf\xe9.jpg")
@@ -186,3 +187,12 @@ def test_two_targets_for_one_image_are_refused(tmp_path):
     (tmp_path / "list.csv").write_text("path,target\na.jpg,cat\nb.jpg,dog\na.jpg,cat\na.jpg,dog\n")
     with pytest.raises(DataError, match=r"list\.csv: \S+a\.jpg is listed with the targets cat and dog"):
         find([tmp_path / "list.csv"], out=tmp_path / "out")
+
+
+def test_sample_photographs_exist_and_have_sources():
+    paths = [Path(path) for path in sample_photographs()]
+    assert [path.name for path in paths] == ["chelsea.jpg", "coffee.jpg", "china.jpg", "flower.jpg"]
+    assert [read_image(path).shape for path in paths] == [(300, 451, 3), (400, 600, 3), (427, 640, 3), (427, 640, 3)]
+    sources = (paths[0].parent / "SOURCES.md").read_text()
+    assert all(f"`{path.name}`" in sources for path in paths)
+    assert sum(path.stat().st_size for path in paths[:2]) < 300_000

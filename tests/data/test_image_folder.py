@@ -9,7 +9,7 @@ from PIL import Image
 from tests.refusals import refuses
 from visionattn.data import ImageFolderData, image_folder
 from visionattn.data.image_folder import find_classes
-from visionattn.errors import DataError
+from visionattn.errors import DataError, UsageError
 
 
 def paths(data, split):
@@ -128,3 +128,9 @@ def test_classes_with_nearly_the_same_name_are_reported(photo_folder, tmp_path):
         (tmp_path / name).symlink_to(photo_folder / f"class{number}")
     with pytest.warns(UserWarning, match="the classes 'Cat' and 'cat', whose names are nearly equal; if they are"):
         ImageFolderData(str(tmp_path), num_workers=0)
+
+
+def test_an_address_as_root_is_refused():
+    refuses(
+        UsageError, "--data.root: s3://photos is an address, and only files on this", ImageFolderData, "s3://photos"
+    )

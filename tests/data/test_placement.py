@@ -1,9 +1,11 @@
 """Test placements against the pixels of preprocessed images."""
 
+import math
+
 import numpy as np
 import pytest
 
-from visionattn.data import Placement, Preprocess
+from visionattn.data import Placement, Preprocess, crop_fraction_of
 
 SIZES = [(40, 60), (61, 33), (32, 32), (7, 200)]
 FITS = ["crop", "letterbox", "stretch"]
@@ -94,9 +96,24 @@ def test_padding_is_the_mean_colour_and_values_are_normalised():
         ({"fit": "squeeze"}, "letterbox"),
         ({"crop_fraction": 0}, "crop_fraction"),
         ({"std": (1, 1, 0)}, "std must be > 0"),
-        ({"interpolation": "cubic"}, "interpolation must be area, bilinear, bicubic, lanczos, got 'cubic'"),
+        ({"rounding": "up"}, "rounding must be even or down"),
+        ({"channel_order": "gbr"}, "channel_order must be rgb or bgr"),
+        ({"interpolation": "cubic"}, "interpolation must be area, nearest, .*, lanczos, got 'cubic'"),
     ],
 )
 def test_invalid_preprocess_arguments_raise(options, part):
     with pytest.raises(ValueError, match=part):
         Preprocess(**options)
+
+
+def test_bgr_reverses_the_channels_and_back():
+    picture = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    plain, reversed_ = Preprocess(24), Preprocess(24, channel_order="bgr")
+    np.testing.assert_array_equal(reversed_(picture)[0], plain(picture)[0][::-1])
+    np.testing.assert_array_equal(reversed_.denormalise(reversed_(picture)[0]), picture)
+
+
+@pytest.mark.parametrize("side", [16, 97, 224, 299])
+def test_the_crop_fraction_of_a_frame_gives_that_frame(side):
+    for frame in range(side // 2, 2 * side):
+        assert math.floor(side / crop_fraction_of(side, frame)) == frame

@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import io
 import json
+import shutil
 import tarfile
 import threading
 
@@ -234,3 +235,26 @@ def test_class_names_can_come_from_a_file(shards, tmp_path):
     assert data.dataset("test") is None
     with pytest.raises(DataError, match="holds no class names"):
         ShardData(where, where, class_names=str(tmp_path / "nothing.txt"))
+
+
+def test_a_resume_refuses_shards_that_were_added_or_changed(shards, tmp_path):
+    shutil.copytree(shards[0], tmp_path / "a")
+    shutil.copytree(shards[0], tmp_path / "elsewhere")
+
+    def data(where, names=NAMES, **options):
+        module = ShardData(str(tmp_path / where), str(tmp_path / where), class_names=names, num_workers=0, **options)
+        module.setup("fit")
+        return module
+
+    def resumed(now, saved):
+        now._compare({split: saved.listing(split) for split in ("train", "val")})
+
+    saved = data("a/*.tar")
+    assert list(saved.listing("train")) == [f"train-{number:03}.tar" for number in range(6)]
+    resumed(data("elsewhere/*.tar"), saved)  # the folder does not matter
+    resumed(data("elsewhere/train.json"), saved)
+    (tmp_path / "elsewhere" / "train-002.tar").rename(tmp_path / "elsewhere" / "train-006.tar")
+    message = r"the shards differ .* 1 removed \(train-002.tar\), 1 added \(train-006.tar\); restore them, or set "
+    refuses(DataError, message, resumed, data("elsewhere/*.tar"), saved)
+    resumed(data("elsewhere/*.tar", changed_ok=True), saved)
+    refuses(DataError, "6 with other labels", resumed, data("a/*.tar", names=NAMES[::-1]), saved)

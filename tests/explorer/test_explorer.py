@@ -14,7 +14,7 @@ from tests.explorer.explored import CLASSES, PREPROCESS, photo, vit, weights_of
 from tests.explorer.pages import facts, weights_on_page
 from tests.refusals import refuses
 from visionattn.data.placement import Preprocess
-from visionattn.errors import DataError, UsageError
+from visionattn.errors import DataError, MapWarning, UsageError
 from visionattn.explorer.explorer import explore
 from visionattn.maps import METHODS, RawAttention
 
@@ -95,7 +95,8 @@ def test_wrong_inputs_of_explore_are_errors():
 
     with pytest.raises(UsageError, match="nothing to show of this Plain"):
         explore(Plain(), torch.randn(1, 3, 8, 8), methods={}, steps=0)
-    refuses(UsageError, "pass preprocess=", lambda: explore(Plain(), [photo()]))
+    with pytest.warns(MapWarning, match="Plain does not say how"), pytest.raises(UsageError, match="nothing to show"):
+        explore(Plain(), [photo()], methods={}, steps=0)
     with pytest.raises(UsageError, match="2 class names, but the model has 4"):
         explore(vit(), [photo()], preprocess=PREPROCESS, class_names=("a", "b"), steps=0)
     refuses(UsageError, "steps must be", lambda: explore(vit(), [photo()], preprocess=PREPROCESS, steps=1))

@@ -219,10 +219,10 @@ def test_the_page_fits_phone_and_desktop_with_enough_contrast(browser, html, tmp
     context = {"viewport": {"width": size[0], "height": size[1]}, "color_scheme": scheme}
     with opened(browser, html, tmp_path, **context) as page:
         height = "document.documentElement.scrollHeight"
-        before = page.locator("#side").bounding_box(), page.evaluate(height)
+        before = page.locator("#panel").bounding_box(), page.evaluate(height)
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
         click_patch(page, 1, 1)
-        assert (page.locator("#side").bounding_box(), page.evaluate(height)) == before  # the layout does not shift
+        assert (page.locator("#panel").bounding_box(), page.evaluate(height)) == before  # the layout does not shift
         for selector in ("#readout", "#name", "#keys", "#answer .number", "#legend span"):
             assert contrast(page, selector) >= 4.5
 

@@ -241,7 +241,12 @@ def _torchrun(rank: int, count: int) -> dict[str, str]:
 
 def _slurm(rank: int, count: int) -> dict[str, str]:
     job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "fit", "SLURM_NODELIST": "localhost", "SLURM_NODEID": "0"}
-    counts = {"SLURM_NTASKS": str(count), "SLURM_NTASKS_PER_NODE": str(count), "SLURM_NNODES": "1"}
+    counts = {
+        "SLURM_NTASKS": str(count),
+        "SLURM_STEP_NUM_TASKS": str(count),
+        "SLURM_NTASKS_PER_NODE": str(count),
+        "SLURM_NNODES": "1",
+    }
     return {**job, **counts, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
 
 
@@ -254,7 +259,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def uninterrupted(server, tmp_path_factory):
-    """The run of the same training without a fault, and its steps; see `run_without_faults`."""
+    """The training that `write_config` describes, without a fault: its folder and steps; see `run_without_faults`."""
     return run_without_faults(server, tmp_path_factory.mktemp("uninterrupted"))
 
 

@@ -1,14 +1,15 @@
 """Test that any number of processes evaluates every image exactly once, with equal metrics."""
 
 import csv
+import itertools
 import json
 
 import pytest
 
 from tests.faults.conftest import DETECTION, start_all, write_config
 
-QUICK = [(1, 2), (13, 2)]  # (images, processes)
-ALL = [(images, processes) for images in (1, 2, 3, 13, 17) for processes in (2, 3)]
+QUICK = [("test", 1, 2), ("test", 13, 2), ("predict", 13, 2)]  # (verb, images, processes)
+ALL = [(*case, count) for case in itertools.product(("test", "predict"), (1, 2, 3, 13, 17)) for count in (2, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,10 @@ def run_of(server, count, command, home):
     return run
 
 
-@pytest.mark.parametrize(
-    ("images", "processes"),
+@pytest.mark.parametrize(  # tests/overlays tests the verb overlay
+    ("verb", "images", "processes"),
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)],
 )
-@pytest.mark.parametrize("verb", ["test", "predict"])  # tests/overlays tests the verb overlay
 def test_every_image_counts_once(verb, images, processes, server, trained, tmp_path):
     config, checkpoint = trained
     command = [verb, "--config", config, f"--ckpt_path={checkpoint}", f"--data.test_size={images}"]
@@ -54,11 +54,21 @@ def test_every_image_counts_once(verb, images, processes, server, trained, tmp_p
     assert several == pytest.approx(single, abs=1e-6)
 
 
+QUICK_BOXES = [("test", 1, 2), ("predict", 5, 2)]
+ALL_BOXES = itertools.product(("test", "predict"), ((1, 2), (5, 2), (2, 3), (13, 3), (17, 2)))
+
+
 @pytest.mark.parametrize(
-    ("images", "processes"),
-    [(1, 2), (5, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 3), (13, 3), (17, 2)))],
+    ("verb", "images", "processes"),
+    [
+        *QUICK_BOXES,
+        *(
+            pytest.param(verb, *case, marks=pytest.mark.slow)
+            for verb, case in ALL_BOXES
+            if (verb, *case) not in QUICK_BOXES
+        ),
+    ],
 )
-@pytest.mark.parametrize("verb", ["test", "predict"])
 def test_every_image_with_boxes_counts_once_in_the_order_of_the_data(verb, images, processes, server, tmp_path):
     command = [verb, "--config", write_config(tmp_path, model=DETECTION), "--ckpt_path=untrained"]
     command += [f"--data.test_size={images}"]

@@ -1,4 +1,4 @@
-"""Test exports that several processes share: one process at a time is killed or stopped, also before it has joined."""
+"""Test exports that several processes share, if one of them is killed or stopped, also before it has joined."""
 
 import json
 import os
@@ -9,9 +9,9 @@ import pytest
 
 from tests.faults.conftest import _slurm, _torchrun, free_port
 from tests.overlays.folder.exports import photos
-from visionattn.overlays.folder.lock import LOCK
+from visionattn.files import LOCK
 
-MORE = ("die", 2), ("stop", 0)
+SLOW_CASES = ("die", 2), ("stop", 0)
 IMAGES = 24
 COMMAND = [
     "overlay",
@@ -26,7 +26,7 @@ COMMAND = [
     "--batch-size",
     "2",
 ]
-SHORT = """
+SHORT_SILENCE = """
 import visionattn.overlays.folder.processes as processes
 processes._SILENCE, processes._BEAT = 2.0, 0.1
 """
@@ -37,7 +37,7 @@ def start_two(server, home, faults=("", ""), variables=_torchrun):
     photos(home / "in", IMAGES)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
-        server.start(COMMAND, home, fault=SHORT + fault, env={**address, **variables(rank, 2)})
+        server.start(COMMAND, home, fault=SHORT_SILENCE + fault, env={**address, **variables(rank, 2)})
         for rank, fault in enumerate(faults)
     ]
 
@@ -88,12 +88,12 @@ def test_first_process_does_the_work_of_a_helper_that_is_killed_or_stopped(act, 
 
 
 @pytest.mark.parametrize(
-    ("act", "batch"), [("die", 0), ("stop", 2), *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE)]
+    ("act", "batch"), [("die", 0), ("stop", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
 )
 def test_helper_ends_when_the_first_process_is_killed_or_stopped_and_the_next_run_makes_the_rest(
     act, batch, server, tmp_path
 ):
-    """Batch 0: before the first process has joined."""
+    """With batch 0, the fault happens before the first process has joined."""
     before = "import visionattn.overlays.folder.processes as p\non_call(p, '_take_cores', 1, {})\n"
     fault = AT_BATCH.format(batch, act) if batch else before.format(act)
     leader, helper = start_two(server, tmp_path, (fault, "processes._JOIN = 1.0"))

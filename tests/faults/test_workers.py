@@ -17,7 +17,7 @@ def test_damaged_training_image_is_named_or_skipped(unreadable, server, photo_fo
         for index in range(4):
             content = (photo_folder / f"class{number}" / f"{index}.png").read_bytes()
             (images / f"class{number}" / f"{index}.png").write_bytes(content)
-    for index in range(4):  # all images of the class, since the split is random; three of them are for training
+    for index in range(4):  # damage all images of the class: the split is random, and three of them are for training
         (images / "class2" / f"{index}.png").write_bytes(b"no image")
     config["model"]["init_args"]["network"]["init_args"]["num_classes"] = 5
     config["trainer"] |= {"max_epochs": 1, "limit_val_batches": 0}

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from visionattn.errors import DataError, UsageError
-from visionattn.models.backbone import class_names_of, create_backbone, preprocess_of, weights_mismatch
+from visionattn.models.backbone import class_names_of, create_backbone, preprocess_of
+from visionattn.models.weights import weights_mismatch
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -47,7 +48,7 @@ def test_unknown_models_options_and_weights_raise(tmp_path):
     with pytest.raises(DataError, match="there is no weights file"):
         create_backbone("test_vit", weights=tmp_path / "nothing.pth")
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "w.pth")
-    with pytest.raises(DataError, match="are not those of a test_vit"):
+    with pytest.raises(DataError, match="do not fit this test_vit"):
         create_backbone("test_vit", weights=tmp_path / "w.pth")
 
 
@@ -85,7 +86,8 @@ def test_weights_of_another_model_are_refused_with_three_names_and_a_count(tmp_p
     with pytest.raises(DataError) as error:
         create_backbone("test_vit", weights=tmp_path / "other.pth")
     assert re.search(
-        r"other\.pth are not those of a test_vit: \d+ missing \(\S+, \S+, \S+, …\); \d+ unknown \(\S+, \S+, \S+, …\)",
+        r"other\.pth \(--weights\) do not fit this test_vit: "
+        r"\d+ missing \(\S+, \S+, \S+, …\); \d+ unknown \(\S+, \S+, \S+, …\)",
         str(error.value),
     )
     assert len(str(error.value)) < 400

@@ -11,14 +11,18 @@ from PIL import Image
 
 from tests.notebooks.execute import HOME, code, read
 
-ROWS = [[("01_soft_attention", 2), ("04_detection", 1)], [("06_your_images_your_model", 2)]]
+ROWS = [
+    [("06_your_images_your_model", 0)],
+    [("01_soft_attention", 2), ("04_detection", 1)],
+    [("06_your_images_your_model", 3)],
+]
 """Rows of (notebook, index of the picture among the notebook's pictures)."""
 WIDTH, GAP = 1400, 6  # pixels
 
 
 def picture(name: str, number: int) -> Image.Image:
     outputs = (output for cell in code(read(HOME / "notebooks" / f"{name}.ipynb")) for output in cell.outputs)
-    found = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    found = [data for output in outputs for kind, data in output.get("data", {}).items() if kind.startswith("image/")]
     return Image.open(io.BytesIO(base64.b64decode(found[number]))).convert("RGB")
 
 

@@ -19,7 +19,7 @@ FILE = Path(__file__).with_suffix(".png")
 SIDE = 192  # pixels of the longer side of a picture in the sheet
 STEP = 4  # colours are rounded down to multiples of STEP, so that the file stays small
 TOLERANCE = 3 * STEP  # largest difference of colours that count as equal
-FRACTION = 0.01  # largest fraction of other pixels; fonts differ a little between versions of Pillow
+FRACTION = 0.01  # largest fraction of pixels that may differ; fonts change a little between versions of Pillow
 
 
 def picture():

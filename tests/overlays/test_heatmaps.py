@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tests.explorer.explored import photo
 from tests.refusals import refuses
 from visionattn.cli import main
 from visionattn.data import Preprocess, read_image
-from visionattn.errors import DataError, UsageError
+from visionattn.errors import DataError, MapWarning, UsageError
 from visionattn.maps import LayerCAM, Rollout
 
 
@@ -126,6 +127,22 @@ def test_torchvision_models_and_classifiers_have_their_own_preprocessing():
     assert va.heatmap(classifier, photo()).explained.placement.input_size == (96, 96)
 
 
+def test_a_model_of_unknown_preprocessing_gets_the_default_and_says_so_once():
+    model = Brightness()
+    message = (
+        r"Brightness does not say .* 224 × 224 pixels .* mean \(0.485, .*; if .*, pass preprocess=.*Preprocess\(224"
+    )
+    with pytest.warns(MapWarning, match=message) as told:
+        seen = va.heatmap(model, photo(90, 120), method="layercam", target=0)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = va.heatmap(model, photo(90, 120), method="layercam", target=0)
+        expected = va.heatmap(model, photo(90, 120), method="layercam", target=0, preprocess=Preprocess(224))
+    np.testing.assert_array_equal(seen.values, expected.values)
+    np.testing.assert_array_equal(again.values, expected.values)
+
+
 def test_a_checkpoint_has_its_preprocessing_and_class_names(quick_run):
     task = va.load(quick_run / "best.ckpt")
     heatmap = va.heatmap(task, photo(64, 64))
@@ -225,7 +242,6 @@ def test_every_style_option_changes_the_overlay():
         (vit(), photo(), {"method": LayerCAM(), "layer": "blocks.0"}, "a method has its own layer"),
         (vit(), photo(), {"method": "gradcam", "layer": 1}, "takes the name of a layer"),
         (vit(), photo(), {"target": 7, "method": "gradcam"}, "out of range"),
-        (Brightness(), photo(), {}, "pass preprocess="),
     ],
 )
 def test_a_wrong_call_raises_an_error_with_the_cause(model, image, options, message):

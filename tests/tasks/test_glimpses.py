@@ -1,19 +1,18 @@
 """Test the glimpse task: training, losses, scores, and training in two processes."""
 
 import itertools
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from tests.refusals import refuses
 from tests.tasks.points import trainer
 from tests.tasks.spots import Columns, make_task
 from visionattn.attention import Categorical, Gaussian, Retina
+from visionattn.errors import UsageError
 from visionattn.models.glimpse_network import Rollout
 from visionattn.tasks.glimpses import on_object
 
@@ -91,34 +90,21 @@ def test_invalid_task_arguments_raise():
     refuses(ValueError, "every_glimpse must be in", make_task, every_glimpse=2.0)
 
 
-SCRIPT = """
-import sys
-import torch
-from tests.refusals import refuses
-from tests.tasks.points import trainer
-from tests.tasks.spots import Columns, make_task
+class SaveWeights(L.Callback):
+    """Saves the number of steps and the weights of each process after training."""
 
-torch.set_num_threads(1)
-task = make_task(baseline="learned")
-run = trainer(strategy="ddp", devices=2, default_root_dir=sys.argv[1])
-run.fit(task, Columns())
-torch.save((run.global_step, task.state_dict()), f"{sys.argv[1]}/{run.global_rank}.pt")
-"""
+    def on_fit_end(self, trainer, task):
+        torch.save((trainer.global_step, task.state_dict()), f"{trainer.default_root_dir}/{trainer.global_rank}.pt")
 
 
 def test_two_processes_train_the_same_network(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
+    several = trainer(
+        strategy=DDPStrategy(start_method="forkserver"),
+        devices=2,
+        default_root_dir=str(tmp_path),
+        callbacks=[SaveWeights()],
     )
-    assert run.returncode == 0, run.stderr
+    several.fit(make_task(baseline="learned"), Columns())
     (steps, first), (_, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert steps == 2  # each of 2 processes has 24 of 48 images: batches of 16 and 8
     before = make_task(baseline="learned").state_dict()
@@ -143,3 +129,8 @@ def test_on_object_counts_locations_whose_pixel_is_in_the_box():
         left, top, right, bottom = box[b].tolist()
         expected[b] += (left <= x < right and top <= y < bottom) / 8
     torch.testing.assert_close(on_object(rollout, box, (21, 21)), expected)
+
+
+def test_training_in_16_true_is_refused():
+    message = "a glimpse network cannot be trained with trainer.precision 16-true"
+    refuses(UsageError, message, trainer(precision="16-true").fit, make_task(), Columns())

@@ -82,6 +82,7 @@ def classification(lr=0.1, schedule=None, **options):
         ({"lr": -0.1}, {}, "^model.init_args.optimizer cannot be built: Invalid learning rate: -0.1"),
         ({"schedule": "OneCycleLR", "max_lr": -0.1}, {}, "^the learning rate of step 0 is -0.004; "),
         ({"schedule": "StepLR", "step_size": 1, "gamma": -0.5}, {}, "^the learning rate of step 3 is -0.05; "),
+        ({"schedule": "StepLR", "step_size": 0}, {}, "^step_size of the lr_scheduler must be ≥ 1, got 0"),
         ({"schedule": "OneCycleLR", "max_lr": 0.1, "pct_start": 3.0}, {}, "lr_scheduler cannot be built: Expected"),
         ({"schedule": "OneCycleLR", "max_lr": 0.1}, {"max_epochs": -1}, "has no end; set trainer.max_epochs"),
     ],

@@ -11,6 +11,7 @@ from tests.refusals import refuses
 from visionattn.cli import main
 from visionattn.errors import DataError, UsageError
 from visionattn.training import load
+from visionattn.training.checkpoints import check_against
 
 
 @pytest.fixture
@@ -31,6 +32,14 @@ def test_loaded_task_has_the_accuracy_of_the_trained_task(quick_run):
     accuracy = (answers == torch.tensor([sample["label"] for sample in samples])).float().mean()
     metrics = dict(line.split(",") for line in (quick_run / "test.csv").read_text().split())
     assert float(metrics["accuracy"]) == pytest.approx(float(accuracy))
+
+
+def test_a_checkpoint_of_another_task_is_refused_as_a_wrong_call(quick_run):
+    model = {"class_path": "visionattn.tasks.Detection", "init_args": {}}
+    message = (
+        "is a checkpoint of visionattn.tasks.Classification, but the config has visionattn.tasks.Detection; use the"
+    )
+    refuses(UsageError, message, check_against, quick_run / "best.ckpt", model)
 
 
 def test_alternating_window_shifts_are_restored_from_the_checkpoint(photo_folder, tmp_path, monkeypatch):
@@ -92,12 +101,12 @@ def test_files_that_are_no_checkpoints_are_refused_with_the_reason(content, quic
     fails(r"x\.ckpt cannot be read as a checkpoint: it is a pickle, .* write it again")
     del content["visionattn"]
     torch.save(content, tmp_path / "x.ckpt")
-    fails("a checkpoint of Lightning without the description of its task .* build the task in Python")
+    fails("a checkpoint of Lightning without the description of its task .* give its network as --model")
     content = torch.load(quick_run / "best.ckpt", weights_only=True)
     content["visionattn"]["model"]["class_path"] = "torch.nn.ReLU"
     content["visionattn"]["model"]["init_args"] = {}
     torch.save(content, tmp_path / "x.ckpt")
-    fails("no task|cannot be built")
+    fails("describes a ReLU, which is not a LightningModule|cannot be built")
 
 
 TASK = "visionattn.tasks.Classification"

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import CONFIGS
+from visionattn.cli import main
 from visionattn.training.resume import Resume
 
 
@@ -43,3 +45,22 @@ def test_intervals_of_zero_are_refused(option):
     (name,) = option
     with pytest.raises(ValueError, match=f"^{name} must be"):
         Resume(**option)
+
+
+def test_a_training_that_max_steps_ended_within_an_epoch_continues_with_its_next_batch(
+    photo_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "fit", f"--config={CONFIGS / 'folder.yaml'}", f"--data.root={photo_folder}", "--data.num_workers=0",
+        "--data.batch_size=4", "--data.preprocess=visionattn.data.Preprocess", "--data.preprocess.size=32",
+        "--overlays.every_n_epochs=0", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu",
+        "--model.network.widths=[4,4]", "--model.lr_scheduler=null",
+    ]  # fmt: skip
+    assert main([*flags, "--name=whole", "--trainer.max_epochs=2"]) == 0
+    assert main([*flags, "--name=stopped", "--trainer.max_epochs=2", "--trainer.max_steps=5"]) == 0
+    assert torch.load("runs/stopped/0/last.ckpt", weights_only=True)["global_step"] == 5
+    assert main([*flags, "--name=stopped", "--trainer.max_epochs=2", "--ckpt_path=last"]) == 0
+    whole, resumed = (torch.load(f"runs/{name}/0/last.ckpt", weights_only=True) for name in ("whole", "stopped"))
+    assert whole["global_step"] == resumed["global_step"]
+    assert all(torch.equal(whole["state_dict"][name], resumed["state_dict"][name]) for name in whole["state_dict"])

@@ -1,3 +1,4 @@
+from .hard.coordinates import location_from_ram as location_from_ram
 from .hard.policies import Categorical as Categorical
 from .hard.policies import Choice as Choice
 from .hard.policies import Gaussian as Gaussian

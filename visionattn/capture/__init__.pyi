@@ -1,3 +1,4 @@
+from .hooks import Watcher as Watcher
 from .hooks import in_python as in_python
 from .hooks import surveys as surveys
 from .recording import Interception as Interception

@@ -29,7 +29,7 @@ Kwargs: TypeAlias = dict[str, Any]
 
 ATTENTION = frozenset({F.scaled_dot_product_attention})
 SOFTMAX = frozenset({F.softmax, torch.softmax, torch.Tensor.softmax, torch.special.softmax})
-_HEARD = ATTENTION | SOFTMAX | {F.multi_head_attention_forward}
+_INTERCEPTED = ATTENTION | SOFTMAX | {F.multi_head_attention_forward}
 _BUILT_IN = tuple(
     f"torch.nn.modules.{kind}" for kind in ("linear", "conv", "normalization", "dropout", "batchnorm", "pooling")
 )
@@ -47,7 +47,7 @@ def surveys() -> int:
 
 
 @contextlib.contextmanager
-def unheard() -> Iterator[None]:
+def hidden_from_watchers() -> Iterator[None]:
     """Hide the model's calls in this context from watchers that started before it."""
     before = surveys()
     _surveying.depth = before + 1
@@ -57,11 +57,11 @@ def unheard() -> Iterator[None]:
         _surveying.depth = before
 
 
-_inside = threading.local()
+_in_multi_head = threading.local()
 """`.watchers`: this thread's watchers that handle a call of `F.multi_head_attention_forward`, outermost at the end."""
 
 
-_duty = threading.local()
+_active = threading.local()
 """`.watchers`: the active watchers of this thread, outermost first."""
 
 
@@ -106,21 +106,21 @@ def _stay_in_python(undo: contextlib.ExitStack) -> None:
         undo.enter_context(torch.compiler.set_stance("force_eager"))
 
 
-def _hear_global_names(undo: contextlib.ExitStack) -> None:
+def _intercept_global_names(undo: contextlib.ExitStack) -> None:
     for name, event in (("scaled_dot_product_attention", "fused"), ("softmax", "softmax")):
         original = getattr(F, name)
         undo.callback(setattr, F, name, original)
-        setattr(F, name, functools.partial(_heard, original, event))
+        setattr(F, name, functools.partial(_call_through_watchers, original, event))
 
 
-def _hear_looks(undo: contextlib.ExitStack) -> None:
+def _intercept_looks(undo: contextlib.ExitStack) -> None:
     original = Retina.look
 
     def look(retina: Retina, view: View, location_BR2: Tensor) -> Tensor:
         """`Retina.look` that also calls the watchers of this thread."""
         call: Callable[[View, Tensor], Tensor] = functools.partial(original, retina)
-        for watcher in getattr(_duty, "watchers", ()):
-            if watcher.hears(retina):
+        for watcher in getattr(_active, "watchers", ()):
+            if watcher.is_active_for(retina):
                 call = functools.partial(watcher.looked, retina, call)
         return call(view, location_BR2)
 
@@ -131,20 +131,22 @@ def _hear_looks(undo: contextlib.ExitStack) -> None:
 in_python = _Shared(_stay_in_python)
 """A context without fused layers, compiled code and sparse attention, so that hooks and watchers catch every call."""
 
-_names = _Shared(_hear_global_names)
+_intercepted_names = _Shared(_intercept_global_names)
 
-_looks = _Shared(_hear_looks)  # no hook runs when the method `look` is called, so the method itself is replaced
+_intercepted_looks = _Shared(
+    _intercept_looks
+)  # no hook runs when the method `look` is called, so the method itself is replaced
 
 
-def _heard(original: Func, event: str, *args: object, **kwargs: object) -> object:
+def _call_through_watchers(original: Func, event: str, *args: object, **kwargs: object) -> object:
     """Call `original` through the watchers of this thread: each calls the next one, and the last calls `original`."""
     call = original
-    for watcher in getattr(_inside, "watchers", ()):
-        call = functools.partial(_tell, getattr(watcher, event), call)
+    for watcher in getattr(_in_multi_head, "watchers", ()):
+        call = functools.partial(_call_event, getattr(watcher, event), call)
     return call(*args, **kwargs)
 
 
-def _tell(event: Func, func: Func, *args: object, **kwargs: object) -> object:
+def _call_event(event: Func, func: Func, *args: object, **kwargs: object) -> object:
     called: object = event(func, args, kwargs)
     return called
 
@@ -212,12 +214,13 @@ class Watcher(TorchFunctionMode):
     # Machinery ------------------------------------------------------------------------------------------------------
 
     @property
-    def _deaf(self) -> bool:
+    def _ignores_calls(self) -> bool:
+        """Whether calls are ignored: those of other threads, and those of surveys that began after this watcher."""
         return surveys() != self._depth or threading.get_ident() != self._thread
 
-    def hears(self, retina: Retina) -> bool:
+    def is_active_for(self, retina: Retina) -> bool:
         """Return whether this retina is part of the model and the watcher is active."""
-        return retina in self.names and not self._deaf
+        return retina in self.names and not self._ignores_calls
 
     @property
     def where(self) -> str:
@@ -226,7 +229,7 @@ class Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Func, types: object, args: Args = (), kwargs: Kwargs | None = None) -> object:
         kwargs = kwargs or {}
-        if (func not in _HEARD and not self.follows) or not self.stack or self._deaf:
+        if (func not in _INTERCEPTED and not self.follows) or not self.stack or self._ignores_calls:
             return func(*args, **kwargs)
         if func in ATTENTION:
             return self.fused(func, args, kwargs)
@@ -240,13 +243,13 @@ class Watcher(TorchFunctionMode):
     @contextlib.contextmanager
     def _inside_multi_head_attention(self) -> Iterator[None]:
         """Replace functions in `F` to catch inner calls: torch turns a mode off while the mode handles a function."""
-        before = getattr(_inside, "watchers", ())
-        with _names:
-            _inside.watchers = (*before, self)
+        before = getattr(_in_multi_head, "watchers", ())
+        with _intercepted_names:
+            _in_multi_head.watchers = (*before, self)
             try:
                 yield
             finally:
-                _inside.watchers = before
+                _in_multi_head.watchers = before
 
     def __enter__(self) -> "Self":
         self._depth = surveys()
@@ -259,8 +262,8 @@ class Watcher(TorchFunctionMode):
                     module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
                     module.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
                 ]
-        _looks.__enter__()
-        _duty.watchers = (*getattr(_duty, "watchers", ()), self)
+        _intercepted_looks.__enter__()
+        _active.watchers = (*getattr(_active, "watchers", ()), self)
         TorchFunctionMode.__enter__(self)
         return self
 
@@ -268,8 +271,8 @@ class Watcher(TorchFunctionMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         TorchFunctionMode.__exit__(self, kind, error, trace)
-        _duty.watchers = tuple(watcher for watcher in _duty.watchers if watcher is not self)
-        _looks.__exit__()
+        _active.watchers = tuple(watcher for watcher in _active.watchers if watcher is not self)
+        _intercepted_looks.__exit__()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -277,7 +280,7 @@ class Watcher(TorchFunctionMode):
         in_python.__exit__()
 
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        if self._deaf:
+        if self._ignores_calls:
             return
         if not self.stack:
             self.begin(module, args, kwargs)
@@ -285,7 +288,7 @@ class Watcher(TorchFunctionMode):
         self.enter(self.stack[-1], module)
 
     def _leave(self, module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> object:
-        if self._deaf or not self.stack:
+        if self._ignores_calls or not self.stack:
             return None
         name = self.stack.pop()
         try:
@@ -307,8 +310,8 @@ def gate_of(
         name: dotted name of the module.
         module: the module.
         out: its output.
-        along_row: whether the last axis of an output (B, 1, 1, W) runs over the columns of the image, which makes it a
-            gate over positions; otherwise the axis runs over channels. The survey determines this.
+        along_row: whether the last axis of an output (B, 1, 1, W) runs over the columns of the image, so that the
+            output is a gate over positions. Otherwise the axis runs over channels. The survey finds this out.
     """
     leaf = name.rpartition(".")[2]
     named = leaf in ("gate", "scale_activation")

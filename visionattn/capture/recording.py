@@ -91,13 +91,13 @@ class Interception(Watcher):
             self.check()
 
     def check(self) -> None:
-        """Check, when the context ends without an error, that the model ran as when it was surveyed.
+        """Check that the model ran as it did when it was surveyed. Called when the context ends without an error.
 
         Raises:
             StaleSurveyError: the model ran differently; its survey is removed from the cache.
         """
         for name, reason in self.unplanned.items():
-            raise StaleSurveyError(f"the model ran otherwise than when it was surveyed: {name}: {reason}")
+            raise StaleSurveyError(f"the model ran differently than in its survey: {name}: {reason}")
 
     def _differs(self, name: str, reason: str) -> None:
         self.unplanned[name] = reason
@@ -122,15 +122,15 @@ class Interception(Watcher):
         if not torch._C._len_torch_function_stack() and not torch.is_autocast_enabled(call.query.device.type):
             both = self.instead(call)
         if both is None:
-            return self._tell(call, func(*args, **kwargs))
+            return self._attend_call(call, func(*args, **kwargs))
         kept, out = both
-        return self._tell(call, out.flatten(0, 1), kept)
+        return self._attend_call(call, out.flatten(0, 1), kept)
 
     def softmax(self, func: Func, args: Args, kwargs: Kwargs) -> object:
         site = self._next(fused=False)
         out = func(*args, **kwargs)
         call = self._call(site, lambda site: Call.eager(site, out))
-        return out if call is None else self._tell(call, out)
+        return out if call is None else self._attend_call(call, out)
 
     def _call(self, site: Site | None, read: Callable[[Site], Call]) -> Call | None:
         """Return the call at a site; None if it needs no handling."""
@@ -150,7 +150,7 @@ class Interception(Watcher):
             self._differs(self.where, str(error))
             return None
 
-    def _tell(self, call: Call, out: Tensor, kept: Tensor | None = None) -> Tensor:
+    def _attend_call(self, call: Call, out: Tensor, kept: Tensor | None = None) -> Tensor:
         with torch._C.DisableTorchFunction(), _plain(out):  # hides these computations from other watchers
             replaced = self.attended(call, out, kept)
         return out if replaced is None else replaced
@@ -172,22 +172,22 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         >>> records[-1]
         Record(blocks.5.attn: self, grid 10×10, 2 heads, weights (2, 1, 2, 101))
 
-    The outputs do not change either, with two exceptions that change them by rounding: `HeadMean`, and layers that
-    torch would run as one kernel (`nn.TransformerEncoder` in evaluation mode without gradients), which run operation
-    by operation here. Attention stays fused: the weights to keep are computed a second time from queries and keys. If
-    the model is called several times, the records are appended, and `Record.call` is the number of the call.
+    The outputs do not change either, except by rounding in two cases: `HeadMean` computes the output of attention
+    itself; and layers that torch would run as one kernel (`nn.TransformerEncoder` in evaluation mode without gradients)
+    run operation by operation. Attention stays fused: the weights to keep are computed a second time from queries and
+    keys. If the model is called several times, the records are appended, and `Record.call` is the number of the call.
 
-    The first call with an image size also surveys the model: one image runs through it together with the positions of
-    its pixels, to find out where each token lies (see `survey.py`). The survey is cached as long as the model exists.
-    If a model selects tokens depending on the image, every image of every call is surveyed, and `Tokens.index_BWN`
-    holds the positions for each image.
+    The first call with an image size also surveys the model: one image and the positions of its pixels run through the
+    model, which shows where each token lies (see `survey.py`). The survey is cached as long as the model exists. If a
+    model selects tokens depending on the image, every image of every call is surveyed, and `Tokens.index_BWN` holds the
+    positions for each image.
 
     Args:
         model: any vision model, from timm, torchvision, transformers or your own; it may be compiled or wrapped in DDP.
         keep: the weights to keep of each call (default: `ClassRow()`); see `reductions.py`.
         layers: names of modules, or indices of calls of attention in order (−1: the last), whose weights are kept
             (default: all).
-        strict: raise a StaleSurveyError on exit if the model ran otherwise than when it was surveyed; False warns.
+        strict: raise a StaleSurveyError on exit if the model did not run as it did when it was surveyed; False warns.
 
     Raises:
         UsageError: the model is scripted; a layer in `layers` does not exist; or, on exit, the model was called but no
@@ -220,9 +220,7 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
         if self.strict:
             super().check()
         for name, reason in self.unplanned.items():
-            warn(
-                f"the records lack attention, since the model ran otherwise than when it was surveyed: {name}: {reason}"
-            )
+            warn(f"the records lack attention, since the model ran differently than in its survey: {name}: {reason}")
             break
 
     def begin(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -277,7 +275,7 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
             boxes_BR1S4 = retina.boxes(location_BR12, view.size)
             records, call = self.records._records, self.records.calls
             before = self._looking.get(retina)
-            # glimpses share a record if they belong to one call of the model, or, outside of calls, to one view
+            # glimpses share a record if they belong to one call of the model; outside of calls, if they read one view
             if before is not None and (before[0] is view or (self.stack and before[1] == call)):
                 record = records[before[2]]
                 assert record.locations is not None
@@ -319,8 +317,8 @@ def place(layer: int | str, names: list[str]) -> int:
     """Return the index of a layer among the layers that attend.
 
     Args:
-        layer: the index of the layer, −1 for the last; its name; or the name of a module that contains it. If several
-            layers inside that module attend, the last of these layers is meant.
+        layer: the layer's index (−1: the last), the layer's name, or the name of a module around the layer. If several
+            layers inside that module attend, the last of them is meant.
         names: names of the layers that attend, in order.
 
     Raises:

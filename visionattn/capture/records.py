@@ -65,6 +65,20 @@ class Record:
         """Whether the keys are divided into windows."""
         return self.keys is not None and self.keys.windowed
 
+    def maps(self) -> Tensor:
+        """Return the maps on the grid that a notebook draws, (B, H, h, w).
+
+        `ClassRow` and `PatchRow` give the kept row of each head, `FullAttention` the class token's row of each head (or
+        the mean over all rows, without prefix tokens), and `HeadMean` the same averaged over heads (H = 1). Class and
+        register tokens have no place on the grid and are left out. A gate gives its mean over channels (H = 1).
+
+        Raises:
+            UsageError: no weights were kept.
+        """
+        if self.weights is None:
+            raise UsageError(f"no weights of {self.name} were kept; name the module in capture(…, layers=[…])")
+        return _maps(self)
+
     def to_dict(self) -> dict[str, object]:
         """Return the record as plain data for `json.dumps`. Arrays are nested lists.
 

@@ -42,7 +42,7 @@ def survey_images(model: nn.Module, images_BCHW: Tensor) -> Survey:
 def _explained(model: nn.Module, images_BCHW: Tensor, error: Exception) -> Exception:
     if isinstance(error, (UsageError, DataError, torch.OutOfMemoryError)):
         return error
-    # a classifier or detector of this package has the model that tells its image size as a sub-module
+    # in a classifier or detector of this package, a sub-module tells the image size
     teller = next((module for module in model.modules() if _config(module)), model)
     wanted = tuple(_config(teller).get("input_size", ()))
     size = getattr(getattr(teller, "patch_embed", None), "img_size", None) or getattr(teller, "image_size", None)
@@ -69,8 +69,9 @@ def _config(module: nn.Module) -> Mapping[str, Any]:
 def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the unwrapped model in evaluation mode, with frozen parameters and without gradients or inference mode.
 
-    Gradient checkpointing of timm's models is off, since it calls the blocks of a stage and not the stage. On exit, the
-    training flags, `requires_grad` and gradient checkpointing are restored.
+    Gradient checkpointing of timm's models is turned off: checkpointing calls the blocks of a stage one by one, so
+    hooks of the stage itself would not run. On exit, the training flags, `requires_grad` and gradient checkpointing are
+    restored.
 
     Raises:
         UsageError: as for `unwrap`.

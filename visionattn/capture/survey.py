@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from visionattn.attention import Retina, View
 from visionattn.capture import token_positions
-from visionattn.capture.hooks import Args, Func, Kwargs, Watcher, gate_of, unheard
+from visionattn.capture.hooks import Args, Func, Kwargs, Watcher, gate_of, hidden_from_watchers
 from visionattn.capture.token_layout import (
     Activation,
     Axes,
@@ -124,7 +124,7 @@ class Survey:
 
 
 class StaleSurveyError(UsageError):
-    """The model runs otherwise than when it was surveyed; `Method` then surveys it again."""
+    """The model did not run as it did when it was surveyed. `Method` catches this error and surveys the model again."""
 
 
 class Surveyor(Watcher):
@@ -260,7 +260,7 @@ class Surveyor(Watcher):
         axis: int | None = None,
         context: bool = False,
     ) -> None:
-        """Add a site with the positions of its queries and keys, or the reason why it does not count as attention."""
+        """Add the site of a call with the positions of queries and keys, or record why the call is not attention."""
         if keys is None:
             self._skip("the positions of its keys are not known", known=False)
             return
@@ -410,10 +410,10 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def own_state(module: nn.Module) -> tuple[dict[str, Any], dict[int, Func]]:
-    """Return what a module's forward pass depends on beside weights, buffers and its class.
+    """Return what a module's forward pass depends on, apart from its class, weights and buffers.
 
     Returns:
-        Its attributes, including replaced methods; and its forward hooks by number, except the hooks of watchers.
+        The module's attributes, including replaced methods; and its forward hooks by number, except visionattn's own.
     """
     fields = vars(module)
     own = {name: fields[name] for name in fields.keys() - _OF_EVERY_MODULE}
@@ -441,8 +441,10 @@ def _hashable(value: object, depth: int = 0) -> object:
         return items if any(item is not None for item in items) else None
     if isinstance(value, dict):
         return tuple([(str(key), _hashable(item, depth + 1)) for key, item in value.items()])
-    fields = getattr(value, "__dict__", {})
-    return id(value), kind, getattr(value, "__qualname__", ""), _hashable(dict(fields), depth + 1)
+    fields = (
+        getattr(value, "__dict__", {}) if depth < 2 else {}
+    )  # the id of a copy at depth 3 would change at each call
+    return id(value), kind, getattr(value, "__qualname__", ""), _hashable(dict(fields), depth + 1) if fields else None
 
 
 def _images(args: Args, kwargs: Kwargs) -> Tensor | None:
@@ -491,7 +493,7 @@ def _quiet(module: nn.Module, device: torch.device) -> Iterator[None]:
     try:
         for part in training:
             part.training = False
-        with unheard(), torch.random.fork_rng(devices), torch.no_grad():
+        with hidden_from_watchers(), torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
         for part in training:

@@ -130,8 +130,8 @@ class Tokens:
 
         Args:
             values_BWN: one value for each token.
-            shared: how to treat a merged token. If true, its value is divided among its cells (for attention);
-                otherwise each cell gets the whole value (for features).
+            shared: how to treat a merged token. If true, the token's value is divided among the token's cells (for
+                attention); otherwise each cell gets the whole value (for features).
         """
         summed_Bhw = self.sum_to_grid(values_BWN)
         if self.in_order:
@@ -148,7 +148,7 @@ class Tokens:
 
     @cached_property
     def _sizes(self) -> Tensor:
-        """For each cell, the number of cells that its token represents, including itself, (B, G), ≥ 1."""
+        """For each cell, the number of cells that its token represents, including the cell itself, (B, G), ≥ 1."""
         assert self.home_BG is not None
         ones = torch.ones(self.home_BG.shape)
         return torch.zeros_like(ones).scatter_add(1, self.home_BG, ones).clamp(min=1)
@@ -300,8 +300,8 @@ def infer_tokens(positions_WN: Tensor, whole: Sequence[Axes] = (), merges: Seque
 
     Args:
         positions_WN: positions y + ix; NaN for tokens without a position.
-        whole: grids from before tokens were dropped. The result uses the largest of these grids that contains all
-            positions.
+        whole: grids that the tokens had before some tokens were dropped. The result uses the largest of these grids
+            that contains all positions.
         merges: merged tokens, in order; see `Tokens.home_BG`.
     """
     known = ~positions_WN.isnan()

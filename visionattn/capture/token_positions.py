@@ -99,7 +99,7 @@ def depend(args: Args, kwargs: Kwargs, out: object) -> None:
 
 
 def picked(func: Func, args: Args, kwargs: Kwargs) -> tuple[Tensor, bool] | None:
-    """Return the positions that a function picks from, and whether the choice depends on the image.
+    """Return the positions among which a function picks elements, and whether the choice depends on the image.
 
     Return None for functions that do not pick.
     """
@@ -326,7 +326,7 @@ def _einsum(args: Args, out: Tensor) -> None:
 
 
 def _reduce(out: Tensor, source: Tensor, args: Args, kwargs: Kwargs) -> None:
-    """Attach a shadow to a mean, sum or maximum: the mean of the positions, or NaN if it runs over all positions."""
+    """Attach a shadow to a mean, sum or maximum: the mean position of its inputs, or NaN if these are all positions."""
     positions = shadow(source)
     dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
     if positions is None or dims is None or isinstance(dims, Tensor):

@@ -3,31 +3,52 @@
 import argparse
 import sys
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from visionattn.commands.options import Parser
 from visionattn.errors import UsageError
 
+if TYPE_CHECKING:
+    from visionattn.data import Columns
+
 _T = TypeVar("_T")
+_OF_TABLES = ("path_column", "label_column", "split_column", "separator")
 
 
 def parser(verb: str) -> argparse.ArgumentParser:
     """Build the parser of `visionattn data`."""
-    parser = Parser(prog=f"visionattn {verb}", description="Check a folder of images.")
+    parser = Parser(prog=f"visionattn {verb}", description="Check a folder or a table of images.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     check_parser = verbs.add_parser("check", help="list every problem in the images and annotations of a data set")
     check_parser.add_argument(
         "path",
         metavar="PATH",
-        help="folder in the layout of COCO, Pascal VOC or YOLO, or with a sub-folder for each class (required)",
+        help="folder in the layout of COCO, Pascal VOC or YOLO, or with a sub-folder for each class; or a .csv, .tsv "
+        "or .parquet table of image paths and labels (required)",
     )
     check_parser.add_argument(
-        "--images", metavar="DIR", help="folder of the images (default: the folders that the layout prescribes)"
+        "--images",
+        metavar="DIR",
+        help="folder of the images (default: the folders that the layout prescribes, or the table's)",
     )
     check_parser.add_argument(
         "--box-format",
         choices=("xyxy", "xywh", "cxcywh"),
         help="meaning of a box's four numbers in the files (default: that of the layout)",
+    )
+    table = check_parser.add_argument_group("for tables")
+    table.add_argument("--path-column", metavar="NAME", help="column of the image's path (default: path)")
+    table.add_argument(
+        "--label-column",
+        nargs="+",
+        metavar="NAME",
+        help="column of the label; several names: a column of 0 and 1 for each class (default: labels or label)",
+    )
+    table.add_argument("--split-column", metavar="NAME", help="column of the split (default: split, if it is there)")
+    table.add_argument(
+        "--separator",
+        metavar="TEXT",
+        help="text between the labels of an image (default: | in the column labels; otherwise an image has one label)",
     )
     check_parser.add_argument(
         "--limit", type=int, metavar="INT", help="largest number of problems to list of each kind (default: all)"
@@ -52,17 +73,38 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from visionattn.data import check, check_folder, has_classes
+    from visionattn.data import check, check_folder, check_table, has_classes, is_table
 
     console = Console(stderr=True)
 
     def progress(results: Iterable[_T], total: int) -> Iterable[_T]:
         return track(results, options.path, total, console=console, transient=True, disable=not console.is_terminal)
 
-    if not options.images and not options.box_format and has_classes(options.path):
+    if is_table(options.path):
+        if options.box_format:
+            raise UsageError("--box-format is for folders with boxes; a table has none")
+        report = check_table(options.path, _columns(options), root=options.images, progress=progress)
+    elif named := next((name for name in _OF_TABLES if getattr(options, name) is not None), None):
+        raise UsageError(f"--{named.replace('_', '-')} is for tables, and {options.path} is none")
+    elif not options.images and not options.box_format and has_classes(options.path):
         report = check_folder(options.path, progress=progress)
     else:
         report = check(options.path, images=options.images, box_format=options.box_format, progress=progress)
     encoding = sys.stdout.encoding or "utf-8"  # file names may contain characters that the terminal's encoding lacks
     print("\n".join(report.lines(options.limit)).encode(encoding, "backslashreplace").decode(encoding))
     return int(bool(report.problems))
+
+
+def _columns(options: argparse.Namespace) -> "Columns | None":
+    """Return the columns that the options name; None if they name none."""
+    from visionattn.data import Columns
+
+    if all(getattr(options, name) is None for name in _OF_TABLES):
+        return None
+    labels = options.label_column or ["labels" if options.separator else "label"]
+    return Columns(
+        options.path_column or "path",
+        labels[0] if len(labels) == 1 else labels,
+        options.split_column or "split",
+        options.separator or None,
+    )

@@ -78,12 +78,13 @@ def run(arguments: list[str]) -> int:
 
     from visionattn.data import find
     from visionattn.explorer import refuse_foreign_file
-    from visionattn.overlays import Explainer, find_method
+    from visionattn.overlays import Explainer, find_method, grey_image
 
     refuse_foreign_file(options.out)
     images = find(options.images, out=os.devnull).images
     model, preprocess, class_names = load(options)
-    methods = {name: find_method(*method_and_layer(name), model) for name in options.method} if options.method else None
+    image = grey_image(model, preprocess)
+    methods = {name: find_method(*method_and_layer(name), model, image) for name in options.method or ()} or None
     failures = write_page(
         options.out,
         Explainer(model, preprocess, None, tuple(class_names), options.model or options.ckpt),

@@ -80,7 +80,8 @@ def export_graph(
         export_graph(model, "vit.onnx", method="rollout")
 
     The graph takes any number of preprocessed images; each heatmap is in [0, 1] and spans its image. The file also
-    holds the method, the preprocessing and the class names as JSON. In ONNX the JSON is the metadata entry
+    holds the method, the preprocessing and the class names as JSON; README of training/ says how to prepare images with
+    it. In ONNX the JSON is the metadata entry
     `visionattn`, in a .pt2 the extra file `visionattn`.
 
     Args:
@@ -116,7 +117,7 @@ def export_graph(
         graph = _graph(bare, method, noise[:1])
         description = {
             "method": graph.method,
-            "preprocess": None if preprocess is None else dataclasses.asdict(preprocess),
+            "preprocess": None if preprocess is None else _steps(preprocess),
             "class_names": list(class_names or own_names),
         }
         with _quiet():
@@ -135,6 +136,12 @@ def export_graph(
         )
     write_file(out, content)
     return Exported(graph.method, size, difference)
+
+
+def _steps(preprocess: Preprocess) -> dict[str, object]:
+    """Return a preprocessing as plain data, with the sizes that follow from it."""
+    sizes = {"input_size": preprocess.input_size, "frame": preprocess.frame}
+    return dataclasses.asdict(preprocess) | sizes
 
 
 def _graph(model: nn.Module, method: str | None, image_1CHW: Tensor) -> Graph:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast
 
@@ -73,7 +74,8 @@ def add_model(parser: argparse.ArgumentParser, *, compare: bool = False) -> None
     source.add_argument(
         "--model",
         metavar="NAME",
-        help="name of a timm model, or MODULE:FUNCTION of your own, where the function returns the network; one of "
+        help="name of a timm model, hf-hub:OWNER/NAME, torchvision:NAME[/WEIGHTS], hf:OWNER/NAME or hf:FOLDER of "
+        "transformers, or MODULE:FUNCTION of your own, where the function returns the network; one of "
         f"{alternatives} (required)",
     )
     if compare:
@@ -87,16 +89,21 @@ def add_model(parser: argparse.ArgumentParser, *, compare: bool = False) -> None
     parser.add_argument(
         "--weights",
         metavar="FILE",
-        help=f"weights file for --model, or {_RANDOM} for random weights (default: timm's pretrained weights, or those "
-        "that your function returns)",
+        help=f"weights file for --model, or {_RANDOM} for random weights (default: the pretrained weights of the name, "
+        "or those that your function returns)",
     )
-    own = parser.add_argument_group("for --model MODULE:FUNCTION")
+    parser.add_argument(
+        "--new-head",
+        action="store_true",
+        help="load all of --weights but the last layer, the head, which stays as it was made (default: off)",
+    )
+    own = parser.add_argument_group("for --model, where the name does not say it or you want another")
     own.add_argument(
         "--size",
         type=int,
         nargs="+",
         metavar="INT",
-        help="side of the square input in pixels, or its height and width (default: as the network says, else 224)",
+        help="side of the square input in pixels, or its height and width (default: the model's own, else 224)",
     )
     for name, default in (("mean", "0.485 0.456 0.406"), ("std", "0.229 0.224 0.225")):
         own.add_argument(
@@ -104,12 +111,14 @@ def add_model(parser: argparse.ArgumentParser, *, compare: bool = False) -> None
             type=float,
             nargs="+",
             metavar="FLOAT",
-            help=f"{name} of red, green and blue in [0, 1], or one number for grey (default: ImageNet's, {default})",
+            help=f"{name} of red, green and blue in [0, 1], or one number for grey (default: the model's own, else "
+            f"ImageNet's, {default})",
         )
     own.add_argument(
         "--classes",
         metavar="FILE",
-        help="text file with one class name a line, in the order of the outputs (default: none)",
+        help='text file with one class name a line, in the order of the outputs, or the names, as "a cat, a dog"; CLIP '
+        "and SigLIP choose among these texts (default: the model's own names)",
     )
     parser.add_argument(
         "--trust",
@@ -126,73 +135,102 @@ def load(options: argparse.Namespace) -> LoadedModel:
         The network in evaluation mode, its preprocessing, and the class names of its outputs (empty if unknown).
 
     Raises:
-        UsageError: timm has no such model, or `--weights` is given with a checkpoint.
+        UsageError: there is no such model, or an option of `--model` is given with a checkpoint.
         DataError: the checkpoint or the weights cannot be used.
     """
     if options.weights and not options.model:
         raise UsageError("--weights needs --model; a checkpoint has its own weights")
     if options.ckpt:
-        return _load_checkpoint(options.ckpt, options.trust or ())
-    if ":" in options.model:
-        return _load_user_model(options)
-    for name in ("size", "mean", "std", "classes"):
-        if getattr(options, name) is not None:
-            raise UsageError(f"--{name} is for --model MODULE:FUNCTION; timm's models have their own")
+        return _load_checkpoint(options)
+    return _load_named(options)
+
+
+def _load_named(options: argparse.Namespace) -> LoadedModel:
+    """Load the model that `--model` names; see `load`."""
     import torch
 
-    from visionattn.models import class_names_of, create_backbone, preprocess_of
+    from visionattn.models import check_size, load_model
+    from visionattn.overlays import describe_model
+    from visionattn.training import described_weights
 
     random = options.weights == _RANDOM
     torch.manual_seed(0)  # the same random weights in every run, so that a second run can keep the outputs of the first
-    model = create_backbone(
-        options.model, pretrained=not options.weights, weights=None if random else options.weights
-    ).eval()
-    return model.to(_device()), preprocess_of(model), () if random else class_names_of(model)
+    given = _given(options)
+    told, names = (None, ()) if random or not options.weights else described_weights(options.weights)
+    model = load_model(
+        options.model,
+        pretrained=not random,
+        weights=None if random else options.weights,
+        new_head=options.new_head,
+        classes=_read_classes(options.classes) or names,
+        preprocess=_changed(None, given) if len(given) == 3 else told,
+    )
+    preprocess = model.preprocess or describe_model(model.network)[1]
+    known = preprocess is not None or len(given) == 3
+    if preprocess is None or given:
+        preprocess = _changed(preprocess, given)
+        check_size(model.network, preprocess, options.model)
+    if not known:
+        height, width = preprocess.input_size
+        print(
+            f"{options.model} does not say how its images are prepared; used are {height} × {width} pixels, mean "
+            f"{preprocess.mean} and std {preprocess.std} (--size, --mean and --std give others)",
+            file=sys.stderr,
+        )
+    return model.network.to(_device()), preprocess, model.class_names
 
 
-def _load_user_model(options: argparse.Namespace) -> LoadedModel:
-    """Load the network that a function of the user's module returns; see `load`."""
-    import torch
-
+def _changed(preprocess: "Preprocess | None", given: dict[str, list[Any]]) -> "Preprocess":
+    """Return a preprocessing with the values of `--size`, `--mean` and `--std`, where they are given."""
     from visionattn.data import Preprocess
-    from visionattn.models import create_user_model
-    from visionattn.overlays import describe_model
 
-    torch.manual_seed(0)  # as for timm's random weights
-    model = create_user_model(options.model, None if options.weights in (None, _RANDOM) else options.weights)
-    _, preprocess, _ = describe_model(model)
-    known = preprocess or Preprocess()
-    size = known.size if options.size is None else options.size[0] if len(options.size) == 1 else tuple(options.size)
-    mean, std = (tuple(given or own) for given, own in ((options.mean, known.mean), (options.std, known.std)))
+    changes: dict[str, Any] = {name: tuple(values) for name, values in given.items()}
+    if len(changes.get("size", ())) == 1:
+        changes["size"] = changes["size"][0]
     try:
-        preprocess = dataclasses.replace(known, size=size, mean=mean, std=std)
+        return dataclasses.replace(preprocess or Preprocess(), **changes)
     except ValueError as error:
         raise UsageError(f"--size, --mean and --std: {error}") from error
-    return model.to(_device()), preprocess, _read_classes(options.classes)
 
 
-def _read_classes(path: str | None) -> tuple[str, ...]:
-    if path is None:
+def _read_classes(text: str | None) -> tuple[str, ...]:
+    """Return the class names in a file, or the names themselves, separated by commas."""
+    if text is None:
         return ()
+    if "," in text and not os.path.exists(text):
+        return tuple(name.strip() for name in text.split(",") if name.strip())
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(text, encoding="utf-8-sig") as file:
             return tuple(line.strip() for line in file if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise DataError(f"the class names in {printable(path)} cannot be read: {reason}") from error
+        raise DataError(f"the class names in {printable(text)} cannot be read: {reason}") from error
 
 
-def _load_checkpoint(path: str, trust: Sequence[str]) -> LoadedModel:
+def _load_checkpoint(options: argparse.Namespace) -> LoadedModel:
     """Load the network of a checkpoint; see `load`."""
     from visionattn.models import import_package
     from visionattn.training import load as load_task
 
-    for package in trust:
+    for package in options.trust or ():
         import_package(package)
-    task = cast(LoadedTask, load_task(path, trust=trust))
-    if task.preprocess is None:
-        raise DataError(f"the checkpoint {path} has no preprocessing; train with data that has a `preprocess`")
-    return task.network.to(_device()), task.preprocess, task.class_names
+    task = cast(LoadedTask, load_task(options.ckpt, trust=options.trust or ()))
+    given = _given(options)
+    for name, own in (*dict.fromkeys(given, task.preprocess).items(), ("classes", task.class_names)):
+        if own and getattr(options, name) is not None:
+            raise UsageError(f"--{name} needs --model; the checkpoint {options.ckpt} has its own")
+    if task.preprocess is None and not given:
+        raise DataError(
+            f"the checkpoint {options.ckpt} has no preprocessing; give --size, --mean and --std, or train with data or "
+            "a task that has a `preprocess`"
+        )
+    preprocess = task.preprocess or _changed(None, given)
+    return task.network.to(_device()), preprocess, task.class_names or _read_classes(options.classes)
+
+
+def _given(options: argparse.Namespace) -> dict[str, list[Any]]:
+    """Return the values of `--size`, `--mean` and `--std` that are given."""
+    return {name: getattr(options, name) for name in ("size", "mean", "std") if getattr(options, name) is not None}
 
 
 def _device() -> str:

@@ -5,8 +5,9 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from visionattn.commands.demo import FOLDER, demo_model, write_photographs
 from visionattn.commands.explore import write_page
 from visionattn.commands.options import Parser, add_model, load, method_and_layer
 from visionattn.errors import UsageError
@@ -27,6 +28,12 @@ def parser(verb: str) -> argparse.ArgumentParser:
         description="Draw heatmaps of a model over images.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"kinds to save:\n{kinds}",
+    )
+    parser.add_argument(
+        "--demo",
+        action=_Demo,
+        help="draw overlays of four photographs that are installed, with EfficientNet-Lite0; needs no --images and no "
+        f"model, and writes into {FOLDER}/ unless --out is given (default: off)",
     )
     parser.add_argument(
         "--images",
@@ -129,6 +136,8 @@ def run(arguments: list[str]) -> int:
         DataError: as for `overlays.export`.
     """
     options = parser(arguments[0]).parse_args(arguments[1:])
+    if options.demo:
+        _prepare_demo(options)
     if options.devices < 1:
         raise UsageError(f"--devices must be ≥ 1, got {options.devices}")
     if options.page and options.compare:
@@ -144,6 +153,8 @@ def run(arguments: list[str]) -> int:
         refuse_foreign_file(page)
     with _processes(options.devices, arguments) as processes:
         explainers = _explainers(options)
+        if options.demo:
+            options.images = write_photographs(os.path.join(options.out, "photographs"))
         summary = export(
             options.images,
             options.out,
@@ -169,6 +180,33 @@ def run(arguments: list[str]) -> int:
         else:  # nothing has changed since the page was written
             print(f"  {page}   as before")
     return summary.exit_code
+
+
+class _Demo(argparse.Action):
+    """The flag `--demo`: the options that name images, outputs and the model are then no longer required."""
+
+    def __init__(self, **options: Any) -> None:  # the arguments of argparse.Action
+        super().__init__(nargs=0, default=False, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *others: object) -> None:
+        namespace.demo = True
+        for action in parser._actions:
+            action.required = False
+        for group in parser._mutually_exclusive_groups:
+            group.required = False
+
+
+def _prepare_demo(options: argparse.Namespace) -> None:
+    """Check the options of a demo and set its defaults.
+
+    Raises:
+        UsageError: an option names other images or another model.
+    """
+    own = ("images", "ckpt", "model", "compare", "weights", "size", "mean", "std", "classes", "trust")
+    if given := [name for name in own if getattr(options, name, None) is not None]:
+        raise UsageError(f"--demo has its own photographs and network; leave out --{given[0]}, or --demo")
+    options.out = options.out or FOLDER
+    options.caption = True
 
 
 def _style(options: argparse.Namespace) -> "Style":
@@ -202,7 +240,7 @@ def _explainers(options: argparse.Namespace) -> "list[Explainer]":
         UsageError: there is no such model, method or layer, or options contradict each other.
         DataError: a checkpoint cannot be used.
     """
-    from visionattn.overlays import Explainer, find_method
+    from visionattn.overlays import Explainer, find_method, grey_image
 
     if options.compare:
         if len(options.method or ()) > 1 or len(options.layer or ()) > 1:
@@ -210,7 +248,7 @@ def _explainers(options: argparse.Namespace) -> "list[Explainer]":
         names = _distinct_names(options.compare)
         models = [load(argparse.Namespace(**{**vars(options), "ckpt": path})) for path in options.compare]
     else:
-        names, models = [""], [load(options)]
+        names, models = [""], [demo_model() if options.demo else load(options)]
     methods = [method_and_layer(method) for method in options.method or [None]]
     if options.layer and any(layer for _, layer in methods):
         raise UsageError("a layer is named by --layer or as METHOD@LAYER, not both")
@@ -218,13 +256,19 @@ def _explainers(options: argparse.Namespace) -> "list[Explainer]":
         methods = [(method, layer) for method, _ in methods for layer in options.layer]
     explainers = []
     for name, path, (model, preprocess, class_names) in zip(
-        names, options.compare or [options.model or options.ckpt], models, strict=True
+        names, options.compare or [options.model or options.ckpt or "tf_efficientnet_lite0"], models, strict=True
     ):
+        image = grey_image(model, preprocess)
         for method, layer in methods:
             method_name = "@".join(part for part in (method, layer) if part) if len(methods) > 1 else ""
             explainers.append(
                 Explainer(
-                    model, preprocess, find_method(method, layer, model), tuple(class_names), path, name or method_name
+                    model,
+                    preprocess,
+                    find_method(method, layer, model, image),
+                    tuple(class_names),
+                    path,
+                    name or method_name,
                 )
             )
     return explainers

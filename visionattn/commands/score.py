@@ -86,7 +86,7 @@ def run(arguments: list[str]) -> int:
 
     from visionattn.commands.scorecard import images_of_config, images_of_files, scorecard
     from visionattn.maps import make_method
-    from visionattn.overlays import is_detector
+    from visionattn.overlays import grey_image, is_detector
 
     model, preprocess, class_names = load(options)
     if is_detector(model):
@@ -95,12 +95,13 @@ def run(arguments: list[str]) -> int:
         )
     methods = None
     if options.method:
-        methods = {name: make_method(*method_and_layer(name), model) for name in options.method}
+        image = grey_image(model, preprocess)
+        methods = {name: make_method(*method_and_layer(name), model, image) for name in options.method}
     if len(options.data) == 1 and options.data[0].endswith((".yaml", ".yml")):
         images = images_of_config(
             options.data[0],
             preprocess,
-            class_names if options.ckpt else (),  # timm's own names of ImageNet's classes are not those of the data
+            class_names if options.ckpt or options.classes else (),  # a pretrained model's names are not the data's
             count=options.images,
             batch_size=options.batch_size,
         )

@@ -29,6 +29,7 @@ from visionattn.errors import DataError, MapWarning, UsageError
 from visionattn.evaluation import METRICS, MIN_IMAGES, Scores, score
 from visionattn.files import printable, write_file
 from visionattn.maps import Method
+from visionattn.tasks import renumbered
 
 _WON, _LOST = "✓", "✗"
 _TITLES = {"iou": "IoU"}
@@ -66,7 +67,7 @@ class Images:
             if batch is None:
                 continue
             if self.label_numbers is not None and "label" in batch:
-                batch["label"] = torch.tensor(self.label_numbers)[batch["label"]]
+                batch["label"] = renumbered(batch["label"], self.label_numbers)
             yield batch
 
 
@@ -103,13 +104,14 @@ def images_of_config(
         batch_size: images per batch.
 
     Raises:
-        UsageError: as for `training.data_of`, or the samples are not dicts with an image, or the data's preprocessing
-            differs from the model's.
-        DataError: as for `training.data_of`, or the split has no images, or the data has other classes than the model.
+        UsageError: as for `training.data_from_config`, or the samples are not dicts with an image, or the
+            preprocessing of the data differs from the model's.
+        DataError: as for `training.data_from_config`, or the split has no images, or the data has other classes than
+            the model.
     """
-    from visionattn.training import data_of
+    from visionattn.training import data_from_config
 
-    data = data_of(config)
+    data = data_from_config(config)
     own = getattr(data, "preprocess", preprocess)
     if own != preprocess:
         raise UsageError(

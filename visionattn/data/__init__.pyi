@@ -19,10 +19,10 @@ from .detection import DetectionData as DetectionData
 from .folder_check import check_folder as check_folder
 from .folder_check import has_classes as has_classes
 from .image_files import VIDEOS as VIDEOS
-from .image_files import AnyPath as AnyPath
 from .image_files import FoundImages as FoundImages
 from .image_files import find as find
 from .image_files import is_video as is_video
+from .image_files import sample_photographs as sample_photographs
 from .image_folder import ImageFolder as ImageFolder
 from .image_list import ImageRequest as ImageRequest
 from .loading.batches import ImageData as ImageData
@@ -31,6 +31,7 @@ from .loading.order import mix as mix
 from .loading.workers import Failure as Failure
 from .placement import Placement as Placement
 from .placement import Preprocess as Preprocess
+from .placement import crop_fraction_of as crop_fraction_of
 from .placement import image_shape as image_shape
 from .samples import Batch as Batch
 from .samples import Sample as Sample
@@ -43,4 +44,9 @@ from .synthetic.digit_scenes import DigitScenes as DigitScenes
 from .synthetic.digit_scenes import DigitScenesData as DigitScenesData
 from .synthetic.digits_on_canvas import DigitsOnCanvas as DigitsOnCanvas
 from .synthetic.digits_on_canvas import DigitsOnCanvasData as DigitsOnCanvasData
+from .tables.check import check_table as check_table
+from .tables.reading import Columns as Columns
+from .tables.reading import is_table as is_table
+from .tables.table_data import MultiLabelTableData as MultiLabelTableData
+from .tables.table_data import TableData as TableData
 from .transforms import Augmentation as Augmentation

@@ -6,8 +6,10 @@ This module does not import torch.
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from visionattn.errors import DataError, nearest
+from visionattn.files import local_path
 
 _SHOWN = 5  # names in an error message
 _DIGITS = 9  # a number with more digits is no index, and int() refuses very long ones
@@ -75,6 +77,20 @@ def match_classes(trained: Sequence[str], found: Sequence[str]) -> list[int] | N
         f"the data has other classes than the model was trained on: {' and '.join(parts) or 'a name occurs twice'}; "
         "use data with the same class names, or train a new model (in Python, first set task.class_names = ())"
     )
+
+
+def class_names_in(names: str | Sequence[str]) -> Sequence[str]:
+    """Return class names: a list as it is, or the lines of a text file, given by its path.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if not isinstance(names, str):
+        return names
+    try:
+        return Path(local_path(names)).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{names} holds no class names: {error}") from error
 
 
 def warn_of_similar(names: Sequence[str], where: str) -> None:

@@ -13,30 +13,69 @@ from torchvision.datasets import VisionDataset
 from visionattn.data.annotations.parsing import split_folders
 from visionattn.data.classes import warn_of_similar
 from visionattn.data.image_folder import ImageFolder, find_classes, sub_folders
-from visionattn.data.listing import Listing, item_of, name_below
+from visionattn.data.listing import Item, Listing, hash_of, item_of, name_below
 from visionattn.data.loading.batches import ImageData, Split
 from visionattn.data.loading.workers import WORKER_TIMEOUT, Unreadable
 from visionattn.data.placement import Preprocess
 from visionattn.data.samples import Sample, Transform, prepare
-from visionattn.data.splits import draw_splits
+from visionattn.data.splits import check_fractions, draw_splits
 from visionattn.errors import DataError, UsageError
+from visionattn.files import local_path
 
 
 class ClassificationData(ImageData):
-    """Images with one label each, in a train, a val and perhaps a test split.
+    """Images with labels, in a train, a val and perhaps a test split.
 
-    A batch is a dict (`Batch`): `image` (B, C, H, W) float32, normalised; `label` (B,) int64; `path` and `placement`,
-    lists. If the data has the position of the object, the batch also has `box` (B, 4), xyxy in pixels of the input,
-    and `mask` (B, H, W) bool.
+    A batch is a dict (`Batch`): `image` (B, C, H, W) float32, normalised; `label` (B,) int64, or (B, K) float32 of 0
+    and 1 if the class's `multi_label` is True; `path` and `placement`, lists. If the data has the position of the
+    object, the batch also has `box` (B, 4), xyxy in pixels of the input, and `mask` (B, H, W) bool.
 
     Args:
         preprocess, batch_size, num_workers, seed, unreadable, worker_timeout: see `ImageData`.
     """
 
+    multi_label = False
+    """Whether an image has any number of labels, instead of exactly one."""
+
     @property
     def class_counts(self) -> NDArray[np.int64] | None:
         """Number of training images of each class, or None if counting them would need reading every image."""
         return None
+
+    @property
+    def train_count(self) -> int | None:
+        """Number of training images, or None if it is unknown before the training."""
+        return None if self.class_counts is None else int(self.class_counts.sum())
+
+
+def balanced_weights(
+    labels: Sequence[Sequence[int]], class_counts: NDArray[np.int64], balance: float
+) -> NDArray[np.float64] | None:
+    """Return how often each image is used in training, relative to the others, so that rare classes are favoured.
+
+        weight = 1 / n^balance,    n: number of training images of the rarest class among the image's labels
+
+    With balance 0, every image is used once an epoch. With 1, and one label for each image, every class is used equally
+    often. Images without labels count as a class of their own.
+
+    Args:
+        labels: numbers of the classes of each training image.
+        class_counts: number of training images of each class.
+        balance: in [0, 1].
+
+    Returns:
+        (N,), or None for balance 0.
+
+    Raises:
+        ValueError: balance is out of its range.
+    """
+    if not 0 <= balance <= 1:
+        raise ValueError(f"balance must be in [0, 1], got {balance}")
+    if balance == 0:
+        return None
+    unlabelled = sum(not numbers for numbers in labels)
+    rarest = np.array([class_counts[list(numbers)].min() if len(numbers) else unlabelled for numbers in labels])
+    return rarest.astype(np.float64) ** -balance
 
 
 class ImageFolderData(ClassificationData):
@@ -53,6 +92,8 @@ class ImageFolderData(ClassificationData):
         preprocess: converts an image to the model's input (default: scale the shorter side to 224 and take the central
             224 × 224 pixels, with ImageNet's mean and standard deviation).
         augment: random change of training images, e.g. `visionattn.data.transforms.Augmentation` (default: no change).
+        balance: how strongly images of rare classes are favoured, see `balanced_weights`; 0 uses every image once an
+            epoch, 1 every class equally often (default: 0).
         val_fraction: approximate fraction of each class for validation, in (0, 1); used if there is no val/.
         test_fraction: approximate fraction of each class for testing; used if `root` holds the class folders
             themselves. 0 gives no test split.
@@ -62,7 +103,8 @@ class ImageFolderData(ClassificationData):
     Raises:
         DataError: the folder is missing or has no classes, a class is empty or too small to split, or the splits have
             different classes.
-        ValueError: val_fraction and test_fraction leave nothing to train on.
+        UsageError: `root` is an address such as s3://bucket.
+        ValueError: balance is out of its range, or val_fraction and test_fraction leave nothing to train on.
     """
 
     def __init__(
@@ -71,6 +113,7 @@ class ImageFolderData(ClassificationData):
         *,
         preprocess: Preprocess | None = None,
         augment: Transform | None = None,
+        balance: float = 0.0,
         val_fraction: float = 0.15,
         test_fraction: float = 0.0,
         batch_size: int = 32,
@@ -89,12 +132,10 @@ class ImageFolderData(ClassificationData):
             worker_timeout=worker_timeout,
             changed_ok=changed_ok,
         )
-        if not (val_fraction > 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
-            raise ValueError(
-                f"val_fraction must be > 0, test_fraction ≥ 0 and their sum < 1, got {val_fraction} and {test_fraction}"
-            )
-        self.root = Path(root)
+        check_fractions(val_fraction, test_fraction)
+        self.root = Path(local_path(root, "--data.root"))
         self.augment = augment
+        self.balance = balance
         self.val_fraction = val_fraction
         folders = self._split_folders()
         if "train" in folders:
@@ -106,6 +147,9 @@ class ImageFolderData(ClassificationData):
     @property
     def class_counts(self) -> NDArray[np.int64]:
         return np.bincount([label for _, label in self._files["train"]], minlength=len(self.class_names))
+
+    def sampling_weights(self) -> NDArray[np.float64] | None:
+        return balanced_weights([(label,) for _, label in self._files["train"]], self.class_counts, self.balance)
 
     def listing(self, split: Split) -> Listing | None:
         return {
@@ -186,8 +230,9 @@ class TorchvisionData(ClassificationData):
         download: fetch missing files (default: False).
         preprocess: converts an image to the model's input (default: keep the size, and scale values to [−1, 1]).
         augment: random change of training images (default: no change).
+        balance: how strongly images of rare classes are favoured, see `balanced_weights` (default: 0).
         val_size: number of training images used for validation; every class gives the same fraction.
-        batch_size, num_workers, seed: see `ImageData`.
+        batch_size, num_workers, seed, changed_ok: see `ImageData`.
 
     Raises:
         DataError: the files are missing.
@@ -202,21 +247,31 @@ class TorchvisionData(ClassificationData):
         download: bool = False,
         preprocess: Preprocess | None = None,
         augment: Transform | None = None,
+        balance: float = 0.0,
         val_size: int = 5_000,
         batch_size: int = 128,
         num_workers: int = 2,
         seed: int = 0,
+        changed_ok: bool = False,
     ) -> None:
         self._make = dataset
         self.root = root
         self.download = download
         self.augment = augment
+        self.balance = balance
         self.val_size = val_size
+        self._listings: dict[Split, Listing] = {}
         train = self._open(train=True)
         self.class_names = tuple(str(name) for name in train.classes)
         height, width = np.asarray(train[0][0]).shape[:2]
         default = Preprocess((height, width), fit="stretch", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-        super().__init__(preprocess=preprocess or default, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(
+            preprocess=preprocess or default,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            changed_ok=changed_ok,
+        )
         self._train = train
         self._labels = np.asarray(train.targets)
         if not 0 < val_size < len(self._labels):
@@ -226,6 +281,22 @@ class TorchvisionData(ClassificationData):
     def class_counts(self) -> NDArray[np.int64]:
         return np.bincount(self._labels[self._division()[0]], minlength=len(self.class_names))
 
+    def sampling_weights(self) -> NDArray[np.float64] | None:
+        labels = [(int(label),) for label in self._labels[self._division()[0]]]
+        return balanced_weights(labels, self.class_counts, self.balance)
+
+    def listing(self, split: Split) -> Listing:
+        if split in self._listings:  # hashing all pixels takes half a second for 60,000 small images
+            return self._listings[split]
+        dataset = self.dataset(split)
+        images, labels = self.arrays(split)
+        names = [self.class_names[label].encode("utf-8", "surrogateescape") for label in labels]
+        self._listings[split] = {
+            dataset.path_of(index): Item(-1, hash_of(name, np.ascontiguousarray(image).tobytes()))
+            for index, (image, name) in enumerate(zip(images, names, strict=True))
+        }
+        return self._listings[split]
+
     def arrays(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Return all images of a split, (n, H, W) or (n, H, W, 3), and their labels (n,)."""
         if split == "test":
@@ -234,7 +305,7 @@ class TorchvisionData(ClassificationData):
         chosen = self._division()[int(split == "val")]
         return np.asarray(self._train.data)[chosen], self._labels[chosen]
 
-    def dataset(self, split: Split) -> Dataset[Sample]:
+    def dataset(self, split: Split) -> "_TorchvisionImages":
         if split == "test":
             test = self._open(train=False)
             return _TorchvisionImages(test, np.arange(len(test)), "test", preprocess=self.preprocess)

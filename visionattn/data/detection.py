@@ -20,8 +20,9 @@ from visionattn.data.loading.batches import ImageData, Split
 from visionattn.data.loading.workers import WORKER_TIMEOUT, Unreadable
 from visionattn.data.placement import Preprocess
 from visionattn.data.samples import Sample, Transform, prepare
-from visionattn.data.splits import draw_splits
+from visionattn.data.splits import check_fractions, draw_splits
 from visionattn.errors import DataError, UsageError
+from visionattn.files import local_path
 
 
 class DetectionData(ImageData):
@@ -99,6 +100,7 @@ class AnnotatedData(DetectionData):
         problems: all problems found in the annotations.
 
     Raises:
+        UsageError: `root` is an address such as s3://bucket, or `augment` repeats parts of the image at its borders.
         DataError: the files cannot be read, boxes look like another format, or there are problems and `bad_boxes` is
             `refuse`.
         ValueError: min_visible, val_fraction or test_fraction is out of its range.
@@ -134,13 +136,15 @@ class AnnotatedData(DetectionData):
             worker_timeout=worker_timeout,
             changed_ok=changed_ok,
         )
+        if getattr(augment, "repeats_image", False):
+            raise UsageError(
+                "augment has a transform whose border_mode repeats parts of the image, so that copies of objects would "
+                "have no boxes; set border_mode: 0, which fills the borders with a colour"
+            )
         if not 0 <= min_visible <= 1:
             raise ValueError(f"min_visible must be in [0, 1], got {min_visible}")
-        if not (val_fraction > 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
-            raise ValueError(
-                f"val_fraction must be > 0, test_fraction ≥ 0 and their sum < 1, got {val_fraction} and {test_fraction}"
-            )
-        self.root = root
+        check_fractions(val_fraction, test_fraction)
+        self.root = local_path(root, "--data.root")
         self._folders = [Path(root) if Path(root).is_dir() else Path(root).parent, *([Path(images)] if images else [])]
         self.augment = augment
         self.min_visible = min_visible

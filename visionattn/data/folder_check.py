@@ -7,6 +7,7 @@ import numpy as np
 
 from visionattn.data.annotations.boxes import Annotated, Problem
 from visionattn.data.annotations.checks import Progress, Report, decoded_sizes, twins
+from visionattn.data.annotations.coco import coco_files
 from visionattn.data.annotations.parsing import SPLITS, pictures_in
 from visionattn.data.annotations.reading import layout_of
 from visionattn.data.image_folder import find_classes
@@ -15,12 +16,15 @@ from visionattn.errors import DataError
 
 
 def has_classes(root: str | os.PathLike[str]) -> bool:
-    """Return whether a folder has no annotations, but images in sub-folders."""
+    """Return whether a folder has no annotations, but images in sub-folders; a .json without boxes is no annotation."""
     try:
-        layout_of(Path(root))
-        return False
+        if layout_of(Path(root)) != "coco" or any(
+            b'"annotations"' in file.read_bytes() for file in coco_files(Path(root))
+        ):
+            return False
     except DataError:
-        return Path(root).is_dir() and any(pictures_in(folder) for folder in Path(root).iterdir() if folder.is_dir())
+        pass
+    return Path(root).is_dir() and any(pictures_in(folder) for folder in Path(root).iterdir() if folder.is_dir())
 
 
 def check_folder(

@@ -1,19 +1,18 @@
-"""Find images and videos at the paths that a user gives: files, folders, patterns and lists."""
+"""Find images and videos at the paths that a user gives: files, folders, patterns and lists; the sample photographs."""
 
 import glob
+import importlib.util
 import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from pathlib import Path
 
 from visionattn.data.decode import SUFFIXES
 from visionattn.data.image_list import LISTS, ImageRequest, read_list
 from visionattn.errors import DataError, UsageError, nearest
-from visionattn.files import local_path, natural_key, printable
-
-AnyPath: TypeAlias = "str | bytes | os.PathLike[str] | os.PathLike[bytes]"
+from visionattn.files import AnyPath, local_path, natural_key, printable
 
 VIDEOS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv"})
 """Suffixes of video files, in lower case."""
@@ -196,3 +195,19 @@ def _common(folders: Collection[str]) -> str:
 def is_video(path: str) -> bool:
     """Return whether a path has the suffix of a video."""
     return os.path.splitext(path)[1].lower() in VIDEOS
+
+
+def sample_photographs() -> list[str]:
+    """Return the paths of four photographs that are installed: a cat, a cup of coffee, a palace and a flower.
+
+    The first two come with visionattn, the others with scikit-learn. `SOURCES.md` beside the first has the
+    photographers and licences.
+    """
+    package = Path(__file__).parents[1]
+    folders = (package / "photographs", package.parent / "data/photographs")  # in an installed package; in a checkout
+    own = next(folder for folder in folders if folder.is_dir())
+    sklearn = importlib.util.find_spec("sklearn")  # found without its slow import
+    assert sklearn is not None
+    assert sklearn.origin is not None
+    other = Path(sklearn.origin).parent / "datasets/images"
+    return [str(path) for path in (own / "chelsea.jpg", own / "coffee.jpg", other / "china.jpg", other / "flower.jpg")]

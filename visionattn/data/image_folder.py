@@ -19,13 +19,17 @@ class ImageFolder(Dataset[Sample]):
     """Image files with their labels; the key of a sample is its index, or (index, seed of the augmentation).
 
     Args:
-        files: (path, label) of each image.
+        files: (path, label) of each image; the label is the number of its class, or (K,) float32 of 0 and 1.
         preprocess: resizes and normalises each image.
         augment: changes each image before `preprocess` (default: no change).
     """
 
     def __init__(
-        self, files: Sequence[tuple[Path, int]], *, preprocess: Preprocess, augment: Transform | None = None
+        self,
+        files: Sequence[tuple[Path, int | NDArray[np.float32]]],
+        *,
+        preprocess: Preprocess,
+        augment: Transform | None = None,
     ) -> None:
         self.files = files
         self.preprocess = preprocess

@@ -18,6 +18,9 @@ Size = tuple[int, int]
 """(height, width)"""
 
 _PILLOW = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
@@ -120,11 +123,16 @@ class Preprocess:
         crop_fraction: size of the input as a fraction of the frame, > 0; the same as timm's `crop_pct`. The input is
             the centre of the frame; above 1, `crop` and `stretch` pad with black (default: 1).
         interpolation: `area` averages the pixels when the image shrinks, and is bicubic when it grows (OpenCV);
-            `bilinear`, `bicubic` and `lanczos` are Pillow's, which timm's models were trained with, and take two to
-            four times as long (default: area).
+            `nearest`, `box`, `hamming`, `bilinear`, `bicubic` and `lanczos` are Pillow's, which timm's models were
+            trained with; the last three take two to four times as long (default: area).
         mean: subtracted from red, green and blue, which are in [0, 1] (default: ImageNet's). With one number, the input
             has one grey channel, 0.299 R + 0.587 G + 0.114 B.
         std: divisor of each channel after the mean is subtracted (default: ImageNet's).
+        rounding: where the input begins in the resized image, if half of the difference of their sides ends in .5:
+            `even` takes the nearest even pixel, as torchvision and timm do; `down` takes the pixel before, as
+            transformers does (default: even).
+        channel_order: `rgb`, or `bgr` for networks whose first input channel is blue; mean and std are always given for
+            red, green and blue (default: rgb).
 
     Raises:
         ValueError: an attribute is out of its range.
@@ -133,9 +141,11 @@ class Preprocess:
     size: int | Size = 224
     fit: Literal["crop", "letterbox", "stretch"] = "crop"
     crop_fraction: float = 1.0
-    interpolation: Literal["area", "bilinear", "bicubic", "lanczos"] = "area"
+    interpolation: Literal["area", "nearest", "box", "hamming", "bilinear", "bicubic", "lanczos"] = "area"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    rounding: Literal["even", "down"] = "even"
+    channel_order: Literal["rgb", "bgr"] = "rgb"
 
     def __post_init__(self) -> None:
         sides = self.size if isinstance(self.size, (tuple, list)) else (self.size, self.size)
@@ -153,11 +163,21 @@ class Preprocess:
             raise ValueError(f"crop_fraction must be > 0, got {self.crop_fraction}")
         if self.interpolation not in ("area", *_PILLOW):
             raise ValueError(f"interpolation must be area, {', '.join(_PILLOW)}, got {self.interpolation!r}")
+        if self.rounding not in ("even", "down"):
+            raise ValueError(f"rounding must be even or down, got {self.rounding!r}")
+        if self.channel_order not in ("rgb", "bgr"):
+            raise ValueError(f"channel_order must be rgb or bgr, got {self.channel_order!r}")
 
     @property
     def input_size(self) -> Size:
         """(height, width) of the input, pixels."""
         return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
+
+    @property
+    def frame(self) -> Size:
+        """(height, width) of the frame to which an image is resized before its centre is taken, pixels."""
+        height, width = self.input_size
+        return max(1, math.floor(height / self.crop_fraction)), max(1, math.floor(width / self.crop_fraction))
 
     @property
     def channels(self) -> int:
@@ -178,7 +198,7 @@ class Preprocess:
         image = _resize(image_HWC, scaled, self.interpolation)
         if self.channels == 1:
             image = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)[..., None]
-        top, left = map(_centre, scaled, self.input_size)
+        top, left = (_centre(have, want, self.rounding) for have, want in zip(scaled, self.input_size, strict=True))
         height, width = self.input_size
         canvas = image[max(0, top) : max(0, top) + height, max(0, left) : max(0, left) + width]
         normal = cv2.LUT(canvas, self._lookup).reshape(canvas.shape)
@@ -189,20 +209,23 @@ class Preprocess:
             above, before = max(0, -top), max(0, -left)
             padded[above : above + canvas.shape[0], before : before + canvas.shape[1]] = normal
             normal = np.asarray(padded)
+        if self.channel_order == "bgr":
+            normal = normal[..., ::-1]
         shift = Placement(np.array([[1.0, 0, -left], [0, 1.0, -top]]), scaled, self.input_size)
         return np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32), shift @ Placement.scaling(source, scaled)
 
     def denormalise(self, image_CHW: NDArray[np.floating]) -> NDArray[np.uint8]:
         """Undo the normalisation: (C, H, W) → (H, W, 3) uint8 RGB."""
-        values = np.asarray(image_CHW).transpose(1, 2, 0) * self._std + self._mean
+        image_CHW = np.asarray(image_CHW)[:: -1 if self.channel_order == "bgr" else 1]
+        values = image_CHW.transpose(1, 2, 0) * self._std + self._mean
         return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8).repeat(3 // self.channels, 2)
 
     def _scaled_size(self, source: Size) -> Size:
         """Return the size to which an image is resized before the centre is taken; rounding is the same as timm's."""
         height, width = source
-        frame = tuple(max(1, math.floor(side / self.crop_fraction)) for side in self.input_size)
+        frame = self.frame
         if self.fit == "stretch":
-            return frame[0], frame[1]
+            return frame
         if self.fit == "crop" and frame[0] == frame[1]:  # timm calls torchvision, which rounds the longer side down
             short, long = frame[0], int(frame[0] * max(source) / min(source))
             return (short, long) if height <= width else (long, short)
@@ -235,9 +258,25 @@ def _resize(image_HWC: NDArray[np.uint8], size: Size, interpolation: str) -> NDA
     return np.asarray(cv2.resize(image_HWC, (size[1], size[0]), interpolation=method), np.uint8)
 
 
-def _centre(have: int, want: int) -> int:
-    """Return where the centre part of an axis begins; negative if the axis is padded. Rounding is torchvision's."""
-    return round((have - want) / 2) if have >= want else -((want - have) // 2)
+def _centre(have: int, want: int, rounding: str) -> int:
+    """Return where the centre part of an axis begins; negative if the axis is padded."""
+    if have < want:
+        return -((want - have) // 2)
+    return round((have - want) / 2) if rounding == "even" else (have - want) // 2
+
+
+def crop_fraction_of(input_side: int, frame_side: int) -> float:
+    """Return the `crop_fraction` with which `Preprocess` resizes to a frame before it takes the input.
+
+    Args:
+        input_side: side of the input, pixels.
+        frame_side: side of the frame, pixels: the shorter side of the resized image for `crop`, each side for
+            `stretch`.
+    """
+    fraction = input_side / frame_side
+    while math.floor(input_side / fraction) < frame_side:  # the division was rounded up
+        fraction = math.nextafter(fraction, 0)
+    return fraction
 
 
 def _interpolate_rows(values_nK: NDArray[np.float32], position_N: NDArray[np.float64]) -> NDArray[np.float32]:

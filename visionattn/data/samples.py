@@ -20,7 +20,7 @@ class Sample(TypedDict, total=False):
         image: (C, h, w) float32, normalised.
         placement: maps pixels of the source image to pixels of `image`.
         path: of the source image.
-        label: number of the class.
+        label: number of the class; for images with any number of labels (K,) float32, 1 for the image's labels, else 0.
         box: (4,) xyxy of the object in pixels of the input.
         mask: (h, w) bool, True on the object.
         boxes: (N, 4) xyxy in pixels of the input.
@@ -33,7 +33,7 @@ class Sample(TypedDict, total=False):
     image: Tensor
     placement: Placement
     path: str
-    label: int
+    label: int | NDArray[np.float32]
     box: Tensor
     mask: Tensor
     boxes: Tensor

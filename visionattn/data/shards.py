@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -27,9 +28,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from visionattn.data.classes import class_index
+from visionattn.data.classes import class_index, class_names_in
 from visionattn.data.datamodules import ClassificationData
 from visionattn.data.decode import SUFFIXES, decode_image
+from visionattn.data.listing import Listing, item_of
 from visionattn.data.loading.batches import Split
 from visionattn.data.loading.workers import Unreadable
 from visionattn.data.placement import Preprocess
@@ -335,6 +337,8 @@ def find_shards(where: str) -> list[tuple[str, int]]:
 class ShardData(ClassificationData):
     """Images in WebDataset shards, local or remote (layout: see `visionattn.data.shards`).
 
+    A checkpoint lists the shards in place of the images: a resume refuses shards that were added, removed or changed.
+
     Args:
         train, val, test: the shards of each split, see `find_shards`.
         class_names: a list of names, or the path of a text file with one name per line. Digits in a .cls file are
@@ -342,13 +346,15 @@ class ShardData(ClassificationData):
         cache: folder for remote shards (default: visionattn-shards in the system's folder for temporary files).
         cache_gb: limit on the size of `cache`, in GB (10⁹ bytes); it must hold at least `mixed` shards.
         mixed: number of shards whose samples are shuffled together in training.
-        preprocess, augment, batch_size, num_workers, seed, unreadable: see `ImageFolderData`.
+        preprocess, augment, batch_size, num_workers, seed, unreadable, changed_ok: see `ImageFolderData`.
         worker_timeout: seconds that a worker may take for one image, including the download of its shard.
 
     Raises:
         DataError: there are no shards, or no class names.
         ValueError: mixed is < 1, or cache_gb is not > 0.
     """
+
+    listed = "shards"
 
     def __init__(
         self,
@@ -367,6 +373,7 @@ class ShardData(ClassificationData):
         seed: int = 0,
         unreadable: Unreadable = "stop",
         worker_timeout: float = _FETCH,
+        changed_ok: bool = False,
     ) -> None:
         super().__init__(
             preprocess=preprocess or Preprocess(),
@@ -375,32 +382,48 @@ class ShardData(ClassificationData):
             seed=seed,
             unreadable=unreadable,
             worker_timeout=worker_timeout,
+            changed_ok=changed_ok,
         )
         if mixed < 1 or cache_gb <= 0:
             raise ValueError(f"mixed must be ≥ 1 and cache_gb > 0, got {mixed} and {cache_gb}")
-        self.class_names = tuple(_lines(class_names) if isinstance(class_names, str) else class_names)
+        self.class_names = tuple(class_names_in(class_names))
         self.augment = augment
         self.mixed = mixed
         folder = cache or os.path.join(tempfile.gettempdir(), "visionattn-shards")
         self.store = Store(folder, round(1e9 * cache_gb))
         self._where: dict[Split, str | None] = {"train": train, "val": val, "test": test}
+        self._found: dict[Split, list[tuple[str, int]]] = {}
+
+    def _shards(self, split: Split) -> list[tuple[str, int]]:
+        """Return the shards of a split, and an empty list if there is no such split."""
+        where = self._where[split]
+        if split not in self._found:  # counting the samples of local shards reads all of their headers
+            self._found[split] = [] if where is None else find_shards(where)
+        return self._found[split]
+
+    def listing(self, split: Split) -> Listing:
+        """Return the name and item of each shard; the names of the images in remote shards are unknown.
+
+        The item of a shard is its size on this machine (−1 for a remote shard), and a hash of its number of samples and
+        of the class names.
+        """
+        names = [name.encode("utf-8", "surrogateescape") for name in self.class_names]
+        fixed = re.split(r"[*?[]", self._where[split] or "")[0]  # a pattern, up to its first wildcard
+        home = fixed.rpartition("/")[0] + "/"
+        return {
+            url.removeprefix(home): item_of(Path(url), str(count).encode(), *names)
+            for url, count in self._shards(split)
+        }
 
     def dataset(self, split: Split) -> Shards | None:
-        where = self._where[split]
-        if where is None:
+        shards = self._shards(split)
+        if not shards:
             return None
         return Shards(
-            find_shards(where),
+            shards,
             self.class_names,
             preprocess=self.preprocess,
             augment=self.augment if split == "train" else None,
             mixed=self.mixed,
             store=self.store,
         )
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} holds no class names: {error}") from error

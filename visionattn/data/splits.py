@@ -42,6 +42,16 @@ def draw_splits(names: Sequence[str], *, val: float, test: float, seed: int, whe
     return {split: sorted(part) for split, part in parts.items() if part}
 
 
+def check_fractions(val: float, test: float) -> None:
+    """Check the fractions of validation and test images.
+
+    Raises:
+        ValueError: they leave nothing to train on, or no validation images.
+    """
+    if not (val > 0 and test >= 0 and val + test < 1):
+        raise ValueError(f"val_fraction must be > 0, test_fraction ≥ 0 and their sum < 1, got {val} and {test}")
+
+
 def _number(seed: int, name: str) -> float:
     """Return a number in [0, 1) that depends on the seed and the name."""
     text = f"{seed}/{unicodedata.normalize('NFC', name)}"  # macOS and Linux may store accents differently

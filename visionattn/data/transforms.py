@@ -1,6 +1,7 @@
 """Augmentation with albumentations. No other file of the package imports albumentations."""
 
 import copy
+import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from visionattn.data.samples import Transform
 from visionattn.errors import UsageError
 
 _FEW = 12  # pixels
+_REPEATING = (cv2.BORDER_REFLECT, cv2.BORDER_REFLECT_101, cv2.BORDER_WRAP)
 
 
 class Augmentation(Transform):
@@ -54,6 +56,11 @@ class Augmentation(Transform):
             warnings.simplefilter("ignore")
             self._compose = A.Compose(transforms, mask_interpolation=cv2.INTER_LINEAR)
             self._filled = A.Compose(filled, mask_interpolation=cv2.INTER_LINEAR)
+
+    @property
+    def repeats_image(self) -> bool:
+        """Whether a transform fills its borders with parts of the image, so that objects can occur twice."""
+        return any(map(_repeats, self.transforms))
 
     def __call__(self, image_HWC: NDArray[np.uint8], seed: int) -> tuple[NDArray[np.uint8], Placement]:
         self._compose.set_random_seed(seed % 2**32)
@@ -122,7 +129,9 @@ def fit_affine(coordinates_HW2: NDArray[np.float32]) -> NDArray[np.float64] | No
 def _sampled(coordinates_HW2: NDArray[np.float32], count: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return (x, y, 1) and source (x, y) of pixels in about `count` rows and columns, not next to fill pixels."""
     height, width = coordinates_HW2.shape[:2]
-    fill_HW = cv2.dilate(np.asarray((coordinates_HW2 <= 0).any(2), np.uint8), np.ones((3, 3), np.uint8))
+    fill_HW = ((coordinates_HW2[..., 0] <= 0) | (coordinates_HW2[..., 1] <= 0)).view(np.uint8)
+    if fill_HW.any():
+        fill_HW = np.asarray(cv2.dilate(fill_HW, np.ones((3, 3), np.uint8)), np.uint8)
     rows, columns = np.mgrid[0 : height : max(1, height // count), 0 : width : max(1, width // count)]
     values = coordinates_HW2[rows, columns].reshape(-1, 2).astype(np.float64) - 1
     places = np.stack([columns + 0.5, rows + 0.5, np.ones(rows.shape)], -1).reshape(-1, 3)
@@ -141,6 +150,11 @@ def _least_squares(
 
 def _coordinates(size: Size) -> NDArray[np.float32]:
     """Return (H, W, 2): the (x, y) of each pixel's centre, plus 1, so that only fill pixels are 0."""
+    return _field(size).copy()  # transforms may change it in place; a copy takes a quarter of the time of making it
+
+
+@functools.lru_cache(maxsize=4)
+def _field(size: Size) -> NDArray[np.float32]:
     height, width = size
     field = np.empty((height, width, 2), np.float32)
     field[..., 0] = np.arange(width, dtype=np.float32) + 1.5
@@ -151,6 +165,11 @@ def _coordinates(size: Size) -> NDArray[np.float32]:
 def _moves(transform: A.BasicTransform) -> bool:
     parts: Sequence[A.BasicTransform] = getattr(transform, "transforms", None) or ()
     return any(_moves(part) for part in parts) if parts else isinstance(transform, A.DualTransform)
+
+
+def _repeats(transform: A.BasicTransform) -> bool:
+    parts: Sequence[A.BasicTransform] = getattr(transform, "transforms", None) or ()
+    return any(map(_repeats, parts)) or getattr(transform, "border_mode", None) in _REPEATING
 
 
 def _fill_borders(transform: A.BasicTransform) -> bool:

@@ -128,8 +128,8 @@ def fit_to_side(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Resize a picture and its boxes before drawing, so that lines and text are sharp.
 
-    A picture with a longer side above `side` is shrunk to `side`; a smaller one is enlarged by the largest whole factor
-    that keeps its longer side within `side`.
+    If the longer side of the picture exceeds `side`, the picture is shrunk to `side`. Otherwise the picture is enlarged
+    by the largest whole factor with which its longer side stays within `side`.
 
     Args:
         image_HWC: the picture.

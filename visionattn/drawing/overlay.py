@@ -150,7 +150,7 @@ def peak(heatmap_hw: NDArray[np.floating], placement: Placement) -> tuple[float,
 
 
 def seen(placement: Placement) -> NDArray[np.bool_] | None:
-    """Return the mask of source pixels in the model's input, (H, W) bool, or None if all pixels are in it.
+    """Return the mask of source pixels in the model's input, (H, W) bool, or None if the input contains all pixels.
 
     The mask equals the result of `Placement.seen`, but is computed faster for placements without rotation.
     """
@@ -279,7 +279,7 @@ def check_pair(image_HWC: NDArray[np.uint8], heatmap_HW: NDArray[np.floating]) -
 
 
 def _seen_box(placement: Placement) -> tuple[slice, slice, bool]:
-    """Return the source's rows and columns that overlap the model's input, and whether all these pixels are in it."""
+    """Return the source's rows and columns that overlap the model's input, and whether they lie in it as a whole."""
     (height, width), (input_h, input_w) = placement.source_size, placement.input_size
     (x_scale, x_turn, left), (y_turn, y_scale, top) = placement.matrix
     if x_turn or y_turn:

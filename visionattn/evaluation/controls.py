@@ -23,8 +23,9 @@ METRICS = {"deletion": -1, "insertion": 1, "pointing": 1, "energy": 1, "iou": 1,
 """Metric → 1 if a higher value is better, −1 if a lower value is better.
 
 - `deletion`, `insertion`: area under the curve that the function of the same name returns.
-- `pointing`, `energy`: on the object's box, or on its mask if there is no box.
-- `iou`: with the object's mask, or with its box if there is no mask, at the threshold that is best for the method.
+- `pointing`, `energy`: measured on the object's box, or on the object's mask if there is no box.
+- `iou`: overlap with the object's mask, or with its box if there is no mask, at the threshold that is best for the
+  method.
 - `shuffled`: |rank correlation| between the method's heatmaps of the model and of a copy with shuffled weights,
   averaged over copies. The value is absolute because an inverted map shows the same regions.
 """
@@ -46,8 +47,8 @@ class Control(Method):
 class RandomMap(Control):
     """Independent uniform random numbers in [0, 1). The same image always gets the same map.
 
-    Compare a method with the random map of the method's own grid: a coarse map perturbs an image patch by patch, a fine
-    map pixel by pixel, and the two perturbations have different effects on a model.
+    Compare a method with the random map on the method's own grid. In deletion and insertion, a coarse map changes an
+    image patch by patch, and a fine map pixel by pixel; a model reacts differently to the two.
 
     Args:
         grid: (rows, columns), each ≥ 1.

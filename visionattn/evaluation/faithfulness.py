@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from visionattn.capture import compact_state, run, undisturbed
 from visionattn.errors import DataError, UsageError
 from visionattn.evaluation.localisation import to_pixels
-from visionattn.maps import Target, check_images, find_non_finite, pick, scores_of
+from visionattn.maps import Target, check_images, find_non_finite, label_threshold, pick, probabilities_of, scores_of
 
 STEPS = 16
 BLUR = 0.1
@@ -101,7 +101,7 @@ def deletion(
         heatmaps_Bhw: heatmaps of any resolution, each spanning the whole input.
         target: the output to follow, as a `Method` takes it (default: the prediction for the whole image). For an index
             the curve is the softmax probability of that output. For a function the curve is the function's value; the
-            function is called with any number of images in any order.
+            function must accept the outputs of any number of images in any order.
         steps: S, in [1, H·W].
         baseline: value of removed pixels, broadcast to the images (default: each image's mean colour).
         batch_size: images in one forward pass.
@@ -240,12 +240,12 @@ def probability(model: nn.Module, images_BCHW: Tensor, target: Target) -> tuple[
         score_B, index_B = pick(output, target)
         if index_B is not None:
             logits_BK = scores_of(output).float()
-            if logits_BK.shape[1] == 1:
+            if logits_BK.shape[1] == 1 and label_threshold(bare) is None:
                 raise UsageError(
                     "the model has a single output, whose softmax is always 1; call deletion or insertion with "
                     "target=FUNCTION, a function from the output to (B,) scores"
                 )
-            score_B = logits_BK.softmax(1).gather(1, index_B[:, None])[:, 0]
+            score_B = probabilities_of(bare, logits_BK).gather(1, index_B[:, None])[:, 0]
         if len(score_B) != len(images_BCHW):
             raise UsageError(
                 f"the target function returned {len(score_B)} scores for {len(images_BCHW)} images, but is called with "

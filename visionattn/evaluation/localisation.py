@@ -49,7 +49,7 @@ def hit_share(heatmaps_Bhw: Tensor, object_BHW: Tensor) -> Tensor:
 
 
 def pointing(heatmaps_Bhw: Tensor, boxes_B4: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
-    """Play the pointing game (Zhang et al. 2016, 1608.00507, section 4.2, without its margin of 15 pixels).
+    """Play the pointing game (Zhang et al. 2016, 1608.00507, section 4.2) without the paper's margin of 15 pixels.
 
     Args:
         heatmaps_Bhw: heatmaps of any resolution, each spanning the whole input.

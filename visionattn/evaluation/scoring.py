@@ -116,7 +116,7 @@ class Scores:
         return all(self.margin(method, control, metric).low > 0 for control in self.controls[method])
 
     def unbeaten(self, method: str) -> list[str]:
-        """Return the metrics in which a method does not beat each of its controls; an empty list is best."""
+        """Return the metrics in which at least one control of a method is not beaten; an empty list is best."""
         return [metric for metric in self.metrics if not self.beats(method, metric)]
 
     def table(self) -> list[Row]:
@@ -184,7 +184,7 @@ class Scores:
         return row
 
     def _cells(self, name: str) -> list[str]:
-        """Return the text of each metric, with a cross if a method does not beat its controls."""
+        """Return the text of each metric, with a cross if at least one control is not beaten."""
         unbeaten = self.unbeaten(name) if self.decided and name in self.controls else ()
         return [f"{self.estimate(name, metric)} {'✗' if metric in unbeaten else ' '}" for metric in self.metrics]
 
@@ -257,14 +257,15 @@ def score(
     Args:
         model: any vision model; unchanged afterwards.
         batches: dicts with `image` (B, C, H, W), and optionally `box` (B, 4) xyxy in pixels, `mask` (B, H, W), `label`
-            (B,) and `path` (B strings). All images have the same size, and all batches have the same keys.
+            (B,), or (B, K) of 0 and 1, and `path` (B strings). All images have the same size, and all batches have the
+            same keys.
         methods: name → method (default: every method that fits the model, except the slow Score-CAM).
         steps: steps of deletion and insertion, ≥ 2.
         copies: copies of the model with shuffled weights, ≥ 1.
         batch_size: perturbed images in one forward pass.
         seed: seed of all random numbers, in [0, 2³²).
-        advance: called with the number of images scored since its last call, which may be a fraction. The fractions
-            are in proportion to the expected time.
+        advance: called with the number of images scored since the previous call. The number may be a fraction: each
+            heatmap counts in proportion to its expected time.
         expect: called once, before the first heatmap, with the expected seconds for one image of each method and of
             `"controls"`. The estimate is the time of a measured forward pass times the number of passes, see
             `Method.passes`.
@@ -350,7 +351,9 @@ def score(
             if advance:
                 advance(left / len(maps))
         if "label" in batch:
-            right.append(batch["label"].to(target_B.device) == target_B)
+            label = batch["label"].to(target_B.device)
+            hits_B = label == target_B if label.ndim == 1 else label.gather(1, target_B[:, None])[:, 0] > 0
+            right.append(hits_B)
         paths += batch.get("path", ())
         images += len(images_BCHW)
     if not images:
@@ -372,14 +375,14 @@ def score(
 def _passes(method: Method, model: nn.Module, images_BCHW: Tensor) -> int:
     try:
         return method.passes(model, images_BCHW)
-    except (UsageError, DataError):  # the method does not fit; its call tells why
+    except (UsageError, DataError):  # the method does not fit the model; `score` reports why
         return 1
 
 
 def _explain(
     method: Method, model: nn.Module, randoms: Sequence[nn.Module], images_BCHW: Tensor, target_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return a method's heatmaps, and how similar they are to its heatmaps of models with shuffled weights."""
+    """Return a method's heatmaps, and their similarity to the method's heatmaps of models with shuffled weights."""
     heatmaps_Bhw = method(model, images_BCHW, target=target_B).heatmaps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MapWarning)  # maps of a model with shuffled weights are often constant

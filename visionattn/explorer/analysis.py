@@ -25,7 +25,7 @@ from visionattn.evaluation import (
     perturbation_curve,
 )
 from visionattn.explorer.encoding import Rows
-from visionattn.maps import Method, Target, scores_of
+from visionattn.maps import Heatmaps, Method, Target, label_threshold, probabilities_of, scores_of
 
 CHANNELS = 8
 """Number of channels per gate for which the page shows feature maps; the strongest channels are shown."""
@@ -114,6 +114,7 @@ class AnalysedHeatmap:
         name: name of the method or control.
         source: what the heatmap shows.
         values: (h, w) in [0, 1].
+        raw: the smallest and the largest value before the map was scaled to [0, 1].
         control: whether this is a control.
         deletion, insertion: (S + 1,) probabilities of the curve; None if no curves were computed.
         unbeaten: metric → the controls that are at least as good on this image.
@@ -122,6 +123,7 @@ class AnalysedHeatmap:
     name: str
     source: str
     values: NDArray[np.float32]
+    raw: tuple[float, float]
     control: bool = False
     deletion: tuple[float, ...] | None = None
     insertion: tuple[float, ...] | None = None
@@ -186,18 +188,18 @@ def analyse(
 
 
 def _probabilities(model: nn.Module, output: object) -> NDArray[np.float32] | None:
-    """Return the softmax of the model's scores, (K,); None if the output has no scores of two classes or more."""
+    """Return the probabilities of the model's scores, (K,); None if the output has no scores of two classes or more."""
     if getattr(model, "num_classes", None) == 0:  # a timm model without its head returns features
         return None
     try:
         scores_1K = scores_of(output).float()
     except UsageError:
         return None
-    if scores_1K.shape[1] < 2:
+    if scores_1K.shape[1] < 2 and label_threshold(model) is None:
         return None
     if not scores_1K.isfinite().all():
         raise DataError("the model's output is not finite; check its weights, or try float32")
-    probabilities_K: NDArray[np.float32] = scores_1K.softmax(1)[0].cpu().numpy()
+    probabilities_K: NDArray[np.float32] = probabilities_of(model, scores_1K)[0].cpu().numpy()
     return probabilities_K
 
 
@@ -264,9 +266,9 @@ def _gates(records: Records, features: Mapping[str, Tensor]) -> list[SpatialGate
 
 @contextlib.contextmanager
 def _features(model: nn.Module, gates: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict that a forward pass fills: name of a gate over channels → the feature maps that the gate multiplies.
+    """Yield a dict: name of a gate over channels → the feature maps that the gate multiplies. A forward pass fills it.
 
-    The maps are the first argument of a module that contains the gate: of the innermost one that takes a feature map.
+    The maps are the first argument of the innermost module that contains the gate and takes a feature map.
     """
     kept: dict[str, Tensor] = {}
     handles = []
@@ -301,7 +303,7 @@ def _heatmaps(
     model: nn.Module, image_1CHW: Tensor, methods: Mapping[str, Method], target: Target, steps: int, batch_size: int
 ) -> tuple[list[AnalysedHeatmap], dict[str, str]]:
     """Return the heatmaps of methods and controls with their curves, and the reasons why methods failed."""
-    found: dict[str, tuple[Tensor, str]] = {}
+    found: dict[str, tuple[Heatmaps, str]] = {}
     controls: dict[str, list[str]] = {}
     failed: dict[str, str] = {}
     with warnings.catch_warnings():
@@ -312,31 +314,32 @@ def _heatmaps(
             except (UsageError, DataError) as error:
                 failed[name] = str(error)
                 continue
-            found[name] = maps.heatmaps, maps.source
+            found[name] = maps, maps.source
         for name in list(found) if steps and target is not None else []:
-            for label, control in controls_of(found[name][0]).items():
+            for label, control in controls_of(found[name][0].heatmaps).items():
                 controls.setdefault(name, []).append(label)
                 if label not in found:
-                    found[label] = control(model, image_1CHW).heatmaps, "no layer"
+                    found[label] = control(model, image_1CHW), "no layer"
     curves: dict[str, dict[str, tuple[float, ...]]] = {}
     if controls:
         removal = deletion_perturbation(model, image_1CHW, target=target)
         restoration = insertion_perturbation(model, image_1CHW, target=target)
-        for name, (heatmap_1hw, _) in found.items():
+        for name, (maps, _) in found.items():
             curves[name] = {
-                "deletion": _curve(model, removal, heatmap_1hw, steps, batch_size),
-                "insertion": _curve(model, restoration, heatmap_1hw, steps, batch_size),
+                "deletion": _curve(model, removal, maps.heatmaps, steps, batch_size),
+                "insertion": _curve(model, restoration, maps.heatmaps, steps, batch_size),
             }
     return [
         AnalysedHeatmap(
             name,
             source,
-            _coarse(heatmap_1hw)[0].cpu().numpy(),
+            _coarse(maps.heatmaps)[0].cpu().numpy(),
+            (maps.raw.amin().item(), maps.raw.amax().item()),
             control=name not in methods,
             **curves.get(name, {}),
             unbeaten=_unbeaten(curves, name, controls.get(name, [])),
         )
-        for name, (heatmap_1hw, source) in found.items()
+        for name, (maps, source) in found.items()
     ], failed
 
 

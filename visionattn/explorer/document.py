@@ -193,6 +193,7 @@ def _heatmap(heatmap: AnalysedHeatmap, pack: EncodedArrays) -> Json:
         "source": heatmap.source,
         "control": heatmap.control,
         "map": _scaled(heatmap.values, pack),
+        "raw": [float(f"{value:.4g}") for value in heatmap.raw],
         "curves": curves,
         "unbeaten": {metric: list(names) for metric, names in heatmap.unbeaten.items()},
     }

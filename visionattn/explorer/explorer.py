@@ -20,16 +20,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from torch import Tensor, nn
 
-from visionattn.data import MAX_PIXELS, AnyPath, Placement, Preprocess, read_image
+from visionattn.data import MAX_PIXELS, Placement, Preprocess, read_image
 from visionattn.drawing import shrink
 from visionattn.errors import DataError, UsageError
 from visionattn.explorer.analysis import Analysis, analyse
 from visionattn.explorer.document import GENERATOR, Arrays, PageImage, build_document, data_uri
 from visionattn.explorer.encoding import LEVELS
-from visionattn.files import printable, write_file
+from visionattn.files import AnyPath, printable, write_file
 from visionattn.maps import BoxMethod, MaxOverBoxes, Method, default_box_method, methods_that_fit
 from visionattn.models import GlimpseNetwork
-from visionattn.overlays import describe_model, is_detector, page_detections, trace_glimpses
+from visionattn.overlays import assumed_preprocess, describe_model, is_detector, page_detections, trace_glimpses
 
 LIMIT = 15_000_000
 STEPS = 8
@@ -114,7 +114,7 @@ class _Images:
             size = picture.shape[0], picture.shape[1]
             return f"image {number + 1}", picture, Placement.identity(size), image
         if self.preprocess is None:
-            raise UsageError("the preprocessing of this model is not known; pass preprocess=Preprocess(…)")
+            raise UsageError("pictures need a preprocessing; pass preprocess=Preprocess(…)")
         name = f"image {number + 1}"
         if not isinstance(image, np.ndarray):
             name = _below(image, self.root)
@@ -161,8 +161,9 @@ def explore(
         model: any vision model on any device, or a task that `visionattn.load` returns; None to show only `glimpses`
             or `detections`.
         images: paths of files, pictures (H, W, 3) uint8 RGB, or a batch (B, C, H, W) normalised for the model.
-        preprocess: turns a picture into the model's input (default: that of the timm or torchvision model, or of the
-            task). For a batch, only its mean and std are used, to turn the batch into pictures (default: ImageNet's).
+        preprocess: turns a picture into the model's input (default: that of the timm or torchvision model, of the task
+            or of `load_model`; else ImageNet's, with a warning). For a batch, only its mean and std are used, to turn
+            the batch into pictures (default: ImageNet's).
         methods: name → method (default: every method that fits the model, except the slow Score-CAM). For a detector,
             the page shows all methods for whole images, but only the first method for boxes.
         class_names: names of the model's outputs (default: the names that the timm model or the task has).
@@ -189,6 +190,8 @@ def explore(
         model, own, own_names = describe_model(model)
         preprocess, class_names = preprocess or own, tuple(class_names) or own_names
         model_name = model_name or type(model).__name__
+        if preprocess is None and not isinstance(images, Tensor):
+            preprocess = assumed_preprocess(model, stacklevel=3)
     loaded = _Images(preprocess, max_pixels, _root(images))
     like = next(model.parameters(), torch.zeros(())) if model is not None else torch.zeros(())
     by_box, methods = _apart(model, methods)
@@ -311,7 +314,7 @@ def _refuse_nothing(image: PageImage, model_name: str) -> None:
 
 
 def _refuse_too_much(shown: Sequence[PageImage], images: int, limit: int) -> None:
-    """After the first image, raise a UsageError if all images would exceed the limit even at half a bit per weight."""
+    """After the first image, raise a UsageError if all images would exceed the limit with half a bit per weight."""
     weights = sum(layer.rows.placed.share.size for layer in shown[0].analysis.attention if layer.rows is not None)
     if len(shown) == 1 and weights * images / 16 * 4 / 3 > limit:
         raise UsageError(

@@ -15,12 +15,22 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, SupportsIndex, 
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture import Record, Site, StaleSurveyError, Survey, compact_state, forget, survey_images, undisturbed
+from visionattn.capture import (
+    Record,
+    Site,
+    StaleSurveyError,
+    Survey,
+    compact_state,
+    forget,
+    survey_images,
+    undisturbed,
+    unwrap,
+)
 from visionattn.data import encode_image
 from visionattn.drawing import heatmap_sheet
 from visionattn.errors import DataError, UsageError, warn
 
-Target: TypeAlias = "int | Tensor | Callable[[Any], Tensor] | None"  # a function gets the model's output, of any type
+Target: TypeAlias = int | Tensor | Callable[[Any], Tensor] | None  # a function gets the model's output, of any type
 
 _Output = TypeVar("_Output")
 
@@ -243,6 +253,21 @@ def find_non_finite(model: nn.Module) -> str:
         if parameter.is_floating_point() and not parameter.isfinite().all():
             return f"{name} holds NaN or infinity"
     return "the weights are finite, so an activation overflows: try float32"
+
+
+def label_threshold(model: nn.Module) -> float | None:
+    """Return the probability above which a label counts as found, or None if every image has exactly one class.
+
+    It is the network's attribute `label_threshold`, which `tasks.MultiLabelClassification` sets: the outputs of such a
+    network are independent labels.
+    """
+    threshold: float | None = getattr(unwrap(model), "label_threshold", None)
+    return threshold
+
+
+def probabilities_of(model: nn.Module, scores_BK: Tensor) -> Tensor:
+    """Convert a model's scores to probabilities (B, K): sigmoid for independent labels, otherwise softmax."""
+    return scores_BK.softmax(1) if label_threshold(model) is None else scores_BK.sigmoid()
 
 
 def scores_of(output: object) -> Tensor:

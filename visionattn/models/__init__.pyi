@@ -1,7 +1,10 @@
+from .architectures import architectures_in as architectures_in
+from .architectures import description_of as description_of
+from .architectures import only_known_architectures as only_known_architectures
+from .architectures import remember_arguments as remember_arguments
 from .backbone import class_names_of as class_names_of
 from .backbone import create_backbone as create_backbone
 from .backbone import preprocess_of as preprocess_of
-from .backbone import weights_mismatch as weights_mismatch
 from .classifier import Classifier as Classifier
 from .convnet import ConvNet as ConvNet
 from .detectors.dense import DenseDetector as DenseDetector
@@ -17,6 +20,11 @@ from .encoders import TimmEncoder as TimmEncoder
 from .glimpse_network import GlimpseNetwork as GlimpseNetwork
 from .glimpse_network import LocationMode as LocationMode
 from .glimpse_network import Rollout as Rollout
-from .user_model import create_user_model as create_user_model
-from .user_model import import_package as import_package
-from .user_model import load_weights as load_weights
+from .resolve import NamedModel as NamedModel
+from .resolve import check_size as check_size
+from .resolve import load_model as load_model
+from .sources.efficientnet_lite import efficientnet_lite0 as efficientnet_lite0
+from .sources.user_model import create_user_model as create_user_model
+from .sources.user_model import import_package as import_package
+from .weights import load_weights as load_weights
+from .weights import weights_mismatch as weights_mismatch

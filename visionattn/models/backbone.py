@@ -2,16 +2,23 @@
 
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any, Literal, Protocol, cast
 
 import timm
-import timm.models
-from torch import Tensor, nn
+from timm.models import _hub
+from torch import nn
 
 from visionattn.data import Preprocess, image_shape
 from visionattn.errors import DataError, UsageError, nearest
-from visionattn.files import local_path
+from visionattn.models.architectures import Architecture, known_architecture, remember_architecture
+from visionattn.models.weights import (
+    first_line,
+    head_rows,
+    mismatch_error,
+    read_state,
+    weights_mismatch,
+    without_wrappers,
+)
 
 _FITS: dict[str, Literal["crop", "letterbox", "stretch"]] = {
     "center": "crop",
@@ -27,25 +34,32 @@ def create_backbone(
     num_classes: int | None = None,
     pretrained: bool = False,
     weights: str | os.PathLike[str] | None = None,
+    new_head: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Create a timm model.
 
     Args:
-        name: timm's name, e.g. `resnet50` or `vit_small_patch16_224.augreg_in1k`.
+        name: timm's name, e.g. `resnet50` or `vit_small_patch16_224.augreg_in1k`; `hf-hub:OWNER/NAME` for a model of
+            timm on the hub, or `local-dir:FOLDER` for one in a folder.
         num_classes: number of outputs of the head (default: as many as in the weights). If the weights have another
             number of outputs, the model gets a new head.
         pretrained: load the model's default weights from the hub (default: False).
-        weights: file of weights to load instead, a state dict as .safetensors or .pth; no code in it is executed.
+        weights: file of weights to load instead, see `read_state`; no code in it is executed.
+        new_head: do not load the head from `weights` (default: False). Without num_classes, the model has no head.
         options: further arguments of the timm model, e.g. `img_size`, `drop_path_rate`.
 
     Raises:
         UsageError: timm has no such model, or the model has no such option.
         DataError: the weights cannot be loaded, or do not fit the model.
     """
-    known = timm.list_models(exclude_filters="test_*") + timm.list_models("test_*")
-    if name.split(".")[0] not in known:
-        raise UsageError(f"timm has no model {name!r}.{nearest(name, known)}")
+    made_from = _check_name(name)
+    if new_head and weights is None:
+        raise UsageError("new_head (--new-head) needs weights (--weights), from which all but the head is loaded")
+    if made_from is not None:
+        name, options = made_from["architecture"], {**made_from["options"], **options}
+        own_classes = options.pop("num_classes", None)
+        num_classes = own_classes if num_classes is None else num_classes
     if weights is None and not pretrained:
         return _create(name, num_classes=num_classes, **options)
     if weights is None:
@@ -59,23 +73,54 @@ def create_backbone(
             raise
         except Exception as error:  # each hub client raises errors of its own
             raise DataError(
-                f"the weights of {name!r} could not be loaded from the hub ({_first_line(error)}); "
+                f"the weights of {name!r} could not be loaded from the hub ({first_line(error)}); "
                 "give a local file instead: weights: FILE, a state dict as .safetensors or .pth"
             ) from error
         finally:
             client.setLevel(level)
 
-    state = read_state(weights)
-    rows = _head_rows(name, state)
-    overlay = {"state_dict": state, **({"num_classes": rows} if rows else {})}
+    if name.startswith(PLACES):
+        raise UsageError(f"{name} has its own weights; give weights only with a name of timm, such as resnet50")
+    config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
+    heads, firsts = (_names(getattr(config, key, None)) for key in ("classifier", "first_conv"))
+    state = without_wrappers(read_state(weights), [f"{first}.weight" for first in (*firsts, *heads)])
+    if new_head:
+        state = {key: value for key, value in state.items() if not key.startswith(tuple(f"{head}." for head in heads))}
+    rows = 0 if new_head else head_rows(state, heads[0] if heads else "")
+    overlay = {"state_dict": state, **({} if rows is None else {"num_classes": rows})}
     try:
         model = _create(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=rows, **options)
     except (RuntimeError, KeyError) as error:
-        reason = weights_mismatch(_create(name, num_classes=rows, **options), state) or _first_line(error)
-        raise DataError(f"the weights in {os.fspath(weights)} are not those of a {name}: {reason}") from error
+        plain = _create(name, num_classes=rows, **options)
+        missing = plain.state_dict().keys() - state.keys()
+        only_head = bool(heads) and all(key.startswith(tuple(f"{head}." for head in heads)) for key in missing)
+        reason = weights_mismatch(plain, state) or first_line(error)
+        raise mismatch_error(weights, name, reason, only_head=only_head and bool(missing)) from error
     if num_classes is not None and num_classes != rows:
         cast(_TimmModel, model).reset_classifier(num_classes)
     return model
+
+
+PLACES = ("hf-hub:", "hf_hub:", "local-dir:")
+"""Prefixes of names of timm models that are on the hub or in a folder."""
+
+
+def _check_name(name: str) -> Architecture | None:
+    """Return the architecture of a place's model if only that may be used, else None.
+
+    Raises:
+        UsageError: timm has no such model.
+    """
+    if name.startswith(PLACES):
+        return known_architecture(name)
+    known = timm.list_models(exclude_filters="test_*") + timm.list_models("test_*")
+    if name.split(".")[0] not in known:
+        raise UsageError(f"timm has no model {name!r}.{nearest(name, known)}")
+    return None
+
+
+def _names(value: object) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, (tuple, list)) else ()
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:
@@ -92,40 +137,25 @@ def preprocess_of(model: nn.Module) -> Preprocess:
 
 
 def class_names_of(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a timm model's outputs if timm knows them (ImageNet and its subsets), else ().
+    """Return the names of a timm model's outputs if timm knows them, else ().
 
-    A model whose head was replaced by one with another number of outputs has no known names.
+    timm knows the names of ImageNet and its subsets, and models of the hub bring theirs. A model whose head was
+    replaced by one with another number of outputs has no known names.
     """
-    subset = timm.data.infer_imagenet_subset(model)
-    if subset is None:
-        return ()
-    info = timm.data.ImageNetInfo(subset)
+    config = getattr(model, "pretrained_cfg", None) or {}
+    own = tuple(config.get("label_names") or ())
+    if not own:
+        subset = timm.data.infer_imagenet_subset(model)
+        if subset is None:
+            return ()
+        info = timm.data.ImageNetInfo(subset)
+        own = tuple(info.index_to_description(index) for index in range(info.num_classes()))
     heads = cast(_TimmModel, model).get_classifier() if hasattr(model, "get_classifier") else ()
     for head in heads if isinstance(heads, (tuple, list)) else (heads,):
         outputs = getattr(head, "out_features", None) or getattr(head, "out_channels", None)
-        if outputs is not None and outputs != info.num_classes():
+        if outputs is not None and outputs != len(own):
             return ()
-    return tuple(info.index_to_description(index) for index in range(info.num_classes()))
-
-
-def weights_mismatch(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Return how a state dict differs from a model's: three names and a count of each kind of difference, or ""."""
-    own = model.state_dict()
-    shapes = [
-        f"{name} {tuple(state[name].shape)} and not {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    kinds = {
-        "missing": [name for name in own if name not in state],
-        "unknown": [name for name in state if name not in own],
-        "of another shape": shapes,
-    }
-    return "; ".join(
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-        for kind, names in kinds.items()
-        if names
-    )
+    return own
 
 
 class _TimmModel(Protocol):
@@ -137,35 +167,19 @@ class _TimmModel(Protocol):
 
 
 def _create(name: str, **options: Any) -> nn.Module:
+    options = {key: value for key, value in options.items() if value is not None}
     try:
-        return timm.create_model(name, **{key: value for key, value in options.items() if value is not None})
+        model = timm.create_model(name, **options)
     except TypeError as error:
-        raise UsageError(f"{name} does not accept these options: {_first_line(error)}") from error
+        raise UsageError(f"{name} does not accept these options: {first_line(error)}") from error
+    if name.startswith(PLACES):
+        remember_architecture(model, name, _architecture(name))
+    return model
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict from a .safetensors file or a file of torch; no code in it is executed.
-
-    Raises:
-        DataError: there is no such file, or it holds no weights that can be read safely.
-    """
-    local_path(path)
-    if not os.path.isfile(path):
-        raise DataError(f"there is no weights file {os.fspath(path)}")
-    try:
-        return timm.models.load_state_dict(os.fspath(path), use_ema=False, weights_only=True)
-    except Exception as error:  # a truncated file, not a checkpoint, or a pickle that would run code
-        raise DataError(f"{os.fspath(path)} holds no weights that can be read safely: {_first_line(error)}") from error
-
-
-def _head_rows(name: str, state: dict[str, Tensor]) -> int | None:
-    config = timm.models.get_pretrained_cfg(name, allow_unregistered=True)
-    classifier = getattr(config, "classifier", None)
-    classifier = classifier[0] if isinstance(classifier, (tuple, list)) else classifier
-    weight = state.get(f"{classifier}.weight")
-    return None if weight is None else weight.shape[0]
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+def _architecture(name: str) -> Architecture:
+    """Return what a model of the hub or of a folder is: a name of timm, and its options."""
+    place = name.partition(":")[2]
+    read = _hub.load_model_config_from_path if name.startswith("local") else _hub.load_model_config_from_hf
+    _, architecture, options = read(place)
+    return {"architecture": architecture, "options": dict(options or {})}

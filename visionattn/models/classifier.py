@@ -1,4 +1,4 @@
-"""A timm backbone as a classifier, with optional attention and token reduction."""
+"""A named backbone as a classifier, with optional attention and token reduction."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,18 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.attention import SelfAttention, TokenReduction, insert, reduce_tokens, swap_attention
-from visionattn.models.backbone import create_backbone
+from visionattn.models.architectures import remember_arguments
+from visionattn.models.resolve import create_network
 
 
 class Classifier(nn.Module):
-    """A timm backbone with a head of `num_classes` outputs.
+    """A backbone of timm, torchvision or transformers with a head of `num_classes` outputs.
 
     Args:
-        backbone: name of a timm model.
+        backbone: name of a model: of timm (`resnet50`, `hf-hub:OWNER/NAME`, `local-dir:FOLDER`), of torchvision
+            (`torchvision:resnet50`, `torchvision:resnet50/IMAGENET1K_V1`) or of transformers (`hf:OWNER/NAME`,
+            `hf:FOLDER`).
         num_classes: K.
         pretrained: load the model's default weights from the hub (default: False).
-        weights: file of weights to load instead (.safetensors or .pth).
-        options: further arguments of the timm model, e.g. `{drop_path_rate: 0.1, img_size: 96}`.
+        weights: file of weights to load instead (.safetensors, its index, or a file of torch).
+        new_head: do not load the head from `weights`; it starts at random (default: False).
+        options: further arguments of the model, e.g. `{drop_path_rate: 0.1, img_size: 96}`.
         attention: function that makes a mechanism from a number of channels; the mechanisms are inserted after the
             weights are loaded (default: no insertion).
         attention_at: places for `insert`: `stages`, `blocks`, `branches`, or names of the backbone's modules (default:
@@ -34,7 +38,7 @@ class Classifier(nn.Module):
             trained with one and tested without, or the reverse.
 
     Raises:
-        UsageError, DataError: see `create_backbone`, `insert`, `swap_attention` and `reduce_tokens`.
+        UsageError, DataError: see `create_network`, `insert`, `swap_attention` and `reduce_tokens`.
 
     Shape: (B, 3, H, W), normalised → logits (B, K).
     """
@@ -46,6 +50,7 @@ class Classifier(nn.Module):
         num_classes: int,
         pretrained: bool = False,
         weights: str | None = None,
+        new_head: bool = False,
         options: dict[str, Any] | None = None,
         attention: Callable[[int], nn.Module] | None = None,
         attention_at: str | Sequence[str] = "stages",
@@ -55,9 +60,15 @@ class Classifier(nn.Module):
         tokens: TokenReduction | None = None,
     ) -> None:
         super().__init__()
+        remember_arguments(self)
         self.num_classes = num_classes
-        self.backbone = create_backbone(
-            backbone, num_classes=num_classes, pretrained=pretrained, weights=weights, **(options or {})
+        self.backbone = create_network(
+            backbone,
+            num_classes=num_classes,
+            pretrained=pretrained,
+            weights=weights,
+            new_head=new_head,
+            **(options or {}),
         )
         if self_attention is not None:
             swap_attention(self.backbone, self_attention, at=self_attention_at)

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from visionattn.models.architectures import remember_arguments
+
 
 class ConvNet(nn.Module):
     """A residual network with a mechanism at the end of each residual branch.
@@ -53,6 +55,7 @@ class ConvNet(nn.Module):
         in_chans: int = 3,
     ) -> None:
         super().__init__()
+        remember_arguments(self)
         if num_classes < 1 or depth < 1 or not widths:
             raise ValueError(
                 f"a ConvNet needs at least one class, block and stage, got {num_classes=}, {depth=}, {widths=}"

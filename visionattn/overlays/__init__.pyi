@@ -1,7 +1,10 @@
 from .explainer import Explainer as Explainer
+from .explainer import assumed_preprocess as assumed_preprocess
 from .explainer import describe_model as describe_model
 from .explainer import find_method as find_method
+from .explainer import grey_image as grey_image
 from .explainer import is_detector as is_detector
+from .explainer import labels_above as labels_above
 from .folder.export import export as export
 from .folder.processes import Processes as Processes
 from .folder.processes import gather as gather

@@ -5,6 +5,8 @@ import functools
 import hashlib
 import json
 import types
+import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias, TypeGuard
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from visionattn.capture import own_state, unwrap
 from visionattn.data import Placement, Preprocess, class_index, image_shape
-from visionattn.errors import DataError, UsageError, nearest
+from visionattn.errors import DataError, MapWarning, UsageError, nearest
 from visionattn.maps import (
     BOX_METHODS,
     METHODS,
@@ -24,7 +26,9 @@ from visionattn.maps import (
     Method,
     at_layer,
     default_box_method,
+    label_threshold,
     make_method,
+    probabilities_of,
     scores_of,
 )
 from visionattn.models import Detector
@@ -62,7 +66,9 @@ class Explainer:
 
     def chosen(self) -> "Explainer":
         """Return this explainer; without a method, a copy with the model's default method."""
-        return self if self.method is not None else replace(self, method=find_method(None, None, self.model))
+        if self.method is not None:
+            return self
+        return replace(self, method=find_method(None, None, self.model, grey_image(self.model, self.preprocess)))
 
     @functools.cached_property
     def convolves(self) -> bool:
@@ -84,7 +90,7 @@ class Explainer:
             target: the index, the class name, or None. Text of digits is an index too, see `class_index`.
 
         Raises:
-            DataError: there is no such class, or a class is named with digits that are another class's index.
+            DataError: there is no such class, or the text is the name of one class and the index of another.
         """
         if target is None or isinstance(target, int):
             return target
@@ -95,7 +101,7 @@ def targets_of(explainers: Sequence[Explainer], target: int | str | None) -> lis
     """Return the index of a target for each explainer.
 
     Raises:
-        DataError: a model has no such class, or a number is another class in another model.
+        DataError: a model has no such class, or the target is a number that means different classes in two models.
     """
     indices = [explainer.target(target) for explainer in explainers]
     names = [
@@ -118,20 +124,36 @@ class Prediction:
     Attributes:
         index: index of the class.
         class_name: name of the class; None if unknown.
-        probability: softmax probability, rounded to six digits; None if it is not finite.
+        probability: softmax probability, or sigmoid if the model's outputs are independent labels; rounded to six
+            digits, and None if it is not finite.
+        labels: if the outputs are independent labels: (name, probability) of each label above the model's
+            `label_threshold`, the most probable first; otherwise None.
     """
 
     index: int | None = None
     class_name: str | None = None
     probability: float | None = None
+    labels: tuple[tuple[str, float], ...] | None = None
 
     @property
     def caption(self) -> str:
-        """The prediction as text: `daisy 0.93`, `class 3 0.93` without class names, or "" if there is none."""
+        """The prediction as text: `daisy 0.93`, `class 3 0.93` without class names, or "" if there is none.
+
+        For independent labels, it names all labels above the threshold, `dog 0.93, cat 0.71`, or is `no label`.
+        """
         if self.index is None:
             return ""
+        if self.labels is not None:
+            return ", ".join(f"{name} {probability:.2f}" for name, probability in self.labels) or "no label"
         name = self.class_name or f"class {self.index}"
         return name if self.probability is None else f"{name} {self.probability:.2f}"
+
+
+def grey_image(model: nn.Module, preprocess: Preprocess) -> Tensor:
+    """Return a grey image (1, C, H, W) of the preprocessing's size, as an example of the model's input."""
+    image = torch.zeros(1, preprocess.channels, *preprocess.input_size)
+    like = next(model.parameters(), image)
+    return image.to(like.device, like.dtype)
 
 
 def is_detector(model: nn.Module) -> bool:
@@ -142,7 +164,8 @@ def is_detector(model: nn.Module) -> bool:
 def find_method(
     name: str | None, layer: int | str | None, model: nn.Module, images_BCHW: Tensor | None = None
 ) -> Method | MaxOverBoxes:
-    """Create a heatmap method from its name and layer; a method for boxes becomes a `MaxOverBoxes`.
+    """Create a heatmap method from its name and layer. A method for boxes is wrapped: `MaxOverBoxes` makes one map per
+    image.
 
     Args:
         name: a name in `maps.METHODS` or `maps.BOX_METHODS`; None means the model's default method.
@@ -191,16 +214,46 @@ def describe_model(model: nn.Module) -> tuple[nn.Module, Preprocess | None, tupl
     network = getattr(model, "network", None)
     if isinstance(network, nn.Module) and _describes(model):
         return network, model.preprocess or describe_model(network)[1], tuple(model.class_names)
-    if hasattr(model, "pretrained_cfg"):
+    if isinstance(getattr(model, "pretrained_cfg", None), dict):
         return model, preprocess_of(model), class_names_of(model)
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, nn.Module) and hasattr(backbone, "pretrained_cfg"):
         return model, preprocess_of(backbone), ()
     home = type(model).__module__
     if home.startswith("torchvision.models.") and ".detection" not in home:
-        # torchvision's weights expect a centre crop of 224 of 256 pixels, and ImageNet's mean and standard deviation
-        return model, Preprocess(image_shape(model)[1:], crop_fraction=224 / 256), ()
+        # most of torchvision's weights expect a centre crop of 224 of 256 pixels, and ImageNet's mean and std; unlike
+        # `load_model("torchvision:…")`, the model does not say which weights it has
+        preprocess = Preprocess(image_shape(model)[1:], crop_fraction=224 / 256, interpolation="bilinear")
+        return model, preprocess, ()
     return model, None, ()
+
+
+_told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def assumed_preprocess(model: nn.Module, *, stacklevel: int) -> Preprocess:
+    """Return the default preprocessing for a model whose own is unknown, and warn once for each model.
+
+    Args:
+        model: the model.
+        stacklevel: which caller the warning names, as for `warnings.warn`.
+
+    Returns:
+        The size is the model's own if it has an `image_size` or the like, else 224 × 224; mean and standard deviation
+        are ImageNet's.
+    """
+    preprocess = Preprocess(image_shape(model)[1:])
+    if model not in _told:
+        _told.add(model)
+        height, width = preprocess.input_size
+        warnings.warn(
+            f"this {type(model).__name__} does not say how its images are prepared, so they are cropped to {height} × "
+            f"{width} pixels and normalised with mean {preprocess.mean} and std {preprocess.std}; if it was trained "
+            f"otherwise, pass preprocess=visionattn.data.Preprocess({height}, mean=…, std=…)",
+            MapWarning,
+            stacklevel=stacklevel,
+        )
+    return preprocess
 
 
 def _describes(model: object) -> TypeGuard[_DescribedTask]:
@@ -231,13 +284,38 @@ def predictions_of(explainer: Explainer, output: object, count: int) -> list[Pre
     names = explainer.class_names
     if names and len(names) != scores_BK.shape[1]:
         raise UsageError(f"there are {len(names)} class names, and the model has {scores_BK.shape[1]} outputs")
-    if scores_BK.shape[1] < 2:
+    threshold = label_threshold(explainer.model)
+    if scores_BK.shape[1] < 2 and threshold is None:
         return empty
-    probability_B, index_B = scores_BK.float().softmax(1).max(1)
+    probabilities_BK = probabilities_of(explainer.model, scores_BK.float()).cpu()
+    probability_B, index_B = probabilities_BK.max(1)
     return [
-        Prediction(index, names[index] if names else None, round(probability, 6) if np.isfinite(probability) else None)
-        for index, probability in zip(index_B.tolist(), probability_B.tolist(), strict=True)
+        Prediction(
+            index,
+            names[index] if names else None,
+            round(probability, 6) if np.isfinite(probability) else None,
+            None if threshold is None else labels_above(threshold, probability_K, names),
+        )
+        for index, probability, probability_K in zip(
+            index_B.tolist(), probability_B.tolist(), probabilities_BK, strict=True
+        )
     ]
+
+
+def labels_above(threshold: float, probability_K: Tensor, names: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """Return (name, probability) of each label above a threshold, the most probable first.
+
+    Args:
+        threshold: a probability.
+        probability_K: (K,).
+        names: of the labels; empty if unknown.
+    """
+    order = probability_K.argsort(descending=True, stable=True).tolist()
+    return tuple(
+        (names[index] if names else f"class {index}", round(probability, 6))
+        for index in order
+        if (probability := float(probability_K[index])) > threshold
+    )
 
 
 def explained_images(
@@ -320,7 +398,7 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def _describe_part(value: object, depth: int = 0) -> Plain:
-    """Convert an attribute of a module to plain data; other modules, which are hashed apart, are left out."""
+    """Convert an attribute of a module to plain data. A module becomes its class name, since it is hashed apart."""
     if isinstance(value, nn.Module) or depth == 8:
         return type(value).__qualname__
     if isinstance(value, Mapping):

@@ -25,6 +25,7 @@ from visionattn.overlays import outputs
 from visionattn.overlays.explainer import (
     Explain,
     Explainer,
+    assumed_preprocess,
     describe_model,
     explained_images,
     find_method,
@@ -221,7 +222,8 @@ def heatmap(
         layer: name of a module, or its index among the modules that the method uses. Default: chosen by the method.
         target: the output to explain: an index, a class name, one index for each picture, or a function from the
             model's output to (B,) scores. Default: the highest output of each picture.
-        preprocess: prepares a picture for the model. Default: the model's own, known for timm, torchvision and tasks.
+        preprocess: prepares a picture for the model. Default: the model's own, known for timm, torchvision, tasks and
+            `load_model`; for other models 224 × 224 pixels with ImageNet's mean and std, which a warning says once.
             For tensors, only its mean and std are used, to show them as pictures (default: ImageNet's).
         class_names: names of the model's outputs. Default: the model's own, known for timm and tasks.
 
@@ -229,8 +231,7 @@ def heatmap(
         A `Heatmap` for one picture, a list of `Heatmap`s for a batch.
 
     Raises:
-        UsageError: the method does not fit the model, there is no such layer or class, or the model's preprocessing is
-            unknown.
+        UsageError: the method does not fit the model, or there is no such layer or class.
         DataError: a file cannot be read, or the model's values are not finite.
     """
     if _is_single(image):
@@ -287,6 +288,8 @@ def _heatmaps(
     network, own, own_names = describe_model(model)
     names = tuple(class_names) or own_names
     preprocess = preprocess or own
+    if preprocess is None and not all(isinstance(picture, Tensor) for picture in pictures):
+        preprocess = assumed_preprocess(network, stacklevel=4)
     prepared = [_prepare(picture, preprocess, number) for number, picture in enumerate(pictures)]
     sizes = sorted({tuple(values.shape) for _, _, values in prepared})
     if len(sizes) > 1:
@@ -348,7 +351,7 @@ def _prepare(
     """Return the picture (H, W, 3), its placement in the model's input, and that input (C, H, W).
 
     Raises:
-        UsageError: the picture has a wrong type or shape, or the preprocessing is missing.
+        UsageError: the picture has a wrong type or shape.
         DataError: the file cannot be read.
     """
     if isinstance(picture, Tensor) and picture.is_floating_point():
@@ -366,11 +369,7 @@ def _prepare(
             "an image is a file, a PIL image, (H, W, 3) uint8 RGB or a normalised float tensor (C, H, W); "
             f"image {number + 1} is {kind}"
         )
-    if preprocess is None:
-        raise UsageError(
-            "the preprocessing of this model is unknown; pass preprocess=visionattn.data.Preprocess(224, …), "
-            "or normalised tensors"
-        )
+    assert preprocess is not None  # only tensors come without one
     values, placement = preprocess(picture)
     return picture, placement, torch.from_numpy(values)
 

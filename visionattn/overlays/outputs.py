@@ -2,8 +2,8 @@
 
 This module does not import torch.
 
-To add a kind, write a function from an `OutputScene` to a picture, to named arrays or to the content of an animation,
-and decorate it with `output`, which takes the kind's needs and its help text.
+To add a kind, write a function that takes an `OutputScene` and returns a picture, named arrays or the content of an
+animation. Decorate the function with `output`, which takes the kind's needs and its help text.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence

@@ -73,7 +73,7 @@ def detected_boxes(class_names: Sequence[str], output: object, index: int, place
         placement: placement of the source in the model's input.
 
     Returns:
-        All boxes that the method explains, if it is a method for boxes; otherwise the boxes with a score of at least
+        With a method for boxes, all boxes that the method explains; otherwise the boxes with a score of at least
         `maps.SURE`.
     """
     found = output[index] if isinstance(output, (list, tuple)) and index < len(output) else None

@@ -6,15 +6,14 @@ Shapes: B batch, C channels, H rows, W columns, K classes.
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from visionattn.attention import mean_span, spans
 from visionattn.data import Batch
-from visionattn.errors import DataError
 from visionattn.tasks.base import ClassificationTask
+from visionattn.tasks.losses import check_gamma, class_weights_of, focal_cross_entropy
 
 
 class Classification(ClassificationTask):
@@ -29,6 +28,8 @@ class Classification(ClassificationTask):
         network: (B, C, H, W) → logits (B, K). If it has a `num_classes`, this must equal the data's number of classes.
         class_weights: one weight per class in the loss (default: equal weights); `balanced` weights a class by
             (images / K) / (its images).
+        focal_gamma: γ of the focal loss, which gives well-classified images less weight, see
+            `losses.focal_cross_entropy` (Lin et al. 2017, 1708.02002); 0 is the cross-entropy (default: 0).
         mixup: alpha of mixup (Zhang et al. 2018, 1710.09412); 0 disables it (default: 0).
         cutmix: alpha of CutMix (Yun et al. 2019, 1905.04899); 0 disables it (default: 0). If both are set, each batch
             uses one of them, drawn at random.
@@ -49,6 +50,7 @@ class Classification(ClassificationTask):
         network: nn.Module,
         *,
         class_weights: Sequence[float] | Literal["balanced"] | None = None,
+        focal_gamma: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         span_penalty: float = 0.0,
@@ -59,14 +61,23 @@ class Classification(ClassificationTask):
             raise ValueError(f"mixup and cutmix must be ≥ 0, got {mixup} and {cutmix}")
         if span_penalty < 0:
             raise ValueError(f"span_penalty must be ≥ 0, got {span_penalty}")
+        check_gamma(focal_gamma)
         self.class_weights = class_weights
+        self.focal_gamma = focal_gamma
         self.mixup = mixup
         self.cutmix = cutmix
         self.span_penalty = span_penalty
 
     def prepare(self, data: object, num_classes: int) -> None:
         self._mixing = self._make_mixing(num_classes)
-        self.register_buffer("_weight_K", self._make_weights(data, num_classes), persistent=False)
+        weight_K = class_weights_of(
+            self.class_weights,
+            data,
+            num_classes,
+            lambda counts_K: counts_K.sum() / (num_classes * counts_K),
+            label_numbers=self.label_numbers,
+        )
+        self.register_buffer("_weight_K", weight_K, persistent=False)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -102,6 +113,14 @@ class Classification(ClassificationTask):
             self.log("span/mean", mean.detach(), prog_bar=True)
 
     def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
+        if self.focal_gamma:
+            return focal_cross_entropy(
+                logits_BK,
+                labels,
+                gamma=self.focal_gamma,
+                weight_K=self._weight_K,
+                label_smoothing=self.label_smoothing,
+            )
         return F.cross_entropy(logits_BK, labels, weight=self._weight_K, label_smoothing=self.label_smoothing)
 
     def loss_weight(self, labels_B: Tensor) -> Tensor:
@@ -114,20 +133,3 @@ class Classification(ClassificationTask):
         if self.cutmix:
             mixes.append(v2.CutMix(num_classes=num_classes, alpha=self.cutmix))
         return v2.RandomChoice(mixes) if mixes else None
-
-    def _make_weights(self, data: object, num_classes: int) -> Tensor | None:
-        if self.class_weights is None:
-            return None
-        if self.class_weights == "balanced":
-            counts = getattr(data, "class_counts", None)
-            if counts is None:
-                raise DataError(
-                    f"class_weights: balanced needs class_counts, which {type(data).__name__} does not have"
-                )
-            counts_K = torch.as_tensor(counts, dtype=torch.float32)
-            if self.label_numbers is not None:
-                counts_K = counts_K[torch.tensor(self.label_numbers).argsort()]
-            return counts_K.sum() / (num_classes * counts_K)
-        if len(self.class_weights) != num_classes:
-            raise DataError(f"class_weights has {len(self.class_weights)} weights for {num_classes} classes")
-        return torch.as_tensor(self.class_weights, dtype=torch.float32)

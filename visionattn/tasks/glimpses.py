@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.data import Batch
+from visionattn.errors import UsageError
 from visionattn.models import GlimpseNetwork, LocationMode, Rollout
 from visionattn.tasks import reinforce
 from visionattn.tasks.base import ClassificationTask
@@ -69,6 +70,7 @@ class GlimpseClassification(ClassificationTask):
 
     Raises:
         ValueError: an argument is out of its range.
+        UsageError: in `setup`, if the training uses precision 16-true.
     """
 
     network: GlimpseNetwork
@@ -99,6 +101,14 @@ class GlimpseClassification(ClassificationTask):
         self.every_glimpse = every_glimpse
         self.value = nn.Linear(network.hidden_size, 1) if baseline == "learned" else None
         self.register_buffer("average", torch.zeros(()))
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer.precision == "16-true":
+            raise UsageError(
+                "a glimpse network cannot be trained with trainer.precision 16-true, in which its weights become NaN; "
+                "set 32-true, 16-mixed, bf16-mixed or bf16-true"
+            )
+        super().setup(stage)
 
     def loss(self, logits_BK: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits_BK, labels, label_smoothing=self.label_smoothing)

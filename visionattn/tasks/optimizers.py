@@ -57,6 +57,9 @@ def make_optimizers(
         schedule = {"scheduler": _built("lr_scheduler", build), "interval": "step"}
     else:
         schedule = {"scheduler": _built("lr_scheduler", lambda: lr_scheduler(made)), "interval": lr_interval}
+    step_size = getattr(schedule["scheduler"], "step_size", 1)
+    if step_size < 1:  # StepLR would divide by it
+        raise UsageError(f"step_size of the lr_scheduler must be ≥ 1, got {step_size}")
     if isinstance(schedule["scheduler"], ReduceLROnPlateau):
         schedule["monitor"] = schedule["scheduler"].monitor
     return {"optimizer": made, "lr_scheduler": schedule}

@@ -2,10 +2,12 @@ from .callbacks.overlay_samples import OverlaySamples as OverlaySamples
 from .callbacks.predictions import WritePredictions as WritePredictions
 from .callbacks.report import TestReport as TestReport
 from .callbacks.span_pictures import DrawSpans as DrawSpans
+from .checkpoints import described_weights as described_weights
 from .checkpoints import export as export
 from .checkpoints import load as load
 from .command import parser_of as parser_of
 from .command import run_verb as run_verb
-from .data_of import data_of as data_of
+from .config_data import data_from_config as data_from_config
+from .deferred import deferred_imports as deferred_imports
 from .publishing import push as push
 from .third_party_warnings import silence_third_party_warnings as silence_third_party_warnings

@@ -25,7 +25,8 @@ from torch import nn
 from visionattn.data import Preprocess
 from visionattn.errors import DataError, UsageError
 from visionattn.files import local_path, write_file
-from visionattn.models import weights_mismatch
+from visionattn.models import architectures_in, only_known_architectures, weights_mismatch
+from visionattn.tasks import CHECKPOINT_ENTRY
 from visionattn.training.hub import PREFIX, fetch
 
 TRUSTED = (
@@ -42,7 +43,7 @@ TRUSTED = (
 `timm.task` is not among them: its distillation teacher opens the file that its arguments name.
 """
 
-ENTRY: Final = "visionattn"
+ENTRY: Final = CHECKPOINT_ENTRY
 """Key of the description in a checkpoint."""
 
 SAFETENSORS: Final = ".safetensors"
@@ -62,11 +63,13 @@ class Description(TypedDict):
         model: the `model` section of the configuration: `class_path` and `init_args`, as plain data.
         class_names: names of the network's outputs.
         preprocess: the fields of `Preprocess`, or None if unknown.
+        architectures: name → architecture of networks that are named by a place, see `models.architectures`.
     """
 
     model: Mapping[str, Any]
     class_names: list[str]
     preprocess: Mapping[str, Any] | None
+    architectures: Mapping[str, Mapping[str, Any]]
 
 
 class CheckpointContent(TypedDict, total=False):
@@ -93,6 +96,7 @@ class DescribeCheckpoint(Callback):
             "model": self.model,
             "class_names": list(getattr(pl_module, "class_names", ())),
             "preprocess": dataclasses.asdict(preprocess) if preprocess else None,
+            "architectures": architectures_in(pl_module),
         }
 
 
@@ -116,8 +120,11 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
     content = read(path)
     entry = content[ENTRY]
     model = entry["model"]
-    args = {**model.get("init_args", {}), "optimizer": None, "lr_scheduler": None}
-    task = _build({**model, "init_args": args}, path, (*TRUSTED, *trust))
+    args = dict(model.get("init_args", {}))
+    args |= {name: None for name in ("optimizer", "lr_scheduler") if name in args}
+    known = {name: _shape_options(fields, path) for name, fields in entry.get("architectures", {}).items()}
+    with only_known_architectures(known):
+        task = _build({**model, "init_args": args}, path, (*TRUSTED, *trust))
     if not isinstance(task, L.LightningModule):
         raise DataError(f"{os.fspath(path)} describes a {type(task).__name__}, which is not a LightningModule")
     try:
@@ -188,8 +195,13 @@ def read(path: str | os.PathLike[str]) -> CheckpointContent:
         raise DataError(f"{name} cannot be read as a checkpoint: {reason}") from error
     if isinstance(content, dict) and "pytorch-lightning_version" in content and ENTRY not in content:
         raise DataError(
-            f"{name} is a checkpoint of Lightning without the description of its task that `visionattn fit` adds; "
-            "build the task in Python and load the file's state_dict"
+            f"{name} is a checkpoint of Lightning without the description of its task that tasks of visionattn add; "
+            f"give its network as --model NAME or MODULE:FUNCTION with --weights {name}"
+        )
+    if isinstance(content, dict) and isinstance(entry := content.get(ENTRY), dict) and "unknown" in entry:
+        raise DataError(
+            f"{name} was trained by a plain L.Trainer and cannot say what its network is: {entry['unknown']}; give the "
+            f"network as --model NAME or MODULE:FUNCTION with --weights {name}"
         )
     if not isinstance(content, dict) or "state_dict" not in content or not isinstance(content.get(ENTRY), dict):
         raise DataError(
@@ -198,6 +210,25 @@ def read(path: str | os.PathLike[str]) -> CheckpointContent:
     if wrong := _malformed(content):
         raise DataError(f"{name} is damaged or was changed by hand: its {wrong}")
     return cast(CheckpointContent, content)
+
+
+def described_weights(path: str | os.PathLike[str]) -> tuple[Preprocess | None, tuple[str, ...]]:
+    """Return the preprocessing and class names in a checkpoint whose weights are used for a network of another source.
+
+    Returns:
+        (None, ()) for files that describe neither.
+    """
+    try:
+        content = _read_safetensors(path) if os.fspath(path).endswith(SAFETENSORS) else _read_archive(path)
+    except Exception:  # whatever else the file is, the caller reads its weights and reports errors
+        return None, ()
+    entry = content.get(ENTRY) if isinstance(content, dict) else None
+    if not isinstance(entry, dict):
+        return None, ()
+    names = entry.get("class_names")
+    known = tuple(names) if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names) else ()
+    preprocess = entry.get("preprocess")
+    return _preprocess(preprocess, path) if isinstance(preprocess, Mapping) else None, known
 
 
 def _is_pickle(path: str | os.PathLike[str]) -> bool:
@@ -217,6 +248,9 @@ def _malformed(content: Mapping[str, Any]) -> str:
         return f"entry {ENTRY}.class_names is not a list of names"
     if preprocess is not None and not isinstance(preprocess, Mapping):
         return f"entry {ENTRY}.preprocess does not map options to values"
+    places = entry.get("architectures", {})
+    if not isinstance(places, Mapping) or not all(isinstance(fields, Mapping) for fields in places.values()):
+        return f"entry {ENTRY}.architectures does not map names to options"
     return _malformed_class(entry["model"], f"{ENTRY}.model")
 
 
@@ -268,9 +302,8 @@ def check_against(path: str | os.PathLike[str], model: Mapping[str, Any], *, tra
         The class names of the checkpoint; empty if unknown.
 
     Raises:
-        UsageError: the options of the models differ; the message names every difference.
-        DataError: the checkpoint cannot be read, see `load`; the checkpoint is of another class, or has
-            hyper-parameters.
+        UsageError: the classes or the options of the models differ; the message names every difference.
+        DataError: the checkpoint cannot be read, see `load`, or has hyper-parameters.
     """
     content = read(path)
     if content.get("hyper_parameters"):
@@ -279,9 +312,9 @@ def check_against(path: str | os.PathLike[str], model: Mapping[str, Any], *, tra
         )
     saved = content[ENTRY]["model"]
     if saved.get("class_path") != model.get("class_path"):
-        raise DataError(
-            f"{os.fspath(path)} is a checkpoint of {saved.get('class_path')}, "
-            f"but the config has {model.get('class_path')}"
+        raise UsageError(
+            f"{os.fspath(path)} is a checkpoint of {saved.get('class_path')}, but the config has "
+            f"{model.get('class_path')}; use the config.yaml in the folder of the checkpoint"
         )
     ours, theirs = (
         {key: value for key, value in _leaves(tree) if training or not f"{key}.".startswith(_TOKENS)}
@@ -323,7 +356,7 @@ def _build(value: Any, path: str | os.PathLike[str], trusted: tuple[str, ...], *
     cls = _trusted_class(str(value["class_path"]), path, trusted)
     parameters = inspect.signature(cls).parameters
     init_args = {**value.get("init_args", {}), **value.get("dict_kwargs", {})}
-    for fetched in {"pretrained", "weights"} & init_args.keys() & parameters.keys():
+    for fetched in {"pretrained", "weights", "new_head"} & init_args.keys() & parameters.keys():
         init_args[fetched] = parameters[fetched].default  # do not load pretrained weights that `load` would replace
     if isinstance(options := init_args.get("options"), Mapping):  # of `timm.create_model`
         init_args["options"] = _shape_options(options, path)
@@ -338,19 +371,23 @@ def _build(value: Any, path: str | os.PathLike[str], trusted: tuple[str, ...], *
 
 
 def _shape_options(options: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the options of a timm model that build its shape; those that load weights are dropped.
+    """Return the options of a model that build its shape; those that load weights are dropped.
 
     The checkpoint's weights replace all others, and a checkpoint must not open files or connections.
 
     Raises:
         DataError: an option is neither a number nor a word, nor a list of these.
     """
-    shape = {key: value for key, value in options.items() if not _OF_WEIGHTS.search(key)}
+    shape = {
+        key: _shape_options(value, path) if isinstance(value, Mapping) else value
+        for key, value in options.items()
+        if not _OF_WEIGHTS.search(str(key))
+    }
     for key, value in shape.items():
         if not _is_plain(value):
             raise DataError(
-                f"{os.fspath(path)} gives the option {key} = {value!r} to a timm model; "
-                "a checkpoint may give numbers, words and lists of these"
+                f"{os.fspath(path)} gives the option {key} = {value!r} to a model; "
+                "a checkpoint may give numbers, words, and lists and mappings of these"
             )
     return shape
 
@@ -358,6 +395,8 @@ def _shape_options(options: Mapping[str, Any], path: str | os.PathLike[str]) -> 
 def _is_plain(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return _is_plain([*value, *value.values()])
     return value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and value.isidentifier())
 
 

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from visionattn.data import ImageData
 from visionattn.errors import DataError, UsageError, nearest
 from visionattn.files import local_path, write_file
-from visionattn.tasks import Task
+from visionattn.tasks import Task, check_num_classes
 from visionattn.training.callbacks.metrics_file import MetricsFile
 from visionattn.training.callbacks.nan_guard import BestCheckpoint, NaNGuard
 from visionattn.training.callbacks.overlay_samples import OverlaySamples
@@ -48,6 +48,7 @@ from visionattn.training.run_folders import (
     _new_run,
     _rank,
     _released,
+    _remove_empty,
     _remove_unfinished_files,
     _versions,
 )
@@ -110,7 +111,14 @@ def parser_of(verb: str) -> ArgumentParser:
 
 
 def _call_lightning(arguments: list[str]) -> None:
-    Command(
+    verb = arguments[0]
+
+    class OneVerb(Command):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:  # the parser of each verb takes a tenth of a second to build
+            return {verb: Command.subcommands()[verb]}
+
+    OneVerb(
         L.LightningModule,
         L.LightningDataModule,
         subclass_mode_model=True,
@@ -315,14 +323,25 @@ class Command(LightningCLI):
         ]
         for arguments in self.redirected:
             arguments.save_dir = folder
-        options.trainer.default_root_dir = options.trainer.default_root_dir or folder
-        options.checkpoint.dirpath = options.checkpoint.dirpath or folder
+        self.own_folder = [
+            (part, name)
+            for part, name in ((options.trainer, "default_root_dir"), (options.checkpoint, "dirpath"))
+            if not getattr(part, name)
+        ]
+        for part, name in self.own_folder:
+            setattr(part, name, folder)
 
     def instantiate_classes(self) -> None:
         try:
             built(super().instantiate_classes)
-        except DataError as error:
-            raise DataError(f"{self._data_option_of(str(error))}{error}") from error
+            if isinstance(self.model, Task):
+                check_num_classes(self.model.network, getattr(self.datamodule, "class_names", ()))
+        except BaseException as error:
+            if self.run_folder and _rank() == 0:
+                _remove_empty(self.run_folder)
+            if isinstance(error, DataError):
+                raise DataError(f"{self._data_option_of(str(error))}{error}") from error
+            raise
         if self.trained_classes and isinstance(self.model, Task):
             self.model.class_names = self.trained_classes  # the task compares them with the data's in `setup`
         for arguments in self.redirected:
@@ -340,7 +359,7 @@ class Command(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         options = self.config[self.config.subcommand]
         resume = self._get(self.config_init, "resume")
-        resume.folder = options.checkpoint.dirpath
+        resume.folder = self._get(self.config_init, "checkpoint").dirpath
         resume.seed = None if options.seed_everything is False else options.seed_everything
         logger = self._get(self.config_init, "trainer").logger
         if self.run_folder and logger is not False:
@@ -362,7 +381,10 @@ class Command(LightningCLI):
             extra.append(RunProgress())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": extra}
         self.save_config_kwargs = {"folder": self.run_folder}
-        return super().instantiate_trainer(**kwargs)
+        built_trainer = super().instantiate_trainer(**kwargs)
+        for part, name in self.own_folder:  # not into config.yaml, with which another run would write into this folder
+            setattr(part, name, None)
+        return built_trainer
 
     def before_fit(self) -> None:
         if self._get(self.config, "test_after_fit") and isinstance(self.datamodule, ImageData):

@@ -32,6 +32,7 @@ from visionattn.training.callbacks.run_files import _continue_events, is_dev_run
 
 NAME = "last.ckpt"
 _TRAINING, _VALIDATION = "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress"
+_UNFINISHED = "the rest of the epoch"
 
 
 class Resume(Checkpoint):
@@ -122,7 +123,9 @@ class Resume(Checkpoint):
             raise signals.Stopped(number)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer)  # for epochs without a validation
+        # for epochs without a validation; max_steps or max_time can end the training in the middle of an epoch
+        whole = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self._save(trainer, None if whole else _UNFINISHED)
         self._stop_if_signalled(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -137,9 +140,13 @@ class Resume(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._next is None:
             return
-        progress = checkpoint["loops"]["fit_loop"][self._next]
+        loops = checkpoint["loops"]["fit_loop"]
+        if self._next == _UNFINISHED:  # Lightning has counted the epoch as processed
+            for count in loops["epoch_progress"].values():
+                count["processed"] -= 1
+        progress = loops[_TRAINING if self._next == _UNFINISHED else self._next]
         done = progress["total"]["processed"]
-        if self._next == _TRAINING:  # Lightning has counted the next batch as ready, but its step has not begun
+        if self._next != _VALIDATION:  # Lightning has counted the next batch as ready, but its step has not begun
             progress["total"]["ready"] = done
             progress["current"]["ready"] = progress["current"]["processed"]
         else:

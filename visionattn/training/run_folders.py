@@ -1,6 +1,7 @@
 """The numbered folders of runs, runs/NAME/0, runs/NAME/1, …, and locks so that a run is trained only once at a time."""
 
 import contextlib
+import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -86,6 +87,14 @@ def _lock(folder: Path) -> None:
         _HELD.append(file)
 
 
+def _remove_empty(folder: Path) -> None:
+    """Remove the folder of a run that ended before it wrote a file; a folder with files is kept."""
+    with contextlib.suppress(OSError):
+        if {entry.name for entry in folder.iterdir()} <= {_LOCK}:
+            (folder / _LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+
+
 def _remove_unfinished_files(name: str) -> None:
     """Remove the temporary files that killed trainings have left in the runs with this name.
 
@@ -109,10 +118,6 @@ def _locked(folder: Path) -> IO[str] | None:
     Raises:
         BlockingIOError: another process has locked the run.
     """
-    try:
-        import fcntl
-    except ImportError:  # on Windows
-        return None
     file = open(folder / _LOCK, "a")  # noqa: SIM115  # the caller closes it
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # worker processes would inherit a lock of fcntl.flock

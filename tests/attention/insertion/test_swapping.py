@@ -216,7 +216,7 @@ def test_unsupported_calls_of_swapped_attention_raise():
 
 def test_classifier_loads_weights_before_it_swaps_attention(tmp_path):
     options = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
-    original = models.stirred(timm.create_model("vit_tiny_patch16_224", num_classes=5, **options))
+    original = models.randomised(timm.create_model("vit_tiny_patch16_224", num_classes=5, **options))
     torch.save(original.state_dict(), tmp_path / "vit.pth")
     make = partial(
         Classifier, "vit_tiny_patch16_224", num_classes=5, weights=str(tmp_path / "vit.pth"), options=options

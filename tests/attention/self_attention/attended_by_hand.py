@@ -72,7 +72,10 @@ MASKED = {  # name: (factory of the mechanism, m as a function of head, i, j and
 
 
 def weights_by_hand(m, heads, grid, prefix):
-    """Return m of every head and pair of tokens, (H, N, N) float64; 1 for every pair with a prefix token."""
+    """Return m of every head and pair of tokens, (H, N, N) float64.
+
+    m is 1 for allowed pairs and for pairs with a prefix token, 0 for masked pairs, and between on the ramp of a span.
+    """
     patches = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
     out = torch.ones(heads, prefix + len(patches), prefix + len(patches), dtype=torch.float64)
     for head in range(heads):

@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.layers import apply_rot_embed_cat
 
-from tests.capture.models import made_once, stirred
+from tests.capture.models import made_once, randomised
 
 SMALL = {"img_size": (32, 48), "patch_size": 8, "depth": 4, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
 NETWORKS = {  # 4 × 6 patches
@@ -32,7 +32,7 @@ NETWORKS = {  # 4 × 6 patches
 @made_once
 def network(kind="class token", **options):
     name, own = NETWORKS[kind]
-    model = stirred(timm.create_model(name, **SMALL | own | options)).double()
+    model = randomised(timm.create_model(name, **SMALL | own | options)).double()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.rpartition(".")[2] in ("gamma", "gamma_1", "gamma_2"):  # timm's layer scales start near zero
@@ -46,7 +46,7 @@ def images(batch=2, seed=1):
 
 @dataclass
 class Token:
-    """The features of a token, its patches (if merged, the patch of B is last), and the patch whose rotation it has."""
+    """A token: its features, the patches that it represents (the patch of B last), and the patch with its rotation."""
 
     x: torch.Tensor
     patches: list[int] = field(default_factory=list)

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from tests.attention.mechanisms import image, stirred
+from tests.attention.mechanisms import image, randomised
 from tests.attention.soft.bisection import by_bisection
 from tests.refusals import refuses
 from visionattn.attention import (
@@ -64,7 +64,7 @@ NORMALISERS = {  # class: weights from the list of scores of one map
 
 def pool_of(score, normaliser, maps=K):
     torch.manual_seed(0)
-    return stirred(AttentionPool(C, maps=maps, score=score, normaliser=normaliser())).eval()
+    return randomised(AttentionPool(C, maps=maps, score=score, normaliser=normaliser())).eval()
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -124,7 +124,7 @@ def test_pooling_compiles_and_exports(score, normaliser, tmp_path):
 
 def test_head_is_pooling_followed_by_a_linear_layer():
     torch.manual_seed(0)
-    head = stirred(AttentionHead(C, 5)).double()
+    head = randomised(AttentionHead(C, 5)).double()
     x = image(2, C, 3, 4)
     pooled, found = head.pool(x).detach(), head(x).detach()
     weight, bias = head.weight.detach(), head.bias.detach()
@@ -135,7 +135,7 @@ def test_head_is_pooling_followed_by_a_linear_layer():
 
 def test_class_wise_head_has_a_map_for_every_class():
     torch.manual_seed(0)
-    head = stirred(AttentionHead(C, 5, class_wise=True)).double()
+    head = randomised(AttentionHead(C, 5, class_wise=True)).double()
     x = image(2, C, 3, 4)
     pooled, found = head.pool(x).detach(), head(x).detach()
     weight, bias = head.weight.detach(), head.bias.detach()

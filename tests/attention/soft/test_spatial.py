@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import GatherExcite as GatherExciteOfTimm
 from torch import nn
 
-from tests.attention.mechanisms import image, normalised, seeded, sigmoid, stirred, weights
+from tests.attention.mechanisms import image, normalised, randomised, seeded, sigmoid, weights
 from tests.refusals import refuses
 from visionattn.attention import LSKA, AttentionGate, GatherExcite
 from visionattn.capture import NoWeights, capture
@@ -17,7 +17,7 @@ from visionattn.capture import NoWeights, capture
 
 def test_attention_gate_matches_its_equation():
     torch.manual_seed(0)
-    module = stirred(AttentionGate(4, 6, width=3)).double()
+    module = randomised(AttentionGate(4, 6, width=3)).double()
     x, signal = image(2, 4, 5, 7), image(2, 6, 5, 7)  # equal sizes: no interpolation
     w = weights(module)
     out = torch.empty_like(x)
@@ -31,7 +31,7 @@ def test_attention_gate_matches_its_equation():
 
 def test_coarser_signal_is_upsampled_bilinearly():
     torch.manual_seed(0)
-    module = stirred(AttentionGate(4, 6)).double()
+    module = randomised(AttentionGate(4, 6)).double()
     x, signal = image(2, 4, 6, 8), image(2, 6, 3, 4)
     upsampled = torch.empty(2, 6, 6, 8, dtype=torch.float64)
     for i, j in itertools.product(range(6), range(8)):
@@ -68,7 +68,7 @@ def test_attention_gate_accepts_every_size_and_is_captured(size, coarse):
 def test_attention_gate_exports_to_onnx(tmp_path):
     import onnxruntime
 
-    module = stirred(AttentionGate(4, 6)).eval()
+    module = randomised(AttentionGate(4, 6)).eval()
     inputs = torch.randn(1, 4, 6, 8), torch.randn(1, 6, 3, 4)
     torch.onnx.export(module, inputs, tmp_path / "gate.onnx", dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(tmp_path / "gate.onnx")

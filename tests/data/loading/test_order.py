@@ -1,8 +1,12 @@
 """Test that seed and epoch alone determine the order of training, and that evaluation uses every sample once."""
 
+from collections import Counter
+from functools import partial
+
+import numpy as np
 import pytest
 
-from visionattn.data.loading.order import Order, RankSampler
+from visionattn.data.loading.order import Order, RankSampler, weighted_order
 
 
 def epoch(order, number):
@@ -78,3 +82,39 @@ def test_processes_together_evaluate_every_sample_once(length, world_size):
     assert sorted(indices) == list(range(length))
     assert all(len(sampler) == len(list(sampler)) for sampler in samplers)
     assert all(len(sampler) == 1 for sampler in samplers if sampler.starved)
+
+
+WEIGHTS = np.repeat([1.0, 0.2, 0.02], [4, 10, 36])
+
+
+def test_weighted_order_draws_each_index_as_often_as_its_weight_says():
+    expected = 50 * WEIGHTS / WEIGHTS.sum()
+    counts = np.zeros((400, 50))
+    for seed in range(400):
+        drawn = weighted_order(WEIGHTS, seed)
+        assert len(drawn) == 50
+        counts[seed] = np.bincount(drawn, minlength=50)
+        assert (abs(counts[seed] - expected) < 1).all()
+        shares = [counts[seed][weight == WEIGHTS].sum() for weight in (1.0, 0.2, 0.02)]
+        np.testing.assert_allclose(shares, [expected[weight == WEIGHTS].sum() for weight in (1.0, 0.2, 0.02)], atol=1)
+    error = np.sqrt(0.25 / 400)  # largest standard error of a count that is one of two neighbouring integers
+    assert (abs(counts.mean(0) - expected) < 5 * error).all()
+    places = np.concatenate([np.flatnonzero(np.array(weighted_order(WEIGHTS, seed)) < 4) for seed in range(400)])
+    assert places.mean() == pytest.approx(
+        24.5, abs=0.5
+    )  # the order is mixed, although equal weights are drawn together
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weighted_order_resumes_and_is_shared_among_processes(world_size):
+    def order(rank, start=0):
+        shuffled = partial(weighted_order, WEIGHTS)
+        options = {"rank": rank, "world_size": world_size, "shuffled": shuffled, "start": lambda: start}
+        return epoch(Order(range(50), seed=5, batch_size=4 // world_size, **options), 3)
+
+    parts = [order(rank) for rank in range(world_size)]
+    (of_single,) = [epoch(Order(range(50), seed=5, batch_size=4, shuffled=partial(weighted_order, WEIGHTS)), 3)]
+    assert Counter(pair for part in parts for pair in part) == Counter(of_single)
+    assert len(set(of_single)) == len(of_single) > len({index for index, _ in of_single})
+    for rank in range(world_size):
+        assert order(rank, start=24) == parts[rank][24 // world_size :]

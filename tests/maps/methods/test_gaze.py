@@ -181,8 +181,9 @@ def test_a_retina_that_reads_another_image_than_the_input_is_an_error():
 
 def test_gradient_methods_fit_a_network_that_also_reads_the_whole_image():
     model = network(channels=3, glance=lambda channels: Glance(channels))
-    fitting = methods_that_fit(model, images(channels=3))
-    assert list(fitting) == ["gaze", "eigencam", "gradcam", "gradcam++", "layercam"]
+    fitting = list(methods_that_fit(model, images(channels=3)))
+    assert fitting[0] == "gaze"
+    assert {"eigencam", "gradcam", "gradcam++", "layercam"} <= set(fitting)
     maps = GradCAM()(model, images(32, 32, channels=3))
     assert maps.raw.shape == (3, 16, 16)
     assert maps.source == "glance.layers"

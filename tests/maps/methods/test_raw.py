@@ -1,6 +1,9 @@
 """Raw attention, value norms and DINO's heads match slow loops over attention that timm computes unfused."""
 
+import copy
+
 import pytest
+import timm
 import torch
 
 from tests.capture import models
@@ -108,3 +111,52 @@ def test_the_attention_to_register_tokens_is_not_in_the_map():
         assert maps.raw.shape == (2, 4, 4)
         close(float(maps.raw[b].sum()), 1 - float(row[:5].sum()), atol=1e-5, rtol=0)
         assert float(maps.heatmaps[b].amax()) == 1
+
+
+def naflex(**options):
+    """Return a NaFlexViT of two blocks without class token, for images of 4 × 6 patches."""
+    options = {"depth": 2, "embed_dim": 96, "num_heads": 2, "num_classes": 5} | options
+    return models.randomised(timm.create_model("naflexvit_base_patch16_gap", **options))
+
+
+def unfused_weights(model, images):
+    """Return what timm's unfused path multiplies the values with, (B, H, N, N), of each block."""
+    model, seen = copy.deepcopy(model), []
+    for block in model.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda module, args, out: seen.append(args[0].detach().double()))
+    model(images)
+    return seen
+
+
+@pytest.mark.parametrize("fused_attn", [True, False])
+@pytest.mark.parametrize(("layer", "number"), [(-1, 1), (0, 0), ("blocks.0", 0)])
+@pytest.mark.parametrize("head", [None, 1])
+def test_differential_attention_is_shown_as_the_difference_of_its_two_maps(fused_attn, layer, number, head):
+    model, images = naflex(attn_layer="diff"), models.pictures((64, 96))
+    attn = model.blocks[number].attn
+    factor = float(attn._compute_lambda().detach())
+    weights = unfused_weights(model, images)[number].unflatten(1, (2, 2))
+    expected = []
+    for b in range(2):
+        of_heads = [weights[b, h, 0] - factor * weights[b, h, 1] for h in ((0, 1) if head is None else (head,))]
+        rows = torch.stack(of_heads).mean(0)[model.num_prefix_tokens :].mean(0)  # over the queries of all patches
+        expected.append(rows[model.num_prefix_tokens :].reshape(4, 6))
+    for block in model.blocks:
+        block.attn.fused_attn = fused_attn
+    maps = RawAttention(layer, head=head)(model, images)
+    assert_same_map(maps, expected)
+    assert maps.source == f"differential attention of blocks.{number}.attn"
+
+
+@pytest.mark.parametrize("fused_attn", [True, False])
+def test_gated_attention_is_captured_before_its_gate(fused_attn):
+    model, images = naflex(attn_gated=True), models.pictures((64, 96))
+    first = model.num_prefix_tokens
+    (*_, weights) = unfused_weights(model, images)
+    expected = [part.mean(0)[first:].mean(0)[first:].reshape(4, 6) for part in weights]
+    for block in model.blocks:
+        block.attn.fused_attn = fused_attn
+    maps = RawAttention()(model, images)
+    assert_same_map(maps, expected)
+    assert maps.source == "attention of blocks.1.attn"

@@ -131,7 +131,7 @@ def test_the_relevance_of_a_cell_in_several_windows_is_divided_among_them():
 
 @pytest.mark.parametrize("method", [Rollout(), GradientRollout(), Chefer()], ids=lambda m: m.name)
 def test_methods_through_all_layers_warn_if_patches_are_merged(method):
-    model = models.stirred(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1)))
+    model = models.randomised(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1)))
     with pytest.warns(MapWarning, match="this model merges or pools patches"):
         method(model, models.pictures(64))
 

@@ -5,6 +5,7 @@ import copy
 import torch
 import torch.distributed
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.models.detectors.small import batch, dense, query
@@ -37,7 +38,7 @@ def gradients(network, rank, step):
 
 
 def run_one_process(rank, rendezvous_file):
-    """Train in one of two processes; `spawn` raises a failure of this function in the test."""
+    """Train in one of two processes; `start_processes` raises a failure of this function in the test."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous_file}", rank=rank, world_size=2)
     for make in (dense, query):
@@ -56,4 +57,4 @@ def run_one_process(rank, rendezvous_file):
 
 
 def test_two_processes_train_detectors_with_averaged_gradients(tmp_path):
-    torch.multiprocessing.spawn(run_one_process, (tmp_path / "rendezvous",), nprocs=2)
+    start_processes(run_one_process, (tmp_path / "rendezvous",), nprocs=2, start_method="forkserver")

@@ -84,7 +84,7 @@ def test_an_overlay_that_does_not_fit_the_disk_fails_and_the_others_are_written(
 
 def test_files_are_on_disk_before_they_are_renamed(tmp_path, monkeypatch):
     photos(tmp_path / "in", 5)
-    synced, replaced = {}, []  # inode → bytes on disk; what was true when a file was renamed
+    synced, replaced = {}, []  # inode → bytes on disk; for each renamed file what `note_replace` found
     fsync, replace = os.fsync, os.replace
 
     def note_sync(handle):

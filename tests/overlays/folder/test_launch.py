@@ -20,20 +20,22 @@ def test_srun_gives_each_task_its_place():
     assert first == Place(0, 4, 2, "10.0.0.7", 29_500, hosts=True, name="1234567.2")
 
 
-def test_tasks_are_counted_by_the_step_and_else_by_the_job():
-    job = {name: value for name, value in SRUN.items() if "STEP" not in name}
-    place = launched(job)
-    assert (place.size, place.address) == (8, "gpu01")
+def test_the_first_node_of_the_job_serves_if_the_step_names_no_nodes():
+    job = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NODELIST"}
+    assert launched(job).address == "gpu01"
+
+
+JOB_SCRIPT = {name: value for name, value in {**SRUN, "SLURM_PROCID": "0"}.items() if "STEP" not in name}
 
 
 @pytest.mark.parametrize(
-    "environment", [{}, {"SLURM_PROCID": "0"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {"WORLD_SIZE": "2"}]
+    "environment", [{}, {"SLURM_PROCID": "0"}, JOB_SCRIPT, {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, {"WORLD_SIZE": "2"}]
 )
-def test_process_without_others_has_no_place(environment):
+def test_single_process_has_no_place(environment):
     assert launched(environment) is None
 
 
-def test_torchrun_goes_before_srun_which_may_have_started_it():
+def test_variables_of_torchrun_take_precedence_over_those_of_srun():
     torchrun = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert launched({**SRUN, **torchrun}) == Place(0, 2, 2, "a", 1, hosts=True)
     assert not launched({**torchrun, "TORCHELASTIC_USE_AGENT_STORE": "True"}).hosts
@@ -42,8 +44,11 @@ def test_torchrun_goes_before_srun_which_may_have_started_it():
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"SLURM_PROCID": "1"}, "SLURM_PROCID is 1, but neither SLURM_STEP_NUM_TASKS nor SLURM_NTASKS"),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "set MASTER_ADDR to its machine"),
+        (
+            {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+            "SLURM_PROCID is 1, but SLURM_STEP_NUM_TASKS does not say how many",
+        ),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, "set MASTER_ADDR to its machine"),
         ({**SRUN, "SLURM_PROCID": "one"}, "SLURM_PROCID must be a number, got 'one'"),
         ({**SRUN, "MASTER_PORT": ""}, "MASTER_PORT must be a number"),
     ],

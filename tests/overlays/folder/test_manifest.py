@@ -233,7 +233,7 @@ def test_an_incomplete_line_is_removed_when_the_disk_is_full(tmp_path):
 
 
 def test_lines_that_another_process_has_written_are_kept(tmp_path):
-    """As on a file system without locks: two manifests of one folder are open at once."""
+    """Two manifests of one folder are open at once, as can happen on a file system without locks."""
     write(tmp_path, done("/in/first.jpg"))
     (tmp_path / "manifest.jsonl").write_bytes((tmp_path / "manifest.jsonl").read_bytes() + b'{"source": "/in/cut')
     (tmp_path / ".manifest.promised").touch()

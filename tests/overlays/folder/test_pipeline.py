@@ -1,7 +1,12 @@
-"""Outputs do not depend on the batch size, the number of threads or memory; batches fit the input size."""
+"""Outputs do not depend on batch size, threads or memory; batches fit the input size; warnings reach the summary."""
 
-from tests.overlays.folder.exports import Tiny, photos, run
+import warnings
+
+import pytest
+
+from tests.overlays.folder.exports import Tiny, bright, photos, run
 from visionattn.data.placement import Preprocess
+from visionattn.errors import warn
 from visionattn.overlays.explainer import Explainer
 from visionattn.overlays.folder import image_export
 from visionattn.overlays.folder.export import _default_batch_size
@@ -30,3 +35,15 @@ def test_the_default_batch_size_falls_with_the_size_of_the_input():
 
     assert [batch_size(size) for size in (224, 448, (480, 640), 64, 4000)] == [16, 4, 2, 196, 1]
     assert batch_size(224, 448) == 4  # two models: the larger input counts
+
+
+def test_doubts_of_a_method_reach_the_summary_and_other_warnings_the_user(tmp_path):
+    def doubtful(model, images_BCHW, *, target=None):
+        warn(f"{len(images_BCHW)} heatmaps are doubtful")
+        warnings.warn("of another library", DeprecationWarning, stacklevel=1)
+        return bright(model, images_BCHW, target=target)
+
+    photos(tmp_path / "in")
+    with pytest.warns(DeprecationWarning, match="another library"):
+        summary = run([tmp_path / "in"], tmp_path / "out", method=doubtful)
+    assert summary.doubts == ["3 heatmaps are doubtful"]

@@ -41,6 +41,20 @@ def test_the_summary_lists_the_images_in_which_two_models_differ_most():
     assert [line.split()[-2:] for line in lines[1:4]] == [["0.80", "8.jpg"], ["0.70", "7.jpg"], ["0.60", "6.jpg"]]
 
 
+def test_the_summary_shows_one_doubt_of_each_kind_and_no_constant_heatmaps():
+    summary = Summary(out="seen", written=1)
+    kinds = ["{} tokens after blocks.2", "{} are zero and show nothing", "approximate", "4th kind of {}", "fifth kind"]
+    for number in range(9):
+        for kind in kinds:
+            summary.doubt(kind.format(f"{number}.5"))
+    lines = [line.split("doubt") for line in printed(summary).splitlines()]
+    assert [line[1].strip() for line in lines if len(line) == 2] == [
+        "0.5 tokens after blocks.2",
+        "approximate",
+        "4th kind of 0.5",
+    ]
+
+
 @pytest.mark.parametrize(("noun", "count", "expected"), [("overlay", 1, "1 overlay "), ("image", 2, "2 images ")])
 def test_the_summary_counts_the_outputs_with_singular_and_plural(noun, count, expected):
     summary = Summary(out="seen", noun=noun)

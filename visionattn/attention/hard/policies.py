@@ -1,4 +1,4 @@
-"""Policies: distributions over the next location of a glimpse.
+"""Policies: distributions over the location of the next glimpse.
 
 Shapes: N decisions, D features of the state, P parameters of the distribution.
 """
@@ -117,10 +117,10 @@ class Gaussian(_Normal):
 
     Args:
         in_features: D.
-        std: standard deviation (default: 0.1); a pair gives its values at the start and the end of the training, and
-            the values between are interpolated geometrically.
-        learned_std: predict the standard deviation for each axis from the state, starting near `std`, within [0.001, 2]
-            (default: False).
+        std: standard deviation (default: 0.1). A pair gives the values at the start and at the end of the training;
+            between them, the standard deviation is interpolated geometrically.
+        learned_std: predict a standard deviation for each axis from the state (default: False). It starts near `std`
+            and stays within [0.001, 2].
         hidden_features, pathwise: see `Policy`.
 
     Raises:
@@ -197,12 +197,13 @@ class Categorical(Policy):
     """A categorical distribution over the cells of a grid; the location is the centre of a cell.
 
     With `pathwise` this is the straight-through Gumbel-softmax (Jang et al. 2017, 1611.01144): the location is the
-    centre of the sampled cell, and has the gradient of the mean location under a softened sample.
+    centre of the sampled cell. Its gradient is that of a weighted mean of all centres, whose weights are the softmax of
+    (log-probability + noise) / temperature.
 
     Args:
         in_features: D.
         grid: (rows, columns), or one number for both (default: 7).
-        temperature: temperature of the softened sample, > 0; used with `pathwise` only (default: 1).
+        temperature: temperature of this softmax, > 0; used with `pathwise` only (default: 1).
         hidden_features, pathwise: see `Policy`.
 
     Raises:

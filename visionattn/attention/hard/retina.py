@@ -14,11 +14,11 @@ from visionattn.errors import UsageError
 
 
 class Axis(NamedTuple):
-    """A linear map from a location to the coordinates of a patch's values in the planes, along rows or columns.
+    """The numbers that convert a location into coordinates in the planes of a `View`, along rows or along columns.
 
-    In plane s the coordinate of the k-th value is slope[s] · location + offset[s] + reach[s, k]. An exact retina rounds
-    slope · location + offset down, so that the coordinate is an index. In a sub-pixel retina, the coordinate is in the
-    units of grid_sample.
+    Row (or column) k of a patch of scale s is read from plane s at slope[s] · location + offset[s] + reach[s, k]. An
+    exact retina rounds slope · location + offset down, so that this coordinate is an index. In a sub-pixel retina, the
+    coordinate is in the units of grid_sample.
     """
 
     slope: Tensor
@@ -71,7 +71,7 @@ class Retina(nn.Module):
     Args:
         patch_size: (h, w), or one number for both; odd or even.
         scales: S (default: 1).
-        factor: ratio of the widths of successive scales, ≥ 2 (default: 2).
+        factor: width of the patch of each scale divided by the width at the scale before, ≥ 2 (default: 2).
         background: value of the pixels outside the image, normalised like the images: one number, or one per channel
             (default: 0). Use the value of the images' own background. With another value, patches show the edge of the
             image, and so reveal the location.

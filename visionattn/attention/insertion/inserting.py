@@ -51,7 +51,7 @@ class Inserted(nn.Module):
         return self.layout.from_maps(attended_BChw, x)
 
     def after(self, module: nn.Module, args: object, output: Any) -> Any:
-        """Forward hook of the module before the mechanism: apply the mechanism to the module's output."""
+        """Apply the mechanism to a module's output. This is a forward hook of the module that the mechanism follows."""
         if self.layout.item is None:
             return self(output)
         old = output[self.layout.item]
@@ -101,9 +101,9 @@ def insert(
 ) -> Insertion:
     """Insert a mechanism into a network, in place.
 
-    By default the network's outputs do not change at first. A state dict of the original network still loads strictly,
-    although the keys of the mechanisms are missing. The modules keep their names. A mechanism becomes the child
-    `inserted` of the module before it (of the last item, if that module is a Sequential).
+    With the default `preserve=True`, the network's outputs do not change at first. A state dict of the original network
+    still loads strictly, although it lacks the keys of the mechanisms. The modules keep their names. A mechanism
+    becomes the child `inserted` of the module before it (of the last item, if that module is a Sequential).
 
         >>> import timm, visionattn as va
         >>> model = timm.create_model("resnet18")
@@ -112,11 +112,13 @@ def insert(
 
     Args:
         model: a network of timm, torchvision or your own, or a part of one.
-        mechanism: makes a mechanism for maps (B, C, h, w) from C, e.g. `visionattn.attention.CBAM`. Channels-last maps
-            and tokens are rearranged to (B, C, h, w) for it; class and register tokens pass unchanged.
-        at: `"stages"` or `"blocks"`: after each stage or block (default: stages); `"branches"`: at the end of every
-            residual branch, before the addition; or names of modules, in which * stands for one part of a name:
-            `"layer4.*.bn3"`, `["layer3", "layer4"]`. Modules that do not affect the output are skipped unless named.
+        mechanism: called with the number of channels C, returns a mechanism for maps (B, C, h, w), e.g.
+            `visionattn.attention.CBAM`. Channels-last maps and tokens are rearranged to (B, C, h, w) for the mechanism;
+            class and register tokens pass unchanged.
+        at: `"stages"` (default): after each stage. `"blocks"`: after each block. `"branches"`: at the end of every
+            residual branch, before the addition. Or one or several names of modules, in which * stands for one part of
+            a name: `"layer4.*.bn3"`, `["layer3", "layer4"]`. Modules that do not affect the output are skipped unless
+            named.
         preserve: True (default) starts with γ = 0, see `Inserted`; False applies the mechanism as in its paper.
         image: (C, H, W), an example of the network's input (default: the size that the model is configured for).
             Required for a network with tokens if the aspect ratio of your images differs from the default.
@@ -167,8 +169,8 @@ def optimizer_for(
     Args:
         model: the network. Without inserted γ, the optimizer has a single group.
         make: makes the optimizer from parameters or parameter groups.
-        gamma_lr_factor: factor on the learning rate of γ, > 0 (default: 10). The factors 1, 10 and 100 were compared
-            with CBAM after the blocks of a small network on noisy digits (114 steps of AdamW at 5e-4, two seeds): |γ|
+        gamma_lr_factor: factor on the learning rate of γ, > 0 (default: 10). A small network with CBAM after its blocks
+            was trained on noisy digits with the factors 1, 10 and 100 (114 steps of AdamW at 5e-4, two seeds): |γ|
             reached .05, .42 and 1.6, and the accuracy .966, .968 and .961.
 
     Raises:
@@ -216,7 +218,7 @@ def _make(mechanism: Callable[[int], nn.Module], name: str, places: Places, pres
 def fill_missing(
     prefixes: tuple[str, ...], model: nn.Module, state_dict: dict[str, object], prefix: str, *_: object
 ) -> None:
-    """Let weights of the original network load: add the inserted parts' current values if their keys are missing."""
+    """Add the inserted parts' current values to a state dict that has none of them, so that it loads strictly."""
     inserted = tuple(prefix + name for name in prefixes)
     if not any(key.startswith(inserted) for key in state_dict):
         own = model.state_dict(prefix=prefix)

@@ -1,4 +1,4 @@
-"""Find the modules of a network after which a mechanism can be inserted, and the ends of stages, blocks and branches.
+"""Find the modules after which a mechanism can be inserted, and the ends of a network's stages, blocks and branches.
 
 The layouts of feature maps are measured, without a table of networks: two images that differ only inside a rectangle
 run through the network once. If the shape of an output fits several layouts, the chosen layout is one in which the two
@@ -171,7 +171,7 @@ class Places:
         return keeper, hooked
 
     def stages(self) -> list[str]:
-        """Find the ends of the stages: the last module that contains blocks before each change of the resolution.
+        """Find the end of each stage: the last module with blocks before the resolution changes.
 
         A network with a single resolution, such as a plain ViT, is divided into four stages with equally many blocks
         (as in Li et al. 2022, 2203.16527, section 3).
@@ -209,7 +209,7 @@ class Places:
         return [name for name in blocks if not any(_inside(name, other) for other in blocks)]
 
     def branches(self) -> list[str]:
-        """Find the ends of the residual branches: when two maps are added, the module that returned the deeper map."""
+        """Find the ends of the residual branches: if two maps are added, the module whose map took more operations."""
         ends = []
         for names in self._flow.branches:
             weighted = [name for name in names if next(self.modules[name].parameters(), None) is not None]
@@ -244,7 +244,7 @@ class Places:
                 self._outputs[name] = _Output(None, "runs more than once for an image")
                 return output
             if type(output) is tuple:
-                # return views: the module itself does not use a view, so its gradient shows whether later modules do
+                # return views: only later modules use them, so a view with a gradient affects the network's output
                 new = {id(tensor): tensor for tensor in _tensors(output) if not _holds(args, tensor)}
                 views = {key: tensor.view_as(tensor) for key, tensor in new.items()}
                 output = tuple(views.get(id(item), item) for item in output)
@@ -289,7 +289,7 @@ class Places:
         return names if len(dead) == len(names) else [name for name in names if name not in dead]
 
     def _trunk(self, name: str) -> list[str]:
-        """Find the modules that run one after the other; modules that change the resolution are split up."""
+        """List the modules that run one after the other; one that changes the resolution is split into parts."""
         module = self.modules[name] if name else self._model
         children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
         children = [child for child in children if child in self.modules]
@@ -335,7 +335,7 @@ class Places:
 
 
 class _Flow(TorchFunctionMode):
-    """Compute the depth of every tensor, the number of operations since the image, and find residual additions.
+    """Find residual additions, and compute every tensor's depth: the number of operations between image and tensor.
 
     Attributes:
         branches: for each addition of maps of two depths, the modules that returned the deeper map, innermost first.
@@ -414,11 +414,12 @@ def _layout(output: Tensor, images_BCHW: Tensor, item: int | None = None) -> Lay
 
 @torch.no_grad()
 def _agreement(layout: Layout, output: Tensor) -> float:
-    """Return (mean difference in the rectangle's cells) ÷ (mean difference in as many of the most different cells).
+    """Return how much of the difference between the two outputs lies in the rectangle's cells, in [0, 1].
 
-    The result is 1 if no other cells differ more. With random weights, after the blocks of 19 families of timm with
-    tokens in row order, the result is at least .82 and mostly 1. In Hiera, whose tokens are in another order, the
-    result is .03 after the first stage and .06 after the second.
+    The rectangle has n cells. The result is the mean difference in these cells, divided by the mean over the n cells of
+    the whole grid that differ most. It is 1 if no cells outside differ more. With random weights, after the blocks of
+    19 families of timm with tokens in row order, the result is at least .82 and mostly 1. In Hiera, whose tokens are in
+    another order, the result is .03 after the first stage and .06 after the second.
     """
     maps_BChw = layout.to_maps(output.detach()).float()
     change_hw = (maps_BChw[0] - maps_BChw[1]).abs().sum(0)

@@ -33,7 +33,7 @@ _BIASES = (
 
 
 class SwappedAttention(nn.Module):
-    """A self-attention of timm, with its weights, in which another mechanism combines q, k and v.
+    """A self-attention module of timm in which another mechanism combines q, k and v. The weights stay.
 
     The new module shares all parts of the replaced module: parameters under the same names, norms of queries and keys,
     rotary embeddings, gates, dropout, hooks. The mechanism is an additional child `mechanism`.
@@ -41,7 +41,7 @@ class SwappedAttention(nn.Module):
     Args:
         attention: timm's module, which is replaced.
         mechanism: combines q, k and v.
-        grid: holds the grid of the current images.
+        grid: the number of patch rows and columns of the images that the ViT is processing.
         num_prefix_tokens: class and register tokens before the patches.
 
     Shape: (B, N, C) → the same.
@@ -99,7 +99,7 @@ class SwappedAttention(nn.Module):
 
 
 class Grid:
-    """The grid of patches of the images that a ViT is processing, taken from its patch embedding."""
+    """The grid of patches of the images that a ViT is processing, read from the ViT's patch embedding."""
 
     def __init__(self) -> None:
         self._size: tuple[int, int] | None = None

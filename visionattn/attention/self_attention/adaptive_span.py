@@ -1,4 +1,4 @@
-"""Self-attention whose heads learn how far they attend, and do not compute pairs beyond this span.
+"""Self-attention whose heads learn how far they attend (their span). A head does not attend beyond its span.
 
 Shapes: as in dense.py.
 """
@@ -66,7 +66,7 @@ class AdaptiveSpan(MaskedAttention):
     def sparse(
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
-        if self.training:  # clamp as in the authors' code, through .data: autograd may still need the old version
+        if self.training:  # as in the authors' code; through .data, since autograd may still need this parameter
             self.span.data.clamp_(0, 1)
         if torch.compiler.is_compiling():  # a compiled graph cannot depend on the values of spans
             return self.dense(q_BHND, k_BHND, v_BHND, grid, prefix, p)
@@ -105,7 +105,7 @@ class AdaptiveSpan(MaskedAttention):
 
 
 def around(grid: tuple[int, int], radius: int) -> Runs | None:
-    """Return blocks in which every patch reaches the patches up to `radius` rows and columns away; see `plan`."""
+    """Return blocks for attention of every patch to the patches up to `radius` rows and columns away; see `plan`."""
     reaches = ([(max(0, i - radius), min(size, i + radius + 1)) for i in range(size)] for size in grid)
     return plan(*reaches)
 

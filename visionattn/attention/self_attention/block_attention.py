@@ -1,4 +1,4 @@
-"""Local attention on a grid: blocks of queries, each with the rectangle of keys that the queries reach.
+"""Local attention on a grid, computed in blocks of queries, each with the rectangle of keys that it attends to.
 
 Rows and columns are cut separately, each into runs of equal blocks. One call of `scaled_dot_product_attention` computes
 a region: the blocks in which one block of rows crosses one run of columns. The blocks of a region share a bias.
@@ -162,10 +162,11 @@ def attend_in_blocks(
 
 
 def _reached(x_BhwHD: Tensor, rows: tuple[Run, ...], columns: tuple[Run, ...]) -> Iterator[Tensor]:
-    """Yield the keys or values in the reach of each row of blocks, (B · G, H, K, D), for one run of columns at a time.
+    """Yield the keys or values that each row of blocks reaches, (B · G, H, K, D), for one run of columns at a time.
 
-    If the reaches of two rows of blocks overlap, each strip as wide as a block's reach is copied once, so that every
-    block's reach is a view of the strip. Otherwise the reach of each row of blocks is copied when it is needed.
+    If two rows of blocks reach the same rows of keys, the columns that each block reaches are copied once, over the
+    full height. Then every result is a view of this copy. Otherwise the keys or values of each row of blocks are copied
+    when they are needed.
     """
     overlap = any(row.extent > row.block for row in rows)
     for run in columns:

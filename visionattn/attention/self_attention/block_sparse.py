@@ -22,9 +22,10 @@ class BlockSparse(MaskedAttention):
 
         i → j  iff  allowed(row_i, column_i, row_j, column_j)
 
-    CUDA tensors without dropout use `flex_attention` (Dong et al. 2024, 2412.05496), which elsewhere has no backward
-    pass or does not run. In all other cases, the keys that a block of queries attends to are gathered; one call
-    computes all blocks with equally many keys. If one dense call with the mask costs less, that call is used instead.
+    CUDA tensors without dropout use `flex_attention` (Dong et al. 2024, 2412.05496). On other devices, `flex_attention`
+    has no backward pass or does not run. Without `flex_attention`, the keys that a block of queries attends to are
+    gathered, and one call computes all blocks with equally many keys. If one dense call with the mask costs less, that
+    call is used instead.
 
     Args:
         num_heads: H; unused.

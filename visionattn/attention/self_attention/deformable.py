@@ -30,8 +30,8 @@ class DeformableAttention(nn.Module):
     The points are sampled around a box rather than a point, with offsets in units of the box's size (the paper's
     appendix A.4). Points outside a map give 0. If an image's side is not a multiple of a map's stride, the map extends
     beyond the image; `spans` then gives the map's size relative to the image (the inverse of Deformable DETR's valid
-    ratios). At initialisation, each head has its own direction, its k-th point lies k steps in this direction, and A
-    is uniform.
+    ratios). At initialisation, A is uniform, and each head has its own direction: the head's k-th point lies k steps in
+    this direction.
 
     Args:
         channels: C, a multiple of `heads`.

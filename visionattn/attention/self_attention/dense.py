@@ -1,8 +1,8 @@
 """Base classes of the forms of self-attention over a grid of tokens, and the forms Dense, PooledKeys and TopK.
 
-A form is built from a number of heads. A form is called with q, k and v after a transformer's projections, and with the
-grid of the patch tokens; `swap_attention` puts a form into a ViT. In every form, prefix tokens (class, registers) come
-before the grid and attend to all tokens, and all tokens attend to them.
+A form is built from a number of heads. It is called with q, k and v, as a transformer's projections return them, and
+with the grid of the patch tokens. `swap_attention` puts a form into a ViT. In every form, prefix tokens (class,
+registers) come before the grid and attend to all tokens, and all tokens attend to them.
 
 Shapes: B batch, H heads, N tokens = P prefix tokens and h · w patches row by row, D channels of a head.
 """
@@ -112,7 +112,7 @@ class Dense(SelfAttention):
 class PooledKeys(SelfAttention):
     """Self-attention whose keys and values are means over k × k patches.
 
-        out = softmax(q pool(k)ᵀ / √D) pool(v)        pool: mean over k × k patches, fewer at bottom and right
+        out = softmax(q pool(k)ᵀ / √D) pool(v)        pool: mean over k × k patches (fewer at the edges)
 
     PVTv2's linear attention pools in this way (Wang et al. 2022, 2106.13797, §3.1). Deviations from the paper: the
     pooled cells have a fixed size instead of a fixed number; keys and values are pooled after their projections,

@@ -16,9 +16,10 @@ class Neighbourhood(MaskedAttention):
         i → j  iff  start(row_i) ≤ row_j < start(row_i) + k, and the columns likewise
         start(i) = clip(i − ⌊k / 2⌋, 0, size − k)
 
-    At the edges the neighbourhood moves inwards, so that every patch attends to k × k patches, or to all rows (columns)
-    of a grid with fewer than k. Patches are computed in blocks, each with the rectangle of keys in its reach, or in one
-    call over all patches if that costs less; both are exact. Deviation from the paper: no position bias.
+    At the edges the neighbourhood moves inwards, so that every patch attends to k × k patches. On a grid with fewer
+    than k rows (columns), it attends to all rows (columns). Attention is computed in blocks of patches, each with the
+    rectangle of keys that the block reaches. If one call over all patches costs less, that call is used instead; both
+    are exact. Deviation from the paper: no position bias.
 
     Args:
         num_heads: H; unused.
@@ -66,5 +67,5 @@ def neighbours(size: int, k: int) -> list[tuple[int, int]]:
 
 
 def blocks(grid: tuple[int, int], k: int) -> Runs | None:
-    """Return blocks in which every patch reaches the k × k nearest patches; see `plan`."""
+    """Return blocks for attention of every patch to the k × k nearest patches; see `plan`."""
     return plan(*(neighbours(size, k) for size in grid))

@@ -48,7 +48,7 @@ class Heads:
 
     Attributes:
         query_BHND, key_BHND: after their norm, before the rotary embedding.
-        rope: rotary embedding of the patches, as timm's models pass it to their blocks; None without one.
+        rope: rotary embedding of the patches, as timm's models pass it to their blocks; None if the model has none.
         scale: factor of the logits.
         rotate_half: layout of the rotary embedding in timm's attention.
     """
@@ -91,8 +91,8 @@ class TokenMerging(TokenReduction):
     tokens by s too. The module has no parameters, so it can be used in training or put into a trained network. The
     choice of pairs has no gradient.
 
-    Deviations from the paper: none in the equations. The paper does not give the order of A, or how tokens with rotary
-    positions merge: here A keeps its order, and a merged token keeps the rotation of its patch of B.
+    Deviations from the paper: none in the equations. The paper leaves two details open: here the unmerged patches of
+    A keep their order, and with rotary positions a merged token has the rotation of its patch of B.
 
     Args:
         rate: r, number of pairs that a block merges: one number for all blocks, or one per block. A block merges at
@@ -170,7 +170,7 @@ class TokenPruning(TokenReduction):
     Args:
         keep: fraction of the patches that is kept, in (0, 1]: one number, or one for each of `blocks`.
         blocks: indices of the pruning blocks, from 0 (default: the blocks at a quarter, half and three quarters of the
-            depth; with 12 blocks 3, 6 and 9, as in the paper).
+            depth; with 12 blocks, these are 3, 6 and 9, as in the paper).
         fuse: add the fused token (default: True); False drops the rest.
 
     Raises:
@@ -423,7 +423,7 @@ class _Pool:
 
 
 def _carry(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-    """Forward hook of the norm after the blocks: copy the tokens' state from the norm's input to the output."""
+    """Copy the `Held` of the tokens from input to output. This is a forward hook of the norm after the blocks."""
     if (held := getattr(args[0], _HELD, None)) is not None:
         setattr(out, _HELD, held)
 

@@ -1,7 +1,7 @@
 """Convolutions with several branches, and a softmax over the branches for each channel.
 
-Both modules replace a 3 × 3 convolution, so they have no shortcut. The gate is (B, P · C, 1, 1), ordered by branch.
-Shapes: B batch, P branches, C channels, H rows, W columns.
+Both modules replace a 3 × 3 convolution, so they have no shortcut. The gate is (B, P · C, 1, 1): first the C channels
+of the first branch, then those of the second, and so on. Shapes: B batch, P branches, C channels, H rows, W columns.
 """
 
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""Operations of gates, written so that the backward pass makes few passes over the features.
+"""Operations of gates, written so that the backward pass reads and writes the features few times.
 
 The cost of a gate is reading and writing tensors of the features' size, mostly in the backward pass.
 

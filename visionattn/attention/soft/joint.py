@@ -132,8 +132,8 @@ class SimAM(nn.Module):
         1/e = (x - mean)^2 / (4 (var + lambda)) + 1/2        mean, var over the H·W positions of a channel
         out = x · sigmoid(1/e)
 
-    The module has no learned weights. Deviations from the paper: var divides by H·W − 1, as in the authors' code; a
-    single position is treated as equal to the mean.
+    The module has no learned weights. Deviations from the paper: var divides by H·W − 1, as in the authors' code; if
+    H·W = 1, both x − mean and var are 0.
 
     Args:
         channels: C of the input. Unused; every mechanism is built from its number of channels.
@@ -254,7 +254,8 @@ class _MultiScaleGate(nn.Module):
         both = pointwise(self.along, torch.cat([mean(u, 3), mean(u, 2).mT], 2)).sigmoid()
         rows, columns = both.split([height, width], 2)
         far = self.norm(u * outer(rows, columns.mT))
-        of_far_D = F.softmax(self.norm.bias, 0)  # weights of near's channels; applied to the kernels, to convolve once
+        # weights of near's channels; they are applied to the kernels, so that one convolution gives the weighted sum
+        of_far_D = F.softmax(self.norm.bias, 0)
         kernel_D33 = torch.einsum("e,edij->dij", of_far_D, self.near.weight)
         of_near = partial(
             F.conv2d, weight=kernel_D33[None], bias=(of_far_D @ self.near.get_parameter("bias"))[None], padding=1
@@ -264,7 +265,7 @@ class _MultiScaleGate(nn.Module):
         return (near + far).sigmoid().view(batch, self.groups, height, width)
 
     def _mean_near(self, u: Tensor) -> Tensor:
-        """Return the mean of conv_3(u) over positions, (B · G, D), from the sum of the inputs to each kernel weight."""
+        """Return the mean of conv_3(u) over positions, (B · G, D), from the sum of the inputs at each kernel weight."""
         meets_9N = F.unfold(torch.ones_like(u[:1, :1]), 3, padding=1)[0].flip(0)
         sums = (u.flatten(2) @ meets_9N.mT).flatten(1)
         return F.linear(sums / meets_9N.shape[1], self.near.weight.flatten(1), self.near.bias)

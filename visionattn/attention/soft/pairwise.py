@@ -45,10 +45,10 @@ class DualAttention(nn.Module):
 
         out = x + alpha · softmax(q kᵀ) v + beta · softmax(x xᵀ) x
 
-    The first softmax is over positions, with q, k, v = W_q x, W_k x, W_v x; the second over channels, with x as (C, N).
-    alpha and beta start at 0, where the module is the identity. Deviations from the paper: both branches use x itself
-    and are added, without the convolutions before and after each branch. The authors' code prefers the least similar
-    channels, by softmax(max − x xᵀ); this module follows the equation.
+    The first softmax is over positions, with q, k, v = W_q x, W_k x, W_v x. The second is over channels, with x
+    reshaped to (C, N). alpha and beta start at 0, where the module is the identity. Deviations from the paper: both
+    branches use x itself and are added, without the convolutions before and after each branch. The authors' code
+    prefers the least similar channels, by softmax(max − x xᵀ); this module follows the equation.
 
     Args:
         channels: C of the input.
@@ -119,16 +119,16 @@ class BilinearAttention(nn.Module):
         y   = P x' Q                            for each group of channels of x' = relu(BN(W_1 x)); rows, then columns
         out = x + dropout(relu(BN(W_3 relu(BN(W_2 y)))))
 
-    The image is cut into s × s blocks, and P and Q are s × s: position (i, j) of a block attends to the same position
-    of the blocks above and below, then to that of the blocks left and right. P is computed from the maximum of each
-    row of blocks and Q from the maximum of each column of blocks: by a projection, a sigmoid, and division by the sum
-    over the attended blocks. Deviation from the paper, as in timm: P and Q are computed from these maxima instead of
-    all of x. If the sides of an image are not multiples of s, its last row and column are repeated; timm's module
-    rejects such an image.
+    The image is cut into s rows and s columns of blocks, and P and Q are s × s. Position (i, j) of a block attends
+    first to position (i, j) of all blocks in the same column, then to that of all blocks in the same row. P is computed
+    from the maximum of each row of blocks and Q from the maximum of each column of blocks: by a projection, a sigmoid,
+    and division by the sum over the attended blocks. Deviation from the paper, as in timm: P and Q are computed from
+    these maxima instead of all of x. If the sides of an image are not multiples of s, its last row and column are
+    repeated; timm's module rejects such an image.
 
     Args:
         channels: C of the input.
-        block_size: s (default: 7, as in the authors' code).
+        block_size: s, the number of blocks along each side; the name is timm's (default: 7, as in the authors' code).
         groups: groups of channels, each with its own P and Q (default: 2).
         reduction: C divided by the channels of x', which are rounded up to a multiple of `groups` (default: 4).
         drop_rate: dropout of whole channels in training (default: 0.2).
@@ -174,7 +174,7 @@ class HaloAttention(nn.Module):
         out = softmax(q kᵀ / √D + q r_hᵀ + q r_wᵀ) v            q of a block; k, v of the block and a halo around it
 
     r_h and r_w are learned for every distance along rows and columns. The module replaces a 3 × 3 convolution, so it
-    has no shortcut. The image is padded with zeros, and positions attend to these, as in the paper's code. If the
+    has no shortcut. The image is padded with zeros, and positions attend to these zeros, as in the paper's code. If the
     sides of an image are not multiples of the block, they are padded with zeros too; timm's module rejects such an
     image. Deviations from the paper: none.
 

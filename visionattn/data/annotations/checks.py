@@ -32,9 +32,9 @@ class Report:
     """The result of a check.
 
     Attributes:
-        layout: coco, voc, yolo, or folder for images in a folder for each class.
+        layout: coco, voc, yolo, folder for images in a folder for each class, or table for a table of labels.
         class_names: in the order of the labels.
-        splits: name → its images, with the usable boxes; in the layout folder, with a label and no boxes.
+        splits: name → its images, with the usable boxes; in the layouts folder and table, with labels and no boxes.
         problems: all problems found, of boxes, images and splits.
     """
 
@@ -50,8 +50,9 @@ class Report:
             counts = Counter(int(label) for image in images for label in image.labels)
             classes = ", ".join(f"{name} {counts[number]:,}" for number, name in enumerate(self.class_names))
             start = f"  {split or 'all':<6} {len(images):,} images"
-            if self.layout == "folder":
-                text.append(f"{start}: {classes}")
+            if self.layout in ("folder", "table"):
+                bare = sum(not len(image.labels) for image in images)
+                text.append(f"{start}: {classes}" + (f", {bare:,} without a label" if bare else ""))
                 continue
             boxes = sum(len(image.boxes) for image in images)
             empty = [image.path.name for image in images if not len(image.boxes)]

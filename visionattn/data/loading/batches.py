@@ -3,14 +3,17 @@
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sized
+from functools import partial
 from typing import Any, Literal, Protocol, TypedDict, cast, runtime_checkable
 
 import lightning as L
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from visionattn.data.listing import Listing, PackedListing, differences, pack, unpack
-from visionattn.data.loading.order import Order, RankSampler
+from visionattn.data.loading.order import Order, RankSampler, weighted_order
 from visionattn.data.loading.workers import WORKER_TIMEOUT, Loader, Unreadable
 from visionattn.data.placement import Preprocess
 from visionattn.data.samples import Batch, Sample, collate
@@ -37,13 +40,14 @@ class _State(TypedDict, total=False):
     """What a checkpoint holds of a data module.
 
     Keys:
-        seed, images, together: see `ImageData.state_dict`.
+        seed, images, together, balance: see `ImageData.state_dict`.
         splits: the images of the splits `train` and `val`, where their names are known.
     """
 
     seed: int
     images: int
     together: int
+    balance: float
     splits: dict[str, PackedListing]
 
 
@@ -76,6 +80,10 @@ class ImageData(L.LightningDataModule, ABC):
     """
 
     class_names: tuple[str, ...]
+    listed = "images"
+    """What `listing` names: images, or files of many images."""
+    balance: float = 0.0
+    """How strongly rare classes are favoured in training, see `sampling_weights`; 0 uses every image once an epoch."""
     allow_zero_length_dataloader_with_multiple_devices = True
 
     def __init__(
@@ -119,6 +127,13 @@ class ImageData(L.LightningDataModule, ABC):
         """Return the name and item of each image of a split, or None if they are unknown (the default)."""
         return None
 
+    def sampling_weights(self) -> NDArray[np.float64] | None:
+        """Return how often each training image is used, (N,), relative to the others; None for once each (default).
+
+        An epoch still uses as many images as the data set has, see `order.weighted_order`.
+        """
+        return None
+
     def setup(self, stage: str) -> None:
         by_stage: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         self.datasets |= {split: self.dataset(split) for split in by_stage.get(stage, ("test", "val"))}
@@ -130,6 +145,8 @@ class ImageData(L.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Batch]:
         dataset = self._dataset_of("train")
         rank, world_size = self._rank()
+        weights_N = self.sampling_weights()
+        shuffled = dataset.shuffled if isinstance(dataset, _OwnOrder) else None
         self._order = Order(
             cast(Sized, dataset),
             seed=self.seed,
@@ -137,7 +154,7 @@ class ImageData(L.LightningDataModule, ABC):
             rank=rank,
             world_size=world_size,
             start=self._images_done,  # a function, since Lightning may build the loader before it reads the checkpoint
-            shuffled=dataset.shuffled if isinstance(dataset, _OwnOrder) else None,
+            shuffled=shuffled if weights_N is None else partial(weighted_order, weights_N),
         )
         return self._loader(dataset, sampler=self._order, fill=True)
 
@@ -161,7 +178,13 @@ class ImageData(L.LightningDataModule, ABC):
             listings = {split: self.listing(split) for split in _OF_TRAINING}
             self._packed = {split: pack(listing) for split, listing in listings.items() if listing is not None}
         together = self.batch_size * self._order.num_replicas
-        return {"seed": self.seed, "images": self._order.length, "together": together, "splits": self._packed}
+        return {
+            "seed": self.seed,
+            "images": self._order.length,
+            "together": together,
+            "balance": float(self.balance),
+            "splits": self._packed,
+        }
 
     def load_state_dict(self, state_dict: _State) -> None:  # type: ignore[override]  # as for state_dict
         self._saved = state_dict
@@ -177,20 +200,20 @@ class ImageData(L.LightningDataModule, ABC):
         changes = differences(saved, now)
         if changes and not self.changed_ok:
             raise DataError(
-                f"the images differ from those of the checkpoint: {changes}; restore them, or set data.changed_ok: "
-                "true to go on with the present images"
+                f"the {self.listed} differ from those of the checkpoint: {changes}; restore them, or set "
+                f"data.changed_ok: true to go on with the present {self.listed}"
             )
         if changes:
-            self._say(f"the images differ from those of the checkpoint: {changes}")
+            self._say(f"the {self.listed} differ from those of the checkpoint: {changes}")
 
     def _count_trained(self, trained: Listing | None, split: Split) -> None:
-        """Say how many images of a split the checkpoint was trained on: images of equal name and file size."""
+        """Say how many images (or files) of a split the checkpoint was trained on: those of equal name and size."""
         listing = self.listing(split)
         if trained is None or listing is None:
             return
         count = sum(name in trained and trained[name].size == item.size for name, item in listing.items())
         name = "validation" if split == "val" else split
-        self._say(f"the checkpoint was trained on {count} of the {len(listing)} {name} images")
+        self._say(f"the checkpoint was trained on {count} of the {len(listing)} {name} {self.listed}")
 
     def _say(self, line: str) -> None:
         if self._rank()[0] == 0:
@@ -202,7 +225,12 @@ class ImageData(L.LightningDataModule, ABC):
         if loop is None or not loop.restarting:
             return 0
         now = cast(dict[str, int], self.state_dict())
-        names = {"seed": "seed", "images": "number of training images", "together": "total batch size of all processes"}
+        names = {
+            "seed": "seed",
+            "balance": "balance",
+            "images": "number of training images",
+            "together": "total batch size of all processes",
+        }
         if self.changed_ok:
             del names["images"]
         saved = cast(dict[str, int], self._saved)

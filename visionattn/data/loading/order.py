@@ -1,6 +1,8 @@
 """The order of samples: in training, (seed, epoch) determines it; evaluation uses every sample exactly once."""
 
-from collections.abc import Callable, Iterator, Sized
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar, cast
 
 import numpy as np
@@ -16,8 +18,9 @@ class Order(DistributedSampler[tuple[int, int]]):
     """Yield (index, seed of the augmentation) in a new order every epoch.
 
     (seed, epoch) determines the order, and (seed, epoch, index) determines the augmentation's seed. Neither depends on
-    worker processes or on earlier draws. Lightning calls `set_epoch` before each epoch. With several processes,
-    Lightning would replace a sampler that is not a DistributedSampler.
+    worker processes or on earlier draws. If the order has an index more than once, each repeat has a seed of its own.
+    Lightning calls `set_epoch` before each epoch. With several processes, Lightning would replace a sampler that is not
+    a DistributedSampler.
 
     With n processes, each process takes every n-th sample. So n processes together use the same batches as one process
     with n times the batch size, and training can be resumed with another number of processes. Images that do not fill
@@ -32,7 +35,8 @@ class Order(DistributedSampler[tuple[int, int]]):
         rank: number of this process.
         world_size: n, the number of processes.
         start: function called when an epoch begins; returns how many samples of all processes to skip (default: 0).
-        shuffled: seed → all indices in the order of an epoch (default: every order is equally likely).
+        shuffled: seed → as many indices as the data set has, in the order of an epoch (default: every index once, and
+            every order is equally likely).
     """
 
     def __init__(
@@ -60,12 +64,43 @@ class Order(DistributedSampler[tuple[int, int]]):
             self._begun, self._start = epoch, self._ask_start()
         order = self._shuffled(mix(self.seed, epoch))
         order = (order * self.num_replicas)[: self.total_size]
-        for index in order[self._start + self.rank :: self.num_replicas]:
-            yield index, mix(self.seed, epoch, index)
+        mine = itertools.islice(_numbered(order), self._start + self.rank, None, self.num_replicas)
+        for index, repeat in mine:
+            yield index, mix(self.seed, epoch, index, *([repeat] if repeat else []))
 
     def _uniform(self, seed: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(self.length, generator=generator).tolist()
+
+
+def _numbered(order: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield each index, and how often the order had this index before."""
+    seen: Counter[int] = Counter()
+    for index in order:
+        yield index, seen[index]
+        seen[index] += 1
+
+
+def weighted_order(weights_N: NDArray[np.float64], seed: int) -> list[int]:
+    """Draw N indices in random order; index i is expected N · weight_i / Σ weights times.
+
+    Systematic sampling draws each index as often as expected, rounded down or up at random, so that an epoch has fewer
+    chance repeats than N independent draws. Indices of equal weight together are drawn as often as expected, to within
+    one: classes keep their shares in every epoch.
+
+    Args:
+        weights_N: relative frequency of each index, ≥ 0, not all 0.
+        seed: determines the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.as_tensor(weights_N, dtype=torch.float64)
+    mixed_N = torch.randperm(len(weights), generator=generator)
+    order_N = mixed_N[weights[mixed_N].argsort(stable=True)]
+    ends_N = (weights[order_N] / weights.sum()).cumsum(0) * len(weights)
+    ends_N[-1] = len(weights)  # exactly, so that rounding cannot change the number of indices
+    places_N = torch.floor(ends_N + torch.rand(1, generator=generator, dtype=torch.float64)).long()
+    drawn = order_N.repeat_interleave(places_N.diff(prepend=places_N.new_zeros(1)))
+    return drawn[torch.randperm(len(drawn), generator=generator)].tolist()
 
 
 class RankSampler(DistributedSampler[int]):

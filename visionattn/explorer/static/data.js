@@ -33,6 +33,7 @@
  * @property {string} source
  * @property {boolean} control
  * @property {Scaled} map
+ * @property {[number, number]} raw smallest and largest value of the method, before the map was scaled to [0, 1]
  * @property {{deletion?: Curve, insertion?: Curve}} curves
  * @property {Record<string, string[]>} unbeaten
  */

@@ -103,7 +103,10 @@ function show(view) {
   stop();
   state.view = view;
   onChange = [];
-  panel.replaceChildren(...PANELS[view]());
+  const parts = PANELS[view]();
+  const isControl = (/** @type {Node | string} */ part) => part instanceof Element && part.classList.contains("row");
+  byId("controls").replaceChildren(...parts.filter(isControl)); // above the picture on narrow screens
+  panel.replaceChildren(...parts.filter((part) => !isControl(part)));
   byId("keys").textContent = KEYS[view];
   give(marks, { "aria-label": `${picture().name}: ${TITLES[view]}`, tabindex: view === "attention" || view === "glimpses" ? 0 : -1 });
   changed();

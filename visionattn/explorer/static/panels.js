@@ -201,7 +201,7 @@ function panelGlimpses() {
 
 function panelDetections() {
   const { labels, scores } = must(picture().detections);
-  const rows = labels.map((label, at) => /** @type {[number, (Node | string)[]]} */ ([at, [make("span", { class: "name" }, className(label)), make("span", { class: "number" }, percent(scores[at]))]]));
+  const rows = labels.map((label, at) => /** @type {[number, (Node | string)[]]} */ ([at, [make("span", { class: "name whole" }, className(label)), make("span", { class: "number" }, percent(scores[at]))]]));
   const list = choices("box", "Box", rows, state.box, takeBox);
   onChange.push(() => list.querySelectorAll("input").forEach((input, at) => (input.checked = at === state.box)));
   return [list];

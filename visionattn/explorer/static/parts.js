@@ -47,7 +47,7 @@ function bars(shares, title) {
   for (const [name, share] of shares) {
     const bar = make("span", { class: "bar", "aria-hidden": "true" });
     bar.style.setProperty("--share", String(share));
-    list.append(make("li", {}, make("span", { class: "name", title: name }, name), bar, make("span", { class: "number" }, percent(share))));
+    list.append(make("li", {}, make("span", { class: "name whole" }, name), bar, make("span", { class: "number" }, percent(share))));
   }
   return list;
 }
@@ -91,14 +91,15 @@ function stopAt(container, chosen) {
   container.querySelectorAll("button").forEach((button) => give(button, { tabindex: button === chosen ? 0 : -1 }));
 }
 
+const DASHES = ["none", "6 3", "2 3", "8 3 2 3"];
+
 /**
  * Draw the curve of a heatmap beside the curves of the controls.
- * @param {Heatmap} shown @param {Heatmap[]} all @param {"deletion" | "insertion"} metric
+ * @param {Heatmap} shown @param {Heatmap[]} controls @param {"deletion" | "insertion"} metric
  */
-function curve(shown, all, metric) {
+function curve(shown, controls, metric) {
   const mine = shown.curves[metric];
   if (!mine) return "";
-  const controls = all.filter((heatmap) => heatmap.control && heatmap !== shown && belongs(heatmap, shown));
   const [width, height] = [150, 90];
   const top = Math.max(...[shown, ...controls].flatMap((heatmap) => heatmap.curves[metric]?.scores ?? []), 1e-6);
   const line = (/** @type {number[]} */ scores) =>
@@ -110,12 +111,27 @@ function curve(shown, all, metric) {
     "aria-label": `${metric}: area ${brief(mine.area)}, ${better}; ${areas}`,
   });
   svg.append(makeSvg("path", { class: "axes", d: `M0 0V${height}H${width}` }), label(percent(top), 0, -4));
-  for (const control of controls) {
-    svg.append(makeSvg("polyline", { class: "control", points: line(control.curves[metric]?.scores ?? []) }));
-  }
+  controls.forEach((control, at) => {
+    svg.append(makeSvg("polyline", { class: "control", "stroke-dasharray": dash(at), points: line(control.curves[metric]?.scores ?? []) }));
+  });
   svg.append(makeSvg("polyline", { class: `line ${metric}`, points: line(mine.scores) }));
   const caption = make("figcaption", {}, make("b", {}, metric), ` ${brief(mine.area)} `, make("small", {}, better));
   return make("figure", { class: "curve" }, svg, caption);
+}
+
+/** Return the dashes of a control's curves. @param {number} at */
+function dash(at) {
+  return DASHES[at % DASHES.length];
+}
+
+/** Name the curves: a short line and a name for each. @param {Heatmap} shown @param {Heatmap[]} controls */
+function curveNames(shown, controls) {
+  const names = [shown, ...controls].map((heatmap, at) => {
+    const svg = makeSvg("svg", { viewBox: "0 0 26 8", "aria-hidden": "true" });
+    svg.append(makeSvg("path", { d: "M1 4H25", class: at ? "control" : "line", "stroke-dasharray": at ? dash(at - 1) : "none" }));
+    return make("span", {}, svg, heatmap.name);
+  });
+  return make("p", { class: "curve names" }, ...names);
 }
 
 /** @param {string} text @param {number} x @param {number} y */
@@ -138,7 +154,8 @@ function belongs(control, shown) {
 function verdict(shown, all) {
   const block = make("section", { class: "verdict", "aria-label": `Comparison of ${shown.name} with the controls` });
   if (!shown.curves.deletion) return block;
-  const pair = make("div", { class: "curves" }, curve(shown, all, "deletion"), curve(shown, all, "insertion"));
+  const controls = all.filter((heatmap) => heatmap.control && heatmap !== shown && belongs(heatmap, shown));
+  const pair = make("div", { class: "curves" }, curve(shown, controls, "deletion"), curve(shown, controls, "insertion"));
   const lost = Object.entries(shown.unbeaten);
   const losses = lost.map(([metric, names]) => `${names.join(", ")} (${metric})`).join("; ");
   const text = shown.control
@@ -150,7 +167,8 @@ function verdict(shown, all) {
     make("h2", {}, `Does the prediction depend on the pixels that ${shown.name} marks?`),
     make("p", { class: lost.length ? "warning" : "fine" }, text),
     pair,
-    make("p", { class: "note" }, "Probability of the answer while the hottest pixels are removed, or restored in a blurred image. The grey curves are the controls."),
+    curveNames(shown, controls),
+    make("p", { class: "note" }, "Probability of the answer while the hottest pixels are removed, or restored in a blurred image. The grey curves are controls, which do not depend on the model."),
   );
   return block;
 }

@@ -13,11 +13,13 @@ const SHOWN = {
   attention: shownAttention,
   heatmaps: () => {
     const heatmap = chosenHeatmap();
-    return { ...scaled(heatmap?.map, "heat"), readout: heatmap ? `${heatmap.name}: ${heatmap.source}` : "" };
+    const readout = heatmap ? `${heatmap.name}: ${heatmap.source}` : "";
+    if (!heatmap || heatmap.map.low === heatmap.map.high || !isStretched(...heatmap.raw)) return { ...scaled(heatmap?.map, "heat"), readout };
+    return { ...scaled(heatmap.map, `heat, stretched (the method's values are ${heatmap.raw.map(brief).join(" to ")})`), readout };
   },
   gates: () => {
     const gate = picture().gates[state.gate];
-    if (gate.kind === "spatial") return { ...scaled(gate.map, "gate"), readout: `Gate over positions of ${gate.name}` };
+    if (gate.kind === "spatial") return { ...scaled(gate.map, "gate", 1), readout: `Gate over positions of ${gate.name}` };
     const channel = gate.channels?.[state.channel];
     const readout = `Channel ${channel} of ${gate.name}, ${ordinal(state.channel)}strongest of ${gate.weights?.shape[0]}`;
     return { ...scaled(gate.features?.[state.channel], "feature"), readout: gate.features ? readout : `${readout}; its feature map was not found` };
@@ -46,17 +48,26 @@ function shownAttention() {
   const how = `layer ${state.layer + 1}, ${headsName(state.heads)}`;
   if (!asked) return { map: null, low: "", high: "", shows: "", readout: `${query}, ${how}: this layer has no such query` };
   const { low, high } = bounds(asked.values);
-  const itself = state.heads === "rollout" ? cell : null; // the own cell, in which rollout puts the largest other value
+  const itself = state.heads === "rollout" ? cell : null; // the patch's own cell, which holds the largest other value
   const most = asked.values.findIndex((value, at) => value === high && at !== itself);
   const rest = asked.elsewhere > 0.0005 ? `; ${percent(asked.elsewhere)} ${itself === null ? "" : "on itself and "}off the grid` : "";
   const readout = `${query}, ${how}: most on ${where(most, asked.grid)}, ${percent(high)}${rest}`;
-  return { map: asked, low: percent(low), high: percent(high), shows: "of its attention", readout };
+  return { map: asked, low: percent(low), high: percent(high), shows: `of its attention${isStretched(low, high) ? `, stretched (the whole scale is 0 to ${percent(high)})` : ""}`, readout };
 }
 
-/** @param {Scaled | undefined} map @param {string} shows */
-function scaled(map, shows) {
+/** @param {Scaled | undefined} map @param {string} shows @param {number} [end] the largest value that is possible */
+function scaled(map, shows, end) {
   if (!map) return { map: null, low: "", high: "", shows: "" };
-  return { map: numbers.map(map), low: brief(map.low), high: brief(map.high), shows };
+  const whole = end !== undefined && isStretched(map.low, map.high, end) ? `, stretched (the whole scale is 0 to ${end})` : "";
+  return { map: numbers.map(map), low: brief(map.low), high: brief(map.high), shows: shows + whole };
+}
+
+/**
+ * Return whether the colours cover less than nine tenths of a scale that includes 0, so that small differences look large.
+ * @param {number} low @param {number} high @param {number} [end] the largest value that is possible
+ */
+function isStretched(low, high, end = high) {
+  return high - low < 0.9 * (Math.max(high, end) - Math.min(low, 0));
 }
 
 function chosenHeatmap() {

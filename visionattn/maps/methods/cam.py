@@ -1,4 +1,4 @@
-"""Class activation maps: the output of a layer, weighted by its effect on the score.
+"""Class activation maps: the output of a layer, weighted by the gradient of the score.
 
 Shapes: B batch, C channels of the layer, h × w its grid, K outputs.
 """
@@ -11,12 +11,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.capture import Activation, StaleSurveyError, Survey, Tokens, in_python, run, survey_images, undisturbed
+from visionattn.capture import Activation, StaleSurveyError, Survey, Tokens, in_python, run, survey_images
 from visionattn.errors import UsageError, nearest
-from visionattn.maps.method import Explanation, Method, Target, fitting, pick
+from visionattn.maps.method import Explanation, Method, Target, fitting, pick, scores_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -82,15 +81,19 @@ class CAM(Method):
         with Cut(model, activation.name) as cut:
             output = run(model, images_BCHW)
         with torch.enable_grad():
-            score_B, target_B = pick(output, target)
+            score_B, target_B = self.score(output, target)
             assert cut.leaf is not None
             if not score_B.requires_grad:
                 raise UsageError(_unreached(activation))
             (gradient,) = torch.autograd.grad(score_B.sum(), cut.leaf, allow_unused=True)
         if gradient is None:
             raise UsageError(_unreached(activation))
-        raw_Bhw = _mapped(activation, self.combine, cut.leaf, gradient)
+        raw_Bhw = reduced_map(activation, self.combine, cut.leaf, gradient)
         return Explanation(raw_Bhw, output, target_B, activation.name)
+
+    def score(self, output: object, target: Target) -> tuple[Tensor, Tensor | None]:
+        """Return the scores to explain, (B,), and the classes, (B,); see `pick`."""
+        return pick(output, target)
 
     @abstractmethod
     def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
@@ -163,135 +166,96 @@ class LayerCAM(CAM):
         return (gradient_BCN.relu() * values_BCN).sum(1).relu()
 
 
-class EigenCAM(Method):
-    """Eigen-CAM (Muhammad & Yeasin 2020, 2008.00299, eq. 3): A v₁, v₁ the first right singular vector of A, (N, C).
+class HiResCAM(CAM):
+    """HiResCAM (Draelos & Carin 2020, 2011.08891): relu(Σ_c g_c A_c), gradient times activation at each position.
 
-    The map shows the largest variation in the layer, without a gradient or a class. For any model with a feature map or
-    tokens. Deviation from the paper: the sign of a singular vector is arbitrary, so the sign is chosen such that the
-    sum of the map is positive.
-
-    Args:
-        layer: as for `GradCAM`.
+    For the same models as `GradCAM`. If only a linear layer follows the explained layer, the map without the relu sums
+    to the score, up to the bias; Grad-CAM's averaged gradients can highlight places that the score does not depend on.
+    Deviation from the paper: negative values are set to 0, as in the other class activation maps here.
     """
 
-    name = "eigencam"
+    name = "hirescam"
     needs = "feature maps"
-    cost = "a forward pass"
+    cost = "a forward and a backward pass"
 
     @classmethod
     def fits(cls, survey: Survey) -> bool:
         return survey.has_feature_maps
 
-    def __init__(self, layer: str | None = None) -> None:
-        self.layer = layer
-
-    def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        activation = target_layer(model, survey_images(model, images_BCHW), self.layer)
-        with Cut(model, activation.name, grad=False) as cut:
-            output = run(model, images_BCHW)
-        assert cut.leaf is not None
-        return Explanation(_mapped(activation, self._project, cut.leaf), output, None, activation.name)
-
-    @staticmethod
-    def _project(values_BCN: Tensor) -> Tensor:
-        values_BNC = values_BCN.mT
-        broken_B = ~values_BNC.isfinite().all(2).all(1)
-        values_BNC = torch.where(broken_B[:, None, None], 0, values_BNC)
-        if values_BNC.shape[1] < values_BNC.shape[2]:  # A v₁ = σ₁ u₁, so take the smaller of A Aᵀ and Aᵀ A
-            square_B, left_BNN = torch.linalg.eigh(values_BNC @ values_BNC.mT)
-            raw_BN = square_B[:, -1:].clamp(min=0).sqrt() * left_BNN[:, :, -1]
-        else:
-            vector_BC = torch.linalg.eigh(values_BNC.mT @ values_BNC).eigenvectors[:, :, -1]
-            raw_BN = (values_BNC @ vector_BC[:, :, None])[:, :, 0]
-        raw_BN = raw_BN * torch.where(raw_BN.sum(1, keepdim=True) < 0, -1, 1)
-        return torch.where(broken_B[:, None], torch.nan, raw_BN)
+    def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
+        return (gradient_BCN * values_BCN).sum(1).relu()
 
 
-class ScoreCAM(Method):
-    """Score-CAM (Wang et al. 2020, 1910.01279, algorithm 1): relu(Σ_c α_c A_c), α the softmax of the channels' scores.
+class XGradCAM(CAM):
+    """XGrad-CAM (Fu et al. 2020, 2008.02312): relu(Σ_c w_c A_c), w_c = Σ_n g_cn A_cn / Σ_n A_cn.
 
-    The image is masked by each channel: multiplied by A_c, enlarged to the image and scaled to [0, 1]. The model's
-    score of the masked image is the score of channel c. The method needs no gradient, but one forward pass a channel.
-    For the same models as `GradCAM`.
+    For the same models as `GradCAM`. The gradient of a channel is averaged with the channel's activation as weights.
+    Deviation from the paper: a channel whose activations sum to 0 has the weight 0, where the equation is undefined.
+    """
+
+    name = "xgradcam"
+    needs = "feature maps"
+    cost = "a forward and a backward pass"
+
+    @classmethod
+    def fits(cls, survey: Survey) -> bool:
+        return survey.has_feature_maps
+
+    def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
+        total_BC = values_BCN.sum(2)
+        product_BC = (gradient_BCN * values_BCN).sum(2)
+        weight_BC = torch.where(total_BC == 0, 0, product_BC / torch.where(total_BC == 0, 1, total_BC))
+        return (weight_BC[:, :, None] * values_BCN).sum(1).relu()
+
+
+class FinerCAM(CAM):
+    """Finer-CAM (Zhang et al. 2025, 2501.11309): Grad-CAM of the margin between a class and its nearest competitors.
+
+        y_c − γ · mean_t y_t,        t the classes whose scores are closest to y_c
+
+    For the same models as `GradCAM`, if they have at least two scores. The map shows what speaks for the class and not
+    for similar classes. The mean over competitors is taken before the relu.
 
     Args:
         layer: as for `GradCAM`.
-        batch_size: masked images in one forward pass, ≥ 1.
+        gamma: strength of the comparison, γ ≥ 0; 0 gives Grad-CAM, and the paper uses 0.6.
+        competitors: number of classes to compare with, ≥ 1; 3 in the paper. A model with fewer other classes uses all.
 
     Raises:
-        UsageError: batch_size is below 1.
+        UsageError: gamma or competitors is out of range. When called: the target is a function, or the model has only
+            one score.
     """
 
-    name = "scorecam"
+    name = "finercam"
     needs = "feature maps"
-    cost = "a forward pass a channel"
+    cost = "a forward and a backward pass"
+
+    def __init__(self, layer: str | None = None, *, gamma: float = 0.6, competitors: int = 3) -> None:
+        if not 0 <= gamma < float("inf"):
+            raise UsageError(f"gamma must be a finite number of at least 0, got {gamma}")
+        if competitors < 1:
+            raise UsageError(f"competitors must be at least 1, got {competitors}")
+        super().__init__(layer)
+        self.gamma, self.competitors = gamma, competitors
 
     @classmethod
     def fits(cls, survey: Survey) -> bool:
         return survey.has_feature_maps
 
-    def __init__(self, layer: str | None = None, *, batch_size: int = 32) -> None:
-        if batch_size < 1:
-            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-        self.layer, self.batch_size = layer, batch_size
+    def score(self, output: object, target: Target) -> tuple[Tensor, Tensor | None]:
+        score_B, target_B = pick(output, target)
+        if target_B is None:
+            raise UsageError("finercam compares classes, so its target must be a class and not a function; use gradcam")
+        scores_BK = scores_of(output)
+        if scores_BK.shape[1] < 2:
+            raise UsageError("finercam compares classes, and this model has only one score; use gradcam")
+        distance_BK = (scores_BK - score_B[:, None]).detach().abs()
+        distance_BK.scatter_(1, target_B[:, None], torch.inf)
+        nearest_BT = distance_BK.topk(min(self.competitors, scores_BK.shape[1] - 1), dim=1, largest=False).indices
+        return score_B - self.gamma * scores_BK.gather(1, nearest_BT).mean(1), target_B
 
-    def passes(self, model: nn.Module, images_BCHW: Tensor) -> int:
-        """Return the number of channels of the layer, plus 1; see `Method.passes`.
-
-        Raises:
-            UsageError: there is no such layer, or no layer fits.
-        """
-        with torch.no_grad(), undisturbed(model) as bare:
-            activation = target_layer(bare, survey_images(bare, images_BCHW[:1]), self.layer)
-            with Cut(bare, activation.name, grad=False) as cut:
-                run(bare, images_BCHW[:1])
-        assert cut.leaf is not None
-        return 1 + cut.leaf.shape[activation.channel_axis]
-
-    def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
-        activation = target_layer(model, survey_images(model, images_BCHW), self.layer)
-        with Cut(model, activation.name, grad=False) as cut:
-            output = run(model, images_BCHW)
-        _, target_B = pick(output, target)
-        assert cut.leaf is not None
-        maps_BChw = torch.stack([self._maps(cut.leaf[b : b + 1], activation, b) for b in range(len(images_BCHW))])
-        if callable(target):
-            scores_BC = self._scores_of_batch(model, images_BCHW, maps_BChw, target)
-        else:
-            assert target_B is not None
-            each = zip(images_BCHW, maps_BChw, target_B, strict=True)
-            scores_BC = torch.stack([self._scores(model, *image) for image in each])
-        weights_BC = torch.softmax(scores_BC.float(), 1)
-        raw_Bhw = (weights_BC[:, :, None, None] * maps_BChw).sum(1).relu()
-        return Explanation(raw_Bhw, output, target_B, activation.name)
-
-    @staticmethod
-    def _maps(value: Tensor, activation: Activation, number: int) -> Tensor:
-        """Return the channels of one image on the grid, (C, h, w)."""
-        own = replace(activation, tokens=activation.tokens.of_image(number))
-        (values_CN,) = _on_grid(value, own)
-        return _tokens_on_grid(own).to_grid(values_CN[:, None])
-
-    def _scores(self, model: nn.Module, image_CHW: Tensor, maps_Chw: Tensor, target: Tensor) -> Tensor:
-        """Return the scores of one image under each channel's mask, (C,)."""
-        parts = maps_Chw.split(self.batch_size)
-        return torch.cat([pick(model(image_CHW * _masks(part_Chw, image_CHW)), target)[0] for part_Chw in parts])
-
-    @staticmethod
-    def _scores_of_batch(
-        model: nn.Module, images_BCHW: Tensor, maps_BChw: Tensor, target: Callable[[Any], Tensor]
-    ) -> Tensor:
-        """Return the scores (B, C) by a target function, which gets whole batches: it may index images in a batch."""
-        masked = (images_BCHW * _masks(maps_Bhw, images_BCHW) for maps_Bhw in maps_BChw.unbind(1))
-        return torch.stack([pick(model(batch_BCHW), target)[0] for batch_BCHW in masked], 1)
-
-
-def _masks(maps_Nhw: Tensor, image: Tensor) -> Tensor:
-    """Return maps enlarged to the image and scaled to [0, 1], (N, 1, H, W); constant maps become 0."""
-    masks_NHW = F.interpolate(maps_Nhw[:, None], image.shape[-2:], mode="bilinear")[:, 0]
-    low, high = masks_NHW.amin((1, 2), keepdim=True), masks_NHW.amax((1, 2), keepdim=True)
-    masks_NHW = torch.where(high > low, (masks_NHW - low) / torch.where(high > low, high - low, 1), 0)
-    return masks_NHW[:, None].to(image.dtype)
+    def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
+        return (gradient_BCN.mean(2, keepdim=True) * values_BCN).sum(1).relu()
 
 
 def target_layer(model: nn.Module, survey: Survey, layer: str | None) -> Activation:
@@ -337,7 +301,7 @@ def _unreached(activation: Activation) -> str:
     )
 
 
-def _mapped(activation: Activation, make: Callable[..., Tensor], *outputs: Tensor) -> Tensor:
+def reduced_map(activation: Activation, make: Callable[..., Tensor], *outputs: Tensor) -> Tensor:
     """Return the map (B, h, w) that `make` computes from `outputs`, after reducing each to the grid, (B, C, N).
 
     If the model selects tokens depending on the image, each image is handled separately, since the tokens without a
@@ -346,11 +310,11 @@ def _mapped(activation: Activation, make: Callable[..., Tensor], *outputs: Tenso
     tokens = activation.tokens
     if tokens.index_BWN is not None:
         each = [replace(activation, tokens=tokens.of_image(b)) for b in range(len(tokens.index_BWN))]
-        return torch.cat([_mapped(own, make, *(out[b : b + 1] for out in outputs)) for b, own in enumerate(each)])
-    return _tokens_on_grid(activation).to_grid(make(*(_on_grid(out, activation) for out in outputs))[:, None])
+        return torch.cat([reduced_map(own, make, *(out[b : b + 1] for out in outputs)) for b, own in enumerate(each)])
+    return placed_tokens(activation).to_grid(make(*(values_on_grid(out, activation) for out in outputs))[:, None])
 
 
-def _on_grid(value: Tensor, activation: Activation) -> Tensor:
+def values_on_grid(value: Tensor, activation: Activation) -> Tensor:
     """Return the values of the positions on the grid, (B, C, N), without class and register tokens."""
     value_BCN = value.detach().float().movedim(activation.channel_axis, 1).flatten(2)
     if value_BCN.shape[2] != (count := activation.tokens.index_WN.shape[1]):
@@ -363,5 +327,5 @@ def _on_grid(value: Tensor, activation: Activation) -> Tensor:
     return value_BCN if placed.all() else value_BCN[:, :, placed]
 
 
-def _tokens_on_grid(activation: Activation) -> Tokens:
+def placed_tokens(activation: Activation) -> Tokens:
     return activation.tokens.some(activation.tokens.index_WN[0] >= 0)

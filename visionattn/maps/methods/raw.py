@@ -3,12 +3,14 @@
 Shapes: B batch, W windows, H heads, K keys, h × w grid.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture import Call, ClassRow, PatchRow, Reduction, Survey, capture, place, run, survey_images
+from visionattn.capture import Call, ClassRow, PatchRow, Reduction, Site, Survey, capture, place, run, survey_images
 from visionattn.errors import UsageError
 from visionattn.maps import artefacts
 from visionattn.maps.method import (
@@ -27,7 +29,8 @@ class RawAttention(Method):
     """The attention weights of one layer: where the class token, or a patch, attends.
 
     For models with self-attention, or with a class token or learned queries that attend to the grid. Without a class
-    token the map shows how much attention each patch gets on average over the queries of its window.
+    token the map shows how much attention each patch gets on average over the queries of its window. For differential
+    attention (Ye et al. 2024, 2410.05258, eq. 1; timm's `DiffAttention`) the map is A₁ − λ A₂, which may be negative.
 
     Args:
         layer: name of a module that attends, or its index among the modules that attend; −1 for the last.
@@ -73,19 +76,54 @@ class RawAttention(Method):
                 has = "its queries are not patches" if grid is None else f"its grid is {grid[0]}×{grid[1]}"
                 raise UsageError(f"{site.name} has no patch {tuple(self.query)}: {has}")
             keep = PatchRow(*self.query)
+        pair = differential(model, sites, site)
+        layers: list[int | str] = [self.layer] if pair is None else list(pair.calls)
         with (
             artefacts.warn_of_artefacts(model, survey),
-            capture(model, keep, layers=[self.layer], strict=True) as records,
+            capture(model, keep, layers=layers, strict=True) as records,
         ):
             output = run(model, images_BCHW)
-        record, keys, weights_BWHK = records.kept()
+        if pair is None:
+            _, keys, weights_BWHK = records.kept()
+        else:
+            keys, weights_BWHK = site.keys, pair.difference([r.weights for r in records if r.weights is not None])
+        heads = weights_BWHK.shape[2]
         if self.head is not None:
-            if not 0 <= self.head < record.heads:
-                raise UsageError(f"{record.name} has no head {self.head}; its heads are 0 to {record.heads - 1}")
+            if not 0 <= self.head < heads:
+                raise UsageError(f"{site.name} has no head {self.head}; its heads are 0 to {heads - 1}")
             weights_BWK = weights_BWHK[:, :, self.head]
         else:
             weights_BWK = fuse_heads(weights_BWHK, self.fuse, 2)
-        return Explanation(keys.to_grid(weights_BWK, shared=True), output, None, attention_source(record))
+        source = attention_source(site) if pair is None else f"differential {attention_source(site)}"
+        return Explanation(keys.to_grid(weights_BWK, shared=True), output, None, source)
+
+
+@dataclass(frozen=True)
+class Differential:
+    """A layer of differential attention: A₁ − λ A₂.
+
+    Attributes:
+        calls: indices of its calls of attention: one for A₁ and one for A₂, or a single one for both.
+        factor: λ.
+    """
+
+    calls: tuple[int, ...]
+    factor: float
+
+    def difference(self, weights: list[Tensor]) -> Tensor:
+        """Return A₁ − λ A₂, (B, W, H, K), from the weights of each call; a single call has 2 · H heads."""
+        first, second = weights if len(self.calls) == 2 else weights[0].unflatten(2, (-1, 2)).unbind(3)
+        return first - self.factor * second
+
+
+def differential(model: nn.Module, sites: Sequence[Site], site: Site) -> Differential | None:
+    """Return the layer of differential attention that a call belongs to; None if it belongs to none."""
+    module = model.get_submodule(site.name)
+    factor = getattr(module, "_compute_lambda", None)  # of timm's DiffAttention
+    calls = tuple(number for number, other in enumerate(sites) if other.name == site.name)
+    if not callable(factor) or len(calls) > 2:
+        return None
+    return Differential(calls, float(factor()))
 
 
 class ValueNorm(Method):

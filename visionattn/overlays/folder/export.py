@@ -9,14 +9,13 @@ from rich.console import Console
 from rich.text import Text
 
 from visionattn.capture import keep_freed_memory
-from visionattn.data import MAX_PIXELS, AnyPath, FoundImages, find, is_video
+from visionattn.data import MAX_PIXELS, FoundImages, find, is_video
 from visionattn.drawing import Style
 from visionattn.errors import DataError, UsageError
-from visionattn.files import local_path, printable
+from visionattn.files import AnyPath, FolderLock, local_path, printable
 from visionattn.overlays.explainer import Explainer, fingerprint_of, targets_of
 from visionattn.overlays.folder.image_export import ExportJob, stamp_of
 from visionattn.overlays.folder.journal import Journal
-from visionattn.overlays.folder.lock import FolderLock
 from visionattn.overlays.folder.manifest import Entry, Manifest, output_names
 from visionattn.overlays.folder.pipeline import OneProcess, Work, run
 from visionattn.overlays.folder.progress import ProgressBar, Summary, print_summary
@@ -58,7 +57,8 @@ def export(
         save: kinds of output to make, names in `OUTPUTS`.
         compare: whether to compare the second of two explainers with the first.
         target: the output to explain, its index or class name. Default: the highest output of each image.
-        batch_size: images per forward pass. Default: 16 at 224 × 224; at other sizes, as many as have the same pixels.
+        batch_size: images per forward pass. Default: 16 at 224 × 224; at other sizes, as many as have that number of
+            pixels together.
         style: style of the pictures. Default: `Style()`.
         fps: frames per second to sample from videos. Default: every frame.
         bf16: whether models run under autocast to bfloat16.
@@ -68,7 +68,8 @@ def export(
         processes: the processes that share the work, see `processes.gather`. Default: this process alone.
 
     Returns:
-        Counts and failures: of all images in the first process, of the images it exported in any other process.
+        Counts and failures. In the first process they cover all images; in another process, the images that it
+        exported.
 
     Raises:
         UsageError: an input does not exist, an input or `out` is an address such as s3://bucket, a method does not fit
@@ -102,7 +103,7 @@ def export(
     )
     if processes.rank:
         return _help(job, processes, batch_size, workers)
-    with FolderLock(folder):  # of all processes, see `processes`
+    with FolderLock(folder):  # held for all processes of this export
         return _lead(job, processes, inputs, os.fsdecode(out), batch_size, workers, console)
 
 
@@ -147,14 +148,14 @@ def _lead(
 
             for path, reason in found.unlisted:
                 note(job.failure(path, reason))
-            run(job, processes, manifest, note, bar.advance, batch_size, workers)
+            run(job, processes, manifest, note, bar.advance, summary.doubt, batch_size, workers)
             for sums in processes.wait():
                 bar.advance(sums)
             for entry in manifest.take_in():
                 count(entry)
             if processes.lost and not processes.trouble:
                 _lay_out(job, processes, [path for path in todo if path not in counted], batch_size)
-                run(job, processes, manifest, note, bar.advance, batch_size, workers)
+                run(job, processes, manifest, note, bar.advance, summary.doubt, batch_size, workers)
     finally:
         manifest.close()
     summary.seconds = time.perf_counter() - started
@@ -187,7 +188,7 @@ def _help(job: ExportJob, processes: Work, batch_size: int, workers: int) -> Sum
         summary.count(entry, entry.source)
 
     try:
-        run(job, processes, journal, note, lambda sums: None, batch_size, workers)
+        run(job, processes, journal, note, lambda sums: None, summary.doubt, batch_size, workers)
     except (UsageError, DataError) as error:
         reason = str(error)  # the first process raises this error
     finally:
@@ -231,7 +232,7 @@ def _check(
 
 
 def _default_batch_size(explainers: Sequence[Explainer]) -> int:
-    """Return how many of the largest model inputs have `_BATCH_PIXELS` pixels together, at least 1."""
+    """Return how many inputs of the largest model have `_BATCH_PIXELS` pixels together, at least 1."""
     sizes = [explainer.preprocess.input_size for explainer in explainers]
     return max(1, _BATCH_PIXELS // max(height * width for height, width in sizes))
 

@@ -154,7 +154,7 @@ class ExportJob:
             stamp = stamp_of(path)
             targets_of(self.explainers, self._request(path).target)
             return self.prepare(path, stamp, read_image(path, max_pixels=self.max_pixels))
-        except Exception as error:  # no error of one file may stop the others
+        except Exception as error:  # an error in one file must not stop the others
             return self.failure(path, reason_of(error, path))
 
     def prepare(
@@ -250,6 +250,8 @@ class ExportJob:
                 "peak": _rounded(peak(explained.heatmap_hw, explained.placement)),
                 "seconds": seconds,
             }
+            if prediction.labels is not None:
+                facts["labels"] = [list(label) for label in prediction.labels]
             if explained.boxes:
                 facts["found"] = [[*box, label] for box, label in zip(explained.boxes, explained.labels, strict=True)]
             if explained.glimpses is not None:

@@ -7,10 +7,11 @@ from visionattn.overlays.folder.manifest import JOURNAL, Entry, LineFile, encode
 
 
 class Journal:
-    """Records the promises and entries of one helper; `Manifest.take_in` moves them into the manifest.
+    """Records the entries of one helper, and its promises (see `Manifest`). `Manifest.take_in` moves both into the
+    manifest.
 
-    The first process of this run, or of the next run, deletes the journal when it no longer waits for the helper. Then
-    the helper can write no further output.
+    When the first process of this run, or of the next run, no longer waits for the helper, it deletes the journal.
+    After that, writing to the journal fails, so the helper can write no further output.
 
     Args:
         out: the output folder; it is created with the first line.

@@ -20,9 +20,9 @@ class Place:
         size: number of processes.
         local_size: number of processes on this machine.
         address: machine of the first process.
-        port: port on which the first process, or torchrun, serves the store that all processes share.
+        port: port on which the first process, or torchrun, serves the key-value store that all processes share.
         hosts: whether this process serves the store.
-        name: name of the run; processes of different runs that reach the same store do not meet.
+        name: name of the run. It is part of every key in the store, so that runs with the same store do not mix.
     """
 
     rank: int
@@ -38,8 +38,9 @@ def launched(environment: Mapping[str, str] = os.environ) -> Place | None:
     """Return the place of this process, given the variables that the launcher has set; None without a launcher.
 
     torchrun sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and other launchers of torch do too. srun sets
-    SLURM_PROCID and the number of tasks. The first task of srun serves the store on its machine, the first in the
-    list of nodes, on a port that depends on the job's number. MASTER_ADDR and MASTER_PORT override both.
+    SLURM_PROCID and SLURM_STEP_NUM_TASKS. SLURM_NTASKS is not used, because a job script also has it, and runs in one
+    process. The first task of srun, on the first machine in the list of nodes, serves the store; the port depends on
+    the job's number. MASTER_ADDR and MASTER_PORT override the machine and the port.
 
     Raises:
         UsageError: a variable is missing, or is not a number.
@@ -57,13 +58,12 @@ def launched(environment: Mapping[str, str] = os.environ) -> Place | None:
     if "SLURM_PROCID" not in environment:
         return None
     rank = _number(environment, "SLURM_PROCID")
-    count = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if name in environment), None)
-    if count is None and rank:
+    size = _number(environment, "SLURM_STEP_NUM_TASKS", 1)
+    if "SLURM_STEP_NUM_TASKS" not in environment and rank:
         raise UsageError(
-            f"SLURM_PROCID is {rank}, but neither SLURM_STEP_NUM_TASKS nor SLURM_NTASKS says how many tasks share "
-            "the work; start the tasks with srun --ntasks COUNT"
+            f"SLURM_PROCID is {rank}, but SLURM_STEP_NUM_TASKS does not say how many tasks share the work; start the "
+            "tasks with srun --ntasks COUNT"
         )
-    size = 1 if count is None else _number(environment, count)
     if size == 1:
         return None
     nodes = next((environment[n] for n in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if n in environment), "")

@@ -16,11 +16,12 @@ Keys of a finished image:
     target: index of the explained output; null if the method explains no particular output.
     prediction, class, probability: index, name and probability of the most probable class; null if unknown.
     peak: [x, y] of the hottest point, in pixels of the source; null if the heatmap is constant.
+    labels: only for models whose outputs are independent labels: [name, probability] of each label above the threshold.
     found: only for detectors: [x0, y0, x1, y1, "class score"] of each confident box.
     fixations: only for glimpses: [x, y] of each glimpse, in pixels of the source.
     seconds: run time of the model and the method for a batch, divided by the number of its images.
-    explanations: only with several methods or models: the keys from model to seconds for each, and its name. The keys
-    above then hold the first one's values, but seconds holds the sum.
+    explanations: only with several methods or models: a list with the name of each, and the keys from model to seconds.
+    The keys above then hold the values of the first in the list, but seconds holds the sum.
     difference: only for two compared models: `mean` of |second − first|, and `peak`, the point where it is largest.
     fps: only for videos: frames per second of the outputs.
     frames: only for videos: lists with one value per frame: `at` (seconds from the start), `prediction`, `probability`
@@ -83,6 +84,7 @@ Facts = TypedDict(  # not a class, because `class` is a keyword
         "probability": float | None,
         "peak": list[float] | None,
         "seconds": float,
+        "labels": list[list[str | float]],
         "found": list[list[float | str]],
         "fixations": list[list[float]],
         "explanations": "list[Facts]",
@@ -208,8 +210,8 @@ class Manifest:
     Before an output is written, its path is recorded in a second file, as a promise. If a run is killed before it adds
     an output's line, the next run recognises the output by its promise. Other files are never overwritten.
 
-    One process at a time may use a folder, see `lock.FolderLock`. If another process has written into one of the two
-    files since this object read it, then nothing more is written and all lines of the other process are kept.
+    One process at a time may use a folder, see `files.FolderLock`. If another process writes into one of the two files
+    while this object is in use, this object writes nothing more, and all lines of the other process are kept.
 
     Attributes:
         out: the folder.
@@ -403,14 +405,14 @@ class Manifest:
             try:
                 source = json.loads(line)["source"]
             except ValueError:
-                continue  # a killed run left this line incomplete, and this run has added none in its place
+                continue  # a killed run left this last line incomplete, and this run has appended no line
             last.pop(source, None)
             last[source] = line.rstrip(b"\n") + b"\n"
         write_file(self.path, lambda file: file.writelines(last.values()))
 
 
 class LineFile:
-    """A file of lines to which this process appends. Lines that another process has written are never cut or followed.
+    """A file of lines to which this process appends. If another process has changed the file, nothing is written.
 
     Args:
         path: path of the file; the file and its folder are made with the first line.

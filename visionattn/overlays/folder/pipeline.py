@@ -5,12 +5,13 @@ wait until the written files are on disk. OpenCV and Pillow release Python's glo
 long operations, so the threads run in parallel.
 """
 
+import contextlib
 import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from visionattn.data import is_video
 from visionattn.errors import DataError, MapWarning
@@ -94,10 +95,12 @@ def run(
     manifest: Manifest | Journal,
     note: Callable[[Entry], None],
     advance: Callable[[dict[str, int]], None],
+    doubt: Callable[[str], None],
     batch_size: int,
     workers: int,
 ) -> None:
-    """Export this process's images, reading up to two batches before the models and writing up to two after them.
+    """Export this process's images. While the models run, up to two later batches are read, and two earlier ones
+    written.
 
     Args:
         job: settings of the export.
@@ -105,6 +108,7 @@ def run(
         manifest: records the outputs that are about to be written.
         note: called with the entry of each finished or failed image.
         advance: called with the sums of the counters after each image or frame.
+        doubt: called with the message of each `MapWarning`.
         batch_size: images per forward pass.
         workers: threads that read and draw.
 
@@ -129,8 +133,7 @@ def run(
         for path in paths
     )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", MapWarning)  # the manifest reports constant heatmaps too
+        with _telling_doubts(doubt):
             for batch in _batches(_read_ahead(threads, job, todo, 2 * batch_size), batch_size):
                 good = [image for image in batch if isinstance(image, LoadedImage)]
                 explained = job.explain(good)
@@ -152,7 +155,7 @@ def run(
                     if isinstance(item, LoadedImage):
                         unsettled.append(_hand_over(job, threads, manifest.secure, item, next(results)))
                     elif isinstance(item, VideoExport):
-                        unsettled.append(threads.film.submit(item.finish, manifest.secure))
+                        unsettled.append(threads.frame_writer.submit(item.finish, manifest.secure))
                         open_videos.discard(item)
                     else:
                         unsettled.append(item)
@@ -171,26 +174,43 @@ def run(
                 continue
 
 
+@contextlib.contextmanager
+def _telling_doubts(doubt: Callable[[str], None]) -> Iterator[None]:
+    """Call `doubt` with the message of each `MapWarning` in this context, and show other warnings as before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MapWarning)
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *details: Any, **more: Any) -> None:
+            if issubclass(category, MapWarning):
+                doubt(str(message))
+            else:
+                show(message, category, *details, **more)
+
+        warnings.showwarning = tell
+        yield
+
+
 class _Threads:
     """The threads of an export.
 
     Attributes:
         pool: threads that read and draw images.
-        reel: one thread that reads the frames of videos, in order.
-        film: one thread that writes the frames of videos, in order.
+        frame_reader: one thread that reads the frames of videos, in order.
+        frame_writer: one thread that writes the frames of videos, in order.
         disk: threads that wait until files are on disk.
     """
 
     def __init__(self, workers: int) -> None:
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="overlay")
-        self.reel = ThreadPoolExecutor(1, thread_name_prefix="reel")
-        self.film = ThreadPoolExecutor(1, thread_name_prefix="film")
+        self.frame_reader = ThreadPoolExecutor(1, thread_name_prefix="frame reader")
+        self.frame_writer = ThreadPoolExecutor(1, thread_name_prefix="frame writer")
         self.disk = ThreadPoolExecutor(_WAITERS, thread_name_prefix="disk")
 
     def end(self) -> None:
         """Cancel the tasks of `pool` that have not begun, and wait for all other tasks."""
         self.pool.shutdown(wait=True, cancel_futures=True)
-        for threads in (self.disk, self.reel, self.film):
+        for threads in (self.disk, self.frame_reader, self.frame_writer):
             threads.shutdown(wait=True)
 
 
@@ -200,9 +220,9 @@ def _hand_over(
     """Submit the drawing and writing of one explained image or frame."""
     if isinstance(result, Failed):
         job.release(image)
-        return threads.film.submit(image.video.fail, result.reason) if image.video else result
+        return threads.frame_writer.submit(image.video.fail, result.reason) if image.video else result
     if image.video:
-        return threads.film.submit(image.video.add, image, result, threads.pool.submit(job.draw, image, result))
+        return threads.frame_writer.submit(image.video.add, image, result, threads.pool.submit(job.draw, image, result))
     return threads.disk.submit(_settle, secure, threads.pool.submit(job.write, image, result))
 
 
@@ -217,7 +237,7 @@ def _read_ahead(threads: _Threads, job: ExportJob, todo: Iterable[str | VideoExp
     for source in todo:
         if isinstance(source, VideoExport):
             while not source.ended:
-                waiting.append(threads.reel.submit(source.read))
+                waiting.append(threads.frame_reader.submit(source.read))
                 if len(waiting) > count:
                     yield from _read(waiting.popleft())
             waiting.append(source)

@@ -30,7 +30,7 @@ from visionattn.overlays.folder.launch import Place, launched
 _REFRESH = 0.2  # seconds between two updates of the shared counters
 _BEAT = 5.0  # seconds between two signs of life
 _SILENCE = 180.0  # seconds without a sign of life after which a process counts as lost
-_JOIN = 600.0  # seconds in which the first process must begin; tasks of a cluster may start at different times
+_JOIN = 600.0  # seconds to wait for the first process; tasks of a cluster may start at different times
 _ANSWER = timedelta(minutes=1)  # time in which the store must answer
 _CHILD = "VISIONATTN_CHILD"  # environment variable of processes that `gather` has started
 
@@ -69,7 +69,8 @@ class Processes:
         self.rank, self.size, self.trouble = rank, size, ""
         self.lost: list[str] = []
         self._portions = 0
-        self._heard: dict[int, tuple[int, float]] = {}  # rank → its number of signs of life, and when this changed
+        # rank → its number of signs of life, and when this number changed
+        self._last_seen: dict[int, tuple[int, float]] = {}
         self._store, self._children = store, children
         self._tally: dict[str, int] = {}
         self._unsent: dict[str, int] = {}
@@ -205,11 +206,11 @@ class Processes:
         return f"process {rank} {_silent()}"
 
     def _is_silent(self, rank: int) -> bool:
-        """Return whether a process has given no sign of life for `_SILENCE` seconds, since the first call or later."""
+        """Return whether a process gave no sign of life for `_SILENCE` seconds; the first call starts the clock."""
         now, beats = time.monotonic(), self._store.add(f"beat {rank}", 0)
-        before, since = self._heard.setdefault(rank, (beats, now))
+        before, since = self._last_seen.setdefault(rank, (beats, now))
         if beats != before:
-            self._heard[rank] = beats, now
+            self._last_seen[rank] = beats, now
             return False
         return now - since > _SILENCE
 
@@ -327,7 +328,7 @@ def _wait_for(place: Place) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the process that started it has ended; that process holds the other end of stdin."""
+    """End this process when the process that started it has ended, which closes the stdin of this process."""
     with contextlib.suppress(OSError):
         while os.read(0, 4096):
             pass

@@ -1,6 +1,7 @@
 """Read and write videos frame by frame with OpenCV, without torch.
 
-Sound is not copied. The format needs an even width and height, so an odd one loses its last column or row.
+Sound is not copied. The format needs an even width and height, so a frame of odd width or height loses its last column
+or row.
 """
 
 import contextlib
@@ -117,7 +118,7 @@ class VideoWriter:
 
 @contextlib.contextmanager
 def _readable(path: str) -> Iterator[str]:
-    """Yield a name that OpenCV can open. OpenCV crashes on names that are not valid UTF-8, so they are linked."""
+    """Yield a name that OpenCV can open: a temporary link if the name is not valid UTF-8, on which OpenCV crashes."""
     try:
         os.fsencode(path).decode()
     except UnicodeDecodeError:

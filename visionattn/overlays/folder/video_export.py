@@ -67,7 +67,7 @@ class VideoExport:
             return self._job.prepare(self.path, self._stamp, picture_HWC, video=self, at=at)
         except StopIteration:
             self.ended = True
-        except Exception as error:  # no error of one file may stop the others
+        except Exception as error:  # an error in one file must not stop the others
             self.ended = True
             self.fail(reason_of(error, self.path))
         return None

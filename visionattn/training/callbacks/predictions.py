@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,13 +16,23 @@ from visionattn.data import write_image
 from visionattn.drawing import draw_boxes
 from visionattn.errors import DataError
 from visionattn.files import write_file
-from visionattn.training.callbacks.run_files import _csv, _dataset, _folder, class_names_of, datamodule_of
+from visionattn.maps import label_threshold
+from visionattn.training.callbacks.run_files import (
+    _csv,
+    _dataset,
+    _folder,
+    class_names_of,
+    datamodule_of,
+    network_of,
+)
 
 
 class WritePredictions(BasePredictionWriter):
     """Write predictions into the run, once for each image and in the order of the data.
 
-    For a classifier, write predictions.csv with the most probable class of every image. For a detector, write
+    For a classifier, write predictions.csv with the most probable class of every image. If its outputs are independent
+    labels, write the labels above the network's `label_threshold`, with | between them, and the probability of every
+    label. For a detector, write
     predictions.json in COCO's results format: boxes in pixels of the source images, with the image and category ids of
     the annotation files. Each box also has the `file_name` of its image, because Pascal VOC and YOLO have no image ids.
     The folder predictions/ gets pictures of the first images with their boxes.
@@ -39,6 +50,7 @@ class WritePredictions(BasePredictionWriter):
         self.min_score = min_score
         self._home: Path | None = None
         self._name = "predictions.csv"
+        self._header = ["path", "class", "probability"]
         self._done = 0
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -66,7 +78,10 @@ class WritePredictions(BasePredictionWriter):
         data = datamodule_of(trainer)
         names = class_names_of(pl_module) or class_names_of(data)
         if self._name == "predictions.csv":
-            content = _classes(prediction, names)
+            threshold = label_threshold(network_of(pl_module))
+            names = names or [str(number) for number in range(prediction["probability"].shape[1])]
+            self._header = self._header if threshold is None else ["path", "labels", *names]
+            content = _classes(prediction, names, threshold)
         else:
             content = _boxes(prediction, _category_ids(data, pl_module))
         try:
@@ -82,7 +97,7 @@ class WritePredictions(BasePredictionWriter):
         if self._home is None or not trainer.is_global_zero:
             return
         parts = [self._part(rank) for rank in range(trainer.world_size)]
-        join = _interleave if self._name == "predictions.csv" else _interleave_json
+        join = partial(_interleave, self._header) if self._name == "predictions.csv" else _interleave_json
         write_file(self._home / self._name, lambda file: join(parts, file))
         for part in parts:
             part.unlink()
@@ -122,12 +137,28 @@ def _category_ids(data: Any, pl_module: L.LightningModule) -> Sequence[int]:
     return ids if numbers is None else [ids[numbers.index(label)] for label in range(len(ids))]
 
 
-def _classes(prediction: Any, names: Sequence[str]) -> bytes:
-    """Return a CSV row per image: path, most probable class and its probability."""
+def _classes(prediction: Any, names: Sequence[str], threshold: float | None) -> bytes:
+    """Return a CSV row per image: path, most probable class and its probability.
+
+    With a threshold, return the path, the labels above the threshold, and the probability of every label.
+    """
+    if threshold is not None:
+        return _csv(
+            [
+                [
+                    source,
+                    "|".join(name for name, probability in zip(names, row, strict=True) if probability > threshold),
+                    *(f"{probability:.6f}" for probability in row),
+                ]
+                for source, row in zip(
+                    prediction["path"], prediction["probability"].float().cpu().tolist(), strict=True
+                )
+            ]
+        )
     probabilities, classes = prediction["probability"].float().cpu().max(-1)
     return _csv(
         [
-            [source, names[index] if names else index, f"{probability:.6f}"]
+            [source, names[index], f"{probability:.6f}"]
             for source, index, probability in zip(
                 prediction["path"], classes.tolist(), probabilities.tolist(), strict=True
             )
@@ -154,9 +185,9 @@ def _boxes(prediction: Any, category_ids: Sequence[int]) -> bytes:
     return "".join(lines).encode()
 
 
-def _interleave(parts: Sequence[Path], file: BinaryIO) -> None:
-    """Join the rows of n processes; each process predicted every n-th image."""
-    file.write(_csv([["path", "class", "probability"]]))
+def _interleave(header: Sequence[str], parts: Sequence[Path], file: BinaryIO) -> None:
+    """Join the rows of n processes below a header; each process predicted every n-th image."""
+    file.write(_csv([header]))
     with ExitStack() as stack:
         texts = [
             stack.enter_context(open(part, newline="", encoding="utf-8", errors="surrogateescape")) for part in parts

@@ -38,10 +38,9 @@ def datamodule_of(trainer: L.Trainer) -> object:
 
 
 def network_of(pl_module: L.LightningModule) -> nn.Module:
-    """Return the network of a task."""
-    network = pl_module.network
-    assert isinstance(network, nn.Module)
-    return network
+    """Return the network of a task; a module without a `network` is itself the network."""
+    network = getattr(pl_module, "network", None)
+    return network if isinstance(network, nn.Module) else pl_module
 
 
 def images_of(pl_module: L.LightningModule, batch: Batch) -> Tensor:

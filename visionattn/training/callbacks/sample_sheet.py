@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import lightning as L
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from visionattn.data import Batch, visible
 from visionattn.drawing import Tile, blend, boxes_in_source, draw_boxes, draw_scanpath, fit_to_side, sheet
@@ -19,7 +20,11 @@ from visionattn.maps import (
     SameForAllBoxes,
     default_box_method,
     default_method,
+    label_threshold,
+    probabilities_of,
+    scores_of,
 )
+from visionattn.overlays import labels_above
 from visionattn.training.callbacks.run_files import SourceImages, class_names_of, images_of, network_of
 
 BatchHeatmaps = Heatmaps | list[BoxHeatmaps]
@@ -78,14 +83,14 @@ def picture_of(
         tiles = _box_tiles(batch, maps, names, dataset)
         # the sheet does not scale the tiles, since scaling would blur lines and labels
         return sheet(tiles, title=title, columns=4, width=max(tiles[0].picture.shape[:2]))
-    tiles, width = _tiles(batch, maps, names, dataset)
+    tiles, width = _tiles(batch, maps, pl_module, dataset)
     return sheet(tiles, title=title, columns=6 if len(tiles) > 4 else len(tiles), width=width)
 
 
-def _tiles(batch: Batch, maps: Heatmaps, names: Sequence[str], dataset: SourceImages) -> tuple[list[Tile], int]:
+def _tiles(batch: Batch, maps: Heatmaps, pl_module: L.LightningModule, dataset: SourceImages) -> tuple[list[Tile], int]:
     """Return the tiles and their width; per image two tiles: with its prediction and scanpath, and with its heatmap."""
-    names = names or [str(index) for index in range(maps.output.shape[-1])]
-    probabilities, answers = maps.output.float().softmax(-1).cpu().max(-1)
+    names, network = class_names_of(pl_module), network_of(pl_module)
+    probabilities_BK = _probabilities(network, maps.output)
     tiles, width = [], _WIDTH
     for index, heatmap_hw in enumerate(maps.heatmaps.float().cpu().numpy()):
         placement = batch["placement"][index]
@@ -93,10 +98,10 @@ def _tiles(batch: Batch, maps: Heatmaps, names: Sequence[str], dataset: SourceIm
         box = None
         if "box" in batch:
             box = placement.boxes_to_source(batch["box"][index].float().cpu().numpy())[0].tolist()
-        truth, answer = int(batch["label"][index]), int(answers[index])
-        caption = [f"{names[answer]} {probabilities[index]:.2f}", f"is {names[truth]}"]
+        probability_K = None if probabilities_BK is None else probabilities_BK[index]
+        caption, right = _caption(probability_K, label_threshold(network), batch, index, names)
         overlay = blend(picture, placement.carry(heatmap_hw), seen_HW=placement.seen())
-        tile = Tile(picture, caption, answer == truth, box)
+        tile = Tile(picture, caption, right, box)
         other = dataclasses.replace(tile, picture=overlay, caption=[])
         if maps.boxes is not None:
             drawn = draw_scanpath(picture, boxes_in_source(maps.boxes[index].cpu().numpy(), placement), side=_GAZE_SIDE)
@@ -105,6 +110,46 @@ def _tiles(batch: Batch, maps: Heatmaps, names: Sequence[str], dataset: SourceIm
             tile = dataclasses.replace(tile, picture=drawn, box=box and [edge * scale for edge in box])
         tiles += [tile, other]
     return tiles, width
+
+
+def _probabilities(network: nn.Module, output: object) -> Tensor | None:
+    """Return the (B, K) probabilities on the CPU; None if the model is no classifier."""
+    try:
+        return probabilities_of(network, scores_of(output).float()).cpu()
+    except UsageError:
+        return None
+
+
+def _caption(
+    probability_K: Tensor | None, threshold: float | None, batch: Batch, index: int, names: Sequence[str]
+) -> tuple[list[str], bool | None]:
+    """Return the lines below a picture, and whether the answer is right; None if the label or the answer is unknown.
+
+    Args:
+        probability_K: the probabilities of the classes; None if the model is no classifier.
+        threshold: probability from which a label counts as found; None if an image has exactly one class.
+        batch: of the data.
+        index: of the image in the batch.
+        names: of the classes; empty if they are unknown, and then their numbers are shown.
+    """
+    lines: list[str] = []
+    found: tuple[tuple[str, float], ...] = ()
+    if probability_K is not None:
+        names = names or [str(number) for number in range(len(probability_K))]
+        if threshold is None:
+            highest, answer = probability_K.max(0)
+            found = ((names[int(answer)], float(highest)),)
+        else:
+            found = labels_above(threshold, probability_K, names)
+        value = f" {found[0][1]:.2f}" if len(found) == 1 else ""  # there is no room for several
+        lines.append((", ".join(name for name, _ in found) or "no label") + value)
+    if "label" not in batch:
+        return lines, None
+    label = batch["label"][index].cpu()
+    numbers = label.nonzero()[:, 0].tolist() if label.ndim else [int(label)]
+    true = [names[number] if names else str(number) for number in numbers]
+    lines.append(f"is {', '.join(true) or 'without label'}")
+    return lines, None if probability_K is None else {name for name, _ in found} == set(true)
 
 
 def _box_tiles(batch: Batch, maps: Sequence[BoxHeatmaps], names: Sequence[str], dataset: SourceImages) -> list[Tile]:

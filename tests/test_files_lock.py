@@ -13,11 +13,11 @@ import pytest
 from tests.overlays.folder.exports import bright, contents, manifest, photos, run, snapshot
 from tests.refusals import refuses
 from visionattn.errors import UsageError
-from visionattn.overlays.folder.lock import LOCK, FolderLock
+from visionattn.files import LOCK, FolderLock
 
 HOLD = """
 import sys, time
-from visionattn.overlays.folder.lock import FolderLock
+from visionattn.files import FolderLock
 with FolderLock(sys.argv[1]):
     print("locked", flush=True)
     time.sleep(60)
@@ -28,7 +28,7 @@ with FolderLock(sys.argv[1]):
 def held(tmp_path):
     """A folder that another process has locked, and that process."""
     folder = tmp_path / "out"
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[1]
     process = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=root, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "locked\n"
     yield folder, process

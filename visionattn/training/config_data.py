@@ -11,7 +11,7 @@ from visionattn.training.config_errors import explain
 from visionattn.training.third_party_warnings import silence_third_party_warnings
 
 
-def data_of(config: str) -> L.LightningDataModule:
+def data_from_config(config: str) -> L.LightningDataModule:
     """Build the data module from the `data` section of a config, as the verbs fit, validate, test and predict do.
 
     Args:

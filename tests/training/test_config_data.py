@@ -7,7 +7,7 @@ from tests.data.annotated import voc
 from tests.refusals import refuses
 from visionattn.data import ClutteredDigitsData
 from visionattn.errors import UsageError
-from visionattn.training.data_of import data_of
+from visionattn.training import data_from_config
 
 CONFIG = """
 seed_everything: 3
@@ -23,7 +23,7 @@ def test_data_of_builds_the_configured_data_module(tmp_path):
     config.write_text(CONFIG)
     expected = ClutteredDigitsData(train_size=6, val_size=2, test_size=3, num_workers=0, batch_size=2)
     batches = []
-    for data in (data_of(str(config)), expected):
+    for data in (data_from_config(str(config)), expected):
         data.prepare_data()
         data.setup("test")
         batches.append(list(data.test_dataloader()))
@@ -45,8 +45,8 @@ def test_data_of_builds_the_configured_data_module(tmp_path):
 def test_config_with_a_missing_or_wrong_data_section_is_refused(text, message, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(text)
-    refuses(UsageError, message, lambda: data_of(str(config)))
-    refuses(UsageError, r"there is no config .*nothing\.yaml", lambda: data_of(str(tmp_path / "nothing.yaml")))
+    refuses(UsageError, message, lambda: data_from_config(str(config)))
+    refuses(UsageError, r"there is no config .*nothing\.yaml", lambda: data_from_config(str(tmp_path / "nothing.yaml")))
 
 
 def test_the_images_that_bad_boxes_drop_leaves_out_are_counted(tmp_path):
@@ -60,4 +60,4 @@ def test_the_images_that_bad_boxes_drop_leaves_out_are_counted(tmp_path):
     with pytest.warns(
         UserWarning, match="left out or clipped 1 missing image, 1 unreadable image; `visionattn data check"
     ):
-        data_of(str(tmp_path / "config.yaml"))
+        data_from_config(str(tmp_path / "config.yaml"))
