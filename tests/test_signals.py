@@ -1,4 +1,4 @@
-"""A signal ends the process after every `finally`, and can be held during a training step."""
+"""A signal ends the process after all `finally` blocks have run. A training step ends before a signal is handled."""
 
 import signal
 import subprocess

@@ -1,6 +1,6 @@
 """Measure the cost of glimpses: CPU time on one thread, fp32.
 
-    python tests/benchmarks/glimpse.py [--json FILE] [--rounds N] [--rows NAME ...]
+    python tests/benchmarks/glimpse.py [--json FILE] [--rounds N] [--rows NAME ...] [--device cuda]
 
 - `retina_28`, `retina_60x3`, `retina_224rgb`: time of a simple retina ÷ time of `Retina`, for six glimpses per image.
   The simple retina pads the batch for every glimpse and crops image by image with `.item()`, as public code does;
@@ -17,15 +17,18 @@ import argparse
 import json
 import os
 import statistics
-import time
+import sys
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
 
+from tests.benchmarks.timing import add_device, spent, use_device
 from visionattn.attention import Gaussian, Retina
 from visionattn.models import GlimpseNetwork, MLPEncoder
 from visionattn.tasks import reinforce
@@ -40,7 +43,7 @@ RETINAS = {  # batch, channels, side, patch, scales, subpixel, goal
 
 
 def times_faster(plain, ours, rounds, repeats):
-    """Return the median of (CPU time of `plain`) ÷ (mean CPU time of `repeats` runs of `ours`)."""
+    """Return the median of (time of `plain`) ÷ (mean time of `repeats` runs of `ours`)."""
     spent(plain, 1), spent(ours, 1)  # warm up
     ratios, before = [], spent(plain, 1)
     for _ in range(rounds):
@@ -48,13 +51,6 @@ def times_faster(plain, ours, rounds, repeats):
         ratios.append((before + after) / 2 / own)
         before = after
     return statistics.median(ratios)
-
-
-def spent(job, repeats):
-    start = time.process_time()
-    for _ in range(repeats):
-        job()
-    return (time.process_time() - start) / repeats
 
 
 def plain_glimpse(images, locations, patch, scales):
@@ -132,7 +128,9 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="rows to measure (default: all)")
+    add_device(parser)
     options = parser.parse_args()
+    use_device(options.device)
     torch.set_num_threads(1)
     rows = {name: (partial(retina_row, *setting[:-1]), setting[-1]) for name, setting in RETINAS.items()}
     rows["train_step_28"] = (train_step, 0.75)

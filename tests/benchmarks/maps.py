@@ -1,6 +1,7 @@
 """Measure the cost of capture and of heatmap methods: CPU time and peak memory, on two threads, fp32.
 
     python tests/benchmarks/maps.py [--json FILE] [--models small base] [--rounds N] [--rows NAME ...]
+        [--device cuda]
 
 Times are ratios to the model's forward pass with fused attention. Each ratio is the median over rounds; in a round,
 every row runs between two forward passes, so that other load on the machine slows all of them. The table also has the
@@ -19,11 +20,14 @@ import time
 import warnings
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait would add CPU time
 
 import timm
 import torch
 
+from tests.benchmarks.timing import add_device, clock, use_device
 from visionattn.capture import ClassRow, HeadMean, capture, keep_freed_memory
 from visionattn.maps import BeyondIntuition, Chefer, GradCAM, GradientAttention, LeGrad, Rollout, TokenTM
 
@@ -128,14 +132,20 @@ def ratios(size, names, rounds):
 
 
 def spent(name, model, images):
-    cpu, wall = time.process_time(), time.perf_counter()
+    own, wall = clock(), time.perf_counter()
     ROWS[name](model, images)
-    return time.process_time() - cpu, time.perf_counter() - wall
+    return clock() - own, time.perf_counter() - wall
 
 
 def peak_megabytes(size, name):
-    """Return the peak of resident memory above the loaded model, measured in this process."""
+    """Return the peak of memory above the loaded model: of this process or, on a GPU, of its tensors."""
     model, images = load(size)
+    if torch.get_default_device().type == "cuda":
+        forward(model, images)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        ROWS[name](model, images)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     forward(model, images[:1])  # allocates the thread pools and the kernels' buffers, which are not to be measured
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak that the kernel has recorded
@@ -157,7 +167,9 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=GOALS, default=list(GOALS))
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "ROW"), help=argparse.SUPPRESS)
+    add_device(parser)
     options = parser.parse_args()
+    use_device(options.device)
     warnings.simplefilter("ignore")
     if options.peak:
         print(peak_megabytes(*options.peak))
@@ -177,7 +189,7 @@ def main():
         if options.no_memory:
             continue
         for name in ["forward", *options.rows]:
-            command = [sys.executable, __file__, "--peak", size, name]
+            command = [sys.executable, __file__, "--device", options.device, "--peak", size, name]
             value = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             report(f"{name}_mb_{size}", value, MEMORY_GOALS[name][column] if name in MEMORY_GOALS else None)
     if options.json:

@@ -1,6 +1,6 @@
 """Compare sparse self-attention with dense: CPU time on two threads, fp32, 6 heads × 64 channels, one image.
 
-    python tests/benchmarks/self_attention.py [--json FILE] [--rounds N] [--rows NAME ...]
+    python tests/benchmarks/self_attention.py [--json FILE] [--rounds N] [--rows NAME ...] [--device cuda]
 
 - `FORM_f_N`, `FORM_fb_N`: time of dense attention (one call of torch's fused kernel) ÷ time of the form, for N tokens
   on a square grid. `f` is the forward pass, `fb` forward and backward. Windows are 16 × 16, neighbourhoods 17 × 17.
@@ -44,7 +44,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 import timm
 import torch
 
-from tests.benchmarks.timing import ratio, spent
+from tests.benchmarks.timing import add_device, ratio, spent, use_device
 from visionattn import attention
 
 HEADS, WIDTH = 6, 64
@@ -84,7 +84,7 @@ def exponent(form, rounds):
     counts = (1024, 4096, 16384)
     jobs = [passes(FORMS[form](HEADS), count, False) for count in counts]
     times = [
-        statistics.median(spent(job, 16384 // count) * count / 16384 for _ in range(rounds))
+        statistics.median(spent(job, 16384 // count) for _ in range(rounds))
         for job, count in zip(jobs, counts, strict=True)
     ]
     x, y = ([math.log(value) for value in values] for values in (counts, times))
@@ -116,10 +116,20 @@ def adaptive_span(trimmed_to, rounds):
 
 
 def memory(form, tokens):
-    """Return the MB by which forward and backward raise the peak memory of a new process."""
+    """Return the MB by which forward and backward raise the peak memory, of a new process or of the GPU."""
+    if torch.get_default_device().type == "cuda":
+        return _memory_on_gpu(form, tokens)
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_memory, (form, tokens))
+
+
+def _memory_on_gpu(form, tokens):
+    job = passes(FORMS[form](HEADS), tokens, True)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    job()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def _memory(form, tokens):
@@ -185,7 +195,9 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--rows", nargs="+", metavar="NAME", choices=ROWS, help="rows to measure (default: all)")
+    add_device(parser)
     options = parser.parse_args()
+    use_device(options.device)
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
     results = []

@@ -1,6 +1,6 @@
 """Measure the cost of attention mechanisms: CPU time on two threads, fp32.
 
-    python tests/benchmarks/soft_attention.py [--json FILE] [--rounds N] [--rows NAME ...]
+    python tests/benchmarks/soft_attention.py [--json FILE] [--rounds N] [--rows NAME ...] [--device cuda]
 
 - `train_NAME`: time of a training step of ResNet-18 at 160 px with the mechanism at the end of every block ÷ time of a
   step without the mechanism.
@@ -41,7 +41,7 @@ import timm
 import torch
 from timm.layers import create_attn
 
-from tests.benchmarks.timing import ratio
+from tests.benchmarks.timing import add_device, ratio, use_device
 from visionattn import attention
 
 BATCH = 8
@@ -129,7 +129,9 @@ def main():
     parser.add_argument(
         "--rows", nargs="+", metavar="NAME", help="rows to measure, e.g. train_SE timm_ECA (default: all)"
     )
+    add_device(parser)
     options = parser.parse_args()
+    use_device(options.device)
     warnings.simplefilter("ignore")
     torch.set_num_threads(2)
     results = []

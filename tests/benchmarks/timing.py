@@ -1,11 +1,33 @@
-"""The ratio of the CPU times of two jobs that run in turns."""
+"""The ratio of the times of two jobs that run in turns, on the CPU or on a GPU."""
 
 import statistics
 import time
 
+import torch
+
+
+def add_device(parser):
+    """Add the option --device to a benchmark's parser."""
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where tensors and networks are (default: cpu)"
+    )
+
+
+def use_device(device):
+    """Create new tensors and networks on this device."""
+    torch.set_default_device(device)
+
+
+def clock():
+    """Return the time in seconds: the CPU time of this process or, on a GPU, wall time after all its work is done."""
+    if torch.get_default_device().type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
 
 def ratio(job, other, rounds, repeats=1):
-    """Return the median of (CPU time of `job`) ÷ (mean CPU time of `other` before and after it)."""
+    """Return the median of (time of `job`) ÷ (mean time of `other` before and after it)."""
     spent(job, 1), spent(other, 1)  # the first run is not measured, since it allocates memory
     ratios, before = [], spent(other, repeats)
     for _ in range(rounds):
@@ -16,8 +38,8 @@ def ratio(job, other, rounds, repeats=1):
 
 
 def spent(job, repeats):
-    """Return the mean CPU time of a job. The system counts threads in ticks of milliseconds, so repeat short jobs."""
-    start = time.process_time()
+    """Return the mean time of a job. The system counts threads in ticks of milliseconds, so repeat short jobs."""
+    start = clock()
     for _ in range(repeats):
         job()
-    return time.process_time() - start
+    return (clock() - start) / repeats

@@ -7,13 +7,13 @@ Both train the same timm model without pretrained weights, on JPEGs of 640 × 48
 with the same albumentations pipeline (a random crop resized to 224, and flips), AdamW and the same number of threads.
 
 - `fit_images_per_s_MODEL_wN`: images a second of `visionattn fit` ÷ those of the plain loop, with N worker processes,
-  over the steps of an epoch after the first two.
+  from the third step of an epoch on.
 - `fit_first_step_MODEL_wN`: time of `visionattn fit` from the start of the process to the end of the first step ÷ that
   of the plain loop.
 
 Every run is a process of its own. The processes run in turns, and a value is the median over the rounds. With `--clock
-cpu`, time is the CPU time of a process and its workers: take it if other programs use the same cores. The GOALS are the
-project's goals.
+cpu`, time is the CPU time of a process and its workers: take it if other programs use the same cores. `SPEED` and
+`FIRST` are the project's goals.
 """
 
 import argparse
@@ -173,7 +173,7 @@ def run(kind, folder, model, workers, options):
 
 
 def measure(folder, model, workers, options):
-    """Return the medians of both ratios and, for each of fit and the loop, its medians: images a second, first step."""
+    """Return medians over rounds: the two ratios, and for "fit" and "plain" the images a second and the first step."""
     column = 0 if options.clock == "wall" else 1
     rates, firsts = {"fit": [], "plain": []}, {"fit": [], "plain": []}
     for _ in range(options.rounds):

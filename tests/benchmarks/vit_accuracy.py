@@ -24,10 +24,13 @@ import argparse
 import csv
 import json
 import statistics
-import time
+import sys
 import warnings
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,7 @@ import yaml
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.benchmarks.timing import ratio, spent
 from visionattn.attention import TokenMerging, mean_span, reduce_tokens
 from visionattn.training import load
 
@@ -76,21 +80,8 @@ def multiply_adds(network):
 
 
 @torch.no_grad()
-def spent(network, images):
-    start = time.process_time()
+def run(network, images):
     network(images)
-    return time.process_time() - start
-
-
-def slower(network, dense, images, rounds=7):
-    """Return the median of (time of `network`) ÷ (mean time of `dense` before and after it)."""
-    spent(network, images), spent(dense, images)  # warm up
-    before, ratios = spent(dense, images), []
-    for _ in range(rounds):
-        own, after = spent(network, images), spent(dense, images)
-        ratios.append(2 * own / (before + after))
-        before = after
-    return statistics.median(ratios)
 
 
 def spread(values, digits=2):
@@ -136,11 +127,11 @@ def main():
             spans[name].append(float(span))
     images, rows = torch.randn(IMAGES, 3, SIZE, SIZE), []
     patches = networks["dense"].backbone.patch_embed.num_patches
-    seconds = statistics.median(spent(networks["dense"], images) for _ in range(5))
+    seconds = statistics.median(spent(partial(run, networks["dense"], images), 1) for _ in range(5))
     print("| form | seeds | test accuracy, % | mean span | tokens/s | multiply-adds (attention's share) |")
     print("|---|---|---|---|---|---|")
     for name in sorted(accuracies, key=lambda name: (name != "dense", name)):
-        factor = 1.0 if name == "dense" else slower(networks[name], networks["dense"], images)
+        factor = 1.0 if name == "dense" else ratio(*(partial(run, networks[key], images) for key in (name, "dense")), 7)
         attended, compute = multiply_adds(networks[name])
         tests, speed = accuracies[name], IMAGES * patches / (seconds * factor)
         reach = spread(spans[name], 1) if spans[name] else ""

@@ -151,7 +151,9 @@ def test_compared_checkpoints_have_distinct_names(capsys):
     fails(["overlay", "--images", ".", "--out", "x", "--compare", "a.ckpt", "a.ckpt"], 2, "with itself", capsys=capsys)
 
 
-@pytest.mark.parametrize(("model", "layer"), [("test_vit", "attention of blocks"), ("test_resnet", "layer")])
+@pytest.mark.parametrize(
+    ("model", "layer"), [("test_vit", "raw, attention of blocks"), ("test_resnet", "gradcam, layer")]
+)
 def test_overlays_of_a_timm_model_are_kept_by_a_second_run(model, layer, photo_folder, tmp_path, capsys):
     flags = ["--images", str(photo_folder / "class0"), "--out", str(tmp_path), "--model", model, "--weights", "random"]
     assert main(["overlay", *flags, "--batch-size", "5"]) == 0

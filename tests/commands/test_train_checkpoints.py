@@ -178,7 +178,7 @@ def test_exported_weights_and_weights_of_the_hub_are_tested_but_not_continued(
 @pytest.mark.parametrize(
     ("flag", "part"),
     [
-        ("--model.optimizer.lr=0.5", "model.init_args.optimizer.init_args.lr is 0.5 in the config and 0.01 in"),
+        ("--model.optimizer.lr=0.5", "model.init_args.optimizer.init_args.lr is 0.5 in the config and 0.015 in"),
         (
             "--model.network.attention=visionattn.attention.ECA",
             "visionattn.attention.ECA' in the config and 'visionattn.attention.CBAM",

@@ -17,7 +17,7 @@ def test_a_box_lies_on_the_pixels_inside_its_edges():
 
 
 @pytest.mark.parametrize("box", [(-9, -9, 500, 500), (48, 38, 90, 90), (20, 20, 21, 21), (5, 5, 5, 5), (9, 9, 3, 3)])
-def test_a_box_beyond_the_picture_or_without_area_changes_no_pixel_outside_it(box):
+def test_a_box_beyond_the_picture_or_without_area_changes_only_pixels_inside_the_box(box):
     image = np.zeros((40, 50, 3), np.uint8)
     changed = drawing.draw_box(image, box, colour=(9, 9, 9)).any(2)
     inside = np.zeros((40, 50), bool)

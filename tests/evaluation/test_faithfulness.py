@@ -140,7 +140,10 @@ def test_a_constant_map_scores_like_random_maps():
     random = deletion(Patch(place), images, random_maps, steps=6).auc
     tolerance = 4 * float((constant.var() + random.var()) / 400) ** 0.5  # four standard errors
     assert float((constant.mean() - random.mean()).abs()) < tolerance
-    for by_position in (torch.arange(192.0), -torch.arange(192.0)):  # an order by position gives another area
+    for by_position in (
+        torch.arange(192.0),
+        -torch.arange(192.0),
+    ):  # ranking by position would give another area under the curve
         biased = deletion(Patch(place), images[:1], by_position.view(1, 12, 16), steps=6).auc
         assert float((biased - random.mean()).abs()) > tolerance
 

@@ -1,4 +1,4 @@
-"""Faults, and when they happen. The server calls these functions in a child process before the command line runs."""
+"""Faults, and when they happen. `tests/faults/server.py` calls these functions in a child before its command line."""
 
 import errno
 import hashlib

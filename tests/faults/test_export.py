@@ -80,7 +80,7 @@ def test_first_process_does_the_work_of_a_helper_that_is_killed_or_stopped(act, 
     leader, helper = start_two(server, tmp_path, ("import time\n" + slow, AT_BATCH.format(2, act)))
     ended = leader.wait(60)
     assert ended.code == 0, ended.output
-    assert "the first process has done its work" in ended.output
+    assert "the first process exported the images of the lost process" in ended.output
     assert done(tmp_path) == expected()
     helper.kill(signal.SIGKILL)
     assert helper.wait().code == -signal.SIGKILL

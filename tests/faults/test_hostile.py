@@ -17,8 +17,9 @@ import torch
 from PIL import Image, features
 
 from tests.faults.conftest import ROOT
+from tests.refusals import refuses
 from visionattn.data import read_image
-from visionattn.errors import DataError
+from visionattn.errors import DataError, UsageError
 from visionattn.models import Classifier
 from visionattn.training import load
 
@@ -334,3 +335,21 @@ def test_outputs_of_odd_image_names_stay_in_the_output_folder(server, tmp_path):
     assert len(outputs) == len(names) + 1
     assert outputs | {str(home / "out" / "manifest.jsonl")} == {str(path) for path in new}
     assert "\x1b" not in ended.output
+
+
+def test_an_architecture_in_a_checkpoint_may_not_name_the_hub_or_code(quick_run, tmp_path):
+    content = torch.load(quick_run / "best.ckpt", weights_only=True)
+    network = {"class_path": "visionattn.models.Classifier", "init_args": {"backbone": "hf:a/b", "num_classes": 2}}
+    content["visionattn"]["model"]["init_args"]["network"] = network
+    plain = {"model_type": "vit", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    for fields, message in (
+        (None, "names the model 'hf:a/b' without its architecture"),
+        ({**plain, "attn_implementation": "owner/kernel"}, "gives the option attn_implementation = 'owner/kernel'"),
+        ({**plain, "auto_map": {"AutoConfig": "mine.Config"}}, "gives the option AutoConfig = 'mine.Config'"),
+        ({"model_type": "timm_wrapper"}, "is a model of timm"),
+        ({"model_type": "bert"}, "is a bert, of which transformers has no image classifier"),
+        (plain, "do not fit the model in the same file"),
+    ):
+        content["visionattn"]["architectures"] = {} if fields is None else {"hf:a/b": fields}
+        torch.save(content, tmp_path / "c.ckpt")
+        refuses((DataError, UsageError), message, load, tmp_path / "c.ckpt")

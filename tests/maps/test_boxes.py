@@ -231,7 +231,9 @@ def test_box_methods_that_do_not_fit_the_detector_are_errors():
     refuses(UsageError, "this DenseDetector has none; use odam", lambda: QuerySampling()(dense(), images))
     refuses(UsageError, "is not a detector", lambda: ODAM()(nn.Flatten(), images))
     refuses(UsageError, r"no layer 'featuers'\. Nearest: features", lambda: ODAM("featuers")(dense(), images))
-    with pytest.raises(UsageError, match=r"needs self-attention in features\.backbone: .*attends 0 times; or use odam"):
+    with pytest.raises(
+        UsageError, match=r"needs self-attention in features\.backbone: .*has 0 layers of attention; or use odam"
+    ):
         BoxAttention()(dense(), images)
     refuses(UsageError, "no scores of the whole image; use odam", lambda: GradCAM()(dense(), images))
     refuses(UsageError, "runs more than once", lambda: ODAM("head.class_tower")(dense(), images))

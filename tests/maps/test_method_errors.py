@@ -49,7 +49,7 @@ def test_a_model_that_is_not_a_module_is_an_error():
     [
         ("blocks.1.atn", r"nothing attends in 'blocks\.1\.atn'\. Nearest: blocks\.1\.attn"),
         ("zzz", r"nothing attends in 'zzz'\. Layers that attend: blocks\.0\.attn, blocks\.1\.attn, blocks\.2\.attn"),
-        (3, "there is no layer 3: the model attends 3 times"),
+        (3, "there is no layer 3: the model has 3 layers of attention, 0 to 2"),
         (-4, "there is no layer -4"),
     ],
 )
@@ -146,13 +146,13 @@ def test_the_warning_counts_the_constant_maps_of_a_batch():
     assert maps.heatmaps.amax((1, 2)).tolist() == [1, 0, 1]
 
 
-def test_a_layer_after_the_last_attention_of_a_class_token_gives_a_zero_map_and_a_warning():
+def test_gradcam_behind_the_last_attention_of_a_vit_gives_a_zero_map_and_a_warning():
     with pytest.warns(MapWarning, match="are zero and show nothing; try another layer"):
         GradCAM("norm")(models.vit(), models.pictures())
 
 
 @pytest.mark.parametrize("method", [Rollout(), Chefer()], ids=lambda m: m.name)
-def test_methods_through_all_layers_warn_for_windows_and_not_for_a_vit(method):
+def test_methods_that_combine_all_layers_warn_for_window_attention_and_not_for_a_vit(method):
     with pytest.warns(MapWarning, match=f"{method.name} assumes that every layer attends to all tokens"):
         method(models.swin(), models.pictures(32))
     with warnings.catch_warnings():

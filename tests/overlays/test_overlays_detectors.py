@@ -141,7 +141,7 @@ def test_boxes_that_lie_entirely_in_the_padding_are_not_shown(tmp_path):
 
 def test_box_outputs_and_box_methods_need_a_detector(files, tmp_path):
     classifier = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(UsageError, match="the output boxes needs boxes, but eigencam of this Sequential has none"):
+    with pytest.raises(UsageError, match="the output boxes needs boxes, and eigencam on this Sequential gives none"):
         export([files], tmp_path, Explainer(classifier, PREPROCESS, EigenCAM()), save=["boxes"])
     with pytest.raises(UsageError, match="boxes of a detector, but this model is not a detector"):
         explore(classifier, [photo()], preprocess=PREPROCESS, methods={"odam": ODAM()})

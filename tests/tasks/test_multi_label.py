@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.refusals import refuses
 from tests.tasks.points import Linear, Points, points, trainer
-from visionattn.errors import UsageError
+from visionattn.errors import DataError, UsageError
 from visionattn.maps import label_threshold, probabilities_of
 from visionattn.tasks import Classification, MultiLabelClassification
 
@@ -122,6 +122,14 @@ def test_data_with_one_label_and_the_multi_label_task_refuse_each_other():
 )
 def test_options_out_of_range_raise(option, message):
     refuses(ValueError, message, MultiLabelClassification, plain_network(), **option)
+
+
+def test_balanced_weights_need_the_number_of_training_images():
+    data, task = Labelled(), MultiLabelClassification(plain_network(), class_weights="balanced")
+    data.train_count = None
+    refuses(
+        DataError, "balanced needs train_count, which Labelled does not have", trainer().test, task, datamodule=data
+    )
 
 
 def test_labels_of_data_in_another_order_are_matched_by_name():

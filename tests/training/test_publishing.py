@@ -47,7 +47,7 @@ def test_model_card_shows_an_overlay_of_a_given_picture(quick_run, shelf, tmp_pa
     assert "on the test images" not in (shelf / "me" / "alone" / "README.md").read_text()
 
 
-def test_errors_of_the_hub_and_of_its_names_are_one_line(quick_run, shelf):
+def test_errors_of_the_hub_and_malformed_model_names_give_messages_of_one_line(quick_run, shelf):
     huggingface_hub.HfApi.return_value.create_repo.side_effect = RuntimeError("401 Client Error\nlong story")
     with pytest.raises(DataError, match=r"me/digits cannot be uploaded to the hub: 401 Client Error$"):
         publishing.push(quick_run / "best.ckpt", "me/digits")

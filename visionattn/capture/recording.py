@@ -326,7 +326,8 @@ def place(layer: int | str, names: list[str]) -> int:
     """
     if isinstance(layer, int):
         if not -len(names) <= layer < len(names):
-            raise UsageError(f"there is no layer {layer}: the model attends {len(names)} times")
+            numbers = f", 0 to {len(names) - 1}" if names else ""
+            raise UsageError(f"there is no layer {layer}: the model has {len(names)} layers of attention{numbers}")
         return layer % len(names)
     if layer in names:
         return names.index(layer)

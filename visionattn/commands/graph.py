@@ -122,7 +122,9 @@ def export_graph(
         }
         with _quiet():
             try:
-                batch = torch.export.Dim("batch", max=1 << 24)  # without `max`, torch 2.6 compares it with 2⁶³ − 1
+                batch = torch.export.Dim(
+                    "batch", max=1 << 24
+                )  # torch 2.6 would compare it with 2⁶³ − 1 if it had no `max`
                 program = torch.export.export(graph, (noise[:2],), dynamic_shapes=({0: batch},), strict=False)
                 content = _WRITERS[suffix](program, json.dumps(description))
             except Exception as error:  # torch.export and ONNX raise many types of errors for unsupported models
@@ -225,7 +227,7 @@ _RUNNERS = {".onnx": _run_onnx, ".pt2": _run_program}
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporters' deprecation warnings and notes on operators. (`_difference` finds wrong values.)"""
+    """Silence the exporters' deprecation warnings and notes on operators; `_difference` still finds wrong values."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -45,7 +45,7 @@ class ClassificationData(ImageData):
     @property
     def train_count(self) -> int | None:
         """Number of training images, or None if it is unknown before the training."""
-        return None if self.class_counts is None else int(self.class_counts.sum())
+        return None if self.multi_label or self.class_counts is None else int(self.class_counts.sum())
 
 
 def balanced_weights(

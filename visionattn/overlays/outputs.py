@@ -359,7 +359,7 @@ def check_needs(kinds: Sequence[str], *, model: str, method: str, available: Col
         need = OUTPUTS[kind].needs
         if need in advice and need not in available:
             raise UsageError(
-                f"the output {kind} needs {need}, but {method} of this {model} has none; save another kind, or "
+                f"the output {kind} needs {need}, and {method} on this {model} gives none; save another kind, or "
                 f"{advice[need]}"
             )
 

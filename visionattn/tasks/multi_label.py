@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import binary_average_precision
 from torchmetrics.utilities import dim_zero_cat
 
 from visionattn.data import Batch
+from visionattn.errors import DataError
 from visionattn.tasks.base import ClassificationTask
 from visionattn.tasks.losses import check_gamma, class_weights_of, focal_binary_cross_entropy
 
@@ -39,7 +40,8 @@ class MultiLabelClassification(ClassificationTask):
 
     Raises:
         ValueError: an argument is out of its range.
-        DataError: in `setup`, if the number of class_weights is wrong, or `balanced` finds no class counts.
+        DataError: in `setup`, if the number of class_weights is wrong, or the data lacks the `class_counts` or the
+            `train_count` that `balanced` needs.
     """
 
     monitor = "val/map"
@@ -65,12 +67,14 @@ class MultiLabelClassification(ClassificationTask):
         vars(network)["label_threshold"] = threshold
 
     def prepare(self, data: object, num_classes: int) -> None:
-        count = getattr(data, "train_count", None) or 0
+        count: int | None = getattr(data, "train_count", None)
+        if count is None and self.class_weights == "balanced":
+            raise DataError(f"class_weights: balanced needs train_count, which {type(data).__name__} does not have")
         weight_K = class_weights_of(
             self.class_weights,
             data,
             num_classes,
-            lambda counts_K: (count - counts_K) / counts_K,
+            lambda counts_K: ((count or 0) - counts_K) / counts_K,
             label_numbers=self.label_numbers,
         )
         self.register_buffer("_weight_K", weight_K, persistent=False)

@@ -56,7 +56,7 @@ def _new_run(name: str) -> Path:
     if _RUN in os.environ:
         return Path(os.environ[_RUN])
     home = RUNS / name
-    if _rank():  # only the first process creates the folder; Lightning sends its path to the other processes
+    if _rank():  # only the first process creates the folder, and Lightning replaces this path by that folder
         return home / "other"
     home.mkdir(parents=True, exist_ok=True)
     versions = _versions(name)
@@ -98,11 +98,11 @@ def _remove_empty(folder: Path) -> None:
 def _remove_unfinished_files(name: str) -> None:
     """Remove the temporary files that killed trainings have left in the runs with this name.
 
-    Only a file that is written again replaces its temporary file, and a run that was killed before its first checkpoint
-    is never continued.
+    Otherwise these files would stay. A temporary file disappears only when the same file is written again, and a run
+    that was killed before its first checkpoint is never continued.
     """
     for folder in _versions(name):
-        with contextlib.suppress(OSError):  # among others, the run is being trained
+        with contextlib.suppress(OSError):  # for example because the run is being trained
             unfinished = list(folder.glob(f"{PART_PREFIX}*"))
             if not unfinished or not (folder / _LOCK).exists():  # only `fit` locks its folder
                 continue

@@ -7,7 +7,7 @@ from visionattn.attention.self_attention import block_attention
 
 @pytest.fixture
 def blocks(monkeypatch):
-    """Count only products as costs: with all costs, the grids of the tests would be too small for blocks."""
+    """Set all costs but those of products to 0. With the real costs, small grids would not be split into blocks."""
     for cost in ("_KEY", "_COPY", "_CALL"):
         monkeypatch.setattr(block_attention, cost, 0)
     monkeypatch.setattr(block_attention, "_plans", {})

@@ -12,7 +12,7 @@ close = torch.testing.assert_close
 
 
 def test_mask_that_leaves_a_patch_without_keys_raises():
-    # patches of row 1 have no keys; the other terms are always true
+    # patches of row 1 have no keys; `c == c` and the like are true everywhere, and give the mask its full shape
     module = attention.BlockSparse(1, allowed=lambda a, b, c, d: (a != 1) & (c == c) & (b == b) & (d == d))
     with pytest.raises(UsageError, match=r"allowed leaves patch \(1, 0\) of a grid of 2×3 without a key"):
         module(*qkv((2, 3), 0, heads=1), grid=(2, 3))
@@ -20,7 +20,7 @@ def test_mask_that_leaves_a_patch_without_keys_raises():
 
 def test_block_sparse_computes_only_blocks_with_an_allowed_pair():
     grid = (16, 16)
-    # in bands of four rows, each of the 256 patches attends to 64 patches; the other terms are always true
+    # in bands of four rows, each of the 256 patches attends to 64 patches; `b == b` and `d == d` are true everywhere
     bands = attention.BlockSparse(2, allowed=lambda a, b, c, d: (a // 4 == c // 4) & (b == b) & (d == d), block=16)
     with torch.no_grad(), ProductCounter() as counter:
         bands(*qkv(grid, 0), grid=grid)

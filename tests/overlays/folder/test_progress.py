@@ -29,7 +29,7 @@ def test_the_bar_shows_the_rate_the_remaining_time_and_the_failures(monkeypatch)
 
 
 def entry(name, **more):
-    return Done(name, (0, 0), "", {}, {"peak": [1, 2], "layer": "layer4", **more})
+    return Done(name, (0, 0), "", {}, {"peak": [1, 2], "method": "gradcam", "layer": "layer4", **more})
 
 
 def test_the_summary_lists_the_images_in_which_two_models_differ_most():
@@ -37,11 +37,11 @@ def test_the_summary_lists_the_images_in_which_two_models_differ_most():
     for number in range(9):
         summary.count(entry("x", difference={"mean": number / 10, "peak": None}), f"{number}.jpg")
     lines = printed(summary).splitlines()
-    assert lines[0].split() == ["9", "overlays", "seen/", "heatmaps:", "layer4"]
+    assert lines[0].split() == ["9", "overlays", "seen/", "heatmaps:", "gradcam,", "layer4"]
     assert [line.split()[-2:] for line in lines[1:4]] == [["0.80", "8.jpg"], ["0.70", "7.jpg"], ["0.60", "6.jpg"]]
 
 
-def test_the_summary_shows_one_doubt_of_each_kind_and_no_constant_heatmaps():
+def test_the_summary_shows_one_warning_of_each_kind_but_none_of_constant_heatmaps():
     summary = Summary(out="seen", written=1)
     kinds = ["{} tokens after blocks.2", "{} are zero and show nothing", "approximate", "4th kind of {}", "fifth kind"]
     for number in range(9):

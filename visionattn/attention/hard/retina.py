@@ -16,9 +16,9 @@ from visionattn.errors import UsageError
 class Axis(NamedTuple):
     """The numbers that convert a location into coordinates in the planes of a `View`, along rows or along columns.
 
-    Row (or column) k of a patch of scale s is read from plane s at slope[s] · location + offset[s] + reach[s, k]. An
-    exact retina rounds slope · location + offset down, so that this coordinate is an index. In a sub-pixel retina, the
-    coordinate is in the units of grid_sample.
+    Row (or column) k of a patch of scale s is read from plane s at slope[s] · location + offset[s] + reach[s, k].
+    Without `subpixel` (an *exact* retina), slope · location + offset is rounded down, so that the sum is an index. With
+    `subpixel`, the sum is a coordinate of grid_sample.
     """
 
     slope: Tensor

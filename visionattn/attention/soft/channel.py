@@ -15,7 +15,7 @@ from visionattn.attention.soft.gate_ops import mean, pointwise
 
 
 class SE(nn.Module):
-    """Squeeze and excitation (Hu et al. 2018, 1709.01507, eq. 2–4), with timm's weights.
+    """Squeeze and excitation (Hu et al. 2018, 1709.01507, eq. 2–4). Its parameters are those of timm's `SEModule`.
 
         z = mean of x over H·W
         out = x · sigmoid(W2 relu(W1 z + b1) + b2)
@@ -37,7 +37,8 @@ class SE(nn.Module):
 
 
 class EffectiveSE(nn.Module):
-    """Effective squeeze and excitation (Lee & Park 2020, 1911.06667, eq. 4–5), with timm's weights.
+    """Effective squeeze and excitation (Lee & Park 2020, 1911.06667, eq. 4–5), with timm's
+    parameters.
 
         out = x · hard_sigmoid(W (mean of x over H·W) + b),     hard_sigmoid(z) = clamp(z / 6 + 1 / 2, 0, 1)
 

@@ -35,8 +35,8 @@ class Order(DistributedSampler[tuple[int, int]]):
         rank: number of this process.
         world_size: n, the number of processes.
         start: function called when an epoch begins; returns how many samples of all processes to skip (default: 0).
-        shuffled: seed → as many indices as the data set has, in the order of an epoch (default: every index once, and
-            every order is equally likely).
+        shuffled: function from a seed to the indices of one epoch in order, N for a data set of N samples (default:
+            every index once, and every order is equally likely).
     """
 
     def __init__(
@@ -85,8 +85,8 @@ def weighted_order(weights_N: NDArray[np.float64], seed: int) -> list[int]:
     """Draw N indices in random order; index i is expected N · weight_i / Σ weights times.
 
     Systematic sampling draws each index as often as expected, rounded down or up at random, so that an epoch has fewer
-    chance repeats than N independent draws. Indices of equal weight together are drawn as often as expected, to within
-    one: classes keep their shares in every epoch.
+    chance repeats than N independent draws. A group of indices with the same weight, such as a class, is drawn in total
+    as often as expected, to within one. So each class keeps its share in every epoch.
 
     Args:
         weights_N: relative frequency of each index, ≥ 0, not all 0.

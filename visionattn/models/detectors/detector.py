@@ -12,7 +12,7 @@ from torchvision.ops import batched_nms
 
 Detections = dict[str, Tensor]
 """`boxes` (N, 4), `scores` (N,) in [0, 1] and `labels` (N,) int64, sorted by descending score. Some detectors add
-`index` (N,) int64, the number of the prediction of each box. Scores have gradients if gradients are enabled."""
+`index` (N,) int64: which of the detector's predictions each box is. Scores have gradients if gradients are enabled."""
 
 
 class Detector(nn.Module, ABC):

@@ -56,7 +56,7 @@ def create_torchvision_classifier(
     load_pretrained = pretrained and state is None
     builder = get_model_builder(function)
     auxiliary = _AUXILIARY.get(function, ())
-    if auxiliary and not load_pretrained:  # built as with pretrained weights, which expect this input
+    if auxiliary and not load_pretrained:  # torchvision sets these options itself for pretrained weights
         options = {"init_weights": False, "aux_logits": False, "transform_input": True} | options
     try:
         with _weights_only():
@@ -91,7 +91,7 @@ def create_torchvision_classifier(
 
 
 def torchvision_preprocess(name: str) -> Preprocess:
-    """Return the preprocessing of named weights; the inputs equal those of their `transforms()` within 1/255.
+    """Return the preprocessing of named weights. Its images equal those of the weights' `transforms()` within 1/255.
 
     Args:
         name: see `create_torchvision_classifier`.

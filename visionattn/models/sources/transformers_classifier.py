@@ -133,7 +133,7 @@ def create_transformers_classifier(
             config.num_labels = num_classes
         outputs = config.num_labels
         with quiet(transformers):
-            model = transformers.AutoModelForImageClassification.from_config(config)
+            model = transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
         if weights is not None:
             state = read_state(weights)
             rows = head_rows(without_prefix(state, model), head_of(model))

@@ -57,8 +57,8 @@ def export(
         save: kinds of output to make, names in `OUTPUTS`.
         compare: whether to compare the second of two explainers with the first.
         target: the output to explain, its index or class name. Default: the highest output of each image.
-        batch_size: images per forward pass. Default: 16 at 224 × 224; at other sizes, as many as have that number of
-            pixels together.
+        batch_size: images per forward pass. Default: 16 at 224 × 224; at other sizes, so many that a batch has
+            about the same number of pixels.
         style: style of the pictures. Default: `Style()`.
         fps: frames per second to sample from videos. Default: every frame.
         bf16: whether models run under autocast to bfloat16.
@@ -161,7 +161,9 @@ def _lead(
     summary.seconds = time.perf_counter() - started
     print_summary(console, summary)
     for reason in processes.lost:
-        console.print(Text(f"  {reason}; the first process has done its work", "yellow"), soft_wrap=True)
+        console.print(
+            Text(f"  {reason}; the first process exported the images of the lost process", "yellow"), soft_wrap=True
+        )
     if processes.trouble:
         raise DataError(processes.trouble)
     return summary
@@ -198,7 +200,7 @@ def _help(job: ExportJob, processes: Work, batch_size: int, workers: int) -> Sum
 
 
 def _lay_out(job: ExportJob, processes: Work, todo: Sequence[str], batch_size: int) -> None:
-    """Divide the images into portions: one batch each, or less so that every process gets about four."""
+    """Divide the images into portions of a batch. With few images, portions are smaller: four for each process."""
     size = max(1, min(batch_size, len(todo) // (4 * processes.size)))
     portions = (todo[start : start + size] for start in range(0, len(todo), size))
     processes.lay_out([job.task(path) for path in portion] for portion in portions)
@@ -232,7 +234,7 @@ def _check(
 
 
 def _default_batch_size(explainers: Sequence[Explainer]) -> int:
-    """Return how many inputs of the largest model have `_BATCH_PIXELS` pixels together, at least 1."""
+    """Return the number of images, at least 1, with `_BATCH_PIXELS` pixels in the model with the largest input."""
     sizes = [explainer.preprocess.input_size for explainer in explainers]
     return max(1, _BATCH_PIXELS // max(height * width for height, width in sizes))
 

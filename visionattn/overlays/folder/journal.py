@@ -10,8 +10,9 @@ class Journal:
     """Records the entries of one helper, and its promises (see `Manifest`). `Manifest.take_in` moves both into the
     manifest.
 
-    When the first process of this run, or of the next run, no longer waits for the helper, it deletes the journal.
-    After that, writing to the journal fails, so the helper can write no further output.
+    The first process deletes the journal when it stops waiting for the helper. If the first process was killed before
+    that, the first process of the next run deletes the journal. After that, writing to the journal fails, so the helper
+    can write no further output.
 
     Args:
         out: the output folder; it is created with the first line.

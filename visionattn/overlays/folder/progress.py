@@ -36,7 +36,7 @@ class Summary:
         ignored: suffix → number of files in the input folders that are not images.
         links: number of linked folders that were not entered.
         failures: (file, reason) of the first failures, at most five.
-        source: what the heatmaps show, e.g. `gate of layer4.1`; "" if no heatmap was made.
+        source: method and source of the first heatmaps, e.g. `gradcam, layer4.1`; "" if no heatmap was made.
         doubts: reasons to doubt the heatmaps, as the methods warn of them: the first of each kind, at most three.
         apart: (mean difference, file) of the images in which two models differ most, largest first, at most three.
         images: paths of all images, without videos.
@@ -77,7 +77,7 @@ class Summary:
             return
         self.written += 1
         self.blank += entry.facts["peak"] is None
-        self.source = self.source or entry.facts["layer"]
+        self.source = self.source or f"{entry.facts['method']}, {entry.facts['layer']}"
         if "difference" in entry.facts:
             different = sorted([*self.apart, (entry.facts["difference"]["mean"], name)], reverse=True)
             self.apart = different[:_MAX_DIFFERENT]
