@@ -206,9 +206,22 @@ def test_outputs_match_the_golden_image():
     assert golden.FILE.stat().st_size < 60_000
     changed = golden.differences(golden.outputs())
     assert not changed, (
-        f"the drawing has changed ({'; '.join(changed)}): raise VERSION in overlays/outputs.py, so that earlier "
-        "outputs are made again, and write the golden image again with `python -m tests.overlays.golden`"
+        f"the outputs differ from the golden image ({'; '.join(changed)}): if an existing output has changed, raise "
+        "VERSION in overlays/outputs.py, so that earlier outputs are made again; then write the golden image again "
+        "with python -m tests.overlays.golden"
     )
+
+
+def test_dashed_boxes_differ_from_the_golden_image(monkeypatch):
+    from visionattn.drawing import draw_boxes
+    from visionattn.overlays import outputs
+
+    def draw_dashed(picture_HWC, boxes, **options):
+        drawn, dash = draw_boxes(picture_HWC, boxes, **options), np.indices(picture_HWC.shape[:2]).sum(0) // 6 % 2 > 0
+        return np.where(dash[..., None], drawn, picture_HWC)
+
+    monkeypatch.setattr(outputs, "draw_boxes", draw_dashed)
+    assert [line for line in golden.differences(golden.outputs()) if line.startswith("overlay:")]
 
 
 @pytest.mark.parametrize("change", [{"alpha": 0.6}, {"colormap": "magma"}, {"contours": (0.7,)}, {"caption": False}])

@@ -19,7 +19,7 @@ _PALETTE: tuple[Colour, ...] = ((80, 220, 255), (255, 176, 0), (220, 130, 255), 
 
 
 FOUND: Colour = _PALETTE[1]
-"""Colour of detected boxes; ground-truth boxes have the first colour of the palette."""
+"""Colour of detected boxes in overlays, where the boxes of a list have the first colour of the palette."""
 
 
 def draw_box(

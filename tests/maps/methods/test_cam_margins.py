@@ -10,7 +10,7 @@ from tests.maps.methods.cams import assert_close_to_scale, convnet, resnet
 from visionattn.errors import UsageError
 from visionattn.maps import FinerCAM, GradCAM, XGradCAM
 
-torchcam = pytest.importorskip("torchcam.methods")
+torchcam = pytest.importorskip("torchcam.methods", reason="torchcam needs Python 3.11")
 
 
 def slow_competitors(scores, target, count):

@@ -68,7 +68,7 @@ def test_a_target_function_equals_a_target_index(target):
 
 
 def test_legrad_agrees_with_torchcam_on_torchvisions_vit():
-    torchcam = pytest.importorskip("torchcam.methods")
+    torchcam = pytest.importorskip("torchcam.methods", reason="torchcam needs Python 3.11")
     model, images = models.torchvision_vit(), models.pictures(64)
     with torchcam.LeGrad(model, list(model.encoder.layers)) as cam:
         expected = cam([3, 5], model(images))[0]
