@@ -94,6 +94,10 @@ def home(tmp_path_factory):
         r"```(?:python|yaml)\n# mynet\.(py|yaml)\n(.*?)```", TEXTS["visionattn/models/README.md"], re.S
     ):
         (home / f"mynet.{kind}").write_text(block)
+    for picture in (home / "my_images").rglob("*.jpg"):
+        heatmap = home / "their_maps" / picture.relative_to(home / "my_images").with_suffix(".npy")
+        heatmap.parent.mkdir(parents=True, exist_ok=True)
+        np.save(heatmap, random.random((60, 60)))
     (home / "names.txt").write_text("".join(f"kind{kind}\n" for kind in range(5)))
     return home
 

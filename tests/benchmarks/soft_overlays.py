@@ -36,7 +36,7 @@ def tiles_of(path, tasks):
                 continue
             answer = task.class_names[int(maps.output.argmax())]
             placement = sample["placement"]
-            overlay = blend(picture, placement.carry(maps.heatmaps[0].numpy()), seen_HW=placement.seen())
+            overlay = blend(picture, placement.carry(maps.heatmaps[0].numpy(), "smooth"), seen_HW=placement.seen())
             tiles.append(Tile(overlay, [f"{name_of(task.network)}, {method.name}", answer], answer == truth))
     return tiles
 

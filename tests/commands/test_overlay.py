@@ -14,6 +14,7 @@ from tests.commands.command_line import fails
 from tests.conftest import CONFIGS
 from tests.overlays.folder.films import film
 from visionattn.cli import main
+from visionattn.commands import overlay
 from visionattn.data import read_image
 from visionattn.files import FolderLock
 
@@ -140,6 +141,12 @@ def test_overlay_writes_a_page_and_keeps_an_unchanged_one(photo_folder, tmp_path
     page.write_text("mine")
     fails(command, 2, "index.html exists and is not a page of explore", capsys=capsys)
     fails([*command[:5], "--compare", "a", "b", "--page"], 2, "--page shows one model", capsys=capsys)
+
+
+@pytest.mark.parametrize("flags", [[], ["--interpolation", "nearest"], ["--interpolation", "linear"]])
+def test_the_interpolation_is_smooth_unless_a_flag_names_another(flags):
+    options = overlay.parser("overlay").parse_args(["--demo", *flags])
+    assert overlay._style(options).interpolation == (flags[-1] if flags else "smooth")
 
 
 def test_compared_checkpoints_have_distinct_names(capsys):

@@ -56,6 +56,35 @@ def test_methods_of_a_timm_model_are_scored_on_a_folder(photo_folder, tmp_path, 
     assert out.read_text() == before
 
 
+def test_heatmaps_of_folders_stand_in_the_table_and_a_wrong_folder_is_left_out(photo_folder, tmp_path, capsys):
+    for image in sorted(photo_folder.rglob("*.png")):
+        file = tmp_path / "theirs" / image.relative_to(photo_folder).with_suffix(".npy")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.random.default_rng(0).random((8, 8)))
+    (tmp_path / "nothing").mkdir()
+    command = ["score", "--model", "test_vit", "--weights", "random", "--data", str(photo_folder), "--steps", "2"]
+    folders = [
+        "--maps",
+        f"theirs={tmp_path / 'theirs'}",
+        "--maps",
+        f"none={tmp_path / 'nothing'}",
+        "--maps-span",
+        "input",
+    ]
+    out = tmp_path / "scores.json"
+    assert main([*command, "--method", "raw", "--images", "11", *folders, "--out", str(out)]) == 1
+    printed = capsys.readouterr().out
+    assert "none is left out: " in printed
+    assert "has no heatmap of" in printed
+    assert "– not measured: heatmaps of a folder" in printed
+    written = json.loads(out.read_text())
+    assert list(written["controls"]) == ["raw", "theirs"]
+    assert written["controls"]["theirs"][0] == "random 8×8"
+    assert written["of_images"]["theirs"].keys() == {"deletion", "insertion"}
+    shuffled = next(row for row in written["figures"] if (row["name"], row["figure"]) == ("theirs", "shuffled"))
+    assert (shuffled["value"], shuffled["beats_controls"]) == (None, None)
+
+
 def test_unreadable_images_are_reported_and_the_others_scored(photo_folder, tmp_path, capsys):
     for index in range(5):
         (tmp_path / f"{index}.jpg").write_bytes(b"no image")
@@ -78,6 +107,8 @@ def test_unreadable_images_are_reported_and_the_others_scored(photo_folder, tmp_
         (["--method", "raw@blocks.9"], 2, ["blocks.5.attn"]),
         (["--method", "gradcam@2"], 2, ["no layer '2'"]),
         (["--method", "raw@--1"], 2, ["nothing attends in '--1'"]),
+        (["--maps", "raw=."], 2, ["'raw' is already the name of a method"]),
+        (["--maps", "theirs=gone"], 2, ["there is no folder of heatmaps gone"]),
         (["--seed", "-1"], 2, ["seed must be in"]),
         (["--data", "digits.yaml"], 2, ["digits.yaml prepares its images differently", "--data FOLDER"]),
         (["--images", "0"], 2, ["--images must be ≥ 1"]),

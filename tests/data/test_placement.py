@@ -1,5 +1,6 @@
 """Test placements against the pixels of preprocessed images."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from visionattn.data import Placement, Preprocess, crop_fraction_of
 
 SIZES = [(40, 60), (61, 33), (32, 32), (7, 200)]
+INTERPOLATIONS = ["nearest", "linear", "smooth"]
 FITS = ["crop", "letterbox", "stretch"]
 
 
@@ -60,12 +62,90 @@ def test_carried_heatmap_matches_the_definition(fit, size, grid):
     np.testing.assert_allclose(placement.carry(heatmap), carry_by_pixel(placement, heatmap), atol=1e-5)
 
 
-def test_carried_heatmap_of_a_rotated_image_matches_the_definition():
+def kernel(distance, interpolation):
+    """Return the weight of a cell at a distance from its centre, in cells; for `smooth` Keys 1981, a = −1/2."""
+    s = abs(distance)
+    if interpolation == "nearest":
+        return float(-0.5 < distance <= 0.5)
+    if interpolation == "linear":
+        return max(0.0, 1 - s)
+    return 1.5 * s**3 - 2.5 * s**2 + 1 if s <= 1 else -0.5 * s**3 + 2.5 * s**2 - 4 * s + 2 if s < 2 else 0.0
+
+
+def carry_by_kernel(placement, heatmap, interpolation):
+    """Sum the kernels of all cells of the mirrored heatmap at each pixel, and cut off what exceeds the cells' range."""
+    (height, width), (input_h, input_w) = placement.source_size, placement.input_size
+    mirrored = np.pad(heatmap.astype(float), 3, mode="symmetric")
+    out = np.zeros((height, width))
+    for y, x in itertools.product(range(height), range(width)):
+        u, v = placement.matrix @ [x + 0.5, y + 0.5, 1]
+        if 0 <= u <= input_w and 0 <= v <= input_h:
+            c, r = u * heatmap.shape[1] / input_w + 2.5, v * heatmap.shape[0] / input_h + 2.5
+            weights_r = [kernel(cell - r, interpolation) for cell in range(mirrored.shape[0])]
+            weights_c = [kernel(cell - c, interpolation) for cell in range(mirrored.shape[1])]
+            out[y, x] = np.clip(weights_r @ mirrored @ weights_c, heatmap.min(), heatmap.max())
+    return out
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("grid", [(4, 4), (1, 3), (7, 2)])
+def test_carried_heatmap_matches_a_loop_over_the_kernels_of_the_cells(grid, fit, interpolation):
+    heatmap = np.random.default_rng(0).random(grid).astype(np.float32)
+    _, placement = Preprocess((24, 32), fit=fit)(np.zeros((20, 24, 3), np.uint8))
+    np.testing.assert_allclose(
+        placement.carry(heatmap, interpolation), carry_by_kernel(placement, heatmap, interpolation), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_carried_heatmaps_are_symmetric_stay_in_range_and_keep_the_values_at_the_centres(interpolation):
+    placement = Placement.scaling((77, 99), (24, 32))
+    heatmap = np.random.default_rng(3).uniform(0.2, 0.9, (7, 9)).astype(np.float32)
+    carried = placement.carry(heatmap, interpolation)
+    assert heatmap.min() <= carried.min() <= carried.max() <= heatmap.max()
+    np.testing.assert_allclose(carried[5::11, 5::11], heatmap, atol=1e-6)  # cells of 11 × 11 pixels
+    assert carried.max() == pytest.approx(carried[5::11, 5::11].max(), abs=1e-6)
+    for axis in (0, 1):
+        flipped = placement.carry(np.flip(heatmap, axis), interpolation)
+        np.testing.assert_allclose(np.flip(flipped, axis), carried, atol=1e-6)
+    turned = Placement.scaling((99, 77), (32, 24)).carry(heatmap.T, interpolation)
+    np.testing.assert_allclose(turned.T, carried, atol=1e-6)
+    np.testing.assert_allclose(placement.carry(np.full((7, 9), 0.3), interpolation), 0.3, atol=1e-6)
+
+
+def share_of_harmonics(heatmap, interpolation, pixels=32):
+    """Return the share of the squared gradient around the harmonics of the cells' frequency.
+
+    The frequencies are those above half a cycle a cell. A grid has no frequency above; the kernel adds them.
+    """
+    size = heatmap.shape[0] * pixels, heatmap.shape[1] * pixels
+    carried = Placement.identity(size).carry(heatmap, interpolation)
+    periodic = np.block([[carried, carried[:, ::-1]], [carried[::-1], carried[::-1, ::-1]]])
+    rows, columns = np.meshgrid(*(np.abs(np.fft.fftfreq(side, 1 / pixels)) for side in periodic.shape), indexing="ij")
+    energy = np.abs(np.fft.fft2(periodic)) ** 2 * (rows**2 + columns**2)
+    return energy[np.maximum(rows, columns) >= 0.5].sum() / energy.sum()
+
+
+def test_smooth_adds_less_of_the_cells_harmonics_than_linear_and_nearest():
+    heatmaps = np.random.default_rng(0).random((8, 7, 7))
+    nearest, linear, smooth = (
+        np.mean([share_of_harmonics(heatmap, interpolation) for heatmap in heatmaps])
+        for interpolation in INTERPOLATIONS
+    )
+    assert nearest > 0.95
+    assert 0.25 < linear < 0.45
+    assert smooth < 0.7 * linear
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "smooth"])
+def test_carried_heatmap_of_a_rotated_image_matches_the_definition(interpolation):
     rotation = np.array([[0.8, -0.6, 9.0], [0.6, 0.8, -4.0]])
     placement = Placement(rotation, (20, 24), (24, 24))
     heatmap = np.random.default_rng(0).random((6, 6)).astype(np.float32)
-    # the tolerance is larger because OpenCV rounds coordinates to 1/32 of a cell
-    np.testing.assert_allclose(placement.carry(heatmap), carry_by_pixel(placement, heatmap), atol=0.05)
+    # the tolerance is larger because OpenCV rounds coordinates to 1/32 of a cell, and smooth is linear between pixels
+    expected = carry_by_kernel(placement, heatmap, interpolation)
+    np.testing.assert_allclose(placement.carry(heatmap, interpolation), expected, atol=0.05)
 
 
 def test_boxes_mapped_to_the_input_and_back_are_unchanged():

@@ -14,6 +14,7 @@ from visionattn.errors import UsageError
 
 GREY = np.array([0.299, 0.587, 0.114])  # weights of red, green and blue
 SIZES = [(40, 64), (64, 40), (31, 47), (47, 31), (32, 32), (9, 80), (1, 7), (7, 1), (1, 1)]
+INTERPOLATIONS = ("nearest", "linear", "smooth")
 FITS = ["crop", "letterbox", "stretch", "crop 0.875"]
 
 
@@ -143,16 +144,17 @@ def test_render_matches_a_slow_loop_over_the_pixels_of_the_source(size, fit, inp
     heatmap = np.random.default_rng(0).random((4, 5)).astype(np.float32)
     expected = heat_by_loop(heatmap, size, fit, input_size)
     seen = ~np.isnan(expected)
-    style = Style(saturation=1.0)
+    style = Style(saturation=1.0, interpolation="linear")
     drawn = blend(picture, np.nan_to_num(expected), saturation=1.0, seen_HW=seen)
     difference = np.abs(render(picture, heatmap, placement, style).astype(int) - drawn)
     assert difference.max() <= 4  # the heat may be rounded to the next of 256 levels
     assert (difference > 0).mean() < 0.05
 
 
+@pytest.mark.parametrize("interpolation", ["linear", "smooth"])
 @pytest.mark.parametrize("fit", FITS)
 @pytest.mark.parametrize("size", [size for size in SIZES if min(size) > 20])
-def test_the_peak_is_the_centre_of_the_hottest_cell_and_lies_on_the_hottest_pixels(size, fit):
+def test_the_peak_is_the_centre_of_the_hottest_cell_and_lies_on_the_hottest_pixels(size, fit, interpolation):
     picture, placement = placed(size, fit)
     (scale_y, shift_y), (scale_x, shift_x) = placement_by_hand(size, fit, (32, 32))
     tested = 0
@@ -165,10 +167,12 @@ def test_the_peak_is_the_centre_of_the_hottest_cell_and_lies_on_the_hottest_pixe
         tested += 1
         np.testing.assert_allclose(peak(heatmap, placement), (x, y), atol=1e-9)
         expected = np.nan_to_num(heat_by_loop(heatmap, size, fit, (32, 32)))
-        red = render(picture, heatmap, placement, Style(saturation=1.0))[..., 0]
-        for hot in (expected > expected.max() - 1e-6, red == red.max()):
-            ys, xs = np.nonzero(hot)
-            assert np.maximum(abs(ys + 0.5 - y), abs(xs + 0.5 - x)).min() <= 1  # within a pixel of the peak
+        style = Style(saturation=1.0, interpolation=interpolation)
+        red = render(picture, heatmap, placement, style)[..., 0]
+        half_cell = (2 / scale_y, 2 / scale_x) if interpolation == "smooth" else (1, 1)
+        for hot, (near_y, near_x) in ((expected > expected.max() - 1e-6, (1, 1)), (red == red.max(), half_cell)):
+            ys, xs = np.nonzero(hot)  # within a pixel of the peak; smooth heat at an edge, within the peak's cell
+            assert ((abs(ys + 0.5 - y) <= max(1, near_y)) & (abs(xs + 0.5 - x) <= max(1, near_x))).any()
     assert tested >= 8
 
 
@@ -193,16 +197,18 @@ def test_the_peak_is_the_centre_of_the_hottest_cell():
     assert peak(heatmap, Placement.identity((70, 140))) == (110.0, 25.0)
 
 
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("fit", FITS)
-def test_drawing_in_bands_gives_the_same_picture_as_drawing_at_once(fit, monkeypatch):
+def test_drawing_in_bands_gives_the_same_picture_as_drawing_at_once(fit, interpolation, monkeypatch):
     picture = np.random.default_rng(0).integers(0, 256, (53, 37, 3), dtype=np.uint8)
     _, placement = placed((53, 37), fit)
     heatmap = np.random.default_rng(1).random((6, 6)).astype(np.float32)
-    style = Style(contours=(0.5,))
+    style = Style(contours=(0.5,), interpolation=interpolation)
     monkeypatch.setattr("visionattn.drawing.overlay._BAND", 1 << 30)
     whole = render(picture, heatmap, placement, style)
     seen = placement.seen()
-    expected = contour(blend(picture, placement.carry(heatmap), seen_HW=seen), placement.carry(heatmap), levels=(0.5,))
+    carried = placement.carry(heatmap, interpolation)
+    expected = contour(blend(picture, carried, seen_HW=seen), carried, levels=(0.5,))
     np.testing.assert_array_equal(whole, expected)
     for band in (1, 37, 100, 37 * 52):
         monkeypatch.setattr("visionattn.drawing.overlay._BAND", band)
@@ -252,6 +258,7 @@ def test_render_does_not_change_the_picture_and_refuses_a_picture_of_another_siz
         ({"colormap": "infernal"}, r"no colormap 'infernal'.*Nearest: inferno\."),
         ({"alpha": 2}, r"alpha and saturation must be in \[0, 1\]"),
         ({"contours": (0.0,)}, r"contours in \(0, 1\]"),
+        ({"interpolation": "cubic"}, "nearest, linear or smooth, not 'cubic'"),
         ({"suffix": ".gif"}, r"written as \.jpg, \.png or \.webp, not '\.gif'"),
     ],
 )

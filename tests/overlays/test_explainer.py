@@ -204,6 +204,13 @@ def test_fingerprint_shows_a_change_that_is_neither_module_nor_weight(build, val
     assert first != fingerprint_of([Explainer(Tiny(), Preprocess(64), GradCAM())])
 
 
+def test_fingerprint_shows_a_change_of_the_interpolation():
+    explainers = [Explainer(Tiny(), Preprocess(64), GradCAM())]
+    styles = [Style(interpolation=interpolation) for interpolation in ("nearest", "linear", "smooth")]
+    assert len({fingerprint_of(explainers, style=style) for style in styles}) == 3
+    assert fingerprint_of(explainers, style=Style()) == fingerprint_of(explainers, style=styles[2])
+
+
 def test_fingerprint_is_equal_in_another_process_and_after_use():
     script = (
         "import timm, torch; torch.manual_seed(0)\n"

@@ -21,6 +21,7 @@ from tests.explorer.explored import photo
 from tests.refusals import refuses
 from visionattn.cli import main
 from visionattn.data import Preprocess, read_image
+from visionattn.drawing import blend
 from visionattn.errors import DataError, MapWarning, UsageError
 from visionattn.maps import LayerCAM, Rollout
 
@@ -94,6 +95,20 @@ def test_files_arrays_and_tensors_of_a_picture_give_the_same_heatmap(tmp_path):
     assert of_tensor.image.shape == (64, 64, 3)
     tensors = torch.from_numpy(values)[None].expand(2, -1, -1, -1)
     assert len(va.heatmap(model, tensors, preprocess=Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3))) == 2
+
+
+def test_overlays_follow_the_interpolation_and_values_do_not():
+    model, picture = vit(), photo()
+    shown = va.heatmap(model, picture, method="rollout")
+    explained = shown.explained
+    np.testing.assert_array_equal(shown.values, explained.placement.carry(explained.heatmap_hw, "linear"))
+    for interpolation in ("nearest", "linear", "smooth"):
+        carried = explained.placement.carry(explained.heatmap_hw, interpolation)
+        expected = blend(picture, carried, seen_HW=explained.placement.seen())
+        np.testing.assert_array_equal(shown.overlay(interpolation=interpolation), expected)
+        drawn = va.overlay(model, picture, method="rollout", interpolation=interpolation)
+        np.testing.assert_array_equal(np.asarray(drawn), expected)
+    np.testing.assert_array_equal(shown.overlay(), expected)  # smooth is the default
 
 
 def test_a_photograph_is_rotated_by_its_exif_orientation(tmp_path):

@@ -1,6 +1,7 @@
 """Every kind of output matches arithmetic on the heatmap carried to the source."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from visionattn.data.placement import Placement, Preprocess
 from visionattn.drawing import Style, heatmap_difference, render, render_difference
 from visionattn.errors import UsageError
 from visionattn.overlays.outputs import OUTPUTS, ExplainedImage, OutputScene, check_outputs, endings
+
+DRAWN = ("nearest", "linear", "smooth")
 
 
 def picture(height=40, width=60, seed=0):
@@ -39,10 +42,24 @@ def test_the_heatmap_has_16_bits_at_the_size_of_the_source():
     assert (drawn[:, :5] == 0).all()  # outside of the crop
 
 
+@pytest.mark.parametrize("kind", ["heatmap", "array"])
+def test_values_do_not_depend_on_how_heat_is_drawn(kind):
+    first, *others = (golden.as_picture(OUTPUTS[kind].make(scene(style=Style(interpolation=each)))) for each in DRAWN)
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.parametrize("kind", ["overlay", "contour", "spotlight", "side", "mask", "boxes", "difference"])
+def test_every_picture_of_a_heatmap_follows_the_interpolation(kind):
+    pictures = [golden.outputs(Style(interpolation=each))[kind] for each in DRAWN]
+    for first, second in itertools.combinations(pictures, 2):
+        assert not np.array_equal(first, second)
+
+
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5])
 def test_the_mask_and_the_spotlight_select_the_hottest_fraction(fraction):
     single = scene(style=Style(top=fraction))
-    carried = single.explanations[0].placement.carry(single.explanations[0].heatmap_hw)
+    carried = single.explanations[0].placement.carry(single.explanations[0].heatmap_hw, "smooth")
     mask = OUTPUTS["mask"].make(single)
     assert set(np.unique(mask)) == {0, 255}
     assert (mask > 0).mean() == pytest.approx(fraction, abs=0.01)
@@ -82,7 +99,7 @@ def test_an_overlay_is_the_rendered_heatmap_with_boxes_and_caption():
 
 def test_contours_are_drawn_at_the_levels_of_the_style_or_at_one_half():
     single = scene(style=Style(contours=(0.3, 0.7)))
-    carried = single.explanations[0].placement.carry(single.explanations[0].heatmap_hw)
+    carried = single.explanations[0].placement.carry(single.explanations[0].heatmap_hw, "smooth")
     np.testing.assert_array_equal(
         OUTPUTS["contour"].make(single), drawing.contour(single.picture, carried, levels=(0.3, 0.7))
     )
@@ -117,15 +134,16 @@ def test_boxes_are_scaled_with_the_pictures_of_a_sheet():
     assert (rows.max() - rows.min() + 1, columns[first].max() - columns[first].min() + 1) == (80, 160)
 
 
-def difference_by_hand(first, second, height, width):
-    return second.placement.carry(second.heatmap_hw) - first.placement.carry(first.heatmap_hw)
+def difference_by_hand(first, second, interpolation="linear"):
+    carried = [each.placement.carry(each.heatmap_hw, interpolation) for each in (first, second)]
+    return carried[1] - carried[0]
 
 
 def test_the_difference_is_orange_where_the_second_is_hotter_and_blue_where_colder():
     image = np.full((40, 60, 3), 120, np.uint8)
     first, second = explanation(image, "a", fit="stretch"), explanation(image, "b", seed=5, fit="stretch", size=48)
     drawn = OUTPUTS["difference"].make(scene(first, second, image=image, compared=True)).astype(int)
-    signed = difference_by_hand(first, second, 40, 60)
+    signed = difference_by_hand(first, second, "smooth")
     warmth = drawn[..., 0] - drawn[..., 2]  # red minus blue
     assert (warmth[signed > 0.05] > 0).all()
     assert (warmth[signed < -0.05] < 0).all()
@@ -150,7 +168,7 @@ def test_pixels_outside_of_either_input_are_dark_in_the_difference():
 def test_heatmap_difference_returns_the_mean_and_the_point_of_the_largest_difference():
     image = picture(64, 96)
     first, second = explanation(image, "a", fit="stretch"), explanation(image, "b", seed=7, fit="letterbox")
-    signed = difference_by_hand(first, second, 64, 96)
+    signed = difference_by_hand(first, second)
     mean, (x, y) = heatmap_difference((first.heatmap_hw, first.placement), (second.heatmap_hw, second.placement))
     assert mean == pytest.approx(np.abs(signed).mean(), abs=1e-5)
     assert np.abs(signed[int(y), int(x)]) == pytest.approx(np.abs(signed).max(), abs=1e-5)

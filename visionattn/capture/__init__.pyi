@@ -1,3 +1,6 @@
+from .hooks import Args as Args
+from .hooks import Func as Func
+from .hooks import Kwargs as Kwargs
 from .hooks import Watcher as Watcher
 from .hooks import in_python as in_python
 from .hooks import surveys as surveys

@@ -85,6 +85,11 @@ def parser(verb: str) -> argparse.ArgumentParser:
     style.add_argument(
         "--top", type=float, metavar="FLOAT", help="per cent of pixels that mask and spotlight keep (default: 20)"
     )
+    style.add_argument(
+        "--interpolation",
+        choices=("nearest", "linear", "smooth"),
+        help="how heat is drawn between the cells of a heatmap; nearest shows the cells (default: smooth)",
+    )
     style.add_argument("--caption", action="store_true", help="write the prediction into overlays (default: off)")
     style.add_argument(
         "--format", choices=("jpg", "png", "webp"), default="jpg", help="format of the pictures (default: %(default)s)"
@@ -219,6 +224,7 @@ def _style(options: argparse.Namespace) -> "Style":
         "contours": options.contours and tuple(options.contours),
         "top": None if options.top is None else options.top / 100,
         "caption": options.caption,
+        "interpolation": options.interpolation,
         "suffix": f".{options.format}",
     }
     return dataclasses.replace(Style(), **{name: value for name, value in changes.items() if value is not None})

@@ -38,6 +38,21 @@ def parser(verb: str) -> argparse.ArgumentParser:
         help="heatmap methods to score (default: every method that fits the model, except the slow scorecam)",
     )
     parser.add_argument(
+        "--maps",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="folders of heatmaps that another program made, each a method of this name; photo.jpg has photo.npy, "
+        "photo.npz or a grey photo.png (default: none)",
+    )
+    parser.add_argument(
+        "--maps-span",
+        choices=("picture", "input"),
+        help="what the heatmaps of --maps span: the source picture, or the model's input (default: the picture if "
+        "their sides have its ratio, else the input)",
+    )
+    parser.add_argument(
         "--images",
         type=int,
         default=200,
@@ -85,18 +100,21 @@ def run(arguments: list[str]) -> int:
             raise UsageError(f"--{flag.replace('_', '-')} must be ≥ 1, got {getattr(options, flag)}")
 
     from visionattn.commands.scorecard import images_of_config, images_of_files, scorecard
-    from visionattn.maps import make_method
+    from visionattn.evaluation import FolderMaps, folders_of
+    from visionattn.maps import Method, make_method, methods_that_fit
     from visionattn.overlays import grey_image, is_detector
 
+    folders = folders_of(options.maps, options.method or [], frame=options.maps_span)
     model, preprocess, class_names = load(options)
     if is_detector(model):
         raise UsageError(
             "this model is a detector, and score needs heatmaps of whole images; use visionattn.evaluation.box_scores"
         )
-    methods = None
-    if options.method:
+    methods: dict[str, Method | FolderMaps] | None = None
+    if options.method or folders:
         image = grey_image(model, preprocess)
-        methods = {name: make_method(*method_and_layer(name), model, image) for name in options.method}
+        named = {name: make_method(*method_and_layer(name), model, image) for name in options.method or ()}
+        methods = {**(named or methods_that_fit(model, image)), **folders}
     if len(options.data) == 1 and options.data[0].endswith((".yaml", ".yml")):
         images = images_of_config(
             options.data[0],

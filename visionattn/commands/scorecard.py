@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from visionattn.capture import keep_freed_memory
 from visionattn.data import Batch, Failure, Preprocess, Sample, collate, find, match_classes, prepare, read_image
 from visionattn.errors import DataError, MapWarning, UsageError
-from visionattn.evaluation import METRICS, MIN_IMAGES, Scores, score
+from visionattn.evaluation import METRICS, MIN_IMAGES, NOT_MEASURED, FolderMaps, Scores, score
 from visionattn.files import printable, write_file
 from visionattn.maps import Method
 from visionattn.tasks import renumbered
@@ -161,7 +161,7 @@ def evenly(total: int, count: int) -> list[int]:
 def scorecard(
     model: nn.Module,
     images: Images,
-    methods: Mapping[str, Method] | None,
+    methods: Mapping[str, Method | FolderMaps] | None,
     *,
     steps: int,
     batch_size: int,
@@ -307,7 +307,9 @@ def write(path: str, scores: Scores) -> None:
             "kind": "method" if name in scores.controls else "control",
             "figure": metric,
             **{bound: None if math.isnan(v) else v for bound, v in scores.estimate(name, metric)._asdict().items()},
-            "beats_controls": scores.beats(name, metric) if name in scores.controls and scores.decided else None,
+            "beats_controls": scores.beats(name, metric)
+            if name in scores.controls and scores.decided and scores.measured(name, metric)
+            else None,
         }
         for name in (*scores.controls, *(name for name in scores.values if name not in scores.controls))
         for metric in scores.metrics
@@ -319,7 +321,7 @@ def write(path: str, scores: Scores) -> None:
         writer.writerows(rows)
     else:
         of_images = {
-            name: {metric: scores.of_images(name, metric).tolist() for metric in scores.metrics}
+            name: {m: scores.of_images(name, m).tolist() for m in scores.metrics if scores.measured(name, m)}
             for name in scores.values
         }
         json.dump(
@@ -369,9 +371,12 @@ def _legend(scores: Scores) -> list[str]:
             f"  A confidence interval needs at least {MIN_IMAGES} images; got {scores.images}, so no method counts as "
             "better than a control"
         ]
+    everything = all(scores.measured(name, metric) for name in scores.controls for metric in scores.metrics)
+    unmeasured = [] if everything else [f"  – {NOT_MEASURED}"]
     return [
         f"  ± half of the 95 % interval over {scores.images} images{accuracy}",
         f"  {_WON} beats every control (centre; random and edges on its own grid); {_LOST} does not",
+        *unmeasured,
     ]
 
 

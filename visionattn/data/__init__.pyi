@@ -10,6 +10,7 @@ from .datamodules import TorchvisionData as TorchvisionData
 from .decode import MAX_PIXELS as MAX_PIXELS
 from .decode import encode_animation as encode_animation
 from .decode import encode_image as encode_image
+from .decode import read_grey as read_grey
 from .decode import read_image as read_image
 from .decode import upright as upright
 from .decode import write_animation as write_animation
@@ -29,6 +30,7 @@ from .loading.batches import ImageData as ImageData
 from .loading.batches import Split as Split
 from .loading.order import mix as mix
 from .loading.workers import Failure as Failure
+from .placement import Interpolation as Interpolation
 from .placement import Placement as Placement
 from .placement import Preprocess as Preprocess
 from .placement import crop_fraction_of as crop_fraction_of

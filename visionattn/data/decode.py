@@ -3,9 +3,9 @@
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import Any, BinaryIO, TypeAlias, TypedDict
 
 import cv2
 import numpy as np
@@ -26,6 +26,7 @@ SUFFIXES = frozenset({
 MAX_PIXELS = 178_000_000
 """Default limit on the pixels of a decoded image. It is needed because a small file can hold a huge image."""
 
+_Convert: TypeAlias = Callable[[Image.Image], NDArray[Any]]  # the values of a grey image may have any type
 _ORIENTATION = 0x0112  # EXIF tag
 _QUALITY = {".jpg": {"quality": 92}, ".jpeg": {"quality": 92}, ".webp": {"quality": 90}, ".png": {"compress_level": 3}}
 
@@ -48,12 +49,32 @@ def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_
         DataError: the file is missing, is not an image, is cut short or damaged, or is too large. The message names
             the file.
     """
+    return _read(path, max_pixels, _to_rgb)
+
+
+def read_grey(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.generic]:
+    """Read a grey image file with its own values.
+
+    Returns:
+        (H, W): uint8, or uint16 or int32 for 16 bits.
+
+    Raises:
+        UsageError: as for `read_image`.
+        DataError: as for `read_image`, or the image has colours, a palette or transparency.
+    """
+    grey_HW = _read(path, max_pixels, _to_grey)
+    if grey_HW.ndim != 2:
+        raise DataError(f"{local_path(path)} has colours or transparency; a grey image is needed")
+    return grey_HW
+
+
+def _read(path: "str | bytes | os.PathLike[str]", max_pixels: int, convert: _Convert) -> NDArray[Any]:
     name = local_path(path)
     if os.path.isdir(path):
         raise DataError(f"{name} is a folder, not an image")
     try:
         with open(path, "rb") as file:
-            return _decode(file, name, max_pixels)
+            return _decode(file, name, max_pixels, convert)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -64,10 +85,10 @@ def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_
 
 def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode the content of an image file, as `read_image` does; error messages call the image `name`."""
-    return _decode(io.BytesIO(content), name, max_pixels)
+    return _decode(io.BytesIO(content), name, max_pixels, _to_rgb)
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int) -> NDArray[np.uint8]:
+def _decode(file: BinaryIO, name: str, max_pixels: int, convert: _Convert) -> NDArray[Any]:
     if max_pixels > MAX_PIXELS:  # Pillow has a limit of its own: raise Pillow's limit to the caller's
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
@@ -79,9 +100,14 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> NDArray[np.uint8]:
                     raise DataError(
                         f"{name}: {width:,} × {height:,} pixels; the limit is {max_pixels / 1e6:,.0f} MP (--max-pixels)"
                     )
-                plain = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(_ORIENTATION, 1) == 1
+                plain = (
+                    convert is _to_rgb
+                    and image.format == "JPEG"
+                    and image.mode == "RGB"
+                    and image.getexif().get(_ORIENTATION, 1) == 1
+                )
                 picture_HWC = _plain_jpeg(file) if plain else None
-                return _to_rgb(image) if picture_HWC is None else picture_HWC
+                return convert(image) if picture_HWC is None else picture_HWC
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -214,6 +240,13 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         white = Image.new("RGBA", rgba.size, "white")
         return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
     return np.array(upright.convert("RGB"))
+
+
+def _to_grey(image: Image.Image) -> NDArray[np.generic]:
+    """Return the values of a grey image, (H, W); any other image as RGB, (H, W, 3)."""
+    image.load()
+    grey = image.mode in ("L", "I") or image.mode.startswith("I;16")
+    return np.array(image if grey and "transparency" not in image.info else image.convert("RGB"))
 
 
 def _from_deep_grey(values_HW: NDArray[np.generic], *, wide: bool) -> NDArray[np.uint8]:

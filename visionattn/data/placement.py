@@ -7,7 +7,7 @@ the right and y downwards.
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import cv2
 import numpy as np
@@ -16,6 +16,9 @@ from PIL import Image
 
 Size = tuple[int, int]
 """(height, width)"""
+
+Interpolation: TypeAlias = Literal["nearest", "linear", "smooth"]
+"""How `Placement.carry` finds the heat between the centres of a heatmap's cells."""
 
 _PILLOW = {
     "nearest": Image.Resampling.NEAREST,
@@ -87,16 +90,29 @@ class Placement:
         inside = (centres >= 0).all(1) & (centres[:, 0] <= input_w) & (centres[:, 1] <= input_h)
         return inside.reshape(height, width)
 
-    def carry(self, heatmap_hw: NDArray[np.floating]) -> NDArray[np.float32]:
+    def carry(self, heatmap_hw: NDArray[np.floating], interpolation: Interpolation = "linear") -> NDArray[np.float32]:
         """Resample a heatmap from the model's input to the pixels of the source.
+
+        Values that are compared or stored are linear: `overlays.Heatmap.values`, the output `heatmap`, the differences
+        in a manifest, and the heatmaps that `evaluation` scores. Pictures are smooth unless a `drawing.Style` says
+        otherwise.
 
         Args:
             heatmap_hw: (h, w), any resolution; the heatmap spans the whole input.
+            interpolation: `nearest` gives every pixel the value of its cell. `linear` is bilinear between the centres
+                of the cells and constant beyond the outermost centres; its slope jumps at every centre, which shows as
+                crosses and frames in a picture. `smooth` is the cubic convolution of Keys (1981, a = −1/2), whose slope
+                does not jump. It has the cells' own values at their centres, as `linear` has. The heatmap is mirrored
+                at its edges, and values beyond the range of the cells are cut off.
 
         Returns:
-            (H, W) float32 at the source's size. Values are bilinear between the centres of the heatmap's cells and
-            constant beyond the outermost centres. Source pixels outside the input are 0.
+            (H, W) float32 at the source's size, in the range of the heatmap. Source pixels outside the input are 0.
+
+        Raises:
+            ValueError: there is no such interpolation.
         """
+        if interpolation not in get_args(Interpolation):
+            raise ValueError(f"interpolation must be nearest, linear or smooth, got {interpolation!r}")
         heatmap_hw = np.ascontiguousarray(heatmap_hw, np.float32)
         to_cells = np.diag([heatmap_hw.shape[1] / self.input_size[1], heatmap_hw.shape[0] / self.input_size[0], 1.0])
         matrix = to_cells @ _square(self.matrix)
@@ -104,9 +120,20 @@ class Placement:
         if matrix[0, 1] == matrix[1, 0] == 0:  # no rotation or shear: resampling one axis after the other is exact
             columns_W = matrix[0, 0] * (np.arange(width) + 0.5) + matrix[0, 2]
             rows_H = matrix[1, 1] * (np.arange(height) + 0.5) + matrix[1, 2]
-            return _interpolate_rows(np.ascontiguousarray(_interpolate_rows(heatmap_hw.T, columns_W).T), rows_H)
+            wide_hW = np.ascontiguousarray(_interpolate_rows(heatmap_hw.T, columns_W, interpolation).T)
+            carried_HW = _interpolate_rows(wide_hW, rows_H, interpolation)
+            if interpolation == "smooth":
+                np.clip(carried_HW, heatmap_hw.min(), heatmap_hw.max(), out=carried_HW)
+            carried_HW[_outside(rows_H, heatmap_hw.shape[0])] = 0
+            carried_HW[:, _outside(columns_W, heatmap_hw.shape[1])] = 0
+            return carried_HW
+        if interpolation == "smooth" and heatmap_hw.shape != self.input_size:
+            # OpenCV's cubic kernel is another one; between pixels of the input, linear is smooth enough
+            enlarged_hw = Placement.identity(self.input_size).carry(heatmap_hw, "smooth")
+            return self.carry(enlarged_hw, "linear")
         matrix[:2, 2] += matrix[:2, :2] @ (0.5, 0.5) - 0.5  # in OpenCV, integer coordinates are pixel centres
-        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        method = cv2.INTER_NEAREST if interpolation == "nearest" else cv2.INTER_LINEAR
+        flags = method | cv2.WARP_INVERSE_MAP
         carried = cv2.warpAffine(heatmap_hw, matrix[:2], (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
         return np.where(self.seen(), carried, np.float32(0))
 
@@ -279,21 +306,54 @@ def crop_fraction_of(input_side: int, frame_side: int) -> float:
     return fraction
 
 
-def _interpolate_rows(values_nK: NDArray[np.float32], position_N: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Interpolate linearly between the centres of rows, at positions in units of rows; 0 outside [0, n]."""
+def _interpolate_rows(
+    values_nK: NDArray[np.float32], position_N: NDArray[np.float64], interpolation: Interpolation
+) -> NDArray[np.float32]:
+    """Interpolate between the centres of rows, at positions in units of rows."""
     # no matrix product, since the threads of NumPy's BLAS occupy the cores while they wait for each other
-    offset_N = np.clip(position_N - 0.5, 0, len(values_nK) - 1)
-    below_N = np.minimum(offset_N.astype(int), max(0, len(values_nK) - 2))
-    inside_N = (position_N >= 0) & (position_N <= len(values_nK))
-    upper_weight_N1 = np.where(inside_N, offset_N - below_N, 0).astype(np.float32)[:, None]
-    lower_weight_N1 = np.where(inside_N, 1 - upper_weight_N1[:, 0], 0).astype(np.float32)[:, None]
-    result_NK = values_nK.take(below_N, axis=0)
-    result_NK *= lower_weight_N1
-    if len(values_nK) > 1:
-        upper_NK = values_nK.take(below_N + 1, axis=0)
-        upper_NK *= upper_weight_N1
-        result_NK += upper_NK
+    (row_N, weight_N), *others = _taps(position_N, len(values_nK), interpolation)
+    result_NK = values_nK.take(row_N, axis=0)
+    result_NK *= weight_N.astype(np.float32)[:, None]
+    for row_N, weight_N in others:
+        weighted_NK = values_nK.take(row_N, axis=0)
+        weighted_NK *= weight_N.astype(np.float32)[:, None]
+        result_NK += weighted_NK
     return result_NK
+
+
+def _taps(
+    position_N: NDArray[np.float64], rows: int, interpolation: Interpolation
+) -> list[tuple[NDArray[np.int_], NDArray[np.float64]]]:
+    """Return the rows that contribute to each position, each with its weight; the weights of a position sum to 1."""
+    if interpolation == "nearest":
+        return [(np.clip(np.floor(position_N).astype(int), 0, rows - 1), np.ones(len(position_N)))]
+    if interpolation == "linear":
+        offset_N = np.clip(position_N - 0.5, 0, rows - 1)
+        below_N = np.minimum(offset_N.astype(int), max(0, rows - 2))
+        share_N = offset_N - below_N
+        return [(below_N, 1 - share_N), (below_N + 1, share_N)][:rows]
+    offset_N = np.clip(position_N, 0, rows) - 0.5
+    below_N = np.floor(offset_N).astype(int)
+    t = offset_N - below_N
+    weights_4N = (
+        t * (t * (2 - t) - 1) / 2,
+        (t * t * (3 * t - 5) + 2) / 2,
+        t * (t * (4 - 3 * t) + 1) / 2,
+        t * t * (t - 1) / 2,
+    )
+    return [
+        (_mirrored(below_N + shift, rows), weight_N) for shift, weight_N in zip((-1, 0, 1, 2), weights_4N, strict=True)
+    ]
+
+
+def _mirrored(row_N: NDArray[np.int_], rows: int) -> NDArray[np.int_]:
+    """Mirror the numbers of rows at the outer edges of the first and the last row."""
+    folded_N = row_N % (2 * rows)
+    return np.minimum(folded_N, 2 * rows - 1 - folded_N)
+
+
+def _outside(position_N: NDArray[np.float64], rows: int) -> NDArray[np.bool_]:
+    return (position_N < 0) | (position_N > rows)
 
 
 def _square(matrix_23: NDArray[np.float64]) -> NDArray[np.float64]:

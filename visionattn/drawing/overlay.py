@@ -6,13 +6,13 @@ Pictures are (H, W, 3) uint8 RGB and are not changed in place; heatmaps are (H, 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from visionattn.data import Placement
+from visionattn.data import Interpolation, Placement
 from visionattn.drawing.fonts import PAPER, Colour
 from visionattn.errors import UsageError, nearest
 
@@ -43,9 +43,11 @@ class Style:
         top: fraction of the pixels that masks and spotlights select as the hottest, in (0, 1].
         caption: whether the prediction is written into overlays.
         suffix: suffix of the picture files; it sets their format.
+        interpolation: how heat is drawn between the centres of a heatmap's cells: `smooth`, `linear`, or `nearest`,
+            which shows the cells; see `data.Placement.carry`. Only pictures change: heatmaps, peaks and scores do not.
 
     Raises:
-        UsageError: there is no such colormap or format, or a number is out of range.
+        UsageError: there is no such colormap, format or interpolation, or a number is out of range.
     """
 
     colormap: str = "inferno"
@@ -55,6 +57,7 @@ class Style:
     top: float = 0.2
     caption: bool = False
     suffix: Literal[".jpg", ".png", ".webp"] = ".jpg"
+    interpolation: Interpolation = "smooth"
 
     def __post_init__(self) -> None:
         if self.colormap not in COLORMAPS:
@@ -69,6 +72,8 @@ class Style:
             raise UsageError(f"the fraction of hottest pixels must be in (0, 1], got {self.top}")
         if self.suffix not in (".jpg", ".png", ".webp"):
             raise UsageError(f"overlays are written as .jpg, .png or .webp, not {self.suffix!r}")
+        if self.interpolation not in get_args(Interpolation):
+            raise UsageError(f"the interpolation of heatmaps is nearest, linear or smooth, not {self.interpolation!r}")
 
 
 def render(
@@ -95,14 +100,14 @@ def render(
     for band_rows, (band,) in _rows_of_bands(inner):
         out_HWC[rows, columns][band_rows] = blend(
             image_HWC[rows, columns][band_rows],
-            band.carry(heatmap_hw),
+            band.carry(heatmap_hw, style.interpolation),
             colormap=style.colormap,
             alpha=style.alpha,
             saturation=style.saturation,
             seen_HW=None if whole else band.seen(),
         )
     if style.contours:  # not in bands, because lines cross them
-        out_HWC = contour(out_HWC, placement.carry(heatmap_hw), levels=style.contours)
+        out_HWC = contour(out_HWC, placement.carry(heatmap_hw, style.interpolation), levels=style.contours)
     return out_HWC
 
 
@@ -123,7 +128,7 @@ def render_difference(
     out_HWC = np.empty_like(image_HWC)
     for rows, (first, second) in _rows_of_bands(first_placement, second_placement):
         seen_HW = first.seen() & second.seen()
-        signed_HW = second.carry(second_hw) - first.carry(first_hw)
+        signed_HW = second.carry(second_hw, style.interpolation) - first.carry(first_hw, style.interpolation)
         out_HWC[rows] = blend(
             image_HWC[rows], signed_HW / 2 + 0.5, colormap=DIFFERENCE, alpha=style.alpha, saturation=0, seen_HW=seen_HW
         )

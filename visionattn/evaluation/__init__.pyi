@@ -20,9 +20,14 @@ from .localisation import inside as inside
 from .localisation import overlap as overlap
 from .localisation import pointing as pointing
 from .localisation import to_pixels as to_pixels
+from .outside import FolderMaps as FolderMaps
+from .outside import FunctionMethod as FunctionMethod
+from .outside import MapFunction as MapFunction
+from .outside import folders_of as folders_of
 from .randomisation import rank_correlation as rank_correlation
 from .randomisation import shuffled as shuffled
 from .scoring import MIN_IMAGES as MIN_IMAGES
+from .scoring import NOT_MEASURED as NOT_MEASURED
 from .scoring import Estimate as Estimate
 from .scoring import Scores as Scores
 from .scoring import score as score

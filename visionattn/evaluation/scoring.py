@@ -22,6 +22,7 @@ from visionattn.errors import DataError, MapWarning, UsageError
 from visionattn.evaluation.controls import METRICS, controls_of, margin
 from visionattn.evaluation.faithfulness import STEPS, deletion_perturbation, insertion_perturbation, perturbation_curve
 from visionattn.evaluation.localisation import energy, hit_share, inside, overlap
+from visionattn.evaluation.outside import FolderMaps, FunctionMethod, MapFunction, different_sizes
 from visionattn.evaluation.randomisation import rank_correlation, shuffled
 from visionattn.maps import Method, methods_that_fit
 
@@ -31,6 +32,8 @@ _CONTROLS = 3  # controls of one method, for the expected time
 MIN_IMAGES = 10
 """Smallest number of images for a confidence interval. With fewer images the bootstrap interval is much too narrow: a
 method could beat a control on three images that agree by chance."""
+NOT_MEASURED = "not measured: heatmaps of a folder cannot be made again for a model with shuffled weights"
+"""What the sign – means in a table."""
 
 Row: TypeAlias = dict[str, str | float | list[str]]
 
@@ -43,7 +46,9 @@ class Estimate(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        """Return the mean and half the width of the interval, e.g. `.91±.02`."""
+        """Return the mean and half the width of the interval, e.g. `.91±.02`; – if it was not measured."""
+        if math.isnan(self.value):
+            return "–"
         value = _short(self.value)
         return value if math.isnan(self.low) else f"{value}±{_short((self.high - self.low) / 2)}"
 
@@ -60,6 +65,7 @@ class Scores:
 
     Attributes:
         values: method or control → metric → (N,) values, one per image; `iou` is (N, T), one value per threshold.
+            `shuffled` is NaN for heatmaps from a folder: they cannot be made again for another model.
         controls: method → names of the controls that the method is compared with.
         failed: method → the reason why it could not be scored.
         accuracy: fraction of the images that the model classifies correctly; None if the data has no labels.
@@ -116,8 +122,15 @@ class Scores:
         return all(self.margin(method, control, metric).low > 0 for control in self.controls[method])
 
     def unbeaten(self, method: str) -> list[str]:
-        """Return the metrics in which at least one control of a method is not beaten; an empty list is best."""
-        return [metric for metric in self.metrics if not self.beats(method, metric)]
+        """Return the metrics in which at least one control of a method is not beaten; an empty list is best.
+
+        Metrics that were not measured are left out.
+        """
+        return [m for m in self.metrics if self.measured(method, m) and not self.beats(method, m)]
+
+    def measured(self, name: str, metric: str) -> bool:
+        """Return whether a metric was measured for a method or control; `shuffled` is not for a folder of heatmaps."""
+        return not np.isnan(self.values[name][metric]).any()
 
     def table(self) -> list[Row]:
         """Return the rows of a table for `pandas.DataFrame`: one row per method, then one row per control.
@@ -139,7 +152,10 @@ class Scores:
             "failed": dict(self.failed),
             "table": to_plain(self.table()),
             "paths": list(self.paths),
-            "values": {name: {m: self.of_images(name, m).tolist() for m in self.metrics} for name in self.values},
+            "values": {
+                name: {m: self.of_images(name, m).tolist() for m in self.metrics if self.measured(name, m)}
+                for name in self.values
+            },
         }
 
     def __repr__(self) -> str:
@@ -205,6 +221,8 @@ class Scores:
                 f"A confidence interval needs at least {MIN_IMAGES} images; got {self.images}. "
                 "Without intervals no method counts as better than a control."
             )
+        if not all(self.measured(name, metric) for name in self.values for metric in self.metrics):
+            note += f" – {NOT_MEASURED}."
         right = [] if self.accuracy is None else [f"The model's accuracy on these images is {self.accuracy:.3f}."]
         return [note, *right, *(f"{name} could not be scored: {reason}" for name, reason in self.failed.items())]
 
@@ -240,7 +258,7 @@ def _arrow(metric: str) -> str:
 def score(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
-    methods: Mapping[str, Method] | None = None,
+    methods: Mapping[str, Method | FolderMaps | MapFunction] | None = None,
     *,
     steps: int = STEPS,
     copies: int = 3,
@@ -259,7 +277,8 @@ def score(
         batches: dicts with `image` (B, C, H, W), and optionally `box` (B, 4) xyxy in pixels, `mask` (B, H, W), `label`
             (B,), or (B, K) of 0 and 1, and `path` (B strings). All images have the same size, and all batches have the
             same keys.
-        methods: name → method (default: every method that fits the model, except the slow Score-CAM).
+        methods: name → method, or a function (model, images, target) → heatmaps (B, h, w), or a folder of heatmaps
+            (default: every method that fits the model, except the slow Score-CAM).
         steps: steps of deletion and insertion, ≥ 2.
         copies: copies of the model with shuffled weights, ≥ 1.
         batch_size: perturbed images in one forward pass.
@@ -279,6 +298,12 @@ def score(
         raise UsageError(f"copies must be ≥ 1 and steps ≥ 2, got {copies} and {steps}")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed must be in [0, 2³²), got {seed}")
+    sources: Mapping[str, Method | FolderMaps] | None = None
+    if methods is not None:
+        sources = {
+            name: method if isinstance(method, (Method, FolderMaps)) else FunctionMethod(method)
+            for name, method in methods.items()
+        }
     model = unwrap(model)
     like = next(model.parameters(), torch.zeros(()))
     randoms = [shuffled(model, seed=seed + number) for number in range(copies)]
@@ -288,6 +313,7 @@ def score(
     right: list[Tensor] = []
     paths: list[str] = []
     kind: _Kind | None = None
+    grids: dict[str, tuple[int, ...]] = {}  # method → (h, w) of its heatmaps
     images = 0
     passes: dict[str, int] = {}  # method → forward passes for the heatmaps of an image
     spent: dict[str, int] = {}  # method or controls → all forward passes for an image
@@ -301,10 +327,10 @@ def score(
         middle = time.perf_counter()
         restoration = insertion_perturbation(model, images_BCHW, target=target_B)
         faster = min(middle - started, time.perf_counter() - middle)  # each has run the model twice
-        if methods is None:
-            methods = methods_that_fit(model, images_BCHW)
+        if sources is None:
+            sources = methods_that_fit(model, images_BCHW)
         if not passes:
-            passes = {name: (1 + copies) * _passes(method, model, images_BCHW) for name, method in methods.items()}
+            passes = {name: (1 + copies) * _passes(method, model, images_BCHW) for name, method in sources.items()}
             curves = 2 * (steps - 1)  # passes of the curves of one map
             spent = {**{name: count + curves for name, count in passes.items()}, "controls": _CONTROLS * curves}
             if expect:
@@ -312,7 +338,7 @@ def score(
                 expect({name: count * second for name, count in spent.items()})
         left = float(len(images_BCHW))  # images of this batch that were not yet reported
         maps: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, method in methods.items():
+        for name, method in sources.items():
             if name in failed:
                 continue
             try:
@@ -320,12 +346,20 @@ def score(
                 size = 1 if passes[name] > _SLOW * (1 + copies) else len(images_BCHW)
                 parts = []
                 for part_BCHW, part_B in zip(images_BCHW.split(size), target_B.split(size), strict=True):
-                    parts.append(_explain(method, model, randoms, part_BCHW, part_B))
+                    explained = (
+                        _read(method, batch, model, images_BCHW)
+                        if isinstance(method, FolderMaps)
+                        else _explain(method, model, randoms, part_BCHW, part_B)
+                    )
+                    parts.append(explained)
                     if advance:
                         done = len(part_BCHW) * passes[name] / sum(spent.values())
                         advance(done)
                         left -= done
                 heatmaps, similar = zip(*parts, strict=True)
+                grid = tuple(heatmaps[0].shape[1:])
+                if grids.setdefault(name, grid) != grid:
+                    raise DataError(different_sizes(grids[name], grid))
                 maps[name] = torch.cat(heatmaps), torch.cat(similar)
             except (UsageError, DataError) as error:
                 failed[name] = error
@@ -335,7 +369,7 @@ def score(
         controls = {name: tuple(group) for name, group in controls_by_method.items()}
         unique = {name: control for group in controls_by_method.values() for name, control in group.items()}
         for name, control in unique.items():
-            if name in methods:
+            if name in sources:
                 raise UsageError(f"{name!r} is the name of a control; rename the method")
             # a control does not depend on the model, so shuffled weights leave its map unchanged
             maps[name] = control(model, images_BCHW).heatmaps, torch.ones(len(images_BCHW))
@@ -372,7 +406,9 @@ def score(
     )
 
 
-def _passes(method: Method, model: nn.Module, images_BCHW: Tensor) -> int:
+def _passes(method: Method | FolderMaps, model: nn.Module, images_BCHW: Tensor) -> int:
+    if isinstance(method, FolderMaps):
+        return 0
     try:
         return method.passes(model, images_BCHW)
     except (UsageError, DataError):  # the method does not fit the model; `score` reports why
@@ -389,6 +425,12 @@ def _explain(
         others = [method(random, images_BCHW, target=target_B).heatmaps for random in randoms]
     similar = [rank_correlation(heatmaps_Bhw, other_Bhw).abs() for other_Bhw in others]
     return heatmaps_Bhw, torch.stack(similar).mean(0)
+
+
+def _read(folder: FolderMaps, batch: Mapping[str, Any], model: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a folder's heatmaps, scaled as a method's are, and NaN for their similarity."""
+    read = FunctionMethod(lambda *_: folder.of_batch(batch))
+    return read(model, images_BCHW).heatmaps, torch.full((len(images_BCHW),), torch.nan)
 
 
 def _localisation(batch: Mapping[str, Any], heatmaps_Bhw: Tensor, images_BCHW: Tensor) -> dict[str, Tensor]:

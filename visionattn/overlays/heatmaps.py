@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from visionattn.data import Placement, Preprocess, encode_image, read_image, upright, write_image
+from visionattn.data import Interpolation, Placement, Preprocess, encode_image, read_image, upright, write_image
 from visionattn.drawing import Style, peak, shrink
 from visionattn.errors import UsageError
 from visionattn.maps import Method
@@ -70,7 +70,10 @@ class Heatmap:
 
     @cached_property
     def values(self) -> NDArray[np.float32]:
-        """The heat of every pixel of the source, (H, W) in [0, 1]; 0 outside of the model's input."""
+        """The heat of every pixel of the source, (H, W) in [0, 1]; 0 outside of the model's input.
+
+        Values are linear between the cells of the model's grid, however the overlay is drawn.
+        """
         return self.explained.placement.carry(self.explained.heatmap_hw)
 
     @property
@@ -110,6 +113,7 @@ class Heatmap:
         saturation: float = Style.saturation,
         contours: Sequence[float] = (),
         caption: bool = False,
+        interpolation: Interpolation = Style.interpolation,
     ) -> NDArray[np.uint8]:
         """Draw the heatmap over the picture; pixels outside of the model's input are dark.
 
@@ -119,14 +123,15 @@ class Heatmap:
             saturation: fraction of the picture's colour that is kept, in [0, 1]; at 0 the picture is grey.
             contours: levels in (0, 1] at which lines of equal heat are drawn.
             caption: whether to write the prediction into the picture.
+            interpolation: `smooth`, `linear`, or `nearest`, which shows the cells of the model's grid.
 
         Returns:
             (H, W, 3) uint8 RGB.
 
         Raises:
-            UsageError: there is no such colormap, or a number is out of range.
+            UsageError: there is no such colormap or interpolation, or a number is out of range.
         """
-        style = Style(colormap, alpha, saturation, tuple(contours), caption=caption)
+        style = Style(colormap, alpha, saturation, tuple(contours), caption=caption, interpolation=interpolation)
         return outputs.overlay(OutputScene(self.image, [self.explained], style))
 
     def save(self, path: "str | bytes | os.PathLike[str]") -> None:
@@ -251,6 +256,7 @@ def overlay(
     colormap: str = Style.colormap,
     alpha: float = Style.alpha,
     caption: bool = False,
+    interpolation: Interpolation = Style.interpolation,
 ) -> Image.Image:
     """Draw the heatmap of a model over its picture. The result is a PIL image of the source's size.
 
@@ -263,7 +269,7 @@ def overlay(
 
     Args:
         model, image, method, layer, target, preprocess, class_names: as for `heatmap`, for one picture.
-        colormap, alpha, caption: as for `Heatmap.overlay`.
+        colormap, alpha, caption, interpolation: as for `Heatmap.overlay`.
 
     Raises:
         UsageError, DataError: as for `heatmap`.
@@ -271,7 +277,9 @@ def overlay(
     if not _is_single(image):
         raise UsageError("overlay draws one picture; for several call heatmap(model, images), which returns a list")
     (explained,) = _heatmaps(model, [image], method, layer, target, preprocess, class_names)
-    return Image.fromarray(explained.overlay(colormap=colormap, alpha=alpha, caption=caption))
+    return Image.fromarray(
+        explained.overlay(colormap=colormap, alpha=alpha, caption=caption, interpolation=interpolation)
+    )
 
 
 def _heatmaps(

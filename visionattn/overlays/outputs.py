@@ -37,7 +37,7 @@ from visionattn.drawing import (
 )
 from visionattn.errors import UsageError, nearest
 
-VERSION = 2
+VERSION = 3
 """This number is part of every fingerprint. Raise the number when the drawing of an output changes, so that earlier
 outputs are made again.
 
@@ -183,7 +183,7 @@ def contours(scene: OutputScene) -> NDArray[np.uint8]:
     levels = scene.style.contours or (0.5,)
     return _one_or_sheet(
         scene,
-        lambda picture, explained: contour(picture, explained.placement.carry(explained.heatmap_hw), levels=levels),
+        lambda picture, explained: contour(picture, _drawn(explained, scene.style), levels=levels),
     )
 
 
@@ -193,9 +193,7 @@ def spotlight(scene: OutputScene) -> NDArray[np.uint8]:
     fraction = scene.style.top
     return _one_or_sheet(
         scene,
-        lambda picture, explained: show_hottest(
-            picture, explained.placement.carry(explained.heatmap_hw), fraction=fraction
-        ),
+        lambda picture, explained: show_hottest(picture, _drawn(explained, scene.style), fraction=fraction),
     )
 
 
@@ -205,7 +203,7 @@ def side(scene: OutputScene) -> NDArray[np.uint8]:
     (explained,), style = scene.explanations, scene.style
     return side_by_side(
         _boxed(scene, scene.picture, explained),
-        explained.placement.carry(explained.heatmap_hw),
+        _drawn(explained, style),
         title=explained.caption,
         colormap=style.colormap,
         alpha=style.alpha,
@@ -223,7 +221,10 @@ def difference(scene: OutputScene) -> NDArray[np.uint8]:
 
 @output("heatmap", "the heatmap as a 16-bit PNG of the picture's size", suffix=".png", max_methods=1)
 def heatmap(scene: OutputScene) -> NDArray[np.uint16]:
-    """Return the heat of every pixel of the source, scaled from [0, 1] to [0, 65535]; 0 outside the model's input."""
+    """Return the heat of every pixel of the source, scaled from [0, 1] to [0, 65535]; 0 outside the model's input.
+
+    These are values and no drawing, so they are linear between the cells for every style, as `Heatmap.values` are.
+    """
     (explained,) = scene.explanations
     return np.rint(explained.placement.carry(explained.heatmap_hw) * 65535).astype(np.uint16)
 
@@ -232,7 +233,7 @@ def heatmap(scene: OutputScene) -> NDArray[np.uint16]:
 def mask(scene: OutputScene) -> NDArray[np.uint8]:
     """Return 255 for the hottest pixels of the source and 0 for the others."""
     (explained,) = scene.explanations
-    return top(explained.placement.carry(explained.heatmap_hw), scene.style.top).astype(np.uint8) * 255
+    return top(_drawn(explained, scene.style), scene.style.top).astype(np.uint8) * 255
 
 
 @output(
@@ -372,6 +373,11 @@ def endings(kinds: Sequence[str], picture: str) -> dict[str, str]:
         picture: suffix of pictures, including the dot.
     """
     return {kind: f".{kind}{OUTPUTS[kind].suffix or picture}" for kind in kinds}
+
+
+def _drawn(explained: ExplainedImage, style: Style) -> NDArray[np.float32]:
+    """Return the heat of every pixel of the source, as drawn."""
+    return explained.placement.carry(explained.heatmap_hw, style.interpolation)
 
 
 def _one_or_sheet(

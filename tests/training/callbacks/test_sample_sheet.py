@@ -38,4 +38,4 @@ def test_boxes_are_drawn_in_source_pixels_and_boxes_in_the_padding_are_left_out(
     expected = draw_boxes(expected, np.array([[30.0, 18, 90, 78]]), labels=["dog 0.90"])
     np.testing.assert_array_equal(tile.picture, expected)
     assert heat.picture.shape == (48, 96, 3)
-    assert (heat.picture[:10, 70:] == 90).all()  # the heatmap of the box in the padding is left out too
+    assert (heat.picture[:10, 80:] == 90).all()  # the heatmap of the box in the padding is left out too

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.capture import Activation, Call, Interception, Site, Survey, Watcher, run, surveys
+from visionattn.capture import Activation, Args, Call, Func, Interception, Kwargs, Site, Survey, Watcher, run, surveys
 from visionattn.errors import UsageError
 from visionattn.maps.method import Target, pick
 
@@ -101,9 +101,9 @@ class Ran:
 
     block: Block
     tokens: Tensor
-    args: tuple[Any, ...]  # the arguments of a user's module
-    kwargs: dict[str, Any]
-    wrap: Callable[[Tensor], Any]
+    args: Args  # the arguments of a user's module
+    kwargs: Kwargs
+    wrap: Callable[[Tensor], object]
     out: Tensor | None = None
     value: Tensor | None = None
 
@@ -150,7 +150,7 @@ class Trace(Interception):
         value = call.value.transpose(2, 3).clone(memory_format=torch.contiguous_format).transpose(2, 3)
         self._attended.append((out[..., :1, :].detach().clone(), value))
 
-    def keep(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def keep(self, block: Block, args: Args, kwargs: Kwargs, out: object) -> None:
         """Keep what a block needs to run again."""
         tokens, wrap = _unwrapped(out)
         if not self.alone:
@@ -164,7 +164,7 @@ class Trace(Interception):
         first = (args[0][:, :1].clone(), *args[1:])
         self.ran.append(Ran(block, tokens[:, :1].clone(), first, kwargs, wrap, attended, value))
 
-    def skip(self, block: Block, out: Any) -> None:
+    def skip(self, block: Block, out: object) -> None:
         """Keep of a block only how to skip it."""
         tokens, wrap = _unwrapped(out)
         self.ran.append(Ran(block, tokens[:0], (), {}, wrap))
@@ -177,12 +177,12 @@ class _Keep:
         self.trace, self.block, self.thread = trace, block, threading.get_ident()
         self.depth = surveys()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> None:
         if threading.get_ident() == self.thread and surveys() == self.depth:
             self.trace.keep(self.block, args, kwargs, out)
 
 
-def _unwrapped(out: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def _unwrapped(out: Any) -> tuple[Tensor, Callable[[Tensor], object]]:
     """Return the tokens in a module's output, and a function that puts other tokens in their place."""
     if isinstance(out, (tuple, list)):
         return out[0], lambda tokens: type(out)((tokens, *out[1:]))
@@ -205,7 +205,7 @@ class _Again(Watcher):
     leaf: Tensor | None
     call: Call | None
 
-    def fused(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def fused(self, func: Func, args: Args, kwargs: Kwargs) -> object:
         if not next(self._calls, False):
             return func(*args, **kwargs)
         if self.leaf is None:
@@ -213,7 +213,7 @@ class _Again(Watcher):
             self.leaf = func(*args, **kwargs).detach().requires_grad_()
         return self.leaf.clone()  # an in-place operation on the leaf itself would fail
 
-    def softmax(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def softmax(self, func: Func, args: Args, kwargs: Kwargs) -> object:
         if not next(self._calls, False):
             return func(*args, **kwargs)
         self.leaf = func(*args, **kwargs).detach().requires_grad_()

@@ -10,13 +10,13 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.capture import Call, HeadMean, Site, Survey, products, run, survey_images, surveys
+from visionattn.capture import Args, Call, HeadMean, Kwargs, Site, Survey, products, run, survey_images, surveys
 from visionattn.errors import UsageError
 from visionattn.maps.method import Explanation, Method, Target, fitting, pick
 from visionattn.maps.methods.blocks import (
@@ -88,7 +88,7 @@ class Transformations:
     def _off(self) -> bool:
         return threading.get_ident() != self._thread or surveys() != self._depth
 
-    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _start(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         if self._off:
             return
         self._tokens = (args[0] if args else next(iter(kwargs.values()))).detach()
@@ -96,15 +96,15 @@ class Transformations:
         if self.length is None:
             self.length = self._tokens.float().norm(dim=-1)
 
-    def _before_linear(self, module: nn.Linear, args: tuple[Any, ...]) -> None:
+    def _before_linear(self, module: nn.Linear, args: Args) -> None:
         if not self._off and self._value is not None and module.in_features == self._value.shape[2]:
             self._project(module.weight)
 
-    def _after_attention(self, module: nn.MultiheadAttention, args: tuple[Any, ...], out: object) -> None:
+    def _after_attention(self, module: nn.MultiheadAttention, args: Args, out: object) -> None:
         if not self._off and self._value is not None:
             self._project(module.out_proj.weight)
 
-    def _before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_norm(self, module: nn.Module, args: Args) -> None:
         after = len(self.attention) > len(self.feed_forward)
         if not self._off and after and self._middle is None and args[0].shape == self._shape:
             self._middle = args[0].detach().clone()  # a later in-place operation would change it
@@ -120,7 +120,7 @@ class Transformations:
             self.attention.append(self._weights(self._tokens, F.linear(self._value, weight.to(self._value.dtype))))
         self._value = None
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    def _end(self, module: nn.Module, args: Args, out: object) -> None:
         if self._off:
             return
         if len(self.attention) == len(self.feed_forward):
@@ -128,7 +128,9 @@ class Transformations:
             raise UsageError(
                 f"no linear layer follows the attention of {name}, so its transformed tokens are not known"
             )
-        tokens = (out[0] if isinstance(out, (tuple, list)) else out).detach()
+        tokens = out[0] if isinstance(out, (tuple, list)) else out
+        assert isinstance(tokens, Tensor)  # of a block of a transformer
+        tokens = tokens.detach()
         middle = self._middle
         self.feed_forward.append(None if middle is None else self._weights(middle, tokens - middle))
 
@@ -426,7 +428,7 @@ class _Mean(Trace):
         else:
             self.means.append((self._mean(call) if kept is None else kept)[:, 0])
 
-    def keep(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def keep(self, block: Block, args: Args, kwargs: Kwargs, out: object) -> None:
         if block is self.blocks[-1]:
             super().keep(block, args, kwargs, out)
         else:

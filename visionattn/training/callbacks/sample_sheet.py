@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from visionattn.data import Batch, visible
-from visionattn.drawing import Tile, blend, boxes_in_source, draw_boxes, draw_scanpath, fit_to_side, sheet
+from visionattn.drawing import Style, Tile, blend, boxes_in_source, draw_boxes, draw_scanpath, fit_to_side, sheet
 from visionattn.errors import MapWarning, UsageError
 from visionattn.maps import (
     BoxHeatmaps,
@@ -100,7 +100,7 @@ def _tiles(batch: Batch, maps: Heatmaps, pl_module: L.LightningModule, dataset: 
             box = placement.boxes_to_source(batch["box"][index].float().cpu().numpy())[0].tolist()
         probability_K = None if probabilities_BK is None else probabilities_BK[index]
         caption, right = _caption(probability_K, label_threshold(network), batch, index, names)
-        overlay = blend(picture, placement.carry(heatmap_hw), seen_HW=placement.seen())
+        overlay = blend(picture, placement.carry(heatmap_hw, Style.interpolation), seen_HW=placement.seen())
         tile = Tile(picture, caption, right, box)
         other = dataclasses.replace(tile, picture=overlay, caption=[])
         if maps.boxes is not None:
@@ -172,5 +172,5 @@ def _box_tiles(batch: Batch, maps: Sequence[BoxHeatmaps], names: Sequence[str], 
         caption = [f"{len(labels)} detected", f"{len(truth)} annotated"]
         tiles.append(Tile(drawn, caption))
         heat_hw = found.heatmaps.cpu()[kept].amax(0).numpy() if len(labels) else np.zeros((1, 1), np.float32)
-        tiles.append(Tile(blend(picture, placement.carry(heat_hw), seen_HW=placement.seen())))
+        tiles.append(Tile(blend(picture, placement.carry(heat_hw, Style.interpolation), seen_HW=placement.seen())))
     return tiles
