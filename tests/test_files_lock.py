@@ -12,7 +12,7 @@ import pytest
 
 from tests.overlays.folder.exports import bright, contents, manifest, photos, run, snapshot
 from tests.refusals import refuses
-from visionattn.errors import UsageError
+from visionattn.errors import DataError, UsageError
 from visionattn.files import LOCK, FolderLock
 
 HOLD = """
@@ -93,6 +93,26 @@ def test_exports_that_start_together_never_write_at_once(tmp_path):
         thread.join()
     assert set(most) == {1}
     assert turns
+
+
+def test_folder_that_another_export_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    make, removed = os.makedirs, []
+
+    def remove_and_make(path, *args, **options):
+        if len(removed) < 3:
+            removed.append(path)
+            raise FileNotFoundError(2, "No such file or directory", path)
+        make(path, *args, **options)
+
+    monkeypatch.setattr(os, "makedirs", remove_and_make)
+    with FolderLock(str(tmp_path / "a" / "out")):
+        assert (tmp_path / "a" / "out" / LOCK).exists()
+    assert not (tmp_path / "a").exists()
+
+
+def test_folder_below_a_link_to_nothing_is_an_error(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    refuses(DataError, "out cannot be made", lambda: FolderLock(str(tmp_path / "link" / "out")).__enter__())
 
 
 def test_export_with_nothing_to_do_works_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):

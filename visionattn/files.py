@@ -25,6 +25,7 @@ PART_PREFIX = ".part."
 LOCK = ".manifest.lock"
 """Name of the file that holds the lock of a folder of overlays."""
 
+_TRIES = 100  # to make a folder that other processes remove meanwhile
 _LONGEST_NAME = 255  # bytes, on every common file system
 
 
@@ -217,10 +218,14 @@ class FolderLock:
         while not os.path.isdir(folder) and os.path.dirname(folder) != folder:
             missing.append(folder)
             folder = os.path.dirname(folder)
-        try:
-            os.makedirs(self._folder, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{printable(self._folder)} cannot be made: {error.strerror or error}") from error
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                os.makedirs(self._folder, exist_ok=True)
+                break
+            except OSError as error:
+                # an export that ends may remove the folder above before this one is made
+                if tries_left == 0 or not isinstance(error, (FileNotFoundError, FileExistsError)):
+                    raise DataError(f"{printable(self._folder)} cannot be made: {error.strerror or error}") from error
         self._made = missing or self._made
 
     def _lock(self, handle: int) -> bool:

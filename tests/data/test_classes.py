@@ -4,7 +4,7 @@ import pytest
 
 from tests.refusals import refuses
 from visionattn.data import match_classes
-from visionattn.data.classes import class_index, warn_of_similar
+from visionattn.data.classes import class_index, class_names_in, warn_of_similar
 from visionattn.errors import DataError
 
 
@@ -85,3 +85,11 @@ def test_digits_that_are_also_a_name_are_refused_unless_both_readings_agree():
 def test_unknown_class_is_refused_with_what_there_is(text, names, message):
     with pytest.raises(DataError, match=message):
         index(text, names)
+
+
+def test_names_in_a_file_lose_spaces_and_empty_last_lines(tmp_path):
+    file = tmp_path / "names.txt"
+    file.write_text("cat \ndog\n\n")
+    assert class_names_in(str(file)) == ["cat", "dog"]
+    file.write_text("cat\n\ndog\n")
+    refuses(DataError, "names.txt, line 2: there is no class name", class_names_in, str(file))

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.drawing.glimpses import film
-from visionattn.data import read_image, write_animation, write_image
+from visionattn.data import read_grey, read_image, write_animation, write_image
 from visionattn.errors import DataError
 
 
@@ -105,6 +106,23 @@ def test_file_whose_name_is_not_valid_text_is_read(picture, tmp_path):
     Image.fromarray(picture).save(tmp_path / "x.png")
     (tmp_path / "x.png").rename(path.decode(errors="surrogateescape"))
     np.testing.assert_array_equal(read_image(path), picture)
+
+
+def test_only_pillows_warnings_are_hidden_while_an_image_is_decoded(picture, tmp_path, monkeypatch):
+    decode = Image.open
+
+    def warn_and_decode(file):
+        warnings.warn("of another thread", UserWarning, stacklevel=1)
+        warnings.warn_explicit("odd metadata", UserWarning, "Image.py", 1, module="PIL.Image")
+        return decode(file)
+
+    write_image(tmp_path / "a.png", picture)
+    monkeypatch.setattr(Image, "open", warn_and_decode)
+    before = list(warnings.filters)
+    with pytest.warns(UserWarning, match="of another thread") as caught:
+        read_image(tmp_path / "a.png")
+    assert [str(warning.message) for warning in caught] == ["of another thread"]
+    assert warnings.filters == before
 
 
 def test_unreadable_files_raise_with_name_and_reason(picture, tmp_path):
@@ -206,3 +224,16 @@ def test_animation_with_another_suffix_or_in_a_missing_folder_raises(tmp_path):
         write_animation(tmp_path / "seen.png", film())
     with pytest.raises(DataError, match="cannot be written"):
         write_animation(tmp_path / "none" / "seen.gif", film())
+
+
+def test_grey_images_keep_their_values_and_are_turned_upright(tmp_path):
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90°
+    Image.fromarray(values).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_grey(tmp_path / "turned.png"), np.rot90(values, -1))
+    Image.fromarray(values > 100).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(read_grey(tmp_path / "bits.png"), 255 * (values > 100))
+    Image.new("RGB", (4, 4)).save(tmp_path / "colours.png")
+    with pytest.raises(DataError, match="has colours or transparency"):
+        read_grey(tmp_path / "colours.png")

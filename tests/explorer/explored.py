@@ -76,8 +76,4 @@ def settle(page):
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None,
-    reason="the page can only be tested in Chromium, which is missing; install Debian's package chromium, as .ci/run "
-    "does (pip cannot install a browser)",
-)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="a page needs a browser: apt-get install chromium")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.conftest import DETECTION, start_all, write_config
 
-QUICK = [("test", 1, 2), ("test", 13, 2), ("predict", 13, 2)]  # (verb, images, processes)
+QUICK = [("test", 1, 2), ("test", 13, 2), ("predict", 1, 2), ("predict", 13, 2)]  # (verb, images, processes)
 ALL = [(*case, count) for case in itertools.product(("test", "predict"), (1, 2, 3, 13, 17)) for count in (2, 3)]
 
 
@@ -54,7 +54,7 @@ def test_every_image_counts_once(verb, images, processes, server, trained, tmp_p
     assert several == pytest.approx(single, abs=1e-6)
 
 
-QUICK_BOXES = [("test", 1, 2), ("predict", 5, 2)]
+QUICK_BOXES = [("test", 1, 2), ("test", 5, 2), ("predict", 1, 2), ("predict", 5, 2)]
 ALL_BOXES = itertools.product(("test", "predict"), ((1, 2), (5, 2), (2, 3), (13, 3), (17, 2)))
 
 

@@ -64,7 +64,7 @@ def test_torchrun_starts_two_processes_that_share_one_run(uninterrupted, tmp_pat
     assert ended.stderr.count("starts a new training") == 1
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_run_can_be_resumed_after_repeated_kills_of_one_of_two_processes(kills, server, uninterrupted, tmp_path):
     """After each kill, the other process ends too, instead of waiting forever."""
     _, expected = uninterrupted

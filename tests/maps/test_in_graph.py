@@ -18,8 +18,8 @@ PREPROCESS = Preprocess(64)
     ("model", "method"),
     [
         (vit, "raw"),
+        (resnet_with_cbam, "gradcam"),
         (resnet_with_cbam, "gate"),
-        pytest.param(resnet_with_cbam, "gradcam", marks=pytest.mark.slow),
         pytest.param(torchvision_vit, "rollout", marks=pytest.mark.slow),
         pytest.param(vit, "rollout", marks=pytest.mark.slow),
     ],

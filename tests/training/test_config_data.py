@@ -18,7 +18,7 @@ data:
 """
 
 
-def test_data_of_builds_the_configured_data_module(tmp_path):
+def test_data_from_config_builds_the_configured_data_module(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(CONFIG)
     expected = ClutteredDigitsData(train_size=6, val_size=2, test_size=3, num_workers=0, batch_size=2)

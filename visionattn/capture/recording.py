@@ -177,10 +177,10 @@ class capture(Interception):  # noqa: N801 - used as `with capture(model) as rec
     run operation by operation. Attention stays fused: the weights to keep are computed a second time from queries and
     keys. If the model is called several times, the records are appended, and `Record.call` is the number of the call.
 
-    The first call with an image size also surveys the model: one image and the positions of its pixels run through the
-    model, which shows where each token lies (see `survey.py`). The survey is cached as long as the model exists. If a
-    model selects tokens depending on the image, every image of every call is surveyed, and `Tokens.index_BWN` holds the
-    positions for each image.
+    The first call with an image size also surveys the model: one image runs through the model together with the
+    positions of its pixels. So the survey finds where each token lies (see `survey.py`). It is cached as long as the
+    model exists. If a model selects tokens depending on the image, every image of every call is surveyed, and
+    `Tokens.index_BWN` holds the positions for each image.
 
     Args:
         model: any vision model, from timm, torchvision, transformers or your own; it may be compiled or wrapped in DDP.

@@ -7,10 +7,7 @@ import sys
 
 def parser(verb: str) -> argparse.ArgumentParser:
     """Build the parser of one of Lightning's verbs."""
-    from visionattn.training import deferred_imports
-
-    with deferred_imports():
-        from visionattn.training import parser_of
+    from visionattn.training import parser_of
 
     return parser_of(verb)
 
@@ -24,10 +21,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UsageError, DataError: see `training.run_verb`.
     """
-    from visionattn.training import deferred_imports
-
-    with deferred_imports():
-        from visionattn.training import run_verb
+    from visionattn.training import run_verb
 
     if (folder := os.getcwd()) not in sys.path:  # a config may name classes of modules in the current folder
         sys.path.append(folder)

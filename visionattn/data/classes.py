@@ -82,15 +82,21 @@ def match_classes(trained: Sequence[str], found: Sequence[str]) -> list[int] | N
 def class_names_in(names: str | Sequence[str]) -> Sequence[str]:
     """Return class names: a list as it is, or the lines of a text file, given by its path.
 
+    Spaces at the ends of a line and empty lines at the end of the file are left out.
+
     Raises:
-        DataError: the file cannot be read.
+        DataError: the file cannot be read, or has an empty line between names.
     """
     if not isinstance(names, str):
         return names
     try:
-        return Path(local_path(names)).read_text("utf-8-sig").splitlines()
+        text = Path(local_path(names)).read_text("utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{names} holds no class names: {error}") from error
+    lines = [line.strip() for line in text.splitlines()]
+    if "" in lines:
+        raise DataError(f"{names}, line {lines.index('') + 1}: there is no class name; remove the empty line")
+    return lines
 
 
 def warn_of_similar(names: Sequence[str], where: str) -> None:

@@ -44,8 +44,14 @@ class ClassificationData(ImageData):
 
     @property
     def train_count(self) -> int | None:
-        """Number of training images, or None if it is unknown before the training."""
-        return None if self.multi_label or self.class_counts is None else int(self.class_counts.sum())
+        """Number of training images of data with several labels, or None if it is unknown before the training."""
+        return None
+
+
+def check_balance(balance: float) -> None:
+    """Raise ValueError if `balance` is out of its range, see `balanced_weights`."""
+    if not 0 <= balance <= 1:
+        raise ValueError(f"balance must be in [0, 1], got {balance}")
 
 
 def balanced_weights(
@@ -65,12 +71,7 @@ def balanced_weights(
 
     Returns:
         (N,), or None for balance 0.
-
-    Raises:
-        ValueError: balance is out of its range.
     """
-    if not 0 <= balance <= 1:
-        raise ValueError(f"balance must be in [0, 1], got {balance}")
     if balance == 0:
         return None
     unlabelled = sum(not numbers for numbers in labels)
@@ -133,6 +134,7 @@ class ImageFolderData(ClassificationData):
             changed_ok=changed_ok,
         )
         check_fractions(val_fraction, test_fraction)
+        check_balance(balance)
         self.root = Path(local_path(root, "--data.root"))
         self.augment = augment
         self.balance = balance
@@ -258,6 +260,7 @@ class TorchvisionData(ClassificationData):
         self.root = root
         self.download = download
         self.augment = augment
+        check_balance(balance)
         self.balance = balance
         self.val_size = val_size
         self._listings: dict[Split, Listing] = {}

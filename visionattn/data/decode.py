@@ -1,11 +1,13 @@
 """Read and write image files: decode images with Pillow and OpenCV, encode images and animations."""
 
+import contextlib
 import io
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, TypedDict
+from typing import Any, BinaryIO, TypeAlias, TypedDict, cast
 
 import cv2
 import numpy as np
@@ -28,6 +30,7 @@ MAX_PIXELS = 178_000_000
 
 _Convert: TypeAlias = Callable[[Image.Image], NDArray[Any]]  # the values of a grey image may have any type
 _ORIENTATION = 0x0112  # EXIF tag
+_OF_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # a filter of Python's warnings
 _QUALITY = {".jpg": {"quality": 92}, ".jpeg": {"quality": 92}, ".webp": {"quality": 90}, ".png": {"compress_level": 3}}
 
 
@@ -92,22 +95,20 @@ def _decode(file: BinaryIO, name: str, max_pixels: int, convert: _Convert) -> ND
     if max_pixels > MAX_PIXELS:  # Pillow has a limit of its own: raise Pillow's limit to the caller's
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about odd metadata and large images, which are checked below
-            with Image.open(file) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise DataError(
-                        f"{name}: {width:,} × {height:,} pixels; the limit is {max_pixels / 1e6:,.0f} MP (--max-pixels)"
-                    )
-                plain = (
-                    convert is _to_rgb
-                    and image.format == "JPEG"
-                    and image.mode == "RGB"
-                    and image.getexif().get(_ORIENTATION, 1) == 1
+        with _without_pillow_warnings(), Image.open(file) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise DataError(
+                    f"{name}: {width:,} × {height:,} pixels; the limit is {max_pixels / 1e6:,.0f} MP (--max-pixels)"
                 )
-                picture_HWC = _plain_jpeg(file) if plain else None
-                return convert(image) if picture_HWC is None else picture_HWC
+            plain = (
+                convert is _to_rgb
+                and image.format == "JPEG"
+                and image.mode == "RGB"
+                and image.getexif().get(_ORIENTATION, 1) == 1
+            )
+            picture_HWC = _plain_jpeg(file) if plain else None
+            return convert(image) if picture_HWC is None else picture_HWC
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -121,6 +122,22 @@ def _decode(file: BinaryIO, name: str, max_pixels: int, convert: _Convert) -> ND
         reason = str(error) or type(error).__name__
         cut = "truncated" in reason.lower() or "cut" in reason.lower()
         raise DataError(f"{name}: {'cut short' if cut else 'damaged'} ({reason})") from error
+
+
+@contextlib.contextmanager
+def _without_pillow_warnings() -> Iterator[None]:
+    """Hide Pillow's warnings of odd metadata, and of large images, which are checked here.
+
+    Several threads decode images at once. `warnings.catch_warnings` would hide what the others warn of too, and after
+    two of them had ended in another order than they began, every later warning of the process.
+    """
+    filters = cast("list[object]", warnings.filters)
+    filters.insert(0, _OF_PILLOW)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # after a call of warnings.resetwarnings
+            filters.remove(_OF_PILLOW)
 
 
 def upright(image: Image.Image) -> NDArray[np.uint8]:
@@ -245,7 +262,10 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 def _to_grey(image: Image.Image) -> NDArray[np.generic]:
     """Return the values of a grey image, (H, W); any other image as RGB, (H, W, 3)."""
     image.load()
+    ImageOps.exif_transpose(image, in_place=True)
     grey = image.mode in ("L", "I") or image.mode.startswith("I;16")
+    if image.mode == "1":
+        return np.array(image.convert("L"))
     return np.array(image if grey and "transparency" not in image.info else image.convert("RGB"))
 
 

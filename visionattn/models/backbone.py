@@ -178,7 +178,7 @@ def _create(name: str, **options: Any) -> nn.Module:
 
 
 def _architecture(name: str) -> Architecture:
-    """Return what a model of the hub or of a folder is: a name of timm, and its options."""
+    """Return the timm name and the options of a model on the hub or in a folder."""
     place = name.partition(":")[2]
     read = _hub.load_model_config_from_path if name.startswith("local") else _hub.load_model_config_from_hf
     _, architecture, options = read(place)

@@ -30,9 +30,9 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the weights in a file; no code in it is executed.
 
     Args:
-        path: a .safetensors file, a file of torch (also of the format before version 1.6), or the index of weights that
-            are split into several such files, `*.index.json`. In a file of torch, the weights may lie under
-            `state_dict`, `model`, `model_ema`, `ema`, `teacher` and the like.
+        path: a .safetensors file, a file of torch (also of the format before version 1.6), or `*.index.json`, the index
+            of several such files. In a file of torch, the weights may have the key `state_dict`, `model`, `model_ema`,
+            `ema`, `teacher` or the like.
 
     Raises:
         DataError: there is no such file, it holds no weights that can be read safely, or it is one of several parts.

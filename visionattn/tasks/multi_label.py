@@ -74,7 +74,8 @@ class MultiLabelClassification(ClassificationTask):
             self.class_weights,
             data,
             num_classes,
-            lambda counts_K: ((count or 0) - counts_K) / counts_K,
+            # a label that every image has counts as missing in one, so that its weight is not 0
+            lambda counts_K: ((count or 0) - counts_K).clamp(min=1) / counts_K,
             label_numbers=self.label_numbers,
         )
         self.register_buffer("_weight_K", weight_K, persistent=False)

@@ -8,6 +8,5 @@ from .checkpoints import load as load
 from .command import parser_of as parser_of
 from .command import run_verb as run_verb
 from .config_data import data_from_config as data_from_config
-from .deferred import deferred_imports as deferred_imports
 from .publishing import push as push
 from .third_party_warnings import silence_third_party_warnings as silence_third_party_warnings

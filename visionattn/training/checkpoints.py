@@ -43,9 +43,6 @@ TRUSTED = (
 `timm.task` is not among them: its distillation teacher opens the file that its arguments name.
 """
 
-ENTRY: Final = CHECKPOINT_ENTRY
-"""Key of the description in a checkpoint."""
-
 SAFETENSORS: Final = ".safetensors"
 """Suffix of a file that `export` writes."""
 
@@ -92,7 +89,7 @@ class DescribeCheckpoint(Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         preprocess = getattr(getattr(trainer, "datamodule", None), "preprocess", None)
-        checkpoint[ENTRY] = {
+        checkpoint[CHECKPOINT_ENTRY] = {
             "model": self.model,
             "class_names": list(getattr(pl_module, "class_names", ())),
             "preprocess": dataclasses.asdict(preprocess) if preprocess else None,
@@ -118,7 +115,7 @@ def load(path: str | os.PathLike[str], *, trust: Sequence[str] = ()) -> L.Lightn
             trusted packages, or was not written by visionattn.
     """
     content = read(path)
-    entry = content[ENTRY]
+    entry = content[CHECKPOINT_ENTRY]
     model = entry["model"]
     args = dict(model.get("init_args", {}))
     args |= {name: None for name in ("optimizer", "lr_scheduler") if name in args}
@@ -164,7 +161,7 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     content = read(path)
     # the format does not allow tensors that share memory, so clone() makes a copy of each tied weight
     state = {name: value.detach().clone().contiguous() for name, value in content["state_dict"].items()}
-    write_file(out, save(state, metadata={"format": "pt", ENTRY: json.dumps(content[ENTRY])}))
+    write_file(out, save(state, metadata={"format": "pt", CHECKPOINT_ENTRY: json.dumps(content[CHECKPOINT_ENTRY])}))
 
 
 def read(path: str | os.PathLike[str]) -> CheckpointContent:
@@ -193,17 +190,21 @@ def read(path: str | os.PathLike[str]) -> CheckpointContent:
                 "write it again with a newer torch: torch.save(torch.load(FILE, weights_only=False), FILE)"
             )
         raise DataError(f"{name} cannot be read as a checkpoint: {reason}") from error
-    if isinstance(content, dict) and "pytorch-lightning_version" in content and ENTRY not in content:
+    if isinstance(content, dict) and "pytorch-lightning_version" in content and CHECKPOINT_ENTRY not in content:
         raise DataError(
             f"{name} is a checkpoint of Lightning without the description of its task that tasks of visionattn add; "
             f"give its network as --model NAME or MODULE:FUNCTION with --weights {name}"
         )
-    if isinstance(content, dict) and isinstance(entry := content.get(ENTRY), dict) and "unknown" in entry:
+    if isinstance(content, dict) and isinstance(entry := content.get(CHECKPOINT_ENTRY), dict) and "unknown" in entry:
         raise DataError(
             f"{name} was trained by a plain L.Trainer and cannot say what its network is: {entry['unknown']}; give the "
             f"network as --model NAME or MODULE:FUNCTION with --weights {name}"
         )
-    if not isinstance(content, dict) or "state_dict" not in content or not isinstance(content.get(ENTRY), dict):
+    if (
+        not isinstance(content, dict)
+        or "state_dict" not in content
+        or not isinstance(content.get(CHECKPOINT_ENTRY), dict)
+    ):
         raise DataError(
             f"{name} was not written by visionattn; if it holds plain weights, give it as the network's `weights`"
         )
@@ -222,7 +223,7 @@ def described_weights(path: str | os.PathLike[str]) -> tuple[Preprocess | None, 
         content = _read_safetensors(path) if os.fspath(path).endswith(SAFETENSORS) else _read_archive(path)
     except Exception:  # whatever else the file is, the caller reads its weights and reports errors
         return None, ()
-    entry = content.get(ENTRY) if isinstance(content, dict) else None
+    entry = content.get(CHECKPOINT_ENTRY) if isinstance(content, dict) else None
     if not isinstance(entry, dict):
         return None, ()
     names = entry.get("class_names")
@@ -238,20 +239,20 @@ def _is_pickle(path: str | os.PathLike[str]) -> bool:
 
 def _malformed(content: Mapping[str, Any]) -> str:
     """Return what in the content does not have the types of `CheckpointContent`, or ""."""
-    state, entry = content["state_dict"], content[ENTRY]
+    state, entry = content["state_dict"], content[CHECKPOINT_ENTRY]
     names, preprocess = entry.get("class_names", []), entry.get("preprocess")
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         return "state_dict does not map names to tensors"
     if not isinstance(entry.get("model"), Mapping) or "class_path" not in entry["model"]:
-        return f"entry {ENTRY}.model has no class_path"
+        return f"entry {CHECKPOINT_ENTRY}.model has no class_path"
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        return f"entry {ENTRY}.class_names is not a list of names"
+        return f"entry {CHECKPOINT_ENTRY}.class_names is not a list of names"
     if preprocess is not None and not isinstance(preprocess, Mapping):
-        return f"entry {ENTRY}.preprocess does not map options to values"
+        return f"entry {CHECKPOINT_ENTRY}.preprocess does not map options to values"
     places = entry.get("architectures", {})
     if not isinstance(places, Mapping) or not all(isinstance(fields, Mapping) for fields in places.values()):
-        return f"entry {ENTRY}.architectures does not map names to options"
-    return _malformed_class(entry["model"], f"{ENTRY}.model")
+        return f"entry {CHECKPOINT_ENTRY}.architectures does not map names to options"
+    return _malformed_class(entry["model"], f"{CHECKPOINT_ENTRY}.model")
 
 
 def _malformed_class(tree: object, place: str) -> str:
@@ -281,9 +282,9 @@ def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, object]:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        entry = (file.metadata() or {}).get(ENTRY)
+        entry = (file.metadata() or {}).get(CHECKPOINT_ENTRY)
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open returns no dict
-    return {"state_dict": state, **({} if entry is None else {ENTRY: json.loads(entry)})}
+    return {"state_dict": state, **({} if entry is None else {CHECKPOINT_ENTRY: json.loads(entry)})}
 
 
 def check_against(path: str | os.PathLike[str], model: Mapping[str, Any], *, training: bool = True) -> tuple[str, ...]:
@@ -310,7 +311,7 @@ def check_against(path: str | os.PathLike[str], model: Mapping[str, Any], *, tra
         raise DataError(
             f"{os.fspath(path)} has hyper-parameters, which would replace yours; checkpoints of visionattn have none"
         )
-    saved = content[ENTRY]["model"]
+    saved = content[CHECKPOINT_ENTRY]["model"]
     if saved.get("class_path") != model.get("class_path"):
         raise UsageError(
             f"{os.fspath(path)} is a checkpoint of {saved.get('class_path')}, but the config has "
@@ -330,7 +331,7 @@ def check_against(path: str | os.PathLike[str], model: Mapping[str, Any], *, tra
             f"the model differs from the checkpoint {os.fspath(path)}: {'; '.join(differences)}; "
             "use the config.yaml in the folder of the checkpoint, or start a new run without --ckpt_path"
         )
-    return tuple(content[ENTRY].get("class_names", ()))
+    return tuple(content[CHECKPOINT_ENTRY].get("class_names", ()))
 
 
 def _leaves(tree: object, prefix: str = "model") -> Iterator[tuple[str, Any]]:

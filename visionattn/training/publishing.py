@@ -12,6 +12,7 @@ from typing import Any
 
 from visionattn.errors import DataError, UsageError
 from visionattn.files import write_file
+from visionattn.tasks import CHECKPOINT_ENTRY
 from visionattn.training.hub import PREFIX, WEIGHTS, _check_name, _first_line
 
 _TASKS = {
@@ -82,7 +83,7 @@ def write_folder(
 
     out, run = Path(folder), Path(path).parent
     checkpoints.export(path, out / WEIGHTS)
-    entry = checkpoints.read(out / WEIGHTS)[checkpoints.ENTRY]
+    entry = checkpoints.read(out / WEIGHTS)[CHECKPOINT_ENTRY]
     write_file(out / "config.json", json.dumps(entry, indent=2).encode())
     write_file(out / "overlay.png", _overlay(out / WEIGHTS, run, picture))
     write_file(out / "README.md", _card(entry, repo, _results(run / "test.csv")).encode())

@@ -105,7 +105,7 @@ def test_every_bad_row_is_a_problem_with_its_line(labels, tmp_path):
     ]  # fmt: skip
     message = (
         f"{path}, line 3: there is no image {images}/gone.png (in total: 1 unknown class, 4 unreadable annotation, "
-        f"1 missing image, 1 other labels, 1 leak); correct the table, of which `visionattn data check {path}` lists"
+        f"1 missing image, 1 other labels, 1 leak); correct the table; `visionattn data check {path}` lists"
     )
     refuses(DataError, re.escape(message), table.refuse)
 
@@ -125,7 +125,10 @@ def test_tables_that_cannot_be_read_are_refused_in_one_sentence(labels, tmp_path
     refused(
         "a.csv", b"path,label\nx.png,a,b\n", "a.csv, line 2: there are 3 cells and 2 columns; put cells that contain"
     )
-    refused("a.txt", b"", "a.txt is no table that can be read; its name must end in .csv, .parquet, .pq, .tsv")
+    refused(
+        "a.csv", b"path,cat,dog\nx.png,1\n", "a.csv, line 2: there are 2 cells and 3 columns; add the missing cells"
+    )
+    refused("a.txt", b"", "a.txt cannot be read as a table; its name must end in .csv, .parquet, .pq, .tsv")
     refused("a.parquet", b"PAR1 cut short", "a.parquet cannot be read as a Parquet file: ")
     refuses(DataError, "there is no table .*b.csv. Nearest: a.csv.", read_table, tmp_path / "b.csv", Columns())
     refuses(UsageError, "s3://x/a.csv is an address", read_table, "s3://x/a.csv", Columns())

@@ -1,4 +1,4 @@
-"""Finer-CAM and XGrad-CAM match slow loops and torchcam; Finer-CAM refuses what it cannot compare."""
+"""Finer-CAM and XGrad-CAM match slow loops and torchcam; Finer-CAM refuses a target that is no class."""
 
 import copy
 

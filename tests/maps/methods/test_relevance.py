@@ -58,5 +58,5 @@ def test_gradient_rollout_matches_its_equation(name):
 def test_attention_that_does_not_depend_on_the_first_layer_has_a_gradient_of_its_own(method, name, options):
     model = models.randomised(timm.create_model(name, **options))
     size = model.pretrained_cfg["input_size"][-1]
-    found = method()(model, torch.rand(1, 3, size, size))
+    found = method()(model, models.pictures(size, batch=1))
     assert found.raw.abs().sum() > 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 import wandb
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -151,3 +152,25 @@ def test_batches_of_visionattn_are_not_converted_and_batches_without_images_are_
     assert not is_plain({"image": torch.zeros(1, 3, 4, 4), "placement": [Placement.identity((4, 4))]})
     refuses(UsageError, "hold no images", convert, (torch.zeros(4, 9), torch.zeros(4)), None, 2)
     refuses(UsageError, "hold no images", convert, "text", None, 2)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_other_than_1_or_3_channels_are_refused(channels):
+    refuses(UsageError, f"1 or 3 channels, got {channels}", convert, torch.rand(2, channels, 8, 8), None, 2)
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.filterwarnings("ignore:Grad strides do not match")  # a remark of torch on speed
+def test_the_first_of_two_processes_writes_the_overlays(tmp_path):
+    """Each process must ask for the folder, because Lightning sends it from the first process to the other ones."""
+    torch.manual_seed(0)
+    loader = DataLoader(TensorDataset(torch.randn(8, 3, 24, 32), torch.arange(8) % 3), batch_size=2)
+    trainer = L.Trainer(
+        **QUIET,
+        strategy=DDPStrategy(start_method="forkserver"),
+        devices=2,
+        logger=CSVLogger(tmp_path),
+        callbacks=[OverlaySamples(method=GradCAM("features.2"))],
+    )
+    trainer.fit(Own(), loader, loader)
+    assert sorted(path.name for path in tmp_path.rglob("*.jpg")) == ["epoch_000.jpg", "epoch_001.jpg"]

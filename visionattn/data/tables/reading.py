@@ -3,7 +3,7 @@
 import csv
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class Columns:
     Attributes:
         path: column of the image's path.
         labels: column of the label, or of several labels with a `separator` between them; or a list of columns, one for
-            each class, with 1 where the image has the label and 0 where not.
+            each class, with 1 where the image has the label, and 0 or nothing where not.
         split: column of the split, which the table may lack: train, val or test, or another name in `SPLITS`.
         separator: text between the labels of an image; None if every image has exactly one label.
     """
@@ -84,8 +84,8 @@ class Table:
             first = problems[0]
             rest = f" (in total: {count_kinds(problems)})" if len(problems) > 1 else ""
             raise DataError(
-                f"{printable(self.file)}, {first.where}: {first.detail}{rest}; correct the table, of which `visionattn "
-                f"data check {printable(self.file)}` lists every problem"
+                f"{printable(self.file)}, {first.where}: {first.detail}{rest}; correct the table; `visionattn data "
+                f"check {printable(self.file)}` lists every problem"
             )
 
 
@@ -125,10 +125,13 @@ def read_table(
     suffix = Path(name).suffix.lower()
     if suffix not in TABLES:
         raise DataError(
-            f"{printable(name)} is no table that can be read; its name must end in {', '.join(sorted(TABLES))}"
+            f"{printable(name)} cannot be read as a table; its name must end in {', '.join(sorted(TABLES))}"
         )
-    names, records = _parquet(name) if suffix in _PARQUET else _csv(name, _DELIMITERS[suffix])
     of_labels = [columns.labels] if isinstance(columns.labels, str) else list(columns.labels)
+    if suffix in _PARQUET:
+        names, records = _parquet(name, {columns.path, columns.split, *of_labels})
+    else:
+        names, records = _csv(name, _DELIMITERS[suffix])
     for wanted in (columns.path, *of_labels):
         if wanted not in names:
             raise DataError(
@@ -138,7 +141,7 @@ def read_table(
     if not records:
         raise DataError(f"{printable(name)} names no images: it has a header and no rows")
     table = Table(name, ())
-    known = set(class_names or ())
+    known = None if class_names is None else set(class_names)
     if not isinstance(columns.labels, str):
         class_names = of_labels if class_names is None else class_names
     elif class_names is None:
@@ -152,7 +155,7 @@ def read_table(
         except (DataError, UsageError) as error:
             table.problems.append(Problem("unreadable annotation", place, str(error)))
             continue
-        unknown = [label for label in row.labels if known and label not in known]
+        unknown = [label for label in row.labels if known is not None and label not in known]
         path = os.path.normpath(row.path)
         earlier = by_path.setdefault(path, row)
         if problem := _problem(row, earlier, unknown, columns, table.class_names):
@@ -193,7 +196,8 @@ def _problem(
         own, other = (" and ".join(labels) or "no label" for labels in (row.labels, earlier.labels))
         return Problem("other labels", row.place, f"{name} has {own}, and in {earlier.place} {other}")
     if earlier.split != row.split:
-        return Problem("leak", row.place, f"{name} is in {row.split}, and in {earlier.place} in {earlier.split}")
+        own_split, other_split = (split or "no split" for split in (row.split, earlier.split))
+        return Problem("leak", row.place, f"{name} is in {own_split}, and in {earlier.place} in {other_split}")
     return Problem("listed twice", row.place, f"{name} is also in {earlier.place}")
 
 
@@ -243,12 +247,15 @@ def _csv(path: str, delimiter: str) -> tuple[list[str], _Records]:
             header = [cell.strip() for cell in next(iter(filled), (0, []))[1]]
             records: _Records = []
             for number, line in filled:
-                if len(line) > len(header):
+                if len(line) != len(header):
+                    remedy = "put cells that contain the delimiter into quotation marks"
+                    if len(line) < len(header):
+                        remedy = "add the missing cells, which may be empty"
                     raise DataError(
                         f"{printable(path)}, line {number}: there are {len(line)} cells and {len(header)} columns; "
-                        "put cells that contain the delimiter into quotation marks"
+                        f"{remedy}"
                     )
-                records.append((f"line {number}", dict(zip(header, line, strict=False))))
+                records.append((f"line {number}", dict(zip(header, line, strict=True))))
     except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"{printable(path)} cannot be read as a table: {reason}") from error
@@ -259,8 +266,8 @@ def _csv(path: str, delimiter: str) -> tuple[list[str], _Records]:
     return header, records
 
 
-def _parquet(path: str) -> tuple[list[str], _Records]:
-    """Return the names of the columns, and (row, column → value) of each row."""
+def _parquet(path: str, wanted: Collection[str]) -> tuple[list[str], _Records]:
+    """Return the names of all columns, and (row, column → value) of each row for the wanted columns."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -268,9 +275,10 @@ def _parquet(path: str) -> tuple[list[str], _Records]:
             f"{printable(path)} needs pyarrow: pip install 'visionattn[parquet]', or write the table as .csv"
         ) from error
     try:
-        with open(path, "rb") as file:
-            table = parquet.read_table(file)
-            records = table.to_pylist()
+        with open(path, "rb") as handle:
+            file = parquet.ParquetFile(handle)
+            names = list(file.schema_arrow.names)
+            records = file.read(columns=[name for name in names if name in wanted]).to_pylist()
     except (OSError, ArrowException) as error:
         raise DataError(f"{printable(path)} cannot be read as a Parquet file: {str(error).splitlines()[0]}") from error
-    return list(table.column_names), [(f"row {number}", record) for number, record in enumerate(records, 1)]
+    return names, [(f"row {number}", record) for number, record in enumerate(records, 1)]

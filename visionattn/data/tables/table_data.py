@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from visionattn.data.classes import class_names_in, warn_of_similar
-from visionattn.data.datamodules import ClassificationData, balanced_weights
+from visionattn.data.datamodules import ClassificationData, balanced_weights, check_balance
 from visionattn.data.image_folder import ImageFolder
 from visionattn.data.listing import Listing, item_of, name_below
 from visionattn.data.loading.batches import Split
@@ -28,18 +28,21 @@ class _TableData(ClassificationData, ABC):
 
     Args:
         table: as read.
-        root: folder to which the paths are relative.
+        root: folder to which the paths are relative; None for the table's folder.
         groups: name → rows of which about the same fractions are drawn for each split that the table does not give.
-        augment, balance, val_fraction, test_fraction: see `TableData`.
+        preprocess, augment, balance, val_fraction, test_fraction: see `TableData`.
         loading: arguments of `ImageData`.
     """
+
+    _kind = "class"  # what a label is called in messages
 
     def __init__(
         self,
         table: Table,
-        root: Path,
+        root: str | None,
         groups: Mapping[str, Sequence[Row]],
         *,
+        preprocess: Preprocess | None,
         augment: Transform | None,
         balance: float,
         val_fraction: float,
@@ -47,16 +50,23 @@ class _TableData(ClassificationData, ABC):
         **loading: Any,  # the arguments of ImageData
     ) -> None:
         check_fractions(val_fraction, test_fraction)
-        super().__init__(**loading)
-        self.root = root
+        check_balance(balance)
+        super().__init__(preprocess=preprocess or Preprocess(), **loading)
+        self.root = Path(table.file).parent if root is None else Path(root)
         self.augment = augment
         self.balance = balance
         self.class_names = table.class_names
-        self._rows = _divided(table, root, groups, val_fraction, test_fraction, self.seed)
+        self._rows = _divided(table, self.root, groups, val_fraction, test_fraction, self.seed)
         self._numbers = {name: number for number, name in enumerate(self.class_names)}
         warn_of_similar(self.class_names, table.file)
         if twice := sum(problem.kind == "listed twice" for problem in table.problems):
             warnings.warn(f"{table.file}: {twice} rows repeat an earlier row, and are left out", stacklevel=1)
+        for name, count in zip(self.class_names, self.class_counts, strict=True):
+            if not count:
+                raise DataError(
+                    f"{table.file} has no training image of the {self._kind} {name!r}; add images, or remove the "
+                    f"{self._kind}"
+                )
 
     @property
     def class_counts(self) -> NDArray[np.int64]:
@@ -148,9 +158,9 @@ class TableData(_TableData):
             groups[row.labels[0]].append(row)
         super().__init__(
             read,
-            Path(table).parent if root is None else Path(root),
+            root,
             {f"the class {name!r} in {table}": rows for name, rows in groups.items() if rows},
-            preprocess=preprocess or Preprocess(),
+            preprocess=preprocess,
             augment=augment,
             balance=balance,
             val_fraction=val_fraction,
@@ -162,11 +172,6 @@ class TableData(_TableData):
             worker_timeout=worker_timeout,
             changed_ok=changed_ok,
         )
-        missing = [name for name, count in zip(self.class_names, self.class_counts, strict=True) if not count]
-        if missing:
-            raise DataError(
-                f"{table} has no training image of the class {missing[0]!r}; add images, or remove the class"
-            )
 
 
 class MultiLabelTableData(_TableData):
@@ -190,6 +195,7 @@ class MultiLabelTableData(_TableData):
     """
 
     multi_label = True
+    _kind = "label"
 
     def __init__(
         self,
@@ -220,9 +226,9 @@ class MultiLabelTableData(_TableData):
             raise DataError(f"{table} has no labels at all; check that the labels are in the column {labels!r}")
         super().__init__(
             read,
-            Path(table).parent if root is None else Path(root),
+            root,
             {table: read.rows},
-            preprocess=preprocess or Preprocess(),
+            preprocess=preprocess,
             augment=augment,
             balance=balance,
             val_fraction=val_fraction,
@@ -234,11 +240,6 @@ class MultiLabelTableData(_TableData):
             worker_timeout=worker_timeout,
             changed_ok=changed_ok,
         )
-        missing = [name for name, count in zip(self.class_names, self.class_counts, strict=True) if not count]
-        if missing:
-            raise DataError(
-                f"{table} has no training image with the label {missing[0]!r}; add images, or remove the label"
-            )
 
     def _label(self, row: Row) -> NDArray[np.float32]:
         label_K = np.zeros(len(self.class_names), np.float32)

@@ -227,7 +227,7 @@ def run_again(model: nn.Module, ran: Ran, leaf: Tensor | None = None) -> tuple[T
 
     Args:
         model: the model.
-        ran: what the first run kept of the block.
+        ran: the record of the block's first run.
         leaf: the output of the attention (default: the same as in the first run). Its first axis may be a multiple of
             the number of images.
 
@@ -278,7 +278,7 @@ def read_out(
     Args:
         model: the model.
         images_BCHW: its input. The layers before the first block run with the first image, and their output is unused.
-        ran: what the first run kept of each block.
+        ran: the records of the blocks' first run.
         tokens: the output of the last block, of any number of images.
         score: a function from the model's output to the scores, one for each image.
 

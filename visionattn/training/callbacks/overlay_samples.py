@@ -58,12 +58,12 @@ class OverlaySamples(Callback):
             explain(self.method, pl_module, self._first(trainer, pl_module, batch, 1)[0])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = _folder(trainer)  # every process must call this, since trainer.log_dir broadcasts between processes
         if self._samples is None or not self._is_due(trainer) or is_dev_run(trainer):
             return
         batch, sources = self._samples
         maps = explain(self.method, pl_module, batch)
         picture = picture_of(batch, maps, pl_module, sources, f"epoch {trainer.current_epoch}")
-        folder = _folder(trainer)
         if isinstance(sources, ShownImages) and not _has_own_folder(trainer):
             folder = None
         if folder is not None:

@@ -38,7 +38,7 @@ def convert(batch: object, preprocess: Preprocess | None, count: int) -> tuple[B
         count: largest number of samples.
 
     Raises:
-        UsageError: the batch holds no images.
+        UsageError: the batch holds no images, or their number of channels is neither 1 nor 3.
     """
     parts: list[object] = [batch] if isinstance(batch, Tensor) else []
     if isinstance(batch, Mapping):
@@ -52,6 +52,8 @@ def convert(batch: object, preprocess: Preprocess | None, count: int) -> tuple[B
             f"the validation batches ({type(batch).__name__}) hold no images (B, C, H, W) of floating point; "
             "remove OverlaySamples, or give such batches"
         )
+    if images.shape[1] not in (1, 3):
+        raise UsageError(f"OverlaySamples shows images of 1 or 3 channels, got {images.shape[1]}; remove the callback")
     images = images[:count]
     if preprocess is None:
         preprocess = Preprocess(mean=(0.0,), std=(1.0,)) if images.shape[1] == 1 else Preprocess()

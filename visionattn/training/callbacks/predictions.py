@@ -80,7 +80,7 @@ class WritePredictions(BasePredictionWriter):
         if self._name == "predictions.csv":
             threshold = label_threshold(network_of(pl_module))
             names = names or [str(number) for number in range(prediction["probability"].shape[1])]
-            self._header = self._header if threshold is None else ["path", "labels", *names]
+            self._header = ["path", "class", "probability"] if threshold is None else ["path", "labels", *names]
             content = _classes(prediction, names, threshold)
         else:
             content = _boxes(prediction, _category_ids(data, pl_module))

@@ -148,7 +148,7 @@ def _caption(
     label = batch["label"][index].cpu()
     numbers = label.nonzero()[:, 0].tolist() if label.ndim else [int(label)]
     true = [names[number] if names else str(number) for number in numbers]
-    lines.append(f"is {', '.join(true) or 'without label'}")
+    lines.append(f"is {', '.join(true)}" if true else "has no label")
     return lines, None if probability_K is None else {name for name, _ in found} == set(true)
 
 
