@@ -36,6 +36,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in SLOWEST)
 
 
+@pytest.fixture
+def gpu():
+    """The first GPU; the test is skipped if there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return torch.device("cuda")
+
+
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory):
     """Train the quickstart for one short epoch; return the folder of its checkpoints, config and report."""

@@ -16,10 +16,10 @@ class Shapes(torch.utils.data.Dataset):
     The background has smooth blotches around one colour, and noise with σ = 15 of 255. In at least one channel, the
     colour of a shape differs from the background's mean by 50 or more, so most shapes are easy to see.
 
-    These numbers were chosen before any detector was tuned. The goals of `tests/benchmarks/detection.py` come from
-    another data set, of which we only know that it has 512 images of shapes with 96 pixels. The present images are no
-    easier: torchvision's FCOS reached mAP50 .67 on them in 10 CPU seconds of a busy machine (`fcos_map50_10s`), and a
-    similar head reached .91 on the other data set.
+    These numbers were chosen before any detector was tuned. The goals in `tests/benchmarks/detection.py` were
+    measured on another data set. We only know that it has 512 images of shapes, each 96 pixels high and wide. The
+    present images are no easier: torchvision's FCOS reached mAP50 .67 on them in 10 CPU seconds of a busy machine
+    (`fcos_map50_10s`), and a similar head reached .91 on the other data set.
     """
 
     def __init__(self, size, *, seed=0, side=96, preload=True):

@@ -1,4 +1,5 @@
 from . import attention as attention
+from . import batches as batches
 from . import capture as capture
 from . import data as data
 from . import drawing as drawing

@@ -87,7 +87,7 @@ def _refuse_several_processes(verb: str) -> None:
         if os.environ.get(variable, "1") not in ("", "1"):
             raise UsageError(
                 f"visionattn {verb} runs in one process, and {variable} says that {os.environ[variable]} were "
-                "started; start one"
+                "started; start it without torchrun or srun"
             )
 
 

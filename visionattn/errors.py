@@ -30,12 +30,22 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> str:
     return f" Nearest: {', '.join(close)}." if close else ""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error, with the second if the first ends in a colon; its class if it is empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 class MapWarning(UserWarning):
     """A heatmap was computed, but there is a reason to doubt it."""
 
 
-def warn(message: str) -> None:
-    """Emit a MapWarning that points at the line in which the user called the method."""
+class BlankMapWarning(MapWarning):
+    """A heatmap is constant, so it shows nothing."""
+
+
+def warn(message: str, category: type[MapWarning] = MapWarning) -> None:
+    """Emit a warning that points at the line in which the user called the method."""
     import warnings
 
-    warnings.warn(message, MapWarning, stacklevel=4)
+    warnings.warn(message, category, stacklevel=4)

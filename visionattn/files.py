@@ -35,6 +35,11 @@ def printable(name: AnyPath) -> str:
     return "".join(letter if letter.isprintable() else "�" for letter in spaced)
 
 
+def is_address(name: str) -> bool:
+    """Return whether a name starts with `scheme://`, as `s3://bucket/a.jpg` and `simplecache::s3://bucket/a.jpg`."""
+    return re.match(r"[A-Za-z][\w+.:-]+://", name) is not None  # not C://
+
+
 def local_path(path: AnyPath, option: str = "") -> str:
     """Return a path as text, and refuse an address such as `s3://bucket/out`, which would become a local folder `s3:`.
 
@@ -46,7 +51,7 @@ def local_path(path: AnyPath, option: str = "") -> str:
         UsageError: the path starts with `scheme://`.
     """
     name = os.fsdecode(path)
-    if re.match(r"[A-Za-z][\w+.:-]+://", name):  # not C://, and also chains such as simplecache::s3://
+    if is_address(name):
         raise UsageError(
             f"{option and f'{option}: '}{printable(name)} is an address, and only files on this machine are read and "
             "written; copy the files, and give a local path"

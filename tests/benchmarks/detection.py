@@ -1,11 +1,11 @@
 """Train detectors from scratch for a fixed CPU time; measure their mAP, their heatmaps and the speed of the mAP itself.
 
-    python tests/benchmarks/detection.py [--json FILE] [--rows NAME ...] [--seed N] [--tune]
+    python tests/benchmarks/detection.py [--json FILE] [--rows NAME ...] [--seed N] [--tune] [--device cuda]
 
 - `dense_map50_10s`, `dense_map_50s`, `query_map50_95s`: mAP50 or mAP after the given CPU time of one thread. The
   detectors train on 512 synthetic images of 96 × 96 pixels (`tests/shapes.py`) and are scored on 500 more. The CPU
   time of the process also sets the learning rate, so other jobs on the machine change the result little. Settings were
-  chosen with `--tune`, which scores on images of another seed.
+  chosen with `--tune`, which scores on images of another seed. With `--device cuda`, this is wall time.
 - `fcos_map50_10s`, `fcos_map_50s`: torchvision's FCOS on the same backbone, trained for the same time. The rows show
   how hard the images are. FCOS has one convolution per tower here, like the dense detector; its usual four are slower.
   With some seeds, FCOS finds few boxes or none. It predicts the distances to the edges through a ReLU, and at every
@@ -42,9 +42,10 @@ from torchvision.models.detection import FCOS
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.ops import box_iou
 
+from tests.benchmarks.timing import add_device, clock
 from tests.shapes import NAMES, Shapes
 from visionattn.evaluation.box_scores import mass_ratio
-from visionattn.maps.boxes import ODAM, QuerySampling
+from visionattn.maps import ODAM, QuerySampling
 from visionattn.models import DenseDetector, FeaturePyramid, QueryDetector, TorchvisionDetector
 from visionattn.tasks.coco_metrics import compute_coco_metrics
 from visionattn.training import data_from_config, load
@@ -115,18 +116,20 @@ def augment(sample, generator, shift):
 
 
 def train(detector, data, seconds, *, lr, shift=0, batch_size=8, weight_decay=0.05, clip=1.0, warm=0.1, seed=0):
-    """Train for the given CPU time, and return the number of steps."""
+    """Train for the given CPU time, or wall time on a GPU, and return the number of steps."""
+    device = next(detector.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    started, steps = time.process_time(), 0
+    started, steps = clock(device), 0
     for images, boxes, labels in batches(data, batch_size, generator, shift):
-        fraction = (time.process_time() - started) / seconds
+        fraction = (clock(device) - started) / seconds
         if fraction >= 1:
             return steps
         cosine = 0.5 * (1 + math.cos(math.pi * (fraction - warm) / (1 - warm)))
         for group in optimizer.param_groups:
             group["lr"] = lr * (fraction / warm if fraction < warm else cosine)
         optimizer.zero_grad()
+        images, boxes, labels = images.to(device), [b.to(device) for b in boxes], [n.to(device) for n in labels]
         sum(detector.train().losses(images, boxes, labels).values()).backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), clip)
         optimizer.step()
@@ -137,10 +140,12 @@ def train(detector, data, seconds, *, lr, shift=0, batch_size=8, weight_decay=0.
 @torch.no_grad()
 def score(detector, data):
     detector.eval()
+    device = next(detector.parameters()).device
     found, truth = [], []
     for start in range(0, len(data), 50):
         samples = [data[index] for index in range(start, min(len(data), start + 50))]
-        found += detector(torch.stack([sample["image"] for sample in samples]))
+        images = torch.stack([sample["image"] for sample in samples]).to(device)
+        found += [{name: value.cpu() for name, value in image.items()} for image in detector(images)]
         truth += samples
     return compute_coco_metrics(found, truth)[0]
 
@@ -148,13 +153,15 @@ def score(detector, data):
 def mass(detector, method, data, count=64):
     """Return the mean mass ratio of boxes that match an object, and a text with the ratios of the two controls."""
     own, random, other = [], [], []
+    device = next(detector.parameters()).device
     count = min(count, len(data))
     for start in range(0, count, 16):
         samples = [data[index] for index in range(start, min(count, start + 16))]
-        images = torch.stack([sample["image"] for sample in samples])
+        images = torch.stack([sample["image"] for sample in samples]).to(device)
         for maps, sample in zip(method(detector, images), samples, strict=True):
-            matched = (box_iou(maps.boxes, sample["boxes"]) >= 0.5).any(1)
-            heat, boxes, size = maps.heatmaps[matched], maps.boxes[matched], images.shape[2:]
+            found, heatmaps = maps.boxes.cpu(), maps.heatmaps.cpu()
+            matched = (box_iou(found, sample["boxes"]) >= 0.5).any(1)
+            heat, boxes, size = heatmaps[matched], found[matched], images.shape[2:]
             if len(boxes):
                 own += mass_ratio(heat, boxes, size).tolist()
                 random += mass_ratio(torch.rand(heat.shape), boxes, size).tolist()
@@ -166,9 +173,9 @@ def mass(detector, method, data, count=64):
     return statistics.mean(own), f"  {len(own)} boxes; {controls}"
 
 
-def run_masses(run):
+def run_masses(run, device):
     """Return (method, mass ratio, text about the controls) for a run's best checkpoint."""
-    detector = load(run / "best.ckpt").network
+    detector = load(run / "best.ckpt").network.to(device)
     data = data_from_config(str(run / "config.yaml"))
     data.setup("predict")
     images = data.predict_dataloader().dataset
@@ -240,6 +247,7 @@ def main():
     parser.add_argument("--rows", nargs="*", choices=GOALS, default=list(GOALS))
     parser.add_argument("--runs", nargs="+", type=Path, default=[], help="folders of runs (default: none)")
     parser.add_argument("--seed", type=int, default=0)
+    add_device(parser)
     parser.add_argument("--tune", action="store_true", help="score on the images with which settings are chosen")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -257,7 +265,7 @@ def main():
 
     def trained(make, seconds, **settings):
         torch.manual_seed(options.seed)
-        detector = make()
+        detector = make().to(options.device)
         steps = train(detector, train_data, seconds, seed=options.seed, **settings)
         found = score(detector, held_out)
         return detector, found, f"  mAP {found['map']:.3f}, mAP50 {found['map_50']:.3f}, {steps} steps"
@@ -285,7 +293,7 @@ def main():
         report("map_eval_speed", ratio)
         report("map_eval_difference", difference)
     for run in options.runs:
-        for method, value, note in run_masses(run):
+        for method, value, note in run_masses(run, options.device):
             name = f"mass_ratio_{run.parent.name}_{method}"
             results.append({"name": name, "value": round(value, 4), "goal": 2, "better": "higher"})
             print(f"{name:40s} {value:9.4f}{note}", flush=True)

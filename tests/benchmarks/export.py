@@ -1,6 +1,6 @@
 """Compare the speed of `export` with that of the model alone: 200 JPEGs of 640 × 480, two threads, fp32.
 
-    python tests/benchmarks/export.py [--json FILE] [--rows NAME ...] [--rounds N] [--images N]
+    python tests/benchmarks/export.py [--json FILE] [--rows NAME ...] [--rounds N] [--images N] [--device cuda]
 
 - `resnet50_224`, `vit_small_224`: images/s of `export` (default method, overlays in full size) ÷ images/s of the
   model's forward pass on batches of 16 in memory. Both run in one process, in turns.
@@ -26,6 +26,7 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the command line does
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import cv2
 import numpy as np
@@ -34,6 +35,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from tests.benchmarks.timing import add_device, wall_clock
 from visionattn.data.decode import read_image
 from visionattn.data.placement import Preprocess
 from visionattn.overlays.explainer import Explainer
@@ -63,21 +65,21 @@ def make_images(folder, count=COUNT):
         Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(folder / f"{number:04}.jpg", quality=90)
 
 
-def build(name):
+def build(name, device):
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    return timm.create_model(name).eval()
+    return timm.create_model(name).eval().to(device)
 
 
 def plain_rate(model, size, count, batch=BATCH):
-    images = torch.randn(batch, 3, *size)
+    images = torch.randn(batch, 3, *size).to(next(model.parameters()).device)
     batches = max(1, count // batch)
     with torch.no_grad():
         model(images)
-        started = time.perf_counter()
+        started = wall_clock()
         for _ in range(batches):
             model(images)
-    return batches * batch / (time.perf_counter() - started)
+    return batches * batch / (wall_clock() - started)
 
 
 def export_rate(model, size, folder):
@@ -99,12 +101,13 @@ def peer_rate(model, folder, count):
     from pytorch_grad_cam.utils.image import preprocess_image, show_cam_on_image
 
     paths = sorted(folder.iterdir())[:count]
+    device = next(model.parameters()).device
     with tempfile.TemporaryDirectory() as out, GradCAM(model=model, target_layers=[model.layer4[-1]]) as cam:
         for number, path in enumerate([paths[0], *paths]):
             if number == 1:  # the first image only warms up
                 started = time.perf_counter()
             image = np.float32(cv2.resize(read_image(path), (224, 224))) / 255
-            grey = cam(input_tensor=preprocess_image(image, mean=MEAN, std=STD), targets=None)[0]
+            grey = cam(input_tensor=preprocess_image(image, mean=MEAN, std=STD).to(device), targets=None)[0]
             cv2.imwrite(f"{out}/{path.name}", show_cam_on_image(image, grey, use_rgb=True)[..., ::-1])
         return count / (time.perf_counter() - started)
 
@@ -120,19 +123,19 @@ def in_turns(measure, measure_reference, rounds):
     return sorted(measured)[len(measured) // 2]
 
 
-def against_plain(name, size, folder, rounds):
-    model, count = build(name), len(list(folder.iterdir()))
+def against_plain(name, size, folder, rounds, device):
+    model, count = build(name, device), len(list(folder.iterdir()))
     return in_turns(lambda: export_rate(model, size, folder), lambda: plain_rate(model, size, count), rounds)
 
 
-def against_peer(folder, rounds):
-    model = build("resnet50")
+def against_peer(folder, rounds, device):
+    model = build("resnet50", device)
     return in_turns(
         lambda: export_rate(model, (224, 224), folder), lambda: peer_rate(model, folder, COUNT // 5), rounds
     )
 
 
-def large_inputs(folder, rounds):
+def large_inputs(folder, rounds, device):
     """Compare with the forward pass in another process, which has malloc's default settings.
 
     These settings slow large batches more than small ones, so the rate on batches of 2 is printed too: `export` also
@@ -140,20 +143,21 @@ def large_inputs(folder, rounds):
     """
 
     def plain():
-        return float(in_own_process("--plain", str(BATCH)))
+        return float(in_own_process("--plain", str(BATCH), "--device", device))
 
-    rate = float(in_own_process("--plain", "2"))
+    rate = float(in_own_process("--plain", "2", "--device", device))
     print(f"{'':20s} forward pass on batches of 2: {rate:.1f} images/s", flush=True)
-    model = build("resnet50")
+    model = build("resnet50", device)
     with tempfile.TemporaryDirectory() as few:
         for path in sorted(folder.iterdir())[: COUNT // 5]:
             shutil.copy(path, few)
         return in_turns(lambda: export_rate(model, (480, 640), Path(few)), plain, max(1, rounds // 3))
 
 
-def memory(folder, rounds):
+def memory(folder, device):
+    options = ["--device", device]
     peaks = [
-        statistics.median(float(in_own_process("--peak", str(count), str(folder))) for _ in range(3))
+        statistics.median(float(in_own_process("--peak", str(count), str(folder), *options)) for _ in range(3))
         for count in (1000, 200)
     ]
     return peaks[0] / peaks[1], *peaks
@@ -166,8 +170,8 @@ def in_own_process(*options):
     ).stdout.splitlines()[-1]
 
 
-def peak_megabytes(count, folder):
-    model = build("resnet18")
+def peak_megabytes(count, folder, device):
+    model = build("resnet18", device)
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "in").mkdir()
         paths = sorted(folder.iterdir())
@@ -185,22 +189,24 @@ def main():
     parser.add_argument("--rows", nargs="+", choices=GOALS, default=list(GOALS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=COUNT, help="number of images (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    device, rounds = options.device, options.rounds
     if options.plain:
-        print(plain_rate(build("resnet50"), (480, 640), max(8, 2 * options.plain), options.plain))
+        print(plain_rate(build("resnet50", device), (480, 640), max(8, 2 * options.plain), options.plain))
         return
     if options.peak:
-        print(peak_megabytes(int(options.peak[0]), Path(options.peak[1])))
+        print(peak_megabytes(int(options.peak[0]), Path(options.peak[1]), device))
         return
     rows = {
-        "resnet50_224": lambda folder: against_plain("resnet50", (224, 224), folder, options.rounds),
-        "vit_small_224": lambda folder: against_plain("vit_small_patch16_224", (224, 224), folder, options.rounds),
-        "vs_gradcam_loop": lambda folder: against_peer(folder, options.rounds),
-        "resnet50_480x640": lambda folder: large_inputs(folder, options.rounds),
-        "memory_growth": lambda folder: memory(folder, options.rounds),
+        "resnet50_224": lambda folder: against_plain("resnet50", (224, 224), folder, rounds, device),
+        "vit_small_224": lambda folder: against_plain("vit_small_patch16_224", (224, 224), folder, rounds, device),
+        "vs_gradcam_loop": lambda folder: against_peer(folder, rounds, device),
+        "resnet50_480x640": lambda folder: large_inputs(folder, rounds, device),
+        "memory_growth": lambda folder: memory(folder, device),
     }
     results = []
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@
 - `train_step_28`: time of a training step's matrix products alone ÷ time of the whole step. Both include the forward
   and the backward pass, for six glimpses of 8 × 8, batch 128 and one rollout.
 
-Each ratio is the median over rounds, in which the two jobs run in turns. The goals are the project's goals.
+Each ratio is the median over rounds, in which the two jobs run in turns. The goals are our own, not those of a paper.
 """
 
 import argparse

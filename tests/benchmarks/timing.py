@@ -18,11 +18,17 @@ def use_device(device):
     torch.set_default_device(device)
 
 
-def clock():
+def clock(device=None):
     """Return the time in seconds: the CPU time of this process or, on a GPU, wall time after all its work is done."""
-    if torch.get_default_device().type == "cpu":
+    if torch.device(device or torch.get_default_device()).type == "cpu":
         return time.process_time()
-    torch.cuda.synchronize()
+    return wall_clock()
+
+
+def wall_clock():
+    """Return the wall time in seconds, after the work of a GPU is done if one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 

@@ -1,7 +1,7 @@
 """Compare `visionattn fit` on a folder of photographs with a plain PyTorch loop: images a second, and the first step.
 
     python tests/benchmarks/training.py [--json FILE] [--rows NAME ...] [--rounds N] [--steps N] [--clock wall|cpu]
-        [--threads N]
+        [--threads N] [--device cuda]
 
 Both train the same timm model without pretrained weights, on JPEGs of 640 × 480 in two class folders, in batches of 16,
 with the same albumentations pipeline (a random crop resized to 224, and flips), AdamW and the same number of threads.
@@ -40,6 +40,8 @@ class Clock:
         self.steps = []
 
     def tick(self):
+        if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.steps.append((time.time() - started(), cpu_time()))
 
 
@@ -66,7 +68,7 @@ def transforms():
     return [A.RandomResizedCrop(size=(SIZE, SIZE), scale=(0.4, 1.0)), A.HorizontalFlip()]
 
 
-def plain(folder, model_name, workers, steps):
+def plain(folder, model_name, workers, steps, device):
     """Train with a plain loop, as tutorials of PyTorch write it, and print the times of the steps."""
     clock = Clock()
     pipeline = transforms()
@@ -93,10 +95,12 @@ def plain(folder, model_name, workers, steps):
             return torch.from_numpy(compose(image=picture)["image"].transpose(2, 0, 1)).contiguous(), label
 
     torch.manual_seed(0)
-    model = timm.create_model(model_name, num_classes=2).train()
+    model = timm.create_model(model_name, num_classes=2).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    loader = DataLoader(Photographs(), BATCH, shuffle=True, num_workers=workers, drop_last=True)
+    options = {"num_workers": workers, "drop_last": True, "pin_memory": device == "cuda"}
+    loader = DataLoader(Photographs(), BATCH, shuffle=True, **options)
     for images, labels in itertools.islice(loader, steps):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -105,7 +109,7 @@ def plain(folder, model_name, workers, steps):
     print(json.dumps(clock.steps))
 
 
-def fit(folder, model_name, workers, steps):
+def fit(folder, model_name, workers, steps, device):
     """Train with `visionattn fit`; `StepClock` prints the steps."""
     from visionattn.cli import main
 
@@ -113,7 +117,8 @@ def fit(folder, model_name, workers, steps):
         "name": "speed",
         "trainer": {
             "max_epochs": 1,
-            "accelerator": "cpu",
+            "accelerator": "gpu" if device == "cuda" else "cpu",
+            "devices": 1,
             "enable_progress_bar": False,
             "limit_train_batches": steps,
             "limit_val_batches": 0,
@@ -164,7 +169,8 @@ def run(kind, folder, model, workers, options):
         "PYTHONPATH": os.pathsep.join(map(str, sys.path[1:])),
     }
     environment["PYTHONPATH"] = f"{Path(__file__).parents[2]}{os.pathsep}{environment['PYTHONPATH']}"
-    command = [sys.executable, __file__, "--child", kind, str(folder), MODELS[model], str(workers), str(options.steps)]
+    arguments = [kind, str(folder), MODELS[model], str(workers), str(options.steps), options.device]
+    command = [sys.executable, __file__, "--child", *arguments]
     with tempfile.TemporaryDirectory() as place:
         done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True)
     if done.returncode:
@@ -205,11 +211,12 @@ def main():
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--threads", type=int, default=2, help="threads of each process (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=12, help="steps of each run, at least 4 (default: %(default)s)")
-    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        kind, folder, model, workers, steps = options.child
-        (fit if kind == "fit" else plain)(Path(folder), model, int(workers), int(steps))
+        kind, folder, model, workers, steps, device = options.child
+        (fit if kind == "fit" else plain)(Path(folder), model, int(workers), int(steps), device)
         return
     names = {f"fit_{kind}_{model}_w{workers}": (kind, model, workers) for kind, model, workers in ROWS}
     chosen = options.rows or list(names)

@@ -25,7 +25,7 @@ def assert_same_records(found, expected):
 
 
 def run_one_process(rank, rendezvous_file):
-    """Capture and train in one of two processes; `start_processes` raises a failure of this function in the test."""
+    """Capture and train in one of two processes. `start_processes` raises an error of this function in the test."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous_file}", rank=rank, world_size=2)
     images, labels = models.pictures(batch=4), torch.tensor([0, 3, 6, 3])

@@ -21,7 +21,7 @@ def test_recorded_weights_equal_the_attentions_that_transformers_returns(impleme
     images = models.pictures()
     with torch.no_grad(), capture(model, FullAttention()) as records:
         model(images)
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = "eager"
     with torch.no_grad():
         expected = model(images, output_attentions=True).attentions
     assert len(records) == len(expected) == 2

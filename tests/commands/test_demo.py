@@ -1,17 +1,23 @@
 """`visionattn overlay --demo`: overlays of photographs, without a network; files of the user are kept."""
 
+import contextlib
 import json
 import os
 import socket
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from tests.commands.command_line import fails
+from tests.refusals import refuses
 from visionattn.cli import main
+from visionattn.commands.demo import write_photographs
 from visionattn.data import read_image, sample_photographs
+from visionattn.errors import DataError
+from visionattn.overlays import Summary
 
 NAMES = ["chelsea.jpg", "coffee.jpg", "china.jpg", "flower.jpg"]
 
@@ -71,8 +77,33 @@ def test_demo_without_the_extra_names_it_and_writes_nothing(here, monkeypatch, c
     assert os.listdir(here) == []
 
 
+def test_a_folder_that_cannot_be_made_is_named(here, capsys):
+    (here / "mine").write_text("a file")
+    message = "the folder mine/photographs cannot be made: Not a directory"
+    refuses(DataError, message, write_photographs, "mine/photographs")
+
+
+def test_only_the_first_process_writes_the_photographs(here, monkeypatch):
+    """Two processes would write through the same temporary files."""
+    exported = []
+    others = SimpleNamespace(rank=1)
+    monkeypatch.setattr("visionattn.commands.overlay._processes", lambda *given: contextlib.nullcontext(others))
+    monkeypatch.setattr(
+        "visionattn.overlays.export", lambda images, *given, **options: exported.append(images) or Summary("x")
+    )
+    assert main(["overlay", "--demo", "--devices", "2"]) == 0
+    assert exported == [[]]
+    assert os.listdir(here) == []
+
+
 @pytest.mark.parametrize(
-    ("flags", "name"), [(["--images", "x"], "--images"), (["--model", "x"], "--model"), (["--ckpt", "x"], "--ckpt")]
+    ("flags", "name"),
+    [
+        (["--images", "x"], "--images"),
+        (["--model", "x"], "--model"),
+        (["--ckpt", "x"], "--ckpt"),
+        (["--new-head"], "--new-head"),
+    ],
 )
 def test_demo_takes_no_other_images_and_no_other_model(flags, name, capsys):
     fails(

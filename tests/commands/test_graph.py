@@ -14,6 +14,8 @@ from tests.commands.programs import assert_graph_equals_model, images, resnet_wi
 from tests.conftest import CONFIGS
 from tests.models.compared import pictures
 from tests.models.detectors.small import query
+from tests.refusals import refuses
+from tests.versions import needs_onnx_exporter
 from visionattn.attention import TokenMerging, reduce_tokens
 from visionattn.commands.graph import export_graph
 from visionattn.data import Preprocess
@@ -23,7 +25,19 @@ from visionattn.models import ConvNet
 PREPROCESS = Preprocess(64)
 
 
-@pytest.mark.onnx
+def test_a_failure_of_the_exporter_names_the_release_of_torch(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise ValueError("the pass does not support functions\nsecond line")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    message = (
+        r"torch \d.* cannot write this VisionTransformer as \.onnx \(the pass does not support functions\); install"
+    )
+    refuses(DataError, message, export_graph, vit(), tmp_path / "x.onnx", preprocess=PREPROCESS)
+    assert not list(tmp_path.iterdir())
+
+
+@needs_onnx_exporter
 @pytest.mark.parametrize(
     ("build", "method"), [(vit, "rollout"), pytest.param(resnet_with_cbam, "gradcam", marks=pytest.mark.slow)]
 )

@@ -1,5 +1,6 @@
-"""Models of transformers and torchvision by name, in the verbs and in a config of `fit`."""
+"""Commands and configs take models of transformers and torchvision by name."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from tests.commands.command_line import fails
+from tests.models import transformers_detectors
 from tests.models.transformers_folders import vit, zero_shot
 from visionattn.cli import main
 
@@ -35,6 +37,7 @@ def home(tmp_path_factory, photo_folder):
     (home / "models").mkdir()
     vit(home / "models" / "vit")
     zero_shot(home / "models" / "clip", "clip")
+    transformers_detectors.save(home / "models" / "detr", "rt_detr")
     (home / "photos").symlink_to(photo_folder)
     (home / "images").mkdir()
     picture = np.random.default_rng(0).integers(0, 256, (50, 71, 3), dtype=np.uint8)
@@ -72,8 +75,17 @@ def test_overlays_and_pages_of_named_models(model, here, tmp_path, capsys):
     line = (tmp_path / "out" / "manifest.jsonl").read_text()
     names = {"hf:models/vit": "kind", "hf:models/clip": '"class": "a '}.get(model[0], "")
     assert names in line
-    told = "does not say how its images are prepared; used are 24 × 24 pixels, mean (0.485" in capsys.readouterr().err
-    assert told == model[0].startswith("fixed")
+    said = "is unknown; images are resized to 24 × 24 pixels and normalised with mean (0.485" in capsys.readouterr().err
+    assert said == model[0].startswith("fixed")
+
+
+def test_boxes_of_a_named_detector_are_exported(here, tmp_path):
+    out = tmp_path / "out"
+    assert main([*OVERLAY, str(out), "--model", "hf:models/detr", "--save", "overlay", "boxes", "--page"]) == 0
+    (line,) = map(json.loads, (out / "manifest.jsonl").read_text().splitlines())
+    assert line["method"] == "odam"
+    assert line["found"][0][4].startswith("kind ")
+    assert {"overlay", "boxes"} <= line["outputs"].keys()
 
 
 def test_export_and_score_of_a_named_model(here, tmp_path):
@@ -90,11 +102,14 @@ def test_export_and_score_of_a_named_model(here, tmp_path):
         (["hf:nothing"], 2, ["neither a folder nor a model on the hub"]),
         (["fixed_network_of_a_test:make", "--size", "32"], 2, ["does not accept images of 32 × 32 pixels", "--size"]),
         (["hf:models/vit", "--classes", "none.txt"], 1, ["the class names in none.txt cannot be read"]),
+        (["fixed_network_of_a_test:make", "--weights", "random"], 2, ["random weights (--weights random, or"]),
+        (["test_vit", "--new-head"], 2, ["--new-head) needs weights (--weights)"]),
+        (["hf:models/detr", "--method", "gradcam"], 2, ["a detector has no scores of the whole image"]),
         (["resnte50"], 2, ["timm has no model 'resnte50'. Nearest:", "resnet50"]),
-        (["any:thing-odd"], 2, ["names no kind of model", "torchvision:NAME[/WEIGHTS]"]),
+        (["any:thing-odd"], 2, ["is not a model name", "torchvision:NAME[/WEIGHTS]"]),
     ],
 )
-def test_models_that_cannot_be_used(model, code, parts, here, tmp_path, capsys):
+def test_models_that_cannot_be_used_are_refused(model, code, parts, here, tmp_path, capsys):
     fails([*OVERLAY, str(tmp_path / "out"), "--model", *model], code, *parts, capsys=capsys)
 
 

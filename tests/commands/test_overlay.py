@@ -159,12 +159,14 @@ def test_compared_checkpoints_have_distinct_names(capsys):
 
 
 @pytest.mark.parametrize(
-    ("model", "layer"), [("test_vit", "raw, attention of blocks"), ("test_resnet", "gradcam, layer")]
+    ("model", "layer"), [("test_vit", "rollout, all 6 layers of attention"), ("test_resnet", "gradcam, layer")]
 )
 def test_overlays_of_a_timm_model_are_kept_by_a_second_run(model, layer, photo_folder, tmp_path, capsys):
     flags = ["--images", str(photo_folder / "class0"), "--out", str(tmp_path), "--model", model, "--weights", "random"]
     assert main(["overlay", *flags, "--batch-size", "5"]) == 0
-    assert f"heatmaps: {layer}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"heatmaps: {layer}" in printed
+    assert ("gradcam is only the default" in printed) == (model == "test_resnet")
     assert len(list(tmp_path.glob("*.jpg"))) == 12
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert main(["overlay", *flags]) == 0

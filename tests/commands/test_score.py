@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def test_methods_of_a_checkpoint_are_scored_on_the_test_images_of_its_config(qui
     printed = capsys.readouterr().out
     assert "rollout is left out: rollout needs attention over positions" in printed
     assert max(len(line) for line in printed.splitlines() if "left out" not in line and "figures:" not in line) <= 80
-    lines = {line.split()[1]: line for line in printed.splitlines() if line[:1] in "✓✗"}
+    lines = {line.split()[0]: line for line in printed.splitlines() if line.startswith(("gradcam ", "gate@blocks.0 "))}
     assert lines.keys() == {"gradcam", "gate@blocks.0"}
     for title in ("deletion", "insertion", "pointing", "energy", "IoU", "shuffled"):
         assert title in printed
@@ -30,13 +31,21 @@ def test_methods_of_a_checkpoint_are_scored_on_the_test_images_of_its_config(qui
         assert len(of_images) == 16
         assert metric["value"] == pytest.approx(np.mean(of_images), abs=1e-6)
         assert metric["low"] <= metric["value"] <= metric["high"]
-        if metric["kind"] == "method":
-            # a method that loses in any metric has a cross in its row
-            assert ("✗" in lines[metric["name"]]) >= (not metric["beats_controls"])
-    # one cross per lost metric, and one in front of each method that lost a metric
-    crosses = sum(line.count("✗") for line in lines.values())
-    lost = [metric for metric in written["figures"] if metric["beats_controls"] is False]
-    assert crosses == len(lost) + len({metric["name"] for metric in lost})
+    of_methods = [metric for metric in written["figures"] if metric["kind"] == "method"]
+    assert all(
+        metric["beats_controls"] == (not metric["ties_with"] and not metric["loses_to"]) for metric in of_methods
+    )
+    for name, line in lines.items():
+        of_method = [metric for metric in of_methods if metric["name"] == name]
+        assert line.count("✗") == sum(bool(metric["loses_to"]) for metric in of_method)
+        assert line.count("=") == sum(not metric["loses_to"] and bool(metric["ties_with"]) for metric in of_method)
+        assert f"  {name} " in printed
+    words = " ".join(printed.split())  # the verdicts are wrapped
+    for name in lines:
+        verdict = words.split(f" {name} ")[-1].split(" ± ")[0]
+        assert re.match("(beats|ties with|loses to) ", verdict)
+        for control in (metric["loses_to"] for metric in of_methods if metric["name"] == name):
+            assert all(part in verdict for part in control.split(", "))
 
 
 def test_methods_of_a_timm_model_are_scored_on_a_folder(photo_folder, tmp_path, capsys):
@@ -76,7 +85,7 @@ def test_heatmaps_of_folders_stand_in_the_table_and_a_wrong_folder_is_left_out(p
     printed = capsys.readouterr().out
     assert "none is left out: " in printed
     assert "has no heatmap of" in printed
-    assert "– not measured: heatmaps of a folder" in printed
+    assert "– not measured: a folder's heatmaps" in printed
     written = json.loads(out.read_text())
     assert list(written["controls"]) == ["raw", "theirs"]
     assert written["controls"]["theirs"][0] == "random 8×8"

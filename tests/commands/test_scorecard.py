@@ -1,4 +1,4 @@
-"""The file of figures that `visionattn score` writes, its choice of images, and the times that it prints."""
+"""`visionattn score` writes a file of scores, chooses images, and prints expected times."""
 
 import io
 import json
@@ -71,5 +71,5 @@ def test_expected_time_is_printed_before_the_scores_and_the_remaining_time_once_
 
 
 def test_short_times_are_not_announced(capsys):
-    scorecard._print_estimate(Console(), {"raw": 0.1, "controls": 0.2}, 100)
+    scorecard._print_estimate(Console(), {"raw": 0.1, "controls": 0.2}, 30)
     assert capsys.readouterr().out == ""

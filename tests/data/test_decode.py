@@ -108,6 +108,19 @@ def test_file_whose_name_is_not_valid_text_is_read(picture, tmp_path):
     np.testing.assert_array_equal(read_image(path), picture)
 
 
+def test_an_open_file_is_read_and_named_in_errors(picture, tmp_path):
+    write_image(tmp_path / "a.png", picture)
+    content = (tmp_path / "a.png").read_bytes()
+    np.testing.assert_array_equal(read_image(io.BytesIO(content)), picture)
+    with open(tmp_path / "a.png", "rb") as file:
+        np.testing.assert_array_equal(read_image(file), picture)
+    with pytest.raises(DataError, match=r"^the image: "):
+        read_image(io.BytesIO(content[:50]))
+    (tmp_path / "a.png").write_bytes(b"")
+    with open(tmp_path / "a.png", "rb") as file, pytest.raises(DataError, match=r"a\.png is empty"):
+        read_image(file)
+
+
 def test_only_pillows_warnings_are_hidden_while_an_image_is_decoded(picture, tmp_path, monkeypatch):
     decode = Image.open
 

@@ -169,7 +169,7 @@ def test_label_is_a_number_or_a_name(picture, tmp_path):
 
 
 def test_number_that_also_names_another_class_is_refused(picture, tmp_path):
-    """With the names 1 to 5, the numbers 0 to 4 were once read as the labels 0, 0, 1, 2, 3."""
+    """With classes named 1 to 5, a number such as 1 could mean the class of this index or of this name."""
     for number in range(5):
         tar(tmp_path / f"{number}.tar", ("1.png", picture), ("1.cls", str(number).encode()))
     samples = Shards(find_shards(str(tmp_path / "*.tar")), "12345", preprocess=SMALL, store=Store("", 0))

@@ -46,7 +46,7 @@ def test_score_drops_only_when_the_heatmap_covers_the_square():
     heat = torch.zeros(3, 16, 16)
     heat[0, 2:6, 2:6] = 1
     heat[1:, 10:14, 10:14] = 1
-    from visionattn.maps.boxes import BoxHeatmaps
+    from visionattn.maps import BoxHeatmaps
 
     (found,) = Bright()(images)
     maps = [BoxHeatmaps(found["boxes"], found["scores"], found["labels"], heat, heat, "", "")]

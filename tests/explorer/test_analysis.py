@@ -11,6 +11,7 @@ from visionattn.attention import CBAM, insert
 from visionattn.capture import FullAttention, capture
 from visionattn.data.placement import Preprocess
 from visionattn.evaluation import CentreGaussian, Edges, RandomMap, deletion, insertion
+from visionattn.explorer.analysis import NOISE, _compared
 from visionattn.explorer.explorer import explore
 from visionattn.maps import METHODS, RawAttention
 from visionattn.models import ConvNet
@@ -75,7 +76,7 @@ def test_page_has_gates_with_the_features_that_they_multiply():
             np.testing.assert_allclose(map_hw, features[channel].numpy(), atol=span / 509)  # about half a level
 
 
-def test_curves_equal_the_metrics_and_unbeaten_lists_controls_that_are_at_least_as_good():
+def test_curves_equal_the_metrics_and_are_compared_with_each_control():
     model, picture = vit(), photo()
     values = torch.from_numpy(PREPROCESS(picture)[0])[None]
     method = RawAttention()
@@ -92,9 +93,27 @@ def test_curves_equal_the_metrics_and_unbeaten_lists_controls_that_are_at_least_
             areas[name, metric] = float(expected.auc)
             assert shown[name]["curves"][metric]["area"] == pytest.approx(areas[name, metric], abs=1e-5)
     for metric, sign in (("deletion", -1), ("insertion", 1)):
-        unbeaten = [name for name in list(methods)[1:] if sign * (areas["raw", metric] - areas[name, metric]) <= 0]
-        assert shown["raw"]["unbeaten"].get(metric, []) == unbeaten
+        expected = {"better": [], "same": [], "worse": []}
+        for name in list(methods)[1:]:
+            ahead = sign * (areas["raw", metric] - areas[name, metric])
+            expected["same" if abs(ahead) < NOISE else "better" if ahead > 0 else "worse"].append(name)
+        assert shown["raw"]["compared"][metric] == expected
+        assert shown["centre"]["compared"] == {}
     with torch.no_grad():
         probabilities = model(values).softmax(1)[0]
     for index, probability in facts(page)["pictures"][0]["answer"]:
         assert probability == pytest.approx(float(probabilities[index]), abs=1e-5)
+
+
+def test_small_differences_on_one_image_count_as_the_same():
+    curves = {
+        "m": {"deletion": (0.5, 0.5), "insertion": (0.5, 0.5)},
+        "centre": {"deletion": (0.55, 0.55), "insertion": (0.9, 0.9)},
+        "edges": {"deletion": (0.61, 0.61), "insertion": (0.5, 0.5)},
+    }
+    assert _compared(curves, "m", ["centre", "edges"]) == {
+        "deletion": {"better": ("edges",), "same": ("centre",), "worse": ()},
+        "insertion": {"better": (), "same": ("edges",), "worse": ("centre",)},
+    }
+    assert _compared(curves, "centre", []) == {}
+    assert _compared({}, "m", []) == {}

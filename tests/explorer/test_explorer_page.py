@@ -1,5 +1,7 @@
 """The page in a browser: after clicks and keys, the page shows the values that the model computes."""
 
+import re
+
 import numpy as np
 import pytest
 import timm
@@ -348,11 +350,11 @@ def test_the_page_shows_gates_by_layer_and_by_channel(browser, tmp_path):
         assert f"Channel {order[1]} of blocks.1.attention.channel" in page.locator("#readout").text_content()
 
 
-def test_the_page_warns_where_a_map_does_not_beat_the_controls(browser, html, tmp_path):
+def test_the_page_compares_a_map_with_the_controls_and_gives_no_verdict(browser, html, tmp_path):
     with opened(browser, html, tmp_path) as page:
         page.locator("input[value=heatmaps]").check(force=True)
         settle(page)
-        lost = page.evaluate("Object.keys(chosenHeatmap().unbeaten).length > 0")
+        lost = page.evaluate("Object.values(chosenHeatmap().compared).some((found) => found.worse.length)")
         assert page.locator(".verdict .warning").count() == int(lost)
         assert page.locator(".verdict .fine").count() == int(not lost)
         for name, is_method in (("raw", True), ("centre", False)):
@@ -361,7 +363,15 @@ def test_the_page_warns_where_a_map_does_not_beat_the_controls(browser, html, tm
             for metric in ("deletion", "insertion"):
                 area = page.evaluate(f"chosenHeatmap().curves.{metric}.area.toPrecision(2)")
                 assert f"{metric} {area}" in page.locator(".verdict").text_content()
-            assert ("does no better than" in page.locator(".verdict").text_content()) == (is_method and lost)
+            text = page.locator(".verdict").text_content()
+            assert ("One image cannot show" in text) == is_method
+            assert not re.search("[✓✗]", page.locator("#panel").text_content())
+            if is_method:
+                names = page.evaluate(
+                    "Object.values(chosenHeatmap().compared).flatMap((found) => Object.values(found).flat())"
+                )
+                assert all(control in text for control in names)
+                assert len(names) == 2 * 3  # deletion and insertion, three controls
 
 
 @pytest.mark.slow

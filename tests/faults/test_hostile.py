@@ -347,7 +347,7 @@ def test_an_architecture_in_a_checkpoint_may_not_name_the_hub_or_code(quick_run,
         ({**plain, "attn_implementation": "owner/kernel"}, "gives the option attn_implementation = 'owner/kernel'"),
         ({**plain, "auto_map": {"AutoConfig": "mine.Config"}}, "gives the option AutoConfig = 'mine.Config'"),
         ({"model_type": "timm_wrapper"}, "is a model of timm"),
-        ({"model_type": "bert"}, "is a bert, of which transformers has no image classifier"),
+        ({"model_type": "bert"}, "is of type bert; transformers has no image classifier of this type"),
         (plain, "do not fit the model in the same file"),
     ):
         content["visionattn"]["architectures"] = {} if fields is None else {"hf:a/b": fields}

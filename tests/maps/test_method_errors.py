@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.capture import models
+from tests.maps.quick import quick
 from tests.refusals import refuses
+from visionattn.capture import survey_images
 from visionattn.errors import DataError, MapWarning, UsageError
 from visionattn.maps import (
     METHODS,
@@ -19,8 +21,6 @@ from visionattn.maps import (
     ScoreCAM,
     ValueNorm,
 )
-
-ATTENTION = ["raw", "rollout", "chefer", "grad_rollout", "grad_attention", "value_norm", "dino"]
 
 
 @pytest.mark.parametrize("make", [models.swin, models.resnet, lambda: models.vit(class_token=False, global_pool="avg")])
@@ -101,12 +101,24 @@ def test_images_that_cannot_be_explained_are_errors(name, images, error, message
     refuses(error, message, lambda: METHODS[name]()(models.vit(depth=1), images))
 
 
-@pytest.mark.parametrize("name", [*ATTENTION, "gradcam", "gradcam++", "layercam", "eigencam", "scorecam"])
+FITTING = [name for name, kind in METHODS.items() if kind.fits(survey_images(models.vit(), models.pictures()))]
+
+
+@pytest.mark.parametrize("name", FITTING)
 def test_the_error_names_weights_that_hold_nan(name):
     model = models.vit()
     with torch.no_grad():
         model.blocks[0].attn.qkv.weight[0, 0] = float("nan")
     with pytest.raises(DataError, match=r"blocks\.0\.attn\.qkv\.weight holds NaN or infinity"):
+        quick(name)(model, models.pictures())
+
+
+@pytest.mark.parametrize("name", ["beyond_intuition", "chefer", "gradcam", "legrad", "tokentm"])
+def test_the_error_names_a_head_that_holds_nan(name):
+    model = models.vit()
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    with pytest.raises(DataError, match=r"head\.weight holds NaN or infinity"):
         METHODS[name]()(model, models.pictures())
 
 
@@ -146,7 +158,7 @@ def test_the_warning_counts_the_constant_maps_of_a_batch():
     assert maps.heatmaps.amax((1, 2)).tolist() == [1, 0, 1]
 
 
-def test_gradcam_behind_the_last_attention_of_a_vit_gives_a_zero_map_and_a_warning():
+def test_gradcam_after_the_last_attention_of_a_vit_gives_a_zero_map_and_a_warning():
     with pytest.warns(MapWarning, match="are zero and show nothing; try another layer"):
         GradCAM("norm")(models.vit(), models.pictures())
 

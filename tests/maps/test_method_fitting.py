@@ -6,7 +6,7 @@ import pytest
 
 from tests.capture import models
 from visionattn.errors import UsageError
-from visionattn.maps import METHODS, RawAttention
+from visionattn.maps import METHODS, RawAttention, methods_that_fit
 
 ATTENTION = ["raw", "rollout", "chefer", "grad_rollout", "grad_attention", "value_norm", "dino"]
 
@@ -27,3 +27,12 @@ def test_every_method_that_the_error_names_fits_the_model():
         RawAttention()(model, images)
     for name in str(caught.value).partition("fit: ")[2].rstrip(".").split(", "):
         assert METHODS[name]()(model, images).raw.isfinite().all()
+
+
+def test_the_methods_that_fit_a_vit_and_a_resnet():
+    cams = ["eigencam", "finercam", "gradcam", "gradcam++", "hirescam", "layercam", "xgradcam"]
+    attention = (
+        "dino raw rollout token_rank value_norm beyond_intuition chefer grad_attention grad_rollout legrad tokentm"
+    )
+    assert list(methods_that_fit(models.vit(), models.pictures())) == [*attention.split(), *cams]
+    assert list(methods_that_fit(models.resnet(), models.pictures())) == cams

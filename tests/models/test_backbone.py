@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from tests.refusals import refuses
 from visionattn.errors import DataError, UsageError
 from visionattn.models.backbone import class_names_of, create_backbone, preprocess_of
 from visionattn.models.weights import weights_mismatch
@@ -107,3 +108,20 @@ def test_a_replaced_head_has_no_known_class_names(name, head):
     assert class_names_of(model) == ()
     model.reset_classifier(7)
     assert class_names_of(model) == ()
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_models_in_missing_or_broken_places_are_refused(pretrained, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    options = {"pretrained": pretrained}
+    message = (
+        r"local-dir:nothing cannot be read from the folder nothing \(Config file not found: nothing/config\.json\)$"
+    )
+    refuses(DataError, message, create_backbone, "local-dir:nothing", **options)
+    (tmp_path / "broken").mkdir()
+    for content in ("{", "{}", '{"architecture": "no_model"}'):
+        (tmp_path / "broken" / "config.json").write_text(content)
+        refuses(DataError, "cannot be read from the folder broken", create_backbone, "local-dir:broken", **options)
+    message = r"hf-hub:owner/none could not be loaded from the hub \(.*give their folder instead: local-dir:FOLDER"
+    refuses(DataError, message, create_backbone, "hf-hub:owner/none", **options)

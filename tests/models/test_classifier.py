@@ -1,10 +1,11 @@
 """Test the classifier: timm's options, weights from a file, and attention inserted after the weights are loaded."""
 
+import jsonargparse
 import pytest
 import timm
 import torch
 
-from visionattn.attention import SE
+from visionattn.attention import SE, RegisterToken
 from visionattn.attention.insertion.inserting import Inserted
 from visionattn.errors import UsageError
 from visionattn.models import Classifier
@@ -39,3 +40,17 @@ def test_insertion_uses_the_image_size_of_the_options():
     model = Classifier("maxvit_tiny_tf_224", num_classes=4, options=options, attention=SE)
     grids = [part.layout.grid for part in model.modules() if isinstance(part, Inserted)]
     assert grids == [(16, 24), (8, 12)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse's newest release
+def test_classifier_takes_the_neurons_of_a_register_from_yaml():
+    parser, neurons = jsonargparse.ArgumentParser(exit_on_error=False), {"blocks.0.mlp.fc2": [1, 7]}
+    parser.add_argument("--network", type=torch.nn.Module)
+    arguments = {"backbone": "test_vit", "num_classes": 4, "options": {"img_size": 64}, "registers": neurons}
+    config = parser.parse_object({"network": {"class_path": "visionattn.models.Classifier", "init_args": arguments}})
+    model, image = parser.instantiate_classes(config).network.eval(), torch.randn(2, 3, 64, 64)
+    plain = Classifier("test_vit", num_classes=4, options={"img_size": 64}).eval()
+    plain.load_state_dict(model.state_dict())
+    assert not torch.equal(model(image), plain(image))
+    with RegisterToken(plain.backbone, neurons):
+        assert torch.equal(model(image), plain(image))

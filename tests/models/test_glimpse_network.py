@@ -102,6 +102,14 @@ def test_early_stopping_returns_the_prediction_at_that_glimpse():
     assert len({*network.answer(x, confidence=float(top_BT.median())).glimpses.tolist()}) > 1
 
 
+@pytest.mark.parametrize("policy", [Gaussian, TruncatedGaussian, TanhGaussian, Categorical])
+def test_no_images_give_no_rollouts(policy):
+    """A process that has no images in a test gets an empty batch."""
+    network = make(policy, retina=Retina(4, scales=2))
+    for locations in ("sample", "mean", "random", "centre"):
+        assert network.rollout(images()[:0], rollouts=2, locations=locations).logits.shape[:2] == (0, 2)
+
+
 class NoHostReads(TorchDispatchMode):
     """Raise when Python reads a value of a tensor, for which a CPU would wait for the GPU."""
 

@@ -1,6 +1,7 @@
 """Any model by one string: the kinds of names, and what is said of names of no kind."""
 
 import builtins
+import pickle
 import sys
 
 import numpy as np
@@ -9,6 +10,7 @@ import timm
 import torch
 
 import visionattn as va
+from tests.models import transformers_detectors
 from tests.models.transformers_folders import vit
 from tests.refusals import refuses
 from visionattn.data import Preprocess
@@ -49,7 +51,7 @@ def folder(tmp_path, monkeypatch):
 )
 def test_every_kind_of_name_gives_a_model_with_its_preprocessing(name, outputs, size, folder):
     own = Preprocess(32) if ":make" in name else None
-    model = load_model(name, pretrained=name.startswith(("hf", "local")), preprocess=own)
+    model = load_model(name, pretrained=name.startswith(("hf", "local", "named")), preprocess=own)
     assert not model.training
     assert model.preprocess.input_size == (size, size)
     picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -77,9 +79,9 @@ def test_a_backbone_of_every_kind_gets_a_head(name, folder):
     ("name", "message"),
     [
         ("resnte50", r"timm has no model 'resnte50'\. Nearest: .*resnet50"),
-        ("torchvison:resnet50", r"names no kind .*\. Nearest: torchvision:\. A model is a name of timm, hf-hub:OWNER/"),
-        ("https:resnet/50", "names no kind of model that there is. A model is .* or MODULE:FUNCTION of your own"),
-        ("google/vit-base", r"write hf:google/vit-base\. A model is a name of timm"),
+        ("torchvison:resnet50", r"is not a model name\. Nearest: torchvision:\. Give a name of timm, hf-hub:OWNER/"),
+        ("https:resnet/50", "is not a model name. Give .* or MODULE:FUNCTION of your own"),
+        ("google/vit-base", r"write hf:google/vit-base\. Give a name of timm"),
         ("model.onnx", "is a graph without modules, in which neither attention nor gradients can be recorded"),
         ("model.pt2", "is a graph without modules"),
         ("best.ckpt", "is a checkpoint; give it as --ckpt"),
@@ -99,7 +101,7 @@ def test_an_own_network_is_no_backbone():
     refuses(UsageError, "give your own network as a class: network: {class_path", create_network, "mynet:make")
 
 
-def test_a_size_that_the_network_refuses(folder):
+def test_a_size_that_the_network_refuses_is_named(folder):
     network = load_model("named_network_of_a_test:make").network
     check_size(network, Preprocess(32), "own")
     refuses(
@@ -122,13 +124,36 @@ def test_transformers_is_needed_only_for_its_models(monkeypatch):
 
 
 def test_new_head_needs_weights(folder):
-    for name in ("test_vit", "torchvision:resnet18", "hf:vit"):
+    for name in ("test_vit", "torchvision:resnet18", "hf:vit", "named_network_of_a_test:make"):
         refuses(UsageError, "new_head .* needs weights", load_model, name, new_head=True)
     refuses(DataError, "there is no weights file", load_model, "test_vit", weights="none.pth")
+
+
+def test_random_weights_need_the_name_of_a_model(folder):
+    message = "named_network_of_a_test:make returns weights of its own; random weights .* need the name of a model"
+    refuses(UsageError, message, load_model, "named_network_of_a_test:make", pretrained=False)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return print, ("code from the weights file runs",)
+
+
+@pytest.mark.parametrize(("name", "source"), [("hf:vit", "vit"), ("local-dir:timm", "timm")])
+def test_a_pickle_in_the_folder_of_a_model_runs_no_code(name, source, folder, capsys):
+    (folder / source / "model.safetensors").unlink(missing_ok=True)  # timm may write pytorch_model.bin alone
+    for content in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        content({"head.weight": RunsCode()}, folder / source / "pytorch_model.bin")
+        refuses(DataError, rf"{source}.* \(", load_model, name)
+    assert "runs" not in capsys.readouterr().out
 
 
 def test_a_function_that_returns_a_network_of_timm_brings_class_names():
     model = load_model("visionattn.models:efficientnet_lite0")
     assert model.class_names[967] == "espresso"
     assert load_model("visionattn.models:efficientnet_lite0", classes=["a"] * 1000).class_names[967] == "a"
-    assert load_model("visionattn.models:efficientnet_lite0", pretrained=False).class_names == ()
+
+
+def test_a_detector_is_no_backbone(tmp_path):
+    transformers_detectors.save(tmp_path, "rt_detr")
+    refuses(UsageError, "is a detector, which cannot be a backbone", create_network, f"hf:{tmp_path}", num_classes=2)

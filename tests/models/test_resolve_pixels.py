@@ -1,4 +1,4 @@
-"""Inputs of models that timm and torchvision name equal those of these libraries.
+"""For models named after timm or torchvision, our preprocessing gives the same pixels as these libraries.
 
 test_transformers_processor.py does the same for transformers.
 """
@@ -51,7 +51,7 @@ def test_all_configurations_of_timm():
 
 
 def torchvision_weights():
-    """Return (name, weights) with transforms that differ, for every classifier of torchvision."""
+    """Return (name, transforms) of one classifier of torchvision for each distinct preprocessing."""
     found = {}
     for name in torchvision.models.list_models(module=torchvision.models):
         for member in torchvision.models.get_model_weights(name):

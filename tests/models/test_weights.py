@@ -1,4 +1,4 @@
-"""Files of weights that people have: their formats, the names in them, and what did not fit."""
+"""Weights are read from every common file format; errors name the weights that do not fit the model."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from torch import nn
 from tests.refusals import refuses
 from visionattn.errors import DataError
 from visionattn.models import create_backbone, load_weights
-from visionattn.models.weights import head_of, read_state, replace_head, without_wrappers
+from visionattn.models.weights import head_of, read_state, replace_heads, without_wrappers
 
 PREFIXES = [
     *("", "module.", "model.", "_orig_mod.", "backbone.", "network.", "network.backbone.", "a.b.c."),
@@ -73,6 +73,14 @@ def sharded(folder, state, suffix):
     index = folder / f"{stem}.{suffix}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {k: part for part, ks in parts.items() for k in ks}}))
     return index
+
+
+def test_settings_under_the_key_of_a_model_do_not_hide_its_weights(tmp_path):
+    trained = Net().state_dict()
+    nested = {"model": {"arch": "vit", "args": {"depth": 3}}, "ema": {"state_dict": trained}}
+    nested["net"] = nested  # a file from a stranger may contain itself
+    torch.save(nested, tmp_path / "w.pth")
+    same(trained, read_state(tmp_path / "w.pth"))
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -139,9 +147,26 @@ def test_a_new_head_keeps_the_rest(tmp_path, capsys):
     load_weights(found, tmp_path / "w.pth", new_head=True)
     assert torch.equal(found.conv.weight, trained.conv.weight)
     assert torch.equal(found.head.weight, head)
-    assert "w.pth: not used are 1 weights (projector.weight)" in capsys.readouterr().err
+    assert "the model does not use 1 of the weights (projector.weight) in " in capsys.readouterr().err
     torch.save({"head.weight": torch.zeros(3, 4)}, tmp_path / "head.pth")
     refuses(DataError, "2 missing", load_weights, found, tmp_path / "head.pth", new_head=True)
+
+
+class HeadFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.conv = nn.Linear(4, 3), nn.Conv2d(3, 4, 3, padding=1)
+
+
+def test_the_layer_that_a_new_head_leaves_out_is_named(tmp_path, capsys):
+    """The network registers its head first, so the convolution is left out; the user must see this."""
+    trained, found = HeadFirst(), HeadFirst()
+    torch.save(trained.state_dict(), tmp_path / "w.pth")
+    load_weights(found, tmp_path / "w.pth", new_head=True, name="mynet:make")
+    message = f"{tmp_path / 'w.pth'}: all weights are loaded but those of conv, the last layer of mynet:make\n"
+    assert capsys.readouterr().err == message
+    assert torch.equal(found.head.weight, trained.head.weight)
+    assert not torch.equal(found.conv.weight, trained.conv.weight)
 
 
 def test_a_timm_backbone_is_loaded_under_a_new_head(tmp_path):
@@ -172,6 +197,6 @@ def test_the_head_is_the_last_layer():
     assert head_of(Net()) == "head"
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 7, 1, bias=False), nn.Flatten()))
     assert head_of(net) == "1.0"
-    replace_head(net, 2)
+    replace_heads(net, [head_of(net)], 2)
     assert net[1][0].weight.shape == (2, 4, 1, 1)
     assert net[1][0].bias is None

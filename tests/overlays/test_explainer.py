@@ -39,7 +39,7 @@ def test_the_manifest_has_the_prediction_and_probability_of_a_forward_pass(tmp_p
         assert entry["target"] == (1 if method is not bright else None)
 
 
-def test_the_default_method_of_a_timm_vit_is_raw_attention(tmp_path):
+def test_the_default_method_of_a_timm_vit_is_rollout(tmp_path):
     import timm
 
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=5)
@@ -48,7 +48,7 @@ def test_the_default_method_of_a_timm_vit_is_raw_attention(tmp_path):
     entry = manifest(tmp_path / "out")["0.png"]
     tensor, _ = Preprocess(32)(noise(20, 30, 0))
     probabilities = model.eval()(torch.from_numpy(tensor)[None])[0].softmax(0).detach()
-    assert (entry["prediction"], entry["method"]) == (int(probabilities.argmax()), "raw")
+    assert (entry["prediction"], entry["method"]) == (int(probabilities.argmax()), "rollout")
     assert entry["probability"] == pytest.approx(float(probabilities.max()), abs=2e-6)
 
 

@@ -72,7 +72,7 @@ def test_an_export_draws_the_scanpath_and_writes_the_glimpses(tmp_path):
     (entry,) = map(json.loads, (tmp_path / "out" / "manifest.jsonl").read_text().splitlines())
     np.testing.assert_allclose(entry["fixations"], trace["locations"], atol=0.051)
     assert entry["layer"] == "glimpses of retina"
-    with pytest.raises(UsageError, match="gaze needs glimpses, and gradcam on this ConvNet gives none; save "):
+    with pytest.raises(UsageError, match="'gaze' needs glimpses, and gradcam on this ConvNet gives none; save "):
         export([tmp_path / "in"], tmp_path / "no", Explainer(ConvNet(3), preprocess), save=["gaze"], **quiet)
 
 
@@ -93,7 +93,7 @@ def test_an_export_writes_the_animation_of_the_glimpses(tmp_path):
         for number, frame in enumerate(expected):
             film.seek(number)
             np.testing.assert_array_equal(np.array(film.convert("RGB")), frame)
-    with pytest.raises(UsageError, match="animation needs a GlimpseNetwork, and gradcam on this ConvNet gives none"):
+    with pytest.raises(UsageError, match="'animation' needs a GlimpseNetwork, and gradcam on this ConvNet gives none"):
         export([tmp_path / "a.png"], tmp_path / "no", Explainer(ConvNet(3), preprocess), **quiet)
 
 

@@ -83,8 +83,9 @@ def test_files_arrays_and_tensors_of_a_picture_give_the_same_heatmap(tmp_path):
     model, picture = vit(), photo()
     Image.fromarray(picture).save(tmp_path / "photo.png")
     forms = [tmp_path / "photo.png", str(tmp_path / "photo.png"), Image.fromarray(picture), picture]
-    batch = va.heatmap(model, forms, method="rollout")
-    single = [va.heatmap(model, form, method=Rollout()) for form in forms]
+    content = (tmp_path / "photo.png").read_bytes()
+    batch = va.heatmap(model, [*forms, io.BytesIO(content)], method="rollout")
+    single = [va.heatmap(model, form, method=Rollout()) for form in (*forms, io.BytesIO(content))]
     for found in (*batch, *single):
         np.testing.assert_array_equal(found.image, picture)
         np.testing.assert_allclose(found.values, single[0].values, atol=1e-5)
@@ -210,7 +211,7 @@ def test_notebooks_display_the_overlay_at_no_more_than_768_pixels():
     assert np.asarray(picture).shape == (900, 1600, 3)
     np.testing.assert_array_equal(np.asarray(picture), heatmap.overlay())
     assert picture._repr_png_().startswith(b"\x89PNG")
-    assert repr(heatmap).startswith("Heatmap(raw of attention of blocks.2.attn, 1600 × 900, class ")
+    assert repr(heatmap).startswith("Heatmap(rollout of all 3 layers of attention, 1600 × 900, class ")
 
 
 def test_a_pickle_holds_the_picture_and_the_grid_but_not_the_values():

@@ -16,8 +16,7 @@ from visionattn.data import Preprocess
 from visionattn.drawing import Style, render
 from visionattn.errors import UsageError
 from visionattn.explorer.explorer import explore
-from visionattn.maps import EigenCAM
-from visionattn.maps.boxes import ODAM, SURE, MaxOverBoxes, default_box_method
+from visionattn.maps import ODAM, SURE, EigenCAM, MaxOverBoxes, default_box_method
 from visionattn.overlays.explainer import Explainer
 from visionattn.overlays.folder.export import export
 from visionattn.overlays.per_box import page_detections
@@ -141,7 +140,9 @@ def test_boxes_that_lie_entirely_in_the_padding_are_not_shown(tmp_path):
 
 def test_box_outputs_and_box_methods_need_a_detector(files, tmp_path):
     classifier = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    with pytest.raises(UsageError, match="the output boxes needs boxes, and eigencam on this Sequential gives none"):
+    with pytest.raises(
+        UsageError, match="the kind of output 'boxes' needs boxes, and eigencam on this Sequential gives none"
+    ):
         export([files], tmp_path, Explainer(classifier, PREPROCESS, EigenCAM()), save=["boxes"])
     with pytest.raises(UsageError, match="boxes of a detector, but this model is not a detector"):
         explore(classifier, [photo()], preprocess=PREPROCESS, methods={"odam": ODAM()})

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
 
 from tests.refusals import refuses
 from tests.tasks.points import trainer
@@ -77,6 +78,32 @@ def test_glimpse_task_trains_with_reinforce():
     (scores,) = trainer().test(task, Columns(), verbose=False)
     assert scores["test/accuracy"] == 1
     assert scores["test/accuracy_centre"] < 0.9
+
+
+class Tallies(L.Callback):
+    """Keeps the sums and counts of a test, of which Lightning adds those of all processes."""
+
+    def on_test_epoch_end(self, trainer, task):
+        self.sums = {name: (mean.mean_value.item(), mean.weight.item()) for name, mean in task._tallies.items()}
+
+
+def test_a_process_without_images_leaves_the_means_of_the_others_unchanged():
+    """Such a process gets one empty batch. Its fixations were once NaN, and so were those of all processes."""
+    images = {
+        "image": torch.rand(4, 1, 9, 9),
+        "label": torch.tensor([0, 1, 2, 0]),
+        "box": torch.tensor([[2.0, 2, 7, 7]] * 4),
+    }
+    means, sums = [], []
+    for batch in (images, {name: value[:0] for name, value in images.items()}):
+        run = trainer(callbacks=[tallies := Tallies()])
+        means += run.test(make_task(), DataLoader([batch], batch_size=None), verbose=False)
+        sums.append(tallies.sums)
+    first, second = sums
+    assert first.keys() == second.keys() >= {"test/fixations_on_object", "test/fixations_random"}
+    for name, (total, count) in first.items():
+        assert second[name] == (0, 0)
+        assert total / count == pytest.approx(means[0][name])
 
 
 def test_std_schedule_of_the_policy_follows_the_training():

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from tests.conftest import CONFIGS
 from tests.refusals import refuses
 from visionattn.cli import main
 from visionattn.errors import DataError, UsageError
+from visionattn.models.sources.transformers_source import architecture_of
 from visionattn.training import load
-from visionattn.training.checkpoints import check_against
+from visionattn.training.checkpoints import _shape_options, check_against
 
 
 @pytest.fixture
@@ -129,6 +132,16 @@ def test_malformed_part_of_a_checkpoint_is_named(part, value, message, content, 
     (content if part == "state_dict" else content["visionattn"])[part] = value
     torch.save(content, tmp_path / "x.ckpt")
     refuses(DataError, rf"x\.ckpt .*{message}", load, tmp_path / "x.ckpt")
+
+
+def test_architectures_of_every_type_of_transformers_are_accepted_and_places_are_refused():
+    """A checkpoint names the type, e.g. `data2vec-vision`, and the fields of its configuration."""
+    for kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        fields = architecture_of(transformers.AutoConfig.for_model(kind).to_dict())
+        # releases before 5 write vit-hybrid for vit_hybrid
+        assert _shape_options(fields, "x.ckpt")["model_type"].replace("-", "_") == kind.replace("-", "_")
+    for place in ("hf-hub:owner/name", "local-dir:x", "../x", "x.pth", "-x", "", "x\n"):
+        refuses(DataError, "gives the option model_type = ", _shape_options, {"model_type": place}, "x.ckpt")
 
 
 def test_missing_weight_is_named(content, tmp_path):

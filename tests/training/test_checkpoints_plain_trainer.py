@@ -107,7 +107,7 @@ def test_a_network_whose_arguments_are_unknown_is_given_by_the_command(in_folder
 
     path = train(Classification(PlainNet()), in_folder)
     message = (
-        "plain.ckpt was trained by a plain L.Trainer and cannot say what its network is: the arguments of its "
+        "plain.ckpt was trained by a plain L.Trainer and cannot say what its network is: the arguments of the "
         "plain_network_of_a_test.PlainNet are not known; give the network as --model NAME or MODULE:FUNCTION with "
         "--weights plain.ckpt"
     )
@@ -117,7 +117,7 @@ def test_a_network_whose_arguments_are_unknown_is_given_by_the_command(in_folder
     assert (
         main([*command, "--model", "plain_network_of_a_test:make", "--weights", path.name, "--method", "gradcam"]) == 0
     )
-    assert "does not say how its images are prepared" not in capsys.readouterr().err  # the checkpoint says it
+    assert "preprocessing of" not in capsys.readouterr().err  # the checkpoint says it
     assert '"class": "' in (in_folder / "out" / "manifest.jsonl").read_text()
 
 

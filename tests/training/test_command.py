@@ -1,4 +1,4 @@
-"""Test that configs are found from any folder, and that the config of a run starts runs with folders of their own."""
+"""Test that configs are found from any folder, and that a run started from another run's config has its own folder."""
 
 import shutil
 from pathlib import Path

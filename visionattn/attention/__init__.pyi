@@ -9,6 +9,9 @@ from .hard.retina import Retina as Retina
 from .hard.retina import View as View
 from .insertion.inserting import insert as insert
 from .insertion.inserting import optimizer_for as optimizer_for
+from .insertion.registers import RegisterToken as RegisterToken
+from .insertion.registers import TokenPath as TokenPath
+from .insertion.registers import token_path as token_path
 from .insertion.swapping import swap_attention as swap_attention
 from .self_attention.adaptive_span import AdaptiveSpan as AdaptiveSpan
 from .self_attention.adaptive_span import mean_span as mean_span
@@ -21,6 +24,7 @@ from .self_attention.dense import PooledKeys as PooledKeys
 from .self_attention.dense import SelfAttention as SelfAttention
 from .self_attention.dense import TopK as TopK
 from .self_attention.neighbourhood import Neighbourhood as Neighbourhood
+from .self_attention.output_gate import OutputGate as OutputGate
 from .self_attention.token_reduction import TokenMerging as TokenMerging
 from .self_attention.token_reduction import TokenPruning as TokenPruning
 from .self_attention.token_reduction import TokenReduction as TokenReduction

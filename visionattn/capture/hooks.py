@@ -133,9 +133,8 @@ in_python = _Shared(_stay_in_python)
 
 _intercepted_names = _Shared(_intercept_global_names)
 
-_intercepted_looks = _Shared(
-    _intercept_looks
-)  # no hook runs when the method `look` is called, so the method itself is replaced
+# no hook runs when the method `look` is called, so the method itself is replaced
+_intercepted_looks = _Shared(_intercept_looks)
 
 
 def _call_through_watchers(original: Func, event: str, *args: object, **kwargs: object) -> object:
@@ -279,17 +278,22 @@ class Watcher(TorchFunctionMode):
         self.stack.clear()
         in_python.__exit__()
 
-    def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    # While one thread registers a hook with keyword arguments, torch may call it in other threads without them. So the
+    # hooks take any arguments, and read them only in their own thread.
+
+    def _enter(self, module: nn.Module, *given: Any) -> None:
         if self._ignores_calls:
             return
+        args, kwargs = given
         if not self.stack:
             self.begin(module, args, kwargs)
         self.stack.append(self.names[module])
         self.enter(self.stack[-1], module)
 
-    def _leave(self, module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> object:
+    def _leave(self, module: nn.Module, *given: Any) -> object:
         if self._ignores_calls or not self.stack:
             return None
+        args, kwargs, out = given
         name = self.stack.pop()
         try:
             return None if out is None else self.leave(name, module, args, kwargs, out)

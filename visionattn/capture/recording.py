@@ -122,15 +122,15 @@ class Interception(Watcher):
         if not torch._C._len_torch_function_stack() and not torch.is_autocast_enabled(call.query.device.type):
             both = self.instead(call)
         if both is None:
-            return self._attend_call(call, func(*args, **kwargs))
+            return self._report_call(call, func(*args, **kwargs))
         kept, out = both
-        return self._attend_call(call, out.flatten(0, 1), kept)
+        return self._report_call(call, out.flatten(0, 1), kept)
 
     def softmax(self, func: Func, args: Args, kwargs: Kwargs) -> object:
         site = self._next(fused=False)
         out = func(*args, **kwargs)
         call = self._call(site, lambda site: Call.eager(site, out))
-        return out if call is None else self._attend_call(call, out)
+        return out if call is None else self._report_call(call, out)
 
     def _call(self, site: Site | None, read: Callable[[Site], Call]) -> Call | None:
         """Return the call at a site; None if it needs no handling."""
@@ -150,7 +150,7 @@ class Interception(Watcher):
             self._differs(self.where, str(error))
             return None
 
-    def _attend_call(self, call: Call, out: Tensor, kept: Tensor | None = None) -> Tensor:
+    def _report_call(self, call: Call, out: Tensor, kept: Tensor | None = None) -> Tensor:
         with torch._C.DisableTorchFunction(), _plain(out):  # hides these computations from other watchers
             replaced = self.attended(call, out, kept)
         return out if replaced is None else replaced

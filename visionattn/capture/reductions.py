@@ -1,4 +1,4 @@
-"""Reductions: the weights to keep of each call of attention, computed from its queries and keys.
+"""Reductions compute from the queries and keys of a call of attention the part of its weights that is kept.
 
 Shapes: B images, W windows, H heads, Q queries, K keys, D channels of a head.
 """
@@ -17,8 +17,8 @@ from visionattn.capture.hooks import Args, Kwargs
 from visionattn.capture.token_layout import Site
 
 # Largest numbers of float32 weights to compute at a time. Images and windows are computed together up to 4 MB:
-# computing fewer at a time would use only one thread, and computing more would map new memory in every layer. The heads
-# of one window are split above 24 MB.
+# computing fewer at a time would use only one thread, and for more, the system would have to provide new memory pages
+# in every layer. The heads of one window are split above 24 MB.
 _TOGETHER, _MOST = 1_000_000, 6_000_000
 
 Piece: TypeAlias = "tuple[slice, slice, slice]"

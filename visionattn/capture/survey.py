@@ -441,9 +441,8 @@ def _hashable(value: object, depth: int = 0) -> object:
         return items if any(item is not None for item in items) else None
     if isinstance(value, dict):
         return tuple([(str(key), _hashable(item, depth + 1)) for key, item in value.items()])
-    fields = (
-        getattr(value, "__dict__", {}) if depth < 2 else {}
-    )  # the id of a copy at depth 3 would change at each call
+    # only to depth 2: the id of a copy at depth 3 would change at each call
+    fields = getattr(value, "__dict__", {}) if depth < 2 else {}
     return id(value), kind, getattr(value, "__qualname__", ""), _hashable(dict(fields), depth + 1) if fields else None
 
 

@@ -17,14 +17,15 @@ _OF_TABLES = ("path_column", "label_column", "split_column", "separator")
 
 def parser(verb: str) -> argparse.ArgumentParser:
     """Build the parser of `visionattn data`."""
-    parser = Parser(prog=f"visionattn {verb}", description="Check a folder or a table of images.")
+    parser = Parser(prog=f"visionattn {verb}", description="Check a folder, a table or shards of images.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     check_parser = verbs.add_parser("check", help="list every problem in the images and annotations of a data set")
     check_parser.add_argument(
         "path",
         metavar="PATH",
         help="folder in the layout of COCO, Pascal VOC or YOLO, or with a sub-folder for each class; or a .csv, .tsv "
-        "or .parquet table of image paths and labels (required)",
+        "or .parquet table of image paths and labels; or a .tar shard, a quoted pattern of shards, a folder of shards, "
+        "or their .json index (required)",
     )
     check_parser.add_argument(
         "--images",
@@ -51,6 +52,11 @@ def parser(verb: str) -> argparse.ArgumentParser:
         help="text between the labels of an image (default: | in the column labels; otherwise an image has one label)",
     )
     check_parser.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="for shards: text file with one class name a line (default: the texts in their .cls files)",
+    )
+    check_parser.add_argument(
         "--limit", type=int, metavar="INT", help="largest number of problems to list of each kind (default: all)"
     )
     return parser
@@ -73,19 +79,26 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from visionattn.data import check, check_folder, check_table, has_classes, is_table
+    from visionattn.data import check, check_folder, check_shards, check_table, has_classes, has_shards, is_table
 
     console = Console(stderr=True)
 
     def progress(results: Iterable[_T], total: int) -> Iterable[_T]:
         return track(results, options.path, total, console=console, transient=True, disable=not console.is_terminal)
 
+    shards = not is_table(options.path) and has_shards(options.path)
+    if options.classes and not shards:
+        raise UsageError(f"--classes is for shards, and {options.path} is none")
     if is_table(options.path):
         if options.box_format:
             raise UsageError("--box-format is for folders with boxes; a table has none")
         report = check_table(options.path, _columns(options), root=options.images, progress=progress)
     elif named := next((name for name in _OF_TABLES if getattr(options, name) is not None), None):
         raise UsageError(f"--{named.replace('_', '-')} is for tables, and {options.path} is none")
+    elif shards:
+        if options.images or options.box_format:
+            raise UsageError("--images and --box-format are for folders with boxes; shards have none")
+        report = check_shards(options.path, class_names=options.classes, progress=progress)
     elif not options.images and not options.box_format and has_classes(options.path):
         report = check_folder(options.path, progress=progress)
     else:
@@ -95,16 +108,15 @@ def run(arguments: list[str]) -> int:
     return int(bool(report.problems))
 
 
-def _columns(options: argparse.Namespace) -> "Columns | None":
-    """Return the columns that the options name; None if they name none."""
-    from visionattn.data import Columns
+def _columns(options: argparse.Namespace) -> "Columns":
+    """Return the columns that the options name, with the defaults of `find_columns` for the others."""
+    from visionattn.data import find_columns
 
-    if all(getattr(options, name) is None for name in _OF_TABLES):
-        return None
-    labels = options.label_column or ["labels" if options.separator else "label"]
-    return Columns(
-        options.path_column or "path",
-        labels[0] if len(labels) == 1 else labels,
-        options.split_column or "split",
-        options.separator or None,
+    labels = options.label_column
+    return find_columns(
+        options.path,
+        path=options.path_column or "path",
+        labels=labels[0] if labels and len(labels) == 1 else labels,
+        split=options.split_column or "split",
+        separator=options.separator or None,
     )

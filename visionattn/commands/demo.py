@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
-from visionattn.errors import UsageError
+from visionattn.errors import DataError, UsageError
 from visionattn.files import printable, write_file
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def write_photographs(folder: str) -> list[str]:
 
     Raises:
         UsageError: the folder has another file of the same name.
-        DataError: a file cannot be written.
+        DataError: the folder or a file cannot be written.
     """
     from visionattn.data import sample_photographs
 
@@ -50,7 +50,10 @@ def write_photographs(folder: str) -> list[str]:
     for path, content in paths.items():
         if os.path.lexists(path) and not _holds(path, content):
             raise UsageError(f"{printable(path)} is not a file of the demo; choose another folder by --out")
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"the folder {printable(folder)} cannot be made: {error.strerror or error}") from error
     for path, content in paths.items():
         if not os.path.lexists(path):
             write_file(path, content)

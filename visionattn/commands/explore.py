@@ -29,7 +29,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME[@LAYER]",
         help="heatmap methods to show and to compare with the controls "
-        "(default: every method that fits the model, except the slow scorecam)",
+        "(default: every fast method that fits the model)",
     )
     parser.add_argument(
         "--count",
@@ -114,7 +114,7 @@ def write_page(
     Args:
         path: path of the page to write.
         explainer: the model, its preprocessing and its class names.
-        methods: name on the page → method; None for every method that fits the model, except the slow scorecam.
+        methods: name on the page → method; None for every fast method that fits the model, see `maps.methods_that_fit`.
         images: paths of the images.
         count: largest number of images on the page, chosen at equal intervals.
         steps, batch_size, limit: see `explorer.explore`; the limit is in bytes.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from visionattn.capture import undisturbed
 from visionattn.data import Preprocess, image_shape
-from visionattn.errors import DataError, UsageError, nearest
+from visionattn.errors import DataError, UsageError, first_line, nearest
 from visionattn.files import write_file
 from visionattn.maps import GRAPHS, METHODS, Graph, default_method
 from visionattn.overlays import describe_model, is_detector
@@ -80,9 +80,8 @@ def export_graph(
         export_graph(model, "vit.onnx", method="rollout")
 
     The graph takes any number of preprocessed images; each heatmap is in [0, 1] and spans its image. The file also
-    holds the method, the preprocessing and the class names as JSON; README of training/ says how to prepare images with
-    it. In ONNX the JSON is the metadata entry
-    `visionattn`, in a .pt2 the extra file `visionattn`.
+    holds the method, the preprocessing and the class names as JSON: in ONNX as the metadata entry `visionattn`, in a
+    .pt2 as the extra file `visionattn`. README of training/ says how to prepare images with it.
 
     Args:
         model: any vision model, or a task that `visionattn.load` returned; it is left unchanged.
@@ -122,14 +121,19 @@ def export_graph(
         }
         with _quiet():
             try:
-                batch = torch.export.Dim(
-                    "batch", max=1 << 24
-                )  # torch 2.6 would compare it with 2⁶³ − 1 if it had no `max`
+                # without `max`, torch 2.6 would compare the number of images with 2⁶³ − 1
+                batch = torch.export.Dim("batch", max=1 << 24)
                 program = torch.export.export(graph, (noise[:2],), dynamic_shapes=({0: batch},), strict=False)
+            except Exception as error:  # torch.export raises many types of errors for unsupported models
+                name = f"this {type(bare).__name__} with {graph.method}"
+                raise DataError(f"{name} cannot be traced: {first_line(error)}") from error
+            try:
                 content = _WRITERS[suffix](program, json.dumps(description))
-            except Exception as error:  # torch.export and ONNX raise many types of errors for unsupported models
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise DataError(f"this {type(bare).__name__} with {graph.method} cannot be traced: {reason}") from error
+            except Exception as error:  # as above; the exporter of torch 2.6 fails with current releases of onnx-ir
+                raise DataError(
+                    f"torch {torch.__version__} cannot write this {type(bare).__name__} as {suffix} "
+                    f"({first_line(error)}); install newer releases of torch and onnxscript, or write another format"
+                ) from error
             difference = _difference(graph, noise, content, suffix)
     if difference is not None and not difference <= _TOLERANCE:
         raise DataError(

@@ -95,7 +95,7 @@ def add_model(parser: argparse.ArgumentParser, *, compare: bool = False) -> None
     parser.add_argument(
         "--new-head",
         action="store_true",
-        help="load all of --weights but the last layer, the head, which stays as it was made (default: off)",
+        help="load all of --weights but the head, the last layer (default: off)",
     )
     own = parser.add_argument_group("for --model, where the name does not say it or you want another")
     own.add_argument(
@@ -138,8 +138,9 @@ def load(options: argparse.Namespace) -> LoadedModel:
         UsageError: there is no such model, or an option of `--model` is given with a checkpoint.
         DataError: the checkpoint or the weights cannot be used.
     """
-    if options.weights and not options.model:
-        raise UsageError("--weights needs --model; a checkpoint has its own weights")
+    for flag, value in (("--weights", options.weights), ("--new-head", options.new_head)):
+        if value and not options.model:
+            raise UsageError(f"{flag} needs --model; a checkpoint has its own weights")
     if options.ckpt:
         return _load_checkpoint(options)
     return _load_named(options)
@@ -156,14 +157,14 @@ def _load_named(options: argparse.Namespace) -> LoadedModel:
     random = options.weights == _RANDOM
     torch.manual_seed(0)  # the same random weights in every run, so that a second run can keep the outputs of the first
     given = _given(options)
-    told, names = (None, ()) if random or not options.weights else described_weights(options.weights)
+    described, names = (None, ()) if random or not options.weights else described_weights(options.weights)
     model = load_model(
         options.model,
         pretrained=not random,
         weights=None if random else options.weights,
         new_head=options.new_head,
         classes=_read_classes(options.classes) or names,
-        preprocess=_changed(None, given) if len(given) == 3 else told,
+        preprocess=_changed(None, given) if len(given) == 3 else described,
     )
     preprocess = model.preprocess or describe_model(model.network)[1]
     known = preprocess is not None or len(given) == 3
@@ -173,8 +174,9 @@ def _load_named(options: argparse.Namespace) -> LoadedModel:
     if not known:
         height, width = preprocess.input_size
         print(
-            f"{options.model} does not say how its images are prepared; used are {height} × {width} pixels, mean "
-            f"{preprocess.mean} and std {preprocess.std} (--size, --mean and --std give others)",
+            f"the preprocessing of {options.model} is unknown; images are resized to {height} × {width} pixels and "
+            f"normalised with mean {preprocess.mean} and std {preprocess.std}. Change this with --size, --mean and "
+            "--std.",
             file=sys.stderr,
         )
     return model.network.to(_device()), preprocess, model.class_names

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from visionattn.commands.demo import FOLDER, demo_model, write_photographs
@@ -19,15 +19,14 @@ if TYPE_CHECKING:
 
 def parser(verb: str) -> argparse.ArgumentParser:
     """Build the parser of `visionattn overlay`."""
-    from visionattn.overlays import OUTPUTS
+    from visionattn.overlays import OUTPUTS, TARGETS
 
-    width = max(map(len, OUTPUTS)) + 2
-    kinds = "\n".join(f"  {name:<{width}}{kind.help}" for name, kind in OUTPUTS.items())
+    kinds, targets = _table({name: kind.help for name, kind in OUTPUTS.items()}), _table(TARGETS)
     parser = Parser(
         prog=f"visionattn {verb}",
         description="Draw heatmaps of a model over images.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"kinds to save:\n{kinds}",
+        epilog=f"kinds to save:\n{kinds}\n\ntargets:\n{targets}",
     )
     parser.add_argument(
         "--demo",
@@ -60,8 +59,9 @@ def parser(verb: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--target",
-        metavar="CLASS",
-        help="number or name of the class to explain (default: the most probable class of each image)",
+        metavar="TARGET",
+        help="output to explain: number or name of a class, or another form, see below (default: the most probable "
+        "class of each image)",
     )
     parser.add_argument(
         "--save", nargs="+", metavar="KIND", default=["overlay"], help="kinds of output, see below (default: overlay)"
@@ -130,6 +130,11 @@ def parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _table(rows: Mapping[str, str]) -> str:
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"  {name:<{width}}{text}" for name, text in rows.items())
+
+
 def run(arguments: list[str]) -> int:
     """Write the overlays and return the exit code: 1 if some images failed, else 0.
 
@@ -150,7 +155,7 @@ def run(arguments: list[str]) -> int:
 
     from visionattn.data import MAX_PIXELS
     from visionattn.explorer import refuse_foreign_file
-    from visionattn.maps import MaxOverBoxes, Method
+    from visionattn.maps import MaxOverBoxes, Method, default_note
     from visionattn.overlays import export
 
     page = os.path.join(options.out, "index.html") if options.page else ""
@@ -159,7 +164,9 @@ def run(arguments: list[str]) -> int:
     with _processes(options.devices, arguments) as processes:
         explainers = _explainers(options)
         if options.demo:
-            options.images = write_photographs(os.path.join(options.out, "photographs"))
+            # the first process finds the images, so the others need none
+            first = processes is None or processes.rank == 0
+            options.images = write_photographs(os.path.join(options.out, "photographs")) if first else []
         summary = export(
             options.images,
             options.out,
@@ -174,6 +181,9 @@ def run(arguments: list[str]) -> int:
             max_pixels=options.max_pixels or MAX_PIXELS,
             processes=processes,
         )
+    note = "" if options.method else default_note(getattr(explainers[0].method, "name", ""))
+    if summary.written and note and (processes is None or processes.rank == 0):
+        print(f"  {note}")
     if page and summary.images and (processes is None or processes.rank == 0):
         if summary.written or not os.path.exists(page):
             methods = {
@@ -207,9 +217,10 @@ def _prepare_demo(options: argparse.Namespace) -> None:
     Raises:
         UsageError: an option names other images or another model.
     """
-    own = ("images", "ckpt", "model", "compare", "weights", "size", "mean", "std", "classes", "trust")
-    if given := [name for name in own if getattr(options, name, None) is not None]:
-        raise UsageError(f"--demo has its own photographs and network; leave out --{given[0]}, or --demo")
+    own = ("images", "ckpt", "model", "compare", "weights", "new_head", "size", "mean", "std", "classes", "trust")
+    if given := [name for name in own if getattr(options, name)]:
+        flag = given[0].replace("_", "-")
+        raise UsageError(f"--demo has its own photographs and network; leave out --{flag}, or --demo")
     options.out = options.out or FOLDER
     options.caption = True
 

@@ -5,13 +5,16 @@ import argparse
 from visionattn.commands.options import Parser, add_model, load, method_and_layer
 from visionattn.errors import UsageError
 
-_FIGURES = """figures:
+_FIGURES = """metrics:
   deletion   mean probability of the model's answer while the hottest pixels are removed; low is good
   insertion  mean probability of the answer while the hottest pixels return to a blurred image; high is good
   pointing   how often the hottest pixel lies in the labelled object's box; high is good
   energy     fraction of the heat inside the box; high is good
   IoU        overlap with the object's mask, or box, at the best threshold; high is good
-  shuffled   similarity to the map of the same model with shuffled weights; low is good"""
+  shuffled   similarity to the map of the same model with shuffled weights; low is good
+  road       probability without the coldest pixels, minus that without the hottest, filled in smoothly; high is good
+  saco       whether hotter pixels have more influence on the answer, from -1 to 1; high is good
+  grid       fraction of the heat on the explained image in a grid of four images; high is good"""
 
 
 def parser(verb: str) -> argparse.ArgumentParser:
@@ -35,7 +38,7 @@ def parser(verb: str) -> argparse.ArgumentParser:
         "--method",
         nargs="+",
         metavar="NAME[@LAYER]",
-        help="heatmap methods to score (default: every method that fits the model, except the slow scorecam)",
+        help="heatmap methods to score (default: every fast method that fits the model)",
     )
     parser.add_argument(
         "--maps",
@@ -51,6 +54,12 @@ def parser(verb: str) -> argparse.ArgumentParser:
         choices=("picture", "input"),
         help="what the heatmaps of --maps span: the source picture, or the model's input (default: the picture if "
         "their sides have its ratio, else the input)",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+        help="metrics to measure, see below (default: all that the data allows, except road, saco and grid)",
     )
     parser.add_argument(
         "--images",
@@ -100,10 +109,11 @@ def run(arguments: list[str]) -> int:
             raise UsageError(f"--{flag.replace('_', '-')} must be ≥ 1, got {getattr(options, flag)}")
 
     from visionattn.commands.scorecard import images_of_config, images_of_files, scorecard
-    from visionattn.evaluation import FolderMaps, folders_of
+    from visionattn.evaluation import FolderMaps, check_metrics, folders_of
     from visionattn.maps import Method, make_method, methods_that_fit
     from visionattn.overlays import grey_image, is_detector
 
+    metrics = check_metrics([name.lower() for name in options.metrics] if options.metrics else None)
     folders = folders_of(options.maps, options.method or [], frame=options.maps_span)
     model, preprocess, class_names = load(options)
     if is_detector(model):
@@ -126,6 +136,13 @@ def run(arguments: list[str]) -> int:
     else:
         images = images_of_files(options.data, preprocess, count=options.images, batch_size=options.batch_size)
     scores = scorecard(
-        model, images, methods, steps=options.steps, batch_size=options.batch_size, seed=options.seed, out=options.out
+        model,
+        images,
+        methods,
+        metrics=metrics,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        out=options.out,
     )
     return int(bool(scores.failed or images.failures))

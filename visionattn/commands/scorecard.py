@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,15 +26,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from visionattn.capture import keep_freed_memory
 from visionattn.data import Batch, Failure, Preprocess, Sample, collate, find, match_classes, prepare, read_image
-from visionattn.errors import DataError, MapWarning, UsageError
-from visionattn.evaluation import METRICS, MIN_IMAGES, NOT_MEASURED, FolderMaps, Scores, score
+from visionattn.errors import BlankMapWarning, DataError, MapWarning, UsageError
+from visionattn.evaluation import LEGEND, METRICS, MIN_IMAGES, NOT_MEASURED, FolderMaps, Scores, score
 from visionattn.files import printable, write_file
 from visionattn.maps import Method
 from visionattn.tasks import renumbered
 
-_WON, _LOST = "✓", "✗"
 _TITLES = {"iou": "IoU"}
 _LINE = 60.0  # seconds between two lines of progress where the output is no terminal
+_ANNOUNCED = 10.0  # seconds; scores that are expected to take longer are announced with their time
 _MAX_FAILURES = 3  # failures that are printed; the others are only counted
 
 
@@ -141,16 +142,16 @@ def images_of_config(
 
 
 @contextlib.contextmanager
-def _collecting_warnings(doubts: list[str]) -> Iterator[None]:
-    """Append the messages of MapWarnings to `doubts`, except for constant heatmaps, which the scores show."""
+def _collect_map_warnings(messages: list[str]) -> Iterator[None]:
+    """Append the messages of MapWarnings to `messages`, except for constant heatmaps, which the scores show."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MapWarning)
         yield
     for warning in caught:
         if not issubclass(warning.category, MapWarning):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-        elif "show nothing" not in str(warning.message):
-            doubts.append(str(warning.message))
+        elif not issubclass(warning.category, BlankMapWarning):
+            messages.append(str(warning.message))
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -163,6 +164,7 @@ def scorecard(
     images: Images,
     methods: Mapping[str, Method | FolderMaps] | None,
     *,
+    metrics: Sequence[str] | None = None,
     steps: int,
     batch_size: int,
     seed: int,
@@ -172,7 +174,7 @@ def scorecard(
     """Score methods, with a progress bar; print the table and write the figures into a file.
 
     Args:
-        model, methods, steps, batch_size, seed: see `evaluation.score`.
+        model, methods, metrics, steps, batch_size, seed: see `evaluation.score`.
         images: the images to score.
         out: a .csv with one line per figure, or a .json that also has the figures of every image. Default: no file.
         console: where to print the bar and the table. Default: the terminal.
@@ -191,7 +193,7 @@ def scorecard(
         raise UsageError(f"--out must end in .csv or .json, got {printable(out)}")
     if out is not None and not os.path.isdir(os.path.dirname(out) or "."):
         raise UsageError(f"there is no folder {printable(os.path.dirname(out))} to write {printable(out)} into")
-    doubts: list[str] = []
+    messages: list[str] = []
     columns = TextColumn("  scoring"), BarColumn(20), MofNCompleteColumn(), TextColumn("images"), TimeRemainingColumn()
     lines = _Lines(console, images.count)
 
@@ -200,12 +202,16 @@ def scorecard(
         lines.advance(done)
 
     try:
-        with Progress(*columns, console=console, speed_estimate_period=600) as progress, _collecting_warnings(doubts):
+        with (
+            Progress(*columns, console=console, speed_estimate_period=600) as progress,
+            _collect_map_warnings(messages),
+        ):
             task = progress.add_task("", total=images.count)
             scores = score(
                 model,
                 images,
                 methods,
+                metrics=metrics,
                 steps=steps,
                 batch_size=batch_size,
                 seed=seed,
@@ -225,9 +231,11 @@ def scorecard(
     if out is not None:
         write(out, scores)  # before the table, so that an error of the terminal cannot lose the figures
     console.print(table(scores))
-    for line in _legend(scores):
-        console.print(Text(line), soft_wrap=True)
-    for line in dict.fromkeys(doubts):
+    console.print()
+    for line in (*scores.verdicts(), *_legend(scores)):
+        for part in textwrap.wrap(line, console.width, initial_indent="  ", subsequent_indent="    "):
+            console.print(Text(part), soft_wrap=True)
+    for line in dict.fromkeys(messages):
         console.print(Text(f"  {line}", "yellow"), soft_wrap=True)
     if out is not None:
         console.print(Text(f"figures: {printable(out)}"), soft_wrap=True)
@@ -253,7 +261,7 @@ class _Lines:
 
 
 def _print_estimate(console: Console, seconds: Mapping[str, float], count: int) -> None:
-    """Print how long the scores will take, if that is more than a minute.
+    """Print how long the scores will take, if that is more than 10 seconds.
 
     Args:
         console: where to print.
@@ -261,7 +269,7 @@ def _print_estimate(console: Console, seconds: Mapping[str, float], count: int) 
         count: number of images.
     """
     total, slowest = count * sum(seconds.values()), max(seconds, key=lambda name: seconds[name])
-    if total < _LINE:
+    if total < _ANNOUNCED:
         return
     line = (
         f"  about {_duration(total)} for {count} images, of which {slowest} takes {_duration(count * seconds[slowest])}"
@@ -281,13 +289,10 @@ def table(scores: Scores) -> Table:
         arrow = "↑" if METRICS[metric] > 0 else "↓"
         table.add_column(f"{_TITLES.get(metric, metric)}\n{arrow}", justify="right", no_wrap=True)
     for name in scores.controls:
-        lost = scores.unbeaten(name) if scores.decided else []
-        mark = (_LOST if lost else _WON) if scores.decided else " "
-        cells = [str(scores.estimate(name, metric)) + (_LOST if metric in lost else " ") for metric in scores.metrics]
-        table.add_row(Text(f"{mark} {name}"), *cells)
+        table.add_row(Text(name), *scores.cells(name))
     table.add_section()
     for name in [name for name in scores.values if name not in scores.controls]:
-        table.add_row(Text(f"  {name}"), *(f"{scores.estimate(name, metric)} " for metric in scores.metrics))
+        table.add_row(Text(name), *scores.cells(name))
     return table
 
 
@@ -307,9 +312,7 @@ def write(path: str, scores: Scores) -> None:
             "kind": "method" if name in scores.controls else "control",
             "figure": metric,
             **{bound: None if math.isnan(v) else v for bound, v in scores.estimate(name, metric)._asdict().items()},
-            "beats_controls": scores.beats(name, metric)
-            if name in scores.controls and scores.decided and scores.measured(name, metric)
-            else None,
+            **_outcomes(scores, name, metric),
         }
         for name in (*scores.controls, *(name for name in scores.values if name not in scores.controls))
         for metric in scores.metrics
@@ -340,6 +343,15 @@ def write(path: str, scores: Scores) -> None:
     write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
+def _outcomes(scores: Scores, name: str, metric: str) -> dict[str, bool | str | None]:
+    """Return the columns that compare a method with its controls, all None for a control or without an interval."""
+    found = scores.outcomes(name, metric) if name in scores.controls else {}
+    if not any(found.values()):
+        return {"beats_controls": None, "ties_with": None, "loses_to": None}
+    ties, losses = found["ties with"], found["loses to"]
+    return {"beats_controls": not ties + losses, "ties_with": ", ".join(ties), "loses_to": ", ".join(losses)}
+
+
 class _Files(Dataset[Sample | Failure]):
     """Image files as samples; an unreadable file is a `Failure`."""
 
@@ -368,14 +380,14 @@ def _legend(scores: Scores) -> list[str]:
     accuracy = "" if scores.accuracy is None else f"; the model's accuracy is {scores.accuracy:.3f}"
     if not scores.decided:
         return [
-            f"  A confidence interval needs at least {MIN_IMAGES} images; got {scores.images}, so no method counts as "
+            f"A confidence interval needs at least {MIN_IMAGES} images; got {scores.images}, so no method counts as "
             "better than a control"
         ]
     everything = all(scores.measured(name, metric) for name in scores.controls for metric in scores.metrics)
-    unmeasured = [] if everything else [f"  – {NOT_MEASURED}"]
+    unmeasured = [] if everything else [f"– {NOT_MEASURED}"]
     return [
-        f"  ± half of the 95 % interval over {scores.images} images{accuracy}",
-        f"  {_WON} beats every control (centre; random and edges on its own grid); {_LOST} does not",
+        f"± half of the 95 % interval over {scores.images} images{accuracy}",
+        f"{LEGEND}; controls: centre, and random and edges on the method's own grid",
         *unmeasured,
     ]
 

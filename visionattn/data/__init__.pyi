@@ -2,12 +2,17 @@ from .annotations.boxes import BoxFormat as BoxFormat
 from .annotations.boxes import visible as visible
 from .annotations.checks import Report as Report
 from .annotations.checks import check as check
+from .checking.folder_check import check_folder as check_folder
+from .checking.folder_check import has_classes as has_classes
+from .checking.shard_check import check_shards as check_shards
+from .checking.shard_check import has_shards as has_shards
 from .classes import class_index as class_index
 from .classes import match_classes as match_classes
 from .datamodules import ClassificationData as ClassificationData
 from .datamodules import ImageFolderData as ImageFolderData
 from .datamodules import TorchvisionData as TorchvisionData
 from .decode import MAX_PIXELS as MAX_PIXELS
+from .decode import decode_image as decode_image
 from .decode import encode_animation as encode_animation
 from .decode import encode_image as encode_image
 from .decode import read_grey as read_grey
@@ -17,8 +22,6 @@ from .decode import write_animation as write_animation
 from .decode import write_image as write_image
 from .detection import AnnotatedData as AnnotatedData
 from .detection import DetectionData as DetectionData
-from .folder_check import check_folder as check_folder
-from .folder_check import has_classes as has_classes
 from .image_files import VIDEOS as VIDEOS
 from .image_files import FoundImages as FoundImages
 from .image_files import find as find
@@ -48,6 +51,7 @@ from .synthetic.digits_on_canvas import DigitsOnCanvas as DigitsOnCanvas
 from .synthetic.digits_on_canvas import DigitsOnCanvasData as DigitsOnCanvasData
 from .tables.check import check_table as check_table
 from .tables.reading import Columns as Columns
+from .tables.reading import find_columns as find_columns
 from .tables.reading import is_table as is_table
 from .tables.table_data import MultiLabelTableData as MultiLabelTableData
 from .tables.table_data import TableData as TableData

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from visionattn.errors import DataError, UsageError
-from visionattn.files import local_path, write_file
+from visionattn.files import local_path, printable, write_file
 
 # fmt: off
 SUFFIXES = frozenset({
@@ -28,20 +28,24 @@ SUFFIXES = frozenset({
 MAX_PIXELS = 178_000_000
 """Default limit on the pixels of a decoded image. It is needed because a small file can hold a huge image."""
 
+ImageSource: TypeAlias = "str | bytes | os.PathLike[str] | BinaryIO"
+"""Name of a file, which may contain bytes that are not valid text, or a file that is open for reading. Bytes are always
+a name; `io.BytesIO(content)` is the content of a file."""
+
 _Convert: TypeAlias = Callable[[Image.Image], NDArray[Any]]  # the values of a grey image may have any type
 _ORIENTATION = 0x0112  # EXIF tag
 _OF_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # a filter of Python's warnings
 _QUALITY = {".jpg": {"quality": 92}, ".jpeg": {"quality": 92}, ".webp": {"quality": 90}, ".png": {"compress_level": 3}}
 
 
-def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def read_image(path: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Read an image file as 8-bit RGB, upright.
 
     The EXIF rotation is applied. 16-bit values are scaled to 8 bits. CMYK and palette images are converted to RGB.
     Transparent pixels are blended with white. Of an animation, only the first frame is read.
 
     Args:
-        path: file name, which may contain bytes that are not valid text.
+        path: see `ImageSource`.
         max_pixels: largest H·W that is decoded (default: `MAX_PIXELS`). Larger images are refused before decoding.
 
     Returns:
@@ -55,7 +59,7 @@ def read_image(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_
     return _read(path, max_pixels, _to_rgb)
 
 
-def read_grey(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_PIXELS) -> NDArray[np.generic]:
+def read_grey(path: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.generic]:
     """Read a grey image file with its own values.
 
     Returns:
@@ -67,12 +71,14 @@ def read_grey(path: "str | bytes | os.PathLike[str]", *, max_pixels: int = MAX_P
     """
     grey_HW = _read(path, max_pixels, _to_grey)
     if grey_HW.ndim != 2:
-        raise DataError(f"{local_path(path)} has colours or transparency; a grey image is needed")
+        raise DataError(f"{_name(path)} has colours or transparency; a grey image is needed")
     return grey_HW
 
 
-def _read(path: "str | bytes | os.PathLike[str]", max_pixels: int, convert: _Convert) -> NDArray[Any]:
-    name = local_path(path)
+def _read(path: ImageSource, max_pixels: int, convert: _Convert) -> NDArray[Any]:
+    name = _name(path)
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        return _decode(path, name, max_pixels, convert)
     if os.path.isdir(path):
         raise DataError(f"{name} is a folder, not an image")
     try:
@@ -89,6 +95,13 @@ def _read(path: "str | bytes | os.PathLike[str]", max_pixels: int, convert: _Con
 def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode the content of an image file, as `read_image` does; error messages call the image `name`."""
     return _decode(io.BytesIO(content), name, max_pixels, _to_rgb)
+
+
+def _name(path: ImageSource) -> str:
+    if isinstance(path, (str, bytes, os.PathLike)):
+        return local_path(path)
+    name = getattr(path, "name", None)
+    return printable(name) if isinstance(name, str) else "the image"
 
 
 def _decode(file: BinaryIO, name: str, max_pixels: int, convert: _Convert) -> NDArray[Any]:

@@ -106,7 +106,8 @@ class Placement:
                 at its edges, and values beyond the range of the cells are cut off.
 
         Returns:
-            (H, W) float32 at the source's size, in the range of the heatmap. Source pixels outside the input are 0.
+            (H, W) float32 at the source's size. Inside the input the values stay in the range of the
+            heatmap; outside they are 0.
 
         Raises:
             ValueError: there is no such interpolation.
@@ -128,7 +129,7 @@ class Placement:
             carried_HW[:, _outside(columns_W, heatmap_hw.shape[1])] = 0
             return carried_HW
         if interpolation == "smooth" and heatmap_hw.shape != self.input_size:
-            # OpenCV's cubic kernel is another one; between pixels of the input, linear is smooth enough
+            # OpenCV's bicubic uses a = −3/4, not −1/2; between pixels of the input, linear is smooth enough
             enlarged_hw = Placement.identity(self.input_size).carry(heatmap_hw, "smooth")
             return self.carry(enlarged_hw, "linear")
         matrix[:2, 2] += matrix[:2, :2] @ (0.5, 0.5) - 0.5  # in OpenCV, integer coordinates are pixel centres

@@ -41,7 +41,7 @@ from visionattn.files import Replacement
 
 _OPEN = 32  # maximum number of shards that a process keeps open
 _FETCH = 600.0  # seconds that a worker may take for one image, including the download of its shard
-_REMEDY = "in class_names, give the classes names that are not numbers"
+REMEDY = "in class_names, give the classes names that are not numbers"
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Shards(Dataset[Sample]):
 
     def _label(self, content: bytes, name: str) -> int:
         try:
-            return class_index(content.decode("utf-8", "replace").strip(), self.class_names, remedy=_REMEDY)
+            return class_index(content.decode("utf-8", "replace").strip(), self.class_names, remedy=REMEDY)
         except DataError as error:
             raise DataError(f"{name}: {error}") from error
 
@@ -240,7 +240,7 @@ class Store:
             DataError: the shard cannot be read, is damaged or cut short, or has another number of samples.
         """
         if "://" not in url:
-            return _complete(_open(url), url, count)
+            return _complete(open_shard(url), url, count)
         os.makedirs(self.folder, exist_ok=True)
         digits = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
         place = os.path.join(self.folder, f"{digits}.tar")
@@ -259,7 +259,7 @@ class Store:
         try:
             with fsspec.open(url, "rb") as source:
                 new.write(lambda file: shutil.copyfileobj(source, file, 1 << 20))
-            shard = _complete(_open(new.part), url, count)
+            shard = _complete(open_shard(new.part), url, count)
             new.commit()
         except BaseException as error:  # each file system of fsspec has its own exceptions
             new.discard()
@@ -290,7 +290,8 @@ def _complete(handle: int, url: str, count: int) -> Shard:
     return shard
 
 
-def _open(path: str) -> int:
+def open_shard(path: str) -> int:
+    """Return a file descriptor of a shard; raise DataError if it cannot be opened."""
     try:
         return os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -314,7 +315,7 @@ def find_shards(where: str) -> list[tuple[str, int]]:
         paths = sorted(glob(where, recursive=True))
         if not paths:
             raise DataError(f"no file matches {where}")
-        return [(path, len(Shard(_open(path), path).samples)) for path in paths]
+        return [(path, len(Shard(open_shard(path), path).samples)) for path in paths]
     import fsspec
 
     home = where.rpartition("/")[0]

@@ -110,9 +110,8 @@ def animate_glimpses(
     factor, offset = _UNSEEN
     grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
     shown = (factor * grey + offset).astype(np.uint8)[..., None].repeat(3, 2)
-    sharpness = np.full(
-        shown.shape[:2], boxes_TS4.shape[1]
-    )  # finest scale at which a pixel was read; S if it is unread
+    # finest scale at which a pixel was read; S if it is unread
+    sharpness = np.full(shown.shape[:2], boxes_TS4.shape[1])
     unit = _unit(picture)
     colours, points = _ramp(len(boxes_TS4)), centres(boxes_TS4)
     frames = []

@@ -1,6 +1,8 @@
 from .box_scores import box_pointing as box_pointing
 from .box_scores import mass_ratio as mass_ratio
+from .box_scores import score_again as score_again
 from .box_scores import score_drop as score_drop
+from .box_scoring import score_boxes as score_boxes
 from .controls import METRICS as METRICS
 from .controls import CentreGaussian as CentreGaussian
 from .controls import Control as Control
@@ -15,6 +17,11 @@ from .faithfulness import deletion_perturbation as deletion_perturbation
 from .faithfulness import insertion as insertion
 from .faithfulness import insertion_perturbation as insertion_perturbation
 from .faithfulness import perturbation_curve as perturbation_curve
+from .grids import Grids as Grids
+from .grids import grid_pointing as grid_pointing
+from .grids import image_grids as image_grids
+from .imputation import impute as impute
+from .imputation import road as road
 from .localisation import energy as energy
 from .localisation import inside as inside
 from .localisation import overlap as overlap
@@ -26,8 +33,12 @@ from .outside import MapFunction as MapFunction
 from .outside import folders_of as folders_of
 from .randomisation import rank_correlation as rank_correlation
 from .randomisation import shuffled as shuffled
-from .scoring import MIN_IMAGES as MIN_IMAGES
-from .scoring import NOT_MEASURED as NOT_MEASURED
-from .scoring import Estimate as Estimate
-from .scoring import Scores as Scores
+from .salience_groups import saco as saco
+from .scores import LEGEND as LEGEND
+from .scores import MIN_IMAGES as MIN_IMAGES
+from .scores import NOT_MEASURED as NOT_MEASURED
+from .scores import Estimate as Estimate
+from .scores import Scores as Scores
+from .scoring import DEFAULT_METRICS as DEFAULT_METRICS
+from .scoring import check_metrics as check_metrics
 from .scoring import score as score

@@ -3,7 +3,7 @@
 Shapes: N boxes of an image, h × w cells of a heatmap, H × W pixels of the input; boxes xyxy in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torchvision.ops import box_iou
 from visionattn.capture import undisturbed
 from visionattn.evaluation.localisation import energy, hit_share, inside, to_pixels
 from visionattn.maps import BoxHeatmaps, detect
+
+SAME_BOX = 0.5
+"""Smallest IoU with which a box of the same class counts as the same box."""
 
 
 def mass_ratio(heatmaps_Nhw: Tensor, boxes_N4: Tensor, size: tuple[int, int]) -> Tensor:
@@ -54,7 +57,7 @@ def score_drop(
     that overlaps the original box with an IoU of at least 0.5; it is 0 if there is no such box.
 
     Args:
-        detector: the detector that the heatmaps explain; see `visionattn.maps.boxes`.
+        detector: the detector that the heatmaps explain; see `visionattn.maps.boxes.box_method`.
         images_BCHW: the images, normalised for the detector.
         maps: the heatmaps of each image, as a `BoxMethod` returns them.
         fraction: fraction of the pixels to remove, in (0, 1).
@@ -80,9 +83,24 @@ def score_drop(
                 gone_NS.scatter_(1, heat_NS.topk(count, dim=1).indices, True)
                 changed = torch.where(gone_NS.view(-1, 1, *size), mean_C11, image_CHW)
                 for number, detections in enumerate(detect(bare, changed), start=start):
-                    same = detections["labels"] == explained.labels[number]
-                    overlap = box_iou(explained.boxes[number : number + 1], detections["boxes"])[0]
-                    scores = detections["scores"][same & (overlap >= 0.5)]
-                    after_N[number] = scores.max() if len(scores) else 0
+                    again = score_again([detections], explained.boxes[number], int(explained.labels[number]))
+                    after_N[number] = again[0]
             drops.append((explained.scores - after_N) / explained.scores.clamp(min=1e-6))
     return drops
+
+
+def score_again(output: Sequence[Mapping[str, Tensor]], box_4: Tensor, label: int) -> Tensor:
+    """Return the score of one box in other detections, (B,): 0 where it is not found.
+
+    The score is the highest of a box of the same class that overlaps the box with an IoU of at least `SAME_BOX`.
+
+    Args:
+        output: a detector's output for a batch, see `visionattn.maps.boxes.box_method`.
+        box_4: xyxy in pixels of the input.
+        label: its class.
+    """
+    scores = []
+    for found in output:
+        same_N = (found["labels"] == label) & (box_iou(box_4[None], found["boxes"].to(box_4))[0] >= SAME_BOX)
+        scores.append((found["scores"].to(box_4) * same_N).amax() if len(same_N) else box_4.new_zeros(()))
+    return torch.stack(scores)

@@ -19,10 +19,22 @@ from visionattn.capture import run
 from visionattn.errors import UsageError
 from visionattn.maps import Explanation, Method, Target
 
-METRICS = {"deletion": -1, "insertion": 1, "pointing": 1, "energy": 1, "iou": 1, "shuffled": -1}
+METRICS = {
+    "deletion": -1,
+    "insertion": 1,
+    "road": 1,
+    "saco": 1,
+    "pointing": 1,
+    "energy": 1,
+    "iou": 1,
+    "grid": 1,
+    "shuffled": -1,
+}
 """Metric → 1 if a higher value is better, −1 if a lower value is better.
 
 - `deletion`, `insertion`: area under the curve that the function of the same name returns.
+- `road`, `saco`: the functions of the same names.
+- `grid`: `grid_pointing` on grids of 2 × 2 images of the batch.
 - `pointing`, `energy`: measured on the object's box, or on the object's mask if there is no box.
 - `iou`: overlap with the object's mask, or with its box if there is no mask, at the threshold that is best for the
   method.

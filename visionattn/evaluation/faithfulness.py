@@ -100,8 +100,8 @@ def deletion(
         images_BCHW: images, normalised for the model.
         heatmaps_Bhw: heatmaps of any resolution, each spanning the whole input.
         target: the output to follow, as a `Method` takes it (default: the prediction for the whole image). For an index
-            the curve is the softmax probability of that output. For a function the curve is the function's value; the
-            function must accept the outputs of any number of images in any order.
+            the curve is the probability of that output (see `probabilities_of`). For a function the curve is the
+            function's value; the function must accept the outputs of any number of images in any order.
         steps: S, in [1, H·W].
         baseline: value of removed pixels, broadcast to the images (default: each image's mean colour).
         batch_size: images in one forward pass.

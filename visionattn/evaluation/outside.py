@@ -20,7 +20,7 @@ from visionattn.errors import DataError, UsageError
 from visionattn.files import local_path, printable
 from visionattn.maps import METHODS, Explanation, Method, Target
 
-MapFunction: TypeAlias = Callable[[nn.Module, Tensor, Any], "Tensor | NDArray[np.generic]"]
+MapFunction: TypeAlias = Callable[[nn.Module, Tensor, Any], Tensor | NDArray[np.generic]]
 """A function (model, images (B, C, H, W), target) → heatmaps (B, h, w). `score` passes the target as (B,) int64."""
 
 Frame: TypeAlias = Literal["picture", "input"]
@@ -87,7 +87,7 @@ class FolderMaps:
 
     A heatmap spans either the whole source picture, upright, or the model's input. If it has the size of one
     of them, or else the ratio of its sides, it spans that one. If both fit and the model's input is not the whole
-    picture (a square picture, a square heatmap, and a model that crops), the sides cannot tell, and `frame` must.
+    picture (a square picture, a square heatmap, and a model that crops), the sizes do not decide it: set `frame`.
     A heatmap of the picture is carried to the input; parts of the input outside the picture get the lowest value.
 
     Heatmaps of the input keep their own grid, and are averaged if they have more cells than the input has pixels.
@@ -142,8 +142,7 @@ class FolderMaps:
         low = heatmap_hw.min()
         if self._frame(file, heatmap_hw.shape, placement) == "input":
             return _shrunk(heatmap_hw, placement.input_size)
-        scales = np.hypot(placement.matrix[:, 0], placement.matrix[:, 1])[::-1]  # rows, columns
-        (height, width), (down, across) = placement.source_size, scales
+        (height, width), (across, down) = placement.source_size, np.hypot(*placement.matrix[:, :2])
         heatmap = _shrunk(heatmap_hw - low, (max(1, round(height * down)), max(1, round(width * across))))
         return torch.from_numpy(_inverse(placement).carry(heatmap.numpy()) + low)
 

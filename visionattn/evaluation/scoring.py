@@ -1,258 +1,35 @@
-"""Scores of heatmap methods and of controls on the same images, with confidence intervals.
+"""Score heatmap methods and controls on the same images.
 
-Shapes: N images in total, B images in a batch, C channels, H × W pixels, R resamples, T thresholds.
+Shapes: B images in a batch, C channels, H × W pixels, h × w cells of a heatmap.
 """
 
-import html
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from visionattn.capture import to_plain, unwrap
-from visionattn.errors import DataError, MapWarning, UsageError
-from visionattn.evaluation.controls import METRICS, controls_of, margin
+from visionattn.capture import unwrap
+from visionattn.errors import DataError, MapWarning, UsageError, nearest
+from visionattn.evaluation.controls import METRICS, controls_of
 from visionattn.evaluation.faithfulness import STEPS, deletion_perturbation, insertion_perturbation, perturbation_curve
+from visionattn.evaluation.grids import CELLS, Grids, grid_pointing, image_grids
+from visionattn.evaluation.imputation import FRACTIONS, impute, road
 from visionattn.evaluation.localisation import energy, hit_share, inside, overlap
 from visionattn.evaluation.outside import FolderMaps, FunctionMethod, MapFunction, different_sizes
 from visionattn.evaluation.randomisation import rank_correlation, shuffled
-from visionattn.maps import Method, methods_that_fit
+from visionattn.evaluation.salience_groups import GROUPS, saco
+from visionattn.evaluation.scores import Scores
+from visionattn.files import printable
+from visionattn.maps import Method, methods_that_fit, normalise
 
-RESAMPLES = 2_000
+DEFAULT_METRICS = ("deletion", "insertion", "pointing", "energy", "iou", "shuffled")
+"""The metrics that `score` measures unless told otherwise. `road` and `saco` cost about as much again as `deletion` and
+`insertion` (see `evaluation/README.md`), and `grid` needs images of several classes in a batch."""
 _SLOW = 16  # forward passes above which a method gets one image at a time
 _CONTROLS = 3  # controls of one method, for the expected time
-MIN_IMAGES = 10
-"""Smallest number of images for a confidence interval. With fewer images the bootstrap interval is much too narrow: a
-method could beat a control on three images that agree by chance."""
-NOT_MEASURED = "not measured: heatmaps of a folder cannot be made again for a model with shuffled weights"
-"""What the sign – means in a table."""
-
-Row: TypeAlias = dict[str, str | float | list[str]]
-
-
-class Estimate(NamedTuple):
-    """A mean and its 95 % confidence interval. With fewer than `MIN_IMAGES` images both bounds are NaN."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Return the mean and half the width of the interval, e.g. `.91±.02`; – if it was not measured."""
-        if math.isnan(self.value):
-            return "–"
-        value = _short(self.value)
-        return value if math.isnan(self.low) else f"{value}±{_short((self.high - self.low) / 2)}"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Scores:
-    """The metrics of every method and control on every image.
-
-    `print(scores)` and a notebook show the table of metrics with their intervals and the verdict on each method.
-    `pandas.DataFrame(scores.table())` makes a data frame.
-
-    Confidence intervals are percentiles of the bootstrap over images. The interval of a difference is paired: both
-    sides use the same resamples of the images. Each resample chooses its own best threshold for `iou`.
-
-    Attributes:
-        values: method or control → metric → (N,) values, one per image; `iou` is (N, T), one value per threshold.
-            `shuffled` is NaN for heatmaps from a folder: they cannot be made again for another model.
-        controls: method → names of the controls that the method is compared with.
-        failed: method → the reason why it could not be scored.
-        accuracy: fraction of the images that the model classifies correctly; None if the data has no labels.
-        paths: paths of the images; empty if the data has none.
-        seed: seed of the resamples.
-        resamples: R, the number of resamples.
-    """
-
-    values: Mapping[str, Mapping[str, NDArray[np.float32]]]
-    controls: Mapping[str, tuple[str, ...]]
-    failed: Mapping[str, str]
-    accuracy: float | None
-    paths: tuple[str, ...]
-    seed: int
-    resamples: int = RESAMPLES
-
-    @property
-    def images(self) -> int:
-        """The number of images, N."""
-        return len(next(iter(next(iter(self.values.values())).values())))
-
-    @property
-    def decided(self) -> bool:
-        """Whether there are at least `MIN_IMAGES` images. With fewer, no method counts as better than a control."""
-        return self.images >= MIN_IMAGES
-
-    @property
-    def metrics(self) -> list[str]:
-        """The metrics that the data allows, in the order of `METRICS`. Some need boxes or masks."""
-        return [metric for metric in METRICS if metric in next(iter(self.values.values()))]
-
-    def of_images(self, name: str, metric: str) -> NDArray[np.float32]:
-        """Return the values of a method or control, (N,). `iou` is taken at the threshold that is best on average."""
-        values = self.values[name][metric]
-        return values if values.ndim == 1 else values[:, values.mean(0).argmax()]
-
-    def estimate(self, name: str, metric: str) -> Estimate:
-        """Return the mean of a method or control over the images, with its interval."""
-        return self._interval(self._means(name, metric))
-
-    def margin(self, method: str, control: str, metric: str) -> Estimate:
-        """Return how much better a method is than a control, with the interval of this difference.
-
-        A positive value means that the method is better, also for metrics where a lower value is better.
-        """
-        return self._interval(margin(metric, self._means(method, metric), self._means(control, metric)))
-
-    def beats(self, method: str, metric: str) -> bool:
-        """Return whether a method is better than each of its controls: the lower bound of each margin is above 0.
-
-        The maps of a control do not depend on the model, so the metric `shuffled` of a control is 1. The lower the
-        `shuffled` of a method, the more its maps depend on the model's weights.
-        """
-        return all(self.margin(method, control, metric).low > 0 for control in self.controls[method])
-
-    def unbeaten(self, method: str) -> list[str]:
-        """Return the metrics in which at least one control of a method is not beaten; an empty list is best.
-
-        Metrics that were not measured are left out.
-        """
-        return [m for m in self.metrics if self.measured(method, m) and not self.beats(method, m)]
-
-    def measured(self, name: str, metric: str) -> bool:
-        """Return whether a metric was measured for a method or control; `shuffled` is not for a folder of heatmaps."""
-        return not np.isnan(self.values[name][metric]).any()
-
-    def table(self) -> list[Row]:
-        """Return the rows of a table for `pandas.DataFrame`: one row per method, then one row per control.
-
-        Each row has `name`, `kind` ("method" or "control") and three numbers for every metric: the mean under the
-        metric's name, and the bounds of its interval under that name plus `_low` and `_high`. The row of a method also
-        has `unbeaten`, a list of the metrics in which the method does not beat every control.
-        """
-        return [self._row(name) for name in self._names()]
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the scores as plain data for `json.dumps`: the rows of `table` and the values of every image."""
-        return {
-            "images": self.images,
-            "accuracy": self.accuracy,
-            "seed": self.seed,
-            "resamples": self.resamples,
-            "controls": to_plain(self.controls),
-            "failed": dict(self.failed),
-            "table": to_plain(self.table()),
-            "paths": list(self.paths),
-            "values": {
-                name: {m: self.of_images(name, m).tolist() for m in self.metrics if self.measured(name, m)}
-                for name in self.values
-            },
-        }
-
-    def __repr__(self) -> str:
-        """Return the table of metrics with intervals, and the verdict, as text."""
-        names = self._names()
-        cells = {name: self._cells(name) for name in names}
-        first = max(len(f"  {name}") for name in names)
-        widths = [
-            max(len(metric) + 2, *(len(cells[name][i]) for name in names)) for i, metric in enumerate(self.metrics)
-        ]
-        titles = " ".join(f"{f'{m} {_arrow(m)}':>{width}}" for m, width in zip(self.metrics, widths, strict=True))
-        lines = [f"{'':{first}} {titles}".rstrip()]
-        for name in names:
-            row = " ".join(f"{cell:>{width}}" for cell, width in zip(cells[name], widths, strict=True))
-            lines.append(f"{f'{self._mark(name):2}{name}':{first}} {row}".rstrip())
-        return "\n".join([*lines, *self._notes()])
-
-    def _repr_html_(self) -> str:
-        """Show the table in a notebook."""
-        heads = "".join(f"<th>{metric} {_arrow(metric)}</th>" for metric in self.metrics)
-        rows = []
-        for name in self._names():
-            cells = "".join(f"<td>{cell.rstrip()}</td>" for cell in self._cells(name))
-            kind = "method" if name in self.controls else "control"
-            rows.append(f"<tr><th>{self._mark(name)}{html.escape(name)}</th><td>{kind}</td>{cells}</tr>")
-        notes = "<br>".join(map(html.escape, self._notes()))
-        return f"<table><tr><th></th><th></th>{heads}</tr>{''.join(rows)}</table><p>{notes}</p>"
-
-    def __getstate__(self) -> dict[str, object]:
-        """Pickle without the cached weights of the resamples: they are large, and the seed gives the same weights."""
-        return {name: value for name, value in vars(self).items() if name != "_weights"}
-
-    def _names(self) -> list[str]:
-        return [*self.controls, *(name for name in self.values if name not in self.controls)]
-
-    def _row(self, name: str) -> Row:
-        row: Row = {"name": name, "kind": "method" if name in self.controls else "control"}
-        for metric in self.metrics:
-            row[metric], row[f"{metric}_low"], row[f"{metric}_high"] = self.estimate(name, metric)
-        if name in self.controls:
-            row["unbeaten"] = self.unbeaten(name)
-        return row
-
-    def _cells(self, name: str) -> list[str]:
-        """Return the text of each metric, with a cross if at least one control is not beaten."""
-        unbeaten = self.unbeaten(name) if self.decided and name in self.controls else ()
-        return [f"{self.estimate(name, metric)} {'✗' if metric in unbeaten else ' '}" for metric in self.metrics]
-
-    def _mark(self, name: str) -> str:
-        if not self.decided or name not in self.controls:
-            return ""
-        return "✗ " if self.unbeaten(name) else "✓ "
-
-    def _notes(self) -> list[str]:
-        """Return the lines below the table: how to read it, the accuracy, and the methods that failed."""
-        if self.decided:
-            note = (
-                f"± is half of the 95 % interval over {self.images} images; "
-                "✗ marks a metric in which a method does not beat each of its controls."
-            )
-        else:
-            note = (
-                f"A confidence interval needs at least {MIN_IMAGES} images; got {self.images}. "
-                "Without intervals no method counts as better than a control."
-            )
-        if not all(self.measured(name, metric) for name in self.values for metric in self.metrics):
-            note += f" – {NOT_MEASURED}."
-        right = [] if self.accuracy is None else [f"The model's accuracy on these images is {self.accuracy:.3f}."]
-        return [note, *right, *(f"{name} could not be scored: {reason}" for name, reason in self.failed.items())]
-
-    def _means(self, name: str, metric: str) -> NDArray[np.floating]:
-        """Return the mean over the images and over each resample of them, (1 + R,)."""
-        means = self._weights @ self.values[name][metric]
-        return means if means.ndim == 1 else means.max(1)
-
-    @cached_property
-    def _weights(self) -> NDArray[np.float32]:
-        """The weight of each image in each mean, (1 + R, N). The first row weighs all images equally."""
-        count, chunk = self.images, 50  # resamples at a time, so that the temporary arrays stay small
-        random, weights = np.random.default_rng(self.seed), np.ones((1 + self.resamples, count), np.float32)
-        for start in range(1, 1 + self.resamples, chunk):
-            rows = weights[start : start + chunk]
-            rows[:] = random.multinomial(count, np.full(count, 1 / count), len(rows))
-        weights /= count
-        return weights
-
-    def _interval(self, means: NDArray[np.floating]) -> Estimate:
-        low, high = np.percentile(means[1:], [2.5, 97.5]) if self.decided else (np.nan, np.nan)
-        return Estimate(float(means[0]), float(low), float(high))
-
-
-def _short(number: float) -> str:
-    return f"{number:.2f}".removeprefix("0")
-
-
-def _arrow(metric: str) -> str:
-    return "↑" if METRICS[metric] > 0 else "↓"
 
 
 def score(
@@ -260,6 +37,7 @@ def score(
     batches: Iterable[Mapping[str, Any]],
     methods: Mapping[str, Method | FolderMaps | MapFunction] | None = None,
     *,
+    metrics: Sequence[str] | None = None,
     steps: int = STEPS,
     copies: int = 3,
     batch_size: int = 32,
@@ -278,7 +56,9 @@ def score(
             (B,), or (B, K) of 0 and 1, and `path` (B strings). All images have the same size, and all batches have the
             same keys.
         methods: name → method, or a function (model, images, target) → heatmaps (B, h, w), or a folder of heatmaps
-            (default: every method that fits the model, except the slow Score-CAM).
+            (default: every fast method that fits the model, see `methods_that_fit`).
+        metrics: names of metrics, keys of `METRICS` (default: `DEFAULT_METRICS`); those that the data does not allow
+            are left out.
         steps: steps of deletion and insertion, ≥ 2.
         copies: copies of the model with shuffled weights, ≥ 1.
         batch_size: perturbed images in one forward pass.
@@ -287,17 +67,19 @@ def score(
             heatmap counts in proportion to its expected time.
         expect: called once, before the first heatmap, with the expected seconds for one image of each method and of
             `"controls"`. The estimate is the time of a measured forward pass times the number of passes, see
-            `Method.passes`.
+            `Method.passes`, and for `road` the measured time of filling in pixels.
 
     Raises:
-        UsageError: no method fits, the sizes of images differ, the keys of batches differ, a method has the name of a
-            control, or an argument is out of range.
+        UsageError: no method fits, there is no metric of a name, the data allows none of the metrics, the sizes of
+            images differ, the keys of batches differ, a method has the name of a control, or an argument is out of
+            range.
         DataError: there are no images, or the images or the model's output hold NaN or infinity.
     """
     if copies < 1 or steps < 2:
         raise UsageError(f"copies must be ≥ 1 and steps ≥ 2, got {copies} and {steps}")
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed must be in [0, 2³²), got {seed}")
+    wanted = check_metrics(metrics)
     sources: Mapping[str, Method | FolderMaps] | None = None
     if methods is not None:
         sources = {
@@ -306,6 +88,7 @@ def score(
         }
     model = unwrap(model)
     like = next(model.parameters(), torch.zeros(()))
+    copies = copies if "shuffled" in wanted else 0
     randoms = [shuffled(model, seed=seed + number) for number in range(copies)]
     measured: dict[str, list[dict[str, Tensor]]] = {}  # method or control → metrics of each batch
     failed: dict[str, Exception] = {}
@@ -316,7 +99,7 @@ def score(
     grids: dict[str, tuple[int, ...]] = {}  # method → (h, w) of its heatmaps
     images = 0
     passes: dict[str, int] = {}  # method → forward passes for the heatmaps of an image
-    spent: dict[str, int] = {}  # method or controls → all forward passes for an image
+    spent: dict[str, float] = {}  # method or controls → expected seconds for an image
     for batch in batches:
         images_BCHW = batch["image"].to(like.device, like.dtype)
         kind = _same_kind(batch, kind)
@@ -330,12 +113,13 @@ def score(
         if sources is None:
             sources = methods_that_fit(model, images_BCHW)
         if not passes:
-            passes = {name: (1 + copies) * _passes(method, model, images_BCHW) for name, method in sources.items()}
-            curves = 2 * (steps - 1)  # passes of the curves of one map
-            spent = {**{name: count + curves for name, count in passes.items()}, "controls": _CONTROLS * curves}
+            times = 1 + copies + ("grid" in wanted) * CELLS**2
+            passes = {name: times * _passes(method, model, images_BCHW) for name, method in sources.items()}
+            second = faster / 2 / len(images_BCHW)
+            of_map = second * _passes_of_map(wanted, steps) + _seconds_of_imputation(wanted, images_BCHW)
+            spent = {name: second * count + of_map for name, count in passes.items()} | {"controls": _CONTROLS * of_map}
             if expect:
-                second = faster / 2 / len(images_BCHW)
-                expect({name: count * second for name, count in spent.items()})
+                expect(spent)
         left = float(len(images_BCHW))  # images of this batch that were not yet reported
         maps: dict[str, tuple[Tensor, Tensor]] = {}
         for name, method in sources.items():
@@ -343,17 +127,17 @@ def score(
                 continue
             try:
                 # slow methods get one image at a time, so that the progress can be reported
-                size = 1 if passes[name] > _SLOW * (1 + copies) else len(images_BCHW)
+                size = 1 if passes[name] > _SLOW * times else len(images_BCHW)
                 parts = []
                 for part_BCHW, part_B in zip(images_BCHW.split(size), target_B.split(size), strict=True):
                     explained = (
-                        _read(method, batch, model, images_BCHW)
+                        _read(method, batch, images_BCHW)
                         if isinstance(method, FolderMaps)
                         else _explain(method, model, randoms, part_BCHW, part_B)
                     )
                     parts.append(explained)
                     if advance:
-                        done = len(part_BCHW) * passes[name] / sum(spent.values())
+                        done = len(part_BCHW) * second * passes[name] / sum(spent.values())
                         advance(done)
                         left -= done
                 heatmaps, similar = zip(*parts, strict=True)
@@ -373,15 +157,27 @@ def score(
                 raise UsageError(f"{name!r} is the name of a control; rename the method")
             # a control does not depend on the model, so shuffled weights leave its map unchanged
             maps[name] = control(model, images_BCHW).heatmaps, torch.ones(len(images_BCHW))
-        options: dict[str, int] = {"steps": steps, "batch_size": batch_size, "seed": seed + images}
+        options = _Options(batch_size=batch_size, seed=seed + images)
+        pictures = image_grids(model, images_BCHW, target_B, seed=seed + images) if "grid" in wanted else None
         for name, (heatmaps_Bhw, shuffled_B) in maps.items():
-            metrics = {
-                "deletion": perturbation_curve(model, removal, heatmaps_Bhw, **options).auc,
-                "insertion": perturbation_curve(model, restoration, heatmaps_Bhw, **options).auc,
-                **_localisation(batch, heatmaps_Bhw, images_BCHW),
-                "shuffled": shuffled_B,
-            }
-            measured.setdefault(name, []).append({metric: value.cpu() for metric, value in metrics.items()})
+            found = {"shuffled": shuffled_B, **_localisation(batch, heatmaps_Bhw, images_BCHW)}
+            if "deletion" in wanted:
+                found["deletion"] = perturbation_curve(model, removal, heatmaps_Bhw, steps=steps, **options).auc
+            if "insertion" in wanted:
+                found["insertion"] = perturbation_curve(model, restoration, heatmaps_Bhw, steps=steps, **options).auc
+            if "road" in wanted:
+                found["road"] = road(model, images_BCHW, heatmaps_Bhw, target=target_B, **options)
+            if "saco" in wanted:
+                found["saco"] = saco(model, images_BCHW, heatmaps_Bhw, target=target_B, **options)
+            if pictures is not None:
+                found["grid"] = _on_grids(unique.get(name) or sources[name], model, pictures, target_B)
+            kept = {metric: value.cpu() for metric, value in found.items() if metric in wanted}
+            if not kept:
+                raise UsageError(
+                    f"the images have no boxes or masks, which {' and '.join(wanted)} need{'s' * (len(wanted) == 1)}; "
+                    "choose other metrics"
+                )
+            measured.setdefault(name, []).append(kept)
             if advance:
                 advance(left / len(maps))
         if "label" in batch:
@@ -406,6 +202,56 @@ def score(
     )
 
 
+class _Options(TypedDict):
+    batch_size: int
+    seed: int
+
+
+def check_metrics(metrics: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of metrics in the order of `METRICS`, the default ones for None.
+
+    Raises:
+        UsageError: there is no metric of a name, or no name at all.
+    """
+    chosen = DEFAULT_METRICS if metrics is None else tuple(metrics)
+    for name in chosen:
+        if name not in METRICS:
+            raise UsageError(f"there is no metric {name!r}.{nearest(name, METRICS)} All: {', '.join(METRICS)}.")
+    if not chosen:
+        raise UsageError("there is no metric to measure; pass at least one")
+    return tuple(name for name in METRICS if name in chosen)
+
+
+def _passes_of_map(wanted: Sequence[str], steps: int) -> int:
+    """Return the forward passes of an image that the metrics of one heatmap cost."""
+    costs = {"deletion": steps - 1, "insertion": steps - 1, "road": 2 * len(FRACTIONS), "saco": GROUPS}
+    return sum(cost for metric, cost in costs.items() if metric in wanted)
+
+
+def _seconds_of_imputation(wanted: Sequence[str], images_BCHW: Tensor) -> float:
+    """Return the seconds that `road` takes to fill in the pixels of an image for one heatmap, from a trial."""
+    if "road" not in wanted:
+        return 0.0
+    gone_HW = torch.zeros(images_BCHW.shape[2:], dtype=torch.bool, device=images_BCHW.device)
+    gone_HW[: len(gone_HW) // 2] = True
+    started = time.perf_counter()
+    some_BCHW = images_BCHW[:8]  # more than one, since images are filled in together
+    impute(some_BCHW, gone_HW.expand(len(some_BCHW), -1, -1))
+    return 2 * len(FRACTIONS) * (time.perf_counter() - started) / len(some_BCHW)
+
+
+def _on_grids(method: Method | FolderMaps, model: nn.Module, grids: Grids, target_B: Tensor) -> Tensor:
+    """Return `grid_pointing` of a method; NaN if it cannot make the heatmaps of grids."""
+    if isinstance(method, FolderMaps):
+        return torch.full((len(target_B),), torch.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MapWarning)
+        try:
+            return grid_pointing(model, grids, target_B, method)
+        except (UsageError, DataError):
+            return torch.full((len(target_B),), torch.nan)
+
+
 def _passes(method: Method | FolderMaps, model: nn.Module, images_BCHW: Tensor) -> int:
     if isinstance(method, FolderMaps):
         return 0
@@ -418,19 +264,20 @@ def _passes(method: Method | FolderMaps, model: nn.Module, images_BCHW: Tensor) 
 def _explain(
     method: Method, model: nn.Module, randoms: Sequence[nn.Module], images_BCHW: Tensor, target_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return a method's heatmaps, and their similarity to the method's heatmaps of models with shuffled weights."""
+    """Return a method's heatmaps, and their similarity to those of models with shuffled weights; NaN without such."""
     heatmaps_Bhw = method(model, images_BCHW, target=target_B).heatmaps
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MapWarning)  # maps of a model with shuffled weights are often constant
         others = [method(random, images_BCHW, target=target_B).heatmaps for random in randoms]
     similar = [rank_correlation(heatmaps_Bhw, other_Bhw).abs() for other_Bhw in others]
-    return heatmaps_Bhw, torch.stack(similar).mean(0)
+    return heatmaps_Bhw, torch.stack(similar).mean(0) if similar else torch.full((len(images_BCHW),), torch.nan)
 
 
-def _read(folder: FolderMaps, batch: Mapping[str, Any], model: nn.Module, images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+def _read(folder: FolderMaps, batch: Mapping[str, Any], images_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Return a folder's heatmaps, scaled as a method's are, and NaN for their similarity."""
-    read = FunctionMethod(lambda *_: folder.of_batch(batch))
-    return read(model, images_BCHW).heatmaps, torch.full((len(images_BCHW),), torch.nan)
+    raw_Bhw = folder.of_batch(batch).to(images_BCHW.device)
+    heatmaps_Bhw = normalise(raw_Bhw, "outside", printable(folder.folder))
+    return heatmaps_Bhw, torch.full((len(images_BCHW),), torch.nan)
 
 
 def _localisation(batch: Mapping[str, Any], heatmaps_Bhw: Tensor, images_BCHW: Tensor) -> dict[str, Tensor]:

@@ -195,7 +195,10 @@ def _heatmap(heatmap: AnalysedHeatmap, pack: EncodedArrays) -> Json:
         "map": _scaled(heatmap.values, pack),
         "raw": [float(f"{value:.4g}") for value in heatmap.raw],
         "curves": curves,
-        "unbeaten": {metric: list(names) for metric, names in heatmap.unbeaten.items()},
+        "compared": {
+            metric: {outcome: list(names) for outcome, names in found.items()}
+            for metric, found in heatmap.compared.items()
+        },
     }
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 LEVELS = (256, 64, 32, 16, 12, 10, 8, 6, 5, 4, 3)
 """Numbers of levels that the values of a row can be rounded to, in descending order."""
 
-_STEPS = 2048  # the upper bound halves each time `top` grows by this number
+_STEPS = 2048  # the upper bound of a row is 2^(−top / _STEPS)
 _NONE = 65_535  # `top` of a row in which all values are below 2^−32
 _KINDS = ("u1", "i1", "u2", "i4", "f4")
 

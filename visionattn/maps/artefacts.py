@@ -2,7 +2,7 @@
 
 Darcet et al. 2024, "Vision transformers need registers", 2309.16588, §2. These patches get attention regardless of what
 the image shows there. Models that are trained with register tokens have no high-norm patch tokens: they store the
-global information in the register tokens, which are not on the grid.
+global information in the register tokens, which are not on the grid. `add_registers` adds one without training.
 
 Shapes: B images, N tokens, C channels, h × w grid.
 """

@@ -28,14 +28,20 @@ from visionattn.capture import (
 )
 from visionattn.data import encode_image
 from visionattn.drawing import heatmap_sheet
-from visionattn.errors import DataError, UsageError, warn
+from visionattn.errors import BlankMapWarning, DataError, UsageError, warn
 
 Target: TypeAlias = int | Tensor | Callable[[Any], Tensor] | None  # a function gets the model's output, of any type
 
 _Output = TypeVar("_Output")
 
 Needs: TypeAlias = Literal["glimpses", "attention over positions", "gates over positions", "feature maps", "any model"]
-Cost: TypeAlias = Literal["a forward pass", "a forward and a backward pass", "a forward pass a channel"]
+Cost: TypeAlias = Literal[
+    "a forward pass",
+    "a forward and a backward pass",
+    "a forward pass a channel",
+    "a forward pass a mask",
+    "many forward and backward passes",
+]
 
 
 _SHOWN = 8  # largest number of images whose peak `repr` shows
@@ -134,11 +140,6 @@ class Method(ABC):
         """Return whether the method fits a model, given the model's survey."""
         return True
 
-    @classmethod
-    def is_default(cls, survey: Survey) -> bool:
-        """Return whether the method can be a model's default. The first such method in `METHODS` is the default."""
-        return False
-
     def passes(self, model: nn.Module, images_BCHW: Tensor) -> int:
         """Return about how many forward passes of an image its heatmap costs; a backward pass counts as two.
 
@@ -223,7 +224,8 @@ def normalise(raw_Bhw: Tensor, method: str, source: str) -> Tensor:
         zero = bool((scale[flat] == 0).all())
         warn(
             f"{int(flat.sum())} of {len(flat)} {method} heatmaps of {source} are {'zero' if zero else 'constant'} and "
-            "show nothing; try another layer or target"
+            "show nothing; try another layer or target",
+            BlankMapWarning,
         )
     return torch.where(flat, 0, (raw_Bhw - low) / torch.where(flat, 1, span))
 
@@ -266,8 +268,10 @@ def label_threshold(model: nn.Module) -> float | None:
 
 
 def probabilities_of(model: nn.Module, scores_BK: Tensor) -> Tensor:
-    """Convert a model's scores to probabilities (B, K): sigmoid for independent labels, otherwise softmax."""
-    return scores_BK.softmax(1) if label_threshold(model) is None else scores_BK.sigmoid()
+    """Convert a model's scores to probabilities (B, K): sigmoid for independent labels or one score, else softmax."""
+    if label_threshold(model) is None and scores_BK.shape[1] > 1:
+        return scores_BK.softmax(1)
+    return scores_BK.sigmoid()
 
 
 def scores_of(output: object) -> Tensor:
@@ -363,6 +367,12 @@ def fuse_heads(weights: Tensor, fuse: str, axis: int) -> Tensor:
 def attention_source(record: Record | Site) -> str:
     """Return the `source` of heatmaps that show the attention of a module."""
     return f"attention of {record.name}"
+
+
+def layers_source(survey: Survey, used: int) -> str:
+    """Return how many of a model's layers of attention a method uses, as the `source` of its heatmaps."""
+    count = len(survey.attention) + len(survey.unlabelled)
+    return f"all {count} layers of attention" if used == count else f"{used} of {count} layers of attention"
 
 
 def require_attention(method: str, model: nn.Module, images_BCHW: Tensor) -> Survey:

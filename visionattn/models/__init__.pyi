@@ -7,9 +7,9 @@ from .backbone import create_backbone as create_backbone
 from .backbone import preprocess_of as preprocess_of
 from .classifier import Classifier as Classifier
 from .convnet import ConvNet as ConvNet
+from .detector import Detections as Detections
+from .detector import Detector as Detector
 from .detectors.dense import DenseDetector as DenseDetector
-from .detectors.detector import Detections as Detections
-from .detectors.detector import Detector as Detector
 from .detectors.feature_pyramid import FeaturePyramid as FeaturePyramid
 from .detectors.query import QueryDetector as QueryDetector
 from .detectors.torchvision_detector import TorchvisionDetector as TorchvisionDetector
@@ -24,6 +24,7 @@ from .resolve import NamedModel as NamedModel
 from .resolve import check_size as check_size
 from .resolve import load_model as load_model
 from .sources.efficientnet_lite import efficientnet_lite0 as efficientnet_lite0
+from .sources.transformers_detector import TransformersDetector as TransformersDetector
 from .sources.user_model import create_user_model as create_user_model
 from .sources.user_model import import_package as import_package
 from .weights import load_weights as load_weights

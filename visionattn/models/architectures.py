@@ -1,7 +1,7 @@
-"""What a network is, as plain data in a checkpoint: its architecture if a place names it, and its arguments.
+"""The architecture of a named model, and the arguments of a network, as plain data for checkpoints.
 
-A name such as that of a model on the hub does not say what the network is. So a checkpoint also holds the network's
-architecture, and a network is built from a checkpoint without asking the hub or opening other files.
+The name of a model on the hub or in a folder does not describe its layers. So a checkpoint also holds the architecture,
+and loading a checkpoint neither asks the hub nor opens other files.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _known: ContextVar[Mapping[str, Architecture] | None] = ContextVar("known archit
 
 @contextlib.contextmanager
 def only_known_architectures(known: Mapping[str, Architecture]) -> Iterator[None]:
-    """Build models that are named by a place only from these architectures, name → architecture."""
+    """In this context, build models of the hub or of a folder only from these architectures (name → architecture)."""
     token = _known.set(known)
     try:
         yield
@@ -38,7 +38,7 @@ def known_architecture(name: str) -> Architecture | None:
     """Return the architecture to build a named model from; None if the hub or the folder may be read.
 
     Raises:
-        DataError: within `only_known_architectures`, which do not have the name.
+        DataError: only known architectures may be used, and none is known for this name.
     """
     known = _known.get()
     if known is not None and name not in known:
@@ -52,7 +52,7 @@ def remember_architecture(model: nn.Module, name: str, architecture: Architectur
 
 
 def architectures_in(model: nn.Module) -> dict[str, Architecture]:
-    """Return name → architecture of the model and its parts that were named by a place."""
+    """Return name → architecture of those parts of a model that were made from a name on the hub or of a folder."""
     found = [vars(part).get("named_architecture") for part in model.modules()]
     return {pair[0]: pair[1] for pair in found if pair is not None}
 
@@ -87,7 +87,7 @@ def description_of(module: nn.Module, *, leave_out: tuple[str, ...] = ()) -> dic
     """
     arguments = {name: value for name, value in _arguments.get(module, {}).items() if name not in leave_out}
     if module not in _arguments:
-        raise DataError(f"the arguments of its {_path(type(module))} are not known")
+        raise DataError(f"the arguments of the {_path(type(module))} are not known")
     return {
         "class_path": _path(type(module)),
         "init_args": {name: _described(value, name) for name, value in arguments.items()},

@@ -1,7 +1,9 @@
 """timm models by name, with weights from the hub or from a file, and their preprocessing and class names."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol, cast
 
 import timm
@@ -9,16 +11,21 @@ from timm.models import _hub
 from torch import nn
 
 from visionattn.data import Preprocess, image_shape
-from visionattn.errors import DataError, UsageError, nearest
+from visionattn.errors import DataError, UsageError, first_line, nearest
+from visionattn.files import printable
 from visionattn.models.architectures import Architecture, known_architecture, remember_architecture
+from visionattn.models.hub import only_cache_without_network
 from visionattn.models.weights import (
-    first_line,
     head_rows,
     mismatch_error,
     read_state,
+    require_weights,
     weights_mismatch,
     without_wrappers,
 )
+
+PLACES = ("hf-hub:", "hf_hub:", "local-dir:")
+"""Prefixes of names of timm models that are on the hub or in a folder."""
 
 _FITS: dict[str, Literal["crop", "letterbox", "stretch"]] = {
     "center": "crop",
@@ -54,30 +61,17 @@ def create_backbone(
         DataError: the weights cannot be loaded, or do not fit the model.
     """
     made_from = _check_name(name)
-    if new_head and weights is None:
-        raise UsageError("new_head (--new-head) needs weights (--weights), from which all but the head is loaded")
+    if new_head:
+        require_weights(weights)
     if made_from is not None:
         name, options = made_from["architecture"], {**made_from["options"], **options}
         own_classes = options.pop("num_classes", None)
         num_classes = own_classes if num_classes is None else num_classes
-    if weights is None and not pretrained:
-        return _create(name, num_classes=num_classes, **options)
     if weights is None:
-        # offline, the hub's client warns at each of its eleven attempts; the error below reports the failure once
-        client = logging.getLogger("huggingface_hub")
-        level = client.level
-        try:
-            client.setLevel(logging.ERROR)
-            return _create(name, pretrained=True, num_classes=num_classes, **options)
-        except UsageError:
-            raise
-        except Exception as error:  # each hub client raises errors of its own
-            raise DataError(
-                f"the weights of {name!r} could not be loaded from the hub ({first_line(error)}); "
-                "give a local file instead: weights: FILE, a state dict as .safetensors or .pth"
-            ) from error
-        finally:
-            client.setLevel(level)
+        if not pretrained and not name.startswith(PLACES):
+            return _create(name, num_classes=num_classes, **options)
+        with _reading(name):
+            return _create(name, pretrained=pretrained, num_classes=num_classes, **options)
 
     if name.startswith(PLACES):
         raise UsageError(f"{name} has its own weights; give weights only with a name of timm, such as resnet50")
@@ -101,12 +95,39 @@ def create_backbone(
     return model
 
 
-PLACES = ("hf-hub:", "hf_hub:", "local-dir:")
-"""Prefixes of names of timm models that are on the hub or in a folder."""
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turn the errors of reading a model from the hub or from a folder into a DataError."""
+    # offline, the hub's client warns at each of its eleven attempts; the error below reports the failure once
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    try:
+        client.setLevel(logging.ERROR)
+        with contextlib.nullcontext() if name.startswith("local-dir:") else only_cache_without_network():
+            yield
+    except UsageError:
+        raise
+    except Exception as error:  # each hub client raises errors of its own
+        place = name.partition(":")[2]
+        if name.startswith("local-dir:"):
+            message = f"{name} cannot be read from the folder {printable(place)} ({first_line(error)})"
+        elif name.startswith(PLACES):
+            message = (
+                f"{name} could not be loaded from the hub ({first_line(error)}); download its files on another machine "
+                "and give their folder instead: local-dir:FOLDER"
+            )
+        else:
+            message = (
+                f"the weights of {name!r} could not be loaded from the hub ({first_line(error)}); "
+                "give a local file instead: weights: FILE, a state dict as .safetensors or .pth"
+            )
+        raise DataError(message) from error
+    finally:
+        client.setLevel(level)
 
 
 def _check_name(name: str) -> Architecture | None:
-    """Return the architecture of a place's model if only that may be used, else None.
+    """Return the `known_architecture` of a model on the hub or in a folder; None for other names.
 
     Raises:
         UsageError: timm has no such model.

@@ -1,12 +1,13 @@
 """A named backbone as a classifier, with optional attention and token reduction."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from visionattn.attention import SelfAttention, TokenReduction, insert, reduce_tokens, swap_attention
+from visionattn.attention import RegisterToken, SelfAttention, TokenReduction, insert, reduce_tokens, swap_attention
+from visionattn.errors import UsageError
 from visionattn.models.architectures import remember_arguments
 from visionattn.models.resolve import create_network
 
@@ -33,12 +34,15 @@ class Classifier(nn.Module):
             `visionattn.attention.Windowed`. They replace a ViT's self-attention but keep its weights; the layers use
             the functions in turn (default: no replacement).
         self_attention_at: names of the ViT's attention modules for `swap_attention` (default: all).
+        self_attention_gate: `head` or `channel`, see `swap_attention`; needs `self_attention` (default: no gate).
         tokens: token reduction that merges or prunes tokens from block to block of a ViT, e.g.
             `visionattn.attention.TokenMerging` (default: no reduction). A reduction has no weights, so a model can be
             trained with one and tested without, or the reverse.
+        registers: neurons of a ViT whose activation moves into an extra token, see `RegisterToken`: name of a linear
+            layer of the backbone → indices, as `maps.add_registers` finds them (default: no register).
 
     Raises:
-        UsageError, DataError: see `create_network`, `insert`, `swap_attention` and `reduce_tokens`.
+        UsageError, DataError: see `create_network`, `insert`, `swap_attention`, `reduce_tokens` and `RegisterToken`.
 
     Shape: (B, 3, H, W), normalised → logits (B, K).
     """
@@ -57,7 +61,9 @@ class Classifier(nn.Module):
         attention_preserve: bool = True,
         self_attention: list[Callable[[int], SelfAttention]] | None = None,  # jsonargparse cannot parse "one or a list"
         self_attention_at: str | list[str] | None = None,
+        self_attention_gate: Literal["head", "channel"] | None = None,
         tokens: TokenReduction | None = None,
+        registers: dict[str, list[int]] | None = None,
     ) -> None:
         super().__init__()
         remember_arguments(self)
@@ -71,12 +77,16 @@ class Classifier(nn.Module):
             **(options or {}),
         )
         if self_attention is not None:
-            swap_attention(self.backbone, self_attention, at=self_attention_at)
+            swap_attention(self.backbone, self_attention, at=self_attention_at, gate=self_attention_gate)
+        elif self_attention_gate is not None:
+            raise UsageError("self_attention_gate needs self_attention, e.g. visionattn.attention.Dense")
         if attention is not None:
             image = example_image(options or {})
             insert(self.backbone, attention, at=attention_at, preserve=attention_preserve, image=image)
         if tokens is not None:
             reduce_tokens(self.backbone, tokens)
+        if registers is not None:
+            RegisterToken(self.backbone, registers)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.backbone(x_BCHW)

@@ -233,7 +233,8 @@ class GlimpseNetwork(nn.Module):
     def _glimpse(self, view: View, location_N2: Tensor, memory: Memory) -> Memory:
         """Read the patches at a location, and update the memory."""
         batch = len(view.planes[0])
-        patch_BRSChw = self.retina.look(view, location_N2.unflatten(0, (batch, -1)))
+        rollouts = len(location_N2) // max(1, batch)  # a process without images gets an empty batch
+        patch_BRSChw = self.retina.look(view, location_N2.unflatten(0, (batch, rollouts)))
         what_NG = self.what(self.encoder(patch_BRSChw.flatten(0, 1).flatten(1, 2)))
         glimpse_NG = (what_NG + self.where(location_N2)).relu()
         if isinstance(self.core, nn.LSTMCell):

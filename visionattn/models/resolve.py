@@ -3,22 +3,25 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from visionattn.data import Preprocess
-from visionattn.errors import UsageError, nearest
+from visionattn.errors import UsageError, first_line, nearest
 from visionattn.models import backbone
 from visionattn.models.sources import (
     torchvision_classifier,
     transformers_classifier,
+    transformers_detector,
     transformers_processor,
     transformers_source,
 )
 from visionattn.models.sources.user_model import create_user_model
-from visionattn.models.weights import first_line, head_of
+from visionattn.models.weights import head_of, outputs_of
+
+Kind: TypeAlias = Literal["timm", "torchvision", "transformers", "own"]
 
 KINDS = (
     "a name of timm, hf-hub:OWNER/NAME or local-dir:FOLDER (timm), torchvision:NAME[/WEIGHTS], "
@@ -79,8 +82,8 @@ def load_model(
         name: a name of timm (`resnet50`), `hf-hub:OWNER/NAME` or `local-dir:FOLDER` of timm; `torchvision:resnet50`,
             with other weights than the default `torchvision:resnet50/IMAGENET1K_V1`; `hf:OWNER/NAME` or `hf:FOLDER` of
             transformers; or `mynet:make`, a function of your module that returns the network.
-        pretrained: load the weights that belong to the name; without them and without `weights`, the weights are random
-            and the class names are empty (default: True).
+        pretrained: load the weights that belong to the name (default: True). If False, and without `weights`, the
+            weights are random and the class names are empty; this needs the name of a model, and no MODULE:FUNCTION.
         weights: file of weights to load instead, see `read_state`.
         new_head: load all weights but the head's, which stays random (default: False).
         classes: names of the outputs (default: those that belong to the name). For a CLIP or SigLIP, the texts to
@@ -98,10 +101,13 @@ def load_model(
     own = pretrained and weights is None
     names: Sequence[str] = ()
     if kind == "own":
+        if not pretrained and weights is None:
+            raise UsageError(
+                f"{name} returns weights of its own; random weights (--weights random, or pretrained=False in Python) "
+                "need the name of a model"
+            )
         network = create_user_model(name, weights, new_head=new_head)
-        if own and hasattr(
-            network, "pretrained_cfg"
-        ):  # a network of timm, such as visionattn.models:efficientnet_lite0
+        if own and hasattr(network, "pretrained_cfg"):  # of timm, such as visionattn.models:efficientnet_lite0
             names = backbone.class_names_of(network)
     elif kind == "transformers" and transformers_classifier.is_zero_shot(name) and not (weights or new_head):
         if not classes:
@@ -114,7 +120,7 @@ def load_model(
         names = _names_of(name, kind, network) if own or (weights and not new_head) else ()
     if preprocess is None:
         preprocess = _preprocess_of(name, kind, network)
-    return NamedModel(network.eval(), preprocess, tuple(classes) or tuple(names)).eval()
+    return NamedModel(network, preprocess, classes or names).eval()
 
 
 def create_network(
@@ -141,12 +147,14 @@ def create_network(
         raise UsageError(
             f"{name} cannot be a backbone; give your own network as a class: network: {{class_path: module.Class}}"
         )
+    if kind == "transformers" and transformers_detector.is_transformers_detector(name):
+        raise UsageError(f"{name} is a detector, which cannot be a backbone; give the name of a classifier")
     return _CREATE[kind](
         name, num_classes=num_classes, pretrained=pretrained, weights=weights, new_head=new_head, **options
     )
 
 
-def kind_of(name: str) -> str:
+def kind_of(name: str) -> Kind:
     """Return the kind of a model's name: timm, torchvision, transformers or own.
 
     Raises:
@@ -168,10 +176,10 @@ def kind_of(name: str) -> str:
         near = nearest(f"{prefix}:", ("torchvision:", "hf:", "hf-hub:", "local-dir:"))
         if not near or _is_module(prefix):
             return "own"
-        raise UsageError(f"{name!r} names no kind of model that there is.{near} A model is {KINDS}.")
+        raise UsageError(f"{name!r} is not a model name.{near} Give {KINDS}.")
     if colon or "/" in name:
         remedy = f" For a model of transformers, write hf:{name}." if not colon else ""
-        raise UsageError(f"{name!r} names no kind of model that there is.{remedy} A model is {KINDS}.")
+        raise UsageError(f"{name!r} is not a model name.{remedy} Give {KINDS}.")
     return "timm"
 
 
@@ -185,26 +193,31 @@ def _is_module(name: str) -> bool:
     return importlib.util.find_spec(name.partition(".")[0]) is not None
 
 
-_CREATE: dict[str, Callable[..., nn.Module]] = {
+def _create_of_transformers(name: str, **options: Any) -> nn.Module:
+    if transformers_detector.is_transformers_detector(name):
+        return transformers_detector.create_transformers_detector(name, **options)
+    return transformers_classifier.create_transformers_classifier(name, **options)
+
+
+_CREATE: dict[Kind, Callable[..., nn.Module]] = {
     "timm": backbone.create_backbone,
     "torchvision": torchvision_classifier.create_torchvision_classifier,
-    "transformers": transformers_classifier.create_transformers_classifier,
+    "transformers": _create_of_transformers,
 }
 
 
-def _names_of(name: str, kind: str, network: nn.Module) -> tuple[str, ...]:
+def _names_of(name: str, kind: Kind, network: nn.Module) -> tuple[str, ...]:
     """Return the class names that belong to a name, if the network has as many outputs."""
     if kind == "timm":
         return backbone.class_names_of(network)
     if kind == "torchvision":
         names = torchvision_classifier.torchvision_class_names(name)
-        outputs = network.get_submodule(head_of(network))
-        return names if len(names) in (getattr(outputs, "out_features", 0), getattr(outputs, "out_channels", 0)) else ()
+        return names if len(names) == outputs_of(network, head_of(network)) else ()
     names = transformers_classifier.transformers_class_names(name)
     return names if len(names) == network.num_classes else ()
 
 
-def _preprocess_of(name: str, kind: str, network: nn.Module) -> Preprocess | None:
+def _preprocess_of(name: str, kind: Kind, network: nn.Module) -> Preprocess | None:
     if kind == "timm":
         return backbone.preprocess_of(network)
     if kind == "torchvision":

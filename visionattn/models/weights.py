@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visionattn.errors import DataError
+from visionattn.errors import DataError, UsageError, first_line
 from visionattn.files import local_path, printable
 
 _NESTED = ("state_dict", "model", "model_state_dict", "net", "network", "model_ema", "state_dict_ema", "ema", "teacher")
-"""Keys under which a file of torch holds its weights; the first that the file has is taken."""
+"""Keys under which a file of torch holds its weights; the first with a tensor is taken."""
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")
 _PART = re.compile(r"-\d{5}-of-\d{5}\.")
@@ -65,13 +65,14 @@ def _read_file(name: str) -> dict[str, Tensor]:
     return {str(key): value.detach() for key, value in state.items()}
 
 
-def _unnested(content: object) -> Mapping[str, Any]:
-    """Return the innermost mapping of names to tensors."""
+def _unnested(content: object, depth: int = 3) -> Mapping[str, Any]:
+    """Return the innermost mapping of names to tensors, at most `depth` levels below the content."""
     if not isinstance(content, Mapping):
         return {}
-    for key in _NESTED:
-        if isinstance(inner := content.get(key), Mapping) and inner:
-            return _unnested(inner)
+    for key in _NESTED if depth else ():
+        inner = _unnested(content.get(key), depth - 1)
+        if any(isinstance(value, Tensor) for value in inner.values()):
+            return inner
     return content
 
 
@@ -103,8 +104,9 @@ def load_weights(
     Args:
         model: the model.
         path: see `read_state`.
-        new_head: keep the model's head as it is, and load all other weights; entries of the file that the model does
-            not have are left out, and named on the error stream (default: all weights must fit).
+        new_head: load all weights but those of the head, the last linear layer or convolution that the model
+            registered. The error stream names this layer, and entries of the file that the model does not have
+            (default: all weights must fit).
         name: name of the model in messages (default: the name of its class).
 
     Raises:
@@ -118,21 +120,70 @@ def load_state(
     state: Mapping[str, Tensor],
     path: str | os.PathLike[str],
     *,
+    heads: Sequence[str] | None = None,
     new_head: bool = False,
     name: str | None = None,
 ) -> None:
-    """Load the weights that were read from a file; see `load_weights`."""
+    """Load the weights that were read from a file; see `load_weights`.
+
+    Args:
+        heads: names of the model's heads (default: its last layer, which is then named on the error stream).
+    """
     state = without_prefix(state, model)
-    head = f"{head_of(model)}."
+    head = tuple(f"{name}." for name in heads or (head_of(model),))
     wanted = {key: value for key, value in model.state_dict().items() if not (new_head and key.startswith(head))}
     if new_head:
+        if heads is None:
+            print(
+                f"{printable(os.fspath(path))}: all weights are loaded but those of {head_of(model)}, the last layer "
+                f"of {name or type(model).__name__}",
+                file=sys.stderr,
+            )
         unused = [key for key in state if key not in wanted and not key.startswith(head)]
         state = {key: value for key, value in state.items() if key in wanted}
         if unused:
-            print(f"{printable(os.fspath(path))}: not used are {_count(unused)}", file=sys.stderr)
+            print(
+                f"the model does not use {_count(unused, 'of the weights')} in {printable(os.fspath(path))}",
+                file=sys.stderr,
+            )
     if reason := _mismatch(wanted, state):
         raise mismatch_error(path, name or type(model).__name__, reason, only_head=_only_head(wanted, state, head))
     model.load_state_dict(state, strict=not new_head)
+
+
+def load_classifier(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    *,
+    heads: Sequence[str],
+    num_classes: int | None,
+    new_head: bool,
+    name: str,
+) -> None:
+    """Load the weights that were read from a file into a classifier, which then has `num_classes` outputs.
+
+    Args:
+        model: the classifier.
+        state, path: the weights and their file.
+        heads: names of the model's heads.
+        num_classes: number of outputs (default: as many as in the weights; with new_head, as many as the model has).
+        new_head, name: see `load_weights`.
+    """
+    wanted = num_classes if new_head else head_rows(without_prefix(state, model), heads[0])
+    replace_heads(model, heads, wanted)
+    load_state(model, state, path, heads=heads, new_head=new_head, name=name)
+    replace_heads(model, heads, num_classes)
+
+
+def require_weights(weights: object) -> None:
+    """Refuse a new head without a file of weights.
+
+    Raises:
+        UsageError: there are no weights.
+    """
+    if weights is None:
+        raise UsageError("new_head (--new-head) needs weights (--weights), from which all but the head is loaded")
 
 
 def mismatch_error(path: str | os.PathLike[str], name: str, reason: str, *, only_head: bool = False) -> DataError:
@@ -143,7 +194,7 @@ def mismatch_error(path: str | os.PathLike[str], name: str, reason: str, *, only
     )
 
 
-def _only_head(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], head: str) -> bool:
+def _only_head(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], head: tuple[str, ...]) -> bool:
     fitting = {key for key, value in wanted.items() if key in state and state[key].shape == value.shape}
     return all(key.startswith(head) for key in wanted.keys() - fitting)
 
@@ -171,9 +222,10 @@ def without_wrappers(state: Mapping[str, Tensor], anchors: Sequence[str]) -> dic
     """Remove the prefix of a timm model's state dict, of which only some names are known.
 
     Args:
-        state: names may share a prefix.
-        anchors: names that the model has, e.g. `conv1.weight`; the shortest prefix of one of them is removed. If the
-            state dict has none of them, prefixes that wrappers of a network add to all names are removed.
+        state: a state dict whose names may all start with the same prefix.
+        anchors: names that the model has, e.g. `conv1.weight`. If the state dict has one of them with a prefix, the
+            shortest such prefix is removed from all names. Otherwise prefixes such as `module.` are removed, if all
+            names have them.
     """
     prefixes = sorted(
         (
@@ -221,28 +273,31 @@ def head_of(model: nn.Module) -> str:
     return names[-1] if names else ""
 
 
-def replace_head(model: nn.Module, num_classes: int) -> None:
-    """Replace the head of a classifier by a new one with another number of outputs, in place."""
-    name = head_of(model)
-    old = model.get_submodule(name)
-    bias = getattr(old, "bias", None) is not None
-    new: nn.Module
-    if isinstance(old, nn.Linear):
-        new = nn.Linear(old.in_features, num_classes, bias=bias)
-    else:
-        assert isinstance(old, nn.Conv2d)
-        new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, old.stride, old.padding, bias=bias)  # type: ignore[arg-type]  # pairs of int
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
+def outputs_of(model: nn.Module, head: str) -> int:
+    """Return the number of outputs of a head; 0 if it is no linear layer or convolution."""
+    part = model.get_submodule(head)
+    return int(getattr(part, "out_features", 0) or getattr(part, "out_channels", 0))
+
+
+def replace_heads(model: nn.Module, heads: Sequence[str], num_classes: int | None) -> None:
+    """Replace the heads of a classifier that have another number of outputs, in place; None keeps all."""
+    for name in heads:
+        if num_classes in (None, outputs_of(model, name)):
+            continue
+        assert num_classes is not None
+        old = model.get_submodule(name)
+        bias = getattr(old, "bias", None) is not None
+        new: nn.Module
+        if isinstance(old, nn.Linear):
+            new = nn.Linear(old.in_features, num_classes, bias=bias)
+        else:
+            assert isinstance(old, nn.Conv2d)
+            new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, old.stride, old.padding, bias=bias)  # type: ignore[arg-type]  # pairs of int
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
 
 
 def head_rows(state: Mapping[str, Tensor], head: str) -> int | None:
     """Return the number of outputs of the head in a state dict; None if it has no such head."""
     weight = state.get(f"{head}.weight")
     return None if weight is None else weight.shape[0]
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, with the second if the first ends in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

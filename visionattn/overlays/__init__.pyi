@@ -5,6 +5,7 @@ from .explainer import find_method as find_method
 from .explainer import grey_image as grey_image
 from .explainer import is_detector as is_detector
 from .explainer import labels_above as labels_above
+from .explainer import predictions_of as predictions_of
 from .folder.export import export as export
 from .folder.processes import Processes as Processes
 from .folder.processes import gather as gather
@@ -19,3 +20,4 @@ from .outputs import OutputKind as OutputKind
 from .outputs import OutputScene as OutputScene
 from .outputs import output as output
 from .per_box import page_detections as page_detections
+from .targets import TARGETS as TARGETS

@@ -228,7 +228,7 @@ def describe_model(model: nn.Module) -> tuple[nn.Module, Preprocess | None, tupl
     return model, None, ()
 
 
-_told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_warned: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def assumed_preprocess(model: nn.Module, *, stacklevel: int) -> Preprocess:
@@ -243,13 +243,14 @@ def assumed_preprocess(model: nn.Module, *, stacklevel: int) -> Preprocess:
         are ImageNet's.
     """
     preprocess = Preprocess(image_shape(model)[1:])
-    if model not in _told:
-        _told.add(model)
+    if model not in _warned:
+        _warned.add(model)
         height, width = preprocess.input_size
+        size = height if height == width else (height, width)
         warnings.warn(
             f"this {type(model).__name__} does not say how its images are prepared, so they are cropped to {height} × "
             f"{width} pixels and normalised with mean {preprocess.mean} and std {preprocess.std}; if it was trained "
-            f"otherwise, pass preprocess=visionattn.data.Preprocess({height}, mean=…, std=…)",
+            f"otherwise, pass preprocess=visionattn.data.Preprocess({size}, mean=…, std=…)",
             MapWarning,
             stacklevel=stacklevel,
         )

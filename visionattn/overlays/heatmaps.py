@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias, TypeGuard, overload
+from typing import Any, BinaryIO, TypeAlias, TypeGuard, overload
 
 import numpy as np
 import torch
@@ -32,9 +32,11 @@ from visionattn.overlays.explainer import (
     predictions_of,
 )
 from visionattn.overlays.outputs import ExplainedImage, OutputScene
+from visionattn.overlays.targets import named_target
 
-Picture: TypeAlias = str | bytes | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
-"""A file, a PIL image, (H, W, 3) uint8 RGB, or a normalised tensor (C, H, W)."""
+Picture: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image.Image | NDArray[np.uint8] | Tensor
+"""A file's name (also as bytes), a file that is open for reading (e.g. `io.BytesIO(content)`), a PIL image, (H, W, 3)
+uint8 RGB, or a normalised tensor (C, H, W)."""
 
 Target: TypeAlias = int | str | Sequence[int] | Tensor | Callable[[Any], Tensor] | None
 """An output's index or class name, one index for each picture, or a function from the model's output to (B,) scores."""
@@ -55,7 +57,8 @@ class Heatmap:
         target: index of the explained output; None if the method explains no particular output.
         prediction: index of the most probable class; None if the model is no classifier.
         class_name: name of the predicted class; None if unknown.
-        probability: softmax probability of the predicted class; None if the model is no classifier.
+        probability: probability of the predicted class, by sigmoid for independent labels, else by softmax; None if
+            the model is no classifier.
         explained: the explanation, with the heatmap on the model's grid (`heatmap_hw`) and the source's `placement`.
     """
 
@@ -156,7 +159,7 @@ class Heatmap:
         return encode_image(shrink(self.overlay(), _SHOWN), ".png")
 
 
-_Single: TypeAlias = str | bytes | os.PathLike[str] | Image.Image
+_Single: TypeAlias = str | bytes | os.PathLike[str] | BinaryIO | Image.Image
 
 
 @overload
@@ -225,8 +228,9 @@ def heatmap(
             an array or tensor with one more axis, is one batch.
         method: a name in `maps.METHODS` or `maps.BOX_METHODS`, or a method. Default: one that fits the model.
         layer: name of a module, or its index among the modules that the method uses. Default: chosen by the method.
-        target: the output to explain: an index, a class name, one index for each picture, or a function from the
-            model's output to (B,) scores. Default: the highest output of each picture.
+        target: the output to explain: an index, a class name or another form of `visionattn overlay --target`, one
+            index for each picture, or a function from the model's output to (B,) scores, e.g. `maps.Margin`. Default:
+            the highest output of each picture.
         preprocess: prepares a picture for the model. Default: the model's own, known for timm, torchvision, tasks and
             `load_model`; for other models 224 × 224 pixels with ImageNet's mean and std, which a warning says once.
             For tensors, only its mean and std are used, to show them as pictures (default: ImageNet's).
@@ -344,13 +348,17 @@ def _is_single(image: "Picture | Sequence[Picture]") -> TypeGuard[Picture]:
                 f"an image is (H, W, 3) uint8 RGB or a tensor (C, H, W), got {tuple(image.shape)} {image.dtype}"
             )
         return image.ndim == 3
-    if isinstance(image, (str, bytes, os.PathLike, Image.Image)):
+    if isinstance(image, Image.Image) or _is_file(image):
         return True
     if isinstance(image, Sequence):
         return False
     raise UsageError(
         f"an image is a file, a PIL image, (H, W, 3) uint8 RGB or a tensor (C, H, W), got {type(image).__name__}"
     )
+
+
+def _is_file(image: object) -> "TypeGuard[str | bytes | os.PathLike[str] | BinaryIO]":
+    return isinstance(image, (str, bytes, os.PathLike)) or hasattr(image, "read")
 
 
 def _prepare(
@@ -369,10 +377,12 @@ def _prepare(
         return shown, Placement.identity((shown.shape[0], shown.shape[1])), picture.detach()
     if isinstance(picture, Image.Image):
         picture = upright(picture)
-    elif isinstance(picture, (str, bytes, os.PathLike)):
+    elif _is_file(picture):
         picture = read_image(picture)
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        kind = f"{tuple(picture.shape)} {picture.dtype}" if hasattr(picture, "dtype") else type(picture).__name__
+        kind = type(picture).__name__
+        if isinstance(picture, (Tensor, np.ndarray)):
+            kind = f"{tuple(picture.shape)} {picture.dtype}"
         raise UsageError(
             "an image is a file, a PIL image, (H, W, 3) uint8 RGB or a normalised float tensor (C, H, W); "
             f"image {number + 1} is {kind}"
@@ -383,9 +393,9 @@ def _prepare(
 
 
 def _target_of_method(explainer: Explainer, target: Target) -> "int | Tensor | Callable[[Any], Tensor] | None":
-    """Convert the target to the form that methods take: class names and lists become indices."""
+    """Convert the target to the form that methods take."""
     if isinstance(target, str):
-        return explainer.target(target)
+        return named_target(explainer, target)
     if isinstance(target, Sequence):
         return torch.tensor(target)
     return target

@@ -353,15 +353,15 @@ def check_needs(kinds: Sequence[str], *, model: str, method: str, available: Col
     """
     advice = {
         "glimpses": "take the method gaze with a network that reads the image through a Retina",
-        "boxes": "take odam, sampling or attention with a detector",
+        "boxes": "take odam, sampling, attention or drise with a detector",
         "a GlimpseNetwork": "take a GlimpseNetwork",
     }
     for kind in kinds:
         need = OUTPUTS[kind].needs
         if need in advice and need not in available:
             raise UsageError(
-                f"the output {kind} needs {need}, and {method} on this {model} gives none; save another kind, or "
-                f"{advice[need]}"
+                f"the kind of output {kind!r} needs {need}, and {method} on this {model} gives none; save another "
+                f"kind, or {advice[need]}"
             )
 
 

@@ -398,7 +398,9 @@ def _is_plain(value: object) -> bool:
         return all(map(_is_plain, value))
     if isinstance(value, Mapping):
         return _is_plain([*value, *value.values()])
-    return value is None or isinstance(value, (bool, int, float)) or (isinstance(value, str) and value.isidentifier())
+    if isinstance(value, str):
+        return re.fullmatch(r"\w[\w-]*", value) is not None  # neither a path nor an address
+    return value is None or isinstance(value, (bool, int, float))
 
 
 def _trusted_class(class_path: str, path: str | os.PathLike[str], trusted: tuple[str, ...]) -> type:

@@ -5,7 +5,7 @@ The weights are .safetensors files, which cannot contain code. `checkpoints.load
 
 import re
 
-from visionattn.errors import DataError, UsageError
+from visionattn.errors import DataError, UsageError, first_line
 
 PREFIX = "hf://"
 """Prefix of a model's name on the hub: `hf://owner/name`, or `hf://owner/name@revision`."""
@@ -35,14 +35,9 @@ def fetch(name: str) -> str:
     try:
         return str(hf_hub_download(repo_id=repo, filename=WEIGHTS, revision=revision or None))
     except Exception as error:
-        raise DataError(f"{name} could not be downloaded from the hub: {_first_line(error)}") from error
+        raise DataError(f"{name} could not be downloaded from the hub: {first_line(error)}") from error
 
 
 def _check_name(repo: str) -> None:
     if not _NAME.fullmatch(repo):
         raise UsageError(f"a model on the hub is named owner/name, got {repo!r}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

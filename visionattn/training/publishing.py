@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from visionattn.errors import DataError, UsageError
+from visionattn.errors import DataError, UsageError, first_line
 from visionattn.files import write_file
 from visionattn.tasks import CHECKPOINT_ENTRY
-from visionattn.training.hub import PREFIX, WEIGHTS, _check_name, _first_line
+from visionattn.training.hub import PREFIX, WEIGHTS, _check_name
 
 _TASKS = {
     "Classification": "image-classification",
@@ -58,7 +58,7 @@ def push(
             address = api.create_repo(repo_id=repo, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo, folder_path=folder, commit_message="visionattn push")
         except Exception as error:  # the hub's client raises many kinds of exceptions
-            raise DataError(f"{repo} cannot be uploaded to the hub: {_first_line(error)}") from error
+            raise DataError(f"{repo} cannot be uploaded to the hub: {first_line(error)}") from error
     return str(address)
 
 

@@ -1,4 +1,4 @@
-"""Locations of other RAM code: our retina reads the pixels that a loop over that code's slices reads."""
+"""Converted locations of other recurrent-attention code: our retina reads the pixels that this code slices out."""
 
 import numpy as np
 import pytest

@@ -178,7 +178,7 @@ def randomise(model: nn.Module, image: torch.Tensor) -> None:
 
 
 def outputs_of(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
-    """Return all outputs in evaluation mode; train() first drops cached state (timm's tables of biases)."""
+    """Return all outputs in evaluation mode. `train` is called first: it drops timm's cached biases."""
     return tensors(model.train().eval()(image))
 
 
@@ -201,8 +201,9 @@ def table(rows: list[Row]) -> str:
         "`python -m tests.attention.insertion.coverage`, whose docstring says how the models were chosen.",
         "",
         f"**{len(covered)} of {len(families)} timm families ({100 * len(covered) / len(families):.0f} %)** accept CBAM "
-        "after every stage: weights of the original model load strictly; the outputs are equal bit by bit; γ has a "
-        "gradient in the first step, and the mechanism in the second; a state dict restores the trained model; and "
+        "after every stage: weights of the original model load strictly; the outputs are equal bit by bit; the learned "
+        "scale γ has a gradient in the first step, and the mechanism has one in the second; a state dict restores the "
+        "trained model; and "
         "`remove()` restores the network. CBAM is not inserted where it would not affect the output: after the last "
         "block of a ViT that uses only the class token, and after stages whose maps EfficientViM does not use. CBAM "
         "cannot be inserted between the blocks of SelecSLS, which pass lists, or before the last stage of Hiera, "

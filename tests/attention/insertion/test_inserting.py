@@ -223,7 +223,7 @@ def test_impossible_insertions_raise_and_name_the_place():
     assert "no module of this ResNet is named 'layer4.*.bn9'" in error_of_insert(model, at=["layer4", "layer4.*.bn9"])
     message = error_of_insert(model, NormOf48Groups)
     assert message.startswith("no mechanism can be made for layer1 of this ResNet, 64 channels on 16×16: ")
-    assert "must be divisible by num_groups (48)" in message
+    assert "must be divisible by num_groups" in message
     assert "must keep the shape; AvgPool2d did not at layer1" in error_of_insert(model, lambda c: nn.AvgPool2d(2))
     assert "nothing can be inserted after fc of this ResNet: it returns a tensor (2, 1000)" in error_of_insert(
         model, at="fc"

@@ -11,6 +11,7 @@ from torch import nn
 from tests.attention.self_attention.attended_by_hand import MASKED, attended, weights_by_hand
 from tests.capture import models
 from tests.refusals import refuses
+from tests.versions import needs_onnx_exporter
 from visionattn.attention import (
     CBAM,
     AdaptiveSpan,
@@ -251,6 +252,7 @@ def test_swapped_vit_compiles_and_exports():
 
 
 @pytest.mark.slow
+@needs_onnx_exporter
 @pytest.mark.parametrize("name", list(MASKED))
 def test_swapped_vit_exports_to_onnx(name, tmp_path):
     import onnxruntime

@@ -1,4 +1,4 @@
-"""References for self-attention: which pairs of patches each form allows, and attention with these weights.
+"""References for the forms of self-attention: the pairs of patches that each form allows, and the attention over them.
 
 Patches i and j are pairs (row, column). The factor m of a pair is 1 if the pair is allowed and 0 if not; the ramp of an
 adaptive span also has values between 0 and 1.
@@ -19,12 +19,21 @@ def windowed(i, j, grid, window, shift):
     return all(math.floor((a - shift) / window) == math.floor((b - shift) / window) for a, b in zip(i, j, strict=True))
 
 
-def neighbourhood(i, j, grid, size):
-    """Return whether patch j is in the size × size neighbourhood of patch i, moved inwards at the edges."""
+def neighbourhood(i, j, grid, size, dilation=1, stride=1):
+    """Return whether patch j is in the neighbourhood of patch i, which moves inwards at the edges.
+
+    Rows are sorted into groups by their residue; `group` holds the rows of i's residue.
+    """
     for a, b, extent in zip(i, j, grid, strict=True):
-        k = min(size, extent)
-        start = max(0, min(a - size // 2, extent - k))
-        if not start <= b < start + k:
+        group = [row for row in range(extent) if row % dilation == a % dilation]
+        if b not in group:
+            return False
+        place, k = group.index(a), min(size, len(group))
+        strides = [range(first, first + stride) for first in range(0, len(group), stride)]
+        own = next(own for own in strides if place in own)
+        leader = min(own[stride // 2], len(group) - 1)
+        start = max(0, min(leader - k // 2, len(group) - k))
+        if b not in group[start : start + k]:
             return False
     return True
 
@@ -60,6 +69,18 @@ MASKED = {  # name: (factory of the mechanism, m as a function of head, i, j and
         lambda head, i, j, grid: windowed(i, j, grid, 4, 3),
     ),
     "neighbourhood": (partial(attention.Neighbourhood, size=5), lambda head, i, j, grid: neighbourhood(i, j, grid, 5)),
+    "neighbourhood, dilated": (
+        partial(attention.Neighbourhood, size=3, dilation=2),
+        lambda head, i, j, grid: neighbourhood(i, j, grid, 3, dilation=2),
+    ),
+    "neighbourhood, strided": (
+        partial(attention.Neighbourhood, size=4, stride=3),
+        lambda head, i, j, grid: neighbourhood(i, j, grid, 4, stride=3),
+    ),
+    "neighbourhood, dilated and strided": (
+        partial(attention.Neighbourhood, size=2, dilation=3, stride=2),
+        lambda head, i, j, grid: neighbourhood(i, j, grid, 2, dilation=3, stride=2),
+    ),
     "block-sparse": (
         partial(attention.BlockSparse, allowed=allowed_cross, block=4),
         lambda head, i, j, grid: cross(i, j, grid),

@@ -19,7 +19,7 @@ def test_gradient_of_spans_matches_finite_differences(prefix, calls, request):
     grid = (4, 5)
     module = attention.AdaptiveSpan(3, max_span=4, ramp=1.7).double()
     inputs = qkv(grid, prefix, batch=1, heads=3, width=4, dtype=torch.float64)
-    span = torch.tensor([0.06, 0.4, 0.78], dtype=torch.float64, requires_grad=True)  # away from the kinks of m
+    span = torch.tensor([0.06, 0.4, 0.78], dtype=torch.float64, requires_grad=True)  # the slope jumps elsewhere
 
     def output(span):
         call = partial(torch.func.functional_call, module, {"span": span}, tuple(inputs))

@@ -72,7 +72,9 @@ def test_wrong_number_of_tokens_and_zero_heads_raise(make):
     ("make", "text"),
     [
         (lambda: attention.Windowed(1, window=4, shift=4), r"shift in \[0, window\), got 4 and 4"),
-        (lambda: attention.Neighbourhood(1, size=4), "size must be odd and ≥ 1, got 4"),
+        (lambda: attention.Neighbourhood(1, size=0), "size and dilation must be ≥ 1, got 0 and 1"),
+        (lambda: attention.Neighbourhood(1, size=3, dilation=0), "size and dilation must be ≥ 1, got 3 and 0"),
+        (lambda: attention.Neighbourhood(1, size=3, stride=4), r"stride must be in \[1, size\], got 4 with size 3"),
         (lambda: attention.PooledKeys(1, pool=0), "pool must be ≥ 1, got 0"),
         (lambda: attention.TopK(1, k=0), "k must be ≥ 1, got 0"),
         (lambda: attention.AdaptiveSpan(1, max_span=0), "max_span and ramp must be > 0"),

@@ -4,11 +4,13 @@ import functools
 import math
 from dataclasses import dataclass, field
 
+import pytest
 import timm
 import torch
 from timm.layers import apply_rot_embed_cat
 
 from tests.capture.models import made_once, randomised
+from tests.versions import needs
 
 SMALL = {"img_size": (32, 48), "patch_size": 8, "depth": 4, "embed_dim": 24, "num_heads": 2, "num_classes": 5}
 NETWORKS = {  # 4 × 6 patches
@@ -27,6 +29,11 @@ NETWORKS = {  # 4 × 6 patches
     ),
     "post-norm": ("eva_giant_patch14_224", {"use_post_norm": True, "mlp_ratio": 2.0}),
 }
+NEWER = {
+    "rotary by layer and head": needs("timm", "1.0.31", "a mixed rotary embedding in float64"),
+    "rotary, one key for two heads": needs("timm", "1.0.31", "its option num_kv_heads"),
+}
+ALL = [pytest.param(kind, marks=NEWER.get(kind, ())) for kind in NETWORKS]
 
 
 @made_once

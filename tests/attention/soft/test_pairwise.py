@@ -178,7 +178,7 @@ def test_bilinear_attention_matches_its_equation(height, width):
     module = seeded(BilinearAttention, 8, block_size=size, groups=groups, reduction=2)
     x = image(2, 8, height, width)
     w = weights(module)
-    # height and width are rounded up to multiples of s = size; a block has a rows and c columns
+    # height and width are rounded up to multiples of s = size; a block has `a` rows and `c` columns
     tall, wide = -(-height // size) * size, -(-width // size) * size
     a, c = tall // size, wide // size
 

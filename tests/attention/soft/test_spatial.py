@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.attention.mechanisms import image, normalised, randomised, seeded, sigmoid, weights
 from tests.refusals import refuses
+from tests.versions import needs_onnx_exporter
 from visionattn.attention import LSKA, AttentionGate, GatherExcite
 from visionattn.capture import NoWeights, capture
 
@@ -65,6 +66,7 @@ def test_attention_gate_accepts_every_size_and_is_captured(size, coarse):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@needs_onnx_exporter
 def test_attention_gate_exports_to_onnx(tmp_path):
     import onnxruntime
 

@@ -11,7 +11,7 @@ from visionattn.data.annotations.checks import check
 
 @pytest.mark.parametrize("wrong", ["xyxy", "cxcywh"])
 def test_wrong_box_format_is_reported_with_the_right_one(wrong, tmp_path):
-    """Write boxes in a format that COCO does not use: 60, because fewer boxes could fit COCO's format by chance."""
+    """Write 60 boxes in a format that COCO does not use. Fewer boxes could fit COCO's format by chance."""
     root = coco(tmp_path)
     file = root / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())

@@ -29,6 +29,28 @@ def test_data_check_reads_a_table_without_problems(labels, home, capsys):
     assert "no problems" in printed
 
 
+@pytest.mark.parametrize("flags", [["--path-column=file"], ["--split-column=part"], ["--label-column=labels"]])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_several_labels_are_found_whichever_columns_are_named(flags, suffix, home, capsys):
+    write_images(home / "images", 3)
+    columns = {"file" if "file" in flags[0] else "path": ["000.png", "001.png", "002.png"],
+               "labels": ["cat|dog", "dog", "cat"]}  # fmt: skip
+    if suffix == "csv":
+        write_csv("own.csv", list(zip(*columns.values(), strict=True)), list(columns))
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").table(columns), "own.parquet")
+    assert main(["data", "check", f"own.{suffix}", "--images=images", *flags]) == 0, capsys.readouterr()
+    assert "all    3 images: cat 2, dog 2" in capsys.readouterr().out
+
+
+def test_problems_of_the_whole_table_are_named(home, capsys):
+    (home / "empty.csv").write_text("path,labels\n")
+    fails(["data", "check", "empty.csv"], 1, "names no images: it has a header and no rows", capsys=capsys)
+    (home / "short.csv").write_text("path,labels\na.png\n")
+    fails(["data", "check", "short.csv"], 1, "line 2: there are 1 cells and 2 columns", capsys=capsys)
+
+
 def test_data_check_lists_every_problem_of_a_table(home, capsys):
     write_images(home / "images", 9)
     shutil.copy("images/000.png", "images/copy.png")

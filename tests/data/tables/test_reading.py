@@ -118,7 +118,9 @@ def test_tables_that_cannot_be_read_are_refused_in_one_sentence(labels, tmp_path
     refused("a.csv", b"", "a.csv is empty; its first line must name the columns")
     refused("a.csv", b"path,label\n\n", "a.csv names no images: it has a header and no rows")
     refused(
-        "a.csv", b"path,labels\n", "has no column 'label', but 'path', 'labels'; name the columns in the config. Ne"
+        "a.csv",
+        b"path,labels\n",
+        "has no column 'label', but 'path', 'labels'; name the columns in .* data check. Nearest: labels",
     )
     refused("a.csv", b"file,label\nx,y\n", "a.csv has no column 'path', but 'file', 'label'")
     refused("a.csv", b"path,label,label\n", "a.csv has two columns 'label'; rename one")

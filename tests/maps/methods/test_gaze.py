@@ -161,7 +161,8 @@ def test_other_methods_raise_errors_for_a_glimpse_network(method, message, polic
     model = network(8, encoder=ConvEncoder, policy=policy)
     with pytest.raises(UsageError) as caught:
         method()(model, images())
-    assert str(caught.value) == f"{message}. Methods that fit: gaze."
+    any_model = "occlusion, rise, integrated_gradients, smoothgrad"
+    assert str(caught.value) == f"{message}. Methods that fit: gaze, {any_model}."
 
 
 def test_gaze_of_a_network_without_a_retina_is_an_error():

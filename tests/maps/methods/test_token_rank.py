@@ -38,6 +38,18 @@ def test_token_rank_matches_its_equation(name, layer, head, alpha, fused_attn):
     assert_same_map(TokenRank(layer, head=head, alpha=alpha)(model, images), expected)
 
 
+def test_token_rank_is_exact_if_almost_every_patch_attends_to_itself():
+    model, images = model_and_images("vit")
+    with torch.no_grad():
+        weight = model.blocks[-1].attn.qkv.weight
+        weight[:96] *= 4
+        weight[48:96] = weight[:48]  # keys equal queries
+    weights = [layers[-1].mean(0) for layers in heads_of(model, images)]
+    assert min(float(w.diagonal()[1:].median()) for w in weights) > 0.999
+    expected = [slow_token_rank(w, 1, 0.9999).reshape(4, 4) for w in weights]
+    assert_same_map(TokenRank(alpha=0.9999)(model, images), expected)
+
+
 def test_the_ranks_sum_to_one():
     model, images = model_and_images("registers")
     torch.testing.assert_close(TokenRank()(model, images).raw.sum((1, 2)), torch.ones(2))

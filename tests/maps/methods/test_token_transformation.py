@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import transformers
+from timm.models import vision_transformer
 
 from tests.capture import models
 from tests.maps.methods.vits import VITS, assert_same_map, model_and_images, patches_on_grid, query_tokens
@@ -190,6 +191,85 @@ def test_dinov3_and_transformers_are_explained(method):
         maps = method(models.randomised(model), models.pictures(64))
         assert maps.raw.shape == (2, 4, 4)
         assert maps.raw.abs().sum() > 0
+
+
+SMALL = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 2, "num_classes": 7}
+
+
+def with_blocks(block):
+    return timm.create_model("vit_tiny_patch16_224", block_fn=block, init_values=1.0, **SMALL)
+
+
+def dinov2():
+    config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=64)
+    return transformers.Dinov2ForImageClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "pairs"),
+    [
+        (lambda: with_blocks(vision_transformer.Block), {"ls1.gamma": "attn", "ls2.gamma": "mlp"}),
+        (lambda: timm.create_model("deit3_small_patch16_224", **SMALL), {"ls1.gamma": "attn"}),
+        (lambda: timm.create_model("vit_small_patch16_dinov3", **SMALL), {"gamma_1": "attn"}),
+        (dinov2, {"layer_scale1.lambda1": "attention", "layer_scale2.lambda1": "mlp"}),
+    ],
+)
+@pytest.mark.parametrize("method", [TokenTM(), BeyondIntuition()])
+def test_layer_scale_counts_as_part_of_the_projection(make, pairs, method):
+    model, images = models.randomised(make()), models.pictures(64)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(tuple(pairs)):
+                parameter.copy_(torch.linspace(0.2, 2, 48))
+    twin, folded = copy.deepcopy(model), 0
+    with torch.no_grad():
+        for name, scale in twin.named_parameters():
+            for of_scale, of_projection in pairs.items():
+                if name.endswith(of_scale):
+                    part = twin.get_submodule(name.removesuffix(of_scale) + of_projection)
+                    projection = [module for module in part.modules() if isinstance(module, torch.nn.Linear)][-1]
+                    projection.weight *= scale[:, None]
+                    projection.bias *= scale
+                    scale.fill_(1)
+                    folded += 1
+    assert folded == 2 * len(pairs)
+    maps, of_twin = method(model, images), method(twin, images)
+    output, expected = maps.output, of_twin.output
+    torch.testing.assert_close(*(getattr(x, "logits", x) for x in (output, expected)), atol=1e-4, rtol=1e-4)
+    assert_same_map(maps, list(of_twin.raw))
+
+
+class Encoder(torch.nn.Module):
+    """A ViT of torch's encoder layers."""
+
+    def __init__(self, norm_first):
+        super().__init__()
+        self.embed = torch.nn.Conv2d(3, 48, 16, 16)
+        self.layers = torch.nn.ModuleList(
+            torch.nn.TransformerEncoderLayer(48, 2, 96, batch_first=True, norm_first=norm_first) for _ in range(2)
+        )
+        self.head = torch.nn.Linear(48, 7)
+
+    def forward(self, images):
+        tokens = self.embed(images).flatten(2).mT
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.head(tokens.mean(1))
+
+
+@pytest.mark.parametrize("method", [TokenTM, BeyondIntuition])
+def test_blocks_that_normalise_after_the_attention_are_refused(method):
+    images = models.pictures(64)
+    for model, name in (
+        (with_blocks(vision_transformer.ResPostBlock), "blocks.0"),
+        (Encoder(norm_first=False), "layers.0"),
+    ):
+        with pytest.raises(
+            UsageError,
+            match=f"{method.name} needs blocks that normalise their tokens before the attention, and {name} does so",
+        ):
+            method()(models.randomised(model), images)
+    assert method()(models.randomised(Encoder(norm_first=True)), images).raw.abs().sum() > 0
 
 
 @pytest.mark.parametrize("method", [TokenTM, BeyondIntuition])

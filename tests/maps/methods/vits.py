@@ -21,13 +21,13 @@ def model_and_images(name):
 
 
 def query_tokens(model):
-    """Return the indices of the tokens whose rows a map shows: the class token, or all patches."""
+    """Return the indices of the tokens whose attention a map shows: the class token, or all patches."""
     first = model.num_prefix_tokens
     return [0] if model.cls_token is not None else list(range(first, first + model.patch_embed.num_patches))
 
 
 def patches_on_grid(model, row):
-    """Return the values of the patches in a row of tokens, on the grid."""
+    """Return the values of the patches among values of all tokens, (rows, columns)."""
     return row[model.num_prefix_tokens :].reshape(model.patch_embed.grid_size)
 
 

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: its outputs equal those computed from the names in the file, and photographs are recognised."""
+"""EfficientNet-Lite0 has the outputs of a network built from the file's weights by name, and recognises photographs."""
 
 import sys
 from importlib import metadata

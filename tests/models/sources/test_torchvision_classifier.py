@@ -70,7 +70,7 @@ def test_auxiliary_heads_are_left_out(name, tmp_path):
     assert model.train()(torch.randn(2, 3, 96, 96)).shape == (2, 1000)
 
 
-def test_names_that_torchvision_does_not_have():
+def test_names_that_torchvision_does_not_have_are_refused():
     refuses(UsageError, r"no weights 'V9'\. All: IMAGENET1K_V1, IMAGENET1K_V2", load_model, "torchvision:resnet50/V9")
     refuses(UsageError, "is no classifier", load_model, "torchvision:fasterrcnn_resnet50_fpn")
     refuses(UsageError, "does not accept these options", create_torchvision_classifier, "torchvision:resnet18", width=3)

@@ -44,6 +44,21 @@ def test_weights_of_another_number_of_classes_get_a_new_head(tmp_path):
     torch.testing.assert_close(loaded(x), source(x).logits)
 
 
+def test_both_heads_of_a_swiftformer_are_replaced(tmp_path):
+    """Its logits are the mean of two heads, so both must have as many outputs as there are classes."""
+    small = {"embed_dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "num_labels": 3}
+    source = transformers.SwiftFormerForImageClassification(transformers.SwiftFormerConfig(**small)).eval()
+    source.save_pretrained(tmp_path / "made")
+    source.head, source.dist_head = torch.nn.Linear(8, 5), torch.nn.Linear(8, 5)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    name, x = f"hf:{tmp_path / 'made'}", torch.randn(2, 3, 64, 64)
+    loaded = create_network(name, weights=tmp_path / "w.pth").eval()
+    torch.testing.assert_close(loaded(x), source(x).logits)
+    new = create_network(name, weights=tmp_path / "w.pth", new_head=True, num_classes=4).eval()
+    assert new(x).shape == (2, 4)
+    torch.testing.assert_close(new.model.swiftformer(x).last_hidden_state, source.swiftformer(x).last_hidden_state)
+
+
 def test_a_model_without_a_head_gives_features(tmp_path):
     source = vit(tmp_path, kind="ViTModel")
     model = load_model(f"hf:{tmp_path}")
@@ -71,7 +86,7 @@ def test_zero_shot_logits_equal_the_models_own(kind, tmp_path, picture):
     refuses(UsageError, "chooses among texts; give at least two", load_model, f"hf:{tmp_path}", classes=["a cat"])
 
 
-def test_folders_that_cannot_be_used(tmp_path, capsys):
+def test_folders_that_cannot_be_used_are_refused(tmp_path, capsys):
     name = f"hf:{tmp_path}"
     refuses(DataError, r"has no config\.json, so it holds no model of transformers", load_model, name)
     vit(tmp_path)
@@ -86,7 +101,7 @@ def test_folders_that_cannot_be_used(tmp_path, capsys):
         DataError, r"do not fit a ViTForImageClassification: \d+ missing or of another shape \(vit\.", load_model, name
     )
     change_config(tmp_path, model_type="bert")
-    refuses(DataError, "is a bert, of which transformers has no image classifier", load_model, name)
+    refuses(DataError, "is of type bert; transformers has no image classifier of this type", load_model, name)
 
 
 def test_a_model_that_brings_code_runs_none(tmp_path, capsys):

@@ -74,6 +74,8 @@ def test_a_processor_that_prepares_images_otherwise_is_refused():
         preprocess_of_processor(transformers.DonutImageProcessor())
     with pytest.raises(DataError, match=r"cannot do \(the size of its inputs depends on the image\)"):
         preprocess_of_processor(transformers.CLIPImageProcessor(do_center_crop=False))
+    with pytest.raises(DataError, match=r"ConvNextImageProcessor of this model does what .* cannot do"):
+        preprocess_of_processor(transformers.ConvNextImageProcessor(size={"height": 224, "width": 224}))
 
 
 def test_a_folder_without_a_processor_needs_a_preprocessing(tmp_path):

@@ -4,14 +4,14 @@ import pytest
 import transformers
 
 from visionattn.errors import UsageError
-from visionattn.models.sources.transformers_source import places, quiet, source_of
+from visionattn.models.sources.transformers_source import loading_options, quiet, source_of
 
 
 def test_a_folder_is_read_without_the_hub(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert source_of(f"hf:{tmp_path}") == str(tmp_path)
-    assert places(str(tmp_path)) == {"local_files_only": True, "trust_remote_code": False}
-    assert places("owner/name") == {"local_files_only": False, "trust_remote_code": False}
+    assert loading_options(str(tmp_path)) == {"local_files_only": True, "trust_remote_code": False}
+    assert loading_options("owner/name") == {"local_files_only": False, "trust_remote_code": False}
 
 
 @pytest.mark.parametrize("name", ["hf:name", "hf:./here", "hf:a/b/c", "hf:../x", "hf:https://x/y"])

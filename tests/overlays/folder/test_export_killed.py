@@ -18,7 +18,7 @@ from visionattn.drawing import Style
 
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 
-def after(count, act):  # act from call number count + 1 on
+def after(count, act):  # call `act` at the call after the first `count` calls, and at every later one
     calls = []
     def counted(*args, **kwargs):
         calls.append(1)

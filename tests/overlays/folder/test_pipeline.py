@@ -37,7 +37,7 @@ def test_the_default_batch_size_falls_with_the_size_of_the_input():
     assert batch_size(224, 448) == 4  # two models: the larger input counts
 
 
-def test_doubts_of_a_method_reach_the_summary_and_other_warnings_the_user(tmp_path):
+def test_map_warnings_of_a_method_reach_the_summary_and_other_warnings_the_user(tmp_path):
     def doubtful(model, images_BCHW, *, target=None):
         warn(f"{len(images_BCHW)} heatmaps are doubtful")
         warnings.warn("of another library", DeprecationWarning, stacklevel=1)
@@ -46,4 +46,4 @@ def test_doubts_of_a_method_reach_the_summary_and_other_warnings_the_user(tmp_pa
     photos(tmp_path / "in")
     with pytest.warns(DeprecationWarning, match="another library"):
         summary = run([tmp_path / "in"], tmp_path / "out", method=doubtful)
-    assert summary.doubts == ["3 heatmaps are doubtful"]
+    assert summary.warnings == ["3 heatmaps are doubtful"]

@@ -8,7 +8,7 @@ import torch
 from visionattn.data import Placement
 from visionattn.drawing.boxes import draw_boxes
 from visionattn.drawing.sheets import Tile
-from visionattn.maps.boxes import BoxHeatmaps
+from visionattn.maps import BoxHeatmaps
 from visionattn.training.callbacks import sample_sheet as pictures
 
 

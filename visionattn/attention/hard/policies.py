@@ -56,7 +56,10 @@ class Policy(nn.Module, ABC):
         """Sample a location for every state (N, D); `greedy` returns the most likely cell, or a Gaussian's mean."""
         parameters_NP = self.layers(state_ND)
         choice = self.choose(parameters_NP, greedy=greedy)
-        return choice if self.pathwise else choice._replace(location=choice.location.detach())
+        if self.pathwise:
+            return choice
+        location, log_prob, entropy, clipped, parameters_NP = choice
+        return Choice(location.detach(), log_prob, entropy, clipped, parameters_NP)  # torch 2.6 compiles no `_replace`
 
     @abstractmethod
     def choose(self, parameters_NP: Tensor, *, greedy: bool) -> Choice:

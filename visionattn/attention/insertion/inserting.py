@@ -141,8 +141,8 @@ def insert(
         holder, place = places.holder(name)
         if hasattr(modules[holder], _CHILD) or modules[holder] in hosts:
             raise UsageError(
-                f"{name} of this {places.kind} has a mechanism inserted already; remove() that first, or choose "
-                "another place"
+                f"{name} of this {places.kind} has a mechanism inserted already; call remove() of that insertion "
+                "first, or choose another place"
             )
         inserted[name] = _make(mechanism, name, places, preserve).train(modules[name].training)
         hosts.append(modules[holder])

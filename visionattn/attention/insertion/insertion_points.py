@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from visionattn.data import image_shape
-from visionattn.errors import UsageError, nearest
+from visionattn.errors import UsageError, first_line, nearest
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -112,7 +112,7 @@ class Places:
             self._model = copy.deepcopy(model).eval()
         except (RuntimeError, TypeError) as error:  # e.g. the model stores a tensor that has a grad_fn
             raise UsageError(
-                f"this {self.kind} cannot be copied for measuring ({_first_line(error)}); "
+                f"this {self.kind} cannot be copied for measuring ({first_line(error)}); "
                 "if the network caches tensors, call model.train() first, which drops them"
             ) from error
         _randomise_zeros(self._model)
@@ -131,7 +131,7 @@ class Places:
         except (AssertionError, RuntimeError, ValueError, TypeError, IndexError) as error:
             size = "×".join(map(str, self.images_BCHW.shape[1:]))
             raise UsageError(
-                f"this {self.kind} does not run on an image of {size} ({_first_line(error)}); "
+                f"this {self.kind} does not run on an image of {size} ({first_line(error)}); "
                 "pass image= a tensor (C, H, W) that the network accepts"
             ) from error
 
@@ -480,7 +480,3 @@ def _matches(name: list[str], pattern: list[str]) -> bool:
 
 def _inside(name: str, other: str) -> bool:
     return name.startswith(f"{other}.")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

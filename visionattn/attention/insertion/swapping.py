@@ -6,7 +6,7 @@ Shapes: B batch, H heads, N tokens, C channels, D channels of a head.
 import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import timm.layers
 import torch
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from visionattn.attention.insertion.inserting import fill_missing
 from visionattn.attention.self_attention.dense import SelfAttention
+from visionattn.attention.self_attention.output_gate import OutputGate
 from visionattn.attention.self_attention.token_reduction import refuse_reduced_tokens
 from visionattn.errors import UsageError, nearest
 
@@ -43,14 +44,27 @@ class SwappedAttention(nn.Module):
         mechanism: combines q, k and v.
         grid: the number of patch rows and columns of the images that the ViT is processing.
         num_prefix_tokens: class and register tokens before the patches.
+        gate: see `swap_attention`; the gate is an additional child `output_gate`.
 
     Shape: (B, N, C) → the same.
     """
 
-    def __init__(self, attention: nn.Module, mechanism: SelfAttention, grid: "Grid", num_prefix_tokens: int) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        mechanism: SelfAttention,
+        grid: "Grid",
+        num_prefix_tokens: int,
+        gate: Literal["head", "channel"] | None = None,
+    ) -> None:
         super().__init__()
         self.__dict__.update(vars(attention))
         self._modules = {**attention._modules, "mechanism": mechanism}
+        if gate is not None:
+            own: Any = attention
+            weight, channels = own.proj.weight, (own.qkv or own.q_proj).in_features
+            made = OutputGate(channels, own.num_heads, weight.shape[1] // own.num_heads, per=gate)
+            self._modules["output_gate"] = made.to(weight.device, weight.dtype).train(attention.training)
         self.grid = grid
         self.prefix = num_prefix_tokens
 
@@ -74,6 +88,8 @@ class SwappedAttention(nn.Module):
             num_prefix_tokens=self.prefix,
             dropout_p=own.attn_drop.p if self.training else 0.0,
         )
+        if (output_gate := getattr(own, "output_gate", None)) is not None:
+            out_BHND = output_gate(out_BHND, x_BNC)
         out_BNX = own.norm(out_BHND.transpose(1, 2).flatten(2))
         if (gate := getattr(own, "gate", None)) is not None:  # timm 1.0.23 has no gates
             out_BNX = out_BNX * gate(x_BNC).sigmoid()
@@ -155,6 +171,7 @@ def swap_attention(
     mechanism: Callable[[int], SelfAttention] | Sequence[Callable[[int], SelfAttention]],
     *,
     at: str | Sequence[str] | None = None,
+    gate: Literal["head", "channel"] | None = None,
 ) -> Swap:
     """Swap the mechanism that combines q, k and v in a ViT, in place, and keep the ViT's weights.
 
@@ -178,6 +195,8 @@ def swap_attention(
             A sequence is used cyclically over the layers, e.g. for windows that are shifted in every second layer.
         at: names of attention modules, in which * stands for one part of a name, e.g. `blocks.*.attn` or
             `["blocks.2.attn"]` (default: all).
+        gate: multiply the output of each head (`"head"`), or each channel of each head (`"channel"`), by a learned gate
+            that starts at 1, see `OutputGate` (default: no gate). To add only the gate, swap in `Dense`.
 
     Returns:
         The new attention modules by name; `remove()` undoes the swap.
@@ -206,8 +225,8 @@ def swap_attention(
         part = factories[number % len(factories)](module.num_heads)
         weight = next(module.parameters())
         part = part.to(weight.device, weight.dtype).train(module.training)
-        places[name] = SwappedAttention(module, part, grid, prefix)
-    keys = tuple(f"{name}.mechanism." for name in places)
+        places[name] = SwappedAttention(module, part, grid, prefix, gate)
+    keys = tuple(f"{name}.{child}." for name in places for child in ("mechanism", "output_gate"))
     handles = [
         embedding.register_forward_hook(grid.note),
         vit.register_load_state_dict_pre_hook(partial(fill_missing, keys)),
@@ -253,7 +272,7 @@ def _refuse(vit: nn.Module, pattern: str) -> NoReturn:
     module = attending[names[0]]
     place = f"{names[0]} of this {kind}"
     if isinstance(module, SwappedAttention):
-        raise UsageError(f"the attention of {place} is swapped already; remove() that first")
+        raise UsageError(f"the attention of {place} is swapped already; call remove() of that swap first")
     place += f" is a {type(module).__name__}"
     if any(getattr(module, bias, None) is not None for bias in _BIASES):
         raise UsageError(f"{place} with a relative-position bias in its logits, which no mechanism supports")

@@ -8,7 +8,7 @@ Shapes: B batch, H heads, h × w grid, D channels of a head; G blocks of Q queri
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -64,7 +64,9 @@ class Run:
 
     def singles(self) -> "tuple[Run, ...]":
         """Return the blocks as runs of one block each."""
-        return tuple(replace(self, count=1, start=self.start + number * self.block) for number in range(self.count))
+        starts = (self.start + number * self.block for number in range(self.count))
+        # not `replace`: torch 2.6 cannot compile it
+        return tuple(Run(1, self.block, start, self.extent, self.offset, self.reach) for start in starts)
 
     @classmethod
     def whole(cls, size: int) -> "Run":

@@ -75,12 +75,7 @@ class MaskedAttention(SelfAttention):
         self, q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, grid: tuple[int, int], prefix: int, p: float
     ) -> Tensor:
         """Compute the output in one call over all tokens with a mask, at the cost of dense attention."""
-        mask = self.mask(grid, q_BHND.device)
-        if mask is not None:
-            value = True if mask.dtype == torch.bool else 0.0
-            mask = F.pad(mask, (prefix, 0, prefix, 0), value=value) if prefix else mask
-            mask = mask if mask.dtype == torch.bool else mask.to(q_BHND.dtype)
-        return attend(q_BHND, k_BHND, v_BHND, mask, p)
+        return attend_masked(q_BHND, k_BHND, v_BHND, self.mask(grid, q_BHND.device), prefix, p)
 
     @abstractmethod
     def mask(self, grid: tuple[int, int], device: torch.device) -> Tensor | None:
@@ -184,6 +179,15 @@ def cells(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the row and the column of every patch, (h · w,) each."""
     cell_N = torch.arange(grid[0] * grid[1], device=device)
     return cell_N // grid[1], cell_N % grid[1]
+
+
+def attend_masked(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, mask: Tensor | None, prefix: int, p: float) -> Tensor:
+    """Compute attention of all tokens in one call, with a mask of the patches as `MaskedAttention.mask` returns it."""
+    if mask is not None:
+        value = True if mask.dtype == torch.bool else 0.0
+        mask = F.pad(mask, (prefix, 0, prefix, 0), value=value) if prefix else mask
+        mask = mask if mask.dtype == torch.bool else mask.to(q_BHND.dtype)
+    return attend(q_BHND, k_BHND, v_BHND, mask, p)
 
 
 def in_blocks(

@@ -8,7 +8,7 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -150,7 +150,7 @@ class TokenMerging(TokenReduction):
         if heads.rope is not None:
             place_Bn = _places(held, x_BNC, patches)
             place_Bn = torch.cat([place_Bn[:, ::2].gather(1, kept_BK), place_Bn[:, 1::2]], 1)
-        return x_BNC, replace(held, size_BN=size_BN, place_Bn=place_Bn)
+        return x_BNC, Held(held.prefix, size_BN, place_Bn)
 
 
 class TokenPruning(TokenReduction):
@@ -221,7 +221,7 @@ class TokenPruning(TokenReduction):
             rest_Bn = scores_Bn.scatter(1, kept_BK, 0).to(x_BNC.dtype)
             parts.append((patches_BnC * rest_Bn[..., None]).sum(1, keepdim=True))
             place_Bn = None if place_Bn is None else F.pad(place_Bn, (0, 1), value=-1)
-        return torch.cat(parts, 1), replace(held, place_Bn=place_Bn)
+        return torch.cat(parts, 1), Held(held.prefix, held.size_BN, place_Bn)
 
 
 def most_similar_pairs(key_BHnD: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,7 +320,7 @@ def reduce_tokens(model: nn.Module, reduction: TokenReduction) -> Reduced:
     for number, block in enumerate(blocks):
         where = f"block {number} of this {kind}"
         if "forward" in vars(block):
-            raise UsageError(f"the tokens of {where} are reduced already; remove() that first")
+            raise UsageError(f"the tokens of {where} are reduced already; call remove() of that reduction first")
         if type(block) not in _PRE_NORM + _POST_NORM:
             raise UsageError(f"tokens cannot be reduced in {where}, a {type(block).__name__}")
         if type(block.attn) not in _ATTENTION:

@@ -257,9 +257,8 @@ class _MultiScaleGate(nn.Module):
         # weights of near's channels; they are applied to the kernels, so that one convolution gives the weighted sum
         of_far_D = F.softmax(self.norm.bias, 0)
         kernel_D33 = torch.einsum("e,edij->dij", of_far_D, self.near.weight)
-        of_near = partial(
-            F.conv2d, weight=kernel_D33[None], bias=(of_far_D @ self.near.get_parameter("bias"))[None], padding=1
-        )
+        assert self.near.bias is not None
+        of_near = partial(F.conv2d, weight=kernel_D33[None], bias=(of_far_D @ self.near.bias)[None], padding=1)
         near = thin(of_near, u)
         far = (self._mean_near(u).softmax(1)[:, None] @ far.flatten(2)).view_as(near)
         return (near + far).sigmoid().view(batch, self.groups, height, width)

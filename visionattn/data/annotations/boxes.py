@@ -45,6 +45,7 @@ KINDS = {
     "unreadable annotation": "files or lines that cannot be parsed",
     "missing image": "annotations whose image was not found",
     "other labels": "images that a table lists twice, with different labels",
+    "unreadable shard": "tar files that cannot be read, or whose samples lack an image or a class",
     "unreadable image": "images that cannot be opened",
     "wrong size": "images whose size differs from their annotation",
     "no size": "annotations that give a width or height of 0; the size of the image file is used",
@@ -179,7 +180,7 @@ def refuse(problems: Sequence[Problem], root: str) -> None:
         first = problems[0]
         raise DataError(
             f"{root} has {count_kinds(problems)}, e.g. {first.where}: {first.kind}, {first.detail}; `visionattn data "
-            f"check {root}` lists them, and bad_boxes: drop trains without them"
+            f"check {root}` lists all, and the option `bad_boxes: drop` trains without these boxes"
         )
 
 

@@ -32,9 +32,9 @@ class Report:
     """The result of a check.
 
     Attributes:
-        layout: coco, voc, yolo, folder for images in a folder for each class, or table for a table of labels.
+        layout: coco, voc, yolo, folder for images in a folder for each class, table for a table of labels, or shards.
         class_names: in the order of the labels.
-        splits: name → its images, with the usable boxes; in the layouts folder and table, with labels and no boxes.
+        splits: name → its images, with the usable boxes; in the last three layouts, with labels and no boxes.
         problems: all problems found, of boxes, images and splits.
     """
 
@@ -50,7 +50,7 @@ class Report:
             counts = Counter(int(label) for image in images for label in image.labels)
             classes = ", ".join(f"{name} {counts[number]:,}" for number, name in enumerate(self.class_names))
             start = f"  {split or 'all':<6} {len(images):,} images"
-            if self.layout in ("folder", "table"):
+            if self.layout in ("folder", "table", "shards"):
                 bare = sum(not len(image.labels) for image in images)
                 text.append(f"{start}: {classes}" + (f", {bare:,} without a label" if bare else ""))
                 continue
@@ -201,10 +201,21 @@ def same_content(paths: Sequence[Path]) -> list[int]:
     return firsts
 
 
-def twins(images: Sequence[tuple[str, Path]]) -> list[Problem]:
-    """Report images with the same content: `twin` if both are in one split, `leak` if they are in two splits."""
+def twins(images: Sequence[tuple[str, Path]], hashes: Sequence[bytes] | None = None) -> list[Problem]:
+    """Report images with the same content: `twin` if both are in one split, `leak` if they are in two splits.
+
+    Args:
+        images: (split, path) of each image.
+        hashes: of the content of each image (default: the files are read).
+    """
     problems = []
-    for place, first in enumerate(same_content([path for _, path in images])):
+    known: dict[bytes, int] = {}
+    firsts = (
+        same_content([path for _, path in images])
+        if hashes is None
+        else [known.setdefault(content, place) for place, content in enumerate(hashes)]
+    )
+    for place, first in enumerate(firsts):
         if first == place:
             continue
         (split, path), (other, twin) = images[place], images[first]

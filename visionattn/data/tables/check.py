@@ -8,7 +8,7 @@ import numpy as np
 from visionattn.data.annotations.boxes import Annotated, Problem
 from visionattn.data.annotations.checks import Progress, Report, decoded_sizes, twins
 from visionattn.data.placement import Size
-from visionattn.data.tables.reading import Columns, read_table
+from visionattn.data.tables.reading import Columns, find_columns, read_table
 from visionattn.errors import DataError
 
 
@@ -25,21 +25,14 @@ def check_table(
 
     Args:
         file: see `read_table`.
-        columns: their names (default: `path`, `split`, and `labels` with | between them if the table has this column,
-            otherwise `label`).
+        columns: their names (default: those that `find_columns` returns).
         root: folder to which the paths in the table are relative (default: the table's folder).
         progress: shows how many image files are decoded (default: nothing is shown).
 
     Raises:
         DataError: the table cannot be read, has no rows, or lacks a column.
     """
-    if columns is None:
-        try:
-            table = read_table(file, Columns(labels="labels", separator="|"), root=root)
-        except DataError:  # no column `labels`
-            table = read_table(file, Columns(), root=root)
-    else:
-        table = read_table(file, columns, root=root)
+    table = read_table(file, columns or find_columns(file), root=root)
     numbers = {name: number for number, name in enumerate(table.class_names)}
     sizes = decoded_sizes([row.path for row in table.rows], progress)
     problems = list(table.problems)

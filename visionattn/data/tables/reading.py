@@ -94,6 +94,32 @@ def is_table(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in TABLES
 
 
+def find_columns(
+    file: str | os.PathLike[str],
+    *,
+    path: str = "path",
+    labels: str | Sequence[str] | None = None,
+    split: str = "split",
+    separator: str | None = None,
+) -> Columns:
+    """Return the columns of a table, of which only its header is read.
+
+    Args:
+        file: see `read_table`.
+        path, split: see `Columns`.
+        labels: see `Columns` (default: `labels` if the table has this column, otherwise `label`).
+        separator: text between the labels of an image (default: | in the column `labels`, otherwise None).
+
+    Raises:
+        UsageError, DataError: as for `read_table`, if the header cannot be read.
+    """
+    if labels is None:
+        labels = "labels" if "labels" in _content(_table_file(file), ())[0] else "label"
+    if separator is None and labels == "labels":
+        separator = "|"
+    return Columns(path, labels, split, separator)
+
+
 def read_table(
     file: str | os.PathLike[str],
     columns: Columns,
@@ -115,28 +141,17 @@ def read_table(
         UsageError: a path is an address such as s3://bucket/labels.csv.
         DataError: the table cannot be read, has no rows, or lacks a column. Problems of single rows are in `problems`.
     """
-    name = local_path(file)
+    name = _table_file(file)
     home = Path(local_path(root)) if root is not None else Path(name).parent
     if root is not None and not home.is_dir():
         raise DataError(f"there is no folder {printable(home)}, to which the paths in {printable(name)} are relative")
-    if not os.path.isfile(name):
-        siblings = os.listdir(Path(name).parent) if Path(name).parent.is_dir() else []
-        raise DataError(f"there is no table {printable(name)}.{nearest(Path(name).name, siblings)}")
-    suffix = Path(name).suffix.lower()
-    if suffix not in TABLES:
-        raise DataError(
-            f"{printable(name)} cannot be read as a table; its name must end in {', '.join(sorted(TABLES))}"
-        )
     of_labels = [columns.labels] if isinstance(columns.labels, str) else list(columns.labels)
-    if suffix in _PARQUET:
-        names, records = _parquet(name, {columns.path, columns.split, *of_labels})
-    else:
-        names, records = _csv(name, _DELIMITERS[suffix])
+    names, records = _content(name, {columns.path, columns.split, *of_labels})
     for wanted in (columns.path, *of_labels):
         if wanted not in names:
             raise DataError(
                 f"{printable(name)} has no column {wanted!r}, but {', '.join(map(repr, names))}; name the columns in "
-                f"the config.{nearest(wanted, names)}"
+                f"the config, or by the options of data check.{nearest(wanted, names)}"
             )
     if not records:
         raise DataError(f"{printable(name)} names no images: it has a header and no rows")
@@ -164,6 +179,24 @@ def read_table(
                 del by_path[path]
     table.rows = list(by_path.values())
     return table
+
+
+def _table_file(file: str | os.PathLike[str]) -> str:
+    """Return the path of a table as text.
+
+    Raises:
+        UsageError: the path is an address.
+        DataError: there is no such file, or its suffix is not one of a table.
+    """
+    name = local_path(file)
+    if not os.path.isfile(name):
+        siblings = os.listdir(Path(name).parent) if Path(name).parent.is_dir() else []
+        raise DataError(f"there is no table {printable(name)}.{nearest(Path(name).name, siblings)}")
+    if not is_table(name):
+        raise DataError(
+            f"{printable(name)} cannot be read as a table; its name must end in {', '.join(sorted(TABLES))}"
+        )
+    return name
 
 
 def _row(place: str, record: dict[str, object], columns: Columns, home: Path) -> Row:
@@ -236,8 +269,17 @@ def _text(value: object) -> str:
 _Records = list[tuple[str, dict[str, object]]]
 
 
-def _csv(path: str, delimiter: str) -> tuple[list[str], _Records]:
-    """Return the names of the columns, and (line, column → cell) of each line; lines without text are skipped."""
+def _content(path: str, wanted: Collection[str]) -> tuple[list[str], _Records]:
+    """Return the names of all columns, and (place, column → value) of each row for the wanted columns.
+
+    Without wanted columns, only the names are read.
+    """
+    suffix = Path(path).suffix.lower()
+    return _parquet(path, wanted) if suffix in _PARQUET else _csv(path, _DELIMITERS[suffix], wanted)
+
+
+def _csv(path: str, delimiter: str, wanted: Collection[str]) -> tuple[list[str], _Records]:
+    """Read a CSV or TSV file, see `_content`; lines without text are skipped."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = csv.reader(file, delimiter=delimiter)
@@ -246,7 +288,7 @@ def _csv(path: str, delimiter: str) -> tuple[list[str], _Records]:
             )
             header = [cell.strip() for cell in next(iter(filled), (0, []))[1]]
             records: _Records = []
-            for number, line in filled:
+            for number, line in filled if wanted else ():
                 if len(line) != len(header):
                     remedy = "put cells that contain the delimiter into quotation marks"
                     if len(line) < len(header):
@@ -267,7 +309,7 @@ def _csv(path: str, delimiter: str) -> tuple[list[str], _Records]:
 
 
 def _parquet(path: str, wanted: Collection[str]) -> tuple[list[str], _Records]:
-    """Return the names of all columns, and (row, column → value) of each row for the wanted columns."""
+    """Read a Parquet file, see `_content`."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -278,7 +320,7 @@ def _parquet(path: str, wanted: Collection[str]) -> tuple[list[str], _Records]:
         with open(path, "rb") as handle:
             file = parquet.ParquetFile(handle)
             names = list(file.schema_arrow.names)
-            records = file.read(columns=[name for name in names if name in wanted]).to_pylist()
+            records = file.read(columns=[name for name in names if name in wanted]).to_pylist() if wanted else []
     except (OSError, ArrowException) as error:
         raise DataError(f"{printable(path)} cannot be read as a Parquet file: {str(error).splitlines()[0]}") from error
     return names, [(f"row {number}", record) for number, record in enumerate(records, 1)]

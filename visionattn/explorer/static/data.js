@@ -35,7 +35,7 @@
  * @property {Scaled} map
  * @property {[number, number]} raw smallest and largest value of the method, before the map was scaled to [0, 1]
  * @property {{deletion?: Curve, insertion?: Curve}} curves
- * @property {Record<string, string[]>} unbeaten
+ * @property {Record<string, {better: string[], same: string[], worse: string[]}>} compared
  */
 /**
  * @typedef {object} Glimpses

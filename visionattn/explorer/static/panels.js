@@ -94,15 +94,12 @@ function panelHeatmaps() {
   const scored = all.some(({ curves }) => curves.deletion);
   const below = make("div", {});
   const rows = all.map((heatmap) => {
-    const lost = Object.keys(heatmap.unbeaten);
-    const mark = heatmap.control || !scored ? "" : lost.length ? "\u2717" : "\u2713";
-    const judgement = lost.length ? "does not beat the controls" : "beats the controls";
+    const lost = Object.keys(heatmap.compared).filter((metric) => heatmap.compared[metric].worse.length);
     const areas = ["deletion", "insertion"].map((metric) => {
       const area = heatmap.curves[/** @type {"deletion" | "insertion"} */ (metric)]?.area;
       return make("span", { class: lost.includes(metric) ? "number lost" : "number" }, area === undefined ? "" : brief(area));
     });
-    const sign = make("span", { class: lost.length ? "sign lost" : "sign", ...(mark ? { title: judgement, role: "img", "aria-label": judgement } : {}) }, mark);
-    const content = [sign, make("span", { class: heatmap.control ? "name control" : "name" }, heatmap.name), ...(scored ? areas : [])];
+    const content = [make("span", { class: heatmap.control ? "name control" : "name" }, heatmap.name), ...(scored ? areas : [])];
     return /** @type {[string, (Node | string)[]]} */ ([heatmap.name, content]);
   });
   const list = choices("heatmap", "Method", rows, state.heatmap, (name) => {

@@ -148,7 +148,7 @@ function belongs(control, shown) {
 }
 
 /**
- * Show whether the heatmap beats its controls on this image.
+ * Show how the heatmap compares with its controls on this image. One image decides nothing, so this is no verdict.
  * @param {Heatmap} shown @param {Heatmap[]} all
  */
 function verdict(shown, all) {
@@ -156,16 +156,18 @@ function verdict(shown, all) {
   if (!shown.curves.deletion) return block;
   const controls = all.filter((heatmap) => heatmap.control && heatmap !== shown && belongs(heatmap, shown));
   const pair = make("div", { class: "curves" }, curve(shown, controls, "deletion"), curve(shown, controls, "insertion"));
-  const lost = Object.entries(shown.unbeaten);
-  const losses = lost.map(([metric, names]) => `${names.join(", ")} (${metric})`).join("; ");
+  const lines = Object.entries(shown.compared).map(([metric, { better, same, worse }]) => {
+    const parts = [["better than", better], ["about as good as", same], ["worse than", worse]].filter(([, names]) => names.length);
+    return `${metric}: ${parts.map(([relation, names]) => `${relation} ${/** @type {string[]} */ (names).join(", ")}`).join("; ")}`;
+  });
+  const worse = Object.values(shown.compared).some((found) => found.worse.length);
   const text = shown.control
     ? "A control: this heatmap does not depend on the model."
-    : lost.length
-      ? `On this image, ${shown.name} does no better than ${losses}. Do not trust this heatmap without further checks.`
-      : `On this image, ${shown.name} beats every control. One image proves little; visionattn score measures many images.`;
+    : `On this image, ${shown.name} is, in ${lines.join(". In ")}. Differences below 0.1 are not counted: random maps of one image differ by as much. ` +
+      "One image cannot show whether the method can be trusted; visionattn score measures many images.";
   block.append(
     make("h2", {}, `Does the prediction depend on the pixels that ${shown.name} marks?`),
-    make("p", { class: lost.length ? "warning" : "fine" }, text),
+    make("p", { class: worse ? "warning" : "fine" }, text),
     pair,
     curveNames(shown, controls),
     make("p", { class: "note" }, "Probability of the answer while the hottest pixels are removed, or restored in a blurred image. The grey curves are controls, which do not depend on the model."),

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.capture import Activation, Args, Call, Func, Interception, Kwargs, Site, Survey, Watcher, run, surveys
-from visionattn.errors import UsageError
-from visionattn.maps.method import Target, pick
+from visionattn.errors import DataError, UsageError
+from visionattn.maps.method import Target, find_non_finite, pick
+
+_patching = threading.RLock()
+"""Held while `forward` of a model's blocks is replaced. Threads that share a model must undo their changes in order."""
 
 
 class NeedsAllTokens(Exception):  # noqa: N818 - it asks for another way of running, and never reaches the user
@@ -177,8 +180,9 @@ class _Keep:
         self.trace, self.block, self.thread = trace, block, threading.get_ident()
         self.depth = surveys()
 
-    def __call__(self, module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> None:
+    def __call__(self, module: nn.Module, *given: Any) -> None:
         if threading.get_ident() == self.thread and surveys() == self.depth:
+            args, kwargs, out = given  # torch may call the hook in other threads without the keyword arguments
             self.trace.keep(self.block, args, kwargs, out)
 
 
@@ -238,6 +242,7 @@ def run_again(model: nn.Module, ran: Ran, leaf: Tensor | None = None) -> tuple[T
     Raises:
         NeedsAllTokens: the class token cannot run alone through the block.
         UsageError: the block returns other tokens than in the first run.
+        DataError: its tokens hold NaN or infinity.
     """
     module, args, kwargs = model.get_submodule(ran.block.name), ran.args, ran.kwargs
     given = leaf
@@ -254,6 +259,8 @@ def run_again(model: nn.Module, ran: Ran, leaf: Tensor | None = None) -> tuple[T
         raise
     assert again.leaf is not None
     if given is None and not close(tokens, ran.tokens):
+        if not ran.tokens.isfinite().all():
+            raise DataError(f"the tokens that {ran.block.name} returns are not finite; {find_non_finite(model)}")
         if ran.out is not None:
             raise NeedsAllTokens
         raise UsageError(f"{ran.block.name} returns other tokens when it runs a second time, so use rollout or chefer")
@@ -290,7 +297,7 @@ def read_out(
     # a model may use the number of its input images again after the blocks, so the second try has as many images
     for images in (images_BCHW[:1], images_BCHW[:1].expand(len(tokens), -1, -1, -1)):
         try:
-            with contextlib.ExitStack() as stack:
+            with _patching, contextlib.ExitStack() as stack:
                 for each in ran:
                     stack.enter_context(_skipped(model, each, tokens if each is ran[-1] else None))
                 with torch.enable_grad():
@@ -306,6 +313,23 @@ def read_out(
     raise UsageError(
         f"the layers after {ran[-1].block.name} of this {type(model).__name__} cannot run by themselves ({reason}); "
         "use chefer"
+    )
+
+
+def require_same_score(method: str, model: nn.Module, last: Ran, found_B: Tensor, score_B: Tensor) -> None:
+    """Check that the score of the last block's tokens, `found_B`, is the model's score.
+
+    Raises:
+        UsageError: it is another one, so the score also depends on other layers.
+        DataError: the score is NaN or infinite.
+    """
+    if close(found_B, score_B):
+        return
+    if not score_B.isfinite().all():
+        raise DataError(f"the score to explain is not finite; {find_non_finite(model)}")
+    raise UsageError(
+        f"{method} needs a score that depends only on the tokens of the last block, {last.block.name}, and this "
+        f"{type(model).__name__} also uses others; use chefer"
     )
 
 
@@ -333,23 +357,3 @@ def _skipped(model: nn.Module, ran: Ran, tokens: Tensor | None) -> Iterator[None
 def score_of(target: Target, output: object) -> Tensor:
     """Return the scores of a target, (B,); see `pick`."""
     return pick(output, target)[0]
-
-
-def gradients_of(score_B: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradient of each image's score with respect to each leaf.
-
-    Raises:
-        UsageError: the score does not depend on the leaves.
-    """
-    if not score_B.requires_grad:
-        raise UsageError(
-            "no gradient reaches the attention: the model computes without gradients after it; use raw or rollout"
-        )
-    gradients = torch.autograd.grad(score_B.sum(), list(leaves), allow_unused=True)
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
-
-
-def layers_read(survey: Survey, blocks: Sequence[Block]) -> str:
-    """Return how many layers of attention a method uses, as the `source` of its heatmaps."""
-    count = len(survey.attention) + len(survey.unlabelled)
-    return f"all {count} layers of attention" if len(blocks) == count else f"the last {len(blocks)} of {count} layers"

@@ -115,12 +115,8 @@ class GradCAM(CAM):
     def fits(cls, survey: Survey) -> bool:
         return survey.has_feature_maps
 
-    @classmethod
-    def is_default(cls, survey: Survey) -> bool:
-        return True  # for models without another default; if Grad-CAM does not fit, its error names methods that fit
-
     def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
-        return (gradient_BCN.mean(2, keepdim=True) * values_BCN).sum(1).relu()
+        return _weighted_by_means(values_BCN, gradient_BCN)
 
 
 class GradCAMPlusPlus(CAM):
@@ -190,7 +186,9 @@ class XGradCAM(CAM):
     """XGrad-CAM (Fu et al. 2020, 2008.02312): relu(Σ_c w_c A_c), w_c = Σ_n g_cn A_cn / Σ_n A_cn.
 
     For the same models as `GradCAM`. The gradient of a channel is averaged with the channel's activation as weights.
-    Deviation from the paper: a channel whose activations sum to 0 has the weight 0, where the equation is undefined.
+    For activations of both signs (tokens, or features before a ReLU) the sum may be near 0, and then the weight is
+    large and unstable. Deviation from the paper: a channel whose activations sum to 0 has the weight 0, where the
+    equation is undefined.
     """
 
     name = "xgradcam"
@@ -255,7 +253,12 @@ class FinerCAM(CAM):
         return score_B - self.gamma * scores_BK.gather(1, nearest_BT).mean(1), target_B
 
     def combine(self, values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
-        return (gradient_BCN.mean(2, keepdim=True) * values_BCN).sum(1).relu()
+        return _weighted_by_means(values_BCN, gradient_BCN)
+
+
+def _weighted_by_means(values_BCN: Tensor, gradient_BCN: Tensor) -> Tensor:
+    """Return Grad-CAM's map of a layer, (B, N)."""
+    return (gradient_BCN.mean(2, keepdim=True) * values_BCN).sum(1).relu()
 
 
 def target_layer(model: nn.Module, survey: Survey, layer: str | None) -> Activation:

@@ -37,10 +37,6 @@ class Gaze(Method):
     def fits(cls, survey: Survey) -> bool:
         return bool(survey.glimpses)
 
-    @classmethod
-    def is_default(cls, survey: Survey) -> bool:
-        return cls.fits(survey)
-
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
         with capture(model, NoWeights(), strict=True) as records:
             output = run(model, images_BCHW)

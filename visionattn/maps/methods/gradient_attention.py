@@ -4,6 +4,8 @@ Shapes: B images, W windows, H heads, Q queries, K keys, D channels of a head, h
 gradient of the score with respect to A.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -49,13 +51,22 @@ class Tape(Interception):
         Raises:
             UsageError: the score does not depend on any recorded output.
         """
-        if not self.calls or not score_B.requires_grad:
-            raise UsageError(
-                "no gradient reaches the attention: the model computes without gradients after it; use raw or rollout"
-            )
-        # the sum gives every image its own gradient, since no image affects the score of another
-        gradients = torch.autograd.grad(score_B.sum(), [out for _, out in self.calls], allow_unused=True)
-        return [torch.zeros_like(out) if g is None else g for g, (_, out) in zip(gradients, self.calls, strict=True)]
+        return gradients_of(score_B, [out for _, out in self.calls])
+
+
+def gradients_of(score_B: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradient of each image's score with respect to outputs of attention.
+
+    Raises:
+        UsageError: the score does not depend on any of them.
+    """
+    if not outputs or not score_B.requires_grad:
+        raise UsageError(
+            "no gradient reaches the attention: the model computes without gradients after it; use raw or rollout"
+        )
+    # the sum gives every image its own gradient, since no image affects the score of another
+    gradients = torch.autograd.grad(score_B.sum(), list(outputs), allow_unused=True)
+    return [torch.zeros_like(out) if g is None else g for g, out in zip(gradients, outputs, strict=True)]
 
 
 def weighted_rows(call: Call, gradient: Tensor, queries: slice) -> Tensor:

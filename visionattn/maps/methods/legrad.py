@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from visionattn.capture import Call, Survey, products, survey_images
 from visionattn.errors import UsageError
-from visionattn.maps.method import Explanation, Method, Target, fitting, pick
+from visionattn.maps.method import Explanation, Method, Target, fitting, layers_source, pick
 from visionattn.maps.methods.blocks import (
     Block,
     NeedsAllTokens,
     Trace,
     close,
-    gradients_of,
     last_blocks,
-    layers_read,
     read_out,
+    require_same_score,
     run_again,
     score_of,
 )
+from visionattn.maps.methods.gradient_attention import gradients_of
 
 
 class LeGrad(Method):
@@ -96,7 +96,7 @@ class LeGrad(Method):
             dA_B1H1K = products(site.canonical(gradient).float(), value.float())
             count = value.shape[3]  # the other queries have no gradient, and count in the mean over queries
             total_Bhw = total_Bhw + site.keys.to_grid(dA_B1H1K.relu_().mean(2)[:, :, 0] / count, shared=True)
-        return Explanation(total_Bhw / len(blocks), output, target_B, layers_read(survey, blocks))
+        return Explanation(total_Bhw / len(blocks), output, target_B, layers_source(survey, len(blocks)))
 
     def _of_all_tokens(
         self, model: nn.Module, images_BCHW: Tensor, target: Target, survey: Survey, blocks: Sequence[Block]
@@ -113,16 +113,13 @@ class LeGrad(Method):
                     tokens = tokens.mean(axes, keepdim=True).expand_as(tokens)
                 score = partial(score_of, target if target_B is None else target_B)
                 found_B = read_out(model, images_BCHW, trace.ran, tokens, score)
-                if self.pooling == "model" and ran is trace.ran[-1] and not close(found_B, score_B):
-                    raise UsageError(
-                        f"legrad needs a score that depends only on the tokens of the last block, {ran.block.name}, "
-                        f"and this {type(model).__name__} also uses others; use chefer"
-                    )
+                if self.pooling == "model" and ran is trace.ran[-1]:
+                    require_same_score(self.name, model, ran, found_B, score_B)
                 (gradient,) = gradients_of(found_B, [leaf])
             assert call is not None
             rows_BWK = positive_gradient(call, gradient)
             total_Bhw = total_Bhw + ran.block.site.keys.to_grid(rows_BWK, shared=True)
-        return Explanation(total_Bhw / len(blocks), output, target_B, layers_read(survey, blocks))
+        return Explanation(total_Bhw / len(blocks), output, target_B, layers_source(survey, len(blocks)))
 
 
 def positive_gradient(call: Call, gradient: Tensor) -> Tensor:

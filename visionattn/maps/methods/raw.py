@@ -50,10 +50,6 @@ class RawAttention(Method):
     def fits(cls, survey: Survey) -> bool:
         return bool(survey.attention)
 
-    @classmethod
-    def is_default(cls, survey: Survey) -> bool:
-        return bool(survey.attention) and survey.attention[-1].reads_the_grid
-
     def __init__(
         self,
         layer: int | str = -1,

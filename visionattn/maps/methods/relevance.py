@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.capture import Site, Survey, run
-from visionattn.maps.method import Explanation, Method, Target, pick, require_attention
+from visionattn.maps.method import Explanation, Method, Target, layers_source, pick, require_attention
 from visionattn.maps.methods.gradient_attention import Tape, weighted, weighted_rows
-from visionattn.maps.methods.rollout import Row, check_chain, class_row_only, layers_used, spread
+from visionattn.maps.methods.rollout import Row, check_chain, class_row_only, spread
 
 
 class _Chain(Method):
@@ -41,7 +41,7 @@ class _Chain(Method):
                 weights = weighted(call, gradient)
             row, last = self.step(row, site, weights), False
         raw_Bhw = self.finish(row, start)
-        return Explanation(raw_Bhw, output, target_B, layers_used(survey))
+        return Explanation(raw_Bhw, output, target_B, layers_source(survey, len(survey.attention)))
 
     def finish(self, row: Row, start: Row) -> Tensor:
         """Return the map (B, h, w) from the row at the first layer."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visionattn.capture import Call, HeadMean, Interception, Site, Survey, Tokens, run
 from visionattn.errors import UsageError, warn
 from visionattn.maps import artefacts
-from visionattn.maps.method import Explanation, Method, Target, check_fuse, fuse_heads, require_attention
+from visionattn.maps.method import Explanation, Method, Target, check_fuse, fuse_heads, layers_source, require_attention
 
 
 class Rollout(Method):
@@ -61,17 +61,18 @@ class Rollout(Method):
             output = run(model, images_BCHW)
         if not tape.layers:
             raise UsageError(
-                "the model made no call of attention, although its survey found some; do not change the model meanwhile"
+                "the model called no attention, although it did when it was surveyed; do not change the model while it "
+                "is explained"
             )
         row = Row.start(tape.layers[-1][0], len(images_BCHW), images_BCHW.device)
         while tape.layers:
             site, weights_BWQK = tape.layers.pop()
             row = row.step(site, weights_BWQK, keep=0.5, add=0.5)
-        return Explanation(row.grid_Bhw, output, None, layers_used(survey))
+        return Explanation(row.grid_Bhw, output, None, layers_source(survey, len(survey.attention)))
 
 
 class _Fused(Interception):
-    """Keeps every layer's attention with fused heads. If the last layer has a class token, only its row is kept."""
+    """Keeps the attention of every layer, with fused heads. Of the last layer, it keeps only the class token's row."""
 
     def __init__(self, model: nn.Module, count: int, fuse: str, discard: float) -> None:
         super().__init__(model)
@@ -126,30 +127,32 @@ def _extreme(call: Call, fuse: str) -> Tensor:
     return out
 
 
-def layers_used(survey: Survey) -> str:
-    """Return how many layers of attention a method multiplies, as the `source` of its heatmaps."""
-    used, left_out = len(survey.attention), len(survey.unlabelled)
-    return f"{used} of {used + left_out} layers of attention" if left_out else f"all {used} layers of attention"
-
-
 def check_chain(method: str, survey: Survey) -> None:
     """Warn if the layers do not all attend to the same tokens, or if some are not understood."""
-    sites = survey.attention
+    for caveat in chain_caveats(survey):
+        warn(f"{method} {caveat}")
+
+
+def chain_caveats(survey: Survey) -> list[str]:
+    """Return why a product of all layers is approximate, as ends of sentences; an empty list if it is not."""
+    sites, caveats = survey.attention, []
     if survey.unlabelled:
         name, reason = next(iter(survey.unlabelled.items()))
-        warn(f"{method} uses {layers_used(survey)}, and its heatmaps are approximate; it leaves out {name}: {reason}")
+        used = layers_source(survey, len(sites))
+        caveats.append(f"uses {used}, and its heatmaps are approximate; it leaves out {name}: {reason}")
     if any(site.windowed for site in sites):
-        warn(
-            f"{method} assumes that every layer attends to all tokens, but some layers attend inside windows; its "
-            "heatmaps are approximate"
+        caveats.append(
+            "assumes that every layer attends to all tokens, but some layers attend inside windows; its heatmaps are "
+            "approximate"
         )
     elif len({site.grid for site in sites}) > 1 or any(
         s.queries is not None and s.queries.grid != s.grid for s in sites
     ):
-        warn(
-            f"{method} assumes the same tokens in every layer, but this model merges or pools patches; its heatmaps "
-            "are approximate"
+        caveats.append(
+            "assumes the same tokens in every layer, but this model merges or pools patches; its heatmaps are "
+            "approximate"
         )
+    return caveats
 
 
 @dataclass

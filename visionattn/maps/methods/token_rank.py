@@ -11,9 +11,6 @@ from visionattn.errors import UsageError
 from visionattn.maps import artefacts
 from visionattn.maps.method import Explanation, Method, Target, attention_source, fitting, require_attention
 
-_MAX_STEPS = 1000
-_TOLERANCE = 1e-7
-
 
 class TokenRank(Method):
     """TokenRank (Erel et al. 2025, 2507.17657): the distribution π over patches that attention leaves unchanged.
@@ -23,7 +20,7 @@ class TokenRank(Method):
     A random walker who follows the attention from patch to patch is at patch j in the share π_j of the time. The map
     shows which patches the image as a whole attends to, in the sense of PageRank; it explains no class. For models
     whose layer attends from all patches to all patches. Class and register tokens are left out, as in the authors'
-    code. α is below 1, so that the distribution is unique. It is found by repeated multiplication.
+    code. α is below 1, so that the distribution is unique. It is the solution of a linear system.
 
     Deviation from the paper: by default the heads are averaged, and not weighted by their second eigenvalues.
 
@@ -69,14 +66,7 @@ class TokenRank(Method):
         record, keys, weights = records.kept()
         weights_BQK = weights[:, 0] if self.head is None else weights[:, 0, self.head]
         index_BN = keys.images(len(weights_BQK))[:, 0].to(weights_BQK.device)
-        rank_BN = torch.stack(
-            [
-                torch.zeros_like(of_image_QK[0]).masked_scatter(
-                    index_N >= 0, stationary(of_image_QK[index_N >= 0][:, index_N >= 0], self.alpha)
-                )
-                for of_image_QK, index_N in zip(weights_BQK, index_BN, strict=True)
-            ]
-        )
+        rank_BN = _stationary(weights_BQK, index_BN >= 0, self.alpha)
         return Explanation(keys.to_grid(rank_BN[:, None], shared=True), output, None, attention_source(record))
 
 
@@ -87,15 +77,22 @@ def _is_chain(site: Site) -> bool:
     return torch.equal(site.queries.index_WN, site.keys.index_WN)
 
 
-def stationary(weights_NN: Tensor, alpha: float) -> Tensor:
-    """Return the stationary distribution, (N,), of α A + (1 − α) / N, where A are the weights with rows scaled to 1."""
-    count = len(weights_NN)
-    step_NN = weights_NN / weights_NN.sum(1, keepdim=True).clamp(min=torch.finfo(weights_NN.dtype).tiny)
-    rank_N = weights_NN.new_full((count,), 1 / count)
-    for _ in range(_MAX_STEPS):
-        after_N = alpha * (rank_N @ step_NN) + (1 - alpha) / count
-        after_N = after_N / after_N.sum()
-        if float((after_N - rank_N).abs().sum()) < _TOLERANCE:
-            return after_N
-        rank_N = after_N
-    return rank_N
+def _stationary(weights_BNN: Tensor, present_BN: Tensor, alpha: float) -> Tensor:
+    """Return the stationary distributions of α A + (1 − α) / n, (B, N), where A are the weights with rows scaled to 1.
+
+    π = α π A + (1 − α) / n is a linear system. If a row of weights is all zero, the division by the sum of π has the
+    same effect as a row of 1 / n. The system is nearly singular if α is almost 1 and most tokens attend to themselves,
+    so it is solved in float64.
+
+    Args:
+        weights_BNN: attention between all tokens.
+        present_BN: the n tokens of the chain; 0 is returned for the others.
+        alpha: α.
+    """
+    dtype = torch.float32 if weights_BNN.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    weights_BNN = weights_BNN.to(dtype) * present_BN[:, None] * present_BN[:, :, None]
+    total_BN1 = weights_BNN.sum(2, keepdim=True)
+    step_BNN = weights_BNN / total_BN1.clamp(min=torch.finfo(dtype).tiny)
+    identity_NN = torch.eye(present_BN.shape[1], dtype=dtype, device=present_BN.device)
+    rank_BN = torch.linalg.solve(identity_NN - alpha * step_BNN.mT, present_BN.to(dtype))
+    return (rank_BN / rank_BN.sum(1, keepdim=True)).float()

@@ -7,10 +7,11 @@ Shapes: B images, N tokens, D channels, H heads, Q queries, K keys, S steps.
 """
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,40 +19,42 @@ from torch import Tensor, nn
 
 from visionattn.capture import Args, Call, HeadMean, Kwargs, Site, Survey, products, run, survey_images, surveys
 from visionattn.errors import UsageError
-from visionattn.maps.method import Explanation, Method, Target, fitting, pick
+from visionattn.maps.method import Explanation, Method, Target, fitting, layers_source, pick
 from visionattn.maps.methods.blocks import (
     Block,
     NeedsAllTokens,
     Ran,
     Trace,
     close,
-    gradients_of,
     last_blocks,
-    layers_read,
     read_out,
+    require_same_score,
     run_again,
     score_of,
 )
-from visionattn.maps.methods.gradient_attention import Tape, weighted, weighted_rows
+from visionattn.maps.methods.gradient_attention import Tape, gradients_of, weighted, weighted_rows
+
+_SCALE = re.compile(r"gamma|lambda|scale|\bls", re.IGNORECASE)
 
 
 class Transformations:
     """Measures how the attention and the feed-forward layers of each block transform the tokens.
 
     Attributes:
-        attention: for each block, (B, N): the weight of each transformed token W_O v.
+        attention: for each block, (B, N): the weight of each transformed token γ W_O v; γ is LayerScale, or 1.
         feed_forward: for each block, (B, N): the weight of the tokens that the feed-forward layers add, or None if the
-            block has no norm after its attention.
+            block has no norm after its attention. Always None without `direction`.
         length: (B, N), the length of the tokens before the first block.
 
     Args:
+        method: name of the method, for errors.
         model: the model.
         blocks: its blocks.
         direction: also weigh by direction, and measure the feed-forward layers.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[Block], *, direction: bool) -> None:
-        self.model, self.blocks, self.direction = model, blocks, direction
+    def __init__(self, method: str, model: nn.Module, blocks: Sequence[Block], *, direction: bool) -> None:
+        self.method, self.model, self.blocks, self.direction = method, model, blocks, direction
         self.attention: list[Tensor] = []
         self.feed_forward: list[Tensor | None] = []
         self.length: Tensor | None = None
@@ -59,6 +62,7 @@ class Transformations:
         self._tokens: Tensor | None = None  # before the block
         self._value: Tensor | None = None  # of the attention, before its projection has run
         self._middle: Tensor | None = None  # tokens between the attention and the feed-forward layers
+        self._norm_first = False  # whether the block has normalised its tokens before its attention
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
@@ -72,7 +76,7 @@ class Transformations:
                         handles.append(part.register_forward_pre_hook(self._before_linear))
                     elif isinstance(part, nn.MultiheadAttention):
                         handles.append(part.register_forward_hook(self._after_attention))
-                    elif self.direction and "norm" in type(part).__name__.lower():
+                    elif _is_norm(part):
                         handles.append(part.register_forward_pre_hook(self._before_norm))
                 handles.append(module.register_forward_hook(self._end))
                 for handle in handles:
@@ -88,11 +92,13 @@ class Transformations:
     def _off(self) -> bool:
         return threading.get_ident() != self._thread or surveys() != self._depth
 
-    def _start(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    def _start(self, module: nn.Module, *given: Any) -> None:
         if self._off:
             return
+        args, kwargs = given  # torch may call the hook in other threads without the keyword arguments
         self._tokens = (args[0] if args else next(iter(kwargs.values()))).detach()
         self._value = self._middle = None
+        self._norm_first = False
         if self.length is None:
             self.length = self._tokens.float().norm(dim=-1)
 
@@ -105,28 +111,40 @@ class Transformations:
             self._project(module.out_proj.weight)
 
     def _before_norm(self, module: nn.Module, args: Args) -> None:
-        after = len(self.attention) > len(self.feed_forward)
-        if not self._off and after and self._middle is None and args[0].shape == self._shape:
+        if self._off or self._tokens is None or args[0].shape != self._tokens.shape:
+            return
+        if len(self.attention) == len(self.feed_forward):  # the projection has not run
+            self._norm_first |= args[0].data_ptr() == self._tokens.data_ptr()
+        elif not self._norm_first:
+            raise UsageError(
+                f"{self.method} needs blocks that normalise their tokens before the attention, and {self._block.name} "
+                "does so after it; use chefer"
+            )
+        elif self.direction and self._middle is None:
             self._middle = args[0].detach().clone()  # a later in-place operation would change it
 
     @property
-    def _shape(self) -> torch.Size | None:
-        return None if self._tokens is None else self._tokens.shape
+    def _block(self) -> Block:
+        """The block that is running."""
+        return self.blocks[len(self.feed_forward)]
 
     def _project(self, weight: Tensor) -> None:
         assert self._value is not None
         assert self._tokens is not None
         with torch.no_grad():
-            self.attention.append(self._weights(self._tokens, F.linear(self._value, weight.to(self._value.dtype))))
+            transformed_BND = F.linear(self._value, weight.to(self._value.dtype))
+            scale_D = _layer_scale(self.model, self._block, transformed_BND.shape[2])
+            if scale_D is not None:
+                transformed_BND = transformed_BND * scale_D
+            self.attention.append(self._weights(self._tokens, transformed_BND))
         self._value = None
 
     def _end(self, module: nn.Module, args: Args, out: object) -> None:
         if self._off:
             return
         if len(self.attention) == len(self.feed_forward):
-            name = self.blocks[len(self.feed_forward)].name
             raise UsageError(
-                f"no linear layer follows the attention of {name}, so its transformed tokens are not known"
+                f"no linear layer follows the attention of {self._block.name}, so its transformed tokens are not known"
             )
         tokens = out[0] if isinstance(out, (tuple, list)) else out
         assert isinstance(tokens, Tensor)  # of a block of a transformer
@@ -142,6 +160,27 @@ class Transformations:
             return ratio_BN
         similar_BN = F.cosine_similarity(before_BND, after_BND, dim=-1).exp()
         return ratio_BN * similar_BN / similar_BN.mean(1, keepdim=True)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _layer_scale(model: nn.Module, block: Block, channels: int) -> Tensor | None:
+    """Return LayerScale's γ, (D,): the parameter of a block that scales what its attention adds; None without one.
+
+    It is the first parameter of D values whose name says so: `ls1.gamma` and `gamma_1` in timm, `layer_scale1.lambda1`
+    and `lambda_1` in transformers. The second one scales the feed-forward layers, whose effect is measured.
+    """
+    module, attention = model.get_submodule(block.name), block.site.name
+    for name, part in module.named_modules(prefix=block.name):
+        inside_attention = attention != block.name and f"{name}.".startswith(f"{attention}.")
+        if inside_attention or isinstance(part, nn.Linear) or _is_norm(part):
+            continue
+        for own, parameter in part.named_parameters(recurse=False):
+            if parameter.numel() == channels and _SCALE.search(f"{name}.{own}".removeprefix(block.name)):
+                return parameter.flatten()
+    return None
 
 
 def _fits(survey: Survey) -> bool:
@@ -181,13 +220,17 @@ class TokenTM(Method):
         C ← C + W C                           feed-forward layers
         W = diag(‖ẽ_i‖ / ‖e_i‖ · exp cos(ẽ_i, e_i) / mean_k exp cos(ẽ_k, e_k))
 
-    ẽ is the transformed token: W_O v in the attention, and what the feed-forward layers add. The map is the class
-    token's row of C or, if the score does not depend on a class token, the mean of the patches' rows. For ViTs in which
-    all tokens attend to all tokens (timm, torchvision, transformers). Attention stays fused.
+    ẽ is the transformed token: W_O v in the attention (times γ, if the block has LayerScale), and what the feed-forward
+    layers add. The map is the class token's row of C or, if the score does not depend on a class token, the mean of the
+    patches' rows. For ViTs in which all tokens attend to all tokens, and whose blocks normalise before the attention
+    (timm, torchvision, transformers). Attention stays fused.
 
     The equations are written from the paper's description and were not compared with the authors' code. Deviations: e
     is the token before the norm of the block, ẽ of the attention is taken for all heads together and without the bias
     of W_O, and feed-forward layers that run beside the attention are left out.
+
+    Raises:
+        UsageError: when called, the model has no such blocks.
     """
 
     name = "tokentm"
@@ -201,7 +244,7 @@ class TokenTM(Method):
     def explain(self, model: nn.Module, images_BCHW: Tensor, target: Target) -> Explanation:
         survey = survey_images(model, images_BCHW)
         blocks = _require(self.name, model, survey)
-        transformations = Transformations(model, blocks, direction=True)
+        transformations = Transformations(self.name, model, blocks, direction=True)
         with transformations.watch(), _TransformedTape(model, blocks, transformations) as tape:
             output = run(model, images_BCHW)
         with torch.enable_grad():
@@ -221,7 +264,7 @@ class TokenTM(Method):
             rows_BQN = rows_BQN + moved_BQN * transformations.attention[number][:, None]
         assert transformations.length is not None
         raw_BN = rows_BQN.mean(1) * transformations.length
-        return Explanation(site.keys.to_grid(raw_BN[:, None]), output, target_B, layers_read(survey, blocks))
+        return Explanation(site.keys.to_grid(raw_BN[:, None]), output, target_B, layers_source(survey, len(blocks)))
 
 
 class _TransformedTape(Tape):
@@ -260,8 +303,9 @@ class BeyondIntuition(Method):
         F = mean_h relu(mean_s ∂y_s/∂A_L)         the gradient of the last attention, averaged along a path
         map = (F ⊙ R)[class token]
 
-    Ā is the mean over heads. If the score does not depend on a class token, the map is the mean of the patches' rows.
-    For ViTs in which all tokens attend to all tokens (timm, torchvision, transformers). Attention stays fused.
+    Ā is the mean over heads. W_O v is multiplied by γ if the block has LayerScale. If the score does not depend on a
+    class token, the map is the mean of the patches' rows. For ViTs in which all tokens attend to all tokens, and whose
+    blocks normalise before the attention (timm, torchvision, transformers). Attention stays fused.
 
     Written from the authors' code (`generate_ours_c`). Deviations: the code averages the gradient over images that are
     scaled from 0 to 1 (`path="image"`: a forward pass and a gradient for each step). By default the last attention map
@@ -322,7 +366,7 @@ class BeyondIntuition(Method):
         *,
         alone: bool,
     ) -> Explanation:
-        transformations = Transformations(model, blocks, direction=False)
+        transformations = Transformations(self.name, model, blocks, direction=False)
         with transformations.watch():
             trace = _Mean(model, blocks, transformations, alone=alone)
             output = trace.run(images_BCHW)
@@ -341,7 +385,7 @@ class BeyondIntuition(Method):
             ]  # of the last layer, only the class token's row may be kept
             rows_BQN = rows_BQN + (chosen_BQN @ mean_BQK) * transformations.attention[number][:, None]
         raw_BN = (gradient_BHQK.relu().mean(1)[:, selected] * rows_BQN).mean(1)
-        return Explanation(site.keys.to_grid(raw_BN[:, None]), output, target_B, layers_read(survey, blocks))
+        return Explanation(site.keys.to_grid(raw_BN[:, None]), output, target_B, layers_source(survey, len(blocks)))
 
     def _along_attention(
         self, model: nn.Module, images_BCHW: Tensor, target: Target, ran: Sequence[Ran], score_B: Tensor
@@ -355,13 +399,10 @@ class BeyondIntuition(Method):
         """
         last, alone = ran[-1], ran[-1].out is not None
         tokens, leaf, call = run_again(model, last)
-        if not close(read_out(model, images_BCHW, ran, tokens, partial(score_of, target)), score_B):
-            if alone:
-                raise NeedsAllTokens
-            raise UsageError(
-                f"beyond_intuition needs a score that depends only on the tokens of the last block, {last.block.name}, "
-                f"and this {type(model).__name__} also uses others; use chefer"
-            )
+        found_B = read_out(model, images_BCHW, ran, tokens, partial(score_of, target))
+        if alone and not close(found_B, score_B):
+            raise NeedsAllTokens
+        require_same_score(self.name, model, last, found_B, score_B)
         scales, total = _path(self.steps), torch.zeros_like(leaf)
         # the class token alone is so little work that all steps run together, unless a function scores each batch
         together = self.steps if alone and isinstance(target, Tensor) else 1

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from visionattn.models.detectors.detector import Detections, Detector, detections, padded
+from visionattn.models.detector import Detections, Detector, detections, padded
 from visionattn.models.detectors.feature_pyramid import FeaturePyramid
 
 

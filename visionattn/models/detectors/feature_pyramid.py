@@ -96,6 +96,8 @@ class FeaturePyramid(nn.Module):
             )
         self.places = [place for stride, (place, _) in measured.items() if self.plain or stride in own]
         cast(_Intermediates, self.backbone).prune_intermediate_layers(self.places, prune_norm=True)
+        if hasattr(self.backbone, "head"):
+            self.backbone.head = nn.Identity()  # old releases of timm keep the normalisation in a ConvNeXt's head
         if self_attention is not None:
             swap_attention(self.backbone, self_attention, at=self_attention_at)
         if attention is not None:

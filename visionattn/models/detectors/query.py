@@ -13,9 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_convert, generalized_box_iou, generalized_box_iou_loss
 
+from visionattn.models.detector import Detections, Detector, detections, padded
 from visionattn.models.detectors.decoder import Answer, Decoder
 from visionattn.models.detectors.dense import DenseHead, DensePredictions, paired_iou, quality_focal
-from visionattn.models.detectors.detector import Detections, Detector, detections, padded
 from visionattn.models.detectors.feature_pyramid import FeaturePyramid
 
 CLASS_COST, BOX_COST, OVERLAP_COST = 2.0, 5.0, 2.0  # weights of the matching cost, as in Deformable DETR

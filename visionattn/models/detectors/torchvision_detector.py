@@ -10,7 +10,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
-from visionattn.models.detectors.detector import Detections, Detector
+from visionattn.models.detector import Detections, Detector
 from visionattn.models.detectors.feature_pyramid import FeaturePyramid
 
 

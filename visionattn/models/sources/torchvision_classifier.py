@@ -10,16 +10,8 @@ from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
 from visionattn.data import Preprocess, crop_fraction_of
-from visionattn.errors import DataError, UsageError, nearest
-from visionattn.models.weights import (
-    first_line,
-    head_of,
-    head_rows,
-    load_state,
-    read_state,
-    replace_head,
-    without_prefix,
-)
+from visionattn.errors import DataError, UsageError, first_line, nearest
+from visionattn.models.weights import head_of, load_classifier, read_state, replace_heads, require_weights
 
 PREFIX = "torchvision:"
 
@@ -50,8 +42,8 @@ def create_torchvision_classifier(
     """
     known = _weights_of(name)
     function = name.removeprefix(PREFIX).partition("/")[0]
-    if new_head and weights is None:
-        raise UsageError("new_head (--new-head) needs weights (--weights), from which all but the head is loaded")
+    if new_head:
+        require_weights(weights)
     state = None if weights is None else read_state(weights)
     load_pretrained = pretrained and state is None
     builder = get_model_builder(function)
@@ -74,19 +66,13 @@ def create_torchvision_classifier(
         vars(model)["aux_logits"] = False
         for head in auxiliary:
             setattr(model, head, None)
-    outputs = _outputs(model)
-    if state is not None:
-        state = {key: value for key, value in state.items() if not set(auxiliary) & set(key.split("."))}
-        rows = head_rows(without_prefix(state, model), head_of(model))
-        wanted = num_classes if new_head else rows
-        if wanted not in (None, outputs):
-            replace_head(model, wanted)
-            outputs = wanted
+    heads = (head_of(model),)
+    if state is None:
+        replace_heads(model, heads, num_classes)
+    else:
         assert weights is not None
-        load_state(model, state, weights, new_head=new_head, name=name)
-    if num_classes not in (None, outputs):
-        assert num_classes is not None
-        replace_head(model, num_classes)
+        state = {key: value for key, value in state.items() if not set(auxiliary) & set(key.split("."))}
+        load_classifier(model, state, weights, heads=heads, num_classes=num_classes, new_head=new_head, name=name)
     return model
 
 
@@ -129,11 +115,6 @@ def _weights_of(name: str) -> WeightsEnum:
         raise UsageError(f"torchvision's {function} has no weights {member!r}. All: {', '.join(enum.__members__)}.")
     weights: WeightsEnum = getattr(enum, member or "DEFAULT")
     return weights
-
-
-def _outputs(model: nn.Module) -> int:
-    head = model.get_submodule(head_of(model))
-    return int(getattr(head, "out_features", 0) or getattr(head, "out_channels", 0))
 
 
 @contextlib.contextmanager

@@ -6,32 +6,29 @@ Shapes: B batch, C channels, H rows, W columns, K classes, D features.
 """
 
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visionattn.errors import DataError, UsageError
-from visionattn.models.architectures import known_architecture, remember_architecture
-from visionattn.models.sources.transformers_source import PREFIX, import_transformers, places, quiet, source_of
-from visionattn.models.weights import (
-    first_line,
-    head_of,
-    head_rows,
-    load_state,
-    read_state,
-    replace_head,
-    without_prefix,
+from visionattn.errors import DataError, UsageError, first_line
+from visionattn.models.architectures import remember_architecture
+from visionattn.models.sources.transformers_source import (
+    PREFIX,
+    architecture_of,
+    import_transformers,
+    load_pretrained,
+    loading_options,
+    quiet,
+    read_config,
+    source_of,
 )
+from visionattn.models.weights import head_of, load_classifier, outputs_of, read_state, require_weights
 
 _ZERO_SHOT = ("clip", "siglip")
 """Types of models that compare an image with texts."""
-
-_NOT_ARCHITECTURE = re.compile(r"^_|label|auto_map|attn_implementation|architectures|transformers_version|quantization")
-"""What a configuration has beside the shape of the network."""
 
 
 class TransformersClassifier(nn.Module):
@@ -118,36 +115,28 @@ def create_transformers_classifier(
         options: changes of the configuration, e.g. `hidden_dropout_prob`.
 
     Raises:
-        UsageError: transformers is missing, or the name is none of a model or folder.
+        UsageError: transformers is missing, or there is no such model or folder.
         DataError: the folder or the weights cannot be used, or transformers has no classifier of this type.
     """
-    if new_head and weights is None:
-        raise UsageError("new_head (--new-head) needs weights (--weights), from which all but the head is loaded")
+    if new_head:
+        require_weights(weights)
     transformers = import_transformers()
-    config = _config(transformers, name, options)
+    config = read_config(transformers, name, options)
     _check_type(config, name)
     if pretrained and weights is None:
         model, outputs = _pretrained(transformers, name, source_of(name), config, num_classes)
     else:
         if num_classes is not None and weights is None:
             config.num_labels = num_classes
-        outputs = config.num_labels
         with quiet(transformers):
             model = transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+        heads = _heads(model, config.num_labels)
         if weights is not None:
             state = read_state(weights)
-            rows = head_rows(without_prefix(state, model), head_of(model))
-            wanted = num_classes if new_head else rows
-            if wanted not in (None, outputs):
-                replace_head(model, wanted)
-                outputs = wanted
-            load_state(model, state, weights, new_head=new_head, name=name)
-        if num_classes not in (None, outputs):
-            assert num_classes is not None
-            replace_head(model, num_classes)
-            outputs = num_classes
+            load_classifier(model, state, weights, heads=heads, num_classes=num_classes, new_head=new_head, name=name)
+        outputs = outputs_of(model, heads[0])
     made = TransformersClassifier(model.float(), outputs)
-    remember_architecture(made, name, _architecture(config.to_dict()))
+    remember_architecture(made, name, architecture_of(config.to_dict()))
     return made.train()  # as every new module is; transformers returns pretrained models in evaluation mode
 
 
@@ -160,7 +149,7 @@ def create_zero_shot_classifier(name: str, texts: Sequence[str], *, pretrained: 
         pretrained: load the weights of the name; else they are random (default: True).
 
     Raises:
-        UsageError: transformers is missing, there are fewer than two texts, or the name is none of a model or folder.
+        UsageError: transformers is missing, there are fewer than two texts, or there is no such model or folder.
         DataError: the folder or the weights cannot be used.
     """
     if len(texts) < 2:
@@ -168,18 +157,18 @@ def create_zero_shot_classifier(name: str, texts: Sequence[str], *, pretrained: 
     source = source_of(name)
     transformers = import_transformers()
     try:
-        with quiet(transformers):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **places(source))
+        with quiet(transformers, source):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **loading_options(source))
     except Exception as error:  # a missing file, a broken one, or one that needs code
         raise DataError(f"the tokenizer of {name} cannot be loaded ({first_line(error)})") from error
     if pretrained:
-        model, missing = _load(transformers.AutoModel, transformers, name, source)
+        model, missing = load_pretrained(transformers.AutoModel, transformers, name, source)
         if missing:
             raise DataError(
-                f"the weights of {name} are not whole: {len(missing)} missing ({', '.join(missing[:3])}, …)"
+                f"the weights of {name} are incomplete: {len(missing)} missing ({', '.join(missing[:3])}, …)"
             )
     else:
-        model = transformers.AutoModel.from_config(_config(transformers, name, {}))
+        model = transformers.AutoModel.from_config(read_config(transformers, name, {}))
     model = model.float().eval()
     length = model.config.text_config.max_position_embeddings
     tokens = tokenizer(
@@ -209,44 +198,16 @@ def create_zero_shot_classifier(name: str, texts: Sequence[str], *, pretrained: 
 
 def is_zero_shot(name: str) -> bool:
     """Return whether a name is that of a model which compares images with texts, and has no head of classes."""
-    config = _config(import_transformers(), name, {})
+    config = read_config(import_transformers(), name, {})
     classifies = any("ForImageClassification" in text for text in config.architectures or ())
     return config.model_type in _ZERO_SHOT and not classifies
 
 
 def transformers_class_names(name: str) -> tuple[str, ...]:
     """Return the class names of a model, its configuration's `id2label`; () if they are only numbered."""
-    names = _config(import_transformers(), name, {}).id2label or {}
+    names = read_config(import_transformers(), name, {}).id2label or {}
     ordered = tuple(str(names[index]) for index in sorted(names))
     return () if all(text == f"LABEL_{index}" for index, text in enumerate(ordered)) else ordered
-
-
-def _config(transformers: Any, name: str, options: Mapping[str, Any]) -> Any:
-    known = known_architecture(name)
-    if known is not None:
-        fields = {**known, **options}
-        kind = str(fields.pop("model_type", ""))
-        try:
-            return transformers.AutoConfig.for_model(kind, **fields)
-        except Exception as error:  # transformers checks the fields in many places
-            raise DataError(
-                f"the architecture of {name} in the checkpoint cannot be used: {first_line(error)}"
-            ) from error
-    source = source_of(name)
-    try:
-        with quiet(transformers):
-            return transformers.AutoConfig.from_pretrained(source, **places(source), **options)
-    except Exception as error:
-        raise _unreadable(name, "configuration", error) from error
-
-
-def _architecture(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a configuration that say what the network is; unset ones have their defaults again."""
-    return {
-        key: _architecture(value) if isinstance(value, Mapping) else value
-        for key, value in fields.items()
-        if value is not None and not _NOT_ARCHITECTURE.search(str(key))
-    }
 
 
 def _check_type(config: Any, name: str) -> None:
@@ -255,7 +216,7 @@ def _check_type(config: Any, name: str) -> None:
     if config.model_type == "timm_wrapper":
         raise UsageError(f"{name} is a model of timm; name it hf-hub:{name.removeprefix(PREFIX)}")
     if config.model_type not in KNOWN:
-        raise DataError(f"{name} is a {config.model_type}, of which transformers has no image classifier")
+        raise DataError(f"{name} is of type {config.model_type}; transformers has no image classifier of this type")
 
 
 def _pretrained(
@@ -265,10 +226,9 @@ def _pretrained(
     auto = transformers.AutoModelForImageClassification
     if num_classes is not None:
         config.num_labels = num_classes  # a head of another size than in the weights is made anew
-    model, missing = _load(auto, transformers, name, source, config=config, ignore_mismatched_sizes=True)
+    model, missing = load_pretrained(auto, transformers, name, source, config=config, ignore_mismatched_sizes=True)
     outputs = config.num_labels
-    body = max(model.named_children(), key=lambda child: sum(value.numel() for value in child[1].parameters()))[0]
-    if wrong := [key for key in missing if key.startswith(f"{body}.")]:
+    if wrong := [key for key in missing if key.startswith(_body(model))]:
         some = ", ".join(wrong[:3])
         raise DataError(
             f"the weights of {name} do not fit a {type(model).__name__}: {len(wrong)} missing or of another shape "
@@ -282,21 +242,15 @@ def _pretrained(
     return model, outputs
 
 
-def _load(auto: Any, transformers: Any, name: str, source: str, **options: Any) -> tuple[Any, list[str]]:
-    """Return a model with the weights of its name, and the names of the weights that are missing there."""
-    if os.path.isdir(source) and not any(file.endswith((".safetensors", ".bin")) for file in os.listdir(source)):
-        raise DataError(f"the folder {source} holds no weights, model.safetensors or pytorch_model.bin")
-    try:
-        with quiet(transformers):
-            model, info = auto.from_pretrained(
-                source, **places(source), **options, output_loading_info=True, weights_only=True
-            )
-    except Exception as error:
-        raise _unreadable(name, "weights", error) from error
-    return model, sorted({*info["missing_keys"], *(key[0] for key in info.get("mismatched_keys", ()))})
+def _body(model: nn.Module) -> str:
+    """Return the prefix of the weights in the largest part of a classifier, e.g. `vit.`."""
+    largest = max(model.named_children(), key=lambda child: sum(value.numel() for value in child[1].parameters()))
+    return f"{largest[0]}."
 
 
-def _unreadable(name: str, what: str, error: Exception) -> DataError:
-    if "trust_remote_code" in str(error):
-        return DataError(f"{name} brings code of its own, which visionattn does not run")
-    return DataError(f"the {what} of {name} could not be loaded ({first_line(error)})")
+def _heads(model: nn.Module, outputs: int) -> tuple[str, ...]:
+    """Return the names of the layers after the largest part that have one output for each class."""
+    body = _body(model)
+    layers = (name for name, part in model.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d)))
+    heads = tuple(name for name in layers if not name.startswith(body) and outputs_of(model, name) == outputs)
+    return heads or (head_of(model),)  # Perceiver's head is in its largest part

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from visionattn.data import Preprocess, crop_fraction_of
-from visionattn.errors import DataError
-from visionattn.models.sources.transformers_source import import_transformers, places, quiet, source_of
-from visionattn.models.weights import first_line
+from visionattn.errors import DataError, first_line
+from visionattn.models.sources.transformers_source import import_transformers, loading_options, quiet, source_of
 
 
 def transformers_preprocess(name: str) -> Preprocess:
@@ -21,10 +20,10 @@ def transformers_preprocess(name: str) -> Preprocess:
     source = source_of(name)
     transformers = import_transformers()
     try:
-        with quiet(transformers):
+        with quiet(transformers, source):
             # Pillow's resizing, as visionattn's; torchvision's bicubic of tensors rounds otherwise in single pixels
             pillow = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
-            processor = transformers.AutoImageProcessor.from_pretrained(source, **pillow, **places(source))
+            processor = transformers.AutoImageProcessor.from_pretrained(source, **pillow, **loading_options(source))
     except Exception as error:
         raise DataError(
             f"{name} has no image processor that can be loaded ({first_line(error)}); "
@@ -36,6 +35,9 @@ def transformers_preprocess(name: str) -> Preprocess:
 def preprocess_of_processor(processor: Any, name: str = "") -> Preprocess:
     """Convert an image processor of transformers to a `Preprocess`, and compare both on two pictures.
 
+    Processors of detectors that keep the shape of each image (DETR: shorter side 800 pixels, longer side at most 1,333)
+    are not compared: here all inputs have one size, into which each image is letterboxed with the mean colour.
+
     Raises:
         DataError: the processor does what `Preprocess` cannot do, or their inputs differ by more than 0.1 of 255 in the
             mean over the pixels. Inputs of processors that resize by Pillow are equal.
@@ -43,18 +45,22 @@ def preprocess_of_processor(processor: Any, name: str = "") -> Preprocess:
     kind = type(processor).__name__
     name = name or "this model"
     remedy = "give --size, --mean and --std (preprocess in Python)"
+    random = np.random.default_rng(0)
+    pictures = []
+    for height, width in ((61, 97), (150, 118)):
+        coarse = random.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        pictures.append(np.kron(coarse, np.ones((9, 9, 1), np.uint8))[:height, :width])
     try:
         preprocess = _converted(processor)
+        answers = [np.asarray(processor(images=[image], return_tensors="np")["pixel_values"])[0] for image in pictures]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"the {kind} of {name} does what visionattn's preprocessing cannot do ({error}); {remedy}"
         ) from error
-    random = np.random.default_rng(0)
-    for height, width in ((61, 97), (150, 118)):
-        coarse = random.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-        image = np.kron(coarse, np.ones((9, 9, 1), np.uint8))[:height, :width]
+    if preprocess.fit == "letterbox":
+        return preprocess
+    for image, theirs in zip(pictures, answers, strict=True):
         ours = preprocess(image)[0]
-        theirs = np.asarray(processor(images=[image], return_tensors="np")["pixel_values"])[0]
         std = np.asarray(preprocess.std)[:, None, None]
         if theirs.shape != ours.shape or np.abs((theirs - ours) * std).mean() > 0.1 / 255:
             raise DataError(f"the {kind} of {name} prepares images in a way that visionattn cannot copy; {remedy}")
@@ -73,11 +79,14 @@ def _converted(processor: Any) -> Preprocess:
     frame: int | None
     if not getattr(processor, "do_resize", True):
         raise ValueError("it does not resize")
-    if {"longest_edge", "max_height", "max_width"} & size.keys():
+    detects = hasattr(processor, "post_process_object_detection")
+    keeps_shape = detects and size.keys() == {"shortest_edge", "longest_edge"}
+    if not keeps_shape and {"longest_edge", "max_height", "max_width"} & size.keys():
         raise ValueError(f"it resizes to {size}")
     kind = type(processor).__name__
-    if "ConvNext" in kind:
-        assert short is not None
+    if keeps_shape:
+        fit, frame, height, width = "letterbox", None, size["shortest_edge"], size["longest_edge"]
+    elif "ConvNext" in kind and short is not None:
         height = width = short
         fit, frame = ("crop", int(short / processor.crop_pct)) if short < 384 else ("stretch", short)
     elif "PoolFormer" in kind and short is not None and processor.crop_pct is not None:

@@ -1,4 +1,4 @@
-"""Networks that are not of timm: a function of the user's own module makes one, and a file of weights fills it."""
+"""Networks of the user: a function of their module returns one, and a file of weights can be loaded into it."""
 
 import contextlib
 import importlib
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from visionattn.errors import UsageError
-from visionattn.models.weights import load_weights
+from visionattn.models.weights import load_weights, require_weights
 
 
 def import_package(name: str) -> None:
@@ -42,6 +42,8 @@ def create_user_model(path: str, weights: str | os.PathLike[str] | None = None, 
         UsageError: there is no such module or function, or the function does not return a network.
         DataError: the weights cannot be read, or do not fit.
     """
+    if new_head:
+        require_weights(weights)
     module, _, name = path.partition(":")
     import_package(module)
     make = getattr(sys.modules[module], name, None)
@@ -54,7 +56,7 @@ def create_user_model(path: str, weights: str | os.PathLike[str] | None = None, 
     if not isinstance(model, nn.Module):
         raise UsageError(f"{path} must return a torch.nn.Module, got {type(model).__name__}")
     if weights is not None:
-        load_weights(model, weights, new_head=new_head)
+        load_weights(model, weights, new_head=new_head, name=path)
     return model.eval()
 
 

@@ -13,7 +13,8 @@ from visionattn.data import MAX_PIXELS, FoundImages, find, is_video
 from visionattn.drawing import Style
 from visionattn.errors import DataError, UsageError
 from visionattn.files import AnyPath, FolderLock, local_path, printable
-from visionattn.overlays.explainer import Explainer, fingerprint_of, targets_of
+from visionattn.maps import Similarity
+from visionattn.overlays.explainer import Explainer, fingerprint_of
 from visionattn.overlays.folder.image_export import ExportJob, stamp_of
 from visionattn.overlays.folder.journal import Journal
 from visionattn.overlays.folder.manifest import Entry, Manifest, output_names
@@ -21,6 +22,7 @@ from visionattn.overlays.folder.pipeline import OneProcess, Work, run
 from visionattn.overlays.folder.progress import ProgressBar, Summary, print_summary
 from visionattn.overlays.folder.video import SUFFIX
 from visionattn.overlays.outputs import check_outputs, endings
+from visionattn.overlays.targets import targets_by_name
 
 _BATCH_PIXELS = 16 * 224 * 224  # pixels of a batch, unless batch_size is set
 
@@ -56,7 +58,8 @@ def export(
         explainers: an explainer, or several, whose overlays are drawn into one sheet.
         save: kinds of output to make, names in `OUTPUTS`.
         compare: whether to compare the second of two explainers with the first.
-        target: the output to explain, its index or class name. Default: the highest output of each image.
+        target: the output to explain: its index or class name, or another form of `TARGETS`. Default: the
+            highest output of each image.
         batch_size: images per forward pass. Default: 16 at 224 × 224; at other sizes, so many that a batch has
             about the same number of pixels.
         style: style of the pictures. Default: `Style()`.
@@ -79,11 +82,18 @@ def export(
             process has met an error. All outputs that were finished by then are kept.
     """
     explainers = [explainers] if isinstance(explainers, Explainer) else list(explainers)
-    _check(explainers, save, compare, target, batch_size, max_pixels, workers)
+    _check(explainers, save, compare, batch_size, max_pixels, workers)
     if fps is not None and not fps > 0:
         raise UsageError(f"fps must be > 0, got {fps}")
     keep_freed_memory()
     explainers = [explainer.chosen() for explainer in explainers]
+    try:
+        targets = [None] * len(explainers) if target is None else targets_by_name(explainers, target)
+    except DataError as error:
+        raise UsageError(str(error)) from error
+    described: object = target
+    if isinstance(target, str) and any(isinstance(each, Similarity) for each in targets):
+        described = [target, stamp_of(target.partition(":")[2])]  # the reference image may change
     style, processes = style or Style(), processes or OneProcess()
     console = console or Console(quiet=processes.rank > 0)
     folder = os.path.abspath(local_path(out))
@@ -93,10 +103,10 @@ def export(
         explainers=explainers,
         compared=compare,
         kinds=tuple(dict.fromkeys(save)),
-        target=target,
+        targets=targets,
         style=style,
         max_pixels=max_pixels,
-        fingerprint=fingerprint_of(explainers, compare=compare, target=target, style=style, bf16=bf16),
+        fingerprint=fingerprint_of(explainers, compare=compare, target=described, style=style, bf16=bf16),
         folder=folder,
         fps=fps,
         bf16=bf16,
@@ -148,14 +158,14 @@ def _lead(
 
             for path, reason in found.unlisted:
                 note(job.failure(path, reason))
-            run(job, processes, manifest, note, bar.advance, summary.doubt, batch_size, workers)
+            run(job, processes, manifest, note, bar.advance, summary.warn, batch_size, workers)
             for sums in processes.wait():
                 bar.advance(sums)
             for entry in manifest.take_in():
                 count(entry)
             if processes.lost and not processes.trouble:
                 _lay_out(job, processes, [path for path in todo if path not in counted], batch_size)
-                run(job, processes, manifest, note, bar.advance, summary.doubt, batch_size, workers)
+                run(job, processes, manifest, note, bar.advance, summary.warn, batch_size, workers)
     finally:
         manifest.close()
     summary.seconds = time.perf_counter() - started
@@ -190,7 +200,7 @@ def _help(job: ExportJob, processes: Work, batch_size: int, workers: int) -> Sum
         summary.count(entry, entry.source)
 
     try:
-        run(job, processes, journal, note, lambda sums: None, summary.doubt, batch_size, workers)
+        run(job, processes, journal, note, lambda sums: None, summary.warn, batch_size, workers)
     except (UsageError, DataError) as error:
         reason = str(error)  # the first process raises this error
     finally:
@@ -210,7 +220,6 @@ def _check(
     explainers: Sequence[Explainer],
     save: Sequence[str],
     compare: bool,
-    target: int | str | None,
     batch_size: int | None,
     max_pixels: int,
     workers: int | None,
@@ -227,10 +236,6 @@ def _check(
     if len(set(names)) < len(names):
         raise UsageError(f"each of several explainers needs a name of its own, got {names}")
     check_outputs(save, explanations=len(explainers), compared=compare)
-    try:
-        targets_of(explainers, target)
-    except DataError as error:
-        raise UsageError(str(error)) from error
 
 
 def _default_batch_size(explainers: Sequence[Explainer]) -> int:

@@ -22,6 +22,7 @@ from visionattn.data import VIDEOS, ImageRequest, Placement, encode_image, read_
 from visionattn.drawing import Style, boxes_in_source, centres, heatmap_difference, peak
 from visionattn.errors import DataError, UsageError
 from visionattn.files import Replacement, printable
+from visionattn.maps import Target
 from visionattn.overlays.explainer import Explainer, explained_images, predictions_of, targets_of
 from visionattn.overlays.folder.manifest import Done, Entry, Facts, Failed, Stamp
 from visionattn.overlays.outputs import OUTPUTS, ExplainedImage, GlimpseTrace, Needs, Output, OutputScene, check_needs
@@ -107,7 +108,7 @@ class ExportJob:
         explainers: models and methods that explain each image.
         compared: whether the second of two explainers is compared with the first.
         kinds: kinds of output to make, names in `outputs.OUTPUTS`.
-        target: index or class name of the output to explain; None means the highest output of each image.
+        targets: for each explainer the target of images without their own; None means the highest output of each image.
         style: style of the pictures.
         max_pixels: images with more pixels fail.
         fingerprint: hash of these settings, see `explainer.fingerprint_of`.
@@ -122,7 +123,7 @@ class ExportJob:
     explainers: Sequence[Explainer]
     compared: bool
     kinds: Sequence[str]
-    target: int | str | None
+    targets: Sequence[Target]
     style: Style
     max_pixels: int
     fingerprint: str
@@ -205,21 +206,22 @@ class ExportJob:
         return [self._combined(list(of_image)) for of_image in zip(*by_explainer, strict=True)]
 
     def _explain(self, number: int, batch: Sequence[LoadedImage]) -> list[tuple[ExplainedImage, Facts]]:
-        """Explain a batch with one explainer, in two groups: images with a target and images without."""
+        """Explain a batch with one explainer, in groups: images with an index as target, without one, with others."""
         explainer = self.explainers[number]
         requests = [self._request(image.path).target for image in batch]
-        targets = [explainer.target(self.target if request is None else request) for request in requests]
+        targets = [self.targets[number] if request is None else explainer.target(request) for request in requests]
         explained: dict[int, tuple[ExplainedImage, Facts]] = {}
-        for given in (True, False):
-            group = [index for index, target in enumerate(targets) if (target is not None) == given]
-            if group:
-                target = torch.tensor([targets[index] for index in group]) if given else None
-                results = self._explain_group(number, [batch[index] for index in group], target)
-                explained.update(zip(group, results, strict=True))
+        groups: dict[object, list[int]] = {}  # indices share a key, and each other target has its own
+        for index, target in enumerate(targets):
+            groups.setdefault(int if isinstance(target, int) else target, []).append(index)
+        for key, group in groups.items():
+            target = torch.tensor([targets[index] for index in group]) if key is int else targets[group[0]]
+            results = self._explain_group(number, [batch[index] for index in group], target)
+            explained.update(zip(group, results, strict=True))
         return [explained[index] for index in range(len(batch))]
 
     def _explain_group(
-        self, number: int, batch: Sequence[LoadedImage], target: Tensor | None
+        self, number: int, batch: Sequence[LoadedImage], target: Target
     ) -> list[tuple[ExplainedImage, Facts]]:
         explainer = self.explainers[number]
         placements = [image.prepared[number][1] for image in batch]

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from visionattn.errors import UsageError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PORTS = 20_000, 10_000  # first port, and number of ports, for the processes of SLURM; systems choose ports above these
+_PORTS = (
+    20_000,
+    10_000,
+)  # first port, and number of ports, for the processes of SLURM; below those that a system gives to other programs
 
 
 @dataclass(frozen=True)

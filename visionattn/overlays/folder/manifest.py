@@ -20,8 +20,8 @@ Keys of a finished image:
     found: only for detectors: [x0, y0, x1, y1, "class score"] of each confident box.
     fixations: only for glimpses: [x, y] of each glimpse, in pixels of the source.
     seconds: run time of the model and the method for a batch, divided by the number of its images.
-    explanations: only with several methods or models: a list with the name of each, and the keys from model to seconds.
-    The keys above then hold the values of the first in the list, but seconds holds the sum.
+    explanations: only with several methods or models: for each of them, `name` and its own values of the keys from
+    `model` to `seconds` above. The keys above then hold the values of the first in the list, but seconds holds the sum.
     difference: only for two compared models: `mean` of |second − first|, and `peak`, the point where it is largest.
     fps: only for videos: frames per second of the outputs.
     frames: only for videos: lists with one value per frame: `at` (seconds from the start), `prediction`, `probability`
@@ -405,7 +405,7 @@ class Manifest:
             try:
                 source = json.loads(line)["source"]
             except ValueError:
-                continue  # a killed run left this last line incomplete, and this run has appended no line
+                continue  # an incomplete line: a run was killed while it wrote its last line
             last.pop(source, None)
             last[source] = line.rstrip(b"\n") + b"\n"
         write_file(self.path, lambda file: file.writelines(last.values()))
@@ -422,7 +422,7 @@ class LineFile:
         self.path = path
         self._size = 0  # bytes of the file that this object knows
         self._end = 0  # byte after the last line to keep
-        self._gap = b""  # the line break that the last line to keep lacks
+        self._gap = b""  # a line break, if the last line to keep has none
         self._file: io.FileIO | None = None
         self._lock = threading.Lock()  # one thread appends, others call `sync`
 
@@ -541,7 +541,8 @@ def output_names(
 
     Args:
         images: absolute paths.
-        root: folder below which the outputs mirror the images; "" if the images share none.
+        root: folder that contains all images, "" if there is none; the outputs have the same paths below the output
+            folder.
         ending: with its dots, e.g. `.overlay.jpg`.
         taken: output of an earlier run → its image.
         kept: image → its output of an earlier run, whose name is used again.

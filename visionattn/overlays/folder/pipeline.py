@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias
 
 from visionattn.data import is_video
-from visionattn.errors import DataError, MapWarning
+from visionattn.errors import BlankMapWarning, DataError, MapWarning
 from visionattn.overlays.folder.image_export import ExportJob, ImageResult, ImageTask, LoadedImage, OutputFiles
 from visionattn.overlays.folder.journal import Journal
 from visionattn.overlays.folder.manifest import Entry, Failed, Manifest
@@ -95,7 +95,7 @@ def run(
     manifest: Manifest | Journal,
     note: Callable[[Entry], None],
     advance: Callable[[dict[str, int]], None],
-    doubt: Callable[[str], None],
+    warn: Callable[[str], None],
     batch_size: int,
     workers: int,
 ) -> None:
@@ -108,7 +108,7 @@ def run(
         manifest: records the outputs that are about to be written.
         note: called with the entry of each finished or failed image.
         advance: called with the sums of the counters after each image or frame.
-        doubt: called with the message of each `MapWarning`.
+        warn: called with the message of each `MapWarning`, except of constant heatmaps.
         batch_size: images per forward pass.
         workers: threads that read and draw.
 
@@ -133,7 +133,7 @@ def run(
         for path in paths
     )
     try:
-        with _telling_doubts(doubt):
+        with _forward_map_warnings(warn):
             for batch in _batches(_read_ahead(threads, job, todo, 2 * batch_size), batch_size):
                 good = [image for image in batch if isinstance(image, LoadedImage)]
                 explained = job.explain(good)
@@ -175,19 +175,22 @@ def run(
 
 
 @contextlib.contextmanager
-def _telling_doubts(doubt: Callable[[str], None]) -> Iterator[None]:
-    """Call `doubt` with the message of each `MapWarning` in this context, and show other warnings as before."""
+def _forward_map_warnings(warn: Callable[[str], None]) -> Iterator[None]:
+    """Call `warn` with the message of each `MapWarning` in this context, and show other warnings as before.
+
+    Warnings of constant heatmaps are dropped, since the export counts these heatmaps.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("always", MapWarning)
         show = warnings.showwarning
 
-        def tell(message: Warning | str, category: type[Warning], *details: Any, **more: Any) -> None:
-            if issubclass(category, MapWarning):
-                doubt(str(message))
-            else:
+        def forward(message: Warning | str, category: type[Warning], *details: Any, **more: Any) -> None:
+            if not issubclass(category, MapWarning):
                 show(message, category, *details, **more)
+            elif not issubclass(category, BlankMapWarning):
+                warn(str(message))
 
-        warnings.showwarning = tell
+        warnings.showwarning = forward
         yield
 
 

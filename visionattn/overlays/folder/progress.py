@@ -18,7 +18,7 @@ from visionattn.overlays.folder.manifest import Entry, Failed
 _LINE = 60.0  # seconds between two lines of progress if the output is no terminal
 _MAX_FAILURES = 5  # failures shown on the terminal; the manifest lists all
 _MAX_DIFFERENT = 3  # images shown for a comparison: those in which the models differ most
-_MAX_DOUBTS = 3  # kinds of warnings shown
+_MAX_WARNINGS = 3  # kinds of warnings shown
 _NUMBER = re.compile(r"\d[\d.]*")  # what differs between two warnings of one kind
 
 
@@ -37,7 +37,8 @@ class Summary:
         links: number of linked folders that were not entered.
         failures: (file, reason) of the first failures, at most five.
         source: method and source of the first heatmaps, e.g. `gradcam, layer4.1`; "" if no heatmap was made.
-        doubts: reasons to doubt the heatmaps, as the methods warn of them: the first of each kind, at most three.
+        warnings: messages of the methods' `MapWarning`s, except of constant heatmaps: the first of each kind, at most
+            three.
         apart: (mean difference, file) of the images in which two models differ most, largest first, at most three.
         images: paths of all images, without videos.
         seconds: duration of the run.
@@ -53,7 +54,7 @@ class Summary:
     links: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
     source: str = ""
-    doubts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     apart: list[tuple[float, str]] = field(default_factory=list)
     images: Sequence[str] = ()
     seconds: float = 0.0
@@ -82,11 +83,11 @@ class Summary:
             different = sorted([*self.apart, (entry.facts["difference"]["mean"], name)], reverse=True)
             self.apart = different[:_MAX_DIFFERENT]
 
-    def doubt(self, message: str) -> None:
-        """Add the message of a `MapWarning`, unless it tells of constant heatmaps, which are counted as blank."""
-        kinds = [_NUMBER.sub("", known) for known in self.doubts]
-        if "show nothing" not in message and _NUMBER.sub("", message) not in kinds and len(kinds) < _MAX_DOUBTS:
-            self.doubts.append(message)
+    def warn(self, message: str) -> None:
+        """Add the message of a `MapWarning`, unless three are known or one of the same kind is."""
+        kinds = [_NUMBER.sub("", known) for known in self.warnings]
+        if _NUMBER.sub("", message) not in kinds and len(kinds) < _MAX_WARNINGS:
+            self.warnings.append(message)
 
 
 class ProgressBar:
@@ -153,8 +154,8 @@ def print_summary(console: Console, summary: Summary) -> None:
         rows.append(
             (str(summary.blank), "blank", "", "the heatmap is constant and shows nothing; try another layer or target")
         )
-    for doubt in summary.doubts:
-        rows.append(("", "doubt", "", printable(doubt)))
+    for warning in summary.warnings:
+        rows.append(("", "warning", "", printable(warning)))
     for rank, (mean, name) in enumerate(summary.apart):
         rows.append(("", "most different" if rank == 0 else "", "", f"{mean:.2f}  {printable(name)}"))
     for rank, (name, reason) in enumerate(summary.failures):

@@ -76,14 +76,15 @@ def _show(trainer: L.Trainer, name: str, picture_HWC: NDArray[np.uint8]) -> None
 
 
 def _continue_events(logger: TensorBoardLogger, step: int, rows: Sequence[Mapping[str, str]]) -> None:
-    """Hide what earlier processes sent to TensorBoard from a step on, and log the metrics of this step again.
+    """Hide the events that earlier processes logged at this step or later, and log the metrics of this step again.
 
     Args:
         logger: of the resumed run.
         step: the last step before the resume.
         rows: the rows of metrics.csv from before the resume.
     """
-    start = SessionLog(status=SessionLog.START)  # TensorBoard drops all earlier events from the step of a start on
+    # TensorBoard drops the events before a start that have the step of this start, or a later step
+    start = SessionLog(status=SessionLog.START)
     logger.experiment.file_writer.add_event(Event(step=step, session_log=start))
     for row in rows:
         if row.get("step") == str(step):

@@ -3,7 +3,7 @@
 import torch
 from torchvision.ops import nms
 
-from visionattn.models.detectors.detector import detections
+from visionattn.models.detector import detections
 
 
 def test_detections_match_non_maximum_suppression_class_by_class():

@@ -4,7 +4,7 @@ import pytest
 
 from tests.data.annotated import picture
 from visionattn.cli import main
-from visionattn.data.folder_check import check_folder, has_classes
+from visionattn.data.checking.folder_check import check_folder, has_classes
 from visionattn.errors import DataError
 
 
