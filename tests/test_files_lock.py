@@ -137,3 +137,12 @@ def test_refused_export_leaves_no_folder(tmp_path):
     with pytest.raises(UsageError, match="there is no"):
         run([tmp_path / "nothing"], tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
+
+
+def test_a_lock_that_is_a_link_changes_no_other_file(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "own.txt").write_text("mine")
+    (tmp_path / "out" / LOCK).symlink_to(tmp_path / "own.txt")
+    with FolderLock(str(tmp_path / "out")):
+        pass
+    assert (tmp_path / "own.txt").read_text() == "mine"

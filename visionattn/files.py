@@ -25,6 +25,7 @@ PART_PREFIX = ".part."
 LOCK = ".manifest.lock"
 """Name of the file that holds the lock of a folder of overlays."""
 
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a lock that is a link would change the file that it points to
 _TRIES = 100  # to make a folder that other processes remove meanwhile
 _LONGEST_NAME = 255  # bytes, on every common file system
 
@@ -187,7 +188,7 @@ class FolderLock:
         while self._handle is None:
             self._make_folder()
             try:
-                handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
             except FileNotFoundError:
                 continue  # another export, which has just ended, has removed the folder
             except OSError:

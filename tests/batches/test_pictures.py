@@ -66,6 +66,17 @@ def test_errors_name_the_image_and_the_reason(paths):
     assert [row.error.split(":")[0].split(" is ")[0] for row in rows] == ["a.png", "the image", "c.png"]
     assert "is empty" in rows[0].error
     assert "there is no file content" in rows[1].error
+    rows = read(
+        {"path": [float("nan"), 5, content(paths[0]), "a\0.png", paths[0]], "target": [None, None, "1", 2.0, None]}
+    )
+    assert all(row.error.startswith("there is no file name in the column `path`") for row in rows[:3])
+    assert "null" in rows[3].error
+    assert [row.target for row in rows] == [None, None, "1", 2, None]
+    assert (
+        read({"path": paths[:1], "target": [1.5]})[0].error
+        == "the target 1.5 is neither the index nor the name of a class"
+    )
+    assert rows[4].picture is not None
     (row,) = read({"path": ["/tmp/\udcff\n.png"]})
     assert row.path == "/tmp/��.png"
     row.path.encode()

@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
+import timm
+import torch
 
 from tests.batches.pictures import make_model, write_pictures
 from tests.conftest import CONFIGS
+from tests.refusals import refuses
 from visionattn.batches import Explainer, Predictor
 from visionattn.data import Preprocess
+from visionattn.errors import UsageError
 
 RAY = """
 import json, sys
@@ -70,3 +75,34 @@ def test_ray_writes_the_rows_of_the_runner(tmp_path):
         if row["heat"]:
             heat, other = (np.frombuffer(x["heat"], "<f2") for x in (row, theirs))
             np.testing.assert_allclose(heat, other, atol=2e-3)
+
+
+def test_a_given_model_is_copied_and_a_process_keeps_the_models_used_last(tmp_path):
+    model, paths = make_model().train(), [str(path) for path in write_pictures(tmp_path, 1)]
+    predict = Predictor(model, preprocess=Preprocess(160))
+    before = predict({"path": paths})
+    with torch.no_grad():
+        model.network.head.weight.mul_(-1)
+    assert predict({"path": paths}).equals(before)
+    assert model.training
+    made = []
+
+    def make(number):
+        made.append(number)
+        return make_model()
+
+    others = [Predictor(partial(make, number), preprocess=Preprocess(160)) for number in range(5)]
+    for number in (0, 1, 2, 3, 0, 4, 0, 1):
+        others[number]({"path": paths})
+    assert made == [0, 1, 2, 3, 4, 1]
+
+
+def test_calls_that_no_row_is_to_blame_for_raise(tmp_path):
+    paths = {"path": [str(path) for path in write_pictures(tmp_path, 2)], "target": [0, 1]}
+    refuses(UsageError, "gaze", lambda: Explainer(make_model, method="gaze", preprocess=Preprocess(160))(paths))
+    horse = Explainer(make_model, target="horse", preprocess=Preprocess(160))
+    refuses(UsageError, "horse", lambda: horse(paths))
+    one = timm.create_model("test_vit", num_classes=1)
+    refuses(UsageError, "no scores of classes", lambda: Predictor(one)(paths))
+    if not torch.cuda.is_available():
+        refuses(UsageError, "'cuda' cannot be used", lambda: Predictor(make_model, device="cuda")(paths))

@@ -71,39 +71,15 @@ def images_of(network, split, count):
     ]
 
 
-# Methods -----------------------------------------------------------------------------------------------------------
-
-
-def integrated_gradients(model, images, target):
-    from captum.attr import IntegratedGradients
-
-    return IntegratedGradients(model).attribute(images, target=target, n_steps=16).sum(1).relu()
-
-
-def smoothgrad(model, images, target):
-    from captum.attr import NoiseTunnel, Saliency
-
-    torch.manual_seed(0)
-    options = {"nt_type": "smoothgrad", "nt_samples": 16, "stdevs": 0.3}
-    return NoiseTunnel(Saliency(model)).attribute(images, target=target, **options).sum(1)
-
-
-def occlusion(model, images, target):
-    from captum.attr import Occlusion
-
-    options = {"sliding_window_shapes": (3, 8, 8), "strides": (3, 4, 4), "baselines": -1}
-    return Occlusion(model).attribute(images, target=target, **options).sum(1).relu()
-
-
-FUNCTIONS = {"integrated_gradients": integrated_gradients, "smoothgrad": smoothgrad, "occlusion": occlusion}
-"""Baselines of captum, for as long as `METHODS` has no method of the name."""
+LEFT_OUT = ("rise",)
+"""Methods that are not judged, since they take 1,001 forward passes for each image."""
 
 
 def methods_for(name, network, tuning, log):
     """Return the methods to compare: all that fit, at the default layer and at the layer that is best on `tuning`."""
     images = tuning[0]["image"]
     survey, default = survey_images(network, images[:1]), type(default_method(network, images))
-    fitting = {key: kind for key, kind in METHODS.items() if kind.fits(survey)}
+    fitting = {key: kind for key, kind in METHODS.items() if kind.fits(survey) and key not in LEFT_OUT}
     methods = {key: kind() for key, kind in fitting.items()}
     for key, kind in fitting.items():
         parameters = inspect.signature(kind).parameters
@@ -117,7 +93,6 @@ def methods_for(name, network, tuning, log):
         if best is not None and found[best] > energy_of(methods[key], network, tuning) + 1e-6:
             methods[f"{key}@{best}"] = at_layer(kind, best)
     log(f"  default: {default.name}")
-    methods |= {key: function for key, function in FUNCTIONS.items() if key not in METHODS}
     return methods
 
 

@@ -121,13 +121,36 @@ def test_an_open_file_is_read_and_named_in_errors(picture, tmp_path):
         read_image(file)
 
 
+def test_formats_for_which_pillow_starts_a_program_are_refused(tmp_path, monkeypatch):
+    """PostScript in a file that is named as a photograph."""
+    import subprocess
+
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
+    (tmp_path / "cat.jpg").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with Image.open(tmp_path / "cat.jpg") as image:
+        assert image.format == "EPS"
+    with pytest.raises(DataError, match="is not an image that can be read"):
+        read_image(tmp_path / "cat.jpg")
+
+
+def test_names_that_cannot_be_opened_or_shown_are_errors(tmp_path):
+    with pytest.raises(DataError, match="null byte"):
+        read_image("a\0.png")
+    with pytest.raises(DataError) as caught:
+        read_image(str(tmp_path / "\udcff\n.png"))
+    str(caught.value).encode()
+    assert "\n" not in str(caught.value)
+
+
 def test_only_pillows_warnings_are_hidden_while_an_image_is_decoded(picture, tmp_path, monkeypatch):
     decode = Image.open
 
-    def warn_and_decode(file):
+    def warn_and_decode(file, **options):
         warnings.warn("of another thread", UserWarning, stacklevel=1)
         warnings.warn_explicit("odd metadata", UserWarning, "Image.py", 1, module="PIL.Image")
-        return decode(file)
+        return decode(file, **options)
 
     write_image(tmp_path / "a.png", picture)
     monkeypatch.setattr(Image, "open", warn_and_decode)

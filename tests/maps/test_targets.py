@@ -1,5 +1,7 @@
 """Targets beyond one output match their definitions, in gradients of maps and in errors."""
 
+import types
+
 import pytest
 import timm
 import torch
@@ -11,6 +13,7 @@ from tests.capture import models
 from tests.refusals import refuses
 from visionattn.errors import DataError, UsageError
 from visionattn.maps import Against, Chefer, GradCAM, ImageEncoder, LeGrad, Margin, Region, Similarity
+from visionattn.maps.targets import embedding_of
 
 close = torch.testing.assert_close
 TEXT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
@@ -175,3 +178,14 @@ def test_references_of_another_shape_are_errors():
     refuses(UsageError, r"a reference is one embedding \(D,\), got \(2, 7\)", Similarity, torch.randn(2, 7))
     message = "the model's embedding has 7 values, and the reference has 8"
     refuses(UsageError, message, GradCAM(), models.resnet(), models.pictures(), target=Similarity(torch.randn(8)))
+
+
+def test_a_region_of_many_pixels_is_finite_in_half_precision():
+    scores = torch.full((1, 2, 200, 200), 10.0, dtype=torch.float16)
+    scores[:, 1] = 20
+    assert Region(1)(scores).tolist() == [20]
+
+
+def test_an_embedding_on_a_grid_of_one_cell_is_flat():
+    output = types.SimpleNamespace(pooler_output=torch.rand(2, 5, 1, 1))
+    assert embedding_of(output).shape == (2, 5)

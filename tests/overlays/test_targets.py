@@ -1,6 +1,7 @@
 """Targets by name are the targets that their forms describe, in Python and in exports."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from visionattn.data import Preprocess, read_image
 from visionattn.errors import DataError, UsageError
 from visionattn.maps import Against, GradCAM, Margin, Region, Similarity
 from visionattn.overlays import TARGETS, Explainer, export
-from visionattn.overlays.targets import named_target
+from visionattn.overlays.targets import named_target, targets_by_name
 
 NAMES = ("cat", "dog", "not:cat", "3", "e", "f", "g")
 
@@ -127,3 +128,10 @@ def test_the_help_of_overlay_lists_the_forms(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for form, meaning in TARGETS.items():
         assert f"{form} {meaning}" in printed
+
+
+def test_a_number_that_means_two_classes_is_an_error_in_every_form(explainer):
+    other = replace(explainer, class_names=(*NAMES[:5], "g", "f"))
+    for text in ("not:5", "region:5", "margin:0:5"):
+        refuses(DataError, "in one model and .* in another", targets_by_name, [explainer, other], text)
+    assert len(targets_by_name([explainer, other], "margin:0:1")) == 2

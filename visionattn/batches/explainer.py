@@ -10,7 +10,7 @@ from visionattn.batches.pictures import Row
 from visionattn.batches.runner import BatchRunner, Model, Values
 from visionattn.data import encode_image
 from visionattn.drawing import Style
-from visionattn.errors import UsageError
+from visionattn.errors import DataError, UsageError
 from visionattn.maps import Method
 from visionattn.overlays import Heatmap, heatmap
 
@@ -98,7 +98,11 @@ class Explainer(BatchRunner):
 
     def _values(self, rows: Sequence[Row]) -> list[Values]:
         explainer = self.explainer
-        targets = [explainer.target(self._target if row.target is None else row.target) for row in rows]
+        try:
+            default = explainer.target(self._target)
+        except DataError as error:
+            raise UsageError(str(error)) from error
+        targets = [default if row.target is None else explainer.target(row.target) for row in rows]
         values: dict[int, Values] = {}
         for given in (True, False):
             group = [index for index, target in enumerate(targets) if (target is not None) == given]

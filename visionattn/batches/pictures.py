@@ -48,28 +48,32 @@ def read_rows(columns: Columns, *, max_pixels: int) -> list[Row]:
     if not {"path", "bytes"} & found.keys():
         raise UsageError(f"a batch needs a column path or bytes, got {', '.join(_names(columns)) or 'no columns'}")
     count = len(next(iter(found.values())))
-    empty: Sequence[Any] = [None] * count
+    empty: Sequence[object] = [None] * count
     values = zip(*(found.get(name, empty) for name in ("path", "bytes", "target")), strict=True)
     return list(_read(values, from_bytes="bytes" in found, max_pixels=max_pixels))
 
 
-def _read(values: Iterator[tuple[Any, Any, Any]], *, from_bytes: bool, max_pixels: int) -> Iterator[Row]:
+def _read(values: Iterator[tuple[object, object, object]], *, from_bytes: bool, max_pixels: int) -> Iterator[Row]:
     for path, content, target in values:
-        row = Row("" if path is None else printable(path), _target(target))
+        name = path if isinstance(path, (str, os.PathLike)) else None
+        row = Row("" if name is None else printable(name))
         try:
-            row.picture = _picture(path, content, from_bytes=from_bytes, max_pixels=max_pixels)
+            row.target = _target(target)
+            row.picture = _picture(name, content, from_bytes=from_bytes, max_pixels=max_pixels)
         except (DataError, UsageError) as error:
             row.error = str(error)
         yield row
 
 
-def _picture(path: Any, content: Any, *, from_bytes: bool, max_pixels: int) -> NDArray[np.uint8]:
+def _picture(
+    path: str | os.PathLike[str] | None, content: object, *, from_bytes: bool, max_pixels: int
+) -> NDArray[np.uint8]:
     if from_bytes:
         if not isinstance(content, (bytes, bytearray, memoryview)):
             raise DataError(f"{printable(path or 'the image')}: there is no file content in the column `bytes`")
         return decode_image(bytes(content), printable(path or "the image"), max_pixels=max_pixels)
-    if not isinstance(path, (str, os.PathLike)):
-        raise DataError(f"the column path holds {path!r}, which is no file name")
+    if path is None:
+        raise DataError("there is no file name in the column `path`; the content of files goes into `bytes`")
     name = os.fspath(path)
     if is_address(name):
         return decode_image(_fetched(name), printable(name), max_pixels=max_pixels)
@@ -92,18 +96,22 @@ def _fetched(url: str) -> bytes:
         raise DataError(f"{printable(url)} cannot be fetched: {reason or type(reason).__name__}") from error
 
 
-def _target(value: Any) -> int | str | None:
+def _target(value: object) -> int | str | None:
     """Return a plain target: pandas and NumPy write a missing number as NaN."""
-    if value is None or value != value:
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if str(value) in ("nan", "<NA>"):
         return None
-    return str(value) if isinstance(value, str) else int(value)
+    raise DataError(f"the target {value!r} is neither the index nor the name of a class")
 
 
 def _names(columns: Columns) -> list[str]:
     return list(columns.column_names if hasattr(columns, "column_names") else columns.keys())
 
 
-def _values(columns: Columns, name: str) -> Sequence[Any]:
+def _values(columns: Columns, name: str) -> Sequence[object]:
     values = columns[name]
     if hasattr(values, "to_pylist"):  # a column of pyarrow
         return values.to_pylist()

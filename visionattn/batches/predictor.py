@@ -55,6 +55,9 @@ class Predictor(BatchRunner):
         images_BCHW = torch.from_numpy(np.stack([explainer.preprocess(picture)[0] for picture in pictures]))
         with torch.no_grad():
             output = explainer.model(explainer.batch(images_BCHW))
+        predictions = predictions_of(explainer, output, len(pictures))
+        if all(prediction.index is None for prediction in predictions):
+            raise UsageError(f"this {type(explainer.model).__name__} returns no scores of classes to predict from")
         return [
             {
                 "width": picture.shape[1],
@@ -64,5 +67,5 @@ class Predictor(BatchRunner):
                 "probability": prediction.probability,
                 "labels": None if prediction.labels is None else [name for name, _ in prediction.labels],
             }
-            for picture, prediction in zip(pictures, predictions_of(explainer, output, len(pictures)), strict=True)
+            for picture, prediction in zip(pictures, predictions, strict=True)
         ]

@@ -1,9 +1,12 @@
 """What explainers and predictors of batches share: the model is loaded on first use, and every image becomes a row."""
 
+import copy
 import os
+import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -27,6 +30,7 @@ Values: TypeAlias = Mapping[str, object]
 """Column → value of one row."""
 
 
+_loading = threading.RLock()
 _MAX_EXPLAINERS = 4
 _explainers: dict[str, Explainer] = {}
 """Key of a runner → its loaded model. An engine may send a new copy of a runner with every batch; the copies have one
@@ -37,10 +41,10 @@ class BatchRunner(ABC):
     """Turns batches of images into tables, one row for each image.
 
     An object can be pickled, so an engine can send it to other processes. The model is loaded on the first call, once
-    in each process. A process keeps the models of the last four objects.
+    in each process. A process keeps the models of the four objects that were used last.
 
     Args:
-        model: see `Model`.
+        model: see `Model`. A given module is copied, and stays as it is.
         preprocess: prepares a picture (default: the model's own, see `overlays.heatmap`).
         class_names: names of the outputs (default: the model's own).
         trust: packages whose classes a checkpoint may use, see `visionattn.load`.
@@ -61,7 +65,7 @@ class BatchRunner(ABC):
         device: str = "auto",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self._model = model
+        self._model = copy.deepcopy(model) if isinstance(model, nn.Module) else model
         self._preprocess = preprocess
         self._class_names = tuple(class_names)
         self._trust = tuple(trust)
@@ -77,18 +81,19 @@ class BatchRunner(ABC):
             UsageError: there is no such model or device.
             DataError: its files cannot be used.
         """
-        if self._key not in _explainers:
-            if len(_explainers) == _MAX_EXPLAINERS:
+        with _loading:
+            explainer = _explainers.pop(self._key, None) or self._load()
+            _explainers[self._key] = explainer  # the last in the order of use
+            while len(_explainers) > _MAX_EXPLAINERS:
                 del _explainers[next(iter(_explainers))]
-            _explainers[self._key] = self._load()
-        return _explainers[self._key]
+        return explainer
 
     def _load(self) -> Explainer:
         network, preprocess, class_names = describe_model(_loaded(self._model, self._trust))
         preprocess = self._preprocess or preprocess or assumed_preprocess(network, stacklevel=5)
         try:
             network = network.to(_device(self._device)).eval()
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA raises an AssertionError
             raise UsageError(f"device {self._device!r} cannot be used: {error}") from error
         return Explainer(network, preprocess, class_names=self._class_names or class_names)
 
@@ -124,6 +129,8 @@ class BatchRunner(ABC):
             if isinstance(error, UsageError) and all(row.target is None for row in rows):
                 raise  # the method does not fit the model; no row is to blame
             if len(rows) == 1:
+                if isinstance(error, UsageError):
+                    self._values([replace(rows[0], target=None)])  # raises if the method does not fit the model
                 return [{"error": str(error)}]
         half = len(rows) // 2
         return [*self._run(rows[:half]), *self._run(rows[half:])]

@@ -181,7 +181,7 @@ def run(arguments: list[str]) -> int:
             max_pixels=options.max_pixels or MAX_PIXELS,
             processes=processes,
         )
-    note = "" if options.method else default_note(getattr(explainers[0].method, "name", ""))
+    note = "" if options.method or options.layer else default_note(getattr(explainers[0].method, "name", ""))
     if summary.written and note and (processes is None or processes.rank == 0):
         print(f"  {note}")
     if page and summary.images and (processes is None or processes.rank == 0):

@@ -33,6 +33,9 @@ ImageSource: TypeAlias = "str | bytes | os.PathLike[str] | BinaryIO"
 a name; `io.BytesIO(content)` is the content of a file."""
 
 _Convert: TypeAlias = Callable[[Image.Image], NDArray[Any]]  # the values of a grey image may have any type
+_REFUSED = ("EPS",)
+"""Formats for which Pillow starts a program (Ghostscript) on the content of the file."""
+
 _ORIENTATION = 0x0112  # EXIF tag
 _OF_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # a filter of Python's warnings
 _QUALITY = {".jpg": {"quality": 92}, ".jpeg": {"quality": 92}, ".webp": {"quality": 90}, ".png": {"compress_level": 3}}
@@ -90,6 +93,8 @@ def _read(path: ImageSource, max_pixels: int, convert: _Convert) -> NDArray[Any]
         raise DataError(f"there is no image {name}") from error
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a name with a null byte
+        raise DataError(f"{name}: cannot be read ({error})") from error
 
 
 def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -99,7 +104,7 @@ def decode_image(content: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> 
 
 def _name(path: ImageSource) -> str:
     if isinstance(path, (str, bytes, os.PathLike)):
-        return local_path(path)
+        return printable(local_path(path))
     name = getattr(path, "name", None)
     return printable(name) if isinstance(name, str) else "the image"
 
@@ -108,7 +113,9 @@ def _decode(file: BinaryIO, name: str, max_pixels: int, convert: _Convert) -> ND
     if max_pixels > MAX_PIXELS:  # Pillow has a limit of its own: raise Pillow's limit to the caller's
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
-        with _without_pillow_warnings(), Image.open(file) as image:
+        Image.init()  # registers the formats of all of Pillow's plugins
+        known = [name for name in Image.OPEN if name not in _REFUSED]
+        with _without_pillow_warnings(), Image.open(file, formats=known) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(

@@ -72,6 +72,7 @@ def score_boxes(
     controls: dict[str, tuple[str, ...]] = {}
     values: dict[str, dict[str, list[float]]] = {}
     paths: list[str] = []
+    images = 0
     for batch in batches:
         images_BCHW = batch["image"].to(like.device, like.dtype)
         explained = {
@@ -80,7 +81,9 @@ def score_boxes(
         }
         for name, of_images in explained.items():
             rows, columns = of_images[0].heatmaps.shape[1:]
-            controls[name] = (*BOX_CONTROLS, f"random {rows}×{columns}")
+            group = (*BOX_CONTROLS, f"random {rows}×{columns}")
+            if controls.setdefault(name, group) != group:
+                raise UsageError(f"the heatmaps of {name} differ in size; pass images of one size")
         for index, image_CHW in enumerate(images_BCHW):
             boxes = next(iter(explained.values()))[index]
             truth_N4, keep = _truth(batch, index, boxes)
@@ -89,7 +92,8 @@ def score_boxes(
                     advance(1)
                 continue
             maps = {name: found[index].heatmaps for name, found in explained.items()}
-            maps |= _controls(boxes, maps, (image_CHW.shape[1], image_CHW.shape[2]), seed)
+            maps |= _controls(boxes, maps, (image_CHW.shape[1], image_CHW.shape[2]), seed + images)
+            images += 1
             found = _metrics(detector, image_CHW, boxes, keep, truth_N4, maps, steps, batch_size, seed)
             for name, metrics in found.items():
                 for metric, value in metrics.items():

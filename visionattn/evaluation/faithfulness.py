@@ -207,10 +207,7 @@ def perturbation_curve(
     count, _, height, width = before_BCHW.shape
     if not 1 <= steps <= height * width:
         raise UsageError(f"steps must be in [1, {height * width}], the pixels of an image, got {steps}")
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be ≥ 1, got {batch_size}")
-    if heatmaps_Bhw.ndim != 3 or len(heatmaps_Bhw) != count:
-        raise UsageError(f"heatmaps must be ({count}, h, w), got {tuple(heatmaps_Bhw.shape)}")
+    check_heatmaps(heatmaps_Bhw, count, batch_size)
     rank_BHW = rank(heatmaps_Bhw.to(before_BCHW.device), (height, width), seed=seed)
     changed_S1 = torch.arange(steps + 1, device=before_BCHW.device) * (height * width) // steps
     image_F = torch.arange(count, device=before_BCHW.device).repeat_interleave(steps - 1)
@@ -226,6 +223,14 @@ def perturbation_curve(
     ]
     between_BS = torch.cat([change.ends.new_empty(0), *scores]).view(count, steps - 1)
     return Curve(changed_S1 / (height * width), torch.cat([change.ends[:, :1], between_BS, change.ends[:, 1:]], 1))
+
+
+def check_heatmaps(heatmaps_Bhw: Tensor, count: int, batch_size: int) -> None:
+    """Raise a UsageError unless there is a heatmap for each of `count` images, and batch_size is at least 1."""
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be ≥ 1, got {batch_size}")
+    if heatmaps_Bhw.ndim != 3 or len(heatmaps_Bhw) != count:
+        raise UsageError(f"heatmaps must be ({count}, h, w), got {tuple(heatmaps_Bhw.shape)}")
 
 
 def probability(model: nn.Module, images_BCHW: Tensor, target: Target) -> tuple[Tensor, Target]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visionattn.errors import UsageError
-from visionattn.evaluation.faithfulness import probability, rank
+from visionattn.evaluation.faithfulness import check_heatmaps, probability, rank
 from visionattn.maps import Target, check_images
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
@@ -55,6 +55,7 @@ def road(
         DataError: the images or the model's output hold NaN or infinity.
     """
     check_images(images_BCHW)
+    check_heatmaps(heatmaps_Bhw, len(images_BCHW), batch_size)
     if not fractions or not all(0 < fraction < 1 for fraction in fractions):
         raise UsageError(f"fractions must be in (0, 1), got {list(fractions)}")
     _, target = probability(model, images_BCHW, target)

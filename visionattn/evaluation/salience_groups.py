@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from visionattn.errors import UsageError
-from visionattn.evaluation.faithfulness import probability, rank
+from visionattn.evaluation.faithfulness import check_heatmaps, probability, rank
 from visionattn.evaluation.localisation import to_pixels
 from visionattn.maps import Target, check_images
 
@@ -49,6 +49,7 @@ def saco(
         DataError: the images or the model's output hold NaN or infinity.
     """
     check_images(images_BCHW)
+    check_heatmaps(heatmaps_Bhw, len(images_BCHW), batch_size)
     count, _, height, width = images_BCHW.shape
     if not 2 <= groups <= height * width:
         raise UsageError(f"groups must be in [2, {height * width}], got {groups}")

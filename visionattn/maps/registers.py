@@ -89,7 +89,11 @@ def add_registers(model: nn.Module, images_BCHW: Tensor, *, count: int | None = 
         for name, index in ranked[:number]:
             neurons.setdefault(name, []).append(index)
         token = RegisterToken(model, neurons)
-        after = find_artefacts(model, images_BCHW)
+        try:
+            after = find_artefacts(model, images_BCHW)
+        except BaseException:
+            token.remove()
+            raise
         if count is not None or int(after.mask.sum()) <= _MAX_LEFT * int(before.mask.sum()):
             return Registers(token, before, after)
         token.remove()

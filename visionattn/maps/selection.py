@@ -13,8 +13,8 @@ from visionattn.maps.methods.rollout import chain_caveats
 METHODS: dict[str, type[Method]] = methods()
 """Name on the command line → class, ordered by needs, cost and name."""
 _NOTES = {
-    "gradcam": "gradcam is only the default: no method of one pass beats every control on networks of this kind; "
-    "compare methods with visionattn score",
+    "gradcam": "at the last block, gradcam did not beat every control on networks of this kind; try an early layer, "
+    "e.g. layercam@LAYER, and compare with visionattn score",
 }
 
 _FAST: tuple[Cost, ...] = ("a forward pass", "a forward and a backward pass")
@@ -73,7 +73,7 @@ def _cells(grid: tuple[int, ...]) -> int:
 def default_note(name: str) -> str:
     """Return what a user should know about a default method of this name, as a sentence without its full stop.
 
-    The sentence is empty if the method beat every control in most metrics on images whose evidence is known.
+    The sentence is empty if the method has no such note.
     """
     return _NOTES.get(name, "")
 

@@ -73,7 +73,7 @@ class Region:
         if not size_B.all():
             what = f"no pixel has class {self.index}" if self.mask is None else "the mask selects no pixel"
             raise DataError(f"{what} in image {int((size_B == 0).nonzero()[0])} of the batch, so the region is empty")
-        return (scores_BKHW[:, self.index] * inside_BHW).sum((1, 2)) / size_B
+        return (scores_BKHW[:, self.index].float() * inside_BHW).sum((1, 2)) / size_B  # a sum exceeds float16
 
     def _inside(self, scores_BKHW: Tensor) -> Tensor:
         if self.mask is None:
@@ -153,7 +153,7 @@ def embedding_of(output: Any) -> Tensor:
     for name in ("image_embeds", "text_embeds", "pooler_output"):
         found = getattr(output, name, None)
         if isinstance(found, Tensor):
-            return found
+            return found.flatten(1)  # some encoders of transformers pool to (B, D, 1, 1)
     if isinstance(output, Tensor) and output.ndim == 1:
         return output[None]
     return scores_of(output)

@@ -39,3 +39,16 @@ def _is_known(host: str) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """In this context, the hub's client opens no connection; a request raises an error."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -23,10 +23,14 @@ def targets_by_name(explainers: Sequence[Explainer], target: int | str | None) -
     """Return a target for each explainer.
 
     Raises:
-        UsageError: as for `named_target`, or the target is a number that means different classes in two models.
-        DataError: as for `named_target`.
+        UsageError: as for `named_target`.
+        DataError: as for `named_target`, or a number means different classes in two models.
     """
-    if isinstance(target, str) and target.partition(":")[0] in _KINDS:
+    kind, _, rest = target.partition(":") if isinstance(target, str) else ("", "", "")
+    if isinstance(target, str) and kind in _KINDS:
+        if kind != "like":
+            for name in filter(None, rest.split(":", _KINDS[kind])):
+                targets_of(explainers, name)  # the name must mean one class in all models
         return [named_target(explainer, target) for explainer in explainers]
     return targets_of(explainers, target)
 

@@ -113,3 +113,11 @@ def test_swapped_attention_and_reduced_tokens_are_errors():
 def test_other_models_layers_and_neurons_are_errors(make, neurons, message):
     model = make()
     refuses(UsageError, message, RegisterToken, model, neurons)
+
+
+def test_a_second_register_is_an_error():
+    model = models.vit()
+    (name, *_) = token_path(model).linears
+    with RegisterToken(model, {name: [0]}):
+        refuses(UsageError, "has a register already", RegisterToken, model, {name: [1]})
+    RegisterToken(model, {name: [1]}).remove()

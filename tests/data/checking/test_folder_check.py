@@ -62,3 +62,12 @@ def test_a_json_file_without_boxes_beside_class_folders_is_no_annotation(folder,
     assert "folder, 2 classes: cat, dog" in capsys.readouterr().out
     (folder / "instances_train.json").write_text('{"images": [], "annotations": [], "categories": []}')
     assert not has_classes(folder)
+
+
+def test_splits_have_the_names_that_a_training_accepts(tmp_path):
+    for number, place in enumerate(("Training/cat/0", "Training/dog/1", "validation/cat/2", "validation/dog/3")):
+        picture(tmp_path / f"{place}.png", number)
+    report = check_folder(tmp_path)
+    assert (report.class_names, set(report.splits)) == (("cat", "dog"), {"Training", "validation"})
+    with pytest.raises(DataError, match="there is no folder"):
+        check_folder(tmp_path / "nothing")

@@ -86,3 +86,24 @@ def test_wrong_calls_of_the_check_of_shards_are_errors(folder, capsys):
     fails([*check, "a.tar", "--box-format=xyxy"], 2, "are for folders with boxes", capsys=capsys)
     (folder / "empty").mkdir()
     fails([*check, "empty", "--classes=x"], 2, "--classes is for shards, and empty is none", capsys=capsys)
+
+
+def test_leaks_and_twins_of_splits_that_alternate_are_told_apart(folder, capsys):
+    first, second = image(folder, 0), image(folder, 1)
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    write("a/train-0.tar", ("0", first, b"cat"))
+    write("a/val-0.tar", ("0", second, b"cat"))
+    write("b/train-0.tar", ("0", first, b"cat"))
+    assert main(["data", "check", "*/*.tar"]) == 1
+    printed = capsys.readouterr().out
+    assert "b/train-0.tar/0.png: has the same content as" in printed
+    assert "in val, and as" not in printed
+
+
+def test_an_archive_beside_folders_of_images_is_no_shard(folder, capsys):
+    for place in ("train/cat/0", "train/dog/1"):
+        picture(folder / f"{place}.png", int(place[-1]))
+    write("photos.tar", ("0", None, b"cat"))
+    assert main(["data", "check", "."]) == 0
+    assert capsys.readouterr().out.startswith("folder, 2 classes: cat, dog")

@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.models.transformers_detectors import CONFIGS, IMAGES, PROCESSORS, make, pictures, save
 from tests.refusals import refuses
@@ -153,3 +154,37 @@ def test_folders_that_cannot_be_used_are_errors(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save({"a": print}, tmp_path / "pytorch_model.bin")
     refuses(DataError, "could not be loaded", load_model, f"hf:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"backbone_config": {"model_type": "timm_backbone", "backbone": "hf-hub:evil/net"}, "use_timm_backbone": True},
+        {"backbone_config": None, "backbone": "evil/net", "use_timm_backbone": False},
+    ],
+)
+def test_a_backbone_on_the_hub_is_not_asked_for(fields, tmp_path, monkeypatch):
+    asked = []
+
+    def refuse(*arguments):
+        asked.append(arguments)
+        raise OSError("no network")
+
+    save(tmp_path, "detr")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    for call in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, call, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    refuses(DataError, "could not be loaded|cannot be made", load_model, f"hf:{tmp_path}", pretrained=False)
+    fields = {name: value for name, value in json.loads(path.read_text()).items() if value is not None}
+    with only_known_architectures({f"hf:{tmp_path}": fields}):
+        refuses(DataError, "cannot be", create_transformers_detector, f"hf:{tmp_path}")
+    assert not asked
+
+
+def test_with_another_number_of_classes_all_other_weights_are_needed(tmp_path):
+    save(tmp_path, "rt_detr")
+    state = load_file(tmp_path / "model.safetensors")
+    save_file({name: value for name, value in state.items() if "backbone" not in name}, tmp_path / "model.safetensors")
+    refuses(DataError, "incomplete", create_transformers_detector, f"hf:{tmp_path}", num_classes=2, pretrained=True)

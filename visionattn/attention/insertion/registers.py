@@ -97,7 +97,8 @@ class RegisterToken:
         neurons: name of a linear layer, the last one of a block → indices of its inputs.
 
     Raises:
-        UsageError: there is no such ViT, layer or neuron, or its attention is swapped, or its tokens are reduced.
+        UsageError: there is no such ViT, layer or neuron, its attention is swapped, its tokens are reduced, or it has a
+            register already.
     """
 
     def __init__(self, model: nn.Module, neurons: Mapping[str, Sequence[int]]) -> None:
@@ -107,6 +108,8 @@ class RegisterToken:
             raise UsageError(
                 f"the attention of this {type(model).__name__} is swapped, and has no place for a register"
             )
+        if any(isinstance(hook, _Add) for hook in path.first._forward_hooks.values()):
+            raise UsageError(f"this {type(model).__name__} has a register already; call remove() of it first")
         for name, indices in neurons.items():
             if name not in path.linears:
                 raise UsageError(

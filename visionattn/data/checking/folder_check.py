@@ -13,6 +13,7 @@ from visionattn.data.annotations.reading import layout_of
 from visionattn.data.image_folder import find_classes
 from visionattn.data.placement import Size
 from visionattn.errors import DataError
+from visionattn.files import printable
 
 
 def has_classes(root: str | os.PathLike[str]) -> bool:
@@ -42,8 +43,10 @@ def check_folder(
         DataError: the folder is missing or has no classes, or a class is empty.
     """
     root = Path(root)
+    if not root.is_dir():
+        raise DataError(f"there is no folder {printable(root)}")
     folders = {entry.name: entry for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name.lower() in SPLITS}
-    if "train" not in map(str.lower, folders):
+    if "train" not in {SPLITS[name.lower()] for name in folders}:
         folders = {"": root}
     classes = {split: find_classes(folder) for split, folder in folders.items()}
     names = tuple(dict.fromkeys(name for by_name in classes.values() for name in by_name))

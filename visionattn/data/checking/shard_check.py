@@ -13,6 +13,7 @@ import numpy as np
 from visionattn.data.annotations.boxes import Annotated, Problem
 from visionattn.data.annotations.checks import Progress, Report, twins
 from visionattn.data.annotations.parsing import SPLITS
+from visionattn.data.checking.folder_check import has_classes
 from visionattn.data.classes import class_index, class_names_in
 from visionattn.data.decode import decode_image
 from visionattn.data.placement import Size
@@ -26,7 +27,9 @@ _Sample = tuple[Path, str, "Size | DataError", bytes]
 
 def has_shards(where: str) -> bool:
     """Return whether a path names shards: a .tar file, a pattern or an index of them, or a folder with .tar files."""
-    return where.endswith((".tar", ".json")) or (os.path.isdir(where) and any(Path(where).glob("*.tar")))
+    if not os.path.isdir(where):
+        return where.endswith((".tar", ".json"))
+    return any(Path(where).glob("*.tar")) and not has_classes(where)  # not an archive that lies beside its images
 
 
 def check_shards(
@@ -61,9 +64,10 @@ def check_shards(
     )
     problems: list[Problem] = []
     splits: dict[str, list[Annotated]] = {}
-    hashes: list[bytes] = []
+    hashes: dict[str, list[bytes]] = {}  # of the images of each split
     for shard, samples in read.items():
-        images = splits.setdefault(_split(shard), [])
+        split = _split(shard)
+        images, found = splits.setdefault(split, []), hashes.setdefault(split, [])
         if isinstance(samples, DataError):
             problems.append(Problem("unreadable shard", shard, str(samples)))
             continue
@@ -79,12 +83,13 @@ def check_shards(
             none = np.zeros(0)
             label = np.array([number], np.int64)
             images.append(Annotated(path, size, np.zeros((0, 4)), label, none.astype(bool), none, 0))
-            hashes.append(content)
+            found.append(content)
     for split, images in splits.items():
         there = {int(image.labels[0]) for image in images}
         missing = [name for number, name in enumerate(names) if number not in there]
         problems += [Problem("missing class", name, f"in {split or 'all shards'}") for name in missing]
-    problems += twins([(split, image.path) for split, images in splits.items() for image in images], hashes)
+    pairs = [(split, image.path) for split, images in splits.items() for image in images]
+    problems += twins(pairs, [content for split in splits for content in hashes[split]])
     return Report("shards", tuple(names), splits, problems)
 
 

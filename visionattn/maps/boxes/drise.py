@@ -22,7 +22,7 @@ class DRISE(BoxMethod):
 
     The maximum is over the boxes j that the detector finds in the masked image; w is 0 without such boxes. A mask is a
     random grid of 0 and 1, enlarged bilinearly to the image and shifted by a random part of a cell. Masked pixels fade
-    to 0, which is the mean colour of a normalised image. The method needs neither layers nor gradients, so it fits
+    to 0, the mean colour if the preprocessing subtracts it. The method needs neither layers nor gradients, so it fits
     every detector; it costs one forward pass for each mask, for all boxes together.
 
     Deviations from the paper: the class similarity is 1 for equal labels and 0 otherwise, since a detector returns one

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from visionattn.errors import UsageError
 from visionattn.maps.boxes.box_method import SURE, BoxMethod, best_boxes, detect
-from visionattn.maps.method import Heatmaps, Method
+from visionattn.maps.method import Heatmaps, Method, Target
 from visionattn.maps.methods.raw import RawAttention
 
 
@@ -48,8 +48,8 @@ class MaxOverBoxes:
     """Use a method for boxes as a method for whole images. The heatmap is the maximum over the boxes' heatmaps.
 
     The `output` of the returned `Heatmaps` is a list with one dict per image: `boxes`, `scores` and `labels` of the
-    explained boxes, as in `BoxHeatmaps`, and their heatmaps as `maps` (N, h, w). With a target, (B,) int64, only boxes
-    of that class are kept.
+    explained boxes, as in `BoxHeatmaps`, and their heatmaps as `maps` (N, h, w). With a target, an index or (B,)
+    indices, only boxes of that class are kept.
 
     Args:
         method: a method for boxes, e.g. `ODAM`.
@@ -64,7 +64,13 @@ class MaxOverBoxes:
     def name(self) -> str:
         return self.method.name
 
-    def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Tensor | None = None) -> Heatmaps:
+    def __call__(self, model: nn.Module, images_BCHW: Tensor, *, target: Target = None) -> Heatmaps:
+        if callable(target):
+            raise UsageError(
+                "boxes are chosen by their class: pass its index as target, and no function or named target"
+            )
+        if target is not None:
+            target = torch.as_tensor(target).reshape(-1).expand(len(images_BCHW))
         explained = self.method(model, images_BCHW, max_boxes=self.max_boxes, min_score=self.min_score)
         output: list[dict[str, Tensor]] = []
         heatmaps: list[Tensor] = []

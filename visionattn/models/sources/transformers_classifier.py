@@ -7,6 +7,7 @@ Shapes: B batch, C channels, H rows, W columns, K classes, D features.
 
 import os
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -220,7 +221,7 @@ def _check_type(config: Any, name: str) -> None:
 
 
 def _pretrained(
-    transformers: Any, name: str, source: str, config: Any, num_classes: int | None
+    transformers: ModuleType, name: str, source: str, config: Any, num_classes: int | None
 ) -> tuple[nn.Module, int]:
     """Return a classifier with the weights of its name, and its number of outputs."""
     auto = transformers.AutoModelForImageClassification

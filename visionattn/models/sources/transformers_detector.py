@@ -109,7 +109,11 @@ def create_transformers_detector(
         model, missing = load_pretrained(
             auto, transformers, name, source_of(name), config=config, ignore_mismatched_sizes=True
         )
-        if missing and num_classes is None:
+        heads = (config.num_labels, config.num_labels + 1)
+        if num_classes is not None:  # the layers with an output for each class are made anew
+            state = model.state_dict()
+            missing = [key for key in missing if key not in state or state[key].shape[:1] not in ((n,) for n in heads)]
+        if missing:
             raise DataError(
                 f"the weights of {name} are incomplete: {len(missing)} missing ({', '.join(missing[:3])}, …)"
             )
@@ -136,9 +140,10 @@ def _keep_backbone_random(config: Any) -> None:
 
 def is_transformers_detector(name: str) -> bool:
     """Return whether a name is that of a detector of transformers."""
+    transformers = import_transformers()
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
     from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES as DETECTORS
 
-    config = read_config(import_transformers(), name, {})
+    config = read_config(transformers, name, {})
     detects = any("ForObjectDetection" in text for text in config.architectures or ())
     return config.model_type in DETECTORS and (detects or config.model_type not in CLASSIFIERS)

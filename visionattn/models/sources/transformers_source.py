@@ -4,11 +4,12 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from visionattn.errors import DataError, UsageError, first_line
 from visionattn.models.architectures import known_architecture
-from visionattn.models.hub import only_cache_without_network
+from visionattn.models.hub import offline, only_cache_without_network
 
 PREFIX = "hf:"
 
@@ -34,7 +35,7 @@ def source_of(name: str) -> str:
     return source
 
 
-def import_transformers() -> Any:
+def import_transformers() -> ModuleType:
     """Import transformers.
 
     Raises:
@@ -56,19 +57,20 @@ def loading_options(source: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def quiet(transformers: Any, source: str = "") -> Iterator[None]:
+def quiet(transformers: ModuleType, source: str = "") -> Iterator[None]:
     """Silence the messages and progress bars of transformers; errors are raised all the same.
 
     Args:
         transformers: the package.
-        source: what is loaded, see `source_of`. A name on the hub comes from the cache if there is no network.
+        source: what is loaded, see `source_of`. A name on the hub comes from the cache if there is no network. For a
+            folder, and without a source, no connection is opened, whatever the files ask for.
     """
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with only_cache_without_network() if source and not os.path.isdir(source) else contextlib.nullcontext():
+        with only_cache_without_network() if source and not os.path.isdir(source) else offline():
             yield
     finally:
         logging.set_verbosity(level)
@@ -76,7 +78,7 @@ def quiet(transformers: Any, source: str = "") -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_config(transformers: Any, name: str, options: Mapping[str, Any]) -> Any:
+def read_config(transformers: ModuleType, name: str, options: Mapping[str, Any]) -> Any:
     """Return the configuration of a model: that of its name, or the one in the checkpoint that is being read.
 
     Args:
@@ -93,7 +95,8 @@ def read_config(transformers: Any, name: str, options: Mapping[str, Any]) -> Any
         fields = {**known, **options}
         kind = str(fields.pop("model_type", ""))
         try:
-            return transformers.AutoConfig.for_model(kind, **fields)
+            with quiet(transformers):
+                return transformers.AutoConfig.for_model(kind, **fields)
         except Exception as error:  # transformers checks the fields in many places
             raise DataError(
                 f"the architecture of {name} in the checkpoint cannot be used: {first_line(error)}"
@@ -115,7 +118,9 @@ def architecture_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_pretrained(auto: Any, transformers: Any, name: str, source: str, **options: Any) -> tuple[Any, list[str]]:
+def load_pretrained(
+    auto: Any, transformers: ModuleType, name: str, source: str, **options: Any
+) -> tuple[Any, list[str]]:
     """Return a model with the weights of its name, and the names of the weights that are missing there."""
     if os.path.isdir(source) and not any(file.endswith((".safetensors", ".bin")) for file in os.listdir(source)):
         raise DataError(f"the folder {source} holds no weights, model.safetensors or pytorch_model.bin")
