@@ -9,7 +9,7 @@ from packaging.version import Version
 def needs(package, version, what):
     """Return a mark that skips a test with releases of the package before `version`, the first that was tried."""
     found = metadata.version(package)
-    reason = f"needs {package} {version} for {what}; {found} is installed"
+    reason = f"{package} {found}, which is installed, lacks {what}; pip install '{package}>={version}' runs this test"
     return pytest.mark.skipif(Version(found) < Version(version), reason=reason)
 
 

@@ -76,4 +76,7 @@ def settle(page):
     page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="a page needs a browser: apt-get install chromium")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason="the scripts of the page run only in a browser, and none was found: apt-get install chromium",
+)

@@ -258,7 +258,7 @@ def test_activation_checkpointing_gives_the_same_gradients(reduction, kind):
         close(found, expected)
 
 
-@needs("torch", "2.14", "compiling attributes of tensors")
+@needs("torch", "2.14", "the compilation of attributes of tensors")
 @both
 def test_reduced_network_compiles_in_one_graph_and_exports_for_any_batch(reduction):
     torch._dynamo.reset()

@@ -31,7 +31,7 @@ NETWORKS = {  # 4 × 6 patches
 }
 NEWER = {
     "rotary by layer and head": needs("timm", "1.0.31", "a mixed rotary embedding in float64"),
-    "rotary, one key for two heads": needs("timm", "1.0.31", "its option num_kv_heads"),
+    "rotary, one key for two heads": needs("timm", "1.0.31", "the option num_kv_heads"),
 }
 ALL = [pytest.param(kind, marks=NEWER.get(kind, ())) for kind in NETWORKS]
 

@@ -93,7 +93,7 @@ def by_autograd(model, images, layers, name, score):
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "num_labels": 7}
 
 
-@needs("transformers", "5.24", "the names of a ViT's blocks")
+@needs("transformers", "5.24", "the present names of a ViT's blocks")
 def test_legrad_of_transformers_vit_matches_its_equation():
     model = models.randomised(transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL)))
     eager, images = copy.deepcopy(model), models.pictures(64)

@@ -17,7 +17,7 @@ from visionattn.models import TransformersDetector, load_model
 from visionattn.models.architectures import architectures_in, only_known_architectures
 from visionattn.models.sources.transformers_detector import create_transformers_detector
 
-pytestmark = needs("transformers", "5.24", "the arguments of its detectors' configurations")
+pytestmark = needs("transformers", "5.24", "the present arguments of its detectors' configurations")
 close = torch.testing.assert_close
 every = pytest.mark.parametrize("kind", CONFIGS)
 
