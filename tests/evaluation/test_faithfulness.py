@@ -14,7 +14,7 @@ from tests.capture.models import assert_same_state, state_of
 from tests.evaluation.scored import Patch, bright_pictures, region
 from tests.refusals import refuses
 from visionattn.errors import DataError, UsageError
-from visionattn.evaluation import Curve, deletion, insertion
+from visionattn.evaluation import Curve, deletion, insertion, road, saco
 from visionattn.evaluation.faithfulness import blurred, rank
 
 close = torch.testing.assert_close
@@ -228,3 +228,11 @@ def test_repr_to_dict_and_pickle_of_a_curve():
     data = pickle.dumps(curve)
     assert len(data) < scores.nbytes
     assert torch.equal(pickle.loads(data).auc, curve.auc)
+
+
+@pytest.mark.parametrize("metric", [deletion, insertion, road, saco])
+def test_heatmaps_that_do_not_fit_the_images_are_errors(metric):
+    model, images, heatmaps = model_images_heatmaps(2, 3, 6, 6)
+    refuses(UsageError, r"heatmaps must be \(2, h, w\), got \(1, 6, 6\)", lambda: metric(model, images, heatmaps[:1]))
+    refuses(UsageError, r"got \(2, 1, 6, 6\)", lambda: metric(model, images, heatmaps[:, None]))
+    refuses(UsageError, "batch_size must be ≥ 1, got 0", lambda: metric(model, images, heatmaps, batch_size=0))

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.capture import models
 from tests.evaluation.scored import Patch, bright_pictures, region
 from tests.refusals import refuses
 from visionattn.errors import DataError, UsageError
@@ -118,13 +117,3 @@ def test_wrong_fractions_and_images_are_errors():
             lambda fractions=fractions: road(model, images, images[:, 0], fractions=fractions),
         )
     refuses(DataError, "NaN", lambda: road(model, images * torch.nan, images[:, 0]))
-
-
-def test_heatmaps_that_do_not_fit_the_images_are_errors():
-    model, images = models.resnet(), models.pictures()
-    for heatmaps, options in (
-        (torch.rand(3, 4, 4), {}),
-        (torch.rand(2, 1, 4, 4), {}),
-        (torch.rand(2, 4, 4), {"batch_size": 0}),
-    ):
-        refuses(UsageError, "heatmaps must be|batch_size must be", road, model, images, heatmaps, **options)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from tests.capture import models
 from tests.evaluation.scored import Patch, bright_pictures, region
 from tests.refusals import refuses
 from visionattn.errors import UsageError
@@ -73,13 +72,3 @@ def test_a_wrong_number_of_groups_is_an_error():
             rf"groups must be in \[2, 192\], got {groups}",
             lambda groups=groups: saco(model, images, images[:, 0], groups=groups),
         )
-
-
-def test_heatmaps_that_do_not_fit_the_images_are_errors():
-    model, images = models.resnet(), models.pictures()
-    for heatmaps, options in (
-        (torch.rand(3, 4, 4), {}),
-        (torch.rand(2, 1, 4, 4), {}),
-        (torch.rand(2, 4, 4), {"batch_size": 0}),
-    ):
-        refuses(UsageError, "heatmaps must be|batch_size must be", saco, model, images, heatmaps, **options)

@@ -7,7 +7,7 @@ import numpy as np
 
 from visionattn.batches.arrow import pa
 from visionattn.batches.pictures import Row
-from visionattn.batches.runner import BatchRunner, Model, Values
+from visionattn.batches.runner import FACTS, BatchRunner, Model, Values
 from visionattn.data import encode_image
 from visionattn.drawing import Style
 from visionattn.errors import DataError, UsageError
@@ -60,13 +60,7 @@ class Explainer(BatchRunner):
 
     schema = pa.schema(
         [
-            ("path", pa.string()),
-            ("error", pa.string()),
-            ("width", pa.int32()),
-            ("height", pa.int32()),
-            ("prediction", pa.int32()),
-            ("class", pa.string()),
-            ("probability", pa.float32()),
+            *FACTS,
             ("method", pa.string()),
             ("layer", pa.string()),
             ("target", pa.int32()),

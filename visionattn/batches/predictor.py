@@ -7,7 +7,7 @@ import torch
 
 from visionattn.batches.arrow import pa
 from visionattn.batches.pictures import Row
-from visionattn.batches.runner import BatchRunner, Values
+from visionattn.batches.runner import FACTS, BatchRunner, Values
 from visionattn.errors import UsageError
 from visionattn.overlays import is_detector, predictions_of
 
@@ -36,13 +36,7 @@ class Predictor(BatchRunner):
 
     schema = pa.schema(
         [
-            ("path", pa.string()),
-            ("error", pa.string()),
-            ("width", pa.int32()),
-            ("height", pa.int32()),
-            ("prediction", pa.int32()),
-            ("class", pa.string()),
-            ("probability", pa.float32()),
+            *FACTS,
             ("labels", pa.list_(pa.string())),
         ]
     )

@@ -30,6 +30,17 @@ Values: TypeAlias = Mapping[str, object]
 """Column → value of one row."""
 
 
+FACTS = [
+    ("path", pa.string()),
+    ("error", pa.string()),
+    ("width", pa.int32()),
+    ("height", pa.int32()),
+    ("prediction", pa.int32()),
+    ("class", pa.string()),
+    ("probability", pa.float32()),
+]
+"""The first columns of every table: the image, why it failed, its size, and its most probable class."""
+
 _loading = threading.RLock()
 _MAX_EXPLAINERS = 4
 _explainers: dict[str, Explainer] = {}

@@ -274,24 +274,35 @@ def probabilities_of(model: nn.Module, scores_BK: Tensor) -> Tensor:
     return scores_BK.sigmoid()
 
 
-def scores_of(output: object) -> Tensor:
-    """Return the (B, K) scores in a model's output.
+def first_tensor(output: object, *, axes: int) -> Tensor | None:
+    """Return the first tensor with this number of axes in a model's output; None if there is none.
 
     Args:
-        output: a tensor (B, K), an object with `logits`, or a dict, tuple or list. The result is the first 2-D tensor
-            in a dict, tuple or list; in a dict, `logits` and `out` are tried first.
-
-    Raises:
-        UsageError: the output is a detector's, or has no 2-D tensor.
+        output: a tensor, an object with `logits`, or a dict, tuple or list; in a dict, `logits` and `out` are tried
+            first.
+        axes: the number of axes.
     """
     candidates: list[object] = [output, getattr(output, "logits", None)]
     if isinstance(output, dict):
         candidates += [output.get("logits"), output.get("out"), *output.values()]
     elif isinstance(output, (tuple, list)):
         candidates += output
-    for candidate in candidates:
-        if isinstance(candidate, Tensor) and candidate.ndim == 2:
-            return candidate
+    tensors = (candidate for candidate in candidates if isinstance(candidate, Tensor))
+    return next((tensor for tensor in tensors if tensor.ndim == axes), None)
+
+
+def scores_of(output: object) -> Tensor:
+    """Return the (B, K) scores in a model's output.
+
+    Args:
+        output: see `first_tensor`.
+
+    Raises:
+        UsageError: the output is a detector's, or has no 2-D tensor.
+    """
+    scores_BK = first_tensor(output, axes=2)
+    if scores_BK is not None:
+        return scores_BK
     if isinstance(output, list) and output and isinstance(output[0], dict) and "boxes" in output[0]:
         raise UsageError("a detector has no scores of the whole image; use odam, which explains each box")
     shapes = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

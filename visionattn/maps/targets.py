@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from visionattn.capture import run, undisturbed
 from visionattn.errors import DataError, UsageError
-from visionattn.maps.method import check_images, pick, scores_of
+from visionattn.maps.method import check_images, first_tensor, pick, scores_of
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,9 @@ class Region:
 
 def _segmentation(output: object) -> Tensor:
     """Return the (B, K, H, W) scores in a model's output."""
-    candidates: list[object] = [output, getattr(output, "logits", None)]
-    if isinstance(output, dict):
-        candidates += [output.get("logits"), output.get("out"), *output.values()]
-    elif isinstance(output, (tuple, list)):
-        candidates += output
-    for candidate in candidates:
-        if isinstance(candidate, Tensor) and candidate.ndim == 4:
-            return candidate
+    scores_BKHW = first_tensor(output, axes=4)
+    if scores_BKHW is not None:
+        return scores_BKHW
     kind = f"of {tuple(output.shape)}" if isinstance(output, Tensor) else f", a {type(output).__name__},"
     raise UsageError(f"a region needs the (B, K, H, W) scores of a segmentation, and the output {kind} holds none")
 
