@@ -139,3 +139,19 @@ def test_images_without_a_value_count_in_no_mean():
     assert np.isnan(few.estimate("m", "grid").low)
     assert few.outcome("m", "c", "grid") is None
     assert json.loads(json.dumps(found.to_dict()))["table"][0]["name"] == "m"
+
+
+def test_a_method_and_a_control_are_compared_on_the_images_that_both_have():
+    method, control = np.arange(20.0), np.arange(20.0) - 1
+    method[0], control[1] = np.nan, np.nan
+    found = scores_of({"a": {"grid": method}, "b": {"grid": control}}, {"a": ("b",)})
+    assert tuple(found.margin("a", "b", "grid")) == pytest.approx((1, 1, 1), abs=1e-5)
+    assert found.estimate("a", "grid").value == pytest.approx(np.nanmean(method), abs=1e-5)
+
+
+def test_a_verdict_claims_every_metric_only_if_every_metric_was_measured():
+    higher, lower, missing = np.arange(20.0) + 1, np.arange(20.0), np.full(20, np.nan)
+    values = {"a": {"insertion": higher, "energy": higher}, "b": {"insertion": lower, "energy": lower}}
+    assert scores_of(values, {"a": ("b",)}).verdict("a") == "beats every control in every metric"
+    values["a"]["grid"], values["b"]["grid"] = missing, lower
+    assert scores_of(values, {"a": ("b",)}).verdict("a") == "beats every control in insertion and energy"

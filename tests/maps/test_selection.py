@@ -18,6 +18,17 @@ def with_attention(model):
     return model
 
 
+class Normaliser(torch.nn.Module):
+    """Normalises images, without any weights."""
+
+    def forward(self, images):
+        return (images - 0.5) / 0.25
+
+
+def behind_a_normaliser(model):
+    return torch.nn.Sequential(Normaliser(), model)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
@@ -27,6 +38,8 @@ def with_attention(model):
         (models.resnet, "gradcam"),
         (models.swin, "rollout"),  # approximate, with a warning
         (lambda: models.vit(class_token=False, global_pool="avg"), "rollout"),
+        (lambda: behind_a_normaliser(models.vit(class_token=False, global_pool="avg")), "rollout"),
+        (lambda: behind_a_normaliser(models.resnet()), "gradcam"),
         (lambda: with_attention(models.resnet()), "gradcam"),  # attention between convolutions
     ],
 )

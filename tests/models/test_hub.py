@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from tests.refusals import refuses
 from visionattn.errors import DataError
 from visionattn.models import load_model
-from visionattn.models.hub import only_cache_without_network
+from visionattn.models.hub import offline, only_cache_without_network
 
 
 @pytest.fixture
@@ -56,3 +56,19 @@ def test_with_a_proxy_or_a_known_host_the_client_decides(lookups, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: [])
     with only_cache_without_network():
         assert not constants.HF_HUB_OFFLINE
+
+
+def test_other_errors_of_files_keep_their_message(lookups):
+    with pytest.raises(OSError, match="No space left"), only_cache_without_network():
+        raise OSError(28, "No space left on device")
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_the_last_of_several_threads_restores_the_setting(lookups):
+    first, second = offline(), only_cache_without_network()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert constants.HF_HUB_OFFLINE
+    second.__exit__(None, None, None)
+    assert not constants.HF_HUB_OFFLINE

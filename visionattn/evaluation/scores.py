@@ -20,7 +20,10 @@ RESAMPLES = 2_000
 MIN_IMAGES = 10
 """Smallest number of images for a confidence interval. With fewer images the bootstrap interval is much too narrow: a
 method could beat a control on three images that agree by chance."""
-NOT_MEASURED = "not measured: a folder's heatmaps cannot be made again, and a grid needs images of several classes"
+NOT_MEASURED = (
+    "not measured: a folder's heatmaps cannot be made again; a grid needs images of several classes, and a method that "
+    "can explain them"
+)
 """What the sign – means in a table."""
 LEGEND = "no sign: beats every control in this metric; =: ties with a control; ✗: loses to a control"
 """What the signs after a number mean in a table."""
@@ -101,15 +104,17 @@ class Scores:
 
     def estimate(self, name: str, metric: str) -> Estimate:
         """Return the mean of a method or control over the images, with its interval."""
-        return self._interval(self._means(name, metric), self._enough(name, metric))
+        known = self._known(metric, name)
+        return self._interval(self._means(name, metric, known), known.sum() >= MIN_IMAGES)
 
     def margin(self, method: str, control: str, metric: str) -> Estimate:
         """Return how much better a method is than a control, with the interval of this difference.
 
         A positive value means that the method is better, also for metrics where a lower value is better.
         """
-        means = margin(metric, self._means(method, metric), self._means(control, metric))
-        return self._interval(means, self._enough(method, metric))
+        known = self._known(metric, method, control)  # the same images on both sides
+        means = margin(metric, self._means(method, metric, known), self._means(control, metric, known))
+        return self._interval(means, known.sum() >= MIN_IMAGES)
 
     def outcome(self, method: str, control: str, metric: str) -> Outcome | None:
         """Return how a method compares with a control in a metric; None if there are too few images, or no values."""
@@ -137,7 +142,8 @@ class Scores:
         parts = []
         won = [metric for metric, found in by_metric.items() if not (found["ties with"] or found["loses to"])]
         if won:
-            parts.append(f"beats every control in {'every metric' if len(won) == len(by_metric) > 1 else _listed(won)}")
+            every = len(won) == len(self.metrics) > 1
+            parts.append(f"beats every control in {'every metric' if every else _listed(won)}")
         for relation in _NOT_WON:
             controls: dict[tuple[str, ...], list[str]] = {}  # controls → metrics
             for metric, found in by_metric.items():
@@ -267,21 +273,21 @@ class Scores:
             *(f"{name} could not be scored: {reason}" for name, reason in self.failed.items()),
         ]
 
-    def _means(self, name: str, metric: str) -> NDArray[np.floating]:
-        """Return the mean over the measured images and over each resample of them, (1 + R,)."""
+    def _known(self, metric: str, *names: str) -> NDArray[np.bool_]:
+        """Return which images have a value for each of the methods and controls, (N,)."""
+        known = [~np.isnan(self.values[name][metric]).reshape(self.images, -1)[:, 0] for name in names]
+        return np.logical_and.reduce(known)
+
+    def _means(self, name: str, metric: str, known: NDArray[np.bool_]) -> NDArray[np.floating]:
+        """Return the mean over the images in `known` and over each resample of them, (1 + R,)."""
         values = self.values[name][metric]
-        known = ~np.isnan(values if values.ndim == 1 else values[:, 0])
         if known.all():
             means = self._weights @ values
-        else:  # an image without a value counts in no mean
+        else:
+            values = np.where(known, values, 0)  # of the metrics that images can lack, each image has one value
             with np.errstate(invalid="ignore"):  # a resample without any value is NaN
-                means = self._weights @ np.nan_to_num(values) / (self._weights @ known.astype(np.float32))
+                means = self._weights @ values / (self._weights @ known.astype(np.float32))
         return means if means.ndim == 1 else means.max(1)
-
-    def _enough(self, name: str, metric: str) -> bool:
-        """Return whether enough images have a value for a confidence interval."""
-        values = self.values[name][metric]
-        return int((~np.isnan(values if values.ndim == 1 else values[:, 0])).sum()) >= MIN_IMAGES
 
     @cached_property
     def _weights(self) -> NDArray[np.float32]:

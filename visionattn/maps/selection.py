@@ -1,5 +1,7 @@
 """Choose a heatmap method by its name, the default method of a model, or every method that fits a model."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,9 @@ def default_method(model: nn.Module, images_BCHW: Tensor | None = None) -> Metho
         survey = Survey(glimpses=[name for name, part in bare.named_modules() if isinstance(part, Retina)])
         if not survey.glimpses:  # for glimpses, no image is needed: a retina does not say how many channels it needs
             survey = survey_images(bare, example(bare) if images_BCHW is None else images_BCHW[:1])
+        # what has no weights, such as a normaliser of images in front of a ViT, says nothing of the kind of network
+        learned = {name for name, part in bare.named_modules() if next(part.parameters(), None) is not None}
+        survey = replace(survey, activations=[found for found in survey.activations if found.name in learned])
     return METHODS[default_name(survey)]()
 
 

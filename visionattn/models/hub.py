@@ -2,9 +2,14 @@
 
 import contextlib
 import socket
+import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+
+_changing = threading.Lock()
+_before: list[bool] = []
+"""The hub's setting before each open context of `offline`; several threads may be in one."""
 
 
 @contextlib.contextmanager
@@ -17,18 +22,22 @@ def only_cache_without_network() -> Iterator[None]:
         ConnectionError: the host's name is unknown, and the cache lacks a file.
     """
     from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname or ""
-    if constants.HF_HUB_OFFLINE or _is_known(host):
+    if (constants.HF_HUB_OFFLINE and not _before) or _is_known(host):  # the user's own setting stays
         yield
         return
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    except OSError as error:  # of the hub's client, for a file that the cache lacks
-        raise ConnectionError(f"the host {host} is unknown, and the cache lacks a file") from error
-    finally:
-        constants.HF_HUB_OFFLINE = False
+    with offline():
+        try:
+            yield
+        except OSError as error:
+            causes: list[BaseException] = [error]
+            while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+                causes.append(cause)
+            if not any(isinstance(cause, (LocalEntryNotFoundError, OfflineModeIsEnabled)) for cause in causes):
+                raise
+            raise ConnectionError(f"the host {host} is unknown, and the cache lacks a file") from error
 
 
 def _is_known(host: str) -> bool:
@@ -46,9 +55,13 @@ def offline() -> Iterator[None]:
     """In this context, the hub's client opens no connection; a request raises an error."""
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
+    with _changing:
+        _before.append(constants.HF_HUB_OFFLINE)
+        constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before
+        with _changing:
+            before = _before.pop()
+            if not _before:  # the last thread in such a context restores what the first one found
+                constants.HF_HUB_OFFLINE = before
