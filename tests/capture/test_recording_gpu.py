@@ -1,4 +1,4 @@
-"""On a GPU, attention runs in fused kernels; what is recorded equals the attention on the CPU."""
+"""The attention that is recorded from the fused kernels of a GPU equals the attention on the CPU."""
 
 import pytest
 import torch

@@ -292,7 +292,8 @@ def test_wrong_inputs_of_score_are_errors():
     ):
         score(model, mixed, method, steps=2)
     refuses(UsageError, "no metric 'rode'. Nearest: road", score, model, batches(), method, metrics=["rode"])
-    refuses(UsageError, "boxes or masks, which iou needs", score, model, batches(known=()), method, metrics=["iou"])
+    message = "iou cannot be measured, since the images have no boxes or masks"
+    refuses(UsageError, message, score, model, batches(known=()), method, metrics=["iou"])
     for wrong in ({"copies": 0}, {"steps": 1}):  # with a single step, all maps have the same curve
         with pytest.raises(UsageError, match="copies must be ≥ 1 and steps ≥ 2"):
             score(model, batches(), method, **wrong)

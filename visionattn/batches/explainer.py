@@ -34,7 +34,7 @@ class Explainer(BatchRunner):
         error: why there is no heatmap, else null;
         width, height: of the picture, in pixels;
         prediction, class, probability: index, name and probability of the predicted class, null if unknown;
-        method, layer: what the heatmap shows, as in the manifest of `overlays.export`;
+        method, layer: name of the method, and the layers that it reads, e.g. "all 6 layers of attention";
         target: index of the explained output, null if the method explains no particular output;
         peak: the hottest point, [x, y] in pixels of the picture, null if the heatmap is constant;
         heat: the heatmap on the model's grid, in [0, 1], as float16 in little-endian order, row after row;

@@ -123,7 +123,7 @@ class FolderMaps:
                 model's input itself.
 
         Raises:
-            UsageError: the batch has no paths, or it is not clear what a heatmap spans.
+            UsageError: the batch has no paths, or a heatmap could span the picture or the input: set `frame`.
             DataError: a heatmap is missing, matched twice, unreadable, not finite, not 2-D or of the wrong size.
         """
         if "path" not in batch:

@@ -174,8 +174,8 @@ def score(
             kept = {metric: value.cpu() for metric, value in found.items() if metric in wanted}
             if not kept:
                 raise UsageError(
-                    f"the images have no boxes or masks, which {' and '.join(wanted)} need{'s' * (len(wanted) == 1)}; "
-                    "choose other metrics"
+                    f"{' and '.join(wanted)} cannot be measured, since the images have no boxes or masks; choose other "
+                    "metrics"
                 )
             measured.setdefault(name, []).append(kept)
             if advance:

@@ -270,7 +270,7 @@ _Records = list[tuple[str, dict[str, object]]]
 
 
 def _content(path: str, wanted: Collection[str]) -> tuple[list[str], _Records]:
-    """Return the names of all columns, and (place, column → value) of each row for the wanted columns.
+    """Return the names of all columns, and of each row its place in the file and its values in the wanted columns.
 
     Without wanted columns, only the names are read.
     """

@@ -34,7 +34,7 @@ class _TableData(ClassificationData, ABC):
         loading: arguments of `ImageData`.
     """
 
-    _kind = "class"  # what a label is called in messages
+    _kind = "class"  # the word for a label in messages
 
     def __init__(
         self,

@@ -110,7 +110,7 @@ def create_transformers_detector(
             auto, transformers, name, source_of(name), config=config, ignore_mismatched_sizes=True
         )
         heads = (config.num_labels, config.num_labels + 1)
-        if num_classes is not None:  # the layers with an output for each class are made anew
+        if num_classes is not None:  # then the layers with one output for each class are new
             state = model.state_dict()
             missing = [key for key in missing if key not in state or state[key].shape[:1] not in ((n,) for n in heads)]
         if missing:
