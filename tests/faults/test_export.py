@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,14 @@ def test_helper_ends_when_the_first_process_is_killed_or_stopped_and_the_next_ru
     assert ended.code == 0, ended.output
     assert done(tmp_path) == expected()
     assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_helper_ends_if_the_first_process_is_stopped_while_the_helper_joins(server, tmp_path):
+    """The system accepts connections to the port of a stopped process, which then never answers."""
+    photos(tmp_path / "in", IMAGES)
+    with socket.create_server(("127.0.0.1", 0)) as stopped:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(stopped.getsockname()[1])}
+        helper = server.start(COMMAND, tmp_path, fault=SHORT_SILENCE, env={**address, **_torchrun(1, 2)})
+        ended = helper.wait(30)
+    assert ended.code == 1, ended.output
+    assert "the first process of this export has given no sign of life" in ended.output

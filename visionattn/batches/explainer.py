@@ -12,7 +12,7 @@ from visionattn.data import encode_image
 from visionattn.drawing import Style
 from visionattn.errors import DataError, UsageError
 from visionattn.maps import Method
-from visionattn.overlays import Heatmap, heatmap
+from visionattn.overlays import OUTPUTS, Heatmap, OutputScene, heatmap
 
 SAVE = ("heat", "overlay")
 """What an explainer can save besides the facts of each image."""
@@ -136,13 +136,6 @@ class Explainer(BatchRunner):
         }
 
     def _drawn(self, found: Heatmap) -> bytes:
-        style = self._style
-        drawn_HWC = found.overlay(
-            colormap=style.colormap,
-            alpha=style.alpha,
-            saturation=style.saturation,
-            contours=style.contours,
-            caption=style.caption,
-            interpolation=style.interpolation,
-        )
-        return encode_image(drawn_HWC, style.suffix)
+        drawn_HWC = OUTPUTS["overlay"].make(OutputScene(found.image, [found.explained], self._style))
+        assert isinstance(drawn_HWC, np.ndarray)  # other kinds of output are arrays by name, or bytes
+        return encode_image(drawn_HWC, self._style.suffix)

@@ -156,8 +156,7 @@ class Processes:
     def alive(self) -> Iterator["Processes"]:
         """Give signs of life inside a `with` block.
 
-        A process other than the first exits with code 1 when the store has not answered for `_SILENCE` seconds: the
-        store gives no error if the machine that serves it is silent.
+        A process other than the first ends if the store is silent, see `_ending_in_silence`.
         """
         done, answered = threading.Event(), [time.monotonic()]
 
@@ -173,17 +172,10 @@ class Processes:
                 if done.wait(_BEAT):
                     return
 
-        def watch() -> None:
-            while not done.wait(min(_BEAT, _SILENCE / 4)):
-                if time.monotonic() - answered[0] > _SILENCE:
-                    print(f"error: the first process of this export {_silent()}", file=sys.stderr, flush=True)
-                    os._exit(1)
-
         threading.Thread(target=beat, daemon=True).start()
-        if self.rank:
-            threading.Thread(target=watch, daemon=True).start()
         try:
-            yield self
+            with _ending_in_silence(answered) if self.rank else contextlib.nullcontext():
+                yield self
         finally:
             done.set()
 
@@ -230,6 +222,30 @@ def _reaching() -> Iterator[None]:
         raise DataError(
             "the first process of this export cannot be reached; run the command again to continue"
         ) from error
+
+
+@contextlib.contextmanager
+def _ending_in_silence(answered: list[float]) -> Iterator[None]:
+    """Exit with code 1 if the store does not answer for `_SILENCE` seconds inside this context.
+
+    The store gives no error if the process that serves it is stopped, or its machine is silent.
+
+    Args:
+        answered: holds the time of the store's last answer, which other threads set, by `time.monotonic`.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(min(_BEAT, _SILENCE / 4)):
+            if time.monotonic() - answered[0] > _SILENCE:
+                print(f"error: the first process of this export {_silent()}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _silent() -> str:
@@ -298,7 +314,8 @@ def _join(place: Place) -> Processes:
     if not place.hosts:
         _wait_for(place)
     try:
-        store = TCPStore(place.address, place.port, None, place.hosts, timeout=_ANSWER, wait_for_workers=False)
+        with contextlib.nullcontext() if place.hosts else _ending_in_silence([time.monotonic()]):
+            store = TCPStore(place.address, place.port, None, place.hosts, timeout=_ANSWER, wait_for_workers=False)
     except RuntimeError as error:
         raise UsageError(
             f"the processes of this export cannot meet at {place.address}, port {place.port} "
