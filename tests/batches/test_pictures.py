@@ -5,6 +5,7 @@ import threading
 from functools import partial
 
 import numpy as np
+import pandas
 import pyarrow as pa
 import pytest
 
@@ -42,7 +43,6 @@ def content(path):
 
 
 def test_every_kind_of_batch_is_read(paths):
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     for make in (dict, pa.table, pandas.DataFrame, lambda x: {name: np.array(column) for name, column in x.items()}):
         for row, path in zip(read(make({"path": paths, "number": [1, 2]})), paths, strict=True):
             np.testing.assert_array_equal(row.picture, read_image(path))
